@@ -5,7 +5,8 @@ second layer is also asked for the next token through the model's own norm and h
 dropped at random more often the deeper they are (LayerSkip, Elhoushi et al. 2024,
 https://arxiv.org/abs/2404.16710), so that leaving early costs quality gradually instead of at once.
 
-The standard-library modules in HELD_OUT are never trained on: they are evaluation text anywhere.
+The standard library's modules in HELD_OUT are left out, to serve as evaluation text; a package that
+vendors a copy of one of them may still bring it in.
 Needs a CUDA device, torch, transformers and tokenizers. Roughly ten minutes on a datacentre GPU:
 
     python demo/train.py --output demo/model --minutes 8

@@ -1,0 +1,84 @@
+"""Read a Hugging Face safetensors checkpoint one tensor at a time."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sedac_export.errors import SedacError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which file of a model directory holds which tensor. Nothing is kept in memory."""
+
+    directory: Path
+    files: dict[str, str]
+
+    @classmethod
+    def open(cls, directory: Path) -> "Checkpoint":
+        """Index `directory`'s safetensors files.
+
+        Raises SedacError when there are none, when one that the index names is missing, or when
+        one is cut off or not a safetensors file.
+        """
+        names = _file_names(directory)
+        files: dict[str, str] = {}
+        for name in names:
+            try:
+                with safe_open(directory / name, framework="pt") as handle:
+                    files.update(dict.fromkeys(handle.keys(), name))
+            except FileNotFoundError as error:
+                raise SedacError(
+                    f"{directory / name} is missing though {_INDEX} names it; download it again"
+                ) from error
+            except (SafetensorError, OSError) as error:
+                raise SedacError(
+                    f"{directory / name} is not a whole safetensors file ({error});"
+                    " download it again"
+                ) from error
+        return cls(directory, files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, read from the file's header."""
+        with safe_open(self.directory / self.files[name], framework="pt") as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` in its stored dtype, in memory of its own.
+
+        The file is mapped only during the call, so that memory does not grow with what was read.
+        """
+        with safe_open(self.directory / self.files[name], framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+            return tensor.clone()
+
+    def bytes(self) -> int:
+        """Size of all weight files."""
+        return sum((self.directory / name).stat().st_size for name in set(self.files.values()))
+
+
+def _file_names(directory: Path) -> list[str]:
+    index = directory / _INDEX
+    if index.exists():
+        try:
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise SedacError(f"{index} is not a weight index ({error}); download it again") from error
+    if (directory / _SINGLE).exists():
+        return [_SINGLE]
+    others = sorted(path.name for path in directory.glob("*.bin"))
+    if others:
+        raise SedacError(
+            f"{directory} holds {others[0]} but no safetensors; load it with transformers and"
+            " save_pretrained() it once to convert it"
+        )
+    raise SedacError(f"{directory} holds no {_SINGLE}; is it a model directory?")

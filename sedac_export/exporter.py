@@ -1,0 +1,367 @@
+"""model -> graphs -> bundle: the whole of `sedac-export build`."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import onnx
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sedac_export import manifest as bundle
+from sedac_export.block import compose
+from sedac_export.engines import Plan, learn_plan
+from sedac_export.errors import SedacError
+from sedac_export.operators import AttentionRouter, fused_operators
+from sedac_export.skeleton import Skeleton, kind_of, stand_in_weights
+from sedac_export.stamp import WeightStore, stamp, with_precision
+from sedac_export.tokenizer import load_tokenizer, save_tokenizer
+from sedac_export.trace import Graph, Tracer
+from sedac_export.validate import Validation, validate
+
+DEFAULT_CACHE_LENGTH = 4096
+DEFAULT_TOLERANCE = 1e-4
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build. exit_layers None means all; max_cache_length None means the default cap."""
+
+    model: str
+    output: Path
+    precision: bundle.Precision = "fp32"
+    layers_per_engine: int = 1
+    max_cache_length: int | None = None
+    exit_layers: list[int] | None = None
+    tolerance: float = DEFAULT_TOLERANCE
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build wrote, and how long it took in seconds."""
+
+    output: Path
+    manifest: bundle.Manifest
+    validation: Validation
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """The traced graphs: layers and kv graphs by kind, and each layer's kind."""
+
+    embed: Graph
+    head: Graph
+    layers: list[Graph]
+    key_value: list[Graph]
+    kinds: list[int]
+
+
+def build(request: Request, progress: Progress = lambda *_: None) -> Built:
+    """Build a bundle. It appears under its final name whole and validated, or not at all.
+
+    progress is called with a stage's name, the steps done and their number.
+    Raises SedacError for everything that is wrong with the request or the model.
+    """
+    started = time.monotonic()
+    _check_output(request)
+    directory = find_model(request.model)
+    skeleton = Skeleton.load(directory)
+    tokenizer = load_tokenizer(directory)
+    length = _cache_length(skeleton, request)
+    exits = _exit_layers(skeleton, request)
+    with torch.no_grad():
+        plan, graphs = _trace(skeleton, progress)
+        with _staging(request.output) as staging:
+            facts = _facts(skeleton, directory, tokenizer)
+            manifest = _write_engines(skeleton, plan, graphs, request, staging, progress).model_copy(
+                update={"model": facts, "max_cache_length": length, "exit_layers": exits}
+            )
+            progress("validate", 0, 1)
+            validation = validate(skeleton, staging, manifest, request.tolerance)
+            validation.check()
+            progress("validate", 1, 1)
+            manifest = _finish(staging, manifest, validation, tokenizer)
+            _publish(staging, request)
+    return Built(request.output, manifest, validation, time.monotonic() - started)
+
+
+def find_model(name: str) -> Path:
+    """The local directory of a model: `name` itself, or a hub id that is downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SedacError(f"{name} is neither a model directory nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SedacError(f"{name} cannot be had from the hub: {reason}") from error
+
+
+def _check_output(request: Request) -> None:
+    output = request.output
+    if output.exists() and not request.force:
+        raise SedacError(f"{output} exists; choose another --output or replace it with --force")
+    if output.exists() and not (output / bundle.MANIFEST).exists():
+        raise SedacError(f"{output} is not a bundle, so --force does not replace it; remove it first")
+
+
+def _cache_length(skeleton: Skeleton, request: Request) -> int:
+    limit = skeleton.max_positions()
+    length = request.max_cache_length or min(limit or DEFAULT_CACHE_LENGTH, DEFAULT_CACHE_LENGTH)
+    if length < 1 or (limit is not None and length > limit):
+        raise SedacError(
+            f"--max-cache-length {length} is outside 1..{limit}, the positions this model is"
+            " defined for"
+        )
+    return length
+
+
+def _exit_layers(skeleton: Skeleton, request: Request) -> list[int]:
+    """Depths at which a token may stop: all ends of engines, or the requested ones among them."""
+    count, step = len(skeleton.layers), request.layers_per_engine
+    if not 1 <= step <= count:
+        raise SedacError(f"--layers-per-engine {step} is outside 1..{count}, this model's layers")
+    ends = sorted({*range(step, count, step), count})
+    if request.exit_layers is None:
+        return ends
+    wrong = sorted(set(request.exit_layers) - set(ends))
+    if wrong:
+        raise SedacError(
+            f"--exit-layers {wrong[0]} is not the end of an engine; with {step} layers per engine"
+            f" tokens can exit after {', '.join(map(str, ends))}"
+        )
+    return sorted({*request.exit_layers, count})
+
+
+def _trace(skeleton: Skeleton, progress: Progress) -> tuple[Plan, _Graphs]:
+    router = AttentionRouter()
+    with stand_in_weights(skeleton.model), fused_operators(skeleton.model, router):
+        plan = learn_plan(skeleton, router)
+        tracer = Tracer(skeleton, plan, router)
+        signatures = [(kind_of(layer), heads) for layer, heads in zip(skeleton.layers, plan.heads, strict=True)]
+        first: list[int] = []
+        kinds = []
+        for index, signature in enumerate(signatures):
+            same = [k for k, i in enumerate(first) if signatures[i] == signature]
+            kinds.append(same[0] if same else len(first))
+            if not same:
+                first.append(index)
+        steps = 2 * len(first) + 2
+        layers, key_value = [], []
+        for index in first:
+            progress("trace", len(layers) + len(key_value), steps)
+            layers.append(tracer.layer(index))
+            progress("trace", len(layers) + len(key_value), steps)
+            key_value.append(tracer.key_value(index))
+        progress("trace", steps - 2, steps)
+        used = {name for graph in (*layers, *key_value) for name in graph.inputs()}
+        plan.contexts = [replace(c, used=c.name in used) for c in plan.contexts]
+        embed = tracer.embed()
+        progress("trace", steps - 1, steps)
+        head = tracer.head()
+        progress("trace", steps, steps)
+    return plan, _Graphs(embed, head, layers, key_value, kinds)
+
+
+class _EngineWriter:
+    """Writes engines of one bundle: weights first, each once, then graphs that point at them."""
+
+    def __init__(self, skeleton: Skeleton, staging: Path, precision: str) -> None:
+        self.skeleton, self.precision = skeleton, precision
+        self.directory = staging / "onnx"
+        self.directory.mkdir()
+        self.store = WeightStore(self.directory, precision)
+
+    def stamp(self, graph: Graph, name: str, prefix: str) -> onnx.ModelProto:
+        """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
+        sources = {
+            initializer: self.skeleton.sources[prefix + parameter.split(".", 1)[1]]
+            for initializer, parameter in graph.weights.items()
+        }
+        read = self.skeleton.checkpoint.read
+        readers = {source: (lambda s=source: read(s)) for source in sources.values()}
+        self.store.write(f"{name}.data", iter(readers.items()))
+        return stamp(graph, sources, self.store)
+
+    def save(self, model: onnx.ModelProto, name: str) -> str:
+        """Write `model` as onnx/`name`.onnx; its path in the bundle."""
+        onnx.save(model, self.directory / f"{name}.onnx")
+        return f"onnx/{name}.onnx"
+
+
+def _write_engines(
+    skeleton: Skeleton,
+    plan: Plan,
+    graphs: _Graphs,
+    request: Request,
+    staging: Path,
+    progress: Progress,
+) -> bundle.Manifest:
+    writer = _EngineWriter(skeleton, staging, request.precision)
+    fixed = [with_precision(graph, request.precision) for graph in graphs.layers]
+    fills = [with_precision(graph, request.precision) for graph in graphs.key_value]
+    count = len(skeleton.layers)
+    embed = writer.save(
+        writer.stamp(with_precision(graphs.embed, request.precision), "embed", ""), "embed"
+    )
+    layers, key_value = [], []
+    for index in range(count):
+        progress("write", index, count)
+        prefix, kind = f"{skeleton.layers_path}.{index}.", graphs.kinds[index]
+        layers.append(writer.stamp(fixed[kind], f"layer_{index:03}", prefix))
+        fill = writer.stamp(fills[kind], f"layer_{index:03}", prefix)
+        contexts = _contexts(fill)
+        file = writer.save(fill, f"kv_{index:03}")
+        key_value.append(bundle.KeyValueEngineEntry(file=file, contexts=contexts))
+    entries = []
+    for first in range(0, count, request.layers_per_engine):
+        last = min(first + request.layers_per_engine, count)
+        name = f"layer_{first:03}" if last - first == 1 else f"block_{first:03}_{last - 1:03}"
+        entries.append(_write_block(writer, layers[first:last], first, name))
+    monolith = _write_block(writer, layers, 0, "monolith")
+    head = writer.save(writer.stamp(with_precision(graphs.head, request.precision), "head", ""), "head")
+    progress("write", count, count)
+    return bundle.Manifest.model_construct(
+        precision=request.precision,
+        layers_per_engine=request.layers_per_engine,
+        key_value_heads=[bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in plan.heads],
+        contexts=[
+            bundle.ContextTensor(
+                name=c.name,
+                shape=[-1 if axis == 1 else n for axis, n in enumerate(c.shape)],
+                dtype=str(c.dtype).removeprefix("torch."),
+            )
+            for c in plan.contexts
+            if c.used
+        ],
+        engines=bundle.Engines(
+            embed=embed, layers=entries, key_value=key_value, head=head, monolith=monolith
+        ),
+        tool_versions=_tool_versions(),
+    )
+
+
+def _write_block(
+    writer: _EngineWriter, layers: list[onnx.ModelProto], first: int, name: str
+) -> bundle.LayerEngineEntry:
+    model = compose(layers)
+    return bundle.LayerEngineEntry(
+        file=writer.save(model, name),
+        first_layer=first,
+        num_layers=len(layers),
+        contexts=_contexts(model),
+    )
+
+
+def _contexts(model: onnx.ModelProto) -> list[str]:
+    return [v.name for v in model.graph.input if v.name.startswith("context_")]
+
+
+def _facts(
+    skeleton: Skeleton, directory: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> bundle.ModelFacts:
+    config = skeleton.config
+    generation = skeleton.model.generation_config
+    with contextlib.suppress(OSError):
+        from transformers import GenerationConfig
+
+        generation = GenerationConfig.from_pretrained(directory)
+    stops = getattr(generation, "eos_token_id", None)
+    if stops is None:
+        stops = getattr(config, "eos_token_id", None)
+    if stops is None and tokenizer is not None:
+        stops = tokenizer.eos_token_id
+    return bundle.ModelFacts(
+        name=directory.resolve().name,
+        type=config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=len(skeleton.layers),
+        vocab_size=config.vocab_size,
+        eos_token_ids=[] if stops is None else [stops] if isinstance(stops, int) else list(stops),
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    names = ("sedac", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _finish(
+    staging: Path,
+    manifest: bundle.Manifest,
+    validation: Validation,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> bundle.Manifest:
+    """Write everything but the engines, the manifest last."""
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, staging)
+    (staging / bundle.VALIDATION).write_text(json.dumps(asdict(validation), indent=1) + "\n")
+    (staging / bundle.EXIT_CONFIG).write_text(bundle.ExitConfig().model_dump_json(indent=1) + "\n")
+    values = dict(manifest) | {"tokenizer": tokenizer is not None, "files": bundle.list_files(staging)}
+    whole = bundle.Manifest(**values)
+    bundle.write_manifest(staging, whole)
+    return whole
+
+
+@contextlib.contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output`, gone afterwards unless it was renamed."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(output)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent))
+    except OSError as error:
+        raise SedacError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
+    try:
+        yield staging
+    except OSError as error:
+        raise SedacError(
+            f"{output} cannot be written: {error.strerror or error}; nothing was kept"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what killed builds of the same bundle left behind."""
+    for path in output.parent.glob(f".{output.name}.*.*"):
+        owner = path.name.removeprefix(f".{output.name}.").split(".")[0]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(staging: Path, request: Request) -> None:
+    staging.chmod(0o755)
+    if request.output.exists():
+        old = staging.with_name(f"{staging.name}.old")
+        request.output.rename(old)
+        staging.rename(request.output)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        staging.rename(request.output)

@@ -1,0 +1,159 @@
+"""The bundle's manifest, bundle.json, and its exit configuration, sedac_config.json."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sedac_export.errors import SedacError
+from sedac_export.stamp import sha256
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+MANIFEST_DIGEST = "bundle.sha256"
+EXIT_CONFIG = "sedac_config.json"
+VALIDATION = "validation.json"
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelFacts(_Strict):
+    """What the runtime must know of the model."""
+
+    name: str
+    type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    eos_token_ids: list[int]
+
+
+class ContextTensor(_Strict):
+    """An embed output that layers take, of shape [1, tokens, ...]: -1 stands for tokens."""
+
+    name: str
+    shape: list[int]
+    dtype: Literal["float32", "int64", "int32", "bool"]
+
+
+class KeyValueHeads(_Strict):
+    """Cache geometry of one layer."""
+
+    heads: int
+    head_size: int
+
+
+class LayerEngineEntry(_Strict):
+    """One engine of consecutive decoder layers, counted from 0."""
+
+    file: str
+    first_layer: int
+    num_layers: int
+    contexts: list[str]
+
+
+class KeyValueEngineEntry(_Strict):
+    """The engine that fills one layer's cache when the layer is skipped."""
+
+    file: str
+    contexts: list[str]
+
+
+class Engines(_Strict):
+    """Every engine of the bundle. `monolith` runs all layers at once and is for comparison."""
+
+    embed: str
+    layers: list[LayerEngineEntry]
+    key_value: list[KeyValueEngineEntry]
+    head: str
+    monolith: LayerEngineEntry
+
+
+class FileEntry(_Strict):
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Strict):
+    """bundle.json. engines/README.md describes each field."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: ModelFacts
+    precision: Precision
+    target: Literal["onnxruntime"] = "onnxruntime"
+    layers_per_engine: int
+    exit_layers: list[int]
+    max_cache_length: int
+    key_value_heads: list[KeyValueHeads]
+    contexts: list[ContextTensor]
+    engines: Engines
+    tokenizer: bool
+    tool_versions: dict[str, str]
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+
+    def cache_bytes(self) -> int:
+        """Bytes of one sequence's full cache; keys and values are fp32 on CPU."""
+        per_token = sum(2 * 4 * kv.heads * kv.head_size for kv in self.key_value_heads)
+        return per_token * self.max_cache_length
+
+
+class ExitConfig(_Strict):
+    """sedac_config.json: when tokens exit, and what skipped layers' caches get."""
+
+    policy: Literal["stability"] = "stability"
+    tau: float = Field(0.98, ge=0.0)
+    consecutive_k: int = Field(2, ge=1)
+    min_layer_ratio: float = Field(0.2, ge=0.0, le=1.0)
+    kv_fill: Literal["propagate"] = "propagate"
+
+
+def list_files(directory: Path) -> dict[str, FileEntry]:
+    """Size and digest of every file below `directory` but the exit configuration."""
+    entries = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG):
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+    return entries
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write bundle.json and its digest, in the form that `sha256sum -c` reads."""
+    path = directory / MANIFEST
+    path.write_text(manifest.model_dump_json(indent=1) + "\n")
+    (directory / MANIFEST_DIGEST).write_text(f"{sha256(path)}  {MANIFEST}\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the bundle in `directory`.
+
+    Raises SedacError when there is none or it is of another schema.
+    """
+    path = directory / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except FileNotFoundError as error:
+        raise SedacError(
+            f"{directory} is no bundle: it holds no {MANIFEST}; build one with sedac-export build"
+        ) from error
+    except (ValidationError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SedacError(f"{path} cannot be read ({reason}); build the bundle again") from error
+
+
+def read_exit_config(directory: Path) -> ExitConfig:
+    """The exit configuration of the bundle in `directory`; the defaults when it has none."""
+    path = directory / EXIT_CONFIG
+    if not path.exists():
+        return ExitConfig()
+    try:
+        return ExitConfig.model_validate_json(path.read_text())
+    except (ValidationError, ValueError) as error:
+        reason = " ".join(str(error).splitlines()[:3])
+        raise SedacError(f"{path} is out of range ({reason}); correct or delete it") from error

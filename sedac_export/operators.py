@@ -1,0 +1,288 @@
+"""Trace attention, rotary embeddings and RMS norms as single ONNX operators.
+
+transformers computes them from primitives; ONNX Runtime has one fused kernel for each. A patch is
+applied only where the operator computes the same numbers as the module it stands for, so a model
+with a variant of its own keeps its primitives and stays right.
+"""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sedac_export.errors import SedacError
+
+ATTENTION_NAME = "sedac_attention"
+HALF = "sedac_half"
+
+_IGNORED_ATTENTION_ARGUMENTS = frozenset(
+    {
+        "dropout",
+        "scaling",
+        "sliding_window",
+        "softcap",
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "position_embeddings",
+    }
+)
+
+
+class AttentionCache(Protocol):
+    """What stands in for transformers' cache while a layer is traced."""
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take this step's heads, [batch, key-value heads, tokens, head size] each."""
+
+    def attend(self, query: Tensor, **settings: Any) -> Tensor:
+        """The attention's output, [batch, tokens, heads, head size]."""
+
+
+class AttentionRouter:
+    """Sends every attention call of a model to the cache of the layer being traced."""
+
+    def __init__(self) -> None:
+        self.cache: AttentionCache | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' attention interface."""
+        unknown = sorted(
+            name
+            for name, argument in others.items()
+            if argument is not None and name not in _IGNORED_ATTENTION_ARGUMENTS
+        )
+        if unknown or attention_mask is not None:
+            reason = ", ".join(unknown) or "a mask of its own"
+            raise SedacError(
+                f"{type(module).__name__} passes {reason} to attention, which the engines cannot"
+                " express; this model is not supported"
+            )
+        if key.shape[-1] != value.shape[-1]:
+            raise SedacError(
+                f"{type(module).__name__} has keys of {key.shape[-1]} and values of"
+                f" {value.shape[-1]} numbers a head; engines need them equal"
+            )
+        assert self.cache is not None
+        output = self.cache.attend(
+            query, scale=scaling, window=sliding_window or -1, softcap=softcap or 0.0
+        )
+        return output, None
+
+
+def group_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: tuple[Tensor, Tensor],
+    lengths: tuple[Tensor, Tensor],
+    scale: float | None,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ONNX Runtime's GroupQueryAttention over a cache that is updated in place.
+
+    query: [batch, heads, tokens, head size]; key, value: the same with key-value heads; past: key
+    and value caches [batch, key-value heads, cache length, head size]; lengths: `seqlens_k` int32
+    [batch] (entries after this step, minus one) and `total_sequence_length` int32 scalar. window
+    is the number of positions seen, -1 for all. Returns the output [batch, tokens, heads, head
+    size] and the two updated caches.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+    """
+    heads, key_heads = query.shape[1], key.shape[1]
+    flat = [_heads_last(tensor) for tensor in (query, key, value)]
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key_heads}
+    if scale is not None:
+        attributes["scale"] = float(scale)
+    if window > 0:
+        attributes["local_window_size"] = int(window)
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (*flat, *past, *lengths),
+        attributes,
+        dtypes=[query.dtype] * 3,
+        shapes=[flat[0].shape, past[0].shape, past[1].shape],
+        version=1,
+    )
+    return output.unflatten(2, (heads, query.shape[3])), present_key, present_value
+
+
+def scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    """`past` [batch, heads, cache length, size] with `update`'s tokens written at `write_index`.
+
+    write_index: int64 [batch]. https://onnx.ai/onnx/operators/onnx__TensorScatter.html
+    """
+    return torch.onnx.ops.symbolic(
+        "TensorScatter",
+        (past, update, write_index),
+        {"axis": -2, "mode": "linear"},
+        dtype=past.dtype,
+        shape=past.shape,
+        version=24,
+    )
+
+
+@contextlib.contextmanager
+def fused_operators(model: PreTrainedModel, router: AttentionRouter) -> Iterator[None]:
+    """Within this context `model` traces to fused operators; afterwards it is as before."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_routed_attention(model, router))
+        for name in {type(module).__module__ for module in model.modules()}:
+            stack.enter_context(_fused_rotary(sys.modules[name]))
+        for module in model.modules():
+            stack.enter_context(_fused_norm(module))
+        yield
+
+
+def _heads_last(tensor: Tensor) -> Tensor:
+    """[batch, heads, tokens, size] as [batch, tokens, heads * size]."""
+    return tensor.transpose(1, 2).flatten(2)
+
+
+@contextlib.contextmanager
+def _routed_attention(model: PreTrainedModel, router: AttentionRouter) -> Iterator[None]:
+    config = model.config.get_text_config()
+    saved = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, router)
+    config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = saved
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[ATTENTION_NAME]
+
+
+@contextlib.contextmanager
+def _fused_rotary(module: Any) -> Iterator[None]:
+    original = getattr(module, "apply_rotary_pos_emb", None)
+    if original is None or not _is_half_rotation(original):
+        yield
+        return
+    module.apply_rotary_pos_emb = _rotary
+    try:
+        yield
+    finally:
+        module.apply_rotary_pos_emb = original
+
+
+def _rotary(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """transformers' apply_rotary_pos_emb; query and key are [batch, heads, tokens, size]."""
+    size = cos.shape[-1]
+    half_cos, half_sin = half(cos), half(sin)
+
+    def rotate(tensor: Tensor) -> Tensor:
+        rotated = _rotary_operator(tensor[..., :size], half_cos, half_sin)
+        if tensor.shape[-1] == size:
+            return rotated
+        return torch.cat((rotated, tensor[..., size:]), dim=-1)
+
+    return rotate(query), rotate(key)
+
+
+def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads, size = tensor.shape[1], tensor.shape[3]
+    flat = _heads_last(tensor)
+    rotated = torch.onnx.ops.symbolic(
+        "RotaryEmbedding",
+        (flat, cos, sin),
+        {"interleaved": 0, "num_heads": heads},
+        dtype=flat.dtype,
+        shape=flat.shape,
+        version=23,
+    )
+    return rotated.unflatten(2, (heads, size)).transpose(1, 2)
+
+
+def half(table: Tensor) -> Tensor:
+    """The first half of a rotary table [batch, tokens, size] whose halves are equal."""
+    known = getattr(table, HALF, None)
+    return table[..., : table.shape[-1] // 2] if known is None else known
+
+
+def _is_half_rotation(function: Callable[..., Any]) -> bool:
+    """Whether `function` rotates the two halves of each head, as Llama does."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 3, 8, generator=generator)
+    angles = torch.randn(1, 3, 4, generator=generator)
+    cos, sin = (torch.cat((table, table), -1) for table in (angles.cos(), angles.sin()))
+    try:
+        results = function(query, key, cos, sin)
+    except Exception:
+        return False  # another signature: a rotation that we do not know
+    for tensor, result in zip((query, key), results, strict=True):
+        turned = torch.cat((-tensor[..., 4:], tensor[..., :4]), -1)
+        expected = tensor * cos[:, None] + turned * sin[:, None]
+        if result.shape != expected.shape or not torch.allclose(result, expected, atol=1e-6):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _fused_norm(module: nn.Module) -> Iterator[None]:
+    forward = _norm_operator(module) if "RMSNorm" in type(module).__name__ else None
+    if forward is None:
+        yield
+        return
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _norm_operator(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """A forward of `module` as one RMSNormalization, None when it computes something else."""
+    weight = getattr(module, "weight", None)
+    epsilon = next(
+        (getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)),
+        None,
+    )
+    if weight is None or not isinstance(epsilon, float):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, *weight.shape, generator=generator)
+    stand_in = copy.copy(module)
+    stand_in._parameters = {
+        "weight": nn.Parameter(torch.randn(weight.shape, generator=generator), requires_grad=False)
+    }
+    expected = type(module).forward(stand_in, sample)
+    for offset in (0.0, 1.0):
+        scale = stand_in.weight + offset if offset else stand_in.weight
+        if torch.allclose(F.rms_norm(sample, weight.shape, scale, epsilon), expected, atol=1e-5):
+            return _rms_norm(module, epsilon, offset)
+    return None
+
+
+def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        scale = module.weight + offset if offset else module.weight
+        return F.rms_norm(x, module.weight.shape, scale, epsilon)
+
+    return forward

@@ -1,0 +1,132 @@
+"""Fill traced graphs with weights: write each weight once, point every graph at it."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from sedac_export.errors import SedacError
+from sedac_export.trace import Graph
+
+# ONNX Runtime maps external data from page-aligned offsets without copying
+_ALIGNMENT = 4096
+
+_STORAGE = {
+    "fp32": (torch.float32, TensorProto.FLOAT),
+    "fp16": (torch.float16, TensorProto.FLOAT16),
+    "bf16": (torch.bfloat16, TensorProto.BFLOAT16),
+}
+
+
+def stored(tensor: torch.Tensor, precision: str, name: str) -> torch.Tensor:
+    """`tensor` in the dtype of `precision`. Raises SedacError when a value overflows it."""
+    dtype, _ = _STORAGE[precision]
+    result = tensor.to(dtype)
+    if not bool(torch.isfinite(result).all()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise SedacError(f"weight {name} holds infinities or NaN; is the checkpoint damaged?")
+        raise SedacError(f"weight {name} overflows {precision}; build with --precision bf16 or fp32")
+    return result
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies in the bundle's external data."""
+
+    location: str
+    offset: int
+    length: int
+
+
+@dataclass
+class WeightStore:
+    """Writes weights in `precision` to data files in `directory`, each weight once."""
+
+    directory: Path
+    precision: str
+    places: dict[str, Place] = field(default_factory=dict)
+
+    def write(self, location: str, weights: Iterator[tuple[str, Callable[[], torch.Tensor]]]) -> None:
+        """Append (source name, reader) pairs that are not stored yet to the file `location`."""
+        missing = [(name, read) for name, read in weights if name not in self.places]
+        if not missing:
+            return
+        with (self.directory / location).open("wb") as file:
+            for name, read in missing:
+                tensor = stored(read(), self.precision, name).contiguous()
+                data = memoryview(tensor.view(torch.uint8).reshape(-1).numpy())
+                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                self.places[name] = Place(location, file.tell(), len(data))
+                file.write(data)
+
+
+def with_precision(graph: Graph, precision: str) -> Graph:
+    """`graph` with weights stored in `precision` and cast to fp32 where they are used.
+
+    ONNX Runtime folds the casts when it loads the engine; a table that is only gathered from is
+    cast after the gather, so that it stays small in memory too.
+    """
+    if precision == "fp32":
+        return graph
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    _, data_type = _STORAGE[precision]
+    for initializer in model.graph.initializer:
+        if initializer.name in graph.weights:
+            initializer.data_type = data_type
+            _cast_uses(model.graph, initializer.name)
+    return Graph(model, graph.weights)
+
+
+def _cast_uses(graph: onnx.GraphProto, weight: str) -> None:
+    users = [node for node in graph.node if weight in node.input]
+    if all(node.op_type == "Gather" for node in users):
+        for node in users:
+            gathered = f"{node.output[0]}_stored"
+            cast = helper.make_node("Cast", [gathered], [node.output[0]], to=TensorProto.FLOAT)
+            node.output[0] = gathered
+            graph.node.insert(list(graph.node).index(node) + 1, cast)
+        return
+    used = f"{weight}_fp32"
+    for node in users:
+        for position, name in enumerate(node.input):
+            if name == weight:
+                node.input[position] = used
+    graph.node.insert(0, helper.make_node("Cast", [weight], [used], to=TensorProto.FLOAT))
+
+
+def stamp(graph: Graph, sources: dict[str, str], store: WeightStore) -> onnx.ModelProto:
+    """A copy of `graph` that reads its weights from `store`.
+
+    sources: initialiser name -> name under which the weight was stored.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    for initializer in model.graph.initializer:
+        if initializer.name in graph.weights:
+            point(initializer, store.places[sources[initializer.name]])
+    return model
+
+
+def point(initializer: TensorProto, place: Place) -> None:
+    """Make `initializer` an external tensor at `place`."""
+    initializer.ClearField("raw_data")
+    initializer.data_location = TensorProto.EXTERNAL
+    del initializer.external_data[:]
+    for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
+        initializer.external_data.add(key=key, value=str(value))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()

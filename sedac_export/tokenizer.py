@@ -1,0 +1,55 @@
+"""Store the tokenizer that transformers really uses, for a runtime without transformers."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sedac_export.errors import SedacError
+
+_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n    return x  # 3.14159 + 1e-5\n",
+    "Grüße, naïve café: 你好世界 🙂 — “quotes”",
+    "  leading,   inner\tand trailing   ",
+)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model directory, None when the directory holds none.
+
+    Raises SedacError when it has no fast form, which is all that the runtime can read.
+    """
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SedacError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise SedacError(
+            f"{directory}: {type(tokenizer).__name__} has no fast form (tokenizer.json); convert it"
+            " with transformers first"
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write tokenizer.json and its configuration, and check that both sides give the same ids.
+
+    For some model types AutoTokenizer replaces parts of the files it reads, so what is stored is
+    the tokenizer in memory, not a copy of the files.
+    """
+    tokenizer.save_pretrained(directory)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.save(str(directory / "tokenizer.json"))
+    stored = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for sample in _SAMPLES:
+        if stored.encode(sample).ids != tokenizer(sample)["input_ids"]:
+            raise SedacError(
+                f"the stored tokenizer encodes {sample!r} otherwise than"
+                f" {type(tokenizer).__name__}; this tokenizer is not supported"
+            )

@@ -1,0 +1,227 @@
+"""Compare every engine of a bundle, and the whole chain, with the original model."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+
+from sedac_export.errors import SedacError
+from sedac_export.manifest import LayerEngineEntry, Manifest
+from sedac_export.reference import Reference, run_reference
+from sedac_export.skeleton import Skeleton
+
+Array = npt.NDArray[Any]
+
+# prefill, a chunk on top of a filled cache, and decode
+CHUNKS = (64, 7, 1)
+
+
+@dataclass
+class Row:
+    """How far one engine is from the original, over all chunks.
+
+    error is the largest absolute difference divided by the larger of 1 and the largest reference
+    value; agreement is the share of positions with the same argmax (of logits or hidden state).
+    """
+
+    engine: str
+    error: float = 0.0
+    cosine: float = 1.0
+    agreement: float = 1.0
+    errors: dict[int, float] = field(default_factory=dict)
+
+    def add(self, tokens: int, got: Array, expected: Array) -> None:
+        """Count one chunk's output [1, tokens, n] in."""
+        scale = max(1.0, float(np.abs(expected).max()))
+        error = float(np.abs(got - expected).max()) / scale
+        self.errors[tokens] = error if np.isfinite(error) else float("inf")
+        self.error = max(self.error, self.errors[tokens])
+        norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1)
+        cosine = (got * expected).sum(-1) / np.maximum(norms, 1e-30)
+        self.cosine = min(self.cosine, float(cosine.min()))
+        same = (got.argmax(-1) == expected.argmax(-1)).mean()
+        self.agreement = min(self.agreement, float(same))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Per-engine rows on the original's own hidden states, and the chain end to end."""
+
+    tolerance: float
+    engines: list[Row]
+    end_to_end: Row
+
+    def worst(self) -> Row:
+        """The row furthest over the tolerance, or nearest to it."""
+        return max([*self.engines, self.end_to_end], key=lambda row: row.error)
+
+    def check(self) -> None:
+        """Raise SedacError naming the engine that is over the tolerance, if one is."""
+        for row in [*self.engines, self.end_to_end]:
+            if not row.error <= self.tolerance:
+                raise SedacError(
+                    f"engine {row.engine} differs from the original by {row.error:.2e}, over the"
+                    f" tolerance of {self.tolerance:.0e}; nothing was kept (--atol sets it)"
+                )
+
+
+def validate(skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float) -> Validation:
+    """Run the bundle in `directory` against the streamed original."""
+    chunks = list(_chunks(manifest.max_cache_length))
+    length = chunks[-1].stop
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, manifest.model.vocab_size, (1, length), generator=generator)
+    reference = run_reference(skeleton, tokens, manifest.precision)
+    return _Comparison(directory, manifest, reference, tokens.numpy(), chunks).run(tolerance)
+
+
+def _chunks(max_cache_length: int) -> Iterator[slice]:
+    start = 0
+    for size in CHUNKS:
+        if start + size <= max_cache_length:
+            yield slice(start, start + size)
+            start += size
+
+
+@dataclass
+class _Comparison:
+    directory: Path
+    manifest: Manifest
+    reference: Reference
+    tokens: Array
+    chunks: list[slice]
+    rows: list[Row] = field(default_factory=list)
+
+    def run(self, tolerance: float) -> Validation:
+        contexts = self._embed()
+        chained = self._expected(0)
+        for entry in self.manifest.engines.layers:
+            chained = self._layer(entry, contexts, chained)
+        end_to_end = self._head(chained)
+        return Validation(tolerance, self.rows, end_to_end)
+
+    def _expected(self, layer: int) -> list[Array]:
+        hidden = self.reference.hidden[layer].numpy()
+        return [hidden[:, chunk] for chunk in self.chunks]
+
+    def _embed(self) -> list[dict[str, Array]]:
+        """Check the embed engine; its context tensors, a dict per chunk."""
+        session = _session(self.directory / self.manifest.engines.embed)
+        names = [output.name for output in session.get_outputs()]
+        row = Row("embed")
+        contexts = []
+        for chunk, expected in zip(self.chunks, self._expected(0), strict=True):
+            positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
+            feeds = {"input_ids": self.tokens[:, chunk], "position_ids": positions}
+            outputs = dict(zip(names, _run(session, feeds), strict=True))
+            row.add(len(positions[0]), outputs.pop("x"), expected)
+            contexts.append(outputs)
+        self.rows.append(row)
+        return contexts
+
+    def _layer(
+        self, entry: LayerEngineEntry, contexts: list[dict[str, Array]], chained: list[Array]
+    ) -> list[Array]:
+        """Check one layer engine and its kv engines; the chained hidden states after it."""
+        name = Path(entry.file).stem
+        session = _session(self.directory / entry.file)
+        after = self._expected(entry.first_layer + entry.num_layers)
+        row = Row(name)
+        cache, chain_cache = self._empty(entry), self._empty(entry)
+        outputs = []
+        before = self._expected(entry.first_layer)
+        for chunk, x, expected, link, context in zip(
+            self.chunks, before, after, chained, contexts, strict=True
+        ):
+            y, cache = _step(session, x, chunk, context, cache)
+            row.add(x.shape[1], y, expected)
+            link, chain_cache = _step(session, link, chunk, context, chain_cache)
+            outputs.append(link)
+        self.rows.append(row)
+        for index in range(entry.num_layers):
+            self._key_value(entry.first_layer + index, contexts, cache, index)
+        return outputs
+
+    def _key_value(
+        self, layer: int, contexts: list[dict[str, Array]], cache: dict[str, Array], index: int
+    ) -> None:
+        """Check that a layer's kv engine fills its cache as the layer engine does."""
+        entry = self.manifest.engines.key_value[layer]
+        session = _session(self.directory / entry.file)
+        expected = [cache[f"past_{kind}_{index}"] for kind in ("key", "value")]
+        present = [np.zeros_like(array) for array in expected]
+        for chunk, x, context in zip(self.chunks, self._expected(layer), contexts, strict=True):
+            feeds = {"x": x, "write_index": np.array([chunk.start], dtype=np.int64)}
+            feeds |= {"past_key_0": present[0], "past_value_0": present[1]}
+            present = _run(session, feeds | context)
+        row = Row(Path(entry.file).stem)
+        for got, wanted in zip(present, expected, strict=True):
+            row.add(self.chunks[-1].stop, got, wanted)
+        self.rows.append(row)
+
+    def _head(self, chained: list[Array]) -> Row:
+        session = _session(self.directory / self.manifest.engines.head)
+        own, end_to_end = Row("head"), Row("end to end")
+        last = self._expected(self.manifest.model.num_layers)
+        for chunk, x, link in zip(self.chunks, last, chained, strict=True):
+            expected = self.reference.logits[:, chunk].numpy()
+            own.add(x.shape[1], _run(session, {"x": x})[0], expected)
+            end_to_end.add(x.shape[1], _run(session, {"x": link})[0], expected)
+        self.rows.append(own)
+        return end_to_end
+
+    def _empty(self, entry: LayerEngineEntry) -> dict[str, Array]:
+        length = self.chunks[-1].stop
+        cache = {}
+        for index in range(entry.num_layers):
+            kv = self.manifest.key_value_heads[entry.first_layer + index]
+            for kind in ("key", "value"):
+                shape = (1, kv.heads, length, kv.head_size)
+                cache[f"past_{kind}_{index}"] = np.zeros(shape, dtype=np.float32)
+        return cache
+
+
+def _step(
+    session: onnxruntime.InferenceSession,
+    x: Array,
+    chunk: slice,
+    context: dict[str, Array],
+    cache: dict[str, Array],
+) -> tuple[Array, dict[str, Array]]:
+    """Run a layer engine on one chunk: its y and the cache for the next chunk."""
+    lengths = {
+        "seqlens_k": np.array([chunk.stop - 1], dtype=np.int32),
+        "total_sequence_length": np.array(chunk.stop, dtype=np.int32),
+    }
+    outputs = dict(
+        zip(
+            [output.name for output in session.get_outputs()],
+            _run(session, {"x": x} | lengths | cache | context),
+            strict=True,
+        )
+    )
+    present = {name: outputs[name.replace("past", "present")] for name in cache}
+    return outputs["y"], present
+
+
+def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Array]) -> list[Array]:
+    known = {value.name for value in session.get_inputs()}
+    outputs: list[Array] = session.run(None, {k: v for k, v in feeds.items() if k in known})
+    return outputs
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    """A session that spends no memory on speed: each engine runs a handful of times."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3  # the caches are copied here on purpose
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
