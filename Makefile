@@ -1,0 +1,52 @@
+# make demo | make test | make lint: each brings its own environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := engines/demo
+# certificates of the system, so that proxies with their own are trusted
+export UV_SYSTEM_CERTS ?= 1
+export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
+
+RUST := Cargo.toml Cargo.lock $(shell find sedac-core -name '*.rs' -o -name Cargo.toml)
+PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
+EXPORTER := $(wildcard sedac_export/*.py)
+
+.PHONY: demo test test-fast lint format clean
+
+demo: $(DEMO)/bundle.json
+	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \
+		--prompt "$$(printf 'class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n')"
+
+test: $(INSTALLED)
+	cargo test --workspace --locked
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest sedac_runtime._core
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cargo fmt --all
+
+$(DEMO)/bundle.json: $(INSTALLED) $(EXPORTER) $(wildcard demo/model/*)
+	$(BIN)/sedac-export build --model demo/model --precision fp16 --output $(DEMO) --force
+	touch $@
+
+$(INSTALLED): $(PACKAGES) $(RUST) | $(BIN)/uv
+	$(BIN)/uv sync --locked --inexact --extra dev
+	touch $@
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "uv>=0.9,<1"
+
+clean:
+	rm -rf $(VENV) target $(DEMO)

@@ -1,0 +1,17 @@
+"""Run SEDAC bundles: per-layer engines under a Rust loop with early exit."""
+
+from sedac_runtime._core import BundleError, EngineError, InputError, SedacError
+from sedac_runtime.bench import bench
+from sedac_runtime.model import GenerationOutput, GenerationStream, SedacModel, TokenOutput
+
+__all__ = [
+    "BundleError",
+    "EngineError",
+    "GenerationOutput",
+    "GenerationStream",
+    "InputError",
+    "SedacError",
+    "SedacModel",
+    "TokenOutput",
+    "bench",
+]

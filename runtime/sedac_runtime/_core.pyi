@@ -1,0 +1,75 @@
+"""The Rust core's binding. Everything public is re-exported by sedac_runtime."""
+
+import os
+from typing import Any, final
+
+__version__: str
+
+class SedacError(Exception):
+    """Base of all errors of sedac_runtime."""
+
+class BundleError(SedacError):
+    """A bundle is missing, damaged or of another schema."""
+
+class InputError(SedacError):
+    """A setting is out of range or a prompt cannot be used."""
+
+class EngineError(SedacError):
+    """ONNX Runtime or the tokenizer failed."""
+
+@final
+class Model:
+    """A bundle with its engines loaded."""
+
+    def __new__(
+        cls, directory: str | os.PathLike[str], library: str | os.PathLike[str], threads: int
+    ) -> Model: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def max_cache_length(self) -> int: ...
+    @property
+    def exit_layers(self) -> list[int]: ...
+    @property
+    def eos_token_ids(self) -> list[int]: ...
+    @property
+    def has_tokenizer(self) -> bool: ...
+    @property
+    def exit_config(self) -> dict[str, Any]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, tokens: list[int]) -> str: ...
+    def generate(
+        self,
+        prompt: list[int],
+        *,
+        max_new_tokens: int,
+        stop_tokens: list[int],
+        stability: tuple[float, int, float] | None = None,
+        forced_exit: list[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> Generation: ...
+
+@final
+class Generation:
+    """Yields (token id, text, exit layer, exit reason) for each token as it is generated."""
+
+    def __iter__(self) -> Generation: ...
+    def __next__(self) -> tuple[int, str, int, str]: ...
+    def summary(self) -> dict[str, Any]: ...
+
+def bench(
+    directory: str | os.PathLike[str],
+    library: str | os.PathLike[str],
+    threads: int,
+    cases: list[tuple[str, bool, int | None]],
+    prompt: list[int],
+    new_tokens: int,
+    repeat: int,
+) -> list[dict[str, Any]]: ...

@@ -1,0 +1,222 @@
+"""The command sedac-runtime."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sedac_runtime import SedacError, SedacModel
+from sedac_runtime.bench import bench as run_bench
+from sedac_runtime.model import GenerationStream
+
+app = typer.Typer(
+    help="Run SEDAC bundles: per-layer engines with early exit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+EnginesOption = Annotated[Path, typer.Option("--engines", help="The bundle's directory.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads for the engines. [default: all processors]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class GenerationMode(StrEnum):
+    """What --mode takes."""
+
+    FULL = "full"
+    EXIT = "exit"
+
+
+class KvFill(StrEnum):
+    """What --kv-fill takes."""
+
+    PROPAGATE = "propagate"
+
+
+class Reference(StrEnum):
+    """What --against takes."""
+
+    MONOLITH = "monolith"
+
+
+@app.command()
+def generate(
+    engines: EnginesOption,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="Read the prompt from this UTF-8 file; - is stdin.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many.")] = 128,
+    mode: Annotated[
+        GenerationMode, typer.Option(help="Run every layer, or let stable tokens exit.")
+    ] = GenerationMode.EXIT,
+    tau: Annotated[
+        float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
+    ] = None,
+    consecutive_k: Annotated[
+        int | None, typer.Option(help="Layers in a row that must. [default: the bundle's]")
+    ] = None,
+    min_layer_ratio: Annotated[
+        float | None, typer.Option(help="Share of layers that always run. [default: the bundle's]")
+    ] = None,
+    kv_fill: Annotated[
+        KvFill, typer.Option(help="What the caches of skipped layers get.")
+    ] = KvFill.PROPAGATE,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this sum.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep those at least so likely, relatively.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 does nothing.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    threads: ThreadsOption = None,
+    stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt."""
+    text = _read_prompt(prompt, prompt_file)
+    model = SedacModel.from_pretrained(engines, threads=threads)
+    tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
+    generation = model.stream(
+        tokens,
+        max_new_tokens=max_new_tokens,
+        mode=mode.value,
+        tau=tau,
+        consecutive_k=consecutive_k,
+        min_layer_ratio=min_layer_ratio,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps(asdict(generation.output)))
+        return
+    if stream:
+        for token in generation:
+            _write(token.text)
+        _write(generation.rest + "\n")
+    else:
+        _write(generation.output.text + "\n")
+    _print_statistics(generation)
+
+
+@app.command()
+def bench(
+    engines: EnginesOption,
+    forced_exit: Annotated[
+        str | None, typer.Option(help="Depths to exit every token at, such as 6,12,24.")
+    ] = None,
+    against: Annotated[
+        Reference | None, typer.Option(help="Also run all layers in one engine.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens before the timing.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed repeats of each row.")] = 5,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure time per token, the ways to run taking turns."""
+    rows = run_bench(
+        engines,
+        forced_exit=_depths(forced_exit),
+        monolith=against is Reference.MONOLITH,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeat=repeat,
+        threads=threads,
+    )
+    if as_json:
+        print(json.dumps({"rows": rows}))
+        return
+    table = Table("row", "ms/token", "tokens/s", "min ms", "max ms", "mean exit layer")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            *(
+                f"{row[key]:.3f}"
+                for key in ("ms_per_token", "tokens_per_second", "min_ms", "max_ms")
+            ),
+            f"{row['mean_exit_layer']:.1f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
+    try:
+        app()
+    except (SedacError, OSError, ValueError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        console.print("stopped", style="yellow")
+        sys.exit(130)
+
+
+def _fail(error: Exception) -> NoReturn:
+    if isinstance(error, BrokenPipeError):
+        # the reader has gone; python would complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give either --prompt or --prompt-file")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    try:
+        if prompt_file == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        return Path(prompt_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{prompt_file} is not UTF-8 (byte {error.start}); convert it first"
+        ) from error
+
+
+def _depths(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--forced-exit {text} is no list of depths such as 6,12,24") from error
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_statistics(generation: GenerationStream) -> None:
+    output = generation.output
+    print(
+        f"{len(output.tokens)} tokens, {output.decode_tokens_per_second:.1f} tokens/s,"
+        f" mean exit layer {output.mean_exit_layer:.1f} of {output.num_layers},"
+        f" prefill {output.prefill_ms:.0f} ms, finished by {output.finish_reason}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""SedacModel: a loaded bundle, used as transformers' models are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sedac_runtime import _core
+from sedac_runtime.chat import Message, render_chat
+from sedac_runtime.library import default_threads, find_onnxruntime
+
+Mode = Literal["full", "exit"]
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One generated token: its id, the text it completes, the layers executed, and why no more."""
+
+    id: int
+    text: str
+    exit_layer: int
+    exit_reason: str
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """A finished generation. Field by field the object that `generate --json` prints."""
+
+    text: str
+    tokens: list[int]
+    exit_layers: list[int]
+    num_layers: int
+    mean_exit_layer: float
+    exit_reasons: list[str]
+    mode: Mode
+    kv_fill: str
+    prompt_tokens: int
+    prefill_ms: float
+    decode_ms: float
+    decode_tokens_per_second: float
+    finish_reason: str
+
+
+class GenerationStream:
+    """Iterates over TokenOutputs as they are generated; then `output` is the whole."""
+
+    def __init__(
+        self, generation: _core.Generation, mode: Mode, prompt_tokens: int, num_layers: int
+    ) -> None:
+        self._generation = generation
+        self._mode = mode
+        self._prompt_tokens = prompt_tokens
+        self._num_layers = num_layers
+        self._tokens: list[TokenOutput] = []
+        self._output: GenerationOutput | None = None
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        for identifier, text, exit_layer, reason in self._generation:
+            token = TokenOutput(identifier, text, exit_layer, reason)
+            self._tokens.append(token)
+            yield token
+        if self._output is None:
+            self._output = self._collect()
+
+    @property
+    def output(self) -> GenerationOutput:
+        """The finished generation; runs to the end if the stream was not iterated over."""
+        if self._output is None:
+            for _ in self:
+                pass
+        assert self._output is not None
+        return self._output
+
+    @property
+    def rest(self) -> str:
+        """Text that no token completed, such as an unfinished character at the end."""
+        return self.output.text[sum(len(token.text) for token in self._tokens) :]
+
+    def _collect(self) -> GenerationOutput:
+        summary = self._generation.summary()
+        layers = [token.exit_layer for token in self._tokens]
+        decoded = len(layers) - 1
+        return GenerationOutput(
+            text="".join(token.text for token in self._tokens) + summary["rest"],
+            tokens=[token.id for token in self._tokens],
+            exit_layers=layers,
+            num_layers=self._num_layers,
+            mean_exit_layer=sum(layers) / len(layers),
+            exit_reasons=[token.exit_reason for token in self._tokens],
+            mode=self._mode,
+            kv_fill="propagate",
+            prompt_tokens=self._prompt_tokens,
+            prefill_ms=summary["prefill_ms"],
+            decode_ms=summary["decode_ms"],
+            decode_tokens_per_second=decoded / summary["decode_ms"] * 1e3 if decoded else 0.0,
+            finish_reason=summary["finish_reason"],
+        )
+
+
+class SedacModel:
+    """A bundle with its engines loaded. One sequence is generated at a time."""
+
+    def __init__(self, bundle: Path, core: _core.Model) -> None:
+        self.bundle = bundle
+        self._core = core
+
+    @classmethod
+    def from_pretrained(cls, bundle: str | Path, *, threads: int | None = None) -> "SedacModel":
+        """Check and load the bundle in directory `bundle`.
+
+        threads is fixed for the process by the first bundle loaded; None takes all processors.
+        Raises BundleError when the bundle is damaged, EngineError when ONNX Runtime fails.
+        """
+        count = default_threads() if threads is None else threads
+        if count < 1:
+            raise _core.InputError(f"threads {count} is out of range: 1 or more")
+        path = Path(bundle)
+        return cls(path, _core.Model(path, find_onnxruntime(), count))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self._core.num_layers
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a text."""
+        return self._core.eos_token_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` with the special tokens that the model expects around a text."""
+        return self._core.encode(text)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """Token ids of a chat, rendered by the bundle's template."""
+        return self._core.encode(render_chat(self.bundle, messages), add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special tokens left out."""
+        return self._core.decode(list(tokens))
+
+    def generate(self, prompt: str | Sequence[int], **settings: object) -> GenerationOutput:
+        """Generate to the end. Takes what `stream` takes."""
+        return self.stream(prompt, **settings).output  # type: ignore[arg-type]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        mode: Mode = "exit",
+        tau: float | None = None,
+        consecutive_k: int | None = None,
+        min_layer_ratio: float | None = None,
+        forced_exit: Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> GenerationStream:
+        """Generate token by token after `prompt`, a text or token ids.
+
+        mode "full" runs every layer; "exit" stops a token once `consecutive_k` layers in a row had
+        a stability of at least `tau`, from `min_layer_ratio` of the layers on. What is None comes
+        from the bundle's sedac_config.json. forced_exit exits after the given depths in turn,
+        whatever the policy says. temperature 0 is greedy. stop_tokens None means the model's
+        end-of-text tokens.
+
+        Raises InputError when a setting is out of range or the prompt does not fit.
+        """
+        tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        defaults = self._core.exit_config
+        stability = (
+            defaults["tau"] if tau is None else tau,
+            defaults["consecutive_k"] if consecutive_k is None else consecutive_k,
+            defaults["min_layer_ratio"] if min_layer_ratio is None else min_layer_ratio,
+        )
+        generation = self._core.generate(
+            tokens,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=self.eos_token_ids if stop_tokens is None else list(stop_tokens),
+            stability=stability if mode == "exit" else None,
+            forced_exit=None if forced_exit is None else list(forced_exit),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return GenerationStream(generation, mode, len(tokens), self.num_layers)

@@ -1,0 +1,93 @@
+//! What runs engines. Each backend is one file.
+//!
+//! A [`Backend`] runs whole steps: where the decision to exit is taken, on the host or on a
+//! device, is its own matter. One that decides on the host only has to provide [`Engines`] and is
+//! driven by [`HostDecided`].
+
+mod host;
+mod onnxruntime;
+
+use std::ops::Range;
+
+pub use host::HostDecided;
+pub use onnxruntime::{Layout, OnnxRuntime};
+
+use crate::error::Result;
+use crate::interrupt::Interrupt;
+use crate::policy::{ExitReason, Policy};
+
+/// How one token's step ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// Layers executed, 1 to the number of layers.
+    pub exit_layer: usize,
+    /// Why no further.
+    pub reason: ExitReason,
+}
+
+/// Runs steps of one sequence.
+pub trait Backend: Send {
+    /// Decoder layers of the model.
+    fn num_layers(&self) -> usize;
+
+    /// Positions there is still room for.
+    fn room(&self) -> usize;
+
+    /// Forget the sequence.
+    fn reset(&mut self);
+
+    /// Run `tokens` at full depth; afterwards [`logits`](Self::logits) are the last one's.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`](crate::Error::Prompt) when they do not fit, [`Error::Cancelled`]
+    /// (crate::Error::Cancelled) when interrupted, and what the engines report. After an error the
+    /// sequence must be [`reset`](Self::reset).
+    fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()>;
+
+    /// Run one token under `policy`; afterwards [`logits`](Self::logits) are its own, taken where
+    /// it exited. Fails as [`prefill`](Self::prefill) does.
+    fn decode(
+        &mut self,
+        token: u32,
+        policy: &mut dyn Policy,
+        interrupt: &Interrupt,
+    ) -> Result<Step>;
+
+    /// Logits of the newest token.
+    fn logits(&self) -> &[f32];
+
+    /// Fill what exits left open in the caches, so that every layer holds every position.
+    fn complete(&mut self) -> Result<()>;
+}
+
+/// Single engines of one sequence, for a host that decides between them.
+///
+/// The engines carry a current residual stream: [`embed`](Self::embed) sets it and each
+/// [`run`](Self::run) takes it through one engine.
+pub trait Engines: Send {
+    /// Layers of each engine, shallowest first; together they cover the model.
+    fn layers(&self) -> Vec<Range<usize>>;
+
+    /// Start a pass over `tokens` at positions from `start` on.
+    fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()>;
+
+    /// Take the current residual stream through `engine`; its layers' caches then hold the pass's
+    /// positions.
+    fn run(&mut self, engine: usize) -> Result<()>;
+
+    /// Stability after each layer of `engine`, for the newest token of the last
+    /// [`run`](Self::run).
+    fn stability(&self, engine: usize) -> &[f32];
+
+    /// Keep the newest token's residual stream as the exit hidden state of `position`.
+    fn keep(&mut self, position: usize);
+
+    /// Fill `layer`'s cache at `positions` from their kept exit hidden states.
+    fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()>;
+
+    /// Compute the newest token's logits from the current residual stream.
+    fn head(&mut self) -> Result<()>;
+
+    /// The logits computed last.
+    fn logits(&self) -> &[f32];
+}

@@ -1,0 +1,221 @@
+//! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
+
+mod pass;
+mod runtime;
+
+use std::ops::Range;
+use std::path::Path;
+
+use ort::session::{IoBinding, Session};
+use ort::value::Tensor;
+
+use self::pass::{Pass, Passes, Shared};
+use self::runtime::{bind_input, bind_output, binding, environment, read, run, session, tensor, write};
+use super::Engines;
+use crate::bundle::{Bundle, LayerEntry};
+use crate::error::Result;
+
+/// Which of a bundle's layer engines to load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// The bundle's own engines.
+    Engines,
+    /// All layers in one engine: what the chain is compared with.
+    Monolith,
+}
+
+/// The engines of one bundle and the caches of one sequence.
+pub struct OnnxRuntime {
+    entries: Vec<LayerEntry>,
+    embed: Session,
+    layers: Vec<Session>,
+    key_value: Vec<KeyValueEngine>,
+    head: Head,
+    shared: Shared,
+    passes: Passes,
+    filling: Option<(Range<usize>, Pass)>,
+    /// Exit hidden states by position, `hidden_size` numbers each.
+    kept: Vec<f32>,
+}
+
+struct KeyValueEngine {
+    session: Session,
+    contexts: Vec<String>,
+}
+
+struct Head {
+    session: Session,
+    binding: IoBinding,
+    input: Tensor<f32>,
+    logits: Tensor<f32>,
+}
+
+impl OnnxRuntime {
+    /// Load the engines of `bundle` in `layout` with the ONNX Runtime library at `library`.
+    ///
+    /// # Errors
+    /// [`Error::Library`](crate::Error::Library) when ONNX Runtime cannot be loaded,
+    /// [`Error::Setting`](crate::Error::Setting) when the process already runs it with another
+    /// number of `threads`, [`Error::Engine`](crate::Error::Engine) when an engine fails to load.
+    pub fn load(bundle: &Bundle, layout: Layout, library: &Path, threads: usize) -> Result<Self> {
+        let environment = environment(library, threads)?;
+        let manifest = &bundle.manifest;
+        let open = |file: &Path| session(&environment, &bundle.directory.join(file));
+        let entries = match layout {
+            Layout::Engines => manifest.engines.layers.clone(),
+            Layout::Monolith => vec![manifest.engines.monolith.clone()],
+        };
+        let embed = open(&manifest.engines.embed)?;
+        let layers = entries
+            .iter()
+            .map(|entry| open(&entry.file))
+            .collect::<Result<Vec<_>>>()?;
+        let key_value = manifest
+            .engines
+            .key_value
+            .iter()
+            .map(|entry| {
+                Ok(KeyValueEngine {
+                    session: open(&entry.file)?,
+                    contexts: entry.contexts.clone(),
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let head = Head::new(
+            open(&manifest.engines.head)?,
+            manifest.model.hidden_size,
+            manifest.model.vocab_size,
+        )?;
+        let mut shared = Shared::new(manifest)?;
+        let decode = Pass::new(1, &mut shared, &embed, &layers, &entries)?;
+        Ok(Self {
+            kept: vec![0.0; manifest.max_cache_length * shared.hidden_size],
+            passes: Passes::new(decode),
+            filling: None,
+            entries,
+            embed,
+            layers,
+            key_value,
+            head,
+            shared,
+        })
+    }
+
+    fn new_pass(&mut self, tokens: usize) -> Result<Pass> {
+        Pass::new(
+            tokens,
+            &mut self.shared,
+            &self.embed,
+            &self.layers,
+            &self.entries,
+        )
+    }
+
+    /// The pass over the kept hidden states of `positions`.
+    ///
+    /// Consecutive layers mostly lack the same positions, so it is made once for all of them. The
+    /// embed engine runs for the sake of its context tensors alone.
+    fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
+        if matches!(&self.filling, Some((range, _)) if range == positions) {
+            return Ok(());
+        }
+        let mut pass = match self.filling.take() {
+            Some((_, pass)) if pass.tokens == positions.len() => pass,
+            _ => self.new_pass(positions.len())?,
+        };
+        pass.start(&vec![0; positions.len()], positions.start);
+        run(&mut self.embed, &pass.embed, || {
+            "embed engine, filling caches".into()
+        })?;
+        let size = self.shared.hidden_size;
+        let rows = &self.kept[positions.start * size..positions.end * size];
+        write(&mut pass.hidden[0], rows);
+        write(&mut self.shared.write_index, &[positions.start as i64]);
+        self.filling = Some((positions.clone(), pass));
+        Ok(())
+    }
+}
+
+impl Engines for OnnxRuntime {
+    fn layers(&self) -> Vec<Range<usize>> {
+        self.entries
+            .iter()
+            .map(|entry| entry.first_layer..entry.first_layer + entry.num_layers)
+            .collect()
+    }
+
+    fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
+        if !self.passes.has(tokens.len()) {
+            self.passes.prefill = Some(self.new_pass(tokens.len())?);
+        }
+        self.shared.set_length(start + tokens.len());
+        // exit hidden states at these positions are about to change
+        self.filling = None;
+        let pass = self.passes.begin(tokens.len());
+        pass.start(tokens, start);
+        run(&mut self.embed, &pass.embed, || "embed engine".into())
+    }
+
+    fn run(&mut self, engine: usize) -> Result<()> {
+        let bound = &self.passes.current().layers[engine];
+        run(&mut self.layers[engine], bound, || {
+            format!("layer engine {}", self.entries[engine].file.display())
+        })?;
+        self.passes.engines_run = engine + 1;
+        Ok(())
+    }
+
+    fn stability(&self, engine: usize) -> &[f32] {
+        let rows = read(&self.passes.current().stability[engine]);
+        &rows[rows.len() - self.entries[engine].num_layers..]
+    }
+
+    fn keep(&mut self, position: usize) {
+        let row = self.passes.newest(self.shared.hidden_size);
+        self.kept[position * row.len()..][..row.len()].copy_from_slice(row);
+    }
+
+    fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
+        self.prepare_filling(&positions)?;
+        let Some((_, pass)) = &self.filling else {
+            unreachable!("prepare_filling sets it");
+        };
+        let engine = &mut self.key_value[layer];
+        let mut bound = binding(&engine.session)?;
+        bind_input(&mut bound, "x", &pass.hidden[0])?;
+        pass.bind_contexts(&mut bound, &engine.contexts)?;
+        bind_input(&mut bound, "write_index", &self.shared.write_index)?;
+        self.shared.bind_cache(&mut bound, layer, 0)?;
+        run(&mut engine.session, &bound, || {
+            format!("kv engine of layer {layer}")
+        })
+    }
+
+    fn head(&mut self) -> Result<()> {
+        let row = self.passes.newest(self.shared.hidden_size);
+        write(&mut self.head.input, row);
+        run(&mut self.head.session, &self.head.binding, || {
+            "head engine".into()
+        })
+    }
+
+    fn logits(&self) -> &[f32] {
+        read(&self.head.logits)
+    }
+}
+
+impl Head {
+    fn new(session: Session, hidden_size: usize, vocab_size: usize) -> Result<Self> {
+        let input = tensor(&[1, 1, hidden_size])?;
+        let mut logits = tensor(&[1, 1, vocab_size])?;
+        let mut bound = binding(&session)?;
+        bind_input(&mut bound, "x", &input)?;
+        bind_output(&mut bound, "logits", &mut logits)?;
+        Ok(Self {
+            session,
+            binding: bound,
+            input,
+            logits,
+        })
+    }
+}

@@ -1,0 +1,236 @@
+//! Buffers that engines read and write, bound once and reused.
+
+use std::collections::HashMap;
+
+use ort::session::{IoBinding, Session};
+use ort::value::{DynTensor, Tensor, TensorElementType};
+
+use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, tensor, write};
+use crate::bundle::{ContextTensor, LayerEntry, Manifest};
+use crate::error::{Error, Result};
+
+/// Tensors that all passes use.
+pub(super) struct Shared {
+    pub(super) hidden_size: usize,
+    pub(super) write_index: Tensor<i64>,
+    contexts: Vec<ContextTensor>,
+    /// Key and value cache of each layer, [1, heads, max_cache_length, head_size].
+    caches: Vec<[Tensor<f32>; 2]>,
+    seqlens_k: Tensor<i32>,
+    total_sequence_length: Tensor<i32>,
+}
+
+impl Shared {
+    pub(super) fn new(manifest: &Manifest) -> Result<Self> {
+        let length = manifest.max_cache_length;
+        let caches = manifest
+            .key_value_heads
+            .iter()
+            .map(|kv| {
+                let shape = [1, kv.heads, length, kv.head_size];
+                Ok([tensor(&shape)?, tensor(&shape)?])
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            hidden_size: manifest.model.hidden_size,
+            write_index: tensor(&[1])?,
+            contexts: manifest.contexts.clone(),
+            caches,
+            seqlens_k: tensor(&[1])?,
+            total_sequence_length: tensor(&[])?,
+        })
+    }
+
+    /// Tell attention how many positions there are, the current pass's included.
+    pub(super) fn set_length(&mut self, length: usize) {
+        write(&mut self.seqlens_k, &[length as i32 - 1]);
+        write(&mut self.total_sequence_length, &[length as i32]);
+    }
+
+    /// Bind `layer`'s cache as an engine's `index`-th, input and output in the same memory.
+    pub(super) fn bind_cache(
+        &mut self,
+        bound: &mut IoBinding,
+        layer: usize,
+        index: usize,
+    ) -> Result<()> {
+        for (kind, cache) in ["key", "value"].into_iter().zip(&mut self.caches[layer]) {
+            bind_input(bound, &format!("past_{kind}_{index}"), cache)?;
+            bind_output(bound, &format!("present_{kind}_{index}"), cache)?;
+        }
+        Ok(())
+    }
+}
+
+/// Buffers and bindings for passes of one number of tokens.
+pub(super) struct Pass {
+    pub(super) tokens: usize,
+    /// Engine e reads hidden[e % 2] and writes the other, each [1, tokens, hidden_size].
+    pub(super) hidden: [Tensor<f32>; 2],
+    /// [1, tokens, layers of the engine] by engine.
+    pub(super) stability: Vec<Tensor<f32>>,
+    pub(super) embed: IoBinding,
+    pub(super) layers: Vec<IoBinding>,
+    input_ids: Tensor<i64>,
+    position_ids: Tensor<i64>,
+    contexts: HashMap<String, DynTensor>,
+}
+
+impl Pass {
+    pub(super) fn new(
+        tokens: usize,
+        shared: &mut Shared,
+        embed: &Session,
+        layers: &[Session],
+        entries: &[LayerEntry],
+    ) -> Result<Self> {
+        let contexts = shared
+            .contexts
+            .iter()
+            .map(|context| Ok((context.name.clone(), context_tensor(context, tokens)?)))
+            .collect::<Result<_>>()?;
+        let hidden = [1, tokens, shared.hidden_size];
+        let mut pass = Self {
+            tokens,
+            hidden: [tensor(&hidden)?, tensor(&hidden)?],
+            stability: entries
+                .iter()
+                .map(|entry| tensor(&[1, tokens, entry.num_layers]))
+                .collect::<Result<_>>()?,
+            embed: binding(embed)?,
+            layers: Vec::new(),
+            input_ids: tensor(&[1, tokens])?,
+            position_ids: tensor(&[1, tokens])?,
+            contexts,
+        };
+        pass.bind_embed(embed)?;
+        for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
+            let bound = pass.bind_layer(engine, session, entry, shared)?;
+            pass.layers.push(bound);
+        }
+        Ok(pass)
+    }
+
+    /// Set the tokens and their positions, from `start` on.
+    pub(super) fn start(&mut self, tokens: &[u32], start: usize) {
+        let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+        let positions: Vec<i64> = (start as i64..).take(tokens.len()).collect();
+        write(&mut self.input_ids, &ids);
+        write(&mut self.position_ids, &positions);
+    }
+
+    /// Bind the named context tensors as inputs.
+    pub(super) fn bind_contexts(&self, bound: &mut IoBinding, names: &[String]) -> Result<()> {
+        for name in names {
+            bind_input(bound, name, &self.contexts[name])?;
+        }
+        Ok(())
+    }
+
+    fn bind_embed(&mut self, session: &Session) -> Result<()> {
+        // a model without positions in its embedding or contexts drops that input
+        for (name, ids) in [
+            ("input_ids", &self.input_ids),
+            ("position_ids", &self.position_ids),
+        ] {
+            if session.inputs().iter().any(|input| input.name() == name) {
+                bind_input(&mut self.embed, name, ids)?;
+            }
+        }
+        bind_output(&mut self.embed, "x", &mut self.hidden[0])?;
+        for (name, context) in &mut self.contexts {
+            bind_output(&mut self.embed, name, context)?;
+        }
+        Ok(())
+    }
+
+    fn bind_layer(
+        &mut self,
+        engine: usize,
+        session: &Session,
+        entry: &LayerEntry,
+        shared: &mut Shared,
+    ) -> Result<IoBinding> {
+        let mut bound = binding(session)?;
+        bind_input(&mut bound, "x", &self.hidden[engine % 2])?;
+        self.bind_contexts(&mut bound, &entry.contexts)?;
+        bind_input(&mut bound, "seqlens_k", &shared.seqlens_k)?;
+        let total = &shared.total_sequence_length;
+        bind_input(&mut bound, "total_sequence_length", total)?;
+        for index in 0..entry.num_layers {
+            shared.bind_cache(&mut bound, entry.first_layer + index, index)?;
+        }
+        bind_output(&mut bound, "y", &mut self.hidden[(engine + 1) % 2])?;
+        bind_output(&mut bound, "stability", &mut self.stability[engine])?;
+        Ok(bound)
+    }
+}
+
+/// The pass under way: decode passes are of one token and always ready, others are made on demand.
+pub(super) struct Passes {
+    pub(super) prefill: Option<Pass>,
+    pub(super) engines_run: usize,
+    decode: Pass,
+    in_prefill: bool,
+}
+
+impl Passes {
+    pub(super) fn new(decode: Pass) -> Self {
+        Self {
+            prefill: None,
+            engines_run: 0,
+            decode,
+            in_prefill: false,
+        }
+    }
+
+    /// Whether a pass of `tokens` tokens is ready.
+    pub(super) fn has(&self, tokens: usize) -> bool {
+        tokens == 1 || self.prefill.as_ref().map(|pass| pass.tokens) == Some(tokens)
+    }
+
+    /// Make the ready pass of `tokens` tokens the current one.
+    pub(super) fn begin(&mut self, tokens: usize) -> &mut Pass {
+        self.engines_run = 0;
+        self.in_prefill = tokens > 1;
+        match &mut self.prefill {
+            Some(pass) if self.in_prefill => pass,
+            _ => &mut self.decode,
+        }
+    }
+
+    pub(super) fn current(&self) -> &Pass {
+        match &self.prefill {
+            Some(pass) if self.in_prefill => pass,
+            _ => &self.decode,
+        }
+    }
+
+    /// The newest token's row of the current residual stream.
+    pub(super) fn newest(&self, hidden_size: usize) -> &[f32] {
+        let rows = read(&self.current().hidden[self.engines_run % 2]);
+        &rows[rows.len() - hidden_size..]
+    }
+}
+
+fn context_tensor(context: &ContextTensor, tokens: usize) -> Result<DynTensor> {
+    let shape: Vec<usize> = context
+        .shape
+        .iter()
+        .map(|&size| usize::try_from(size).unwrap_or(tokens))
+        .collect();
+    let element = match context.dtype.as_str() {
+        "float32" => TensorElementType::Float32,
+        "int64" => TensorElementType::Int64,
+        "int32" => TensorElementType::Int32,
+        "bool" => TensorElementType::Bool,
+        other => {
+            return Err(Error::setting(
+                "context dtype",
+                other,
+                "float32, int64, int32 or bool",
+            ));
+        }
+    };
+    dyn_tensor(element, &shape)
+}

@@ -1,0 +1,147 @@
+//! The few calls into `ort` that the backend needs, with errors that say what they were about.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use ort::environment::{Environment, GlobalThreadPoolOptions};
+use ort::logging::LogLevel;
+use ort::memory::Allocator;
+use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{IoBinding, Session};
+use ort::value::{
+    DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value,
+    ValueTypeMarker,
+};
+
+use crate::error::{Error, Result};
+
+/// The process's ONNX Runtime and its number of threads. Sessions that spin pools of their own
+/// starve each other (9-15 ms a layer were measured for 24 sessions on 2 cores), so all share one.
+static ENVIRONMENT: Mutex<Option<(Environment, usize)>> = Mutex::new(None);
+
+/// The process's environment, made at the first call.
+pub(super) fn environment(library: &Path, threads: usize) -> Result<Environment> {
+    let mut current = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((environment, running)) = &*current {
+        if *running != threads {
+            return Err(Error::setting(
+                "threads",
+                threads,
+                format!("{running} only, which this process started ONNX Runtime with"),
+            ));
+        }
+        return Ok(environment.clone());
+    }
+    let environment = start(library, threads)?;
+    *current = Some((environment.clone(), threads));
+    Ok(environment)
+}
+
+fn start(library: &Path, threads: usize) -> Result<Environment> {
+    let failed = |reason: String| Error::Library {
+        path: library.to_owned(),
+        reason,
+    };
+    let builder = ort::init_from(library).map_err(|error| failed(error.to_string()))?;
+    let build = || {
+        let pool = GlobalThreadPoolOptions::default()
+            .with_intra_threads(threads)?
+            .with_inter_threads(1)?;
+        builder
+            .with_name("sedac")
+            .with_telemetry(false)
+            .with_global_thread_pool(pool)
+            .build()
+    };
+    let environment = build().map_err(|error: ort::Error| failed(error.to_string()))?;
+    environment.set_log_level(LogLevel::Error);
+    Ok(environment)
+}
+
+/// Load the graph at `path`.
+pub(super) fn session(environment: &Environment, path: &Path) -> Result<Session> {
+    let load = || {
+        Session::builder(environment)?
+            .with_optimization_level(GraphOptimizationLevel::Level3)?
+            .commit_from_file(path)
+    };
+    load().map_err(|source| engine_error(format!("{} cannot be loaded", path.display()), source))
+}
+
+/// A tensor of zeros in memory that engines can read and write in place.
+pub(super) fn tensor<T>(shape: &[usize]) -> Result<Tensor<T>>
+where
+    T: PrimitiveTensorElementType + std::fmt::Debug + Default + Copy,
+{
+    let mut tensor = Tensor::new(&Allocator::default(), to_shape(shape)).map_err(no_memory)?;
+    tensor.extract_tensor_mut().1.fill(T::default());
+    Ok(tensor)
+}
+
+/// A tensor whose element type is known at run time only. Its contents are undefined.
+pub(super) fn dyn_tensor(element: TensorElementType, shape: &[usize]) -> Result<DynTensor> {
+    DynTensor::new(&Allocator::default(), element, to_shape(shape)).map_err(no_memory)
+}
+
+/// The numbers in `tensor`.
+pub(super) fn read<T: PrimitiveTensorElementType + std::fmt::Debug>(tensor: &Tensor<T>) -> &[T] {
+    tensor.extract_tensor().1
+}
+
+/// Overwrite `tensor` with as many numbers as it holds.
+pub(super) fn write<T>(tensor: &mut Tensor<T>, values: &[T])
+where
+    T: PrimitiveTensorElementType + std::fmt::Debug + Copy,
+{
+    tensor.extract_tensor_mut().1.copy_from_slice(values);
+}
+
+pub(super) fn binding(session: &Session) -> Result<IoBinding> {
+    session
+        .create_binding()
+        .map_err(|source| engine_error("a binding cannot be made".into(), source))
+}
+
+pub(super) fn bind_input<T: ValueTypeMarker + ?Sized>(
+    binding: &mut IoBinding,
+    name: &str,
+    value: &Value<T>,
+) -> Result<()> {
+    binding
+        .bind_input(name, value)
+        .map_err(|source| engine_error(format!("input {name} cannot be bound"), source))
+}
+
+pub(super) fn bind_output<T: ValueTypeMarker + ?Sized>(
+    binding: &mut IoBinding,
+    name: &str,
+    value: &mut Value<T>,
+) -> Result<()> {
+    binding
+        .bind_output(name, value)
+        .map_err(|source| engine_error(format!("output {name} cannot be bound"), source))
+}
+
+/// Run `session` over bound tensors; `what` names it in an error.
+pub(super) fn run(
+    session: &mut Session,
+    binding: &IoBinding,
+    what: impl Fn() -> String,
+) -> Result<()> {
+    session
+        .run_binding(binding)
+        .map(drop)
+        .map_err(|source| engine_error(format!("{} failed", what()), source))
+}
+
+fn to_shape(shape: &[usize]) -> Shape {
+    shape.iter().map(|&size| size as i64).collect()
+}
+
+fn no_memory(source: ort::Error) -> Error {
+    engine_error("a tensor cannot be allocated".into(), source)
+}
+
+fn engine_error(what: String, source: ort::Error) -> Error {
+    Error::Engine { what, source }
+}

@@ -1,0 +1,332 @@
+//! A bundle on disk: its manifest, its exit configuration, and the check that all files are whole.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// The newest schema of bundle.json that this crate reads.
+pub const SCHEMA_VERSION: u64 = 1;
+
+const MANIFEST: &str = "bundle.json";
+const MANIFEST_DIGEST: &str = "bundle.sha256";
+const EXIT_CONFIG: &str = "sedac_config.json";
+
+/// What the chain must know of the model.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ModelFacts {
+    /// The model directory's name.
+    pub name: String,
+    /// transformers' model type.
+    #[serde(rename = "type")]
+    pub model_type: String,
+    /// Numbers in the residual stream.
+    pub hidden_size: usize,
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Logits per token.
+    pub vocab_size: usize,
+    /// Tokens that end the text.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// An embed output that layers take, of shape [1, tokens, ...]; -1 stands for tokens.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ContextTensor {
+    /// Its name in the graphs.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// Its element type.
+    pub dtype: String,
+}
+
+/// Cache geometry of one layer.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct KeyValueHeads {
+    /// Key-value heads.
+    pub heads: usize,
+    /// Numbers in each head.
+    pub head_size: usize,
+}
+
+/// An engine of consecutive decoder layers.
+#[derive(Debug, Clone, Deserialize)]
+pub struct LayerEntry {
+    /// Its graph, relative to the bundle.
+    pub file: PathBuf,
+    /// Its first layer, from 0.
+    pub first_layer: usize,
+    /// Its number of layers.
+    pub num_layers: usize,
+    /// The context tensors it takes.
+    pub contexts: Vec<String>,
+}
+
+/// An engine that fills the cache of one skipped layer.
+#[derive(Debug, Clone, Deserialize)]
+pub struct KeyValueEntry {
+    /// Its graph, relative to the bundle.
+    pub file: PathBuf,
+    /// The context tensors it takes.
+    pub contexts: Vec<String>,
+}
+
+/// All engines of a bundle.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Engines {
+    /// Token and position ids to the residual stream and contexts.
+    pub embed: PathBuf,
+    /// Layer engines, shallowest first.
+    pub layers: Vec<LayerEntry>,
+    /// One per layer.
+    pub key_value: Vec<KeyValueEntry>,
+    /// The residual stream to logits.
+    pub head: PathBuf,
+    /// All layers in one engine, for comparison.
+    pub monolith: LayerEntry,
+}
+
+/// Size and digest of a file.
+#[derive(Debug, Clone, Deserialize)]
+struct FileEntry {
+    bytes: u64,
+    sha256: String,
+}
+
+/// bundle.json.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Manifest {
+    /// The model's facts.
+    pub model: ModelFacts,
+    /// Depths, in layers, at which a token may stop; the last is full depth.
+    pub exit_layers: Vec<usize>,
+    /// Positions a sequence may have.
+    pub max_cache_length: usize,
+    /// Cache geometry by layer.
+    pub key_value_heads: Vec<KeyValueHeads>,
+    /// What embed hands to the layers.
+    pub contexts: Vec<ContextTensor>,
+    /// The engines.
+    pub engines: Engines,
+    /// Whether the bundle holds a tokenizer.
+    pub tokenizer: bool,
+    files: BTreeMap<PathBuf, FileEntry>,
+}
+
+/// sedac_config.json: when tokens exit by default.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExitConfig {
+    /// Which policy decides.
+    pub policy: PolicyName,
+    /// Stability a layer must reach.
+    pub tau: f32,
+    /// Layers in a row that must reach it.
+    pub consecutive_k: usize,
+    /// Share of the layers that always run.
+    pub min_layer_ratio: f32,
+    /// What the caches of skipped layers get.
+    pub kv_fill: KvFill,
+}
+
+/// The policies that a configuration can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicyName {
+    /// Consecutive stable layers.
+    Stability,
+}
+
+/// What the caches of skipped layers get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvFill {
+    /// Each skipped layer's keys and values, computed from the exit hidden state (CALM, Schuster
+    /// et al. 2022, <https://arxiv.org/abs/2207.07061>).
+    Propagate,
+}
+
+impl Default for ExitConfig {
+    fn default() -> Self {
+        Self {
+            policy: PolicyName::Stability,
+            tau: 0.98,
+            consecutive_k: 2,
+            min_layer_ratio: 0.2,
+            kv_fill: KvFill::Propagate,
+        }
+    }
+}
+
+/// A bundle whose files have been checked.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Its exit configuration.
+    pub exit_config: ExitConfig,
+}
+
+impl Bundle {
+    /// Read the bundle in `directory` and check every file that the manifest lists.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when it is no bundle, of another schema or inconsistent,
+    /// [`Error::DamagedFile`] naming the first file that is missing, truncated or altered,
+    /// [`Error::Io`] when a file cannot be read.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let manifest = read_manifest(directory)?;
+        manifest
+            .files
+            .par_iter()
+            .map(|(name, entry)| check_file(&directory.join(name), entry))
+            .collect::<Result<()>>()?;
+        check_consistent(directory, &manifest)?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            exit_config: read_exit_config(directory)?,
+            manifest,
+        })
+    }
+}
+
+fn read_manifest(directory: &Path) -> Result<Manifest> {
+    let path = directory.join(MANIFEST);
+    let text = fs::read(&path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::bundle(
+            directory,
+            "not a bundle (it holds no bundle.json); build one with sedac-export build",
+        ),
+        _ => Error::Io {
+            path: path.clone(),
+            source,
+        },
+    })?;
+    check_schema(&path, &text)?;
+    check_manifest_digest(directory, &text)?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Error::bundle(&path, format!("{error}; build the bundle again")))
+}
+
+/// The schema comes first: a newer manifest need not parse, and must not be called damaged.
+fn check_schema(path: &Path, text: &[u8]) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Schema {
+        schema_version: u64,
+    }
+    let Schema { schema_version } = serde_json::from_slice(text).map_err(|error| {
+        Error::bundle(
+            path,
+            format!("not a manifest ({error}); build the bundle again"),
+        )
+    })?;
+    if schema_version > SCHEMA_VERSION {
+        return Err(Error::bundle(
+            path,
+            format!(
+                "schema {schema_version} is newer than {SCHEMA_VERSION}, the newest this runtime \
+                 reads; update sedac-runtime"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn check_manifest_digest(directory: &Path, text: &[u8]) -> Result<()> {
+    let path = directory.join(MANIFEST_DIGEST);
+    let line = fs::read_to_string(&path).unwrap_or_default();
+    if line.split_whitespace().next() == Some(hex(&Sha256::digest(text)).as_str()) {
+        return Ok(());
+    }
+    Err(Error::DamagedFile {
+        path: directory.join(MANIFEST),
+        state: "altered",
+    })
+}
+
+fn check_file(path: &Path, entry: &FileEntry) -> Result<()> {
+    let damaged = |state| Error::DamagedFile {
+        path: path.to_owned(),
+        state,
+    };
+    let Ok(metadata) = fs::metadata(path) else {
+        return Err(damaged("missing"));
+    };
+    if metadata.len() < entry.bytes {
+        return Err(damaged("truncated"));
+    }
+    let digest = sha256(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    if digest != entry.sha256 {
+        return Err(damaged("altered"));
+    }
+    Ok(())
+}
+
+fn sha256(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(&hasher.finalize())),
+            count => hasher.update(&buffer[..count]),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A manifest that is whole may still be one that nobody should have written.
+fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
+    let layers = manifest.model.num_layers;
+    let covers = |entries: &[LayerEntry]| {
+        let mut next = 0;
+        entries.iter().all(|entry| {
+            let follows = entry.first_layer == next && entry.num_layers > 0;
+            next += entry.num_layers;
+            follows
+        }) && next == layers
+    };
+    let sound = layers > 0
+        && covers(&manifest.engines.layers)
+        && covers(std::slice::from_ref(&manifest.engines.monolith))
+        && manifest.engines.key_value.len() == layers
+        && manifest.key_value_heads.len() == layers
+        && manifest.max_cache_length > 0
+        && manifest
+            .exit_layers
+            .iter()
+            .all(|depth| (1..=layers).contains(depth));
+    if sound {
+        return Ok(());
+    }
+    let path = directory.join(MANIFEST);
+    Err(Error::bundle(
+        &path,
+        "its engines do not add up to the model; build the bundle again",
+    ))
+}
+
+fn read_exit_config(directory: &Path) -> Result<ExitConfig> {
+    let path = directory.join(EXIT_CONFIG);
+    match fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text)
+            .map_err(|error| Error::bundle(&path, format!("{error}; correct or delete it"))),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(ExitConfig::default()),
+        Err(source) => Err(Error::Io { path, source }),
+    }
+}

@@ -1,0 +1,85 @@
+//! Which positions each layer's cache holds.
+//!
+//! A token that exits early leaves the deeper layers' caches without an entry. Filling them can
+//! wait until a later token goes that deep: nothing reads them before, and all that wait are then
+//! filled in one pass. Because a token that runs a layer first fills everything below its own
+//! position there, the positions a layer still lacks are always its newest ones, so one counter a
+//! layer says it all.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// How far each layer's cache is filled, for one sequence.
+///
+/// Layer l holds exactly one entry for each of the positions `0..filled(l)`, and none beyond;
+/// `filled` never grows with depth.
+#[derive(Debug, Clone)]
+pub struct KvState {
+    filled: Vec<usize>,
+    length: usize,
+    capacity: usize,
+}
+
+impl KvState {
+    /// An empty state of `layers` caches that hold up to `capacity` positions each.
+    pub fn new(layers: usize, capacity: usize) -> Self {
+        Self {
+            filled: vec![0; layers],
+            length: 0,
+            capacity,
+        }
+    }
+
+    /// Positions of the sequence so far.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Positions there is still room for.
+    pub fn room(&self) -> usize {
+        self.capacity - self.length
+    }
+
+    /// Positions that layer `layer` holds entries for: all below this.
+    pub fn filled(&self, layer: usize) -> usize {
+        self.filled[layer]
+    }
+
+    /// Make room for `tokens` new positions and return them.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] when the cache is too short.
+    pub fn begin(&mut self, tokens: usize) -> Result<Range<usize>> {
+        if tokens > self.room() {
+            return Err(Error::Prompt(format!(
+                "needs {tokens} more positions where the cache has room for {}; shorten it or \
+                 build the bundle with a larger --max-cache-length",
+                self.room()
+            )));
+        }
+        let start = self.length;
+        self.length += tokens;
+        Ok(start..self.length)
+    }
+
+    /// Positions below `end` that `layer` lacks: those that exited above it.
+    pub fn pending(&self, layer: usize, end: usize) -> Range<usize> {
+        self.filled[layer].min(end)..end
+    }
+
+    /// Note that `layer` now holds entries for all positions below `end`.
+    pub fn fill(&mut self, layer: usize, end: usize) {
+        debug_assert!(end >= self.filled[layer] && end <= self.length);
+        debug_assert!(layer == 0 || self.filled[layer - 1] >= end);
+        self.filled[layer] = end;
+    }
+
+    /// Forget all positions from `length` on; their entries are overwritten by what comes next.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+        for filled in &mut self.filled {
+            *filled = (*filled).min(length);
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! A generation under way, as a Python iterator.
+
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::door::{Inbox, receive};
+use crate::chain::{Chain, Request, Summary, Token};
+use crate::error::Result;
+use crate::interrupt::Interrupt;
+use crate::text::TextCodec;
+
+enum Event {
+    Token(Token, String),
+    End(Result<(Summary, String)>),
+}
+
+/// Yields (token id, text, exit layer, exit reason) for each token as it is generated.
+#[pyclass]
+pub(super) struct Generation {
+    inbox: Inbox<Event>,
+    interrupt: Interrupt,
+    end: Option<(Summary, String)>,
+}
+
+impl Generation {
+    /// Start generating on a thread of its own.
+    pub(super) fn start(
+        chain: Arc<Mutex<Chain>>,
+        codec: Option<Arc<TextCodec>>,
+        request: Request,
+    ) -> Self {
+        let (sender, receiver) = channel();
+        let interrupt = Interrupt::default();
+        let raised = interrupt.clone();
+        thread::spawn(move || {
+            let end = generate(&chain, codec.as_deref(), &request, &raised, &sender);
+            // nobody listens any more when the iterator was dropped
+            let _ = sender.send(Event::End(end));
+        });
+        Self {
+            inbox: Mutex::new(receiver),
+            interrupt,
+            end: None,
+        }
+    }
+}
+
+#[pymethods]
+impl Generation {
+    fn __iter__(this: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        this
+    }
+
+    fn __next__(
+        &mut self,
+        py: Python<'_>,
+    ) -> PyResult<Option<(u32, String, usize, &'static str)>> {
+        if self.end.is_some() {
+            return Ok(None);
+        }
+        match receive(py, &self.inbox, &self.interrupt)? {
+            Some(Event::Token(token, text)) => Ok(Some((
+                token.id,
+                text,
+                token.step.exit_layer,
+                token.step.reason.name(),
+            ))),
+            Some(Event::End(end)) => {
+                self.end = Some(end?);
+                Ok(None)
+            }
+            None => Err(PyRuntimeError::new_err("the worker thread panicked")),
+        }
+    }
+
+    /// finish_reason, prefill_ms, decode_ms and the text still owed, once the iterator ended.
+    fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
+        let Some((summary, rest)) = &self.end else {
+            return Err(PyRuntimeError::new_err("the generation has not ended"));
+        };
+        let result = PyDict::new(py);
+        result.set_item("finish_reason", summary.finish_reason.name())?;
+        result.set_item("prefill_ms", summary.prefill.as_secs_f64() * 1e3)?;
+        result.set_item("decode_ms", summary.decode.as_secs_f64() * 1e3)?;
+        result.set_item("rest", rest)?;
+        Ok(result.unbind())
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.interrupt.raise();
+    }
+}
+
+fn generate(
+    chain: &Mutex<Chain>,
+    codec: Option<&TextCodec>,
+    request: &Request,
+    interrupt: &Interrupt,
+    sender: &Sender<Event>,
+) -> Result<(Summary, String)> {
+    // a generation that panicked leaves nothing behind that the next one does not reset
+    let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut stream = codec.map(TextCodec::stream);
+    let summary = chain.generate(request, interrupt, |token| {
+        let text = stream.as_mut().map(|s| s.push(token.id)).unwrap_or_default();
+        if sender.send(Event::Token(token, text)).is_err() {
+            interrupt.raise();
+        }
+    })?;
+    let rest = match &stream {
+        Some(stream) => stream.finish()?,
+        None => String::new(),
+    };
+    Ok((summary, rest))
+}

@@ -1,0 +1,17 @@
+//! The Python binding: it translates and does nothing else.
+
+mod door;
+mod error;
+mod generation;
+mod model;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<model::Model>()?;
+    module.add_class::<generation::Generation>()?;
+    module.add_function(wrap_pyfunction!(model::bench, module)?)?;
+    error::register(module)
+}

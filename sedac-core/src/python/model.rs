@@ -1,0 +1,225 @@
+//! A loaded bundle.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use super::door;
+use super::generation::Generation;
+use crate::backend::Layout;
+use crate::bench::{Case, Row};
+use crate::bundle::{Bundle, ExitConfig};
+use crate::chain::{Chain, Exit, Request};
+use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
+use crate::sampler::Sampling;
+use crate::text::TextCodec;
+
+/// A bundle with its engines loaded.
+#[pyclass(frozen)]
+pub(super) struct Model {
+    bundle: Bundle,
+    chain: Arc<Mutex<Chain>>,
+    codec: Option<Arc<TextCodec>>,
+}
+
+#[pymethods]
+impl Model {
+    #[new]
+    fn new(py: Python<'_>, directory: PathBuf, library: PathBuf, threads: usize) -> PyResult<Self> {
+        door::run(py, &Interrupt::default(), move || {
+            let bundle = Bundle::open(&directory)?;
+            let codec = codec(&bundle)?.map(Arc::new);
+            let chain = Chain::load(&bundle, Layout::Engines, &library, threads)?;
+            Ok(Self {
+                bundle,
+                chain: Arc::new(Mutex::new(chain)),
+                codec,
+            })
+        })
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        &self.bundle.manifest.model.name
+    }
+
+    #[getter]
+    fn num_layers(&self) -> usize {
+        self.bundle.manifest.model.num_layers
+    }
+
+    #[getter]
+    fn max_cache_length(&self) -> usize {
+        self.bundle.manifest.max_cache_length
+    }
+
+    #[getter]
+    fn exit_layers(&self) -> Vec<usize> {
+        self.bundle.manifest.exit_layers.clone()
+    }
+
+    #[getter]
+    fn eos_token_ids(&self) -> Vec<u32> {
+        self.bundle.manifest.model.eos_token_ids.clone()
+    }
+
+    #[getter]
+    fn has_tokenizer(&self) -> bool {
+        self.codec.is_some()
+    }
+
+    /// The bundle's exit configuration.
+    #[getter]
+    fn exit_config(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
+        let ExitConfig {
+            tau,
+            consecutive_k,
+            min_layer_ratio,
+            ..
+        } = self.bundle.exit_config;
+        let result = PyDict::new(py);
+        result.set_item("tau", tau)?;
+        result.set_item("consecutive_k", consecutive_k)?;
+        result.set_item("min_layer_ratio", min_layer_ratio)?;
+        Ok(result.unbind())
+    }
+
+    #[pyo3(signature = (text, add_special_tokens = true))]
+    fn encode(&self, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
+        Ok(self.codec()?.encode(text, add_special_tokens)?)
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "Python lists arrive by value")]
+    fn decode(&self, tokens: Vec<u32>) -> PyResult<String> {
+        Ok(self.codec()?.decode(&tokens)?)
+    }
+
+    /// Start generating; iterate over the result. `exit` is None for full depth, a number triple
+    /// (tau, consecutive_k, min_layer_ratio), or a list of depths to force.
+    #[pyo3(signature = (
+        prompt, *, max_new_tokens, stop_tokens, stability = None, forced_exit = None,
+        temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
+    fn generate(
+        &self,
+        prompt: Vec<u32>,
+        max_new_tokens: usize,
+        stop_tokens: Vec<u32>,
+        stability: Option<(f32, usize, f32)>,
+        forced_exit: Option<Vec<usize>>,
+        temperature: f32,
+        top_k: usize,
+        top_p: f32,
+        min_p: f32,
+        repetition_penalty: f32,
+        seed: u64,
+    ) -> Generation {
+        let request = Request {
+            prompt,
+            max_new_tokens,
+            stop_tokens,
+            exit: exit(stability, forced_exit),
+            sampling: Sampling {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repetition_penalty,
+                seed,
+            },
+        };
+        Generation::start(self.chain.clone(), self.codec.clone(), request)
+    }
+}
+
+impl Model {
+    fn codec(&self) -> PyResult<&TextCodec> {
+        self.codec.as_deref().ok_or_else(|| {
+            PyValueError::new_err("this bundle has no tokenizer; give token ids instead of text")
+        })
+    }
+}
+
+/// Compare ways to run a bundle: see `sedac_runtime bench`.
+///
+/// cases: (row name, whether the monolith runs it, None or the depth to exit at).
+#[pyfunction]
+#[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat))]
+#[expect(clippy::too_many_arguments, reason = "Python's arguments")]
+pub(super) fn bench(
+    py: Python<'_>,
+    directory: PathBuf,
+    library: PathBuf,
+    threads: usize,
+    cases: Vec<(String, bool, Option<usize>)>,
+    prompt: Vec<u32>,
+    new_tokens: usize,
+    repeat: usize,
+) -> PyResult<Py<PyList>> {
+    let interrupt = Interrupt::default();
+    let raised = interrupt.clone();
+    let rows = door::run(py, &interrupt, move || {
+        let bundle = Bundle::open(&directory)?;
+        let load = |layout| Chain::load(&bundle, layout, &library, threads);
+        let mut chains = vec![load(Layout::Engines)?];
+        if cases.iter().any(|case| case.1) {
+            chains.push(load(Layout::Monolith)?);
+        }
+        let cases: Vec<Case> = cases
+            .into_iter()
+            .map(|(name, monolith, depth)| Case {
+                name,
+                chain: usize::from(monolith),
+                exit: exit(None, depth.map(|depth| vec![depth])),
+            })
+            .collect();
+        crate::bench::run(&mut chains, &cases, &prompt, new_tokens, repeat, &raised)
+    })?;
+    let rows = rows
+        .iter()
+        .map(|row| to_dict(py, row))
+        .collect::<PyResult<Vec<_>>>()?;
+    Ok(PyList::new(py, rows)?.unbind())
+}
+
+fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
+    let result = PyDict::new(py);
+    result.set_item("name", &row.name)?;
+    result.set_item("ms_per_token", row.ms_per_token)?;
+    result.set_item("tokens_per_second", 1e3 / row.ms_per_token)?;
+    result.set_item("min_ms", row.min_ms)?;
+    result.set_item("max_ms", row.max_ms)?;
+    result.set_item("mean_exit_layer", row.mean_exit_layer)?;
+    Ok(result)
+}
+
+fn exit(stability: Option<(f32, usize, f32)>, forced: Option<Vec<usize>>) -> Exit {
+    match (forced, stability) {
+        (Some(depths), _) => Exit::Forced { depths },
+        (None, Some((tau, consecutive_k, min_layer_ratio))) => Exit::Stability {
+            tau,
+            consecutive_k,
+            min_layer_ratio,
+        },
+        (None, None) => Exit::Never,
+    }
+}
+
+fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {
+    if !bundle.manifest.tokenizer {
+        return Ok(None);
+    }
+    let path = bundle.directory.join("tokenizer.json");
+    if !path.exists() {
+        return Err(Error::DamagedFile {
+            path,
+            state: "missing",
+        });
+    }
+    TextCodec::load(&path).map(Some)
+}

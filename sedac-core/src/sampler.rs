@@ -1,0 +1,286 @@
+//! Choose the next token from logits.
+
+use rand::rngs::ChaCha12Rng;
+use rand::{RngExt, SeedableRng};
+
+use crate::error::{Error, Result};
+
+/// How to sample. The defaults are greedy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the most likely token; otherwise logits are divided by it.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep the most likely tokens whose probabilities first reach this sum (nucleus sampling,
+    /// Holtzman et al. 2020, <https://arxiv.org/abs/1904.09751>).
+    pub top_p: f32,
+    /// Keep tokens at least this share as likely as the most likely one
+    /// (<https://arxiv.org/abs/2407.01082>).
+    pub min_p: f32,
+    /// Divide positive and multiply negative logits of tokens seen before (CTRL, Keskar et al.
+    /// 2019, <https://arxiv.org/abs/1909.05858>); 1 does nothing.
+    pub repetition_penalty: f32,
+    /// Seed of the random choices.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
+/// Draws tokens; holds its random state and scratch space.
+#[derive(Debug)]
+pub struct Sampler {
+    settings: Sampling,
+    random: ChaCha12Rng,
+    penalised: Vec<f32>,
+    candidates: Vec<(u32, f32)>,
+}
+
+impl Sampler {
+    /// A sampler with `settings`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming the setting that is out of range.
+    pub fn new(settings: Sampling) -> Result<Self> {
+        let check = |name, value: f32, ok: bool, range: &str| {
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::setting(name, value, range))
+            }
+        };
+        let Sampling {
+            temperature,
+            top_p,
+            min_p,
+            repetition_penalty,
+            ..
+        } = settings;
+        check(
+            "temperature",
+            temperature,
+            temperature >= 0.0 && temperature.is_finite(),
+            "0 or more",
+        )?;
+        check(
+            "top_p",
+            top_p,
+            top_p > 0.0 && top_p <= 1.0,
+            "above 0, at most 1",
+        )?;
+        check("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
+        check(
+            "repetition_penalty",
+            repetition_penalty,
+            repetition_penalty > 0.0 && repetition_penalty.is_finite(),
+            "above 0",
+        )?;
+        Ok(Self {
+            settings,
+            random: ChaCha12Rng::seed_from_u64(settings.seed),
+            penalised: Vec::new(),
+            candidates: Vec::new(),
+        })
+    }
+
+    /// The next token after `history` (prompt and output so far) given its `logits`.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+        if self.settings.repetition_penalty == 1.0 {
+            return self.choose(logits);
+        }
+        let mut penalised = std::mem::take(&mut self.penalised);
+        penalised.clear();
+        penalised.extend_from_slice(logits);
+        penalise(
+            &mut penalised,
+            logits,
+            history,
+            self.settings.repetition_penalty,
+        );
+        let token = self.choose(&penalised);
+        self.penalised = penalised;
+        token
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> u32 {
+        if self.settings.temperature == 0.0 {
+            return argmax(logits);
+        }
+        self.keep_candidates(logits);
+        let total: f32 = self.candidates.iter().map(|(_, weight)| weight).sum();
+        let mut left = self.random.random::<f32>() * total;
+        for &(token, weight) in &self.candidates {
+            left -= weight;
+            if left < 0.0 {
+                return token;
+            }
+        }
+        self.candidates
+            .last()
+            .map_or_else(|| argmax(logits), |&(token, _)| token)
+    }
+
+    /// Fill `candidates` with the kept tokens and their unnormalised weights, likeliest first.
+    fn keep_candidates(&mut self, logits: &[f32]) {
+        let Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = self.settings;
+        let candidates = &mut self.candidates;
+        candidates.clear();
+        candidates.extend((0..).zip(logits.iter().copied()));
+        let likeliest_first = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1);
+        if top_k > 0 && top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k - 1, likeliest_first);
+            candidates.truncate(top_k);
+        }
+        candidates.sort_unstable_by(|a, b| likeliest_first(a, b).then(a.0.cmp(&b.0)));
+        let highest = candidates.first().map_or(0.0, |&(_, logit)| logit);
+        for (_, logit) in candidates.iter_mut() {
+            *logit = ((*logit - highest) / temperature).exp();
+        }
+        let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
+        let mut sum = 0.0;
+        let nucleus = candidates
+            .iter()
+            .position(|(_, weight)| {
+                sum += weight;
+                sum >= top_p * total
+            })
+            .map_or(candidates.len(), |last| last + 1);
+        candidates.truncate(nucleus);
+        candidates.retain(|&(_, weight)| weight >= min_p);
+    }
+}
+
+/// The index of the largest logit, the first of equals.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = index;
+        }
+    }
+    best as u32
+}
+
+/// Penalise each token of `history` once, however often it occurs.
+fn penalise(penalised: &mut [f32], logits: &[f32], history: &[u32], penalty: f32) {
+    for &token in history {
+        let Some(&logit) = logits.get(token as usize) else {
+            continue;
+        };
+        penalised[token as usize] = if logit > 0.0 {
+            logit / penalty
+        } else {
+            logit * penalty
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(settings: Sampling, logits: &[f32], draws: usize) -> Vec<usize> {
+        let mut sampler = Sampler::new(settings).unwrap();
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..draws {
+            counts[sampler.sample(logits, &[]) as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        let mut sampler = Sampler::new(Sampling::default()).unwrap();
+        assert_eq!(sampler.sample(&[0.0, 2.0, 2.0], &[]), 1);
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let settings = Sampling {
+            temperature: 1.0,
+            seed: 7,
+            ..Sampling::default()
+        };
+        let logits = [0.0, 1.0_f32.exp().ln(), 2.0];
+        let counts = counts(settings, &logits, 30_000);
+        let total: f32 = logits.iter().map(|l| l.exp()).sum();
+        for (count, logit) in counts.iter().zip(logits) {
+            let expected = logit.exp() / total;
+            assert!((*count as f32 / 30_000.0 - expected).abs() < 0.01);
+        }
+    }
+
+    #[test]
+    fn filters_leave_only_what_they_keep() {
+        let logits = [3.0, 2.0, 1.0, 0.0];
+        let warm = Sampling {
+            temperature: 1.0,
+            ..Sampling::default()
+        };
+        let top_k = counts(Sampling { top_k: 2, ..warm }, &logits, 2_000);
+        assert!(top_k[0] > 0 && top_k[1] > 0 && top_k[2] + top_k[3] == 0);
+        let top_p = counts(Sampling { top_p: 0.6, ..warm }, &logits, 2_000);
+        assert_eq!(top_p[0], 2_000);
+        let min_p = counts(Sampling { min_p: 0.3, ..warm }, &logits, 2_000);
+        assert!(min_p[1] > 0 && min_p[2] + min_p[3] == 0);
+    }
+
+    #[test]
+    fn a_seed_repeats() {
+        let settings = Sampling {
+            temperature: 1.0,
+            seed: 3,
+            ..Sampling::default()
+        };
+        let logits = [0.1, 0.2, 0.3];
+        let draw = || {
+            let mut sampler = Sampler::new(settings).unwrap();
+            (0..50)
+                .map(|_| sampler.sample(&logits, &[]))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(draw(), draw());
+    }
+
+    #[test]
+    fn the_penalty_counts_a_token_once() {
+        let settings = Sampling {
+            repetition_penalty: 2.0,
+            ..Sampling::default()
+        };
+        let mut sampler = Sampler::new(settings).unwrap();
+        assert_eq!(sampler.sample(&[3.0, 2.0], &[0, 0, 0]), 1);
+        assert_eq!(sampler.sample(&[3.0, 1.0], &[0, 0, 0]), 0);
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        let plain = Sampling::default();
+        for settings in [
+            Sampling { temperature: -1.0, ..plain },
+            Sampling { temperature: f32::NAN, ..plain },
+            Sampling { top_p: 0.0, ..plain },
+            Sampling { min_p: 1.5, ..plain },
+            Sampling { repetition_penalty: 0.0, ..plain },
+        ] {
+            assert!(Sampler::new(settings).is_err());
+        }
+    }
+}

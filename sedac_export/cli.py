@@ -1,0 +1,166 @@
+"""The command sedac-export."""
+
+import json
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sedac_export.errors import SedacError
+
+app = typer.Typer(
+    help="Build and inspect SEDAC bundles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+
+class PrecisionName(StrEnum):
+    """What --precision takes."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+@app.callback()
+def _root() -> None:
+    """Build and inspect SEDAC bundles."""
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="A model directory or a hub id (owner/name).")],
+    output: Annotated[Path, typer.Option(help="The bundle to write.")],
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(help="How weights are stored; the CPU computes in fp32 whatever it is."),
+    ] = PrecisionName.FP32,
+    layers_per_engine: Annotated[
+        int, typer.Option(min=1, help="Layers in one engine; tokens exit between engines.")
+    ] = 1,
+    max_cache_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Positions a sequence may have. [default: the model's, to 4096]"),
+    ] = None,
+    exit_layers: Annotated[
+        str, typer.Option(help="Depths at which tokens may exit: all, or such as 6,12,18.")
+    ] = "all",
+    atol: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest difference from the original. [default: 1e-4]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Split a model into engines, check them against the original, write a bundle."""
+    from sedac_export.exporter import DEFAULT_TOLERANCE, Request
+    from sedac_export.exporter import build as run
+
+    request = Request(
+        model=model,
+        output=output,
+        precision=precision.value,
+        layers_per_engine=layers_per_engine,
+        max_cache_length=max_cache_length,
+        exit_layers=_depths(exit_layers),
+        tolerance=DEFAULT_TOLERANCE if atol is None else atol,
+        force=force,
+    )
+    columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks = {stage: bar.add_task(stage, total=None) for stage in ("trace", "write", "validate")}
+        built = run(
+            request, lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)
+        )
+    manifest, validation = built.manifest, built.validation
+    size = sum(entry.bytes for entry in manifest.files.values())
+    console.print(
+        f"wrote {built.output}: {len(manifest.engines.layers)} layer engines of"
+        f" {manifest.model.num_layers} layers, {size / 1e6:.1f} MB, {built.seconds:.1f} s\n"
+        f"largest difference from the original {validation.worst().error:.1e}"
+        f" ({validation.worst().engine}), allowed {validation.tolerance:.0e}\n"
+        f"KV cache {manifest.cache_bytes() / 1e6:.1f} MB per sequence of"
+        f" {manifest.max_cache_length} positions (--max-cache-length)",
+        highlight=False,
+    )
+    if not manifest.tokenizer:
+        console.print("the model has no tokenizer: the bundle generates from token ids only")
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a bundle's model, engines, sizes, tolerances met and exit configuration."""
+    from sedac_export.inspection import inspect_bundle
+
+    facts = inspect_bundle(bundle)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    out = Console()
+    model, validation = facts["model"], facts["validation"]
+    out.print(
+        f"{model['name']}: {model['type']}, {model['num_layers']} layers, hidden"
+        f" {model['hidden_size']}, vocabulary {model['vocab_size']}\n"
+        f"weights {facts['precision']}, {facts['bytes'] / 1e6:.1f} MB; KV cache"
+        f" {facts['cache_bytes'] / 1e6:.1f} MB per sequence of {facts['max_cache_length']}\n"
+        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {facts['exit_config']}\n"
+        f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
+        f" {validation['end_to_end']['cosine']:.7f}, agreement"
+        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",
+        highlight=False,
+    )
+    table = Table("engine", "layers", "weights MB", "error", "cosine")
+    for engine in facts["engines"]:
+        table.add_row(
+            engine["name"],
+            engine["layers"],
+            f"{engine['bytes'] / 1e6:.2f}",
+            "" if engine["error"] is None else f"{engine['error']:.1e}",
+            "" if engine["cosine"] is None else f"{engine['cosine']:.7f}",
+        )
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
+    _silence_libraries()
+    try:
+        app()
+    except (SedacError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _silence_libraries() -> None:
+    """Progress and advice of torch and transformers is not about the user's model."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+
+
+def _depths(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SedacError(f"--exit-layers {text} is neither all nor a list such as 6,12,18") from error
+
+
+if __name__ == "__main__":
+    main()

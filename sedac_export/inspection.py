@@ -1,0 +1,83 @@
+"""What `sedac-export inspect` shows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sedac_export import manifest as bundle
+from sedac_export.errors import SedacError
+
+
+def inspect_bundle(directory: Path) -> dict[str, Any]:
+    """The bundle's facts as one JSON-able object.
+
+    Raises SedacError when `directory` is no bundle or a file of it is missing.
+    """
+    manifest = bundle.read_manifest(directory)
+    validation = _validation(directory)
+    rows = {row["engine"]: row for row in validation["engines"]}
+    engines = []
+    for file, layers in _engine_files(manifest):
+        name = Path(file).stem
+        row = rows.get(name, {"error": None, "cosine": None})
+        engines.append(
+            {
+                "name": name,
+                "layers": layers,
+                "bytes": _weight_bytes(directory / file),
+                "error": row["error"],
+                "cosine": row["cosine"],
+            }
+        )
+    return {
+        "model": manifest.model.model_dump(),
+        "precision": manifest.precision,
+        "target": manifest.target,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "max_cache_length": manifest.max_cache_length,
+        "cache_bytes": manifest.cache_bytes(),
+        "exit_layers": manifest.exit_layers,
+        "exit_config": bundle.read_exit_config(directory).model_dump(),
+        "engines": engines,
+        "validation": {
+            "tolerance": validation["tolerance"],
+            "end_to_end": validation["end_to_end"],
+        },
+        "tool_versions": manifest.tool_versions,
+    }
+
+
+def _validation(directory: Path) -> dict[str, Any]:
+    path = directory / bundle.VALIDATION
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
+    except FileNotFoundError as error:
+        raise SedacError(f"{path} is missing; build the bundle again") from error
+    except ValueError as error:
+        raise SedacError(f"{path} is altered ({error}); build the bundle again") from error
+
+
+def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
+    """(file, layers as text) of every engine, in the order a token passes them."""
+    entries = [*manifest.engines.layers, manifest.engines.monolith]
+    layers = [(e.file, f"{e.first_layer}..{e.first_layer + e.num_layers - 1}") for e in entries]
+    fills = [(e.file, str(layer)) for layer, e in enumerate(manifest.engines.key_value)]
+    return [(manifest.engines.embed, ""), *layers, *fills, (manifest.engines.head, "")]
+
+
+def _weight_bytes(file: Path) -> int:
+    """Bytes of the weights that an engine reads; engines may share them."""
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except FileNotFoundError as error:
+        raise SedacError(f"{file} is missing; build the bundle again") from error
+    lengths = [
+        int(entry.value)
+        for initializer in model.graph.initializer
+        for entry in initializer.external_data
+        if entry.key == "length"
+    ]
+    return sum(lengths)
