@@ -52,7 +52,11 @@ impl Exit {
                     return Err(Error::setting("forced_exit", depth, range));
                 }
                 if depths.is_empty() {
-                    return Err(Error::setting("forced_exit", "(none)", "at least one depth"));
+                    return Err(Error::setting(
+                        "forced_exit",
+                        "(none)",
+                        "at least one depth",
+                    ));
                 }
                 Ok(Box::new(Forced::new(depths.clone())))
             }

@@ -274,11 +274,26 @@ mod tests {
     fn settings_out_of_range_are_refused() {
         let plain = Sampling::default();
         for settings in [
-            Sampling { temperature: -1.0, ..plain },
-            Sampling { temperature: f32::NAN, ..plain },
-            Sampling { top_p: 0.0, ..plain },
-            Sampling { min_p: 1.5, ..plain },
-            Sampling { repetition_penalty: 0.0, ..plain },
+            Sampling {
+                temperature: -1.0,
+                ..plain
+            },
+            Sampling {
+                temperature: f32::NAN,
+                ..plain
+            },
+            Sampling {
+                top_p: 0.0,
+                ..plain
+            },
+            Sampling {
+                min_p: 1.5,
+                ..plain
+            },
+            Sampling {
+                repetition_penalty: 0.0,
+                ..plain
+            },
         ] {
             assert!(Sampler::new(settings).is_err());
         }

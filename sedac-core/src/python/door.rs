@@ -69,7 +69,7 @@ fn wait<T>(inbox: &Inbox<T>, timeout: Duration) -> Result<T, RecvTimeoutError> {
 
 fn drain<T>(inbox: &Inbox<T>) {
     let end = Instant::now() + PATIENCE;
-    while Instant::now() < end
-        && !matches!(wait(inbox, POLL), Err(RecvTimeoutError::Disconnected))
-    {}
+    while Instant::now() < end && !matches!(wait(inbox, POLL), Err(RecvTimeoutError::Disconnected))
+    {
+    }
 }

@@ -56,10 +56,7 @@ impl Generation {
         this
     }
 
-    fn __next__(
-        &mut self,
-        py: Python<'_>,
-    ) -> PyResult<Option<(u32, String, usize, &'static str)>> {
+    fn __next__(&mut self, py: Python<'_>) -> PyResult<Option<(u32, String, usize, &'static str)>> {
         if self.end.is_some() {
             return Ok(None);
         }
@@ -109,7 +106,10 @@ fn generate(
     let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
     let mut stream = codec.map(TextCodec::stream);
     let summary = chain.generate(request, interrupt, |token| {
-        let text = stream.as_mut().map(|s| s.push(token.id)).unwrap_or_default();
+        let text = stream
+            .as_mut()
+            .map(|s| s.push(token.id))
+            .unwrap_or_default();
         if sender.send(Event::Token(token, text)).is_err() {
             interrupt.raise();
         }

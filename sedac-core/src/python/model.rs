@@ -93,7 +93,10 @@ impl Model {
         Ok(self.codec()?.encode(text, add_special_tokens)?)
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "Python lists arrive by value")]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "Python lists arrive by value"
+    )]
     fn decode(&self, tokens: Vec<u32>) -> PyResult<String> {
         Ok(self.codec()?.decode(&tokens)?)
     }

@@ -10,7 +10,9 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 use self::pass::{Pass, Passes, Shared};
-use self::runtime::{bind_input, bind_output, binding, environment, read, run, session, tensor, write};
+use self::runtime::{
+    bind_input, bind_output, binding, environment, read, run, session, tensor, write,
+};
 use super::Engines;
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::Result;

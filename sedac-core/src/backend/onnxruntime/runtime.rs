@@ -1,16 +1,18 @@
 //! The few calls into `ort` that the backend needs, with errors that say what they were about.
 
 use std::path::Path;
+use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
+use ort::AsPointer;
 use ort::environment::{Environment, GlobalThreadPoolOptions};
+use ort::ep::CPU;
 use ort::logging::LogLevel;
 use ort::memory::Allocator;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, Session};
 use ort::value::{
-    DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value,
-    ValueTypeMarker,
+    DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value, ValueTypeMarker,
 };
 
 use crate::error::{Error, Result};
@@ -59,10 +61,14 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
 }
 
 /// Load the graph at `path`.
+///
+/// Sessions get no arena of their own: with plain allocation the buffers that one layer gives back
+/// are the ones the next takes, and a chain of single layers is within 3 % of one big engine.
 pub(super) fn session(environment: &Environment, path: &Path) -> Result<Session> {
     let load = || {
         Session::builder(environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
+            .with_execution_providers([CPU::default().with_arena_allocator(false).build()])?
             .commit_from_file(path)
     };
     load().map_err(|source| engine_error(format!("{} cannot be loaded", path.display()), source))
@@ -123,15 +129,21 @@ pub(super) fn bind_output<T: ValueTypeMarker + ?Sized>(
 }
 
 /// Run `session` over bound tensors; `what` names it in an error.
+///
+/// `Session::run_binding` would also fetch the bound outputs, at a cost that shows when a token
+/// passes dozens of engines; here they are in tensors of ours already.
 pub(super) fn run(
     session: &mut Session,
     binding: &IoBinding,
     what: impl Fn() -> String,
 ) -> Result<()> {
-    session
-        .run_binding(binding)
-        .map(drop)
-        .map_err(|source| engine_error(format!("{} failed", what()), source))
+    // SAFETY: both pointers are live, the binding was made for this session, and the exclusive
+    // borrow keeps others from running it. A status goes to `result_from_status` once.
+    let result = unsafe {
+        let run = ort::api().RunWithBinding;
+        ort::Error::result_from_status(run(session.ptr_mut(), ptr::null(), binding.ptr()))
+    };
+    result.map_err(|source| engine_error(format!("{} failed", what()), source))
 }
 
 fn to_shape(shape: &[usize]) -> Shape {
