@@ -46,11 +46,11 @@ impl KvState {
         self.filled[layer]
     }
 
-    /// Make room for `tokens` new positions and return them.
+    /// Check that `tokens` new positions fit.
     ///
     /// # Errors
     /// [`Error::Prompt`] when the cache is too short.
-    pub fn begin(&mut self, tokens: usize) -> Result<Range<usize>> {
+    pub fn check_room(&self, tokens: usize) -> Result<()> {
         if tokens > self.room() {
             return Err(Error::Prompt(format!(
                 "needs {tokens} more positions where the cache has room for {}; shorten it or \
@@ -58,6 +58,15 @@ impl KvState {
                 self.room()
             )));
         }
+        Ok(())
+    }
+
+    /// Make room for `tokens` new positions and return them.
+    ///
+    /// # Errors
+    /// As [`check_room`](Self::check_room), and then nothing changes.
+    pub fn begin(&mut self, tokens: usize) -> Result<Range<usize>> {
+        self.check_room(tokens)?;
         let start = self.length;
         self.length += tokens;
         Ok(start..self.length)

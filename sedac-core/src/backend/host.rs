@@ -87,6 +87,7 @@ impl<E: Engines> Backend for HostDecided<E> {
     }
 
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()> {
+        self.kv.check_room(tokens.len())?;
         for chunk in tokens.chunks(PREFILL_CHUNK) {
             let positions = self.kv.begin(chunk.len())?;
             self.engines.embed(chunk, positions.start)?;

@@ -39,9 +39,9 @@ pub trait Backend: Send {
     /// Run `tokens` at full depth; afterwards [`logits`](Self::logits) are the last one's.
     ///
     /// # Errors
-    /// [`Error::Prompt`](crate::Error::Prompt) when they do not fit, [`Error::Cancelled`]
-    /// (crate::Error::Cancelled) when interrupted, and what the engines report. After an error the
-    /// sequence must be [`reset`](Self::reset).
+    /// [`Error::Prompt`](crate::Error::Prompt) when they do not fit; nothing has changed then.
+    /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted, and what the engines
+    /// report; the sequence must be [`reset`](Self::reset) after these.
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()>;
 
     /// Run one token under `policy`; afterwards [`logits`](Self::logits) are its own, taken where

@@ -1,0 +1,235 @@
+//! Any sequence of prompts, exits and fills leaves each layer with exactly one entry per position.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use sedac_core::Result;
+use sedac_core::backend::{Backend, Engines, HostDecided};
+use sedac_core::interrupt::Interrupt;
+use sedac_core::kv::KvState;
+use sedac_core::policy::{ExitReason, Forced};
+
+const CAPACITY: usize = 600;
+
+/// Where a cache entry came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Run,
+    Fill { exit_layer: usize },
+}
+
+/// Caches by layer and position, shared with the test.
+type Caches = Arc<Mutex<Vec<Vec<Option<Source>>>>>;
+
+/// Engines that compute nothing and complain about every wrong access.
+struct Recorder {
+    layers: Vec<Range<usize>>,
+    caches: Caches,
+    kept: Vec<Option<usize>>,
+    pass: Range<usize>,
+    depth: usize,
+    stability: Vec<f32>,
+}
+
+impl Recorder {
+    fn new(engine_sizes: &[usize], caches: Caches) -> Self {
+        let mut layers = Vec::new();
+        let mut next = 0;
+        for &size in engine_sizes {
+            layers.push(next..next + size);
+            next += size;
+        }
+        *caches.lock().unwrap() = vec![vec![None; CAPACITY]; next];
+        Self {
+            layers,
+            caches,
+            kept: vec![None; CAPACITY],
+            pass: 0..0,
+            depth: 0,
+            stability: vec![1.0; next],
+        }
+    }
+
+    fn write(&self, layer: usize, position: usize, source: Source) {
+        let slot = &mut self.caches.lock().unwrap()[layer][position];
+        assert_eq!(
+            *slot, None,
+            "layer {layer} position {position} written twice"
+        );
+        *slot = Some(source);
+    }
+}
+
+impl Engines for Recorder {
+    fn layers(&self) -> Vec<Range<usize>> {
+        self.layers.clone()
+    }
+
+    fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
+        self.pass = start..start + tokens.len();
+        self.depth = 0;
+        Ok(())
+    }
+
+    fn run(&mut self, engine: usize) -> Result<()> {
+        for layer in self.layers[engine].clone() {
+            assert_eq!(layer, self.depth, "engines run in order");
+            for position in 0..self.pass.start {
+                let entry = self.caches.lock().unwrap()[layer][position];
+                assert!(
+                    entry.is_some(),
+                    "layer {layer} attends to a hole at {position}"
+                );
+            }
+            for position in self.pass.clone() {
+                self.write(layer, position, Source::Run);
+            }
+            self.depth += 1;
+        }
+        Ok(())
+    }
+
+    fn stability(&self, engine: usize) -> &[f32] {
+        &self.stability[self.layers[engine].clone()]
+    }
+
+    fn keep(&mut self, position: usize) {
+        assert_eq!(position + 1, self.pass.end, "only the newest token exits");
+        self.kept[position] = Some(self.depth);
+    }
+
+    fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
+        assert!(!positions.is_empty());
+        for position in positions {
+            let exit_layer = self.kept[position].expect("filled from a kept hidden state");
+            assert!(exit_layer <= layer, "a layer that ran is filled");
+            self.write(layer, position, Source::Fill { exit_layer });
+        }
+        Ok(())
+    }
+
+    fn head(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn logits(&self) -> &[f32] {
+        &[]
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Prompt(usize),
+    Decode(usize),
+    Complete,
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let event = prop_oneof![
+        1 => (1..300_usize).prop_map(Event::Prompt),
+        8 => (1..=12_usize).prop_map(Event::Decode),
+        1 => Just(Event::Complete),
+    ];
+    prop::collection::vec(event, 1..40)
+}
+
+fn engine_sizes() -> impl Strategy<Value = Vec<usize>> {
+    prop::collection::vec(1..=3_usize, 1..6)
+}
+
+/// The depth that a token forced to `wanted` really exits at, and why.
+fn expected_exit(sizes: &[usize], allowed: &[usize], wanted: usize) -> (usize, ExitReason) {
+    let total: usize = sizes.iter().sum();
+    let mut end = 0;
+    for size in sizes {
+        end += size;
+        if end >= wanted && end < total && allowed.contains(&end) {
+            return (end, ExitReason::Forced);
+        }
+    }
+    (total, ExitReason::FullDepth)
+}
+
+proptest! {
+    #[test]
+    fn every_layer_holds_one_entry_per_position(
+        sizes in engine_sizes(),
+        forbidden in 1..16_usize,
+        events in events(),
+    ) {
+        let caches = Caches::default();
+        let total: usize = sizes.iter().sum();
+        let allowed: Vec<usize> = (1..=total).filter(|&depth| depth != forbidden).collect();
+        let engines = Recorder::new(&sizes, caches.clone());
+        let mut backend = HostDecided::new(engines, &allowed, CAPACITY);
+        let interrupt = Interrupt::default();
+        let mut sources = Vec::new();
+        for event in events {
+            match event {
+                Event::Prompt(tokens) if tokens <= backend.room() => {
+                    backend.prefill(&vec![0; tokens], &interrupt)?;
+                    sources.extend(vec![total; tokens]);
+                }
+                Event::Decode(wanted) if backend.room() > 0 => {
+                    let mut policy = Forced::new(vec![wanted]);
+                    let step = backend.decode(0, &mut policy, &interrupt)?;
+                    let expected = expected_exit(&sizes, &allowed, wanted);
+                    prop_assert_eq!((step.exit_layer, step.reason), expected);
+                    sources.push(step.exit_layer);
+                }
+                Event::Complete => backend.complete()?,
+                Event::Prompt(tokens) => {
+                    prop_assert!(backend.prefill(&vec![0; tokens], &interrupt).is_err());
+                }
+                Event::Decode(wanted) => {
+                    let mut policy = Forced::new(vec![wanted]);
+                    prop_assert!(backend.decode(0, &mut policy, &interrupt).is_err());
+                }
+            }
+            prop_assert_eq!(backend.kv().length(), sources.len());
+        }
+        backend.complete()?;
+        for (layer, cache) in caches.lock().unwrap().iter().enumerate() {
+            for (position, &exit_layer) in sources.iter().enumerate() {
+                let expected = if layer < exit_layer { Source::Run } else { Source::Fill { exit_layer } };
+                prop_assert_eq!(cache[position], Some(expected));
+            }
+            prop_assert!(cache[sources.len()..].iter().all(Option::is_none));
+        }
+    }
+
+    #[test]
+    fn a_truncated_state_lacks_exactly_what_was_cut(
+        depths in prop::collection::vec(1..=6_usize, 1..40),
+        cut in 0..40_usize,
+    ) {
+        let mut kv = KvState::new(6, 64);
+        for &depth in &depths {
+            let positions = kv.begin(1)?;
+            for layer in 0..depth {
+                kv.fill(layer, positions.end);
+            }
+        }
+        let before: Vec<usize> = (0..6).map(|layer| kv.filled(layer)).collect();
+        kv.truncate(cut);
+        prop_assert_eq!(kv.length(), depths.len().min(cut));
+        prop_assert_eq!(kv.room(), 64 - kv.length());
+        for (layer, filled) in before.into_iter().enumerate() {
+            prop_assert_eq!(kv.filled(layer), filled.min(cut));
+            prop_assert_eq!(kv.pending(layer, kv.length()).end, kv.length());
+        }
+    }
+}
+
+#[test]
+fn an_interrupt_stops_between_engines() {
+    let mut backend = HostDecided::new(Recorder::new(&[1, 1], Caches::default()), &[1, 2], 8);
+    let interrupt = Interrupt::default();
+    backend.prefill(&[0], &interrupt).unwrap();
+    interrupt.raise();
+    let mut policy = Forced::new(vec![2]);
+    assert!(backend.decode(0, &mut policy, &interrupt).is_err());
+    backend.reset();
+    assert_eq!(backend.room(), 8);
+}

@@ -1,0 +1,104 @@
+"""The chain gives the tokens that transformers gives: at full depth and with exits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import THREADS, TinyBundle
+from eager import Forced, Stable, greedy
+from tiny_models import ARCHITECTURES
+from transformers import AutoTokenizer, PreTrainedModel
+
+from sedac_runtime import SedacModel
+
+NEW_TOKENS = 128
+DEMO_PROMPTS = (
+    "def fibonacci(n):\n",
+    "import os\nimport sys\n\n",
+    "class Stack:\n    def __init__(self):\n",
+    "# Grüße, 你好 🙂\nname = '",
+    "for i in range(10):\n    print(",
+    "try:\n    with open(path) as f:\n",
+    "    return self._cache[key]\n\n    def ",
+    "x",
+)
+
+
+def random_prompts(vocabulary: int, count: int) -> list[list[int]]:
+    """Prompts of 1 to 100 random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, *torch.randint(2, 100, (count - 1,), generator=generator).tolist()]
+    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_full_depth_equals_transformers(
+    name: str, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    reference, bundle = tiny_bundle(name)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    for prompt in random_prompts(256, 8):
+        output = model.generate(prompt, mode="full", max_new_tokens=NEW_TOKENS)
+        greedy(reference, prompt, NEW_TOKENS).assert_same(output.tokens)
+        assert output.exit_layers == [4] * NEW_TOKENS
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forced_exits_equal_eager_with_the_same_fill(
+    name: str, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    reference, bundle = tiny_bundle(name)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    prompt = random_prompts(256, 2)[1]
+    for exits in ([1], [2], [3], [1, 4, 3, 1, 1, 2]):
+        output = model.generate(prompt, forced_exit=exits, max_new_tokens=64)
+        greedy(reference, prompt, 64, Forced(exits)).assert_same(output.tokens)
+        expected = [4, *(exits[n % len(exits)] for n in range(63))]
+        assert output.exit_layers == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_an_unreachable_tau_is_full_depth(
+    name: str, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    model = SedacModel.from_pretrained(tiny_bundle(name)[1], threads=THREADS)
+    for prompt in random_prompts(256, 4):
+        full = model.generate(prompt, mode="full", max_new_tokens=32)
+        never = model.generate(prompt, mode="exit", tau=2.0, max_new_tokens=32)
+        assert never.tokens == full.tokens
+        assert never.exit_reasons == ["full_depth"] * 32
+
+
+@pytest.mark.parametrize("prompt", DEMO_PROMPTS)
+def test_demo_equals_transformers(
+    prompt: str, demo_model: SedacModel, demo_reference: PreTrainedModel
+) -> None:
+    tokens = demo_model.encode(prompt)
+    for exits in (None, [1], [6], [11]):
+        output = demo_model.generate(
+            tokens, mode="full", forced_exit=exits, max_new_tokens=NEW_TOKENS, stop_tokens=[]
+        )
+        policy = Forced(exits) if exits else None
+        greedy(demo_reference, tokens, NEW_TOKENS, policy).assert_same(output.tokens)
+
+
+@pytest.mark.parametrize(("tau", "k"), [(0.99, 3), (0.98, 2), (0.95, 1)])
+def test_demo_exits_where_the_eager_policy_exits(
+    tau: float, k: int, demo_model: SedacModel, demo_reference: PreTrainedModel
+) -> None:
+    tokens = demo_model.encode(DEMO_PROMPTS[2])
+    output = demo_model.generate(
+        tokens, tau=tau, consecutive_k=k, min_layer_ratio=0.2, max_new_tokens=64, stop_tokens=[]
+    )
+    expected = greedy(demo_reference, tokens, 64, Stable(tau, k, min_depth=3))
+    assert output.tokens == expected.tokens
+    assert output.exit_layers == expected.exit_layers
+    assert len(set(output.exit_layers)) > 2
+
+
+def test_both_sides_tokenize_alike(demo_model: SedacModel, demo_bundle: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_bundle)
+    for prompt in DEMO_PROMPTS:
+        assert demo_model.encode(prompt) == tokenizer(prompt)["input_ids"]
+        assert demo_model.decode(demo_model.encode(prompt)) == prompt
