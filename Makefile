@@ -13,7 +13,7 @@ RUST := Cargo.toml Cargo.lock $(shell find sedac-core -name '*.rs' -o -name Carg
 PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
 EXPORTER := $(wildcard sedac_export/*.py)
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test lint format clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \

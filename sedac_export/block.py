@@ -52,7 +52,7 @@ def _renamed(layer: onnx.ModelProto, index: int, hidden: str, count: int) -> onn
         return names.get(name, f"layer_{index}.{name}") if name else name
 
     for node in graph.node:
-        node.name = f"layer_{index}.{node.name}"
+        node.name = f"layer_{index}.{node.name}" if node.name else ""
         node.input[:] = [rename(name) for name in node.input]
         node.output[:] = [rename(name) for name in node.output]
     for item in [*graph.initializer, *graph.input, *graph.output]:

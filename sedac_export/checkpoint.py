@@ -1,6 +1,8 @@
 """Read a Hugging Face safetensors checkpoint one tensor at a time."""
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from sedac_export.errors import SedacError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+# numbers read at once: large enough for whole layers of small models, small beside any large one
+_PIECE_NUMBERS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,20 @@ class Checkpoint:
         with safe_open(self.directory / self.files[name], framework="pt") as handle:
             return tuple(handle.get_slice(name).get_shape())
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` in its stored dtype, in memory of its own.
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor `name` in its stored dtype, some rows at a time.
 
-        The file is mapped only during the call, so that memory does not grow with what was read.
+        The file is mapped only meanwhile: memory does not grow with what was read.
         """
         with safe_open(self.directory / self.files[name], framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-            return tensor.clone()
+            rows = handle.get_slice(name)
+            shape = rows.get_shape()
+            if not shape:
+                yield handle.get_tensor(name)
+                return
+            step = max(1, _PIECE_NUMBERS // max(1, math.prod(shape[1:])))
+            for start in range(0, shape[0], step):
+                yield rows[start : start + step]
 
     def bytes(self) -> int:
         """Size of all weight files."""
@@ -70,9 +81,13 @@ def _file_names(directory: Path) -> list[str]:
     index = directory / _INDEX
     if index.exists():
         try:
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise SedacError(f"{index} is not a weight index ({error}); download it again") from error
+            return sorted(
+                {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise SedacError(
+                f"{index} is not a weight index ({error}); download it again"
+            ) from error
     if (directory / _SINGLE).exists():
         return [_SINGLE]
     others = sorted(path.name for path in directory.glob("*.bin"))

@@ -46,22 +46,23 @@ def build(
         typer.Option(help="How weights are stored; the CPU computes in fp32 whatever it is."),
     ] = PrecisionName.FP32,
     layers_per_engine: Annotated[
-        int, typer.Option(min=1, help="Layers in one engine; tokens exit between engines.")
+        int, typer.Option(help="Layers in one engine; tokens exit between engines.")
     ] = 1,
     max_cache_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Positions a sequence may have. [default: the model's, to 4096]"),
+        typer.Option(help="Positions a sequence may have. [default: the model's, to 4096]"),
     ] = None,
     exit_layers: Annotated[
         str, typer.Option(help="Depths at which tokens may exit: all, or such as 6,12,18.")
     ] = "all",
     atol: Annotated[
         float | None,
-        typer.Option(min=0, help="Largest difference from the original. [default: 1e-4]"),
+        typer.Option(help="Largest difference from the original. [default: 1e-4]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Split a model into engines, check them against the original, write a bundle."""
+    _silence_libraries()
     from sedac_export.exporter import DEFAULT_TOLERANCE, Request
     from sedac_export.exporter import build as run
 
@@ -75,11 +76,18 @@ def build(
         tolerance=DEFAULT_TOLERANCE if atol is None else atol,
         force=force,
     )
-    columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    columns = (
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # transient: after a mistake the one line that names it stands alone
+    with Progress(*columns, console=console, transient=True) as bar:
         tasks = {stage: bar.add_task(stage, total=None) for stage in ("trace", "write", "validate")}
         built = run(
-            request, lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)
+            request,
+            lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total),
         )
     manifest, validation = built.manifest, built.validation
     size = sum(entry.bytes for entry in manifest.files.values())
@@ -135,7 +143,6 @@ def inspect(
 
 def main() -> None:
     """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
-    _silence_libraries()
     try:
         app()
     except (SedacError, OSError) as error:
@@ -148,9 +155,11 @@ def main() -> None:
 
 def _silence_libraries() -> None:
     """Progress and advice of torch and transformers is not about the user's model."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def _depths(text: str) -> list[int] | None:
@@ -159,7 +168,9 @@ def _depths(text: str) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise SedacError(f"--exit-layers {text} is neither all nor a list such as 6,12,18") from error
+        raise SedacError(
+            f"--exit-layers {text} is neither all nor a list such as 6,12,18"
+        ) from error
 
 
 if __name__ == "__main__":

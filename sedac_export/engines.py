@@ -14,6 +14,9 @@ from sedac_export.errors import SedacError
 from sedac_export.operators import HALF, AttentionRouter, group_query_attention, scatter
 from sedac_export.skeleton import Skeleton
 
+# what a context tensor may hold
+CONTEXT_DTYPES = (torch.float32, torch.int64, torch.int32, torch.bool)
+
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -29,6 +32,14 @@ class Context:
     dtype: torch.dtype
     halved: bool
     used: bool = True
+
+    def check(self) -> None:
+        """Raise SedacError when the runtime could not carry this tensor to the layers."""
+        if len(self.shape) < 2 or self.shape[0] != 1 or self.dtype not in CONTEXT_DTYPES:
+            raise SedacError(
+                f"the layers read a {self.dtype} tensor of shape {list(self.shape)} that is not"
+                " one row per token; this model is not supported"
+            )
 
 
 @dataclass

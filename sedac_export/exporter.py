@@ -3,17 +3,20 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sedac_export import manifest as bundle
 from sedac_export.block import compose
@@ -74,25 +77,30 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     Raises SedacError for everything that is wrong with the request or the model.
     """
     started = time.monotonic()
-    _check_output(request)
+    _recover(request.output)
+    _check_request(request)
     directory = find_model(request.model)
     skeleton = Skeleton.load(directory)
     tokenizer = load_tokenizer(directory)
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
-    with torch.no_grad():
-        plan, graphs = _trace(skeleton, progress)
-        with _staging(request.output) as staging:
-            facts = _facts(skeleton, directory, tokenizer)
-            manifest = _write_engines(skeleton, plan, graphs, request, staging, progress).model_copy(
-                update={"model": facts, "max_cache_length": length, "exit_layers": exits}
-            )
-            progress("validate", 0, 1)
-            validation = validate(skeleton, staging, manifest, request.tolerance)
-            validation.check()
-            progress("validate", 1, 1)
-            manifest = _finish(staging, manifest, validation, tokenizer)
-            _publish(staging, request)
+    # the place to write is tried before the work, so that a bad one is reported at once
+    with torch.no_grad(), _staging(request.output) as staging:
+        with _tracing_errors(skeleton):
+            plan, graphs = _trace(skeleton, progress)
+        manifest = bundle.Manifest(
+            model=_facts(skeleton, directory, tokenizer),
+            max_cache_length=length,
+            exit_layers=exits,
+            tokenizer=tokenizer is not None,
+            **_write_engines(skeleton, plan, graphs, request, staging, progress),
+        )
+        progress("validate", 0, 1)
+        validation = validate(skeleton, staging, manifest, request.tolerance)
+        validation.check()
+        progress("validate", 1, 1)
+        manifest = _finish(staging, manifest, validation, tokenizer)
+        _publish(staging, request)
     return Built(request.output, manifest, validation, time.monotonic() - started)
 
 
@@ -110,21 +118,31 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SedacError(f"{name} cannot be had from the hub: {reason}") from error
+        raise SedacError(
+            f"{name} is no directory here and cannot be had from the hub: {reason}"
+        ) from error
 
 
-def _check_output(request: Request) -> None:
+def _check_request(request: Request) -> None:
     output = request.output
+    if not 0 <= request.tolerance < math.inf:
+        raise SedacError(f"--atol {request.tolerance} is out of range: 0 or more, and finite")
     if output.exists() and not request.force:
         raise SedacError(f"{output} exists; choose another --output or replace it with --force")
     if output.exists() and not (output / bundle.MANIFEST).exists():
-        raise SedacError(f"{output} is not a bundle, so --force does not replace it; remove it first")
+        raise SedacError(
+            f"{output} is not a bundle, so --force does not replace it; remove it first"
+        )
 
 
 def _cache_length(skeleton: Skeleton, request: Request) -> int:
     limit = skeleton.max_positions()
-    length = request.max_cache_length or min(limit or DEFAULT_CACHE_LENGTH, DEFAULT_CACHE_LENGTH)
-    if length < 1 or (limit is not None and length > limit):
+    length = request.max_cache_length
+    if length is None:
+        return min(limit or DEFAULT_CACHE_LENGTH, DEFAULT_CACHE_LENGTH)
+    if length < 1:
+        raise SedacError(f"--max-cache-length {length} is out of range: 1 or more")
+    if limit is not None and length > limit:
         raise SedacError(
             f"--max-cache-length {length} is outside 1..{limit}, the positions this model is"
             " defined for"
@@ -149,12 +167,30 @@ def _exit_layers(skeleton: Skeleton, request: Request) -> list[int]:
     return sorted({*request.exit_layers, count})
 
 
+@contextlib.contextmanager
+def _tracing_errors(skeleton: Skeleton) -> Iterator[None]:
+    """Whatever an architecture of another build trips over, as a SedacError."""
+    try:
+        yield
+    except (SedacError, OSError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise SedacError(
+            f"{skeleton.config.model_type} models are not supported: their layers cannot be traced"
+            f" ({type(error).__name__}: {reason})"
+        ) from error
+
+
 def _trace(skeleton: Skeleton, progress: Progress) -> tuple[Plan, _Graphs]:
     router = AttentionRouter()
     with stand_in_weights(skeleton.model), fused_operators(skeleton.model, router):
         plan = learn_plan(skeleton, router)
         tracer = Tracer(skeleton, plan, router)
-        signatures = [(kind_of(layer), heads) for layer, heads in zip(skeleton.layers, plan.heads, strict=True)]
+        signatures = [
+            (kind_of(layer), heads)
+            for layer, heads in zip(skeleton.layers, plan.heads, strict=True)
+        ]
         first: list[int] = []
         kinds = []
         for index, signature in enumerate(signatures):
@@ -163,7 +199,8 @@ def _trace(skeleton: Skeleton, progress: Progress) -> tuple[Plan, _Graphs]:
             if not same:
                 first.append(index)
         steps = 2 * len(first) + 2
-        layers, key_value = [], []
+        layers: list[Graph] = []
+        key_value: list[Graph] = []
         for index in first:
             progress("trace", len(layers) + len(key_value), steps)
             layers.append(tracer.layer(index))
@@ -172,6 +209,9 @@ def _trace(skeleton: Skeleton, progress: Progress) -> tuple[Plan, _Graphs]:
         progress("trace", steps - 2, steps)
         used = {name for graph in (*layers, *key_value) for name in graph.inputs()}
         plan.contexts = [replace(c, used=c.name in used) for c in plan.contexts]
+        for context in plan.contexts:
+            if context.used:
+                context.check()
         embed = tracer.embed()
         progress("trace", steps - 1, steps)
         head = tracer.head()
@@ -194,9 +234,7 @@ class _EngineWriter:
             initializer: self.skeleton.sources[prefix + parameter.split(".", 1)[1]]
             for initializer, parameter in graph.weights.items()
         }
-        read = self.skeleton.checkpoint.read
-        readers = {source: (lambda s=source: read(s)) for source in sources.values()}
-        self.store.write(f"{name}.data", iter(readers.items()))
+        self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
         return stamp(graph, sources, self.store)
 
     def save(self, model: onnx.ModelProto, name: str) -> str:
@@ -212,7 +250,8 @@ def _write_engines(
     request: Request,
     staging: Path,
     progress: Progress,
-) -> bundle.Manifest:
+) -> dict[str, Any]:
+    """Write every engine; the fields of the manifest that are about them."""
     writer = _EngineWriter(skeleton, staging, request.precision)
     fixed = [with_precision(graph, request.precision) for graph in graphs.layers]
     fills = [with_precision(graph, request.precision) for graph in graphs.key_value]
@@ -220,7 +259,8 @@ def _write_engines(
     embed = writer.save(
         writer.stamp(with_precision(graphs.embed, request.precision), "embed", ""), "embed"
     )
-    layers, key_value = [], []
+    layers: list[onnx.ModelProto] = []
+    key_value: list[bundle.KeyValueEngineEntry] = []
     for index in range(count):
         progress("write", index, count)
         prefix, kind = f"{skeleton.layers_path}.{index}.", graphs.kinds[index]
@@ -235,13 +275,17 @@ def _write_engines(
         name = f"layer_{first:03}" if last - first == 1 else f"block_{first:03}_{last - 1:03}"
         entries.append(_write_block(writer, layers[first:last], first, name))
     monolith = _write_block(writer, layers, 0, "monolith")
-    head = writer.save(writer.stamp(with_precision(graphs.head, request.precision), "head", ""), "head")
+    head = writer.save(
+        writer.stamp(with_precision(graphs.head, request.precision), "head", ""), "head"
+    )
     progress("write", count, count)
-    return bundle.Manifest.model_construct(
-        precision=request.precision,
-        layers_per_engine=request.layers_per_engine,
-        key_value_heads=[bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in plan.heads],
-        contexts=[
+    return {
+        "precision": request.precision,
+        "layers_per_engine": request.layers_per_engine,
+        "key_value_heads": [
+            bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in plan.heads
+        ],
+        "contexts": [
             bundle.ContextTensor(
                 name=c.name,
                 shape=[-1 if axis == 1 else n for axis, n in enumerate(c.shape)],
@@ -250,11 +294,11 @@ def _write_engines(
             for c in plan.contexts
             if c.used
         ],
-        engines=bundle.Engines(
+        "engines": bundle.Engines(
             embed=embed, layers=entries, key_value=key_value, head=head, monolith=monolith
         ),
-        tool_versions=_tool_versions(),
-    )
+        "tool_versions": _tool_versions(),
+    }
 
 
 def _write_block(
@@ -278,10 +322,12 @@ def _facts(
 ) -> bundle.ModelFacts:
     config = skeleton.config
     generation = skeleton.model.generation_config
-    with contextlib.suppress(OSError):
-        from transformers import GenerationConfig
-
-        generation = GenerationConfig.from_pretrained(directory)
+    path = directory / "generation_config.json"
+    if path.exists():
+        try:
+            generation = GenerationConfig.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise SedacError(f"{path} cannot be read; download it again") from error
     stops = getattr(generation, "eos_token_id", None)
     if stops is None:
         stops = getattr(config, "eos_token_id", None)
@@ -313,36 +359,48 @@ def _finish(
         save_tokenizer(tokenizer, staging)
     (staging / bundle.VALIDATION).write_text(json.dumps(asdict(validation), indent=1) + "\n")
     (staging / bundle.EXIT_CONFIG).write_text(bundle.ExitConfig().model_dump_json(indent=1) + "\n")
-    values = dict(manifest) | {"tokenizer": tokenizer is not None, "files": bundle.list_files(staging)}
-    whole = bundle.Manifest(**values)
+    whole = manifest.model_copy(update={"files": bundle.list_files(staging)})
     bundle.write_manifest(staging, whole)
     return whole
 
 
 @contextlib.contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A hidden directory beside `output`, gone afterwards unless it was renamed."""
+    """A hidden directory beside `output`, gone afterwards unless it was renamed.
+
+    Parents that had to be made go with it.
+    """
+    made = [path for path in output.parents if not path.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(output)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent))
-    except OSError as error:
-        raise SedacError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
-    try:
-        yield staging
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise SedacError(
-            f"{output} cannot be written: {error.strerror or error}; nothing was kept"
+            f"{output} cannot be written: {error.strerror or error}; nothing was kept, choose"
+            " another --output"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        # a parent that holds the bundle by now is not empty and stays
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
-def _remove_abandoned(output: Path) -> None:
-    """Remove what killed builds of the same bundle left behind."""
-    for path in output.parent.glob(f".{output.name}.*.*"):
-        owner = path.name.removeprefix(f".{output.name}.").split(".")[0]
-        if owner.isdigit() and not _is_alive(int(owner)):
+def _recover(output: Path) -> None:
+    """Remove what killed builds of the same bundle left, put back what one had set aside."""
+    # the random part keeps the builds of qwen2 off those of qwen2.5
+    staging = re.compile(re.escape(f".{output.name}.") + r"(\d{1,9})\.[a-z0-9_]{8}(\.old)?")
+    for path in output.parent.glob(".*"):
+        match = staging.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] and not output.exists():
+            path.rename(output)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -357,11 +415,17 @@ def _is_alive(process: int) -> bool:
 
 
 def _publish(staging: Path, request: Request) -> None:
+    """Give the bundle its name. One that it replaces is set aside until that is done."""
+    output = request.output
     staging.chmod(0o755)
-    if request.output.exists():
-        old = staging.with_name(f"{staging.name}.old")
-        request.output.rename(old)
-        staging.rename(request.output)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        staging.rename(request.output)
+    if not request.force or not output.exists():
+        staging.rename(output)
+        return
+    old = staging.with_name(f"{staging.name}.old")
+    output.rename(old)
+    try:
+        staging.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -7,15 +7,15 @@ from typing import Any
 import onnx
 
 from sedac_export import manifest as bundle
-from sedac_export.errors import SedacError
 
 
 def inspect_bundle(directory: Path) -> dict[str, Any]:
     """The bundle's facts as one JSON-able object.
 
-    Raises SedacError when `directory` is no bundle or a file of it is missing.
+    Raises SedacError when `directory` is no bundle or a file of it is damaged.
     """
     manifest = bundle.read_manifest(directory)
+    bundle.check_files(directory, manifest)
     validation = _validation(directory)
     rows = {row["engine"]: row for row in validation["engines"]}
     engines = []
@@ -50,14 +50,8 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
 
 
 def _validation(directory: Path) -> dict[str, Any]:
-    path = directory / bundle.VALIDATION
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        return result
-    except FileNotFoundError as error:
-        raise SedacError(f"{path} is missing; build the bundle again") from error
-    except ValueError as error:
-        raise SedacError(f"{path} is altered ({error}); build the bundle again") from error
+    result: dict[str, Any] = json.loads((directory / bundle.VALIDATION).read_text())
+    return result
 
 
 def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
@@ -70,10 +64,7 @@ def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
 
 def _weight_bytes(file: Path) -> int:
     """Bytes of the weights that an engine reads; engines may share them."""
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except FileNotFoundError as error:
-        raise SedacError(f"{file} is missing; build the bundle again") from error
+    model = onnx.load(file, load_external_data=False)
     lengths = [
         int(entry.value)
         for initializer in model.graph.initializer

@@ -1,5 +1,6 @@
 """The bundle's manifest, bundle.json, and its exit configuration, sedac_config.json."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -133,18 +134,58 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the bundle in `directory`.
 
-    Raises SedacError when there is none or it is of another schema.
+    Raises SedacError when there is none, it is of a newer schema, or it is damaged.
     """
     path = directory / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text())
-    except FileNotFoundError as error:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise SedacError(
             f"{directory} is no bundle: it holds no {MANIFEST}; build one with sedac-export build"
         ) from error
-    except (ValidationError, ValueError) as error:
+    try:
+        # first, because a newer manifest need not fit the fields and is not damaged
+        _check_schema(path, json.loads(text))
+        _check_digest(path)
+        return Manifest.model_validate_json(text)
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise SedacError(f"{path} cannot be read ({reason}); build the bundle again") from error
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Raise SedacError naming the first file that is missing, truncated or altered."""
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise _damaged(path, "missing")
+        if path.stat().st_size < entry.bytes:
+            raise _damaged(path, "truncated")
+        if sha256(path) != entry.sha256:
+            raise _damaged(path, "altered")
+
+
+def _check_schema(path: Path, manifest: object) -> None:
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise ValueError("it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise SedacError(
+            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest this sedac reads;"
+            " update sedac"
+        )
+
+
+def _check_digest(path: Path) -> None:
+    digest = path.with_name(MANIFEST_DIGEST)
+    if not digest.is_file():
+        raise _damaged(digest, "missing")
+    if digest.read_bytes().split()[:1] != [sha256(path).encode()]:
+        raise _damaged(path, "altered")
+
+
+def _damaged(path: Path, state: str) -> SedacError:
+    return SedacError(f"{path} is {state}; build or copy the bundle again")
 
 
 def read_exit_config(directory: Path) -> ExitConfig:
@@ -153,7 +194,8 @@ def read_exit_config(directory: Path) -> ExitConfig:
     if not path.exists():
         return ExitConfig()
     try:
-        return ExitConfig.model_validate_json(path.read_text())
-    except (ValidationError, ValueError) as error:
-        reason = " ".join(str(error).splitlines()[:3])
-        raise SedacError(f"{path} is out of range ({reason}); correct or delete it") from error
+        return ExitConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or EXIT_CONFIG
+        raise SedacError(f"{path}: {field}: {first['msg']}; correct or delete it") from error

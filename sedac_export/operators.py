@@ -25,9 +25,6 @@ HALF = "sedac_half"
 _IGNORED_ATTENTION_ARGUMENTS = frozenset(
     {
         "dropout",
-        "scaling",
-        "sliding_window",
-        "softcap",
         "is_causal",
         "position_ids",
         "cache_position",
@@ -233,10 +230,10 @@ def _is_half_rotation(function: Callable[..., Any]) -> bool:
     angles = torch.randn(1, 3, 4, generator=generator)
     cos, sin = (torch.cat((table, table), -1) for table in (angles.cos(), angles.sin()))
     try:
-        results = function(query, key, cos, sin)
+        rotated_query, rotated_key = function(query, key, cos, sin)
     except Exception:
         return False  # another signature: a rotation that we do not know
-    for tensor, result in zip((query, key), results, strict=True):
+    for tensor, result in ((query, rotated_query), (key, rotated_key)):
         turned = torch.cat((-tensor[..., 4:], tensor[..., :4]), -1)
         expected = tensor * cos[:, None] + turned * sin[:, None]
         if result.shape != expected.shape or not torch.allclose(result, expected, atol=1e-6):

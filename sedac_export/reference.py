@@ -41,9 +41,9 @@ def streamed_weights(skeleton: Skeleton, precision: str) -> Iterator[None]:
     """Within this context every module reads its weights when called and drops them after."""
     handles = []
     for path, module in skeleton.model.named_modules():
-        names = [name for name, p in module._parameters.items() if p is not None]
-        if names:
-            stream = _Stream(skeleton, precision, path, {n: module._parameters[n] for n in names})
+        parameters = {name: p for name, p in module._parameters.items() if p is not None}
+        if parameters:
+            stream = _Stream(skeleton, precision, path, parameters)
             handles.append(module.register_forward_pre_hook(stream.load))
             handles.append(module.register_forward_hook(stream.drop, always_call=True))
     try:
@@ -58,12 +58,17 @@ class _Stream:
     skeleton: Skeleton
     precision: str
     path: str
-    meta: dict[str, nn.Parameter | None]
+    meta: dict[str, nn.Parameter]
 
     def load(self, module: nn.Module, _: Any) -> None:
         for name in self.meta:
             full = f"{self.path}.{name}" if self.path else name
-            value = stored(self.skeleton.read(full), self.precision, full).float()
+            value = torch.empty(self.meta[name].shape)
+            row = 0
+            for piece in self.skeleton.pieces(full):
+                rows = stored(piece, self.precision, full)
+                value[row : row + len(rows)] = rows
+                row += len(rows)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def drop(self, module: nn.Module, *_: Any) -> None:

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -31,21 +37,16 @@ class Skeleton:
     def load(cls, directory: Path) -> "Skeleton":
         """Build the model of `directory` without weights.
 
-        Raises SedacError when the model type is unknown, when it has no list of decoder layers, or
-        when the checkpoint lacks a weight or holds one of another shape.
+        Raises SedacError when the model type is unknown or config.json cannot be used, when the
+        model has no list of decoder layers, or when the checkpoint lacks a weight or holds one of
+        another shape.
         """
         config = _config(directory)
         checkpoint = Checkpoint.open(directory)
-        with _parameters_on_meta():
-            try:
-                model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation="eager", dtype=torch.float32
-                )
-            except ValueError as error:
-                raise SedacError(
-                    f"{directory} is a {config.model_type} model, which transformers does not know"
-                    " as a causal language model; SEDAC exports decoders"
-                ) from error
+        with _parameters_on_meta(), _config_errors(directory):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation="eager", dtype=torch.float32
+            )
         layers_path = _find_layers(model, directory)
         sources = _sources(model, checkpoint)
         _check_shapes(model, checkpoint, sources)
@@ -63,9 +64,9 @@ class Skeleton:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def read(self, parameter: str) -> torch.Tensor:
-        """The value of `parameter` in the checkpoint's dtype."""
-        return self.checkpoint.read(self.sources[parameter])
+    def pieces(self, parameter: str) -> Iterator[torch.Tensor]:
+        """The value of `parameter` in the checkpoint's dtype, some rows at a time."""
+        return self.checkpoint.pieces(self.sources[parameter])
 
     def max_positions(self) -> int | None:
         """The longest context that the positions are defined for, None when there is no bound.
@@ -105,16 +106,36 @@ def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _config(directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").exists():
         raise SedacError(f"{directory} holds no config.json; is it a model directory?")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SedacError(f"{directory}/config.json cannot be used: {reason}") from error
+    with _config_errors(directory):
+        # code that comes with a model is neither run nor asked about
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise SedacError(
             f"{directory} is a {config.model_type} model with an encoder; SEDAC exports decoders"
         )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SedacError(
+            f"{directory} is a {config.model_type} model, which transformers does not know"
+            " as a causal language model; SEDAC exports decoders"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise SedacError(
+            f"{directory} holds quantized weights (quantization_config in config.json); export the"
+            " model that they were quantized from"
+        )
     return config
+
+
+@contextlib.contextmanager
+def _config_errors(directory: Path) -> Iterator[None]:
+    """What transformers has against a config.json, as a SedacError."""
+    try:
+        yield
+    except Exception as error:  # its own validators, torch and missing keys each raise another type
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        if isinstance(error, KeyError):
+            reason = f"unknown value {reason}"
+        raise SedacError(f"{directory}/config.json cannot be used: {reason}") from error
 
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -125,7 +146,7 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    converters: list[Any] = [t for t in transforms if not isinstance(t, WeightRenaming)]
     state = model.state_dict()
     stored = {}
     for name in checkpoint.files:
@@ -163,7 +184,7 @@ def _check_shapes(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, s
 def _find_layers(model: nn.Module, directory: Path) -> str:
     """Path of the list of decoder layers: the list with one entry per hidden layer."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    paths = [
+    paths: list[str] = [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
@@ -202,7 +223,7 @@ def _parameters_on_meta() -> Iterator[None]:
             value = nn.Parameter(value.to("meta"), requires_grad=False)
         register(self, name, value)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

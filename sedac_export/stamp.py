@@ -1,7 +1,7 @@
 """Fill traced graphs with weights: write each weight once, point every graph at it."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +16,8 @@ from sedac_export.trace import Graph
 # ONNX Runtime maps external data from page-aligned offsets without copying
 _ALIGNMENT = 4096
 
+Reader = Callable[[str], Iterator[torch.Tensor]]
+
 _STORAGE = {
     "fp32": (torch.float32, TensorProto.FLOAT),
     "fp16": (torch.float16, TensorProto.FLOAT16),
@@ -27,11 +29,18 @@ def stored(tensor: torch.Tensor, precision: str, name: str) -> torch.Tensor:
     """`tensor` in the dtype of `precision`. Raises SedacError when a value overflows it."""
     dtype, _ = _STORAGE[precision]
     result = tensor.to(dtype)
-    if not bool(torch.isfinite(result).all()):
-        if not bool(torch.isfinite(tensor).all()):
+    if not _is_finite(result):
+        if not _is_finite(tensor):
             raise SedacError(f"weight {name} holds infinities or NaN; is the checkpoint damaged?")
         raise SedacError(f"weight {name} overflows {precision}; build with --precision bf16 or fp32")
     return result
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is infinite or NaN, which the extremes tell without a copy."""
+    if tensor.numel() == 0:
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
 @dataclass(frozen=True)
@@ -51,18 +60,23 @@ class WeightStore:
     precision: str
     places: dict[str, Place] = field(default_factory=dict)
 
-    def write(self, location: str, weights: Iterator[tuple[str, Callable[[], torch.Tensor]]]) -> None:
-        """Append (source name, reader) pairs that are not stored yet to the file `location`."""
-        missing = [(name, read) for name, read in weights if name not in self.places]
+    def write(self, location: str, names: Iterable[str], read: Reader) -> None:
+        """Write those weights of `names` that have no place yet to the new file `location`.
+
+        read gives a weight's rows some at a time. Raises SedacError when a weight overflows the
+        precision.
+        """
+        missing = [name for name in dict.fromkeys(names) if name not in self.places]
         if not missing:
             return
-        with (self.directory / location).open("wb") as file:
-            for name, read in missing:
-                tensor = stored(read(), self.precision, name).contiguous()
-                data = memoryview(tensor.view(torch.uint8).reshape(-1).numpy())
+        with (self.directory / location).open("xb") as file:
+            for name in missing:
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                self.places[name] = Place(location, file.tell(), len(data))
-                file.write(data)
+                start = file.tell()
+                for piece in read(name):
+                    rows = stored(piece, self.precision, name).contiguous()
+                    file.write(memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
+                self.places[name] = Place(location, start, file.tell() - start)
 
 
 def with_precision(graph: Graph, precision: str) -> Graph:

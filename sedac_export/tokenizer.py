@@ -23,10 +23,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SedacError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
+        # code that comes with a model is neither run nor asked about
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # tokenizers knows no other type
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        raise SedacError(
+            f"{directory}: the tokenizer cannot be loaded: {reason}; is its download complete?"
+        ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise SedacError(
             f"{directory}: {type(tokenizer).__name__} has no fast form (tokenizer.json); convert it"
@@ -40,12 +43,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
 
     For some model types AutoTokenizer replaces parts of the files it reads, so what is stored is
     the tokenizer in memory, not a copy of the files.
+
+    Raises OSError when the files cannot be written, SedacError when the ids differ.
     """
-    tokenizer.save_pretrained(directory)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.save(str(directory / "tokenizer.json"))
+    try:
+        tokenizer.save_pretrained(directory)
+        backend.save(str(directory / "tokenizer.json"))
+    except Exception as error:  # tokenizers knows no other type, nor for a full disk
+        raise OSError(f"the tokenizer cannot be saved: {error}") from error
     stored = Tokenizer.from_file(str(directory / "tokenizer.json"))
     for sample in _SAMPLES:
         if stored.encode(sample).ids != tokenizer(sample)["input_ids"]:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnx import TensorProto, helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
@@ -61,7 +62,9 @@ class Tracer:
         """x -> logits."""
         inputs = {"x": self._hidden()}
         dynamic = {"x": {1: "tokens"}}
-        return _trace(HeadEngine(self.skeleton, self.plan), inputs, ["logits"], dynamic)
+        graph = _trace(HeadEngine(self.skeleton, self.plan), inputs, ["logits"], dynamic)
+        _untranspose(graph.model.graph)
+        return graph
 
     def layer(self, index: int) -> Graph:
         """x, contexts, lengths and past -> y, present and stability."""
@@ -167,6 +170,37 @@ def _fix_reshapes(graph: ir.Graph) -> None:
             value = ir.Value(name=target.name, const_value=target)
             graph.register_initializer(value)
             node.replace_input_with(1, value)
+
+
+def _untranspose(graph: onnx.GraphProto) -> None:
+    """Multiply by stored weights as they lie: MatMul(x, Transpose(W)) becomes Gemm(x, W).
+
+    ONNX Runtime would fold the transposition into a second copy of W, and W is the largest weight
+    of most models, often shared with the embedding.
+    """
+    sizes = {initializer.name: list(initializer.dims) for initializer in graph.initializer}
+    transposed = {n.output[0]: n for n in graph.node if n.op_type == "Transpose"}
+    for node in list(graph.node):
+        transpose = transposed.get(node.input[1]) if node.op_type == "MatMul" else None
+        if transpose is None or len(sizes.get(transpose.input[0], [])) != 2:
+            continue
+        outputs, inputs = sizes[transpose.input[0]]
+        name, position = node.output[0], list(graph.node).index(node)
+        for suffix, shape in (("rows", [-1, inputs]), ("shape", [1, -1, outputs])):
+            tensor = helper.make_tensor(f"{name}_{suffix}", TensorProto.INT64, [len(shape)], shape)
+            graph.initializer.append(tensor)
+        flat, product = f"{name}_flat", f"{name}_product"
+        weight, x = transpose.input[0], node.input[0]
+        graph.node.remove(node)
+        graph.node.remove(transpose)
+        for offset, new in enumerate(
+            (
+                helper.make_node("Reshape", [x, f"{name}_rows"], [flat]),
+                helper.make_node("Gemm", [flat, weight], [product], transB=1),
+                helper.make_node("Reshape", [product, f"{name}_shape"], [name]),
+            )
+        ):
+            graph.node.insert(position - 1 + offset, new)
 
 
 def _drop_unused_inputs(graph: onnx.GraphProto) -> None:

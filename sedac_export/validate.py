@@ -40,8 +40,9 @@ class Row:
         """Count one chunk's output [1, tokens, n] in."""
         scale = max(1.0, float(np.abs(expected).max()))
         error = float(np.abs(got - expected).max()) / scale
-        self.errors[tokens] = error if np.isfinite(error) else float("inf")
-        self.error = max(self.error, self.errors[tokens])
+        error = error if np.isfinite(error) else float("inf")
+        self.errors[tokens] = max(error, self.errors.get(tokens, 0.0))
+        self.error = max(self.error, error)
         norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(expected, axis=-1)
         cosine = (got * expected).sum(-1) / np.maximum(norms, 1e-30)
         self.cosine = min(self.cosine, float(cosine.min()))
@@ -99,8 +100,7 @@ class _Comparison:
     rows: list[Row] = field(default_factory=list)
 
     def run(self, tolerance: float) -> Validation:
-        contexts = self._embed()
-        chained = self._expected(0)
+        contexts, chained = self._embed()
         for entry in self.manifest.engines.layers:
             chained = self._layer(entry, contexts, chained)
         end_to_end = self._head(chained)
@@ -110,20 +110,21 @@ class _Comparison:
         hidden = self.reference.hidden[layer].numpy()
         return [hidden[:, chunk] for chunk in self.chunks]
 
-    def _embed(self) -> list[dict[str, Array]]:
-        """Check the embed engine; its context tensors, a dict per chunk."""
+    def _embed(self) -> tuple[list[dict[str, Array]], list[Array]]:
+        """Check the embed engine; its context tensors and residual streams, one per chunk."""
         session = _session(self.directory / self.manifest.engines.embed)
         names = [output.name for output in session.get_outputs()]
         row = Row("embed")
-        contexts = []
+        contexts, embedded = [], []
         for chunk, expected in zip(self.chunks, self._expected(0), strict=True):
             positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
             feeds = {"input_ids": self.tokens[:, chunk], "position_ids": positions}
             outputs = dict(zip(names, _run(session, feeds), strict=True))
-            row.add(len(positions[0]), outputs.pop("x"), expected)
+            embedded.append(outputs.pop("x"))
+            row.add(len(positions[0]), embedded[-1], expected)
             contexts.append(outputs)
         self.rows.append(row)
-        return contexts
+        return contexts, embedded
 
     def _layer(
         self, entry: LayerEngineEntry, contexts: list[dict[str, Array]], chained: list[Array]

@@ -6,6 +6,7 @@ from typing import Any
 
 from sedac_runtime import _core
 from sedac_runtime.library import default_threads, find_onnxruntime
+from sedac_runtime.ranges import check_count
 
 
 def bench(
@@ -26,20 +27,17 @@ def bench(
 
     Raises InputError when a number is out of range.
     """
-    for name, value, least in (
-        ("prompt_tokens", prompt_tokens, 1),
-        ("new_tokens", new_tokens, 2),
-        ("repeat", repeat, 1),
-    ):
-        if value < least:
-            raise _core.InputError(f"{name} {value} is out of range: {least} or more")
+    count = default_threads() if threads is None else threads
+    check_count("threads", count, 1)
+    check_count("prompt_tokens", prompt_tokens, 1)
+    check_count("new_tokens", new_tokens, 2)
+    check_count("repeat", repeat, 1)
+    for depth in forced_exit:
+        check_count("forced_exit", depth, 1)
     cases: list[tuple[str, bool, int | None]] = [("chain", False, None)]
     cases += [(f"exit@{depth}", False, depth) for depth in forced_exit]
     if monolith:
         cases.append(("monolith", True, None))
     # any tokens will do; these differ from each other and exist in every vocabulary
     prompt = [1 + position % 97 for position in range(prompt_tokens)]
-    count = default_threads() if threads is None else threads
-    return _core.bench(
-        Path(bundle), find_onnxruntime(), count, cases, prompt, new_tokens, repeat
-    )
+    return _core.bench(Path(bundle), find_onnxruntime(), count, cases, prompt, new_tokens, repeat)

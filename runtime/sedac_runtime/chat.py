@@ -32,7 +32,9 @@ def render_chat(bundle: Path, messages: list[Message]) -> str:
             messages=messages, add_generation_prompt=True, **tokens
         )
     except TemplateError as error:
-        raise InputError(f"the chat template of {bundle} refuses these messages: {error}") from error
+        raise InputError(
+            f"the chat template of {bundle} refuses these messages: {error}"
+        ) from error
 
 
 def _read(bundle: Path) -> tuple[str, dict[str, str]]:

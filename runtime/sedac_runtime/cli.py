@@ -26,7 +26,7 @@ console = Console(stderr=True)
 
 EnginesOption = Annotated[Path, typer.Option("--engines", help="The bundle's directory.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads for the engines. [default: all processors]")
+    int | None, typer.Option(help="Threads for the engines. [default: all processors]")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -60,7 +60,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most so many.")] = 128,
     mode: Annotated[
         GenerationMode, typer.Option(help="Run every layer, or let stable tokens exit.")
     ] = GenerationMode.EXIT,
@@ -77,11 +77,11 @@ def generate(
         KvFill, typer.Option(help="What the caches of skipped layers get.")
     ] = KvFill.PROPAGATE,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this sum.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep those at least so likely, relatively.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 does nothing.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     threads: ThreadsOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
     as_json: JsonOption = False,
@@ -125,9 +125,9 @@ def bench(
     against: Annotated[
         Reference | None, typer.Option(help="Also run all layers in one engine.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens before the timing.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 128,
-    repeat: Annotated[int, typer.Option(min=1, help="Timed repeats of each row.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens before the timing.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
+    repeat: Annotated[int, typer.Option(help="Timed repeats of each row.")] = 5,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -181,17 +181,24 @@ def _fail(error: Exception) -> NoReturn:
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
-    if prompt is not None:
-        return prompt
-    assert prompt_file is not None
+    source = "--prompt" if prompt_file is None else f"prompt file {prompt_file}"
     try:
-        if prompt_file == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        return Path(prompt_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{prompt_file} is not UTF-8 (byte {error.start}); convert it first"
-        ) from error
+        text = _read_file(prompt_file) if prompt is None else prompt
+        text.encode("utf-8")  # an argument's stray bytes arrive as surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"{source} is not UTF-8 (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read ({error.strerror}); give a text file") from error
+    if not text:
+        raise ValueError(f"{source} is empty; give some text to continue")
+    return text
+
+
+def _read_file(name: str | None) -> str:
+    assert name is not None
+    if name == "-":
+        return sys.stdin.buffer.read().decode("utf-8")
+    return Path(name).read_text(encoding="utf-8")
 
 
 def _depths(text: str | None) -> list[int]:

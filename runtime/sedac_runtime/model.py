@@ -8,6 +8,7 @@ from typing import Literal
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.library import default_threads, find_onnxruntime
+from sedac_runtime.ranges import LARGEST_SEED, check_count
 
 Mode = Literal["full", "exit"]
 
@@ -112,8 +113,7 @@ class SedacModel:
         Raises BundleError when the bundle is damaged, EngineError when ONNX Runtime fails.
         """
         count = default_threads() if threads is None else threads
-        if count < 1:
-            raise _core.InputError(f"threads {count} is out of range: 1 or more")
+        check_count("threads", count, 1)
         path = Path(bundle)
         return cls(path, _core.Model(path, find_onnxruntime(), count))
 
@@ -128,15 +128,24 @@ class SedacModel:
         return self._core.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with the special tokens that the model expects around a text."""
+        """Token ids of `text` with the special tokens that the model expects around a text.
+
+        Raises InputError when the bundle has no tokenizer.
+        """
         return self._core.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat, rendered by the bundle's template."""
+        """Token ids of a chat, rendered by the bundle's template.
+
+        Raises InputError when the bundle has no tokenizer or no template for these messages.
+        """
         return self._core.encode(render_chat(self.bundle, messages), add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens left out."""
+        """The text of `tokens`, special tokens left out.
+
+        Raises InputError when the bundle has no tokenizer.
+        """
         return self._core.decode(list(tokens))
 
     def generate(self, prompt: str | Sequence[int], **settings: object) -> GenerationOutput:
@@ -172,16 +181,25 @@ class SedacModel:
         Raises InputError when a setting is out of range or the prompt does not fit.
         """
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
         defaults = self._core.exit_config
         stability = (
             defaults["tau"] if tau is None else tau,
             defaults["consecutive_k"] if consecutive_k is None else consecutive_k,
             defaults["min_layer_ratio"] if min_layer_ratio is None else min_layer_ratio,
         )
+        for token in (*tokens, *stops):
+            check_count("token", token, 0)
+        for depth in forced_exit or ():
+            check_count("forced_exit", depth, 1)
+        check_count("max_new_tokens", max_new_tokens, 1)
+        check_count("consecutive_k", stability[1], 1)
+        check_count("top_k", top_k, 0)
+        check_count("seed", seed, 0, LARGEST_SEED)
         generation = self._core.generate(
             tokens,
             max_new_tokens=max_new_tokens,
-            stop_tokens=self.eos_token_ids if stop_tokens is None else list(stop_tokens),
+            stop_tokens=stops,
             stability=stability if mode == "exit" else None,
             forced_exit=None if forced_exit is None else list(forced_exit),
             temperature=temperature,

@@ -1,7 +1,7 @@
 //! Wall-clock comparison of ways to run the same prompt: interleaved, warm-up excluded.
 
 use crate::chain::{Chain, Exit, Request};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sampler::Sampling;
 
@@ -36,7 +36,8 @@ pub struct Row {
 /// prefill is not.
 ///
 /// # Errors
-/// What [`Chain::generate`] reports.
+/// [`Error::Setting`] when prompt and new tokens do not fit the cache, and what
+/// [`Chain::generate`] reports.
 pub fn run(
     chains: &mut [Chain],
     cases: &[Case],
@@ -45,6 +46,9 @@ pub fn run(
     repeat: usize,
     interrupt: &Interrupt,
 ) -> Result<Vec<Row>> {
+    for chain in chains.iter_mut() {
+        check_room(chain, prompt.len(), new_tokens)?;
+    }
     let mut times = vec![Vec::with_capacity(repeat); cases.len()];
     let mut depths = vec![0.0; cases.len()];
     for round in 0..=repeat {
@@ -69,6 +73,20 @@ pub fn run(
         .zip(depths)
         .map(|((case, times), depth)| summarise(&case.name, times, depth))
         .collect())
+}
+
+/// A generation that the cache cuts short would not be comparable.
+fn check_room(chain: &mut Chain, prompt_tokens: usize, new_tokens: usize) -> Result<()> {
+    let capacity = chain.capacity();
+    // the last token is never run through the model
+    if new_tokens < 2 || prompt_tokens + new_tokens - 1 > capacity {
+        let range = format!(
+            "2 or more, and with a prompt of {prompt_tokens} at most the cache's {capacity} \
+             positions"
+        );
+        return Err(Error::setting("new_tokens", new_tokens, range));
+    }
+    Ok(())
 }
 
 /// Milliseconds and mean layers per decoded token.

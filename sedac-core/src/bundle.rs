@@ -93,6 +93,28 @@ pub struct Engines {
     pub monolith: LayerEntry,
 }
 
+impl Engines {
+    /// Whether every graph is among the checked files and every context is one that embed gives.
+    fn references_hold(&self, manifest: &Manifest) -> bool {
+        let layers = self.layers.iter().chain([&self.monolith]);
+        let layers = layers.map(|entry| (&entry.file, &entry.contexts));
+        let fills = self.key_value.iter();
+        let fills = fills.map(|entry| (&entry.file, &entry.contexts));
+        let known = |name: &String| {
+            manifest
+                .contexts
+                .iter()
+                .any(|context| context.name == *name)
+        };
+        let mut references = layers.chain(fills);
+        references
+            .all(|(file, contexts)| manifest.files.contains_key(file) && contexts.iter().all(known))
+            && [&self.embed, &self.head]
+                .iter()
+                .all(|file| manifest.files.contains_key(*file))
+    }
+}
+
 /// Size and digest of a file.
 #[derive(Debug, Clone, Deserialize)]
 struct FileEntry {
@@ -100,11 +122,21 @@ struct FileEntry {
     sha256: String,
 }
 
+/// What a bundle's engines are built for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// ONNX Runtime.
+    Onnxruntime,
+}
+
 /// bundle.json.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Manifest {
     /// The model's facts.
     pub model: ModelFacts,
+    /// What runs the engines.
+    pub target: Target,
     /// Depths, in layers, at which a token may stop; the last is full depth.
     pub exit_layers: Vec<usize>,
     /// Positions a sequence may have.
@@ -120,9 +152,9 @@ pub struct Manifest {
     files: BTreeMap<PathBuf, FileEntry>,
 }
 
-/// sedac_config.json: when tokens exit by default.
+/// sedac_config.json: when tokens exit by default. What it leaves out has its default value.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct ExitConfig {
     /// Which policy decides.
     pub policy: PolicyName,
@@ -181,7 +213,7 @@ impl Bundle {
     ///
     /// # Errors
     /// [`Error::Bundle`] when it is no bundle, of another schema or inconsistent,
-    /// [`Error::DamagedFile`] naming the first file that is missing, truncated or altered,
+    /// [`Error::DamagedFile`] naming a file that is missing, truncated or altered,
     /// [`Error::Io`] when a file cannot be read.
     pub fn open(directory: &Path) -> Result<Self> {
         let manifest = read_manifest(directory)?;
@@ -243,7 +275,10 @@ fn check_schema(path: &Path, text: &[u8]) -> Result<()> {
 
 fn check_manifest_digest(directory: &Path, text: &[u8]) -> Result<()> {
     let path = directory.join(MANIFEST_DIGEST);
-    let line = fs::read_to_string(&path).unwrap_or_default();
+    let Ok(line) = fs::read_to_string(&path) else {
+        let state = "missing";
+        return Err(Error::DamagedFile { path, state });
+    };
     if line.split_whitespace().next() == Some(hex(&Sha256::digest(text)).as_str()) {
         return Ok(());
     }
@@ -301,16 +336,24 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
             follows
         }) && next == layers
     };
+    let ends: Vec<usize> = manifest
+        .engines
+        .layers
+        .iter()
+        .map(|entry| entry.first_layer + entry.num_layers)
+        .collect();
+    let monolith = std::slice::from_ref(&manifest.engines.monolith);
     let sound = layers > 0
         && covers(&manifest.engines.layers)
-        && covers(std::slice::from_ref(&manifest.engines.monolith))
+        && covers(monolith)
         && manifest.engines.key_value.len() == layers
         && manifest.key_value_heads.len() == layers
         && manifest.max_cache_length > 0
         && manifest
             .exit_layers
             .iter()
-            .all(|depth| (1..=layers).contains(depth));
+            .all(|depth| ends.contains(depth))
+        && manifest.engines.references_hold(manifest);
     if sound {
         return Ok(());
     }

@@ -150,6 +150,12 @@ impl Chain {
         self.backend.num_layers()
     }
 
+    /// Positions that a sequence may have. Forgets the sequence.
+    pub fn capacity(&mut self) -> usize {
+        self.backend.reset();
+        self.backend.room()
+    }
+
     /// Generate, handing each token to `emit` as it comes.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! Any sequence of prompts, exits and fills leaves each layer with exactly one entry per position.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 

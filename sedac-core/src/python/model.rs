@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use super::door;
+use super::error::InputError;
 use super::generation::Generation;
 use crate::backend::Layout;
 use crate::bench::{Case, Row};
@@ -101,8 +101,8 @@ impl Model {
         Ok(self.codec()?.decode(&tokens)?)
     }
 
-    /// Start generating; iterate over the result. `exit` is None for full depth, a number triple
-    /// (tau, consecutive_k, min_layer_ratio), or a list of depths to force.
+    /// Start generating; iterate over the result. Without `stability` (tau, consecutive_k,
+    /// min_layer_ratio) and `forced_exit` (depths, taken in turn) every token runs at full depth.
     #[pyo3(signature = (
         prompt, *, max_new_tokens, stop_tokens, stability = None, forced_exit = None,
         temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
@@ -143,7 +143,10 @@ impl Model {
 impl Model {
     fn codec(&self) -> PyResult<&TextCodec> {
         self.codec.as_deref().ok_or_else(|| {
-            PyValueError::new_err("this bundle has no tokenizer; give token ids instead of text")
+            InputError::new_err(
+                "this bundle has no tokenizer; give token ids (in Python) or build \
+                                 it from a model directory that holds one",
+            )
         })
     }
 }

@@ -3,19 +3,23 @@
 mod pass;
 mod runtime;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
-use self::pass::{Pass, Passes, Shared};
+use self::pass::{Embedding, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
 use super::Engines;
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::Result;
+
+/// Buffers for fillings of up to so many positions stay ready; longer ones are rare and large.
+const MOST_POSITIONS_KEPT_READY: usize = 16;
 
 /// Which of a bundle's layer engines to load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,9 +39,16 @@ pub struct OnnxRuntime {
     head: Head,
     shared: Shared,
     passes: Passes,
-    filling: Option<(Range<usize>, Pass)>,
+    /// The kept hidden states being filled in, by the number of their positions.
+    fillings: HashMap<usize, Filling>,
     /// Exit hidden states by position, `hidden_size` numbers each.
     kept: Vec<f32>,
+}
+
+/// Exit hidden states and contexts of consecutive positions, as kv engines read them.
+struct Filling {
+    positions: Range<usize>,
+    embedding: Embedding,
 }
 
 struct KeyValueEngine {
@@ -93,7 +104,7 @@ impl OnnxRuntime {
         Ok(Self {
             kept: vec![0.0; manifest.max_cache_length * shared.hidden_size],
             passes: Passes::new(decode),
-            filling: None,
+            fillings: HashMap::new(),
             entries,
             embed,
             layers,
@@ -113,27 +124,33 @@ impl OnnxRuntime {
         )
     }
 
-    /// The pass over the kept hidden states of `positions`.
+    /// Make the filling of `positions` ready.
     ///
     /// Consecutive layers mostly lack the same positions, so it is made once for all of them. The
     /// embed engine runs for the sake of its context tensors alone.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
-        if matches!(&self.filling, Some((range, _)) if range == positions) {
-            return Ok(());
+        let count = positions.len();
+        if !self.fillings.contains_key(&count) {
+            if count > MOST_POSITIONS_KEPT_READY {
+                self.fillings
+                    .retain(|&count, _| count <= MOST_POSITIONS_KEPT_READY);
+            }
+            let filling = Filling {
+                positions: 0..0,
+                embedding: Embedding::new(count, &self.shared, &self.embed)?,
+            };
+            self.fillings.insert(count, filling);
         }
-        let mut pass = match self.filling.take() {
-            Some((_, pass)) if pass.tokens == positions.len() => pass,
-            _ => self.new_pass(positions.len())?,
-        };
-        pass.start(&vec![0; positions.len()], positions.start);
-        run(&mut self.embed, &pass.embed, || {
-            "embed engine, filling caches".into()
-        })?;
-        let size = self.shared.hidden_size;
-        let rows = &self.kept[positions.start * size..positions.end * size];
-        write(&mut pass.hidden[0], rows);
+        let filling = self.fillings.get_mut(&count).expect("inserted above");
+        if filling.positions != *positions {
+            let embedding = &mut filling.embedding;
+            embedding.run(&mut self.embed, &vec![0; count], positions.start)?;
+            let size = self.shared.hidden_size;
+            let rows = &self.kept[positions.start * size..positions.end * size];
+            write(&mut embedding.hidden, rows);
+            filling.positions = positions.clone();
+        }
         write(&mut self.shared.write_index, &[positions.start as i64]);
-        self.filling = Some((positions.clone(), pass));
         Ok(())
     }
 }
@@ -152,10 +169,13 @@ impl Engines for OnnxRuntime {
         }
         self.shared.set_length(start + tokens.len());
         // exit hidden states at these positions are about to change
-        self.filling = None;
+        for filling in self.fillings.values_mut() {
+            if filling.positions.end > start {
+                filling.positions = 0..0;
+            }
+        }
         let pass = self.passes.begin(tokens.len());
-        pass.start(tokens, start);
-        run(&mut self.embed, &pass.embed, || "embed engine".into())
+        pass.embedding.run(&mut self.embed, tokens, start)
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
@@ -179,13 +199,11 @@ impl Engines for OnnxRuntime {
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
         self.prepare_filling(&positions)?;
-        let Some((_, pass)) = &self.filling else {
-            unreachable!("prepare_filling sets it");
-        };
+        let embedding = &self.fillings[&positions.len()].embedding;
         let engine = &mut self.key_value[layer];
         let mut bound = binding(&engine.session)?;
-        bind_input(&mut bound, "x", &pass.hidden[0])?;
-        pass.bind_contexts(&mut bound, &engine.contexts)?;
+        bind_input(&mut bound, "x", &embedding.hidden)?;
+        embedding.bind_contexts(&mut bound, &engine.contexts)?;
         bind_input(&mut bound, "write_index", &self.shared.write_index)?;
         self.shared.bind_cache(&mut bound, layer, 0)?;
         run(&mut engine.session, &bound, || {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, tensor, write};
+use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
 
@@ -62,61 +62,47 @@ impl Shared {
     }
 }
 
-/// Buffers and bindings for passes of one number of tokens.
-pub(super) struct Pass {
-    pub(super) tokens: usize,
-    /// Engine e reads hidden[e % 2] and writes the other, each [1, tokens, hidden_size].
-    pub(super) hidden: [Tensor<f32>; 2],
-    /// [1, tokens, layers of the engine] by engine.
-    pub(super) stability: Vec<Tensor<f32>>,
-    pub(super) embed: IoBinding,
-    pub(super) layers: Vec<IoBinding>,
+/// What the embed engine reads and writes for one number of tokens.
+pub(super) struct Embedding {
+    /// The residual stream before the first layer, [1, tokens, hidden_size].
+    pub(super) hidden: Tensor<f32>,
+    tokens: usize,
+    bound: IoBinding,
     input_ids: Tensor<i64>,
     position_ids: Tensor<i64>,
     contexts: HashMap<String, DynTensor>,
 }
 
-impl Pass {
-    pub(super) fn new(
-        tokens: usize,
-        shared: &mut Shared,
-        embed: &Session,
-        layers: &[Session],
-        entries: &[LayerEntry],
-    ) -> Result<Self> {
+impl Embedding {
+    pub(super) fn new(tokens: usize, shared: &Shared, embed: &Session) -> Result<Self> {
         let contexts = shared
             .contexts
             .iter()
             .map(|context| Ok((context.name.clone(), context_tensor(context, tokens)?)))
             .collect::<Result<_>>()?;
-        let hidden = [1, tokens, shared.hidden_size];
-        let mut pass = Self {
+        let mut embedding = Self {
+            hidden: tensor(&[1, tokens, shared.hidden_size])?,
             tokens,
-            hidden: [tensor(&hidden)?, tensor(&hidden)?],
-            stability: entries
-                .iter()
-                .map(|entry| tensor(&[1, tokens, entry.num_layers]))
-                .collect::<Result<_>>()?,
-            embed: binding(embed)?,
-            layers: Vec::new(),
+            bound: binding(embed)?,
             input_ids: tensor(&[1, tokens])?,
             position_ids: tensor(&[1, tokens])?,
             contexts,
         };
-        pass.bind_embed(embed)?;
-        for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
-            let bound = pass.bind_layer(engine, session, entry, shared)?;
-            pass.layers.push(bound);
-        }
-        Ok(pass)
+        embedding.bind(embed)?;
+        Ok(embedding)
     }
 
-    /// Set the tokens and their positions, from `start` on.
-    pub(super) fn start(&mut self, tokens: &[u32], start: usize) {
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Embed `tokens` at positions from `start` on; `embed` is the session bound before.
+    pub(super) fn run(&mut self, embed: &mut Session, tokens: &[u32], start: usize) -> Result<()> {
         let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
         let positions: Vec<i64> = (start as i64..).take(tokens.len()).collect();
         write(&mut self.input_ids, &ids);
         write(&mut self.position_ids, &positions);
+        run(embed, &self.bound, || "embed engine".into())
     }
 
     /// Bind the named context tensors as inputs.
@@ -127,21 +113,61 @@ impl Pass {
         Ok(())
     }
 
-    fn bind_embed(&mut self, session: &Session) -> Result<()> {
+    fn bind(&mut self, session: &Session) -> Result<()> {
         // a model without positions in its embedding or contexts drops that input
         for (name, ids) in [
             ("input_ids", &self.input_ids),
             ("position_ids", &self.position_ids),
         ] {
             if session.inputs().iter().any(|input| input.name() == name) {
-                bind_input(&mut self.embed, name, ids)?;
+                bind_input(&mut self.bound, name, ids)?;
             }
         }
-        bind_output(&mut self.embed, "x", &mut self.hidden[0])?;
+        bind_output(&mut self.bound, "x", &mut self.hidden)?;
         for (name, context) in &mut self.contexts {
-            bind_output(&mut self.embed, name, context)?;
+            bind_output(&mut self.bound, name, context)?;
         }
         Ok(())
+    }
+}
+
+/// Buffers and bindings that take one number of tokens through all layers.
+pub(super) struct Pass {
+    pub(super) embedding: Embedding,
+    /// [1, tokens, layers of the engine] by engine.
+    pub(super) stability: Vec<Tensor<f32>>,
+    pub(super) layers: Vec<IoBinding>,
+    /// Engines take turns reading the embedding's residual stream and this one, writing the other.
+    other: Tensor<f32>,
+}
+
+impl Pass {
+    pub(super) fn new(
+        tokens: usize,
+        shared: &mut Shared,
+        embed: &Session,
+        layers: &[Session],
+        entries: &[LayerEntry],
+    ) -> Result<Self> {
+        let mut pass = Self {
+            embedding: Embedding::new(tokens, shared, embed)?,
+            stability: entries
+                .iter()
+                .map(|entry| tensor(&[1, tokens, entry.num_layers]))
+                .collect::<Result<_>>()?,
+            layers: Vec::new(),
+            other: tensor(&[1, tokens, shared.hidden_size])?,
+        };
+        for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
+            let bound = pass.bind_layer(engine, session, entry, shared)?;
+            pass.layers.push(bound);
+        }
+        Ok(pass)
+    }
+
+    /// The residual stream after `engines` engines.
+    fn hidden(&self, engines: usize) -> &Tensor<f32> {
+        [&self.embedding.hidden, &self.other][engines % 2]
     }
 
     fn bind_layer(
@@ -152,15 +178,19 @@ impl Pass {
         shared: &mut Shared,
     ) -> Result<IoBinding> {
         let mut bound = binding(session)?;
-        bind_input(&mut bound, "x", &self.hidden[engine % 2])?;
-        self.bind_contexts(&mut bound, &entry.contexts)?;
+        bind_input(&mut bound, "x", self.hidden(engine))?;
+        self.embedding.bind_contexts(&mut bound, &entry.contexts)?;
         bind_input(&mut bound, "seqlens_k", &shared.seqlens_k)?;
         let total = &shared.total_sequence_length;
         bind_input(&mut bound, "total_sequence_length", total)?;
         for index in 0..entry.num_layers {
             shared.bind_cache(&mut bound, entry.first_layer + index, index)?;
         }
-        bind_output(&mut bound, "y", &mut self.hidden[(engine + 1) % 2])?;
+        let output = match engine % 2 {
+            0 => &mut self.other,
+            _ => &mut self.embedding.hidden,
+        };
+        bind_output(&mut bound, "y", output)?;
         bind_output(&mut bound, "stability", &mut self.stability[engine])?;
         Ok(bound)
     }
@@ -186,7 +216,7 @@ impl Passes {
 
     /// Whether a pass of `tokens` tokens is ready.
     pub(super) fn has(&self, tokens: usize) -> bool {
-        tokens == 1 || self.prefill.as_ref().map(|pass| pass.tokens) == Some(tokens)
+        tokens == 1 || self.prefill.as_ref().map(|pass| pass.embedding.tokens()) == Some(tokens)
     }
 
     /// Make the ready pass of `tokens` tokens the current one.
@@ -208,7 +238,7 @@ impl Passes {
 
     /// The newest token's row of the current residual stream.
     pub(super) fn newest(&self, hidden_size: usize) -> &[f32] {
-        let rows = read(&self.current().hidden[self.engines_run % 2]);
+        let rows = read(self.current().hidden(self.engines_run));
         &rows[rows.len() - hidden_size..]
     }
 }

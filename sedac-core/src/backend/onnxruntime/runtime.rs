@@ -18,7 +18,7 @@ use ort::value::{
 use crate::error::{Error, Result};
 
 /// The process's ONNX Runtime and its number of threads. Sessions that spin pools of their own
-/// starve each other (9-15 ms a layer were measured for 24 sessions on 2 cores), so all share one.
+/// starve each other, so all share one.
 static ENVIRONMENT: Mutex<Option<(Environment, usize)>> = Mutex::new(None);
 
 /// The process's environment, made at the first call.
@@ -63,7 +63,8 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
 /// Load the graph at `path`.
 ///
 /// Sessions get no arena of their own: with plain allocation the buffers that one layer gives back
-/// are the ones the next takes, and a chain of single layers is within 3 % of one big engine.
+/// are the ones the next takes, and dozens of engines hold no memory between runs.
+/// `sedac-runtime bench --against monolith` measures what the chain costs.
 pub(super) fn session(environment: &Environment, path: &Path) -> Result<Session> {
     let load = || {
         Session::builder(environment)?

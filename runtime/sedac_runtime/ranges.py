@@ -1,0 +1,12 @@
+"""Whole numbers that the Rust core takes."""
+
+from sedac_runtime._core import InputError
+
+_LARGEST = 2**31 - 1
+LARGEST_SEED = 2**64 - 1
+
+
+def check_count(name: str, value: int, least: int, largest: int = _LARGEST) -> None:
+    """Raise InputError naming setting `name` unless `value` is in `least`..`largest`."""
+    if not least <= value <= largest:
+        raise InputError(f"{name} {value} is out of range: {least} to {largest}")

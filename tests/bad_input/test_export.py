@@ -1,0 +1,389 @@
+"""sedac-export build refuses what it cannot use, and a failed build leaves everything as it was."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_input.command import (
+    Command,
+    assert_one_line_error,
+    mounted_tmpfs,
+    snapshot,
+)
+from safetensors.torch import load_file, save_file
+
+Damage = Callable[[Path], object]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def configure(**changes: Any) -> Damage:
+    def damage(model: Path) -> None:
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def write(name: str, text: str) -> Damage:
+    return lambda model: (model / name).write_text(text)
+
+
+def remove(name: str) -> Damage:
+    return lambda model: (model / name).unlink()
+
+
+def cut(name: str, size: int) -> Damage:
+    return lambda model: os.truncate(model / name, size)
+
+
+def change_weights(change: Callable[[dict[str, Any]], object]) -> Damage:
+    def damage(model: Path) -> None:
+        weights = load_file(model / WEIGHTS)
+        change(weights)
+        save_file(weights, model / WEIGHTS)
+
+    return damage
+
+
+def name_missing_shard(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / INDEX).write_text(json.dumps({"weight_map": shards}))
+
+
+DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
+    "unknown type": (configure(model_type="nonesuch"), ["config.json", "nonesuch"]),
+    "no type": (write("config.json", "{}"), ["config.json", "model_type"]),
+    "encoder-decoder": (write("config.json", '{"model_type": "t5"}'), ["t5", "encoder"]),
+    "no language model": (write("config.json", '{"model_type": "vit"}'), ["vit", "decoders"]),
+    "code of its own": (
+        configure(model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        ["config.json", "custom code"],
+    ),
+    "quantized": (configure(quantization_config={"quant_method": "fp8"}), ["quantized"]),
+    "config no JSON": (write("config.json", '{"model_type":'), ["config.json", "JSON"]),
+    "config of wrong type": (configure(hidden_size="big"), ["config.json", "hidden_size"]),
+    "config contradicts": (configure(hidden_size=63), ["config.json", "63"]),
+    "unknown activation": (configure(hidden_act="weird"), ["config.json", "weird"]),
+    "unknown rope": (configure(rope_parameters={"rope_type": "odd"}), ["config.json", "odd"]),
+    "no config": (remove("config.json"), ["config.json"]),
+    "no weights": (remove(WEIGHTS), [WEIGHTS]),
+    "missing weight": (change_weights(lambda w: w.pop(WEIGHT)), [WEIGHT]),
+    "missing layer": (configure(num_hidden_layers=5), ["model.layers.4"]),
+    "wrong shape": (
+        change_weights(lambda w: w.update({WEIGHT: w[WEIGHT][1:].contiguous()})),
+        [WEIGHT, "[95, 64]", "[96, 64]"],
+    ),
+    "shape of another config": (configure(vocab_size=100), ["embed_tokens", "[100, 64]"]),
+    "not a number": (
+        change_weights(lambda w: w[WEIGHT].fill_(float("nan"))),
+        [WEIGHT, "NaN"],
+    ),
+    "cut in the tensors": (cut(WEIGHTS, 300_000), [WEIGHTS, "whole"]),
+    "cut in the header": (cut(WEIGHTS, 20), [WEIGHTS, "whole"]),
+    "empty weights": (cut(WEIGHTS, 0), [WEIGHTS, "whole"]),
+    "missing shard": (name_missing_shard, ["model-00002-of-00002.safetensors", INDEX]),
+    "index no JSON": (write(INDEX, "{"), [INDEX]),
+    "index no map": (write(INDEX, "[]"), [INDEX]),
+    "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), [INDEX]),
+    "tokenizer no JSON": (write("tokenizer.json", '{"version":'), ["tokenizer"]),
+    "tokenizer empty": (write("tokenizer.json", "{}"), ["tokenizer"]),
+    "generation config no JSON": (write("generation_config.json", "{"), ["generation_config.json"]),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGED_MODELS.values(), ids=DAMAGED_MODELS.keys())
+def test_damaged_model_is_refused(
+    export: Command, model: Path, damage: Damage, words: list[str]
+) -> None:
+    damage(model)
+    before = snapshot(model.parent)
+    result = export("build", "--model", model, "--output", model.parent / "new" / "bundle")
+    assert_one_line_error(result, *words)
+    assert snapshot(model.parent) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "no/such/model", "/no/such/model", "./nowhere", "../nowhere", __file__]
+)
+def test_neither_directory_nor_hub_id_is_refused(
+    export: Command, tmp_path: Path, name: str
+) -> None:
+    result = export("build", "--model", name, "--output", tmp_path / "bundle")
+    assert_one_line_error(result, name, "neither", "hub id")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sedac/no-such-model", "sedac/not a name"])
+def test_model_that_the_hub_does_not_give_is_refused(
+    export: Command, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = export("build", "--model", name, "--output", tmp_path / "bundle")
+    assert_one_line_error(result, name, "hub")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--exit-layers", "0"], ["--exit-layers 0"]),
+        (["--exit-layers", "5"], ["--exit-layers 5", "1, 2, 3, 4"]),
+        (["--exit-layers", "-1"], ["--exit-layers -1"]),
+        (["--exit-layers", "1,,2"], ["--exit-layers 1,,2"]),
+        (["--exit-layers", "some"], ["--exit-layers some"]),
+        (["--exit-layers", ""], ["--exit-layers"]),
+        (["--exit-layers", "1", "--layers-per-engine", "2"], ["--exit-layers 1", "2, 4"]),
+        (["--layers-per-engine", "0"], ["--layers-per-engine 0", "1..4"]),
+        (["--layers-per-engine", "-1"], ["--layers-per-engine -1", "1..4"]),
+        (["--layers-per-engine", "5"], ["--layers-per-engine 5", "1..4"]),
+        (["--max-cache-length", "0"], ["--max-cache-length 0"]),
+        (["--max-cache-length", "-1"], ["--max-cache-length -1"]),
+        (["--max-cache-length", "257"], ["--max-cache-length 257", "1..256"]),
+        (["--atol", "-1"], ["--atol -1"]),
+        (["--atol", "nan"], ["--atol nan"]),
+        (["--atol", "inf"], ["--atol inf"]),
+    ],
+    ids=" ".join,
+)
+def test_option_out_of_range_is_refused(
+    export: Command, model: Path, options: list[str], words: list[str]
+) -> None:
+    before = snapshot(model.parent)
+    result = export("build", "--model", model, "--output", model.parent / "bundle", *options)
+    assert_one_line_error(result, *words)
+    assert snapshot(model.parent) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["build"],
+        ["build", "--no-such-option"],
+        ["build", "--model", "m", "--output", "o", "--precision", "fp8"],
+        ["build", "--model", "m", "--output", "o", "--layers-per-engine", "two"],
+        ["inspect"],
+        ["no-such-command"],
+    ],
+    ids=" ".join,
+)
+def test_usage_error_exits_with_2(export: Command, arguments: list[str]) -> None:
+    result = export(*arguments)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def a_bundle(output: Path, bundle: Path) -> None:
+    shutil.copytree(bundle, output)
+
+
+def a_directory(output: Path, bundle: Path) -> None:
+    output.mkdir()
+    (output / "thesis.txt").write_text("irreplaceable")
+
+
+def an_empty_directory(output: Path, bundle: Path) -> None:
+    output.mkdir()
+
+
+def a_file(output: Path, bundle: Path) -> None:
+    output.write_text("irreplaceable")
+
+
+@pytest.mark.parametrize(
+    ("occupy", "options", "words"),
+    [
+        (a_bundle, [], ["exists", "--force"]),
+        (a_directory, [], ["exists", "--force"]),
+        (an_empty_directory, [], ["exists", "--force"]),
+        (a_file, [], ["exists", "--force"]),
+        (a_directory, ["--force"], ["not a bundle"]),
+        (an_empty_directory, ["--force"], ["not a bundle"]),
+        (a_file, ["--force"], ["not a bundle"]),
+    ],
+)
+def test_what_is_at_the_output_stays(
+    export: Command,
+    model: Path,
+    mute_bundle: Path,
+    occupy: Callable[[Path, Path], None],
+    options: list[str],
+    words: list[str],
+) -> None:
+    output = model.parent / "output"
+    occupy(output, mute_bundle)
+    before = snapshot(model.parent)
+    result = export("build", "--model", model, "--output", output, *options)
+    assert_one_line_error(result, str(output), *words)
+    assert snapshot(model.parent) == before
+
+
+@pytest.mark.parametrize("below", ["bundle", "deeper/bundle"])
+def test_output_below_a_file_is_refused(export: Command, model: Path, below: str) -> None:
+    (model.parent / "file").touch()
+    before = snapshot(model.parent)
+    output = model.parent / "file" / below
+    result = export("build", "--model", model, "--output", output)
+    assert_one_line_error(result, str(output), "cannot be written", "Not a directory")
+    assert snapshot(model.parent) == before
+
+
+def test_output_on_a_read_only_disk_is_refused(export: Command, model: Path) -> None:
+    with mounted_tmpfs(model.parent / "disk", "ro") as disk:
+        result = export("build", "--model", model, "--output", disk / "bundle")
+        assert_one_line_error(result, str(disk / "bundle"), "Read-only file system")
+
+
+@pytest.mark.parametrize("full_at", ["weights", "tokenizer"])
+def test_full_disk_keeps_the_old_bundle_and_nothing_else(
+    export: Command, long_bundle: Path, tmp_path: Path, full_at: str
+) -> None:
+    files = [path for path in long_bundle.rglob("*") if path.is_file()]
+    blocks = sum(-(-path.stat().st_size // 4096) for path in files)
+    graphs = sum(-(-path.stat().st_size // 4096) for path in long_bundle.glob("onnx/*"))
+    # a bundle, and next to it room for some weights, or for all engines but not the tokenizer
+    room = blocks + (100 if full_at == "weights" else graphs + 20)
+    with mounted_tmpfs(tmp_path / "disk", f"size={room * 4}k") as disk:
+        shutil.copytree(long_bundle, disk / "bundle")
+        before = snapshot(disk)
+        result = export(
+            *("build", "--model", long_bundle.parent / "model"),
+            *("--output", disk / "bundle", "--force"),
+        )
+        assert_one_line_error(result, str(disk / "bundle"), "No space left on device")
+        assert snapshot(disk) == before
+
+
+@pytest.mark.parametrize("atol", ["0", "1e-12"])
+def test_build_over_tolerance_names_the_engine_and_keeps_nothing(
+    export: Command, model: Path, atol: str
+) -> None:
+    before = snapshot(model.parent)
+    output = model.parent / "new" / "bundle"
+    result = export("build", "--model", model, "--output", output, "--atol", atol)
+    assert_one_line_error(result, "engine layer_000", "tolerance", "--atol")
+    assert snapshot(model.parent) == before
+
+
+def test_failed_force_build_keeps_the_old_bundle(
+    export: Command, model: Path, mute_bundle: Path
+) -> None:
+    output = shutil.copytree(mute_bundle, model.parent / "bundle")
+    before = snapshot(model.parent)
+    result = export("build", "--model", model, "--output", output, "--atol", "0", "--force")
+    assert_one_line_error(result, "engine layer_000")
+    assert snapshot(model.parent) == before
+
+
+def test_failed_rename_puts_the_old_bundle_back(
+    export: Command, model: Path, mute_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = shutil.copytree(mute_bundle, model.parent / "bundle")
+    before = snapshot(model.parent)
+    rename = Path.rename
+
+    def fail_for_the_new(self: Path, target: Path) -> Path:
+        if Path(target) == output and not self.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    result = export("build", "--model", model, "--output", output, "--force")
+    assert_one_line_error(result, str(output), "Input/output error")
+    assert snapshot(model.parent) == before
+
+
+def start_build(model: Path, output: Path) -> subprocess.Popen[str]:
+    """A build in a process of its own, once it began to write beside `output`."""
+    command = [sys.executable, "-m", "sedac_export.cli", "build"]
+    process = subprocess.Popen(
+        [*command, "--model", str(model), "--output", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(output.parent.glob(f".{output.name}.*/onnx/*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
+    export: Command, model: Path
+) -> None:
+    output = model.parent / "output" / "bundle"
+    process = start_build(model, output)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    abandoned = list(output.parent.iterdir())
+    assert len(abandoned) == 1
+    assert abandoned[0].name.startswith(f".bundle.{process.pid}.")
+    result = export("build", "--model", model, "--output", output)
+    assert result.code == 0, result
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_interrupted_build_leaves_nothing(model: Path) -> None:
+    before = snapshot(model.parent)
+    process = start_build(model, model.parent / "output" / "bundle")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert snapshot(model.parent) == before
+
+
+@pytest.fixture
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_build_killed_between_its_renames_has_lost_nothing(
+    export: Command, mute_bundle: Path, tmp_path: Path, dead_process: int
+) -> None:
+    shutil.copytree(mute_bundle, tmp_path / f".bundle.{dead_process}.abcd1234.old")
+    (tmp_path / f".bundle.{dead_process}.abcd1234").mkdir()
+    result = export("build", "--model", "nowhere", "--output", tmp_path / "bundle")
+    assert_one_line_error(result, "bundle exists")
+    assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
+    assert snapshot(tmp_path / "bundle") == snapshot(mute_bundle)
+
+
+def test_cleaning_up_spares_other_builds(
+    export: Command, tmp_path: Path, dead_process: int
+) -> None:
+    spared = [
+        tmp_path / f".qwen2.{os.getpid()}.abcd1234",  # still at work
+        tmp_path / f".qwen2.5.{dead_process}.abcd1234",  # of another output
+        tmp_path / ".qwen2.config",
+    ]
+    for path in (*spared, tmp_path / f".qwen2.{dead_process}.abcd1234"):
+        path.mkdir()
+    result = export("build", "--model", "nowhere", "--output", tmp_path / "qwen2")
+    assert_one_line_error(result, "nowhere")
+    assert sorted(tmp_path.iterdir()) == sorted(spared)
+
+
+def test_refusal_in_a_process_of_its_own(model: Path) -> None:
+    configure(rope_parameters={"rope_type": "odd"})(model)  # transformers would also warn of it
+    command = [sys.executable, "-m", "sedac_export.cli", "build", "--model", str(model)]
+    process = subprocess.run(
+        [*command, "--output", str(model.parent / "bundle")], capture_output=True, text=True
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert len(process.stderr.splitlines()) == 1, process.stderr

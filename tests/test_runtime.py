@@ -1,0 +1,148 @@
+"""The runtime's Python side: streaming, stopping, sampling, chat, and what it imports."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import THREADS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from sedac_runtime import InputError, SedacModel
+from sedac_runtime.bench import bench
+
+PROMPT = "class Stack:\n    def push(self, item):\n"
+
+
+def test_streamed_pieces_are_the_text(demo_model: SedacModel) -> None:
+    # at this temperature tokens are nearly random bytes: characters begin, break off and finish
+    for seed in range(8):
+        stream = demo_model.stream(
+            PROMPT, temperature=3.0, seed=seed, max_new_tokens=60, stop_tokens=[]
+        )
+        pieces = [token.text for token in stream]
+        assert "".join(pieces) + stream.rest == stream.output.text
+        assert demo_model.decode(stream.output.tokens) == stream.output.text
+
+
+def test_a_character_of_many_tokens_comes_whole(demo_model: SedacModel) -> None:
+    text = "# 🙂 你好"
+    tokens = demo_model.encode(text)
+    assert len(tokens) > len(text)
+    assert demo_model.decode(tokens) == text
+
+
+def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
+    free = demo_model.generate(PROMPT, max_new_tokens=40, stop_tokens=[])
+    assert free.finish_reason == "length"
+    last = free.tokens[20]
+    stopped = demo_model.generate(PROMPT, max_new_tokens=40, stop_tokens=[last])
+    cut = free.tokens.index(last) + 1
+    assert stopped.tokens == free.tokens[:cut]
+    assert stopped.finish_reason == "stop"
+
+
+def test_a_full_cache_ends_the_text(demo_model: SedacModel) -> None:
+    prompt = [1] * 1020
+    output = demo_model.generate(prompt, max_new_tokens=100, stop_tokens=[])
+    # the last of them is chosen but never run
+    assert len(output.tokens) == 1024 - 1020 + 1
+    assert output.finish_reason == "length"
+
+
+def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
+    output = demo_model.generate(PROMPT, tau=0.97, max_new_tokens=32, stop_tokens=[])
+    fields = asdict(output)
+    assert list(fields) == [
+        *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),
+        *("mode", "kv_fill", "prompt_tokens", "prefill_ms", "decode_ms"),
+        *("decode_tokens_per_second", "finish_reason"),
+    ]
+    assert len(output.tokens) == len(output.exit_layers) == len(output.exit_reasons) == 32
+    assert output.exit_layers[0] == output.num_layers == 12
+    assert output.prompt_tokens == len(demo_model.encode(PROMPT))
+    for layer, reason in zip(output.exit_layers, output.exit_reasons, strict=True):
+        assert reason == ("full_depth" if layer == 12 else "stability")
+
+
+def test_a_seed_repeats_and_another_differs(demo_model: SedacModel) -> None:
+    def draw(seed: int) -> list[int]:
+        settings = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "max_new_tokens": 24}
+        return demo_model.generate(PROMPT, seed=seed, stop_tokens=[], **settings).tokens
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    exits=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    prompt=st.lists(st.integers(1, 4095), min_size=1, max_size=20),
+)
+def test_exit_counters_follow_any_schedule(
+    exits: list[int], prompt: list[int], demo_model: SedacModel
+) -> None:
+    output = demo_model.generate(prompt, forced_exit=exits, max_new_tokens=20, stop_tokens=[])
+    expected = [12, *(exits[n % len(exits)] for n in range(19))]
+    assert output.exit_layers == expected
+    # what one generation leaves in the caches is invisible to the next
+    again = demo_model.generate(prompt, forced_exit=exits, max_new_tokens=20, stop_tokens=[])
+    assert again.tokens == output.tokens
+
+
+def test_chat_renders_as_transformers_does(demo_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "chat"
+    shutil.copytree(demo_bundle, bundle)
+    template = (
+        "{% for message in messages %}{{ bos_token }}{{ message.role }}: {{ message.content }}\n"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {{ {'a': 'é'} | tojson }}{% endif %}"
+    )
+    (bundle / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "write a stack"}]
+    expected = AutoTokenizer.from_pretrained(bundle).apply_chat_template(
+        messages, add_generation_prompt=True
+    )
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    assert model.encode_chat(messages) == expected["input_ids"]
+
+
+def test_bench_rows_are_named_and_sound(demo_bundle: Path) -> None:
+    rows = bench(
+        demo_bundle,
+        forced_exit=[3, 12],
+        monolith=True,
+        prompt_tokens=8,
+        new_tokens=6,
+        repeat=2,
+        threads=THREADS,
+    )
+    assert [row["name"] for row in rows] == ["chain", "exit@3", "exit@12", "monolith"]
+    assert [row["mean_exit_layer"] for row in rows] == [12, 3, 12, 12]
+    for row in rows:
+        assert 0 < row["min_ms"] <= row["ms_per_token"] <= row["max_ms"]
+
+
+def test_bench_refuses_what_the_cache_would_cut_short(demo_bundle: Path) -> None:
+    with pytest.raises(InputError, match="new_tokens 10 is out of range"):
+        bench(demo_bundle, prompt_tokens=1020, new_tokens=10, threads=THREADS)
+
+
+def test_the_runtime_needs_neither_torch_nor_transformers(demo_bundle: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from sedac_runtime import SedacModel\n"
+        "import sedac_runtime.cli\n"
+        f"SedacModel.from_pretrained({str(demo_bundle)!r}).generate('x', max_new_tokens=2)\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "onnx", "numpy", "sedac_export"}
+    assert not heavy & set(json.loads(run.stdout))
