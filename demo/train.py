@@ -27,7 +27,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HELD_OUT = frozenset(
-    "asyncio email argparse http logging json tarfile zipfile difflib typing inspect unittest".split()
+    [
+        "asyncio",
+        "email",
+        "argparse",
+        "http",
+        "logging",
+        "json",
+        "tarfile",
+        "zipfile",
+        "difflib",
+        "typing",
+        "inspect",
+        "unittest",
+    ]
 )
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
@@ -45,7 +58,10 @@ def python_sources() -> Iterator[str]:
     for root in (Path(paths["purelib"]), Path(paths["stdlib"])):
         for path in sorted(root.rglob("*.py")):
             top = path.relative_to(root).parts[0].removesuffix(".py")
-            if root == Path(paths["stdlib"]) and top in HELD_OUT | {"site-packages", "dist-packages"}:
+            if root == Path(paths["stdlib"]) and top in HELD_OUT | {
+                "site-packages",
+                "dist-packages",
+            }:
                 continue
             try:
                 text = path.read_text(encoding="utf-8")
@@ -75,8 +91,8 @@ def encode(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     """All documents as one int32 [tokens] tensor on the GPU, an end-of-text before each."""
     parts = []
     for start in range(0, len(documents), 2000):
-        for encoding in tokenizer.encode_batch(documents[start : start + 2000]):
-            parts.append(np.asarray([0, *encoding.ids], dtype=np.int32))
+        encodings = tokenizer.encode_batch(documents[start : start + 2000])
+        parts += [np.asarray([0, *encoding.ids], dtype=np.int32) for encoding in encodings]
     return torch.from_numpy(np.concatenate(parts)).cuda()
 
 

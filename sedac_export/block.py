@@ -61,7 +61,8 @@ def _renamed(layer: onnx.ModelProto, index: int, hidden: str, count: int) -> onn
 
 
 def _output(layer: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
-    return next(value for value in layer.graph.output if value.name == name)
+    value: onnx.ValueInfoProto = next(v for v in layer.graph.output if v.name == name)
+    return value
 
 
 def _stability(layer: onnx.ModelProto, count: int) -> onnx.ValueInfoProto:

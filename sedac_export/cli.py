@@ -82,8 +82,9 @@ def build(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    # transient: after a mistake the one line that names it stands alone
-    with Progress(*columns, console=console, transient=True) as bar:
+    # after a mistake the one line that names it stands alone
+    quiet = not console.is_interactive
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         tasks = {stage: bar.add_task(stage, total=None) for stage in ("trace", "write", "validate")}
         built = run(
             request,

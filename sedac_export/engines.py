@@ -56,7 +56,9 @@ class LayerCall:
             leaf if use is None else contexts[use]
             for leaf, use in zip(leaves, self.uses, strict=True)
         ]
-        bound = inspect.BoundArguments(self.arguments.signature, pytree.tree_unflatten(filled, spec))
+        bound = inspect.BoundArguments(
+            self.arguments.signature, pytree.tree_unflatten(filled, spec)
+        )
         bound.arguments[next(iter(bound.arguments))] = x
         _set_cache(bound, cache)
         return bound
@@ -197,7 +199,8 @@ def run_layer(
     router.cache = cache
     bound = call.fill(x, contexts, cache)
     output = layer(*bound.args, **bound.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def learn_plan(skeleton: Skeleton, router: AttentionRouter) -> Plan:
@@ -209,11 +212,15 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter) -> Plan:
     recorder = _Recorder(returns_tuple=False)
     with _replaced_layers(skeleton, recorder), torch.no_grad():
         # far positions too: a table may repeat its half near zero by accident
-        _run_model(skeleton.model, torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[0, 1, 5, 7]]))
+        _run_model(
+            skeleton.model, torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[0, 1, 5, 7]])
+        )
     tensors = recorder.distinct_tensors()
     plan = Plan(contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
     for index, layer in enumerate(layers):
-        bound = inspect.signature(layer.forward).bind(*recorder.args[index], **recorder.kwargs[index])
+        bound = inspect.signature(layer.forward).bind(
+            *recorder.args[index], **recorder.kwargs[index]
+        )
         leaves = pytree.tree_leaves(_as_dict(bound))
         plan.calls.append(LayerCall(bound, [_index_of(leaf, tensors) for leaf in leaves]))
         cache = _RecordingCache()

@@ -84,12 +84,13 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     tokenizer = load_tokenizer(directory)
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
+    facts = _facts(skeleton, directory, tokenizer)
     # the place to write is tried before the work, so that a bad one is reported at once
     with torch.no_grad(), _staging(request.output) as staging:
         with _tracing_errors(skeleton):
             plan, graphs = _trace(skeleton, progress)
         manifest = bundle.Manifest(
-            model=_facts(skeleton, directory, tokenizer),
+            model=facts,
             max_cache_length=length,
             exit_layers=exits,
             tokenizer=tokenizer is not None,
@@ -379,9 +380,10 @@ def _staging(output: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
+        above = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the place of its parent" if above else error.strerror or error
         raise SedacError(
-            f"{output} cannot be written: {error.strerror or error}; nothing was kept, choose"
-            " another --output"
+            f"{output} cannot be written: {reason}; nothing was kept, choose another --output"
         ) from error
     finally:
         # a parent that holds the bundle by now is not empty and stays

@@ -126,7 +126,7 @@ def group_query_attention(
         shapes=[flat[0].shape, past[0].shape, past[1].shape],
         version=1,
     )
-    return output.unflatten(2, (heads, query.shape[3])), present_key, present_value
+    return _split_heads(output, heads), present_key, present_value
 
 
 def scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
@@ -159,6 +159,11 @@ def fused_operators(model: PreTrainedModel, router: AttentionRouter) -> Iterator
 def _heads_last(tensor: Tensor) -> Tensor:
     """[batch, heads, tokens, size] as [batch, tokens, heads * size]."""
     return tensor.transpose(1, 2).flatten(2)
+
+
+def _split_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * size] as [batch, tokens, heads, size]."""
+    return tensor.reshape(*tensor.shape[:2], heads, tensor.shape[2] // heads)
 
 
 @contextlib.contextmanager
@@ -204,7 +209,7 @@ def _rotary(
 
 
 def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    heads, size = tensor.shape[1], tensor.shape[3]
+    heads = tensor.shape[1]
     flat = _heads_last(tensor)
     rotated = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
@@ -214,7 +219,7 @@ def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shape=flat.shape,
         version=23,
     )
-    return rotated.unflatten(2, (heads, size)).transpose(1, 2)
+    return _split_heads(rotated, heads).transpose(1, 2)
 
 
 def half(table: Tensor) -> Tensor:
@@ -256,30 +261,27 @@ def _fused_norm(module: nn.Module) -> Iterator[None]:
 
 def _norm_operator(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A forward of `module` as one RMSNormalization, None when it computes something else."""
-    weight = getattr(module, "weight", None)
-    epsilon = next(
-        (getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)),
-        None,
-    )
+    weight = module._parameters.get("weight")
+    names = ("variance_epsilon", "eps", "epsilon")
+    epsilon = next((getattr(module, name) for name in names if hasattr(module, name)), None)
     if weight is None or not isinstance(epsilon, float):
         return None
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, *weight.shape, generator=generator)
+    scale = torch.randn(weight.shape, generator=generator)
     stand_in = copy.copy(module)
-    stand_in._parameters = {
-        "weight": nn.Parameter(torch.randn(weight.shape, generator=generator), requires_grad=False)
-    }
+    stand_in._parameters = {"weight": nn.Parameter(scale, requires_grad=False)}
     expected = type(module).forward(stand_in, sample)
     for offset in (0.0, 1.0):
-        scale = stand_in.weight + offset if offset else stand_in.weight
-        if torch.allclose(F.rms_norm(sample, weight.shape, scale, epsilon), expected, atol=1e-5):
+        fused = F.rms_norm(sample, weight.shape, scale + offset, epsilon)
+        if torch.allclose(fused, expected, atol=1e-5):
             return _rms_norm(module, epsilon, offset)
     return None
 
 
 def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        scale = module.weight + offset if offset else module.weight
-        return F.rms_norm(x, module.weight.shape, scale, epsilon)
+        weight = module.get_parameter("weight")  # the exporter swaps it while it traces
+        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, epsilon)
 
     return forward

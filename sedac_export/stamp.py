@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
 import torch
@@ -32,7 +31,9 @@ def stored(tensor: torch.Tensor, precision: str, name: str) -> torch.Tensor:
     if not _is_finite(result):
         if not _is_finite(tensor):
             raise SedacError(f"weight {name} holds infinities or NaN; is the checkpoint damaged?")
-        raise SedacError(f"weight {name} overflows {precision}; build with --precision bf16 or fp32")
+        raise SedacError(
+            f"weight {name} overflows {precision}; build with --precision bf16 or fp32"
+        )
     return result
 
 
@@ -75,7 +76,7 @@ class WeightStore:
                 start = file.tell()
                 for piece in read(name):
                     rows = stored(piece, self.precision, name).contiguous()
-                    file.write(memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
+                    file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
                 self.places[name] = Place(location, start, file.tell() - start)
 
 
@@ -132,15 +133,15 @@ def point(initializer: TensorProto, place: Place) -> None:
     initializer.ClearField("raw_data")
     initializer.data_location = TensorProto.EXTERNAL
     del initializer.external_data[:]
-    for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
+    for key, value in (
+        ("location", place.location),
+        ("offset", place.offset),
+        ("length", place.length),
+    ):
         initializer.external_data.add(key=key, value=str(value))
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:
-        return _digest(file)
-
-
-def _digest(file: BinaryIO) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -89,7 +89,9 @@ class Tracer:
 
     def _shared_inputs(self) -> dict[str, Any]:
         contexts = [
-            torch.zeros(tuple(_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)), dtype=c.dtype)
+            torch.zeros(
+                tuple(_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)), dtype=c.dtype
+            )
             for c in self.plan.contexts
         ]
         return {"x": self._hidden(), "contexts": contexts}
@@ -157,7 +159,7 @@ def _placeholder(name: str, value: ir.Value) -> ir.ExternalTensor:
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:
-    """Give reshapes that leave one axis open a constant target, sparing shape arithmetic per run."""
+    """Give reshapes that leave one axis open a constant target: no shape arithmetic per run."""
     for node in list(graph):
         if node.op_type != "Reshape" or node.inputs[1] is None:
             continue

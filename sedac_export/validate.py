@@ -72,7 +72,9 @@ class Validation:
                 )
 
 
-def validate(skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float) -> Validation:
+def validate(
+    skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float
+) -> Validation:
     """Run the bundle in `directory` against the streamed original."""
     chunks = list(_chunks(manifest.max_cache_length))
     length = chunks[-1].stop

@@ -3,6 +3,17 @@
 import os
 from typing import Any, final
 
+__all__ = [
+    "BundleError",
+    "EngineError",
+    "Generation",
+    "InputError",
+    "Model",
+    "SedacError",
+    "__version__",
+    "bench",
+]
+
 __version__: str
 
 class SedacError(Exception):

@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 /// The newest schema of bundle.json that this crate reads.
 pub const SCHEMA_VERSION: u64 = 1;
 
+/// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
+const LARGEST_BUFFER: usize = 1 << 40;
+
 const MANIFEST: &str = "bundle.json";
 const MANIFEST_DIGEST: &str = "bundle.sha256";
 const EXIT_CONFIG: &str = "sedac_config.json";
@@ -348,7 +351,9 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
         && covers(monolith)
         && manifest.engines.key_value.len() == layers
         && manifest.key_value_heads.len() == layers
+        && manifest.model.hidden_size > 0
         && manifest.max_cache_length > 0
+        && manifest.model.hidden_size.saturating_mul(manifest.max_cache_length) < LARGEST_BUFFER
         && manifest
             .exit_layers
             .iter()

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_input.command import Command, call, rewrite_manifest
 from tiny_models import save_tiny_model
 
 import sedac_export.cli
 import sedac_runtime.cli
+from bad_input.command import Command, call, rewrite_manifest
 from sedac_export import Request, build
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"

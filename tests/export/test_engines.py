@@ -25,9 +25,7 @@ def operators(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layers_attend_by_one_operator(
-    name: str, tiny_bundle: Callable[[str], TinyBundle]
-) -> None:
+def test_layers_attend_by_one_operator(name: str, tiny_bundle: Callable[[str], TinyBundle]) -> None:
     """A patch that no longer applies falls back to primitives, right but slow: catch it here."""
     used = operators(tiny_bundle(name)[1] / "onnx" / "layer_001.onnx")
     assert used.count("GroupQueryAttention") == 1
@@ -94,9 +92,7 @@ def test_a_block_is_its_layers(tmp_path: Path, tiny_bundle: Callable[[str], Tiny
     x, stabilities = feeds["x"], []
     for layer in range(3):
         outputs = run_engine(single / "onnx" / f"layer_{layer:03}.onnx", feeds | {"x": x}, cache, 1)
-        np.testing.assert_array_equal(
-            outputs["present_key_0"], block[f"present_key_{layer}"]
-        )
+        np.testing.assert_array_equal(outputs["present_key_0"], block[f"present_key_{layer}"])
         before, x = x, outputs["y"]
         stabilities.append(outputs["stability"])
         expected = stability(torch.tensor(before), torch.tensor(x)).numpy()
@@ -146,9 +142,7 @@ def test_a_weight_that_overflows_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_a_wrong_layer_is_caught_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_layer_is_caught_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation compares with the original, not with the export's own idea of it."""
     save_tiny_model("llama", tmp_path / "model")
     from sedac_export.checkpoint import Checkpoint
