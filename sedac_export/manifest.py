@@ -108,7 +108,7 @@ class ExitConfig(_Strict):
     """sedac_config.json: when tokens exit, and what skipped layers' caches get."""
 
     policy: Literal["stability"] = "stability"
-    tau: float = Field(0.98, ge=0.0)
+    tau: float = Field(0.98, ge=0.0, allow_inf_nan=False)
     consecutive_k: int = Field(2, ge=1)
     min_layer_ratio: float = Field(0.2, ge=0.0, le=1.0)
     kv_fill: Literal["propagate"] = "propagate"

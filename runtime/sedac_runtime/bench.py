@@ -6,7 +6,7 @@ from typing import Any
 
 from sedac_runtime import _core
 from sedac_runtime.library import default_threads, find_onnxruntime
-from sedac_runtime.ranges import check_count
+from sedac_runtime.ranges import MOST_THREADS, check_count
 
 
 def bench(
@@ -28,7 +28,7 @@ def bench(
     Raises InputError when a number is out of range.
     """
     count = default_threads() if threads is None else threads
-    check_count("threads", count, 1)
+    check_count("threads", count, 1, MOST_THREADS)
     check_count("prompt_tokens", prompt_tokens, 1)
     check_count("new_tokens", new_tokens, 2)
     check_count("repeat", repeat, 1)

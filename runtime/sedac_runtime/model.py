@@ -8,7 +8,7 @@ from typing import Literal
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.library import default_threads, find_onnxruntime
-from sedac_runtime.ranges import LARGEST_SEED, check_count
+from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
 Mode = Literal["full", "exit"]
 
@@ -113,7 +113,7 @@ class SedacModel:
         Raises BundleError when the bundle is damaged, EngineError when ONNX Runtime fails.
         """
         count = default_threads() if threads is None else threads
-        check_count("threads", count, 1)
+        check_count("threads", count, 1, MOST_THREADS)
         path = Path(bundle)
         return cls(path, _core.Model(path, find_onnxruntime(), count))
 
@@ -193,7 +193,8 @@ class SedacModel:
         for depth in forced_exit or ():
             check_count("forced_exit", depth, 1)
         check_count("max_new_tokens", max_new_tokens, 1)
-        check_count("consecutive_k", stability[1], 1)
+        if consecutive_k is not None:
+            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         check_count("top_k", top_k, 0)
         check_count("seed", seed, 0, LARGEST_SEED)
         generation = self._core.generate(

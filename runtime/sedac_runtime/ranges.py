@@ -4,6 +4,8 @@ from sedac_runtime._core import InputError
 
 _LARGEST = 2**31 - 1
 LARGEST_SEED = 2**64 - 1
+# far more than any machine has use for, far fewer than make the system refuse new ones
+MOST_THREADS = 1024
 
 
 def check_count(name: str, value: int, least: int, largest: int = _LARGEST) -> None:

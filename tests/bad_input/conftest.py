@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import save_tiny_model
@@ -10,7 +11,8 @@ from tiny_models import save_tiny_model
 import sedac_export.cli
 import sedac_runtime.cli
 from bad_input.command import Command, call, rewrite_manifest
-from sedac_export import Request, build
+from sedac_export import Request, build, exporter
+from sedac_export.skeleton import Skeleton
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 LONG_CACHE = 32768
@@ -44,7 +46,30 @@ def mute_bundle(tiny_bundle: Callable[[str], tuple[object, Path]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def remembering_trace() -> Callable[..., Any]:
+    """The export's slowest step, taken once for each model."""
+    trace = exporter._trace
+    known: dict[tuple[int, int], Any] = {}
+
+    def remember(skeleton: Skeleton, progress: exporter.Progress) -> Any:
+        key = (skeleton.config.vocab_size, skeleton.config.max_position_embeddings)
+        if key not in known:
+            known[key] = trace(skeleton, progress)
+        return known[key]
+
+    return remember
+
+
+@pytest.fixture
+def traced_before(remembering_trace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what comes after tracing."""
+    monkeypatch.setattr(exporter, "_trace", remembering_trace)
+
+
+@pytest.fixture(scope="session")
+def long_bundle(
+    tmp_path_factory: pytest.TempPathFactory, remembering_trace: Callable[..., Any]
+) -> Path:
     """A bundle with the demo's tokenizer and room for many tokens; not to be changed."""
     directory = tmp_path_factory.mktemp("long")
     save_tiny_model(
@@ -57,7 +82,10 @@ def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     output = directory / "bundle"
-    build(Request(model=str(directory / "model"), output=output, max_cache_length=LONG_CACHE))
+    request = Request(str(directory / "model"), output, max_cache_length=LONG_CACHE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "_trace", remembering_trace)
+        build(request)
     return output
 
 

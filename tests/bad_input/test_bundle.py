@@ -38,7 +38,7 @@ def miss(path: Path) -> None:
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def alter(path: Path) -> None:
@@ -186,6 +186,7 @@ def test_exit_configuration_may_be_edited_within_its_ranges(
     assert generated["exit_layers"][1:] == [1, 1]
 
 
+@pytest.mark.usefixtures("traced_before")
 def test_forced_build_replaces_a_damaged_bundle(
     export: Command, bundle: Path, long_bundle: Path
 ) -> None:

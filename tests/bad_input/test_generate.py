@@ -52,6 +52,7 @@ SECONDS_TO_STOP = 2.0
         ("--seed", str(2**64)),
         ("--threads", "0"),
         ("--threads", "-1"),
+        ("--threads", "1000000"),
         ("--threads", str(2**64)),
     ],
 )
@@ -304,16 +305,16 @@ def test_interrupt_stops_what_prints_at_the_end(long_bundle: Path, command: str)
 
 
 def test_reader_that_leaves_early_gets_no_traceback(long_bundle: Path) -> None:
-    process = start_runtime(
+    with start_runtime(
         *("generate", "--engines", long_bundle, "--prompt", "def f", "--max-new-tokens", 30_000),
         *("--repetition-penalty", 1.3),
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.read(10)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(30) == 1
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(30) == 1
 
 
 def test_output_of_a_text_is_its_json(runtime: Command, bundle: Path) -> None:
