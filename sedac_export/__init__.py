@@ -1,6 +1,19 @@
 """SEDAC's exporter: Hugging Face decoders to bundles of per-layer engines."""
 
+from typing import TYPE_CHECKING, Any
+
 from sedac_export.errors import SedacError
-from sedac_export.exporter import Built, Request, build
+
+if TYPE_CHECKING:
+    from sedac_export.exporter import Built, Request, build
 
 __all__ = ["Built", "Request", "SedacError", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the exporter, and torch with it, only when it is used."""
+    if name in ("Built", "Request", "build"):
+        from sedac_export import exporter
+
+        return getattr(exporter, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -359,7 +359,9 @@ def _finish(
     if tokenizer is not None:
         save_tokenizer(tokenizer, staging)
     (staging / bundle.VALIDATION).write_text(json.dumps(asdict(validation), indent=1) + "\n")
-    (staging / bundle.EXIT_CONFIG).write_text(bundle.ExitConfig().model_dump_json(indent=1) + "\n")
+    (staging / bundle.EXIT_CONFIG).write_text(
+        bundle.ExitConfig.for_layers(manifest.model.num_layers).model_dump_json(indent=1) + "\n"
+    )
     whole = manifest.model_copy(update={"files": bundle.list_files(staging)})
     bundle.write_manifest(staging, whole)
     return whole

@@ -113,6 +113,12 @@ class ExitConfig(_Strict):
     min_layer_ratio: float = Field(0.2, ge=0.0, le=1.0)
     kv_fill: Literal["propagate"] = "propagate"
 
+    @classmethod
+    def for_layers(cls, layers: int) -> "ExitConfig":
+        """The defaults for a model of `layers` layers, which may have fewer than K."""
+        default = cls()
+        return default.model_copy(update={"consecutive_k": min(default.consecutive_k, layers)})
+
 
 def list_files(directory: Path) -> dict[str, FileEntry]:
     """Size and digest of every file below `directory` but the exit configuration."""

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::policy::Stability;
 
 /// The newest schema of bundle.json that this crate reads.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -200,6 +201,17 @@ impl Default for ExitConfig {
     }
 }
 
+impl ExitConfig {
+    /// The defaults for a model of `layers` layers, which may have fewer than K.
+    fn for_layers(layers: usize) -> Self {
+        let default = Self::default();
+        Self {
+            consecutive_k: default.consecutive_k.min(layers),
+            ..default
+        }
+    }
+}
+
 /// A bundle whose files have been checked.
 #[derive(Debug, Clone)]
 pub struct Bundle {
@@ -228,7 +240,7 @@ impl Bundle {
         check_consistent(directory, &manifest)?;
         Ok(Self {
             directory: directory.to_owned(),
-            exit_config: read_exit_config(directory)?,
+            exit_config: read_exit_config(directory, manifest.model.num_layers)?,
             manifest,
         })
     }
@@ -353,7 +365,11 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
         && manifest.key_value_heads.len() == layers
         && manifest.model.hidden_size > 0
         && manifest.max_cache_length > 0
-        && manifest.model.hidden_size.saturating_mul(manifest.max_cache_length) < LARGEST_BUFFER
+        && manifest
+            .model
+            .hidden_size
+            .saturating_mul(manifest.max_cache_length)
+            < LARGEST_BUFFER
         && manifest
             .exit_layers
             .iter()
@@ -369,12 +385,23 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
     ))
 }
 
-fn read_exit_config(directory: &Path) -> Result<ExitConfig> {
+fn read_exit_config(directory: &Path, layers: usize) -> Result<ExitConfig> {
     let path = directory.join(EXIT_CONFIG);
-    match fs::read(&path) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map_err(|error| Error::bundle(&path, format!("{error}; correct or delete it"))),
-        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(ExitConfig::default()),
-        Err(source) => Err(Error::Io { path, source }),
-    }
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(ExitConfig::for_layers(layers));
+        }
+        Err(source) => return Err(Error::Io { path, source }),
+    };
+    let wrong =
+        |reason: String| Error::bundle(&path, format!("{reason}; correct or delete the file"));
+    // an object first: serde would take a list for a configuration that leaves everything out
+    let fields: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+    let config: ExitConfig =
+        serde_json::from_value(fields.into()).map_err(|error| wrong(error.to_string()))?;
+    let (tau, k, ratio) = (config.tau, config.consecutive_k, config.min_layer_ratio);
+    Stability::new(tau, k, ratio, layers).map_err(|error| wrong(error.to_string()))?;
+    Ok(config)
 }

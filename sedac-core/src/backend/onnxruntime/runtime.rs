@@ -62,13 +62,15 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
 
 /// Load the graph at `path`.
 ///
-/// Sessions get no arena of their own: with plain allocation the buffers that one layer gives back
-/// are the ones the next takes, and dozens of engines hold no memory between runs.
+/// Sessions get no arena and no memory plans of their own: with plain allocation the buffers that
+/// one layer gives back are the ones the next takes, and dozens of engines hold nothing between
+/// runs, however many lengths of prompt they have seen.
 /// `sedac-runtime bench --against monolith` measures what the chain costs.
 pub(super) fn session(environment: &Environment, path: &Path) -> Result<Session> {
     let load = || {
         Session::builder(environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
+            .with_memory_pattern(false)?
             .with_execution_providers([CPU::default().with_arena_allocator(false).build()])?
             .commit_from_file(path)
     };
