@@ -84,7 +84,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     tokenizer = load_tokenizer(directory)
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
-    facts = _facts(skeleton, directory, tokenizer)
+    facts = _facts(request.model, skeleton, directory, tokenizer)
     # the place to write is tried before the work, so that a bad one is reported at once
     with torch.no_grad(), _staging(request.output) as staging:
         with _tracing_errors(skeleton):
@@ -319,7 +319,7 @@ def _contexts(model: onnx.ModelProto) -> list[str]:
 
 
 def _facts(
-    skeleton: Skeleton, directory: Path, tokenizer: PreTrainedTokenizerBase | None
+    name: str, skeleton: Skeleton, directory: Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> bundle.ModelFacts:
     config = skeleton.config
     generation = skeleton.model.generation_config
@@ -335,7 +335,7 @@ def _facts(
     if stops is None and tokenizer is not None:
         stops = tokenizer.eos_token_id
     return bundle.ModelFacts(
-        name=directory.resolve().name,
+        name=directory.resolve().name if Path(name).is_dir() else name,
         type=config.model_type,
         hidden_size=config.hidden_size,
         num_layers=len(skeleton.layers),

@@ -97,6 +97,7 @@ def generate(
         tau=tau,
         consecutive_k=consecutive_k,
         min_layer_ratio=min_layer_ratio,
+        kv_fill=kv_fill.value,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -11,6 +11,7 @@ from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
 Mode = Literal["full", "exit"]
+KvFill = Literal["propagate"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ class GenerationStream:
     """Iterates over TokenOutputs as they are generated; then `output` is the whole."""
 
     def __init__(
-        self, generation: _core.Generation, mode: Mode, prompt_tokens: int, num_layers: int
+        self,
+        generation: _core.Generation,
+        mode: Mode,
+        kv_fill: KvFill,
+        prompt_tokens: int,
+        num_layers: int,
     ) -> None:
         self._generation = generation
-        self._mode = mode
+        self._mode: Mode = mode
+        self._kv_fill: KvFill = kv_fill
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
         self._tokens: list[TokenOutput] = []
@@ -89,7 +96,7 @@ class GenerationStream:
             mean_exit_layer=sum(layers) / len(layers),
             exit_reasons=[token.exit_reason for token in self._tokens],
             mode=self._mode,
-            kv_fill="propagate",
+            kv_fill=self._kv_fill,
             prompt_tokens=self._prompt_tokens,
             prefill_ms=summary["prefill_ms"],
             decode_ms=summary["decode_ms"],
@@ -161,6 +168,7 @@ class SedacModel:
         tau: float | None = None,
         consecutive_k: int | None = None,
         min_layer_ratio: float | None = None,
+        kv_fill: KvFill = "propagate",
         forced_exit: Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -174,7 +182,8 @@ class SedacModel:
 
         mode "full" runs every layer; "exit" stops a token once `consecutive_k` layers in a row had
         a stability of at least `tau`, from `min_layer_ratio` of the layers on. What is None comes
-        from the bundle's sedac_config.json. forced_exit exits after the given depths in turn,
+        from the bundle's sedac_config.json. kv_fill "propagate" fills the caches of skipped layers
+        from the hidden state at the exit. forced_exit exits after the given depths in turn,
         whatever the policy says. temperature 0 is greedy. stop_tokens None means the model's
         end-of-text tokens.
 
@@ -210,4 +219,6 @@ class SedacModel:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        return GenerationStream(generation, mode, len(tokens), self.num_layers)
+        if forced_exit is not None:
+            mode = "exit"
+        return GenerationStream(generation, mode, kv_fill, len(tokens), self.num_layers)

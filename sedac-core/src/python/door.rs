@@ -12,10 +12,10 @@ use pyo3::prelude::*;
 use crate::interrupt::Interrupt;
 
 /// How often signals are looked at, well under the 200 ms within which Ctrl-C must act.
-const POLL: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(20);
 
 /// How long an interrupted worker is waited for; it notices between engines.
-const PATIENCE: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_millis(60);
 
 /// What a worker sends.
 pub(super) type Inbox<T> = Mutex<Receiver<T>>;
