@@ -1,7 +1,6 @@
 """model -> graphs -> bundle: the whole of `sedac-export build`."""
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -9,30 +8,23 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import onnx
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sedac_export import manifest as bundle
-from sedac_export.block import compose
-from sedac_export.engines import Plan, learn_plan
 from sedac_export.errors import SedacError
-from sedac_export.operators import AttentionRouter, fused_operators
-from sedac_export.skeleton import Skeleton, kind_of, stand_in_weights
-from sedac_export.stamp import WeightStore, stamp, with_precision
+from sedac_export.graphs import Progress, trace_graphs
+from sedac_export.skeleton import Skeleton
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
-from sedac_export.trace import Graph, Tracer
 from sedac_export.validate import Validation, validate
+from sedac_export.writer import write_engines
 
 DEFAULT_CACHE_LENGTH = 4096
 DEFAULT_TOLERANCE = 1e-4
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -59,17 +51,6 @@ class Built:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Graphs:
-    """The traced graphs: layers and kv graphs by kind, and each layer's kind."""
-
-    embed: Graph
-    head: Graph
-    layers: list[Graph]
-    key_value: list[Graph]
-    kinds: list[int]
-
-
 def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     """Build a bundle. It appears under its final name whole and validated, or not at all.
 
@@ -87,14 +68,15 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     facts = _facts(request.model, skeleton, directory, tokenizer)
     # the place to write is tried before the work, so that a bad one is reported at once
     with torch.no_grad(), _staging(request.output) as staging:
-        with _tracing_errors(skeleton):
-            plan, graphs = _trace(skeleton, progress)
+        graphs = trace_graphs(skeleton, progress)
         manifest = bundle.Manifest(
             model=facts,
             max_cache_length=length,
             exit_layers=exits,
             tokenizer=tokenizer is not None,
-            **_write_engines(skeleton, plan, graphs, request, staging, progress),
+            **write_engines(
+                skeleton, graphs, staging, request.precision, request.layers_per_engine, progress
+            ),
         )
         progress("validate", 0, 1)
         validation = validate(skeleton, staging, manifest, request.tolerance)
@@ -168,156 +150,6 @@ def _exit_layers(skeleton: Skeleton, request: Request) -> list[int]:
     return sorted({*request.exit_layers, count})
 
 
-@contextlib.contextmanager
-def _tracing_errors(skeleton: Skeleton) -> Iterator[None]:
-    """Whatever an architecture of another build trips over, as a SedacError."""
-    try:
-        yield
-    except (SedacError, OSError):
-        raise
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise SedacError(
-            f"{skeleton.config.model_type} models are not supported: their layers cannot be traced"
-            f" ({type(error).__name__}: {reason})"
-        ) from error
-
-
-def _trace(skeleton: Skeleton, progress: Progress) -> tuple[Plan, _Graphs]:
-    router = AttentionRouter()
-    with stand_in_weights(skeleton.model), fused_operators(skeleton.model, router):
-        plan = learn_plan(skeleton, router)
-        tracer = Tracer(skeleton, plan, router)
-        signatures = [
-            (kind_of(layer), heads)
-            for layer, heads in zip(skeleton.layers, plan.heads, strict=True)
-        ]
-        first: list[int] = []
-        kinds = []
-        for index, signature in enumerate(signatures):
-            same = [k for k, i in enumerate(first) if signatures[i] == signature]
-            kinds.append(same[0] if same else len(first))
-            if not same:
-                first.append(index)
-        steps = 2 * len(first) + 2
-        layers: list[Graph] = []
-        key_value: list[Graph] = []
-        for index in first:
-            progress("trace", len(layers) + len(key_value), steps)
-            layers.append(tracer.layer(index))
-            progress("trace", len(layers) + len(key_value), steps)
-            key_value.append(tracer.key_value(index))
-        progress("trace", steps - 2, steps)
-        used = {name for graph in (*layers, *key_value) for name in graph.inputs()}
-        plan.contexts = [replace(c, used=c.name in used) for c in plan.contexts]
-        for context in plan.contexts:
-            if context.used:
-                context.check()
-        embed = tracer.embed()
-        progress("trace", steps - 1, steps)
-        head = tracer.head()
-        progress("trace", steps, steps)
-    return plan, _Graphs(embed, head, layers, key_value, kinds)
-
-
-class _EngineWriter:
-    """Writes engines of one bundle: weights first, each once, then graphs that point at them."""
-
-    def __init__(self, skeleton: Skeleton, staging: Path, precision: str) -> None:
-        self.skeleton, self.precision = skeleton, precision
-        self.directory = staging / "onnx"
-        self.directory.mkdir()
-        self.store = WeightStore(self.directory, precision)
-
-    def stamp(self, graph: Graph, name: str, prefix: str) -> onnx.ModelProto:
-        """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
-        sources = {
-            initializer: self.skeleton.sources[prefix + parameter.split(".", 1)[1]]
-            for initializer, parameter in graph.weights.items()
-        }
-        self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
-        return stamp(graph, sources, self.store)
-
-    def save(self, model: onnx.ModelProto, name: str) -> str:
-        """Write `model` as onnx/`name`.onnx; its path in the bundle."""
-        onnx.save(model, self.directory / f"{name}.onnx")
-        return f"onnx/{name}.onnx"
-
-
-def _write_engines(
-    skeleton: Skeleton,
-    plan: Plan,
-    graphs: _Graphs,
-    request: Request,
-    staging: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write every engine; the fields of the manifest that are about them."""
-    writer = _EngineWriter(skeleton, staging, request.precision)
-    fixed = [with_precision(graph, request.precision) for graph in graphs.layers]
-    fills = [with_precision(graph, request.precision) for graph in graphs.key_value]
-    count = len(skeleton.layers)
-    embed = writer.save(
-        writer.stamp(with_precision(graphs.embed, request.precision), "embed", ""), "embed"
-    )
-    layers: list[onnx.ModelProto] = []
-    key_value: list[bundle.KeyValueEngineEntry] = []
-    for index in range(count):
-        progress("write", index, count)
-        prefix, kind = f"{skeleton.layers_path}.{index}.", graphs.kinds[index]
-        layers.append(writer.stamp(fixed[kind], f"layer_{index:03}", prefix))
-        fill = writer.stamp(fills[kind], f"layer_{index:03}", prefix)
-        contexts = _contexts(fill)
-        file = writer.save(fill, f"kv_{index:03}")
-        key_value.append(bundle.KeyValueEngineEntry(file=file, contexts=contexts))
-    entries = []
-    for first in range(0, count, request.layers_per_engine):
-        last = min(first + request.layers_per_engine, count)
-        name = f"layer_{first:03}" if last - first == 1 else f"block_{first:03}_{last - 1:03}"
-        entries.append(_write_block(writer, layers[first:last], first, name))
-    monolith = _write_block(writer, layers, 0, "monolith")
-    head = writer.save(
-        writer.stamp(with_precision(graphs.head, request.precision), "head", ""), "head"
-    )
-    progress("write", count, count)
-    return {
-        "precision": request.precision,
-        "layers_per_engine": request.layers_per_engine,
-        "key_value_heads": [
-            bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in plan.heads
-        ],
-        "contexts": [
-            bundle.ContextTensor(
-                name=c.name,
-                shape=[-1 if axis == 1 else n for axis, n in enumerate(c.shape)],
-                dtype=str(c.dtype).removeprefix("torch."),
-            )
-            for c in plan.contexts
-            if c.used
-        ],
-        "engines": bundle.Engines(
-            embed=embed, layers=entries, key_value=key_value, head=head, monolith=monolith
-        ),
-        "tool_versions": _tool_versions(),
-    }
-
-
-def _write_block(
-    writer: _EngineWriter, layers: list[onnx.ModelProto], first: int, name: str
-) -> bundle.LayerEngineEntry:
-    model = compose(layers)
-    return bundle.LayerEngineEntry(
-        file=writer.save(model, name),
-        first_layer=first,
-        num_layers=len(layers),
-        contexts=_contexts(model),
-    )
-
-
-def _contexts(model: onnx.ModelProto) -> list[str]:
-    return [v.name for v in model.graph.input if v.name.startswith("context_")]
-
-
 def _facts(
     name: str, skeleton: Skeleton, directory: Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> bundle.ModelFacts:
@@ -342,11 +174,6 @@ def _facts(
         vocab_size=config.vocab_size,
         eos_token_ids=[] if stops is None else [stops] if isinstance(stops, int) else list(stops),
     )
-
-
-def _tool_versions() -> dict[str, str]:
-    names = ("sedac", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _finish(

@@ -12,6 +12,7 @@ import sedac_export.cli
 import sedac_runtime.cli
 from bad_input.command import Command, call, rewrite_manifest
 from sedac_export import Request, build, exporter
+from sedac_export.graphs import Progress
 from sedac_export.skeleton import Skeleton
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
@@ -48,10 +49,10 @@ def mute_bundle(tiny_bundle: Callable[[str], tuple[object, Path]]) -> Path:
 @pytest.fixture(scope="session")
 def remembering_trace() -> Callable[..., Any]:
     """The export's slowest step, taken once for each model."""
-    trace = exporter._trace
+    trace = exporter.trace_graphs
     known: dict[tuple[int, int], Any] = {}
 
-    def remember(skeleton: Skeleton, progress: exporter.Progress) -> Any:
+    def remember(skeleton: Skeleton, progress: Progress) -> Any:
         key = (skeleton.config.vocab_size, skeleton.config.max_position_embeddings)
         if key not in known:
             known[key] = trace(skeleton, progress)
@@ -63,7 +64,7 @@ def remembering_trace() -> Callable[..., Any]:
 @pytest.fixture
 def traced_before(remembering_trace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what comes after tracing."""
-    monkeypatch.setattr(exporter, "_trace", remembering_trace)
+    monkeypatch.setattr(exporter, "trace_graphs", remembering_trace)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +85,7 @@ def long_bundle(
     output = directory / "bundle"
     request = Request(str(directory / "model"), output, max_cache_length=LONG_CACHE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "_trace", remembering_trace)
+        patch.setattr(exporter, "trace_graphs", remembering_trace)
         build(request)
     return output
 

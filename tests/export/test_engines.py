@@ -146,14 +146,14 @@ def test_a_wrong_layer_is_caught_and_named(tmp_path: Path, monkeypatch: pytest.M
     """Validation compares with the original, not with the export's own idea of it."""
     save_tiny_model("llama", tmp_path / "model")
     from sedac_export.checkpoint import Checkpoint
-    from sedac_export.exporter import _EngineWriter
+    from sedac_export.writer import EngineWriter
 
-    stamp = _EngineWriter.stamp
+    stamp = EngineWriter.stamp
 
-    def swapped(self: _EngineWriter, graph: object, name: str, prefix: str) -> object:
+    def swapped(self: EngineWriter, graph: object, name: str, prefix: str = "") -> object:
         return stamp(self, graph, name, prefix.replace("layers.2.", "layers.1."))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_EngineWriter, "stamp", swapped)
+    monkeypatch.setattr(EngineWriter, "stamp", swapped)
     assert Checkpoint.open(tmp_path / "model").bytes() > 0
     with pytest.raises(SedacError, match="engine layer_002 differs from the original"):
         build(Request(model=str(tmp_path / "model"), output=tmp_path / "b"))

@@ -1,0 +1,98 @@
+"""Trace every graph that a bundle needs: one layer and one kv graph per kind, embed and head."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from sedac_export.engines import Plan, learn_plan
+from sedac_export.errors import SedacError
+from sedac_export.operators import AttentionRouter, fused_operators
+from sedac_export.skeleton import Skeleton, kind_of, stand_in_weights
+from sedac_export.trace import Graph, Tracer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The traced graphs: layers and kv graphs by kind, and each layer's kind."""
+
+    plan: Plan
+    embed: Graph
+    head: Graph
+    layers: list[Graph]
+    key_value: list[Graph]
+    kinds: list[int]
+
+
+def trace_graphs(skeleton: Skeleton, progress: Progress) -> Graphs:
+    """Trace each kind of engine once, with stand-ins for weights.
+
+    Raises SedacError when the model cannot be split.
+    """
+    router = AttentionRouter()
+    with (
+        _tracing_errors(skeleton),
+        stand_in_weights(skeleton.model),
+        fused_operators(skeleton.model, router),
+    ):
+        plan = learn_plan(skeleton, router)
+        tracer = Tracer(skeleton, plan, router)
+        kinds, first = _kinds(skeleton, plan)
+        count = _Counter(progress, steps=2 * len(first) + 2)
+        layers = [count(tracer.layer(index)) for index in first]
+        key_value = [count(tracer.key_value(index)) for index in first]
+        _mark_used_contexts(plan, [*layers, *key_value])
+        embed, head = count(tracer.embed()), count(tracer.head())
+    return Graphs(plan, embed, head, layers, key_value, kinds)
+
+
+class _Counter:
+    """Reports each graph as it comes."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps, self.done = progress, steps, 0
+        progress("trace", 0, steps)
+
+    def __call__(self, graph: Graph) -> Graph:
+        self.done += 1
+        self.progress("trace", self.done, self.steps)
+        return graph
+
+
+def _kinds(skeleton: Skeleton, plan: Plan) -> tuple[list[int], list[int]]:
+    """Each layer's kind, numbered from 0, and the first layer of each kind."""
+    signatures = [
+        (kind_of(layer), heads) for layer, heads in zip(skeleton.layers, plan.heads, strict=True)
+    ]
+    first: list[int] = []
+    kinds = []
+    for index, signature in enumerate(signatures):
+        known = [kind for kind, layer in enumerate(first) if signatures[layer] == signature]
+        kinds.append(known[0] if known else len(first))
+        if not known:
+            first.append(index)
+    return kinds, first
+
+
+def _mark_used_contexts(plan: Plan, graphs: list[Graph]) -> None:
+    used = {name for graph in graphs for name in graph.inputs()}
+    plan.contexts = [replace(c, used=c.name in used) for c in plan.contexts]
+    for context in plan.contexts:
+        if context.used:
+            context.check()
+
+
+@contextlib.contextmanager
+def _tracing_errors(skeleton: Skeleton) -> Iterator[None]:
+    """Whatever an architecture of another build trips over, as a SedacError."""
+    try:
+        yield
+    except (SedacError, OSError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise SedacError(
+            f"{skeleton.config.model_type} models are not supported: their layers cannot be traced"
+            f" ({type(error).__name__}: {reason})"
+        ) from error
