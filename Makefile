@@ -9,7 +9,7 @@ DEMO := engines/demo
 export UV_SYSTEM_CERTS ?= 1
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 
-RUST := Cargo.toml Cargo.lock $(shell find sedac-core -name '*.rs' -o -name Cargo.toml)
+RUST := Cargo.toml Cargo.lock rust-toolchain.toml $(shell find sedac-core -name '*.rs' -o -name Cargo.toml)
 PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
 EXPORTER := $(wildcard sedac_export/*.py)
 

@@ -30,11 +30,19 @@ def test_streamed_pieces_are_the_text(demo_model: SedacModel) -> None:
         assert demo_model.decode(stream.output.tokens) == stream.output.text
 
 
-def test_a_character_of_many_tokens_comes_whole(demo_model: SedacModel) -> None:
-    text = "# 🙂 你好"
-    tokens = demo_model.encode(text)
-    assert len(tokens) > len(text)
-    assert demo_model.decode(tokens) == text
+def test_a_generation_that_failed_says_so_again(demo_model: SedacModel) -> None:
+    stream = demo_model.stream(PROMPT, top_p=0.0)
+    with pytest.raises(InputError, match="top_p"):
+        _ = stream.output
+    with pytest.raises(RuntimeError, match="did not finish"):
+        _ = stream.output
+
+
+def test_unknown_modes_are_refused(demo_model: SedacModel) -> None:
+    with pytest.raises(InputError, match="mode exits is out of range"):
+        demo_model.generate(PROMPT, mode="exits")
+    with pytest.raises(InputError, match="kv_fill copy is out of range"):
+        demo_model.generate(PROMPT, kv_fill="copy")
 
 
 def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
@@ -102,6 +110,7 @@ def test_chat_renders_as_transformers_does(demo_bundle: Path, tmp_path: Path) ->
     shutil.copytree(demo_bundle, bundle)
     template = (
         "{% for message in messages %}{{ bos_token }}{{ message.role }}: {{ message.content }}\n"
+        "{% if tools is not none %}tools{% endif %}{% generation %}!{% endgeneration %}"
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {{ {'a': 'é'} | tojson }}{% endif %}"
     )

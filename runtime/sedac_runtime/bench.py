@@ -22,8 +22,9 @@ def bench(
     """Rows of name, ms_per_token (median), tokens_per_second, min_ms, max_ms, mean_exit_layer.
 
     Each row decodes `new_tokens` greedily after the same prompt; rows take turns, `repeat` times
-    after a warm-up. "chain" is full depth, "exit@d" exits every token after d layers and includes
-    filling the skipped layers' caches, "monolith" runs all layers in one engine.
+    after a warm-up. "chain" is full depth, "exit@d" exits every token at the first exit from d
+    layers on and includes filling the skipped layers' caches, "monolith" runs all layers in one
+    engine.
 
     Raises InputError when a number is out of range.
     """
@@ -38,6 +39,6 @@ def bench(
     cases += [(f"exit@{depth}", False, depth) for depth in forced_exit]
     if monolith:
         cases.append(("monolith", True, None))
-    # any tokens will do; these differ from each other and exist in every vocabulary
+    # any tokens will do; these differ, and exist in any vocabulary of 98 or more
     prompt = [1 + position % 97 for position in range(prompt_tokens)]
     return _core.bench(Path(bundle), find_onnxruntime(), count, cases, prompt, new_tokens, repeat)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sedac_runtime._core import InputError
@@ -22,14 +24,14 @@ def render_chat(bundle: Path, messages: list[Message]) -> str:
     """
     template, tokens = _read(bundle)
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **tokens
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
         )
     except TemplateError as error:
         raise InputError(
@@ -55,6 +57,16 @@ def _read(bundle: Path) -> tuple[str, dict[str, str]]:
         if name.endswith("_token") and value is not None:
             tokens[name] = value["content"] if isinstance(value, dict) else str(value)
     return template, tokens
+
+
+class _Generation(Extension):
+    """The tag that marks what a model wrote, for training; here its contents count as they are."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012 - so declared by its base
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

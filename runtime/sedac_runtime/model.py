@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
@@ -183,12 +183,17 @@ class SedacModel:
         mode "full" runs every layer; "exit" stops a token once `consecutive_k` layers in a row had
         a stability of at least `tau`, from `min_layer_ratio` of the layers on. What is None comes
         from the bundle's sedac_config.json. kv_fill "propagate" fills the caches of skipped layers
-        from the hidden state at the exit. forced_exit exits after the given depths in turn,
-        whatever the policy says. temperature 0 is greedy. stop_tokens None means the model's
-        end-of-text tokens.
+        from the hidden state at the exit. forced_exit exits at the first exit from the given
+        depths on, taken in turn, whatever the policy says. temperature 0 is greedy. stop_tokens
+        None means the model's end-of-text tokens.
 
-        Raises InputError when a setting is out of range or the prompt does not fit.
+        Raises InputError when a setting is out of range or the prompt does not fit, at the latest
+        when the first token is asked for.
         """
+        for name, value, known in (("mode", mode, Mode), ("kv_fill", kv_fill, KvFill)):
+            if value not in get_args(known):
+                choices = " or ".join(get_args(known))
+                raise _core.InputError(f"{name} {value} is out of range: {choices}")
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
         defaults = self._core.exit_config

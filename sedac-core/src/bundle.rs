@@ -347,7 +347,7 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
         let mut next = 0;
         entries.iter().all(|entry| {
             let follows = entry.first_layer == next && entry.num_layers > 0;
-            next += entry.num_layers;
+            next = entry.num_layers.saturating_add(next);
             follows
         }) && next == layers
     };
@@ -355,7 +355,7 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
         .engines
         .layers
         .iter()
-        .map(|entry| entry.first_layer + entry.num_layers)
+        .map(|entry| entry.first_layer.saturating_add(entry.num_layers))
         .collect();
     let monolith = std::slice::from_ref(&manifest.engines.monolith);
     let sound = layers > 0

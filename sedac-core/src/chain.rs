@@ -115,7 +115,7 @@ pub struct Summary {
     pub finish_reason: FinishReason,
     /// Time for the prompt, until the first token's logits.
     pub prefill: Duration,
-    /// Time for all other tokens.
+    /// Time for all other tokens, and for filling the caches at the end.
     pub decode: Duration,
 }
 
@@ -192,7 +192,7 @@ impl Chain {
             }
             step = self.backend.decode(id, policy.as_mut(), interrupt)?;
         };
-        self.backend.complete()?;
+        self.backend.complete(interrupt)?;
         Ok(Summary {
             finish_reason,
             prefill,

@@ -72,7 +72,7 @@ impl TextStream<'_> {
     /// The text that `token` completes; empty while a character is unfinished.
     pub fn push(&mut self, token: u32) -> String {
         self.tokens.push(token);
-        // a stream that loses its place stays silent; finish() then gives the rest
+        // a stream that loses its place stays silent; finish() gives what came after
         let piece = self.steps.step(token).ok().flatten().unwrap_or_default();
         self.emitted.push_str(&piece);
         piece
@@ -84,13 +84,76 @@ impl TextStream<'_> {
     /// [`Error::Tokenizer`] when the tokenizer fails.
     pub fn finish(&self) -> Result<String> {
         let whole = self.codec.decode(&self.tokens)?;
-        Ok(whole
-            .strip_prefix(&self.emitted)
-            .unwrap_or_default()
-            .to_owned())
+        // a decoder may take back what it gave, such as bytes that turned out to be no character
+        let same = whole.chars().zip(self.emitted.chars());
+        let same: usize = same
+            .take_while(|(ours, theirs)| ours == theirs)
+            .map(|(character, _)| character.len_utf8())
+            .sum();
+        Ok(whole[same..].to_owned())
     }
 }
 
 fn failed(error: tokenizers::Error) -> Error {
     Error::Tokenizer(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tokenizer of single bytes that spells characters as Llama 2 does: <0xNN>.
+    fn bytes() -> TextCodec {
+        let vocabulary: Vec<String> = (0..256)
+            .map(|byte| format!("\"<0x{byte:02X}>\": {byte}"))
+            .collect();
+        let json = format!(
+            r#"{{"version": "1.0", "added_tokens": [],
+                "decoder": {{"type": "Sequence", "decoders": [{{"type": "ByteFallback"}}, {{"type": "Fuse"}}]}},
+                "model": {{"type": "BPE", "byte_fallback": true, "vocab": {{{}}}, "merges": []}}}}"#,
+            vocabulary.join(", ")
+        );
+        TextCodec {
+            tokenizer: json.parse().unwrap(),
+        }
+    }
+
+    fn pieces(tokens: &[u8]) -> (Vec<String>, String) {
+        let codec = bytes();
+        let mut stream = codec.stream();
+        let pieces = tokens
+            .iter()
+            .map(|&byte| stream.push(byte.into()))
+            .collect();
+        (pieces, stream.finish().unwrap())
+    }
+
+    #[test]
+    fn a_character_comes_whole() {
+        let (pieces, rest) = pieces("a🙂b".as_bytes());
+        assert_eq!(pieces, ["a", "", "", "", "🙂", "b"]);
+        assert_eq!(rest, "");
+    }
+
+    #[test]
+    fn an_unfinished_character_is_owed_at_the_end() {
+        let (pieces, rest) = pieces(&[b'a', 0xF0]);
+        assert_eq!(pieces[0], "a");
+        assert!(rest.chars().all(|character| character == '\u{FFFD}') && !rest.is_empty());
+    }
+
+    #[test]
+    fn nothing_is_lost_after_bytes_that_are_no_character() {
+        let tokens = ["好".as_bytes(), &[0xFF], b"abc"].concat();
+        let (pieces, rest) = pieces(&tokens);
+        let text = pieces.concat() + &rest;
+        assert!(text.ends_with("abc") || text.contains('\u{FFFD}'), "{text}");
+        let whole = bytes()
+            .decode(&tokens.iter().map(|&b| b.into()).collect::<Vec<u32>>())
+            .unwrap();
+        assert!(
+            text.ends_with(&whole[whole.len() - 3..]),
+            "{text} lacks the end of {whole}"
+        );
+    }
 }

@@ -180,7 +180,7 @@ proptest! {
                     prop_assert_eq!((step.exit_layer, step.reason), expected);
                     sources.push(step.exit_layer);
                 }
-                Event::Complete => backend.complete()?,
+                Event::Complete => backend.complete(&interrupt)?,
                 Event::Prompt(tokens) => {
                     prop_assert!(backend.prefill(&vec![0; tokens], &interrupt).is_err());
                 }
@@ -191,7 +191,7 @@ proptest! {
             }
             prop_assert_eq!(backend.kv().length(), sources.len());
         }
-        backend.complete()?;
+        backend.complete(&interrupt)?;
         for (layer, cache) in caches.lock().unwrap().iter().enumerate() {
             for (position, &exit_layer) in sources.iter().enumerate() {
                 let expected = if layer < exit_layer { Source::Run } else { Source::Fill { exit_layer } };

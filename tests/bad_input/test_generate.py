@@ -270,6 +270,15 @@ def start_runtime(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+def wait_until_loading(process: subprocess.Popen[str]) -> None:
+    """Until Python has started and the command has come to its engines."""
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libonnxruntime" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
 def interrupt(process: subprocess.Popen[str]) -> str:
     """Press Ctrl-C; what the process had still to say on stderr."""
     started = time.monotonic()
@@ -299,8 +308,7 @@ def test_interrupt_stops_what_prints_at_the_end(long_bundle: Path, command: str)
         "bench": ["--new-tokens", 30_000],
     }
     process = start_runtime(command, "--engines", long_bundle, "--json", *arguments[command])
-    time.sleep(1.5)
-    assert process.poll() is None
+    wait_until_loading(process)
     assert len(interrupt(process).splitlines()) <= 1
 
 

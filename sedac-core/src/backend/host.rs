@@ -8,7 +8,7 @@ use crate::interrupt::Interrupt;
 use crate::kv::KvState;
 use crate::policy::{ExitReason, Policy, Signals};
 
-/// Longer prompts run in pieces: activations stay small, and an interrupt is noticed soon.
+/// Longer passes run in pieces: activations stay small, and an interrupt is noticed soon.
 const PREFILL_CHUNK: usize = 256;
 
 /// Drives [`Engines`] one by one and asks the policy after each.
@@ -55,9 +55,10 @@ impl<E: Engines> HostDecided<E> {
 
     fn fill(&mut self, layer: usize, end: usize) -> Result<()> {
         let pending = self.kv.pending(layer, end);
-        if !pending.is_empty() {
-            self.engines.fill(layer, pending)?;
-            self.kv.fill(layer, end);
+        for start in pending.step_by(PREFILL_CHUNK) {
+            let piece = start..end.min(start + PREFILL_CHUNK);
+            self.kv.fill(layer, piece.end);
+            self.engines.fill(layer, piece)?;
         }
         Ok(())
     }
@@ -138,8 +139,9 @@ impl<E: Engines> Backend for HostDecided<E> {
         self.engines.logits()
     }
 
-    fn complete(&mut self) -> Result<()> {
+    fn complete(&mut self, interrupt: &Interrupt) -> Result<()> {
         for layer in 0..self.num_layers() {
+            interrupt.check()?;
             self.fill(layer, self.kv.length())?;
         }
         Ok(())

@@ -56,8 +56,9 @@ pub trait Backend: Send {
     /// Logits of the newest token.
     fn logits(&self) -> &[f32];
 
-    /// Fill what exits left open in the caches, so that every layer holds every position.
-    fn complete(&mut self) -> Result<()>;
+    /// Fill what exits left open in the caches, so that every layer holds every position. Fails as
+    /// [`prefill`](Self::prefill) does.
+    fn complete(&mut self, interrupt: &Interrupt) -> Result<()>;
 }
 
 /// Single engines of one sequence, for a host that decides between them.

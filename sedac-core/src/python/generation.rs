@@ -24,6 +24,7 @@ enum Event {
 pub(super) struct Generation {
     inbox: Inbox<Event>,
     interrupt: Interrupt,
+    over: bool,
     end: Option<(Summary, String)>,
 }
 
@@ -45,6 +46,7 @@ impl Generation {
         Self {
             inbox: Mutex::new(receiver),
             interrupt,
+            over: false,
             end: None,
         }
     }
@@ -57,16 +59,20 @@ impl Generation {
     }
 
     fn __next__(&mut self, py: Python<'_>) -> PyResult<Option<(u32, String, usize, &'static str)>> {
-        if self.end.is_some() {
+        if self.over {
             return Ok(None);
         }
+        self.over = true;
         match receive(py, &self.inbox, &self.interrupt)? {
-            Some(Event::Token(token, text)) => Ok(Some((
-                token.id,
-                text,
-                token.step.exit_layer,
-                token.step.reason.name(),
-            ))),
+            Some(Event::Token(token, text)) => {
+                self.over = false;
+                Ok(Some((
+                    token.id,
+                    text,
+                    token.step.exit_layer,
+                    token.step.reason.name(),
+                )))
+            }
             Some(Event::End(end)) => {
                 self.end = Some(end?);
                 Ok(None)
@@ -78,7 +84,7 @@ impl Generation {
     /// finish_reason, prefill_ms, decode_ms and the text still owed, once the iterator ended.
     fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
         let Some((summary, rest)) = &self.end else {
-            return Err(PyRuntimeError::new_err("the generation has not ended"));
+            return Err(PyRuntimeError::new_err("the generation did not finish"));
         };
         let result = PyDict::new(py);
         result.set_item("finish_reason", summary.finish_reason.name())?;

@@ -151,7 +151,7 @@ impl Model {
     }
 }
 
-/// Compare ways to run a bundle: see `sedac_runtime bench`.
+/// Compare ways to run a bundle: see `sedac-runtime bench`.
 ///
 /// cases: (row name, whether the monolith runs it, None or the depth to exit at).
 #[pyfunction]
