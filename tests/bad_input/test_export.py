@@ -339,6 +339,8 @@ def run_in_process(arguments: list[str], log: Path) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    # a shell's background jobs, CI's among them, start with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["sedac-export", *arguments]
     sedac_export.cli.main()
 

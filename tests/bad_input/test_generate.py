@@ -263,8 +263,15 @@ def test_usage_error_exits_with_2(runtime: Command, arguments: list[str]) -> Non
     assert "Traceback" not in result.err
 
 
+# a shell's background jobs, CI's among them, start with Ctrl-C ignored
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from sedac_runtime.cli import main; main()"
+)
+
+
 def start_runtime(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sedac_runtime.cli", *map(str, arguments)]
+    command = [sys.executable, "-c", START, *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
     )
