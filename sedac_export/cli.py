@@ -32,11 +32,6 @@ class PrecisionName(StrEnum):
     BF16 = "bf16"
 
 
-@app.callback()
-def _root() -> None:
-    """Build and inspect SEDAC bundles."""
-
-
 @app.command()
 def build(
     model: Annotated[str, typer.Option(help="A model directory or a hub id (owner/name).")],

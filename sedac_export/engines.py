@@ -118,18 +118,22 @@ class HeadEngine(nn.Module):
         return logits
 
 
-class LayerEngine(nn.Module):
+class _OfOneLayer(nn.Module):
+    """What is traced of the layer `index` and of how the model calls it."""
+
+    def __init__(self, skeleton: Skeleton, plan: Plan, index: int, router: AttentionRouter) -> None:
+        super().__init__()
+        self.layer = skeleton.layers[index]
+        self.plan, self.call, self.router = plan, plan.calls[index], router
+
+
+class LayerEngine(_OfOneLayer):
     """One decoder layer with its cache and stability output.
 
     x [batch, tokens, hidden], contexts, seqlens_k int32 [batch], total_sequence_length int32
     scalar, past_key, past_value [batch, heads, cache length, head size] -> y like x, present_key,
     present_value like past, stability fp32 [batch, tokens, 1].
     """
-
-    def __init__(self, skeleton: Skeleton, plan: Plan, index: int, router: AttentionRouter) -> None:
-        super().__init__()
-        self.layer = skeleton.layers[index]
-        self.plan, self.call, self.router = plan, plan.calls[index], router
 
     def forward(
         self,
@@ -150,17 +154,12 @@ class LayerEngine(nn.Module):
         return y, *cache.present, stability(x, y)
 
 
-class KeyValueEngine(nn.Module):
+class KeyValueEngine(_OfOneLayer):
     """The part of a layer that fills its cache: norm, key and value projection, rotary.
 
     x [batch, tokens, hidden], contexts, write_index int64 [batch], past_key, past_value ->
     present_key, present_value.
     """
-
-    def __init__(self, skeleton: Skeleton, plan: Plan, index: int, router: AttentionRouter) -> None:
-        super().__init__()
-        self.layer = skeleton.layers[index]
-        self.plan, self.call, self.router = plan, plan.calls[index], router
 
     def forward(
         self,
