@@ -59,6 +59,7 @@ class Model:
         stop_tokens: list[int],
         stability: tuple[float, int, float] | None = None,
         forced_exit: list[int] | None = None,
+        drafter: str | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -79,8 +80,8 @@ def bench(
     directory: str | os.PathLike[str],
     library: str | os.PathLike[str],
     threads: int,
-    cases: list[tuple[str, bool, int | None]],
-    prompt: list[int],
+    cases: list[tuple[str, bool, int | None, str | None]],
+    prompt: list[int] | tuple[str, int],
     new_tokens: int,
     repeat: int,
 ) -> list[dict[str, Any]]: ...

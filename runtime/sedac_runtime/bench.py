@@ -6,6 +6,7 @@ from typing import Any
 
 from sedac_runtime import _core
 from sedac_runtime.library import default_threads, find_onnxruntime
+from sedac_runtime.model import Drafter
 from sedac_runtime.ranges import MOST_THREADS, check_count
 
 
@@ -13,7 +14,9 @@ def bench(
     bundle: str | Path,
     *,
     forced_exit: Sequence[int] = (),
+    drafters: Sequence[Drafter] = (),
     monolith: bool = False,
+    prompt: str | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 128,
     repeat: int = 5,
@@ -23,8 +26,10 @@ def bench(
 
     Each row decodes `new_tokens` greedily after the same prompt; rows take turns, `repeat` times
     after a warm-up. "chain" is full depth, "exit@d" exits every token at the first exit from d
-    layers on and includes filling the skipped layers' caches, "monolith" runs all layers in one
-    engine.
+    layers on and includes filling the skipped layers' caches, "lossless:d" is full depth with
+    drafts by drafter d, "monolith" runs all layers in one engine. The prompt is the first
+    `prompt_tokens` tokens of the text `prompt`; without one it is no text at all, which tells
+    nothing about drafts or exits.
 
     Raises InputError when a number is out of range.
     """
@@ -35,10 +40,15 @@ def bench(
     check_count("repeat", repeat, 1)
     for depth in forced_exit:
         check_count("forced_exit", depth, 1)
-    cases: list[tuple[str, bool, int | None]] = [("chain", False, None)]
-    cases += [(f"exit@{depth}", False, depth) for depth in forced_exit]
+    cases: list[tuple[str, bool, int | None, str | None]] = [("chain", False, None, None)]
+    cases += [(f"exit@{depth}", False, depth, None) for depth in forced_exit]
+    cases += [(f"lossless:{drafter}", False, None, drafter) for drafter in drafters]
     if monolith:
-        cases.append(("monolith", True, None))
-    # any tokens will do; these differ, and exist in any vocabulary of 98 or more
-    prompt = [1 + position % 97 for position in range(prompt_tokens)]
-    return _core.bench(Path(bundle), find_onnxruntime(), count, cases, prompt, new_tokens, repeat)
+        cases.append(("monolith", True, None, None))
+    start: list[int] | tuple[str, int] = (
+        # any tokens will do; these differ, and exist in any vocabulary of 98 or more
+        [1 + position % 97 for position in range(prompt_tokens)]
+        if prompt is None
+        else (prompt, prompt_tokens)
+    )
+    return _core.bench(Path(bundle), find_onnxruntime(), count, cases, start, new_tokens, repeat)

@@ -36,12 +36,21 @@ class GenerationMode(StrEnum):
 
     FULL = "full"
     EXIT = "exit"
+    LOSSLESS = "lossless"
 
 
 class KvFill(StrEnum):
     """What --kv-fill takes."""
 
     PROPAGATE = "propagate"
+
+
+class Drafter(StrEnum):
+    """What --drafter takes."""
+
+    AUTO = "auto"
+    EARLY_EXIT = "early-exit"
+    PROMPT_LOOKUP = "prompt-lookup"
 
 
 class Reference(StrEnum):
@@ -62,7 +71,7 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most so many.")] = 128,
     mode: Annotated[
-        GenerationMode, typer.Option(help="Run every layer, or let stable tokens exit.")
+        GenerationMode, typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies.")
     ] = GenerationMode.EXIT,
     tau: Annotated[
         float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
@@ -76,6 +85,9 @@ def generate(
     kv_fill: Annotated[
         KvFill, typer.Option(help="What the caches of skipped layers get.")
     ] = KvFill.PROPAGATE,
+    drafter: Annotated[
+        Drafter, typer.Option(help="What guesses tokens with --mode lossless.")
+    ] = Drafter.AUTO,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this sum.")] = 1.0,
@@ -98,6 +110,7 @@ def generate(
         consecutive_k=consecutive_k,
         min_layer_ratio=min_layer_ratio,
         kv_fill=kv_fill.value,
+        drafter=drafter.value,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -123,8 +136,15 @@ def bench(
     forced_exit: Annotated[
         str | None, typer.Option(help="Depths to exit every token at, such as 6,12,24.")
     ] = None,
+    drafter: Annotated[
+        list[Drafter] | None,
+        typer.Option(help="Also measure lossless mode with this drafter; can be repeated."),
+    ] = None,
     against: Annotated[
         Reference | None, typer.Option(help="Also run all layers in one engine.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="Take the tokens before the timing from this UTF-8 file.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens before the timing.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
@@ -136,7 +156,9 @@ def bench(
     rows = run_bench(
         engines,
         forced_exit=_depths(forced_exit),
+        drafters=[choice.value for choice in drafter or ()],
         monolith=against is Reference.MONOLITH,
+        prompt=None if prompt_file is None else _read_prompt(None, prompt_file),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeat=repeat,

@@ -10,7 +10,8 @@ from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
-Mode = Literal["full", "exit"]
+Mode = Literal["full", "exit", "lossless"]
+Drafter = Literal["auto", "early-exit", "prompt-lookup"]
 KvFill = Literal["propagate"]
 
 
@@ -26,7 +27,12 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """A finished generation. Field by field the object that `generate --json` prints."""
+    """A finished generation. Field by field the object that `generate --json` prints.
+
+    In mode "lossless": `drafted` tokens were guessed, `accepted` of them confirmed in
+    `verify_passes` passes; draft_depths counts the drafts by the layers they went through, 0 for
+    those of prompt lookup. All are 0 in other modes.
+    """
 
     text: str
     tokens: list[int]
@@ -41,6 +47,10 @@ class GenerationOutput:
     decode_ms: float
     decode_tokens_per_second: float
     finish_reason: str
+    drafted: int
+    accepted: int
+    verify_passes: int
+    draft_depths: dict[int, int]
 
 
 class GenerationStream:
@@ -102,6 +112,10 @@ class GenerationStream:
             decode_ms=summary["decode_ms"],
             decode_tokens_per_second=decoded / summary["decode_ms"] * 1e3 if decoded else 0.0,
             finish_reason=summary["finish_reason"],
+            drafted=summary["drafted"],
+            accepted=summary["accepted"],
+            verify_passes=summary["verify_passes"],
+            draft_depths=summary["draft_depths"],
         )
 
 
@@ -169,6 +183,7 @@ class SedacModel:
         consecutive_k: int | None = None,
         min_layer_ratio: float | None = None,
         kv_fill: KvFill = "propagate",
+        drafter: Drafter = "auto",
         forced_exit: Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -181,8 +196,10 @@ class SedacModel:
         """Generate token by token after `prompt`, a text or token ids.
 
         mode "full" runs every layer; "exit" stops a token once `consecutive_k` layers in a row had
-        a stability of at least `tau`, from `min_layer_ratio` of the layers on. What is None comes
-        from the bundle's sedac_config.json. kv_fill "propagate" fills the caches of skipped layers
+        a stability of at least `tau`, from `min_layer_ratio` of the layers on; "lossless" gives
+        full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"), from
+        the text so far ("prompt-lookup") or both ("auto"), and full depth verifies several in one
+        pass. What is None comes from the bundle's sedac_config.json. kv_fill "propagate" fills the caches of skipped layers
         from the hidden state at the exit. forced_exit exits at the first exit from the given
         depths on, taken in turn, whatever the policy says. temperature 0 is greedy. stop_tokens
         None means the model's end-of-text tokens.
@@ -190,7 +207,11 @@ class SedacModel:
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
         """
-        for name, value, known in (("mode", mode, Mode), ("kv_fill", kv_fill, KvFill)):
+        for name, value, known in (
+            ("mode", mode, Mode),
+            ("kv_fill", kv_fill, KvFill),
+            ("drafter", drafter, Drafter),
+        ):
             if value not in get_args(known):
                 choices = " or ".join(get_args(known))
                 raise _core.InputError(f"{name} {value} is out of range: {choices}")
@@ -217,6 +238,7 @@ class SedacModel:
             stop_tokens=stops,
             stability=stability if mode == "exit" else None,
             forced_exit=None if forced_exit is None else list(forced_exit),
+            drafter=drafter if mode == "lossless" else None,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -1,10 +1,12 @@
 //! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, HostDecided, Layout, OnnxRuntime, Step};
 use crate::bundle::Bundle;
+use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::policy::{ExitReason, Forced, Policy, Stability};
@@ -24,6 +26,11 @@ pub enum Exit {
         /// Share of the layers that always run.
         min_layer_ratio: f32,
     },
+    /// Only to guess: tokens come from full depth, which verifies several guesses at once.
+    Lossless {
+        /// What guesses.
+        drafter: DrafterKind,
+    },
     /// The n-th decoded token after `depths[n % depths.len()]` layers; see [`Forced`].
     Forced {
         /// Depths, each 1 to the number of layers.
@@ -34,7 +41,7 @@ pub enum Exit {
 impl Exit {
     fn policy(&self, layers: usize) -> Result<Box<dyn Policy>> {
         match self {
-            Self::Never => Ok(Box::new(Forced::new(vec![layers]))),
+            Self::Never | Self::Lossless { .. } => Ok(Box::new(Forced::new(vec![layers]))),
             &Self::Stability {
                 tau,
                 consecutive_k,
@@ -109,7 +116,7 @@ pub struct Token {
 }
 
 /// How a generation went.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Summary {
     /// Why it ended.
     pub finish_reason: FinishReason,
@@ -117,12 +124,39 @@ pub struct Summary {
     pub prefill: Duration,
     /// Time for all other tokens, and for filling the caches at the end.
     pub decode: Duration,
+    /// How drafting went; all zero when nothing was drafted.
+    pub drafting: Drafting,
+}
+
+/// How the drafts of a generation went.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Drafting {
+    /// Tokens guessed.
+    pub drafted: usize,
+    /// Guesses that full depth confirmed.
+    pub accepted: usize,
+    /// Passes of more than one token that verified guesses, or of one whose exit was not trusted.
+    pub verify_passes: usize,
+    /// Drafts by the layers they went through; 0 for those that ran no layer.
+    pub draft_depths: BTreeMap<usize, usize>,
+}
+
+impl Drafting {
+    fn count(&mut self, draft: &Draft, accepted: usize) {
+        self.drafted += draft.tokens.len();
+        self.accepted += accepted;
+        self.verify_passes += 1;
+        *self.draft_depths.entry(draft.depth).or_default() += 1;
+    }
 }
 
 /// Generates with one backend. One sequence at a time.
 pub struct Chain {
     backend: Box<dyn Backend>,
+    exit_layers: Vec<usize>,
     vocab_size: usize,
+    /// Kept, since they learn what pays on this machine.
+    drafters: HashMap<DrafterKind, Box<dyn Drafter>>,
 }
 
 impl Chain {
@@ -134,14 +168,22 @@ impl Chain {
         let engines = OnnxRuntime::load(bundle, layout, library, threads)?;
         let manifest = &bundle.manifest;
         let backend = HostDecided::new(engines, &manifest.exit_layers, manifest.max_cache_length);
-        Ok(Self::new(Box::new(backend), manifest.model.vocab_size))
+        let exit_layers = manifest.exit_layers.clone();
+        Ok(Self::new(
+            Box::new(backend),
+            exit_layers,
+            manifest.model.vocab_size,
+        ))
     }
 
-    /// A chain over any backend whose logits are `vocab_size` numbers.
-    pub fn new(backend: Box<dyn Backend>, vocab_size: usize) -> Self {
+    /// A chain over any backend whose logits are `vocab_size` numbers a token, with exits allowed
+    /// after the depths `exit_layers`.
+    pub fn new(backend: Box<dyn Backend>, exit_layers: Vec<usize>, vocab_size: usize) -> Self {
         Self {
             backend,
+            exit_layers,
             vocab_size,
+            drafters: HashMap::new(),
         }
     }
 
@@ -171,33 +213,87 @@ impl Chain {
         let mut sampler = Sampler::new(request.sampling)?;
         self.backend.reset();
         self.check_prompt(request)?;
-        let mut history = request.prompt.clone();
         let started = Instant::now();
         self.backend.prefill(&request.prompt, interrupt)?;
         let prefill = started.elapsed();
-        let mut step = Step {
-            exit_layer: self.num_layers(),
-            reason: ExitReason::FullDepth,
-        };
-        let finish_reason = loop {
-            let id = sampler.sample(self.backend.logits(), &history);
-            emit(Token { id, step });
-            history.push(id);
-            if request.stop_tokens.contains(&id) {
-                break FinishReason::Stop;
+        let mut text = Text::new(request, self.backend.room());
+        let mut drafting = Drafting::default();
+        let full_depth = self.full_depth();
+        text.take(self.backend.logits(), full_depth, &mut sampler, &mut emit);
+        while text.finished.is_none() {
+            if let Exit::Lossless { drafter } = request.exit {
+                self.round(drafter, &mut text, &mut drafting, interrupt, |row, text| {
+                    text.take(row, full_depth, &mut sampler, &mut emit)
+                })?;
+            } else {
+                let step = self.backend.decode(text.newest(), policy.as_mut(), interrupt)?;
+                text.take(self.backend.logits(), step, &mut sampler, &mut emit);
             }
-            let generated = history.len() - request.prompt.len();
-            if generated == request.max_new_tokens || self.backend.room() == 0 {
-                break FinishReason::Length;
-            }
-            step = self.backend.decode(id, policy.as_mut(), interrupt)?;
-        };
+        }
         self.backend.complete(interrupt)?;
         Ok(Summary {
-            finish_reason,
+            finish_reason: text.finished.unwrap_or(FinishReason::Length),
             prefill,
             decode: started.elapsed() - prefill,
+            drafting,
         })
+    }
+
+    fn full_depth(&self) -> Step {
+        Step {
+            exit_layer: self.num_layers(),
+            reason: ExitReason::FullDepth,
+        }
+    }
+
+    /// Draft, verify at full depth, and `take` tokens from its logits as long as they confirm the
+    /// draft; what was drafted beyond is forgotten.
+    ///
+    /// Guesses have no distribution of their own, so that speculative sampling's rule comes down
+    /// to this: sample from full depth's, and go on if that is the guess. The same seed hence
+    /// gives the same tokens as without drafts.
+    fn round(
+        &mut self,
+        kind: DrafterKind,
+        text: &mut Text<'_>,
+        drafting: &mut Drafting,
+        interrupt: &Interrupt,
+        mut take: impl FnMut(&[f32], &mut Text<'_>) -> u32,
+    ) -> Result<()> {
+        let layers = self.num_layers();
+        let drafter = self
+            .drafters
+            .entry(kind)
+            .or_insert_with(|| kind.drafter(&self.exit_layers, layers));
+        let started = Instant::now();
+        let most = text.room() - 1;
+        let draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
+        let mut passed = vec![text.newest()];
+        passed.extend(&draft.tokens);
+        self.backend.verify(&passed, draft.depth, interrupt)?;
+        let rows = self.backend.logits().chunks_exact(self.vocab_size);
+        let mut taken = 0;
+        for (index, row) in rows.enumerate() {
+            let id = take(row, text);
+            taken += 1;
+            if text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
+                break;
+            }
+        }
+        // the newest token is never run yet
+        self.backend.truncate(text.tokens.len() - 1);
+        if draft.is_none() {
+            drafter.learn_without(taken, started.elapsed());
+        } else {
+            let confirmed = text.tokens[text.tokens.len() - taken..]
+                .iter()
+                .zip(&draft.tokens)
+                .take_while(|(token, guess)| token == guess)
+                .count();
+            drafting.count(&draft, confirmed);
+            drafter.learn(taken, started.elapsed());
+        }
+        Ok(())
     }
 
     fn check_prompt(&self, request: &Request) -> Result<()> {
@@ -222,5 +318,57 @@ impl Chain {
             )));
         }
         Ok(())
+    }
+}
+
+/// The text as it grows, and when it ends.
+struct Text<'a> {
+    request: &'a Request,
+    /// Prompt and output so far.
+    tokens: Vec<u32>,
+    /// The text's length at which it ends: max_new_tokens or the cache allows no more.
+    longest: usize,
+    finished: Option<FinishReason>,
+}
+
+impl<'a> Text<'a> {
+    /// The prompt, with cache positions for `room` tokens after it.
+    fn new(request: &'a Request, room: usize) -> Self {
+        // the last token is not run, so it needs no position
+        let most = request.max_new_tokens.min(room + 1);
+        Self {
+            request,
+            tokens: request.prompt.clone(),
+            longest: request.prompt.len() + most,
+            finished: None,
+        }
+    }
+
+    /// Tokens that may still follow.
+    fn room(&self) -> usize {
+        self.longest - self.tokens.len()
+    }
+
+    fn newest(&self) -> u32 {
+        self.tokens[self.tokens.len() - 1]
+    }
+
+    /// Sample a token from `logits`, which `step` gave, and hand it to `emit`.
+    fn take(
+        &mut self,
+        logits: &[f32],
+        step: Step,
+        sampler: &mut Sampler,
+        emit: &mut impl FnMut(Token),
+    ) -> u32 {
+        let id = sampler.sample(logits, &self.tokens);
+        emit(Token { id, step });
+        self.tokens.push(id);
+        if self.request.stop_tokens.contains(&id) {
+            self.finished = Some(FinishReason::Stop);
+        } else if self.room() == 0 {
+            self.finished = Some(FinishReason::Length);
+        }
+        id
     }
 }

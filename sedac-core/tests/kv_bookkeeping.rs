@@ -111,7 +111,7 @@ impl Engines for Recorder {
         Ok(())
     }
 
-    fn head(&mut self) -> Result<()> {
+    fn head(&mut self, _: usize) -> Result<()> {
         Ok(())
     }
 

@@ -97,7 +97,7 @@ impl<E: Engines> Backend for HostDecided<E> {
                 self.run(engine, &positions)?;
             }
         }
-        self.engines.head()
+        self.engines.head(1)
     }
 
     fn decode(
@@ -131,8 +131,31 @@ impl<E: Engines> Backend for HostDecided<E> {
                 break;
             }
         }
-        self.engines.head()?;
+        self.engines.head(1)?;
         Ok(step)
+    }
+
+    fn verify(&mut self, tokens: &[u32], depth: usize, interrupt: &Interrupt) -> Result<()> {
+        let resumed = self.layers.iter().position(|layers| layers.start == depth);
+        let resumed = resumed.expect("drafts exit where an engine ends");
+        let positions = if depth == 0 {
+            let positions = self.kv.begin(tokens.len())?;
+            self.engines.embed(tokens, positions.start)?;
+            positions
+        } else {
+            let start = self.kv.length() - tokens.len();
+            self.engines.resume(tokens, start, resumed)?;
+            start..self.kv.length()
+        };
+        for engine in resumed..self.layers.len() {
+            interrupt.check()?;
+            self.run(engine, &positions)?;
+        }
+        self.engines.head(tokens.len())
+    }
+
+    fn truncate(&mut self, length: usize) {
+        self.kv.truncate(length);
     }
 
     fn logits(&self) -> &[f32] {

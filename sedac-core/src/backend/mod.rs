@@ -53,7 +53,17 @@ pub trait Backend: Send {
         interrupt: &Interrupt,
     ) -> Result<Step>;
 
-    /// Logits of the newest token.
+    /// Run the newest tokens, `tokens`, to full depth in one pass; afterwards
+    /// [`logits`](Self::logits) are theirs, one row each. With a `depth` above 0 each of them was
+    /// decoded to an exit after `depth` layers, and only the layers beyond run; with 0 they are
+    /// new. Fails as [`prefill`](Self::prefill) does.
+    fn verify(&mut self, tokens: &[u32], depth: usize, interrupt: &Interrupt) -> Result<()>;
+
+    /// Forget all positions from `length` on.
+    fn truncate(&mut self, length: usize);
+
+    /// Logits of the newest token, or after [`verify`](Self::verify) of each of its tokens in
+    /// turn.
     fn logits(&self) -> &[f32];
 
     /// Fill what exits left open in the caches, so that every layer holds every position. Fails as
@@ -72,6 +82,10 @@ pub trait Engines: Send {
     /// Start a pass over `tokens` at positions from `start` on.
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()>;
 
+    /// Start a pass over the newest tokens, `tokens` at positions from `start` on, at `engine`,
+    /// from their kept exit hidden states.
+    fn resume(&mut self, tokens: &[u32], start: usize, engine: usize) -> Result<()>;
+
     /// Take the current residual stream through `engine`; its layers' caches then hold the pass's
     /// positions.
     fn run(&mut self, engine: usize) -> Result<()>;
@@ -86,9 +100,9 @@ pub trait Engines: Send {
     /// Fill `layer`'s cache at `positions` from their kept exit hidden states.
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()>;
 
-    /// Compute the newest token's logits from the current residual stream.
-    fn head(&mut self) -> Result<()>;
+    /// Compute the logits of the pass's newest `tokens` tokens from the current residual stream.
+    fn head(&mut self, tokens: usize) -> Result<()>;
 
-    /// The logits computed last.
+    /// The logits computed last, a row for each token.
     fn logits(&self) -> &[f32];
 }

@@ -81,7 +81,7 @@ impl Generation {
         }
     }
 
-    /// finish_reason, prefill_ms, decode_ms and the text still owed, once the iterator ended.
+    /// finish_reason, prefill_ms, decode_ms, the text still owed and how drafting went, once the iterator ended.
     fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
         let Some((summary, rest)) = &self.end else {
             return Err(PyRuntimeError::new_err("the generation did not finish"));
@@ -91,6 +91,11 @@ impl Generation {
         result.set_item("prefill_ms", summary.prefill.as_secs_f64() * 1e3)?;
         result.set_item("decode_ms", summary.decode.as_secs_f64() * 1e3)?;
         result.set_item("rest", rest)?;
+        let drafting = &summary.drafting;
+        result.set_item("drafted", drafting.drafted)?;
+        result.set_item("accepted", drafting.accepted)?;
+        result.set_item("verify_passes", drafting.verify_passes)?;
+        result.set_item("draft_depths", &drafting.draft_depths)?;
         Ok(result.unbind())
     }
 }

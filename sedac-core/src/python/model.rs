@@ -13,6 +13,7 @@ use crate::backend::Layout;
 use crate::bench::{Case, Row};
 use crate::bundle::{Bundle, ExitConfig};
 use crate::chain::{Chain, Exit, Request};
+use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sampler::Sampling;
@@ -102,10 +103,11 @@ impl Model {
     }
 
     /// Start generating; iterate over the result. Without `stability` (tau, consecutive_k,
-    /// min_layer_ratio) and `forced_exit` (depths, taken in turn) every token runs at full depth.
+    /// min_layer_ratio) and `forced_exit` (depths, taken in turn) every token runs at full depth;
+    /// `drafter` guesses several to verify at once.
     #[pyo3(signature = (
         prompt, *, max_new_tokens, stop_tokens, stability = None, forced_exit = None,
-        temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
+        drafter = None, temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
@@ -115,18 +117,19 @@ impl Model {
         stop_tokens: Vec<u32>,
         stability: Option<(f32, usize, f32)>,
         forced_exit: Option<Vec<usize>>,
+        drafter: Option<&str>,
         temperature: f32,
         top_k: usize,
         top_p: f32,
         min_p: f32,
         repetition_penalty: f32,
         seed: u64,
-    ) -> Generation {
+    ) -> PyResult<Generation> {
         let request = Request {
             prompt,
             max_new_tokens,
             stop_tokens,
-            exit: exit(stability, forced_exit),
+            exit: exit(stability, forced_exit, drafter)?,
             sampling: Sampling {
                 temperature,
                 top_k,
@@ -136,7 +139,11 @@ impl Model {
                 seed,
             },
         };
-        Generation::start(self.chain.clone(), self.codec.clone(), request)
+        Ok(Generation::start(
+            self.chain.clone(),
+            self.codec.clone(),
+            request,
+        ))
     }
 }
 
@@ -151,9 +158,36 @@ impl Model {
     }
 }
 
+/// Tokens, or a text and how many of its tokens to take.
+#[derive(FromPyObject)]
+pub(super) enum BenchPrompt {
+    Tokens(Vec<u32>),
+    Text(String, usize),
+}
+
+impl BenchPrompt {
+    fn tokens(self, bundle: &Bundle) -> Result<Vec<u32>> {
+        let (text, count) = match self {
+            Self::Tokens(tokens) => return Ok(tokens),
+            Self::Text(text, count) => (text, count),
+        };
+        let Some(codec) = codec(bundle)? else {
+            return Err(Error::Prompt("is a text, but this bundle has no tokenizer".into()));
+        };
+        let mut tokens = codec.encode(&text, true)?;
+        if tokens.len() < count {
+            let range = format!("at most the {} tokens of the text", tokens.len());
+            return Err(Error::setting("prompt_tokens", count, range));
+        }
+        tokens.truncate(count);
+        Ok(tokens)
+    }
+}
+
 /// Compare ways to run a bundle: see `sedac-runtime bench`.
 ///
-/// cases: (row name, whether the monolith runs it, None or the depth to exit at).
+/// cases: (row name, whether the monolith runs it, None or the depth to exit at, None or the
+/// drafter).
 #[pyfunction]
 #[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat))]
 #[expect(clippy::too_many_arguments, reason = "Python's arguments")]
@@ -162,8 +196,8 @@ pub(super) fn bench(
     directory: PathBuf,
     library: PathBuf,
     threads: usize,
-    cases: Vec<(String, bool, Option<usize>)>,
-    prompt: Vec<u32>,
+    cases: Vec<(String, bool, Option<usize>, Option<String>)>,
+    prompt: BenchPrompt,
     new_tokens: usize,
     repeat: usize,
 ) -> PyResult<Py<PyList>> {
@@ -171,6 +205,7 @@ pub(super) fn bench(
     let raised = interrupt.clone();
     let rows = door::run(py, &interrupt, move || {
         let bundle = Bundle::open(&directory)?;
+        let prompt = prompt.tokens(&bundle)?;
         let load = |layout| Chain::load(&bundle, layout, &library, threads);
         let mut chains = vec![load(Layout::Engines)?];
         if cases.iter().any(|case| case.1) {
@@ -178,12 +213,14 @@ pub(super) fn bench(
         }
         let cases: Vec<Case> = cases
             .into_iter()
-            .map(|(name, monolith, depth)| Case {
-                name,
-                chain: usize::from(monolith),
-                exit: exit(None, depth.map(|depth| vec![depth])),
+            .map(|(name, monolith, depth, drafter)| {
+                Ok(Case {
+                    name,
+                    chain: usize::from(monolith),
+                    exit: exit(None, depth.map(|depth| vec![depth]), drafter.as_deref())?,
+                })
             })
-            .collect();
+            .collect::<Result<_>>()?;
         crate::bench::run(&mut chains, &cases, &prompt, new_tokens, repeat, &raised)
     })?;
     let rows = rows
@@ -204,16 +241,31 @@ fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
     Ok(result)
 }
 
-fn exit(stability: Option<(f32, usize, f32)>, forced: Option<Vec<usize>>) -> Exit {
-    match (forced, stability) {
-        (Some(depths), _) => Exit::Forced { depths },
-        (None, Some((tau, consecutive_k, min_layer_ratio))) => Exit::Stability {
+fn exit(
+    stability: Option<(f32, usize, f32)>,
+    forced: Option<Vec<usize>>,
+    drafter: Option<&str>,
+) -> Result<Exit> {
+    Ok(match (forced, drafter, stability) {
+        (Some(depths), ..) => Exit::Forced { depths },
+        (None, Some(name), _) => Exit::Lossless {
+            drafter: drafter_kind(name)?,
+        },
+        (None, None, Some((tau, consecutive_k, min_layer_ratio))) => Exit::Stability {
             tau,
             consecutive_k,
             min_layer_ratio,
         },
-        (None, None) => Exit::Never,
-    }
+        (None, None, None) => Exit::Never,
+    })
+}
+
+fn drafter_kind(name: &str) -> Result<DrafterKind> {
+    let known = DrafterKind::ALL.map(DrafterKind::name).join(" or ");
+    DrafterKind::ALL
+        .into_iter()
+        .find(|kind| kind.name() == name)
+        .ok_or_else(|| Error::setting("drafter", name, known))
 }
 
 fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {

@@ -4,6 +4,7 @@ mod pass;
 mod runtime;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::path::Path;
 
@@ -18,7 +19,7 @@ use super::Engines;
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::Result;
 
-/// Buffers for fillings of up to so many positions stay ready; longer ones are rare and large.
+/// Buffers for up to so many positions stay ready; longer passes are rare and large.
 const MOST_POSITIONS_KEPT_READY: usize = 16;
 
 /// Which of a bundle's layer engines to load.
@@ -36,7 +37,12 @@ pub struct OnnxRuntime {
     embed: Session,
     layers: Vec<Session>,
     key_value: Vec<KeyValueEngine>,
-    head: Head,
+    head: Session,
+    vocab_size: usize,
+    /// The head's buffers by the number of tokens.
+    head_passes: HashMap<usize, HeadPass>,
+    /// Tokens whose logits were computed last.
+    logit_rows: usize,
     shared: Shared,
     passes: Passes,
     /// The kept hidden states being filled in, by the number of their positions.
@@ -56,8 +62,8 @@ struct KeyValueEngine {
     contexts: Vec<String>,
 }
 
-struct Head {
-    session: Session,
+/// What the head engine reads and writes for one number of tokens.
+struct HeadPass {
     binding: IoBinding,
     input: Tensor<f32>,
     logits: Tensor<f32>,
@@ -94,16 +100,15 @@ impl OnnxRuntime {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let head = Head::new(
-            open(&manifest.engines.head)?,
-            manifest.model.hidden_size,
-            manifest.model.vocab_size,
-        )?;
+        let head = open(&manifest.engines.head)?;
         let mut shared = Shared::new(manifest)?;
         let decode = Pass::new(1, &mut shared, &embed, &layers, &entries)?;
         Ok(Self {
+            vocab_size: manifest.model.vocab_size,
             kept: vec![0.0; manifest.max_cache_length * shared.hidden_size],
             passes: Passes::new(decode),
+            head_passes: HashMap::new(),
+            logit_rows: 1,
             fillings: HashMap::new(),
             entries,
             embed,
@@ -165,7 +170,8 @@ impl Engines for OnnxRuntime {
 
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
         if !self.passes.has(tokens.len()) {
-            self.passes.prefill = Some(self.new_pass(tokens.len())?);
+            let pass = self.new_pass(tokens.len())?;
+            self.passes.keep(pass);
         }
         self.shared.set_length(start + tokens.len());
         // exit hidden states at these positions are about to change
@@ -176,6 +182,15 @@ impl Engines for OnnxRuntime {
         }
         let pass = self.passes.begin(tokens.len());
         pass.embedding.run(&mut self.embed, tokens, start)
+    }
+
+    fn resume(&mut self, tokens: &[u32], start: usize, engine: usize) -> Result<()> {
+        // the embed engine also gives the contexts of these positions
+        self.embed(tokens, start)?;
+        let size = self.shared.hidden_size;
+        let rows = &self.kept[start * size..(start + tokens.len()) * size];
+        self.passes.resume(engine, rows);
+        Ok(())
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
@@ -193,7 +208,7 @@ impl Engines for OnnxRuntime {
     }
 
     fn keep(&mut self, position: usize) {
-        let row = self.passes.newest(self.shared.hidden_size);
+        let row = self.passes.newest(1, self.shared.hidden_size);
         self.kept[position * row.len()..][..row.len()].copy_from_slice(row);
     }
 
@@ -211,28 +226,36 @@ impl Engines for OnnxRuntime {
         })
     }
 
-    fn head(&mut self) -> Result<()> {
-        let row = self.passes.newest(self.shared.hidden_size);
-        write(&mut self.head.input, row);
-        run(&mut self.head.session, &self.head.binding, || {
-            "head engine".into()
-        })
+    fn head(&mut self, tokens: usize) -> Result<()> {
+        let sizes = (self.shared.hidden_size, self.vocab_size);
+        let pass = match self.head_passes.entry(tokens) {
+            Entry::Occupied(ready) => ready.into_mut(),
+            Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.head, tokens, sizes)?),
+        };
+        write(&mut pass.input, self.passes.newest(tokens, sizes.0));
+        self.logit_rows = tokens;
+        run(&mut self.head, &pass.binding, || "head engine".into())
     }
 
     fn logits(&self) -> &[f32] {
-        read(&self.head.logits)
+        self.head_passes
+            .get(&self.logit_rows)
+            .map_or(&[], |pass| read(&pass.logits))
     }
 }
 
-impl Head {
-    fn new(session: Session, hidden_size: usize, vocab_size: usize) -> Result<Self> {
-        let input = tensor(&[1, 1, hidden_size])?;
-        let mut logits = tensor(&[1, 1, vocab_size])?;
-        let mut bound = binding(&session)?;
+impl HeadPass {
+    fn new(
+        session: &Session,
+        tokens: usize,
+        (hidden_size, vocab_size): (usize, usize),
+    ) -> Result<Self> {
+        let input = tensor(&[1, tokens, hidden_size])?;
+        let mut logits = tensor(&[1, tokens, vocab_size])?;
+        let mut bound = binding(session)?;
         bind_input(&mut bound, "x", &input)?;
         bind_output(&mut bound, "logits", &mut logits)?;
         Ok(Self {
-            session,
             binding: bound,
             input,
             logits,

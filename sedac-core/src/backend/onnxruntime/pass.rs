@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
+use super::MOST_POSITIONS_KEPT_READY;
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
@@ -170,6 +171,13 @@ impl Pass {
         [&self.embedding.hidden, &self.other][engines % 2]
     }
 
+    fn hidden_mut(&mut self, engines: usize) -> &mut Tensor<f32> {
+        match engines % 2 {
+            0 => &mut self.embedding.hidden,
+            _ => &mut self.other,
+        }
+    }
+
     fn bind_layer(
         &mut self,
         engine: usize,
@@ -186,60 +194,65 @@ impl Pass {
         for index in 0..entry.num_layers {
             shared.bind_cache(&mut bound, entry.first_layer + index, index)?;
         }
-        let output = match engine % 2 {
-            0 => &mut self.other,
-            _ => &mut self.embedding.hidden,
-        };
-        bind_output(&mut bound, "y", output)?;
+        bind_output(&mut bound, "y", self.hidden_mut(engine + 1))?;
         bind_output(&mut bound, "stability", &mut self.stability[engine])?;
         Ok(bound)
     }
 }
 
-/// The pass under way: decode passes are of one token and always ready, others are made on demand.
+/// The passes made so far; one of them is under way.
 pub(super) struct Passes {
-    pub(super) prefill: Option<Pass>,
     pub(super) engines_run: usize,
-    decode: Pass,
-    in_prefill: bool,
+    ready: HashMap<usize, Pass>,
+    current: usize,
 }
 
 impl Passes {
     pub(super) fn new(decode: Pass) -> Self {
         Self {
-            prefill: None,
             engines_run: 0,
-            decode,
-            in_prefill: false,
+            current: decode.embedding.tokens(),
+            ready: HashMap::from([(decode.embedding.tokens(), decode)]),
         }
     }
 
     /// Whether a pass of `tokens` tokens is ready.
     pub(super) fn has(&self, tokens: usize) -> bool {
-        tokens == 1 || self.prefill.as_ref().map(|pass| pass.embedding.tokens()) == Some(tokens)
+        self.ready.contains_key(&tokens)
+    }
+
+    /// Keep `pass` ready; of the long ones only the newest stays.
+    pub(super) fn keep(&mut self, pass: Pass) {
+        let tokens = pass.embedding.tokens();
+        if tokens > MOST_POSITIONS_KEPT_READY {
+            self.ready
+                .retain(|&tokens, _| tokens <= MOST_POSITIONS_KEPT_READY);
+        }
+        self.ready.insert(tokens, pass);
     }
 
     /// Make the ready pass of `tokens` tokens the current one.
     pub(super) fn begin(&mut self, tokens: usize) -> &mut Pass {
         self.engines_run = 0;
-        self.in_prefill = tokens > 1;
-        match &mut self.prefill {
-            Some(pass) if self.in_prefill => pass,
-            _ => &mut self.decode,
-        }
+        self.current = tokens;
+        self.ready.get_mut(&tokens).expect("made ready before")
+    }
+
+    /// Take up the current pass at `engine` with the residual stream `rows`.
+    pub(super) fn resume(&mut self, engine: usize, rows: &[f32]) {
+        self.engines_run = engine;
+        let pass = self.ready.get_mut(&self.current).expect("begun before");
+        write(pass.hidden_mut(engine), rows);
     }
 
     pub(super) fn current(&self) -> &Pass {
-        match &self.prefill {
-            Some(pass) if self.in_prefill => pass,
-            _ => &self.decode,
-        }
+        &self.ready[&self.current]
     }
 
-    /// The newest token's row of the current residual stream.
-    pub(super) fn newest(&self, hidden_size: usize) -> &[f32] {
+    /// The newest `tokens` tokens' rows of the current residual stream.
+    pub(super) fn newest(&self, tokens: usize, hidden_size: usize) -> &[f32] {
         let rows = read(self.current().hidden(self.engines_run));
-        &rows[rows.len() - hidden_size..]
+        &rows[rows.len() - tokens * hidden_size..]
     }
 }
 
