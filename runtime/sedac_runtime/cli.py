@@ -43,6 +43,7 @@ class KvFill(StrEnum):
     """What --kv-fill takes."""
 
     PROPAGATE = "propagate"
+    DEFER = "defer"
 
 
 class Drafter(StrEnum):
@@ -71,7 +72,8 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most so many.")] = 128,
     mode: Annotated[
-        GenerationMode, typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies.")
+        GenerationMode,
+        typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies."),
     ] = GenerationMode.EXIT,
     tau: Annotated[
         float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
@@ -83,8 +85,12 @@ def generate(
         float | None, typer.Option(help="Share of layers that always run. [default: the bundle's]")
     ] = None,
     kv_fill: Annotated[
-        KvFill, typer.Option(help="What the caches of skipped layers get.")
-    ] = KvFill.PROPAGATE,
+        KvFill | None,
+        typer.Option(
+            help="Caches of skipped layers: from the exit's hidden state, or later and exactly."
+            " [default: the bundle's]"
+        ),
+    ] = None,
     drafter: Annotated[
         Drafter, typer.Option(help="What guesses tokens with --mode lossless.")
     ] = Drafter.AUTO,
@@ -94,6 +100,10 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Keep those at least so likely, relatively.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 does nothing.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End after this text; can be repeated."),
+    ] = None,
     threads: ThreadsOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
     as_json: JsonOption = False,
@@ -109,7 +119,7 @@ def generate(
         tau=tau,
         consecutive_k=consecutive_k,
         min_layer_ratio=min_layer_ratio,
-        kv_fill=kv_fill.value,
+        kv_fill=None if kv_fill is None else kv_fill.value,
         drafter=drafter.value,
         temperature=temperature,
         top_k=top_k,
@@ -117,6 +127,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        stop_strings=stop or (),
     )
     if as_json:
         print(json.dumps(asdict(generation.output)))

@@ -12,7 +12,7 @@ from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
 Mode = Literal["full", "exit", "lossless"]
 Drafter = Literal["auto", "early-exit", "prompt-lookup"]
-KvFill = Literal["propagate"]
+KvFill = Literal["propagate", "defer"]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class SedacModel:
         tau: float | None = None,
         consecutive_k: int | None = None,
         min_layer_ratio: float | None = None,
-        kv_fill: KvFill = "propagate",
+        kv_fill: KvFill | None = None,
         drafter: Drafter = "auto",
         forced_exit: Sequence[int] | None = None,
         temperature: float = 0.0,
@@ -192,6 +192,7 @@ class SedacModel:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
     ) -> GenerationStream:
         """Generate token by token after `prompt`, a text or token ids.
 
@@ -199,10 +200,12 @@ class SedacModel:
         a stability of at least `tau`, from `min_layer_ratio` of the layers on; "lossless" gives
         full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"), from
         the text so far ("prompt-lookup") or both ("auto"), and full depth verifies several in one
-        pass. What is None comes from the bundle's sedac_config.json. kv_fill "propagate" fills the caches of skipped layers
-        from the hidden state at the exit. forced_exit exits at the first exit from the given
-        depths on, taken in turn, whatever the policy says. temperature 0 is greedy. stop_tokens
-        None means the model's end-of-text tokens.
+        pass. What is None comes from the bundle's sedac_config.json. The caches of skipped layers
+        get what the layers compute: with kv_fill "propagate" from the hidden state at the exit,
+        with "defer" in full, together with the next token that goes deeper. forced_exit exits at
+        the first exit from the given depths on, taken in turn, whatever the policy says.
+        temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
+        end-of-text tokens) or with the token that completes one of `stop_strings`.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
@@ -212,7 +215,7 @@ class SedacModel:
             ("kv_fill", kv_fill, KvFill),
             ("drafter", drafter, Drafter),
         ):
-            if value not in get_args(known):
+            if value is not None and value not in get_args(known):
                 choices = " or ".join(get_args(known))
                 raise _core.InputError(f"{name} {value} is out of range: {choices}")
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -223,6 +226,7 @@ class SedacModel:
             defaults["consecutive_k"] if consecutive_k is None else consecutive_k,
             defaults["min_layer_ratio"] if min_layer_ratio is None else min_layer_ratio,
         )
+        fill: KvFill = defaults["kv_fill"] if kv_fill is None else kv_fill
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
@@ -236,9 +240,11 @@ class SedacModel:
             tokens,
             max_new_tokens=max_new_tokens,
             stop_tokens=stops,
+            stop_strings=list(stop_strings),
             stability=stability if mode == "exit" else None,
             forced_exit=None if forced_exit is None else list(forced_exit),
             drafter=drafter if mode == "lossless" else None,
+            kv_fill=fill,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -248,4 +254,4 @@ class SedacModel:
         )
         if forced_exit is not None:
             mode = "exit"
-        return GenerationStream(generation, mode, kv_fill, len(tokens), self.num_layers)
+        return GenerationStream(generation, mode, fill, len(tokens), self.num_layers)

@@ -1,5 +1,8 @@
 //! Wall-clock comparison of ways to run the same prompt: interleaved, warm-up excluded.
 
+use std::ops::ControlFlow;
+
+use crate::bundle::KvFill;
 use crate::chain::{Chain, Exit, Request};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -58,6 +61,7 @@ pub fn run(
                 max_new_tokens: new_tokens,
                 stop_tokens: Vec::new(),
                 exit: case.exit.clone(),
+                kv_fill: KvFill::default(),
                 sampling: Sampling::default(),
             };
             let (ms, depth) = measure(&mut chains[case.chain], &request, interrupt)?;
@@ -94,6 +98,7 @@ fn measure(chain: &mut Chain, request: &Request, interrupt: &Interrupt) -> Resul
     let mut layers = Vec::with_capacity(request.max_new_tokens);
     let summary = chain.generate(request, interrupt, |token| {
         layers.push(token.step.exit_layer);
+        ControlFlow::Continue(())
     })?;
     let decoded = &layers[1..];
     let count = decoded.len() as f64;

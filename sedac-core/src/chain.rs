@@ -1,11 +1,12 @@
 //! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, HostDecided, Layout, OnnxRuntime, Step};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, KvFill};
 use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -39,6 +40,14 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// Lossless drafts always wait to be continued by the pass that verifies them.
+    fn kv_fill(&self, wanted: KvFill) -> KvFill {
+        match self {
+            Self::Lossless { .. } => KvFill::Defer,
+            _ => wanted,
+        }
+    }
+
     fn policy(&self, layers: usize) -> Result<Box<dyn Policy>> {
         match self {
             Self::Never | Self::Lossless { .. } => Ok(Box::new(Forced::new(vec![layers]))),
@@ -82,6 +91,8 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// When tokens exit.
     pub exit: Exit,
+    /// What the caches of layers that tokens skip get.
+    pub kv_fill: KvFill,
     /// How tokens are chosen.
     pub sampling: Sampling,
 }
@@ -89,7 +100,7 @@ pub struct Request {
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token was generated.
+    /// A stop token was generated, or whoever takes the tokens wants no more.
     Stop,
     /// max_new_tokens were generated or the cache is full.
     Length,
@@ -194,11 +205,11 @@ impl Chain {
 
     /// Positions that a sequence may have. Forgets the sequence.
     pub fn capacity(&mut self) -> usize {
-        self.backend.reset();
+        self.backend.reset(KvFill::default());
         self.backend.room()
     }
 
-    /// Generate, handing each token to `emit` as it comes.
+    /// Generate, handing each token to `emit` as it comes; the text ends where that breaks.
     ///
     /// # Errors
     /// [`Error::Setting`] and [`Error::Prompt`] before anything runs, [`Error::Cancelled`] when
@@ -207,11 +218,11 @@ impl Chain {
         &mut self,
         request: &Request,
         interrupt: &Interrupt,
-        mut emit: impl FnMut(Token),
+        mut emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<Summary> {
         let mut policy = request.exit.policy(self.num_layers())?;
         let mut sampler = Sampler::new(request.sampling)?;
-        self.backend.reset();
+        self.backend.reset(request.exit.kv_fill(request.kv_fill));
         self.check_prompt(request)?;
         let started = Instant::now();
         self.backend.prefill(&request.prompt, interrupt)?;
@@ -226,7 +237,9 @@ impl Chain {
                     text.take(row, full_depth, &mut sampler, &mut emit)
                 })?;
             } else {
-                let step = self.backend.decode(text.newest(), policy.as_mut(), interrupt)?;
+                let step = self
+                    .backend
+                    .decode(text.newest(), policy.as_mut(), interrupt)?;
                 text.take(self.backend.logits(), step, &mut sampler, &mut emit);
             }
         }
@@ -268,9 +281,13 @@ impl Chain {
         let started = Instant::now();
         let most = text.room() - 1;
         let draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
-        let mut passed = vec![text.newest()];
-        passed.extend(&draft.tokens);
-        self.backend.verify(&passed, draft.depth, interrupt)?;
+        let mut new = Vec::new();
+        if draft.depth == 0 {
+            new.push(text.newest());
+            new.extend(&draft.tokens);
+        }
+        self.backend
+            .verify(&new, draft.tokens.len() + 1, interrupt)?;
         let rows = self.backend.logits().chunks_exact(self.vocab_size);
         let mut taken = 0;
         for (index, row) in rows.enumerate() {
@@ -359,12 +376,12 @@ impl<'a> Text<'a> {
         logits: &[f32],
         step: Step,
         sampler: &mut Sampler,
-        emit: &mut impl FnMut(Token),
+        emit: &mut impl FnMut(Token) -> ControlFlow<()>,
     ) -> u32 {
         let id = sampler.sample(logits, &self.tokens);
-        emit(Token { id, step });
+        let flow = emit(Token { id, step });
         self.tokens.push(id);
-        if self.request.stop_tokens.contains(&id) {
+        if flow.is_break() || self.request.stop_tokens.contains(&id) {
             self.finished = Some(FinishReason::Stop);
         } else if self.room() == 0 {
             self.finished = Some(FinishReason::Length);

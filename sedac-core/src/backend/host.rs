@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::{Backend, Engines, Step};
+use crate::bundle::KvFill;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::kv::KvState;
@@ -18,6 +19,7 @@ pub struct HostDecided<E> {
     layers: Vec<Range<usize>>,
     exit_allowed: Vec<bool>,
     kv: KvState,
+    kv_fill: KvFill,
 }
 
 impl<E: Engines> HostDecided<E> {
@@ -31,6 +33,7 @@ impl<E: Engines> HostDecided<E> {
                 .map(|depth| exit_layers.contains(&depth))
                 .collect(),
             kv: KvState::new(count, capacity),
+            kv_fill: KvFill::default(),
             layers,
             engines,
         }
@@ -41,11 +44,37 @@ impl<E: Engines> HostDecided<E> {
         &self.kv
     }
 
-    /// Run one engine over the pass at `positions`, its caches filled up to there first.
-    fn run(&mut self, engine: usize, positions: &Range<usize>) -> Result<()> {
-        for layer in self.layers[engine].clone() {
-            self.fill(layer, positions.start)?;
+    /// Take the pass at `positions`, and those that wait for it, through all engines.
+    fn run_all(&mut self, mut positions: Range<usize>, interrupt: &Interrupt) -> Result<()> {
+        for engine in 0..self.layers.len() {
+            interrupt.check()?;
+            self.catch_up(engine, &mut positions)?;
+            if !positions.is_empty() {
+                self.run(engine, &positions)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Give the caches of `engine` what they lack below the pass at `positions`. Deferred
+    /// positions join the pass.
+    fn catch_up(&mut self, engine: usize, positions: &mut Range<usize>) -> Result<()> {
+        let layers = self.layers[engine].clone();
+        if self.kv_fill == KvFill::Propagate {
+            return layers
+                .into_iter()
+                .try_for_each(|layer| self.fill(layer, positions.start));
+        }
+        let waiting = self.kv.pending(layers.start, positions.start);
+        if !waiting.is_empty() {
+            self.engines.keep(positions.clone());
+            positions.start = waiting.start;
+            self.engines.resume(positions.clone(), engine)?;
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, engine: usize, positions: &Range<usize>) -> Result<()> {
         self.engines.run(engine)?;
         for layer in self.layers[engine].clone() {
             self.kv.fill(layer, positions.end);
@@ -83,8 +112,9 @@ impl<E: Engines> Backend for HostDecided<E> {
         self.kv.room()
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self, kv_fill: KvFill) {
         self.kv.truncate(0);
+        self.kv_fill = kv_fill;
     }
 
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()> {
@@ -92,10 +122,7 @@ impl<E: Engines> Backend for HostDecided<E> {
         for chunk in tokens.chunks(PREFILL_CHUNK) {
             let positions = self.kv.begin(chunk.len())?;
             self.engines.embed(chunk, positions.start)?;
-            for engine in 0..self.layers.len() {
-                interrupt.check()?;
-                self.run(engine, &positions)?;
-            }
+            self.run_all(positions, interrupt)?;
         }
         self.engines.head(1)
     }
@@ -106,7 +133,7 @@ impl<E: Engines> Backend for HostDecided<E> {
         policy: &mut dyn Policy,
         interrupt: &Interrupt,
     ) -> Result<Step> {
-        let positions = self.kv.begin(1)?;
+        let mut positions = self.kv.begin(1)?;
         let full_depth = self.num_layers();
         policy.begin();
         self.engines.embed(&[token], positions.start)?;
@@ -116,6 +143,7 @@ impl<E: Engines> Backend for HostDecided<E> {
         };
         for engine in 0..self.layers.len() {
             interrupt.check()?;
+            self.catch_up(engine, &mut positions)?;
             self.run(engine, &positions)?;
             let depth = self.layers[engine].end;
             let decision = self.observe(engine, policy);
@@ -123,7 +151,7 @@ impl<E: Engines> Backend for HostDecided<E> {
                 && depth < full_depth
                 && self.exit_allowed[depth]
             {
-                self.engines.keep(positions.start);
+                self.engines.keep(positions);
                 step = Step {
                     exit_layer: depth,
                     reason,
@@ -135,23 +163,13 @@ impl<E: Engines> Backend for HostDecided<E> {
         Ok(step)
     }
 
-    fn verify(&mut self, tokens: &[u32], depth: usize, interrupt: &Interrupt) -> Result<()> {
-        let resumed = self.layers.iter().position(|layers| layers.start == depth);
-        let resumed = resumed.expect("drafts exit where an engine ends");
-        let positions = if depth == 0 {
-            let positions = self.kv.begin(tokens.len())?;
-            self.engines.embed(tokens, positions.start)?;
-            positions
-        } else {
-            let start = self.kv.length() - tokens.len();
-            self.engines.resume(tokens, start, resumed)?;
-            start..self.kv.length()
-        };
-        for engine in resumed..self.layers.len() {
-            interrupt.check()?;
-            self.run(engine, &positions)?;
+    fn verify(&mut self, new: &[u32], rows: usize, interrupt: &Interrupt) -> Result<()> {
+        let positions = self.kv.begin(new.len())?;
+        if !new.is_empty() {
+            self.engines.embed(new, positions.start)?;
         }
-        self.engines.head(tokens.len())
+        self.run_all(positions, interrupt)?;
+        self.engines.head(rows)
     }
 
     fn truncate(&mut self, length: usize) {
@@ -163,10 +181,7 @@ impl<E: Engines> Backend for HostDecided<E> {
     }
 
     fn complete(&mut self, interrupt: &Interrupt) -> Result<()> {
-        for layer in 0..self.num_layers() {
-            interrupt.check()?;
-            self.fill(layer, self.kv.length())?;
-        }
-        Ok(())
+        let end = self.kv.length();
+        self.run_all(end..end, interrupt)
     }
 }

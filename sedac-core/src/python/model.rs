@@ -11,13 +11,13 @@ use super::error::InputError;
 use super::generation::Generation;
 use crate::backend::Layout;
 use crate::bench::{Case, Row};
-use crate::bundle::{Bundle, ExitConfig};
+use crate::bundle::{Bundle, ExitConfig, KvFill};
 use crate::chain::{Chain, Exit, Request};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sampler::Sampling;
-use crate::text::TextCodec;
+use crate::text::{StopStrings, TextCodec};
 
 /// A bundle with its engines loaded.
 #[pyclass(frozen)]
@@ -80,12 +80,14 @@ impl Model {
             tau,
             consecutive_k,
             min_layer_ratio,
+            kv_fill,
             ..
         } = self.bundle.exit_config;
         let result = PyDict::new(py);
         result.set_item("tau", tau)?;
         result.set_item("consecutive_k", consecutive_k)?;
         result.set_item("min_layer_ratio", min_layer_ratio)?;
+        result.set_item("kv_fill", kv_fill.name())?;
         Ok(result.unbind())
     }
 
@@ -106,8 +108,9 @@ impl Model {
     /// min_layer_ratio) and `forced_exit` (depths, taken in turn) every token runs at full depth;
     /// `drafter` guesses several to verify at once.
     #[pyo3(signature = (
-        prompt, *, max_new_tokens, stop_tokens, stability = None, forced_exit = None,
-        drafter = None, temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
+        prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], stability = None,
+        forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
+        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
@@ -115,9 +118,11 @@ impl Model {
         prompt: Vec<u32>,
         max_new_tokens: usize,
         stop_tokens: Vec<u32>,
+        stop_strings: Vec<String>,
         stability: Option<(f32, usize, f32)>,
         forced_exit: Option<Vec<usize>>,
         drafter: Option<&str>,
+        kv_fill: &str,
         temperature: f32,
         top_k: usize,
         top_p: f32,
@@ -130,6 +135,7 @@ impl Model {
             max_new_tokens,
             stop_tokens,
             exit: exit(stability, forced_exit, drafter)?,
+            kv_fill: kv_fill_named(kv_fill)?,
             sampling: Sampling {
                 temperature,
                 top_k,
@@ -139,10 +145,14 @@ impl Model {
                 seed,
             },
         };
+        if !stop_strings.is_empty() {
+            self.codec()?;
+        }
         Ok(Generation::start(
             self.chain.clone(),
             self.codec.clone(),
             request,
+            StopStrings::new(stop_strings)?,
         ))
     }
 }
@@ -172,7 +182,9 @@ impl BenchPrompt {
             Self::Text(text, count) => (text, count),
         };
         let Some(codec) = codec(bundle)? else {
-            return Err(Error::Prompt("is a text, but this bundle has no tokenizer".into()));
+            return Err(Error::Prompt(
+                "is a text, but this bundle has no tokenizer".into(),
+            ));
         };
         let mut tokens = codec.encode(&text, true)?;
         if tokens.len() < count {
@@ -261,11 +273,22 @@ fn exit(
 }
 
 fn drafter_kind(name: &str) -> Result<DrafterKind> {
-    let known = DrafterKind::ALL.map(DrafterKind::name).join(" or ");
-    DrafterKind::ALL
-        .into_iter()
-        .find(|kind| kind.name() == name)
-        .ok_or_else(|| Error::setting("drafter", name, known))
+    named("drafter", name, DrafterKind::ALL, DrafterKind::name)
+}
+
+fn kv_fill_named(name: &str) -> Result<KvFill> {
+    named("kv_fill", name, KvFill::ALL, KvFill::name)
+}
+
+fn named<T: Copy, const N: usize>(
+    setting: &'static str,
+    name: &str,
+    all: [T; N],
+    name_of: fn(T) -> &'static str,
+) -> Result<T> {
+    all.into_iter()
+        .find(|&choice| name_of(choice) == name)
+        .ok_or_else(|| Error::setting(setting, name, all.map(name_of).join(" or ")))
 }
 
 fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {

@@ -47,7 +47,7 @@ pub struct OnnxRuntime {
     passes: Passes,
     /// The kept hidden states being filled in, by the number of their positions.
     fillings: HashMap<usize, Filling>,
-    /// Exit hidden states by position, `hidden_size` numbers each.
+    /// Hidden states by position, `hidden_size` numbers each.
     kept: Vec<f32>,
 }
 
@@ -184,11 +184,11 @@ impl Engines for OnnxRuntime {
         pass.embedding.run(&mut self.embed, tokens, start)
     }
 
-    fn resume(&mut self, tokens: &[u32], start: usize, engine: usize) -> Result<()> {
-        // the embed engine also gives the contexts of these positions
-        self.embed(tokens, start)?;
+    fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
+        // the embed engine runs for the contexts of these positions
+        self.embed(&vec![0; positions.len()], positions.start)?;
         let size = self.shared.hidden_size;
-        let rows = &self.kept[start * size..(start + tokens.len()) * size];
+        let rows = &self.kept[positions.start * size..positions.end * size];
         self.passes.resume(engine, rows);
         Ok(())
     }
@@ -207,9 +207,10 @@ impl Engines for OnnxRuntime {
         &rows[rows.len() - self.entries[engine].num_layers..]
     }
 
-    fn keep(&mut self, position: usize) {
-        let row = self.passes.newest(1, self.shared.hidden_size);
-        self.kept[position * row.len()..][..row.len()].copy_from_slice(row);
+    fn keep(&mut self, positions: Range<usize>) {
+        let size = self.shared.hidden_size;
+        let rows = self.passes.newest(positions.len(), size);
+        self.kept[positions.start * size..positions.end * size].copy_from_slice(rows);
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
