@@ -153,9 +153,11 @@ pub struct Drafting {
 }
 
 impl Drafting {
-    fn count(&mut self, draft: &Draft, accepted: usize) {
+    /// `tokens` came instead of `draft`.
+    fn count(&mut self, draft: &Draft, tokens: &[u32]) {
         self.drafted += draft.tokens.len();
-        self.accepted += accepted;
+        let pairs = tokens.iter().zip(&draft.tokens);
+        self.accepted += pairs.take_while(|(token, guess)| token == guess).count();
         self.verify_passes += 1;
         *self.draft_depths.entry(draft.depth).or_default() += 1;
     }
@@ -278,9 +280,15 @@ impl Chain {
             .drafters
             .entry(kind)
             .or_insert_with(|| kind.drafter(&self.exit_layers, layers));
-        let started = Instant::now();
         let most = text.room() - 1;
-        let draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
+        let promise = match most {
+            0 => 0.0,
+            _ => drafter.promise(&text.tokens, most, self.backend.costs()),
+        };
+        let mut draft = Draft::default();
+        if promise > 1.0 {
+            draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
+        }
         let mut new = Vec::new();
         if draft.depth == 0 {
             new.push(text.newest());
@@ -289,26 +297,19 @@ impl Chain {
         self.backend
             .verify(&new, draft.tokens.len() + 1, interrupt)?;
         let rows = self.backend.logits().chunks_exact(self.vocab_size);
-        let mut taken = 0;
+        let before = text.tokens.len();
         for (index, row) in rows.enumerate() {
             let id = take(row, text);
-            taken += 1;
             if text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
                 break;
             }
         }
         // the newest token is never run yet
         self.backend.truncate(text.tokens.len() - 1);
-        if draft.is_none() {
-            drafter.learn_without(taken, started.elapsed());
-        } else {
-            let confirmed = text.tokens[text.tokens.len() - taken..]
-                .iter()
-                .zip(&draft.tokens)
-                .take_while(|(token, guess)| token == guess)
-                .count();
-            drafting.count(&draft, confirmed);
-            drafter.learn(taken, started.elapsed());
+        if promise > 1.0 {
+            let tokens = &text.tokens[before..];
+            drafting.count(&draft, tokens);
+            drafter.learn(tokens, self.backend.costs());
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! The step of a backend whose host decides after each engine.
 
 use std::ops::Range;
+use std::time::Instant;
 
-use super::{Backend, Engines, Step};
+use super::{Backend, Costs, Engines, Step};
 use crate::bundle::KvFill;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -20,6 +21,7 @@ pub struct HostDecided<E> {
     exit_allowed: Vec<bool>,
     kv: KvState,
     kv_fill: KvFill,
+    costs: Costs,
 }
 
 impl<E: Engines> HostDecided<E> {
@@ -34,6 +36,7 @@ impl<E: Engines> HostDecided<E> {
                 .collect(),
             kv: KvState::new(count, capacity),
             kv_fill: KvFill::default(),
+            costs: Costs::default(),
             layers,
             engines,
         }
@@ -75,10 +78,21 @@ impl<E: Engines> HostDecided<E> {
     }
 
     fn run(&mut self, engine: usize, positions: &Range<usize>) -> Result<()> {
+        let layers = self.layers[engine].clone();
+        let started = Instant::now();
         self.engines.run(engine)?;
-        for layer in self.layers[engine].clone() {
+        self.costs
+            .note_layers(layers.len(), positions.len(), started.elapsed());
+        for layer in layers {
             self.kv.fill(layer, positions.end);
         }
+        Ok(())
+    }
+
+    fn head(&mut self, tokens: usize) -> Result<()> {
+        let started = Instant::now();
+        self.engines.head(tokens)?;
+        self.costs.note_head(tokens, started.elapsed());
         Ok(())
     }
 
@@ -124,7 +138,7 @@ impl<E: Engines> Backend for HostDecided<E> {
             self.engines.embed(chunk, positions.start)?;
             self.run_all(positions, interrupt)?;
         }
-        self.engines.head(1)
+        self.head(1)
     }
 
     fn decode(
@@ -159,7 +173,7 @@ impl<E: Engines> Backend for HostDecided<E> {
                 break;
             }
         }
-        self.engines.head(1)?;
+        self.head(1)?;
         Ok(step)
     }
 
@@ -169,7 +183,7 @@ impl<E: Engines> Backend for HostDecided<E> {
             self.engines.embed(new, positions.start)?;
         }
         self.run_all(positions, interrupt)?;
-        self.engines.head(rows)
+        self.head(rows)
     }
 
     fn truncate(&mut self, length: usize) {
@@ -178,6 +192,10 @@ impl<E: Engines> Backend for HostDecided<E> {
 
     fn logits(&self) -> &[f32] {
         self.engines.logits()
+    }
+
+    fn costs(&self) -> &Costs {
+        &self.costs
     }
 
     fn complete(&mut self, interrupt: &Interrupt) -> Result<()> {

@@ -4,11 +4,13 @@
 //! device, is its own matter. One that decides on the host only has to provide [`Engines`] and is
 //! driven by [`HostDecided`].
 
+mod costs;
 mod host;
 mod onnxruntime;
 
 use std::ops::Range;
 
+pub use costs::Costs;
 pub use host::HostDecided;
 pub use onnxruntime::{Layout, OnnxRuntime};
 
@@ -66,6 +68,9 @@ pub trait Backend: Send {
     /// Logits of the newest token, or after [`verify`](Self::verify) of each of its tokens in
     /// turn.
     fn logits(&self) -> &[f32];
+
+    /// What passes took so far.
+    fn costs(&self) -> &Costs;
 
     /// Fill what exits left open in the caches, so that every layer holds every position. Fails as
     /// [`prefill`](Self::prefill) does.
