@@ -86,4 +86,5 @@ def bench(
     prompt: list[int] | tuple[str, int],
     new_tokens: int,
     repeat: int,
+    against: int,
 ) -> list[dict[str, Any]]: ...

@@ -57,6 +57,7 @@ class Drafter(StrEnum):
 class Reference(StrEnum):
     """What --against takes."""
 
+    FULL = "full"
     MONOLITH = "monolith"
 
 
@@ -152,8 +153,9 @@ def bench(
         typer.Option(help="Also measure lossless mode with this drafter; can be repeated."),
     ] = None,
     against: Annotated[
-        Reference | None, typer.Option(help="Also run all layers in one engine.")
-    ] = None,
+        Reference,
+        typer.Option(help="Compare with the chain at full depth, or with all layers in one engine."),
+    ] = Reference.FULL,
     prompt_file: Annotated[
         str | None, typer.Option(help="Take the tokens before the timing from this UTF-8 file.")
     ] = None,
@@ -168,7 +170,7 @@ def bench(
         engines,
         forced_exit=_depths(forced_exit),
         drafters=[choice.value for choice in drafter or ()],
-        monolith=against is Reference.MONOLITH,
+        against=against.value,
         prompt=None if prompt_file is None else _read_prompt(None, prompt_file),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -178,7 +180,10 @@ def bench(
     if as_json:
         print(json.dumps({"rows": rows}))
         return
-    table = Table("row", "ms/token", "tokens/s", "min ms", "max ms", "mean exit layer")
+    table = Table(
+        *("row", "ms/token", "tokens/s", "min ms", "max ms", "mean exit layer"),
+        *("speed", "same tokens"),
+    )
     for row in rows:
         table.add_row(
             row["name"],
@@ -187,6 +192,8 @@ def bench(
                 for key in ("ms_per_token", "tokens_per_second", "min_ms", "max_ms")
             ),
             f"{row['mean_exit_layer']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['agreement']:.1%}",
         )
     Console().print(table)
 

@@ -4,14 +4,16 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::ops::{ControlFlow, Range};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use sedac_core::Result;
-use sedac_core::backend::{Engines, HostDecided};
+use sedac_core::backend::{Backend, Costs, Engines, HostDecided, Step};
 use sedac_core::bundle::KvFill;
-use sedac_core::chain::{Chain, Exit, FinishReason, Request, Summary};
+use sedac_core::chain::{Chain, Drafting, Exit, FinishReason, Request, Summary};
 use sedac_core::draft::DrafterKind;
 use sedac_core::interrupt::Interrupt;
+use sedac_core::policy::Policy;
 use sedac_core::sampler::Sampling;
 
 const VOCABULARY: usize = 6;
@@ -134,10 +136,77 @@ impl Engines for Toy {
     }
 }
 
-fn chain(engine_sizes: &[usize], agreement: u64) -> Chain {
+/// The toy on a machine where each further token of a pass adds `per_token` of the first's time:
+/// what is drafted must not depend on this machine.
+struct Timed {
+    inner: HostDecided<Toy>,
+    costs: Costs,
+}
+
+impl Timed {
+    fn new(inner: HostDecided<Toy>, per_token: f64) -> Self {
+        let mut costs = Costs::default();
+        for tokens in 1..=16 {
+            let elapsed = Duration::from_secs_f64(1.0 + per_token * (tokens - 1) as f64);
+            for _ in 0..2 {
+                costs.note_layers(1, tokens, elapsed);
+            }
+        }
+        Self { inner, costs }
+    }
+}
+
+impl Backend for Timed {
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers()
+    }
+
+    fn room(&self) -> usize {
+        self.inner.room()
+    }
+
+    fn reset(&mut self, kv_fill: KvFill) {
+        self.inner.reset(kv_fill);
+    }
+
+    fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()> {
+        self.inner.prefill(tokens, interrupt)
+    }
+
+    fn decode(
+        &mut self,
+        token: u32,
+        policy: &mut dyn Policy,
+        interrupt: &Interrupt,
+    ) -> Result<Step> {
+        self.inner.decode(token, policy, interrupt)
+    }
+
+    fn verify(&mut self, new: &[u32], rows: usize, interrupt: &Interrupt) -> Result<()> {
+        self.inner.verify(new, rows, interrupt)
+    }
+
+    fn truncate(&mut self, length: usize) {
+        self.inner.truncate(length);
+    }
+
+    fn logits(&self) -> &[f32] {
+        self.inner.logits()
+    }
+
+    fn costs(&self) -> &Costs {
+        &self.costs
+    }
+
+    fn complete(&mut self, interrupt: &Interrupt) -> Result<()> {
+        self.inner.complete(interrupt)
+    }
+}
+
+fn chain(engine_sizes: &[usize], agreement: u64, per_token: f64) -> Chain {
     let toy = Toy::new(engine_sizes, agreement);
     let exits: Vec<usize> = toy.layers.iter().map(|layers| layers.end).collect();
-    let backend = HostDecided::new(toy, &exits, CAPACITY);
+    let backend = Timed::new(HostDecided::new(toy, &exits, CAPACITY), per_token);
     Chain::new(Box::new(backend), exits, VOCABULARY)
 }
 
@@ -179,11 +248,12 @@ proptest! {
     fn drafts_change_neither_the_tokens_nor_their_end(
         engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
+        per_token in 0.0..1.0_f64,
         drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
         requests in prop::collection::vec((requests(), 1..100_usize), 1..6),
     ) {
         // one chain for all: nothing of a request may survive into the next
-        let mut chain = chain(&engine_sizes, agreement);
+        let mut chain = chain(&engine_sizes, agreement, per_token);
         for (mut request, wanted) in requests {
             let (expected, full) = generate(&mut chain, &request, wanted);
             request.exit = Exit::Lossless { drafter };
@@ -204,22 +274,71 @@ proptest! {
     }
 }
 
-#[test]
-fn drafts_are_made_and_some_are_right() {
-    for drafter in DrafterKind::ALL {
-        let mut chain = chain(&[1, 1, 1, 1], 160);
-        let request = Request {
-            prompt: vec![1, 2, 3, 1, 2],
-            max_new_tokens: 70,
-            stop_tokens: Vec::new(),
-            exit: Exit::Lossless { drafter },
-            kv_fill: KvFill::default(),
-            sampling: Sampling::default(),
-        };
-        let mut drafted = 0;
-        for _ in 0..20 {
-            drafted += generate(&mut chain, &request, 100).1.drafting.drafted;
-        }
-        assert!(drafted > 0, "{} never drafted", drafter.name());
+fn request(exit: Exit, temperature: f32, seed: u64) -> Request {
+    Request {
+        prompt: vec![1, 2, 3, 1, 2],
+        max_new_tokens: 70,
+        stop_tokens: Vec::new(),
+        exit,
+        kv_fill: KvFill::default(),
+        sampling: Sampling {
+            temperature,
+            seed,
+            ..Sampling::default()
+        },
     }
+}
+
+/// Drafting over twenty texts of a machine where further tokens are nearly free.
+fn drafting(drafter: DrafterKind, agreement: u64) -> Drafting {
+    let mut chain = chain(&[1; 6], agreement, 0.05);
+    let mut all = Drafting::default();
+    for seed in 0..20 {
+        let request = request(Exit::Lossless { drafter }, 0.3, seed);
+        let drafting = generate(&mut chain, &request, 100).1.drafting;
+        all.drafted += drafting.drafted;
+        all.accepted += drafting.accepted;
+        all.verify_passes += drafting.verify_passes;
+    }
+    all
+}
+
+#[test]
+fn every_drafter_drafts() {
+    for drafter in DrafterKind::ALL {
+        let drafting = drafting(drafter, 240);
+        let name = drafter.name();
+        assert!(drafting.accepted > 0, "{name} was never right");
+        assert!(drafting.accepted < drafting.drafted, "{name} always was");
+    }
+}
+
+#[test]
+fn drafts_grow_with_their_success() {
+    let good = drafting(DrafterKind::EarlyExit, 250);
+    let bad = drafting(DrafterKind::EarlyExit, 20);
+    assert!(good.drafted > 20 * bad.drafted, "{good:?} {bad:?}");
+}
+
+/// The fortieth token's distribution is full depth's: two samples of it, by seeds of their own,
+/// pass a chi-squared test.
+#[test]
+fn sampled_tokens_are_distributed_as_at_full_depth() {
+    let count = |exit: &Exit, seeds: Range<u64>| {
+        let mut chain = chain(&[1, 1, 1, 1], 160, 0.05);
+        let mut counts = [0_f64; VOCABULARY];
+        for seed in seeds {
+            let request = request(exit.clone(), 1.0, seed);
+            let (tokens, _) = generate(&mut chain, &request, 40);
+            counts[tokens[tokens.len() - 1] as usize] += 1.0;
+        }
+        counts
+    };
+    let drafter = DrafterKind::Auto;
+    let drafted = count(&Exit::Lossless { drafter }, 0..3000);
+    let full = count(&Exit::Never, 3000..6000);
+    let pairs = drafted.iter().zip(&full);
+    let chi_squared: f64 = pairs.map(|(a, b)| (a - b).powi(2) / (a + b)).sum();
+    // 0.999 quantile for 5 degrees of freedom
+    assert!(chi_squared < 20.5, "{drafted:?} {full:?}");
 }

@@ -199,9 +199,9 @@ impl BenchPrompt {
 /// Compare ways to run a bundle: see `sedac-runtime bench`.
 ///
 /// cases: (row name, whether the monolith runs it, None or the depth to exit at, None or the
-/// drafter).
+/// drafter). against: the index of the case that others are compared with.
 #[pyfunction]
-#[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat))]
+#[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat, against))]
 #[expect(clippy::too_many_arguments, reason = "Python's arguments")]
 pub(super) fn bench(
     py: Python<'_>,
@@ -212,6 +212,7 @@ pub(super) fn bench(
     prompt: BenchPrompt,
     new_tokens: usize,
     repeat: usize,
+    against: usize,
 ) -> PyResult<Py<PyList>> {
     let interrupt = Interrupt::default();
     let raised = interrupt.clone();
@@ -233,7 +234,18 @@ pub(super) fn bench(
                 })
             })
             .collect::<Result<_>>()?;
-        crate::bench::run(&mut chains, &cases, &prompt, new_tokens, repeat, &raised)
+        if against >= cases.len() {
+            return Err(Error::setting("against", against, "the index of a case"));
+        }
+        crate::bench::run(
+            &mut chains,
+            &cases,
+            &prompt,
+            new_tokens,
+            repeat,
+            against,
+            &raised,
+        )
     })?;
     let rows = rows
         .iter()
@@ -250,6 +262,8 @@ fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
     result.set_item("min_ms", row.min_ms)?;
     result.set_item("max_ms", row.max_ms)?;
     result.set_item("mean_exit_layer", row.mean_exit_layer)?;
+    result.set_item("speedup", row.speedup)?;
+    result.set_item("agreement", row.agreement)?;
     Ok(result)
 }
 
