@@ -60,6 +60,4 @@ def bench(
     )
     reference = len(cases) - 1 if against == "monolith" else 0
     library = find_onnxruntime()
-    return _core.bench(
-        Path(bundle), library, count, cases, start, new_tokens, repeat, reference
-    )
+    return _core.bench(Path(bundle), library, count, cases, start, new_tokens, repeat, reference)

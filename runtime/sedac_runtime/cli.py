@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -46,6 +46,16 @@ class KvFill(StrEnum):
     DEFER = "defer"
 
 
+class Policy(StrEnum):
+    """What --policy takes."""
+
+    STABILITY = "stability"
+    PROBE = "probe"
+    CASCADE = "cascade"
+    MARGIN = "margin"
+    LEARNED = "learned"
+
+
 class Drafter(StrEnum):
     """What --drafter takes."""
 
@@ -76,11 +86,27 @@ def generate(
         GenerationMode,
         typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies."),
     ] = GenerationMode.EXIT,
+    policy: Annotated[
+        Policy | None,
+        typer.Option(
+            help="What decides about exits. [default: the bundle's]", envvar="SEDAC_METHOD"
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Threshold at all depths, but of stability. [default: the bundle's]"),
+    ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
+        float | None,
+        typer.Option(
+            help="Stability a layer must reach. [default: the bundle's]", envvar="SEDAC_V7_TAU"
+        ),
     ] = None,
     consecutive_k: Annotated[
-        int | None, typer.Option(help="Layers in a row that must. [default: the bundle's]")
+        int | None,
+        typer.Option(
+            help="Layers in a row that must. [default: the bundle's]", envvar="SEDAC_V7_K"
+        ),
     ] = None,
     min_layer_ratio: Annotated[
         float | None, typer.Option(help="Share of layers that always run. [default: the bundle's]")
@@ -117,6 +143,8 @@ def generate(
         tokens,
         max_new_tokens=max_new_tokens,
         mode=mode.value,
+        policy=None if policy is None else policy.value,
+        threshold=threshold,
         tau=tau,
         consecutive_k=consecutive_k,
         min_layer_ratio=min_layer_ratio,
@@ -154,7 +182,9 @@ def bench(
     ] = None,
     against: Annotated[
         Reference,
-        typer.Option(help="Compare with the chain at full depth, or with all layers in one engine."),
+        typer.Option(
+            help="Compare with the chain at full depth, or with all layers in one engine."
+        ),
     ] = Reference.FULL,
     prompt_file: Annotated[
         str | None, typer.Option(help="Take the tokens before the timing from this UTF-8 file.")
@@ -263,6 +293,21 @@ def _print_statistics(generation: GenerationStream) -> None:
         f" mean exit layer {output.mean_exit_layer:.1f} of {output.num_layers},"
         f" prefill {output.prefill_ms:.0f} ms, finished by {output.finish_reason}",
         file=sys.stderr,
+    )
+    if output.mode == "exit":
+        print(_certified(output.certificate), file=sys.stderr)
+
+
+def _certified(certificate: dict[str, Any] | None) -> str:
+    if certificate is None:
+        return (
+            "warning: these exits are not certified, tokens may differ from full depth's at any"
+            " rate; run sedac-export calibrate, or use --mode lossless"
+        )
+    return (
+        f"certified: at most {certificate['risk_bound']:.2%} of tokens differ from full depth's,"
+        f" with confidence {certificate['confidence']:.0%}, by {certificate['tokens']} tokens of"
+        f" {certificate['documents']} documents; {certificate['speedup']:.2f}x measured then"
     )
 
 

@@ -10,7 +10,7 @@ use crate::bundle::{Bundle, KvFill};
 use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
-use crate::policy::{ExitReason, Forced, Policy, Stability};
+use crate::policy::{ExitReason, Forced, Policy, PolicySettings};
 use crate::sampler::{Sampler, Sampling};
 
 /// When tokens exit.
@@ -18,15 +18,8 @@ use crate::sampler::{Sampler, Sampling};
 pub enum Exit {
     /// Never: every token runs at full depth.
     Never,
-    /// After consecutive stable layers; see [`Stability`].
-    Stability {
-        /// Stability a layer must reach.
-        tau: f32,
-        /// Layers in a row that must reach it.
-        consecutive_k: usize,
-        /// Share of the layers that always run.
-        min_layer_ratio: f32,
-    },
+    /// When a policy says so.
+    Policy(PolicySettings),
     /// Only to guess: tokens come from full depth, which verifies several guesses at once.
     Lossless {
         /// What guesses.
@@ -51,16 +44,7 @@ impl Exit {
     fn policy(&self, layers: usize) -> Result<Box<dyn Policy>> {
         match self {
             Self::Never | Self::Lossless { .. } => Ok(Box::new(Forced::new(vec![layers]))),
-            &Self::Stability {
-                tau,
-                consecutive_k,
-                min_layer_ratio,
-            } => Ok(Box::new(Stability::new(
-                tau,
-                consecutive_k,
-                min_layer_ratio,
-                layers,
-            )?)),
+            Self::Policy(settings) => settings.policy(layers),
             Self::Forced { depths } => {
                 let wrong = depths.iter().find(|depth| !(1..=layers).contains(depth));
                 if let Some(depth) = wrong {

@@ -11,7 +11,7 @@ use sedac_core::backend::{Backend, Engines, HostDecided};
 use sedac_core::bundle::KvFill;
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvState;
-use sedac_core::policy::{ExitReason, Forced};
+use sedac_core::policy::{ExitReason, ExitSignals, Forced};
 
 const CAPACITY: usize = 600;
 
@@ -96,6 +96,18 @@ impl Engines for Recorder {
             self.depth += 1;
         }
         Ok(())
+    }
+
+    fn run_attention(&mut self, engine: usize) -> Result<()> {
+        self.run(engine)
+    }
+
+    fn risk(&self, _: usize) -> Option<f32> {
+        None
+    }
+
+    fn exit_signals(&mut self, _: usize, _: [f32; 3]) -> Result<Option<ExitSignals>> {
+        Ok(None)
     }
 
     fn stability(&self, engine: usize) -> &[f32] {

@@ -13,7 +13,7 @@ use sedac_core::bundle::KvFill;
 use sedac_core::chain::{Chain, Drafting, Exit, FinishReason, Request, Summary};
 use sedac_core::draft::DrafterKind;
 use sedac_core::interrupt::Interrupt;
-use sedac_core::policy::Policy;
+use sedac_core::policy::{ExitSignals, Policy};
 use sedac_core::sampler::Sampling;
 
 const VOCABULARY: usize = 6;
@@ -108,6 +108,18 @@ impl Engines for Toy {
             self.depth += 1;
         }
         Ok(())
+    }
+
+    fn run_attention(&mut self, engine: usize) -> Result<()> {
+        self.run(engine)
+    }
+
+    fn risk(&self, _: usize) -> Option<f32> {
+        None
+    }
+
+    fn exit_signals(&mut self, _: usize, _: [f32; 3]) -> Result<Option<ExitSignals>> {
+        Ok(None)
     }
 
     fn stability(&self, engine: usize) -> &[f32] {

@@ -22,6 +22,8 @@ pub struct HostDecided<E> {
     kv: KvState,
     kv_fill: KvFill,
     costs: Costs,
+    /// Stability of the newest token's last three layers.
+    recent: [f32; 3],
 }
 
 impl<E: Engines> HostDecided<E> {
@@ -37,6 +39,7 @@ impl<E: Engines> HostDecided<E> {
             kv: KvState::new(count, capacity),
             kv_fill: KvFill::default(),
             costs: Costs::default(),
+            recent: [0.0; 3],
             layers,
             engines,
         }
@@ -83,10 +86,14 @@ impl<E: Engines> HostDecided<E> {
         self.engines.run(engine)?;
         self.costs
             .note_layers(layers.len(), positions.len(), started.elapsed());
-        for layer in layers {
+        self.note_run(engine, positions);
+        Ok(())
+    }
+
+    fn note_run(&mut self, engine: usize, positions: &Range<usize>) {
+        for layer in self.layers[engine].clone() {
             self.kv.fill(layer, positions.end);
         }
-        Ok(())
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
@@ -106,14 +113,53 @@ impl<E: Engines> HostDecided<E> {
         Ok(())
     }
 
-    /// Ask the policy about every layer of `engine`; what it says of the last one counts.
-    fn observe(&self, engine: usize, policy: &mut dyn Policy) -> Option<ExitReason> {
-        let depths = self.layers[engine].clone().map(|layer| layer + 1);
-        depths
-            .zip(self.engines.stability(engine))
-            .map(|(depth, &stability)| policy.observe(depth, Signals { stability }))
-            .last()
-            .flatten()
+    /// Ask the policy about every layer of `engine`; what it says of the last one counts, if a
+    /// token may exit there.
+    fn observe(&mut self, engine: usize, policy: &mut dyn Policy) -> Result<Option<ExitReason>> {
+        let end = self.layers[engine].end;
+        let exit_allowed = self.exit_allowed[end] && end < self.num_layers();
+        let mut decision = None;
+        for (index, depth) in (self.layers[engine].start + 1..=end).enumerate() {
+            let stability = self.engines.stability(engine)[index];
+            self.recent = [self.recent[1], self.recent[2], stability];
+            let mut signals = Signals {
+                stability,
+                ..Signals::default()
+            };
+            if depth == end && exit_allowed {
+                signals.risk = self.engines.risk(engine);
+                if policy.reads_exit(depth) {
+                    signals.exit = self.engines.exit_signals(depth, self.recent)?;
+                }
+            }
+            decision = policy.observe(depth, signals);
+        }
+        Ok(decision.filter(|_| exit_allowed))
+    }
+
+    /// Take the pass through the engines from `engine` on, the last ones, `skipped_share` of the
+    /// remaining layers, without their MLPs.
+    fn run_softly(
+        &mut self,
+        engine: usize,
+        positions: &mut Range<usize>,
+        skipped_share: f32,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        let layers = self.num_layers();
+        let remaining = layers - self.layers[engine].start;
+        let skipped = (skipped_share * remaining as f32).round() as usize;
+        for engine in engine..self.layers.len() {
+            interrupt.check()?;
+            self.catch_up(engine, positions)?;
+            if self.layers[engine].start + skipped < layers {
+                self.run(engine, positions)?;
+            } else {
+                self.engines.run_attention(engine)?;
+                self.note_run(engine, positions);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -150,6 +196,7 @@ impl<E: Engines> Backend for HostDecided<E> {
         let mut positions = self.kv.begin(1)?;
         let full_depth = self.num_layers();
         policy.begin();
+        self.recent = [0.0; 3];
         self.engines.embed(&[token], positions.start)?;
         let mut step = Step {
             exit_layer: full_depth,
@@ -159,19 +206,19 @@ impl<E: Engines> Backend for HostDecided<E> {
             interrupt.check()?;
             self.catch_up(engine, &mut positions)?;
             self.run(engine, &positions)?;
-            let depth = self.layers[engine].end;
-            let decision = self.observe(engine, policy);
-            if let Some(reason) = decision
-                && depth < full_depth
-                && self.exit_allowed[depth]
-            {
+            let Some(reason) = self.observe(engine, policy)? else {
+                continue;
+            };
+            step = Step {
+                exit_layer: self.layers[engine].end,
+                reason,
+            };
+            if let Some(share) = policy.skipped_share() {
+                self.run_softly(engine + 1, &mut positions, share, interrupt)?;
+            } else {
                 self.engines.keep(positions);
-                step = Step {
-                    exit_layer: depth,
-                    reason,
-                };
-                break;
             }
+            break;
         }
         self.head(1)?;
         Ok(step)

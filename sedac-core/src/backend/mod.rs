@@ -17,7 +17,7 @@ pub use onnxruntime::{Layout, OnnxRuntime};
 use crate::bundle::KvFill;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::policy::{ExitReason, Policy};
+use crate::policy::{ExitReason, ExitSignals, Policy};
 
 /// How one token's step ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,13 +99,26 @@ pub trait Engines: Send {
     /// [`run`](Self::run).
     fn stability(&self, engine: usize) -> &[f32];
 
+    /// Like [`run`](Self::run), but the MLPs add nothing.
+    fn run_attention(&mut self, engine: usize) -> Result<()>;
+
+    /// The entropy probe's risk after `engine`, for the newest token of the last
+    /// [`run`](Self::run); None where there is no probe.
+    fn risk(&self, engine: usize) -> Option<f32>;
+
+    /// What the exit engine at `depth` tells about the newest token, whose layers up to there had
+    /// the `stability` given for the last three of them, 0 where there are fewer. None where there
+    /// is no exit engine.
+    fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>>;
+
     /// Keep the current residual stream as the hidden states of `positions`, the pass's.
     fn keep(&mut self, positions: Range<usize>);
 
     /// Fill `layer`'s cache at `positions` from their kept hidden states.
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()>;
 
-    /// Compute the logits of the pass's newest `tokens` tokens from the current residual stream.
+    /// Compute the logits of the pass's newest `tokens` tokens from the current residual stream,
+    /// through the lens of its depth if there is one.
     fn head(&mut self, tokens: usize) -> Result<()>;
 
     /// The logits computed last, a row for each token.

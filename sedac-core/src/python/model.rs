@@ -1,21 +1,24 @@
 //! A loaded bundle.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use serde_json::json;
 
 use super::door;
 use super::error::InputError;
 use super::generation::Generation;
 use crate::backend::Layout;
 use crate::bench::{Case, Row};
-use crate::bundle::{Bundle, ExitConfig, KvFill};
+use crate::bundle::{Bundle, KvFill};
 use crate::chain::{Chain, Exit, Request};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
+use crate::policy::{PolicySettings, Source};
 use crate::sampler::Sampling;
 use crate::text::{StopStrings, TextCodec};
 
@@ -73,22 +76,30 @@ impl Model {
         self.codec.is_some()
     }
 
-    /// The bundle's exit configuration.
+    /// The bundle's exit configuration, as JSON: policy, certificate or null, kv_fill.
     #[getter]
-    fn exit_config(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
-        let ExitConfig {
-            tau,
-            consecutive_k,
-            min_layer_ratio,
-            kv_fill,
-            ..
-        } = self.bundle.exit_config;
-        let result = PyDict::new(py);
-        result.set_item("tau", tau)?;
-        result.set_item("consecutive_k", consecutive_k)?;
-        result.set_item("min_layer_ratio", min_layer_ratio)?;
-        result.set_item("kv_fill", kv_fill.name())?;
-        Ok(result.unbind())
+    fn exit_config(&self) -> (String, Option<String>, &'static str) {
+        let config = &self.bundle.exit_config;
+        (
+            json!(config.policy).to_string(),
+            config.certificate.as_ref().map(ToString::to_string),
+            config.kv_fill.name(),
+        )
+    }
+
+    /// The depths at which the bundle has what a policy reads, by policy.
+    #[getter]
+    fn trained_depths(&self) -> HashMap<&'static str, Vec<usize>> {
+        let manifest = &self.bundle.manifest;
+        let (risk, exit) = (Source::Risk, Source::Exit);
+        [
+            ("probe", risk),
+            ("cascade", risk),
+            ("margin", exit),
+            ("learned", exit),
+        ]
+        .map(|(policy, source)| (policy, manifest.trained_depths(source)))
+        .into()
     }
 
     #[pyo3(signature = (text, add_special_tokens = true))]
@@ -104,11 +115,11 @@ impl Model {
         Ok(self.codec()?.decode(&tokens)?)
     }
 
-    /// Start generating; iterate over the result. Without `stability` (tau, consecutive_k,
-    /// min_layer_ratio) and `forced_exit` (depths, taken in turn) every token runs at full depth;
-    /// `drafter` guesses several to verify at once.
+    /// Start generating; iterate over the result. Without `policy` (JSON, as sedac_config.json has
+    /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
+    /// guesses several to verify at once.
     #[pyo3(signature = (
-        prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], stability = None,
+        prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], policy = None,
         forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
         top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
     ))]
@@ -119,7 +130,7 @@ impl Model {
         max_new_tokens: usize,
         stop_tokens: Vec<u32>,
         stop_strings: Vec<String>,
-        stability: Option<(f32, usize, f32)>,
+        policy: Option<&str>,
         forced_exit: Option<Vec<usize>>,
         drafter: Option<&str>,
         kv_fill: &str,
@@ -134,7 +145,7 @@ impl Model {
             prompt,
             max_new_tokens,
             stop_tokens,
-            exit: exit(stability, forced_exit, drafter)?,
+            exit: self.exit(policy, forced_exit, drafter)?,
             kv_fill: kv_fill_named(kv_fill)?,
             sampling: Sampling {
                 temperature,
@@ -158,6 +169,21 @@ impl Model {
 }
 
 impl Model {
+    fn exit(
+        &self,
+        policy: Option<&str>,
+        forced: Option<Vec<usize>>,
+        drafter: Option<&str>,
+    ) -> Result<Exit> {
+        let Some(json) = policy.filter(|_| forced.is_none() && drafter.is_none()) else {
+            return exit(forced, drafter);
+        };
+        let settings: PolicySettings = serde_json::from_str(json)
+            .map_err(|error| Error::setting("policy", json, error.to_string()))?;
+        self.bundle.manifest.check_policy(&settings)?;
+        Ok(Exit::Policy(settings))
+    }
+
     fn codec(&self) -> PyResult<&TextCodec> {
         self.codec.as_deref().ok_or_else(|| {
             InputError::new_err(
@@ -230,7 +256,7 @@ pub(super) fn bench(
                 Ok(Case {
                     name,
                     chain: usize::from(monolith),
-                    exit: exit(None, depth.map(|depth| vec![depth]), drafter.as_deref())?,
+                    exit: exit(depth.map(|depth| vec![depth]), drafter.as_deref())?,
                 })
             })
             .collect::<Result<_>>()?;
@@ -267,22 +293,13 @@ fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
     Ok(result)
 }
 
-fn exit(
-    stability: Option<(f32, usize, f32)>,
-    forced: Option<Vec<usize>>,
-    drafter: Option<&str>,
-) -> Result<Exit> {
-    Ok(match (forced, drafter, stability) {
-        (Some(depths), ..) => Exit::Forced { depths },
-        (None, Some(name), _) => Exit::Lossless {
+fn exit(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<Exit> {
+    Ok(match (forced, drafter) {
+        (Some(depths), _) => Exit::Forced { depths },
+        (None, Some(name)) => Exit::Lossless {
             drafter: drafter_kind(name)?,
         },
-        (None, None, Some((tau, consecutive_k, min_layer_ratio))) => Exit::Stability {
-            tau,
-            consecutive_k,
-            min_layer_ratio,
-        },
-        (None, None, None) => Exit::Never,
+        (None, None) => Exit::Never,
     })
 }
 
