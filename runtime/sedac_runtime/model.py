@@ -211,9 +211,9 @@ class SedacModel:
         the exit engines, at the bundle's thresholds or at `threshold` for all depths. "lossless"
         gives full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"),
         from the text so far ("prompt-lookup") or both ("auto"), and full depth verifies several in
-        one pass. What is None comes from the bundle's sedac_config.json. The caches of skipped layers
-        get what the layers compute: with kv_fill "propagate" from the hidden state at the exit,
-        with "defer" in full, together with the next token that goes deeper. forced_exit exits at
+        one pass. What is None comes from the bundle's sedac_config.json. The caches of skipped
+        layers get what the layers compute: with kv_fill "propagate" from the hidden state at the
+        exit, with "defer" in full, with the next token that goes deeper. forced_exit exits at
         the first exit from the given depths on, taken in turn, whatever the policy says.
         temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
         end-of-text tokens) or with the token that completes one of `stop_strings`.
