@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
+from sedac_export.exit_config import ExitConfig
 from sedac_export.graphs import Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
@@ -187,7 +188,7 @@ def _finish(
         save_tokenizer(tokenizer, staging)
     (staging / bundle.VALIDATION).write_text(json.dumps(asdict(validation), indent=1) + "\n")
     (staging / bundle.EXIT_CONFIG).write_text(
-        bundle.ExitConfig.for_layers(manifest.model.num_layers).model_dump_json(indent=1) + "\n"
+        ExitConfig.for_layers(manifest.model.num_layers).to_json()
     )
     whole = manifest.model_copy(update={"files": bundle.list_files(staging)})
     bundle.write_manifest(staging, whole)

@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 
 from sedac_export import manifest as bundle
+from sedac_export.exit_config import read_exit_config
 
 
 def inspect_bundle(directory: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
         "max_cache_length": manifest.max_cache_length,
         "cache_bytes": manifest.cache_bytes(),
         "exit_layers": manifest.exit_layers,
-        "exit_config": bundle.read_exit_config(directory).model_dump(),
+        "exit_config": read_exit_config(directory).model_dump(exclude_none=True),
         "engines": engines,
         "validation": {
             "tolerance": validation["tolerance"],
