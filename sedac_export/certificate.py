@@ -57,7 +57,9 @@ class Losses:
         """The Clopper-Pearson upper bound of the risk at `confidence`."""
         effective = self.effective_tokens(confidence)
         wrong = self.risk * effective
-        return 1.0 if wrong >= effective else float(beta.ppf(confidence, wrong + 1, effective - wrong))
+        return (
+            1.0 if wrong >= effective else float(beta.ppf(confidence, wrong + 1, effective - wrong))
+        )
 
     def p_value(self, max_risk: float, confidence: float) -> float:
         """The chance of so few errors if the risk were `max_risk`."""

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from sedac_export.errors import SedacError
 from sedac_export.manifest import Manifest
 from sedac_export.policies import Policy
+from sedac_export.rows import Rows
 from sedac_export.sessions import THREADS, Engine, empty_cache
-from sedac_export.signals import Floats, Mask, Signals
+from sedac_export.signals import Floats, Signals
 
 CHUNK = 256
 
@@ -160,7 +161,7 @@ class _Sequence:
         self, chunk: slice, policy: Policy | None, watch: Watch | None, full_depth: int
     ) -> Trace:
         tokens = self.tokens[chunk]
-        rows = _Rows(len(tokens), self.replay.num_layers, full_depth)
+        rows = Rows(self.replay.num_layers, np.arange(len(tokens)) < full_depth)
         positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
         shared = self.replay.embed.run({"input_ids": tokens[None], "position_ids": positions})
         x: Floats = shared.pop("x")[0]
@@ -182,9 +183,7 @@ class _Sequence:
         _check_finite(x, chunk)
         return self._finish(x, rows, self.tokens[chunk.start + 1 : chunk.stop + 1])
 
-    def _layer(
-        self, layer: int, x: Floats, shared: dict[str, Any], rows: "_Rows"
-    ) -> dict[str, Any]:
+    def _layer(self, layer: int, x: Floats, shared: dict[str, Any], rows: Rows) -> dict[str, Any]:
         """The layer's outputs, exited rows unchanged, rows that skip its MLP without it."""
         feeds = shared | {"x": x[None]}
         outputs = self.replay.layers[layer].run(feeds, self.caches[layer])
@@ -197,7 +196,7 @@ class _Sequence:
         return outputs
 
     def _decide(
-        self, policy: Policy, depth: int, x: Floats, outputs: dict[str, Any], rows: "_Rows"
+        self, policy: Policy, depth: int, x: Floats, outputs: dict[str, Any], rows: Rows
     ) -> None:
         risk = outputs["risk"][0, :, 0] if "risk" in outputs else None
         last = rows.last_stabilities(depth)
@@ -211,50 +210,13 @@ class _Sequence:
         if depth in self.replay.early:
             rows.leave(wants, depth, policy.soft_ratio())
 
-    def _finish(self, x: Floats, rows: "_Rows", following: npt.NDArray[np.int64]) -> Trace:
+    def _finish(self, x: Floats, rows: Rows, following: npt.NDArray[np.int64]) -> Trace:
         logits = np.empty((len(x), self.replay.manifest.model.vocab_size), dtype=np.float32)
         heads = rows.head_depths()
         for depth in np.unique(heads):
             logits[heads == depth] = self.replay.logits(int(depth), x[heads == depth])
         top, entropies, margins, losses = statistics(logits, following)
         return Trace(rows.depths(), rows.exits, top, entropies, margins, losses)
-
-
-class _Rows:
-    """How far each position of a chunk has come."""
-
-    def __init__(self, tokens: int, layers: int, full_depth: int) -> None:
-        self.layers = layers
-        self.exits = np.full(tokens, layers, dtype=np.int64)
-        self.exited = np.zeros(tokens, dtype=bool)
-        self.undecided = np.arange(tokens) >= full_depth
-        self.skip_from = np.full(tokens, layers, dtype=np.int64)
-        self.stabilities = np.zeros((tokens, layers), dtype=np.float32)
-
-    def last_stabilities(self, depth: int) -> Floats:
-        """Stabilities of the depths depth - 2 to depth, 0 where below 1: [n, 3]."""
-        last = self.stabilities[:, max(0, depth - 3) : depth]
-        return np.pad(last, ((0, 0), (3 - last.shape[1], 0)))
-
-    def leave(self, wants: Mask, depth: int, soft_ratio: Floats | None) -> None:
-        """Let those of `wants` that run on exit after `depth` layers."""
-        leaving = wants & self.undecided
-        self.undecided &= ~leaving
-        self.exits[leaving] = depth
-        if soft_ratio is None:
-            self.exited |= leaving
-        else:
-            # half up, as Rust rounds
-            skipped = np.floor(soft_ratio * (self.layers - depth) + 0.5).astype(np.int64)
-            self.skip_from[leaving] = self.layers - skipped[leaving]
-
-    def depths(self) -> npt.NDArray[np.int64]:
-        """Layers run whole."""
-        return np.where(self.exited, self.exits, self.skip_from)
-
-    def head_depths(self) -> npt.NDArray[np.int64]:
-        """The depth whose lens each row's state goes through; soft exits reach the last."""
-        return np.where(self.exited, self.exits, self.layers)
 
 
 def statistics(

@@ -16,7 +16,7 @@ THREADS = 2
 class Engine:
     """One graph, loaded. Caches are updated in place."""
 
-    def __init__(self, path: Path, threads: int = THREADS) -> None:
+    def __init__(self, model: Path | bytes, threads: int = THREADS) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # many sessions take turns: threads that spin for one keep the next from working
@@ -24,7 +24,7 @@ class Engine:
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
+            model, options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]

@@ -12,9 +12,7 @@ MOST_VIOLATIONS = 8
 
 
 def spread_evenly(errors: int, tokens: int, documents: int = 10) -> Losses:
-    return Losses(
-        np.full(documents, errors // documents), np.full(documents, tokens // documents)
-    )
+    return Losses(np.full(documents, errors // documents), np.full(documents, tokens // documents))
 
 
 def test_without_errors_the_bound_is_clopper_pearsons() -> None:
@@ -48,7 +46,7 @@ def test_a_failure_ends_the_sequence() -> None:
 def test_too_little_data_is_said() -> None:
     with pytest.raises(SedacError, match="3 documents are too few"):
         count_certified([spread_evenly(0, 9000, 3)], 0.01, 0.95)
-    with pytest.raises(SedacError, match="100 tokens cannot certify a risk of 0.01"):
+    with pytest.raises(SedacError, match="100 tokens cannot certify"):
         count_certified([spread_evenly(0, 100)], 0.01, 0.95)
 
 
