@@ -6,7 +6,7 @@ the propagate rule. Layers that every token of a pass has left skip their MLP.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sedac_export.decoder import find_layers, find_mlp, replaced
 from sedac_export.environment import config_from_environment
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
@@ -88,30 +89,6 @@ def create_universal_accelerator(
     )
 
 
-def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of `model`. Raises SedacError when it has no list of them."""
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise SedacError(f"{type(model).__name__} has no list of {count} decoder layers to exit")
-    return list(lists[0])
-
-
-def find_mlp(layer: nn.Module) -> nn.Module:
-    """The submodule of a decoder layer whose output is what its MLP adds, before any norm of it.
-
-    Raises SedacError when the layer has nothing but attention and norms.
-    """
-    found = [
-        module
-        for name, module in layer.named_children()
-        if "attn" not in name and "attention" not in name and _multiplies(module)
-    ]
-    if not found:
-        raise SedacError(f"{type(layer).__name__} has no MLP beside its attention")
-    return found[-1]
-
-
 class Accelerator:
     """Early exits of one model; `create_universal_accelerator` makes it."""
 
@@ -137,13 +114,13 @@ class Accelerator:
                 hook = partial(self._after_layer, index)
                 stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
                 mlp = find_mlp(layer)
-                stack.enter_context(_replaced(mlp, partial(self._mlp, index, mlp.forward)))
+                stack.enter_context(replaced(mlp, partial(self._mlp, index, mlp.forward)))
             before = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
             original: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
             generate = partial(self._generate, original)
-            stack.enter_context(_replaced(self.model, generate, "generate"))
+            stack.enter_context(replaced(self.model, generate, "generate"))
             self._stack = stack.pop_all()
         return self
 
@@ -302,24 +279,6 @@ def _stability(
         raise SedacError(
             f"{given} is out of range: tau and ratio 0 or more, K 1 or more"
         ) from error
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, value: Any, name: str = "forward") -> Iterator[None]:
-    """`owner`'s method `name` is `value` meanwhile."""
-    had = owner.__dict__.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if had is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, had)
-
-
-def _multiplies(module: nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _flat(x: Tensor) -> Floats:

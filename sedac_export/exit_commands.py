@@ -47,6 +47,7 @@ def register_exit_commands(app: typer.Typer) -> None:
     app.command()(collect)
     app.command("train-probes")(train_probes)
     app.command()(calibrate)
+    app.command()(report)
 
 
 def spread_data(arguments: list[str]) -> list[str]:
@@ -172,6 +173,43 @@ def calibrate(
         f" {certificate.speedup:.2f}x full depth",
         highlight=False,
     )
+
+
+def report(
+    bundle: Bundle,
+    data: Data,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole grid of policies, not only the bundle's own.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where report.html and PNGs go. [default: BUNDLE-report]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure exits on texts: speed, agreement, perplexity, where tokens exit."""
+    from sedac_export.report import make_report
+    from sedac_export.report_page import write_report
+
+    _, documents = _read(bundle, data)
+    place = output or bundle.with_name(f"{bundle.resolve().name}-report")
+    with progress_bar("report") as update:
+        result = make_report(bundle, documents, full, update)
+    write_report(result, bundle, place)
+    if as_json:
+        print(result.to_json())
+        return
+    table = Table("policy", "exit layer", "layer ratio", "speed", "agreement", "perplexity")
+    for row in result.rows:
+        table.add_row(
+            row.policy,
+            f"{row.mean_exit_layer:.2f}",
+            f"{row.layer_ratio:.3f}",
+            f"{row.speedup:.2f}x",
+            f"{100 * row.agreement:.2f} %",
+            f"{100 * row.perplexity_change:+.1f} %",
+        )
+    Console().print(table)
+    console.print(f"wrote {place / 'report.html'}", highlight=False)
 
 
 def parse_depths(option: str, text: str | None) -> list[int] | None:

@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sedac_export.head_graph import HeadGraph, quantized_product
 from sedac_export.probes import (
-    LARGEST_LOG_RATIO,
     LEARNED_WIDTH,
     SCALARS,
     LearnedProbe,
@@ -111,8 +110,7 @@ def exit_engine(
     node, weights = quantized_product(normed, rows, product)
     build.nodes += [*start, node]
     build.constants += weights
-    flat = build.add("Reshape", product, build.constant(np.array([1, -1, len(rows)])))
-    logits, inner = build.split(flat, [len(tokens), LEARNED_WIDTH])
+    logits, inner = build.split(product, [len(tokens), LEARNED_WIDTH])
     if head.bias is not None:
         logits = build.add("Add", logits, build.constant(head.bias[tokens].astype(np.float32)))
     build.add("Identity", logits, output=head.product.output[0])
@@ -167,32 +165,30 @@ def _through_lens(
 
 
 def _signals(build: _Builder, probe: LearnedProbe, inner: str) -> None:
-    """margin, entropy and learned of `logits` and the probe's first layer."""
+    """margin, entropy and learned of `logits` and the probe's first layer.
+
+    For one token the number of nodes is what costs, so all that is linear in the scalars is one
+    product: the probe's first layer, its linear path, margin and entropy.
+    """
     last = build.constant(np.array([-1], dtype=np.int64))
-    logs = build.add("LogSoftmax", "logits", axis=-1)
-    probabilities = build.add("Exp", logs)
-    weighted = build.add("Mul", probabilities, logs)
-    entropy = build.add("Neg", build.add("ReduceSum", weighted, last, keepdims=1))
-    top, indices = f"{_EXIT}top", f"{_EXIT}top_indices"
     two = build.constant(np.array([2], dtype=np.int64))
-    build.nodes.append(helper.make_node("TopK", [logs, two], [top, indices], axis=-1))
-    first, second = build.split(top, [1, 1])
-    largest, other = build.add("Exp", first), build.add("Exp", second)
-    margin = build.add("Sub", largest, other)
-    limit = build.constant(np.array(LARGEST_LOG_RATIO, dtype=np.float32))
-    ratio = build.add("Min", build.add("Sub", first, second), limit)
-    parts = (margin, entropy, ratio, largest, "stability")
+    logs = build.add("LogSoftmax", "logits", axis=-1)
+    weighted = build.add("Mul", build.add("Exp", logs), logs)
+    minus_entropy = build.add("ReduceSum", weighted, last, keepdims=1)
+    top = f"{_EXIT}top"
+    build.nodes.append(helper.make_node("TopK", [logs, two], [top, f"{top}_indices"], axis=-1))
+    parts = (top, build.add("Exp", top), minus_entropy, "stability")
     scalars = build.add("Concat", *parts, output=SCALARS_NAME, axis=-1)
-    # both of the probe's layers that read the scalars, as one product
-    both = torch.cat([probe.scalars.weight, probe.linear.weight])
-    biases = torch.cat([probe.scalars.bias, probe.linear.bias])
-    product = build.add("MatMul", scalars, build.constant(both.T))
+    reported = torch.zeros(2, SCALARS)
+    reported[0, 2], reported[0, 3], reported[1, 4] = 1, -1, -1
+    weights = torch.cat([probe.scalars.weight, probe.linear.weight, reported])
+    biases = torch.cat([probe.scalars.bias, probe.linear.bias, torch.zeros(2)])
+    product = build.add("MatMul", scalars, build.constant(weights.T))
     shifted = build.add("Add", product, build.constant(biases))
-    hidden, linear = build.split(shifted, [LEARNED_WIDTH, 1])
+    hidden, linear, margin_and_entropy = build.split(shifted, [LEARNED_WIDTH, 1, 2])
     active = build.add("Relu", build.add("Add", inner, hidden))
     logit = build.add("Add", build.add("MatMul", active, build.constant(probe.up.weight.T)), linear)
-    learned = build.add("Sigmoid", logit)
-    build.add("Concat", margin, entropy, learned, output="signals", axis=-1)
+    build.add("Concat", margin_and_entropy, build.add("Sigmoid", logit), output="signals", axis=-1)
 
 
 def _model(

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 RISK_WIDTH = 64
 LEARNED_WIDTH = 64
-# margin, entropy, log of the two largest probabilities' ratio, the largest; three stabilities
-SCALARS = 7
-LARGEST_LOG_RATIO = 20.0
+# logarithms of the two largest probabilities, both themselves, minus the entropy, 3 stabilities
+SCALARS = 8
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 

@@ -27,25 +27,32 @@ class Engine:
             model, options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {value.name for value in self.session.get_inputs()}
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        outputs = [value.name for value in self.session.get_outputs()]
+        self._wanted = [name for name in outputs if not name.startswith("present_")]
 
     def run(
         self, feeds: Mapping[str, Array], caches: Mapping[str, onnxruntime.OrtValue] | None = None
     ) -> dict[str, Array]:
         """The outputs by name, caches aside; of `feeds` what the graph does not take is ignored."""
+        binding = self.bind(feeds, caches)
+        self.session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        return {name: values[index].numpy() for index, name in enumerate(self._wanted)}
+
+    def bind(
+        self, feeds: Mapping[str, Array], caches: Mapping[str, onnxruntime.OrtValue] | None = None
+    ) -> onnxruntime.IOBinding:
+        """What `run` runs."""
         binding = self.session.io_binding()
         for name, array in feeds.items():
             if name in self.inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        wanted = [name for name in self.outputs if not name.startswith("present_")]
-        for name in wanted:
+        for name in self._wanted:
             binding.bind_output(name, "cpu")
         for name, cache in (caches or {}).items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past", "present"), cache)
-        self.session.run_with_iobinding(binding)
-        values = binding.get_outputs()
-        return {name: values[index].numpy() for index, name in enumerate(wanted)}
+        return binding
 
 
 def empty_cache(heads: int, length: int, size: int) -> onnxruntime.OrtValue:

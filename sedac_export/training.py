@@ -180,7 +180,7 @@ class _Trainer:
         row = Row(
             depth,
             float(agrees[held].float().mean()),
-            ranking(scalars[held, 0], agrees[held]),
+            ranking(scalars[held, 2] - scalars[held, 3], agrees[held]),
             ranking(scores, agrees[held]),
         )
         self.trained.rows.append(row)
