@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,7 +23,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
 from sedac_export.manifest import read_manifest
 from sedac_export.policies import Policy, make_policy
-from sedac_export.probes import LREProbe
+from sedac_export.probes_file import risk_probes
 from sedac_export.rows import Rows
 from sedac_export.sessions import Engine
 from sedac_export.signals import Floats, Signals
@@ -217,7 +216,7 @@ class _Probes:
         entries = manifest.engines.exits
         self.exits = {entry.depth: Engine(bundle / entry.file) for entry in entries}
         self.lenses = {e.depth: Engine(bundle / e.lens) for e in entries if e.lens is not None}
-        self.probes = load_risk_probes(bundle)
+        self.probes = risk_probes(bundle, manifest)
 
     def risk(self, depth: int, x: Tensor) -> Floats | None:
         if depth not in self.probes:
@@ -239,22 +238,6 @@ class _Probes:
                 seen = lens.run({"x": _flat(result[here])[None]})["y"][0]
                 result[here] = torch.from_numpy(seen).to(x)
         return result.view(x.shape)
-
-
-def load_risk_probes(bundle: Path) -> dict[int, LREProbe]:
-    """The V6 probes of a bundle by depth; none where it was not trained."""
-    path = bundle / "probes.safetensors"
-    if not path.exists():
-        return {}
-    tensors = load_file(path)
-    depths = {int(name.split(".")[1]) for name in tensors if name.startswith("risk.")}
-    probes = {}
-    for depth in depths:
-        prefix = f"risk.{depth}."
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        probes[depth] = LREProbe(state["down.weight"].shape[1])
-        probes[depth].load_state_dict(state)
-    return probes
 
 
 def stability(before: Tensor, after: Tensor) -> Tensor:

@@ -31,13 +31,6 @@ Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
 
 
-def fingerprint(manifest: Manifest) -> str:
-    """SHA-256 of the head's weights, which tells one model's bundles from another's."""
-    files = manifest.files
-    name = "onnx/head.data" if "onnx/head.data" in files else "onnx/embed.data"
-    return files[name].sha256
-
-
 def layout(manifest: Manifest, depths: Sequence[int]) -> dict[str, tuple[str, int]]:
     """dtype and numbers per token of each field.
 
@@ -122,7 +115,7 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
 
     Raises SedacError when it is another model's or has other depths.
     """
-    fresh = Collection(directory, fingerprint(manifest), list(depths), layout(manifest, depths))
+    fresh = Collection(directory, manifest.fingerprint(), list(depths), layout(manifest, depths))
     index = directory / INDEX
     if not index.exists():
         if directory.exists() and any(directory.iterdir()):

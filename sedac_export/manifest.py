@@ -109,6 +109,11 @@ class Manifest(_Strict):
     tool_versions: dict[str, str]
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the head's weights, which tells one model's bundles from another's."""
+        own = self.files.get("onnx/head.data")
+        return (own or self.files["onnx/embed.data"]).sha256
+
     def cache_bytes(self) -> int:
         """Bytes of one sequence's full cache; keys and values are fp32 on CPU."""
         per_token = sum(2 * 4 * kv.heads * kv.head_size for kv in self.key_value_heads)

@@ -65,7 +65,7 @@ class Fit:
 
     epochs: int
     rate: float
-    batch: int = 1024
+    batch: int = 4096
     decay: float = 0.02
 
 
@@ -127,7 +127,7 @@ def train_risk(
             model(hidden[indices].float()).squeeze(-1), target[indices], beta=0.5
         )
 
-    chosen = fit or Fit(epochs=4, rate=2e-3)
+    chosen = fit or Fit(epochs=3, rate=3e-3)
     return probe, train(probe, loss, len(hidden) - held_out, held_out, chosen)
 
 
@@ -150,7 +150,7 @@ def train_learned(
         inputs = normed[indices].float() / scale, (scalars[indices] - mean) / deviation
         return F.binary_cross_entropy_with_logits(model(*inputs).squeeze(-1), known[indices])
 
-    value = train(probe, loss, examples, held_out, fit or Fit(epochs=6, rate=3e-3))
+    value = train(probe, loss, examples, held_out, fit or Fit(epochs=5, rate=4e-3))
     probe.fold(scale, mean, deviation)
     return probe, value
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from sedac_export.errors import SedacError
 from sedac_export.manifest import Manifest
 from sedac_export.policies import Policy
+from sedac_export.probes_file import check_probes
 from sedac_export.rows import Rows
 from sedac_export.sessions import THREADS, Engine, empty_cache
 from sedac_export.signals import Floats, Signals
@@ -55,8 +56,8 @@ class Trace:
 class Replay:
     """A bundle's engines, loaded for passes over texts.
 
-    Raises SedacError for bundles whose engines hold several layers: exits are replayed layer by
-    layer.
+    Raises SedacError for bundles whose engines hold several layers, since exits are replayed layer
+    by layer, and for probes of another model.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int = THREADS) -> None:
@@ -66,6 +67,7 @@ class Replay:
                 " replayed layer by layer, build with --layers-per-engine 1"
             )
         engines = manifest.engines
+        check_probes(directory, manifest)
         self.directory, self.manifest, self.threads = directory, manifest, threads
         self.num_layers = manifest.model.num_layers
         self.embed, self.head = self._load(engines.embed), self._load(engines.head)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
 from sedac_export.calibrate import time_config
 from sedac_export.collect import window_length
@@ -16,6 +15,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig, PolicyName, read_exit_config
 from sedac_export.manifest import Manifest, read_manifest
 from sedac_export.policies import make_policy
+from sedac_export.probes_file import median_risks
 from sedac_export.replay import Replay, Trace
 
 # the original SEDAC's grid
@@ -108,7 +108,7 @@ def grid(directory: Path, manifest: Manifest) -> list[ExitConfig]:
         for k in KS
         if k <= layers
     ]
-    medians = median_risks(directory)
+    medians = median_risks(directory, manifest)
     for multiple in MULTIPLES if medians else ():
         thresholds = {depth: median * multiple for depth, median in medians.items()}
         configs.append(ExitConfig(policy="probe", thresholds=thresholds))
@@ -126,16 +126,6 @@ def grid(directory: Path, manifest: Manifest) -> list[ExitConfig]:
         for policy, values in scored.items()
         for value in (values if exits else ())
     ]
-
-
-def median_risks(directory: Path) -> dict[int, float]:
-    """Each V6 probe's median risk where it was trained, by depth; none without probes."""
-    path = directory / "probes.safetensors"
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="np") as handle:
-        medians = json.loads(handle.metadata()["median_risk"])
-    return {int(depth): max(float(value), 1e-6) for depth, value in medians.items()}
 
 
 def _counted(trace: Trace) -> Trace:

@@ -1,6 +1,5 @@
 """Fit probes to a bundle and make them part of it: what `sedac-export train-probes` does."""
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sedac_export import manifest as bundle
-from sedac_export.collect import DEFAULT_BYTES, Collection, collect, fingerprint
+from sedac_export.collect import DEFAULT_BYTES, Collection, collect
 from sedac_export.documents import Document
 from sedac_export.edit import edited_bundle
 from sedac_export.errors import SedacError
@@ -38,10 +36,10 @@ from sedac_export.probes import (
     train_learned,
     train_risk,
 )
+from sedac_export.probes_file import write_probes
 from sedac_export.replay import Replay, chunks
 from sedac_export.sessions import Engine
 
-PROBES = "probes.safetensors"
 # so many exit engines at most unless depths are asked for
 MOST_EXITS = 8
 PROBE_SHARES = (1 / 6, 1 / 3, 1 / 2)
@@ -254,7 +252,7 @@ def _write(directory: Path, manifest: bundle.Manifest, head: HeadGraph, trained:
             onnx.save(model, staging / file)
             exits.append(bundle.ExitEngineEntry(depth=depth, file=file))
         layers = [_with_risk(staging, entry, trained) for entry in manifest.engines.layers]
-        save_file(_tensors(trained), staging / PROBES, _metadata(manifest, trained))
+        write_probes(staging, manifest, _tensors(trained), trained.medians)
         config = ExitConfig.for_layers(manifest.model.num_layers)
         (staging / bundle.EXIT_CONFIG).write_text(config.to_json())
         engines = manifest.engines.model_copy(update={"exits": exits, "layers": layers})
@@ -284,16 +282,6 @@ def _tensors(trained: Trained) -> dict[str, Tensor]:
             state: dict[str, Any] = probe.state_dict()
             tensors |= {f"{kind}.{depth}.{k}": v.contiguous() for k, v in state.items()}
     return tensors
-
-
-def _metadata(manifest: bundle.Manifest, trained: Trained) -> dict[str, str]:
-    """Which model the probes are of, and the median risk of each depth."""
-    return {
-        "model": manifest.model.name,
-        "hidden_size": str(manifest.model.hidden_size),
-        "head_sha256": fingerprint(manifest),
-        "median_risk": json.dumps(trained.medians),
-    }
 
 
 def _nearest(depths: Sequence[int], wanted: float) -> int:
