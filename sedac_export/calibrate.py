@@ -8,6 +8,7 @@ import numpy as np
 
 from sedac_export import manifest as bundle
 from sedac_export.certificate import Losses, check_enough, count_certified
+from sedac_export.collect import window_length
 from sedac_export.costs import Costs, measure_costs
 from sedac_export.documents import Document, data_digest, split_documents
 from sedac_export.edit import edited_bundle, write_config
@@ -106,7 +107,7 @@ def _choose(
             " use a model trained for early exits"
         )
     trial = max((c for c in front if c.risk <= request.max_risk), key=_speed, default=front[0])
-    full = full_tokens(replay, documents)
+    full = seen.full_by_document(documents, window_length(replay.manifest))
     losses, _ = count_losses(replay, documents, full, _policy(trial, replay))
     inflation = max(1.0, losses.risk / trial.risk)
     same = [c for c in front if c.config.policy == trial.config.policy]

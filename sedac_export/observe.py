@@ -40,6 +40,14 @@ class Observations:
         mask: Mask = self.tokens[depth] != self.full
         return mask
 
+    def full_by_document(
+        self, documents: Sequence[Document], window: int
+    ) -> dict[str, npt.NDArray[np.int64]]:
+        """Full depth's tokens by the digest of the documents that were observed."""
+        counts = [sum(len(w.tokens) - 1 for w in d.windows(window)) for d in documents]
+        parts = np.split(self.full, np.cumsum(counts)[:-1])
+        return {d.sha256: part for d, part in zip(documents, parts, strict=True) if len(part)}
+
 
 class _Recorder(Policy):
     """Exits nowhere and notes every signal."""
