@@ -1,7 +1,8 @@
 """The trained parts of an exit: V6 risk probes, the learned probe, the lens; and their training."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,17 @@ class LearnedProbe(nn.Module):
             for layer in (self.scalars, self.linear):
                 layer.weight /= deviation
                 layer.bias.copy_(layer.bias - layer.weight @ mean)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Train in one thread: products this small lose more by sharing than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

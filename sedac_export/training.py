@@ -31,6 +31,7 @@ from sedac_export.head_graph import HeadGraph
 from sedac_export.probes import (
     LearnedProbe,
     LREProbe,
+    one_thread,
     ranking,
     risk_target,
     train_learned,
@@ -136,7 +137,8 @@ def train_probes(
         trainer = _Trainer(directory, manifest, collected)
         for number, depth in enumerate(depths):
             progress("train", number, len(depths))
-            trainer.fit(depth, depth in exits, depth in probes)
+            with one_thread():
+                trainer.fit(depth, depth in exits, depth in probes)
         progress("train", len(depths), len(depths))
     _write(directory, manifest, trainer.head, trainer.trained)
     return trainer.trained
