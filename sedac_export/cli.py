@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sedac_export.errors import SedacError
+from sedac_export.exit_commands import register_exit_commands, spread_data
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -137,10 +138,13 @@ def inspect(
     out.print(table)
 
 
+register_exit_commands(app)
+
+
 def main() -> None:
     """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
     try:
-        app()
+        app(args=spread_data(sys.argv[1:]))
     except (SedacError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

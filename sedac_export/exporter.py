@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
+from sedac_export.exit_config import ExitConfig
 from sedac_export.graphs import Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
@@ -58,7 +59,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     Raises SedacError for everything that is wrong with the request or the model.
     """
     started = time.monotonic()
-    _recover(request.output)
+    recover(request.output)
     _check_request(request)
     directory = find_model(request.model)
     skeleton = Skeleton.load(directory)
@@ -67,7 +68,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     exits = _exit_layers(skeleton, request)
     facts = _facts(request.model, skeleton, directory, tokenizer)
     # the place to write is tried before the work, so that a bad one is reported at once
-    with torch.no_grad(), _staging(request.output) as staging:
+    with torch.no_grad(), staging_beside(request.output) as staging:
         graphs = trace_graphs(skeleton, progress)
         manifest = bundle.Manifest(
             model=facts,
@@ -83,7 +84,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         validation.check()
         progress("validate", 1, 1)
         manifest = _finish(staging, manifest, validation, tokenizer)
-        _publish(staging, request)
+        publish(staging, request.output, replace=request.force)
     return Built(request.output, manifest, validation, time.monotonic() - started)
 
 
@@ -187,7 +188,7 @@ def _finish(
         save_tokenizer(tokenizer, staging)
     (staging / bundle.VALIDATION).write_text(json.dumps(asdict(validation), indent=1) + "\n")
     (staging / bundle.EXIT_CONFIG).write_text(
-        bundle.ExitConfig.for_layers(manifest.model.num_layers).model_dump_json(indent=1) + "\n"
+        ExitConfig.for_layers(manifest.model.num_layers).to_json()
     )
     whole = manifest.model_copy(update={"files": bundle.list_files(staging)})
     bundle.write_manifest(staging, whole)
@@ -195,7 +196,7 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _staging(output: Path) -> Iterator[Path]:
+def staging_beside(output: Path) -> Iterator[Path]:
     """A hidden directory beside `output`, gone afterwards unless it was renamed.
 
     Parents that had to be made go with it.
@@ -221,7 +222,7 @@ def _staging(output: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _recover(output: Path) -> None:
+def recover(output: Path) -> None:
     """Remove what killed builds of the same bundle left, put back what one had set aside."""
     # the random part keeps the builds of qwen2 off those of qwen2.5
     staging = re.compile(re.escape(f".{output.name}.") + r"(\d{1,9})\.[a-z0-9_]{8}(\.old)?")
@@ -245,11 +246,10 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _publish(staging: Path, request: Request) -> None:
+def publish(staging: Path, output: Path, replace: bool) -> None:
     """Give the bundle its name. One that it replaces is set aside until that is done."""
-    output = request.output
     staging.chmod(0o755)
-    if not request.force or not output.exists():
+    if not replace or not output.exists():
         staging.rename(output)
         return
     old = staging.with_name(f"{staging.name}.old")

@@ -22,6 +22,7 @@ class Graphs:
     head: Graph
     layers: list[Graph]
     key_value: list[Graph]
+    attention: list[Graph]
     kinds: list[int]
 
 
@@ -39,12 +40,13 @@ def trace_graphs(skeleton: Skeleton, progress: Progress) -> Graphs:
         plan = learn_plan(skeleton, router)
         tracer = Tracer(skeleton, plan, router)
         kinds, first = _kinds(skeleton, plan)
-        count = _Counter(progress, steps=2 * len(first) + 2)
+        count = _Counter(progress, steps=3 * len(first) + 2)
         layers = [count(tracer.layer(index)) for index in first]
         key_value = [count(tracer.key_value(index)) for index in first]
+        attention = [count(tracer.attention(index)) for index in first]
         _mark_used_contexts(plan, [*layers, *key_value])
         embed, head = count(tracer.embed()), count(tracer.head())
-    return Graphs(plan, embed, head, layers, key_value, kinds)
+    return Graphs(plan, embed, head, layers, key_value, attention, kinds)
 
 
 class _Counter:

@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 
 from sedac_export import manifest as bundle
+from sedac_export.exit_config import read_exit_config
 
 
 def inspect_bundle(directory: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
         "max_cache_length": manifest.max_cache_length,
         "cache_bytes": manifest.cache_bytes(),
         "exit_layers": manifest.exit_layers,
-        "exit_config": bundle.read_exit_config(directory).model_dump(),
+        "exit_config": read_exit_config(directory).model_dump(exclude_none=True),
         "engines": engines,
         "validation": {
             "tolerance": validation["tolerance"],
@@ -59,7 +60,10 @@ def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
     entries = [*manifest.engines.layers, manifest.engines.monolith]
     layers = [(e.file, f"{e.first_layer}..{e.first_layer + e.num_layers - 1}") for e in entries]
     fills = [(e.file, str(layer)) for layer, e in enumerate(manifest.engines.key_value)]
-    return [(manifest.engines.embed, ""), *layers, *fills, (manifest.engines.head, "")]
+    exits = [(e.file, f"..{e.depth - 1}") for e in manifest.engines.exits]
+    attention = [(e.file, str(e.first_layer)) for e in manifest.engines.attention]
+    ends = (manifest.engines.embed, ""), (manifest.engines.head, "")
+    return [ends[0], *layers, *fills, *attention, *exits, ends[1]]
 
 
 def _weight_bytes(file: Path) -> int:

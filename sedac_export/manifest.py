@@ -1,10 +1,10 @@
-"""The bundle's manifest, bundle.json, and its exit configuration, sedac_config.json."""
+"""The bundle's manifest, bundle.json."""
 
 import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sedac_export.errors import SedacError
 from sedac_export.stamp import sha256
@@ -55,6 +55,7 @@ class LayerEngineEntry(_Strict):
     first_layer: int
     num_layers: int
     contexts: list[str]
+    risk: bool = False
 
 
 class KeyValueEngineEntry(_Strict):
@@ -62,6 +63,14 @@ class KeyValueEngineEntry(_Strict):
 
     file: str
     contexts: list[str]
+
+
+class ExitEngineEntry(_Strict):
+    """The engine that gives an exit depth's signals, and the lens before the head there."""
+
+    depth: int
+    file: str
+    lens: str | None = None
 
 
 class Engines(_Strict):
@@ -72,6 +81,8 @@ class Engines(_Strict):
     key_value: list[KeyValueEngineEntry]
     head: str
     monolith: LayerEngineEntry
+    exits: list[ExitEngineEntry] = Field(default_factory=list)
+    attention: list[LayerEngineEntry] = Field(default_factory=list)
 
 
 class FileEntry(_Strict):
@@ -98,26 +109,15 @@ class Manifest(_Strict):
     tool_versions: dict[str, str]
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the head's weights, which tells one model's bundles from another's."""
+        own = self.files.get("onnx/head.data")
+        return (own or self.files["onnx/embed.data"]).sha256
+
     def cache_bytes(self) -> int:
         """Bytes of one sequence's full cache; keys and values are fp32 on CPU."""
         per_token = sum(2 * 4 * kv.heads * kv.head_size for kv in self.key_value_heads)
         return per_token * self.max_cache_length
-
-
-class ExitConfig(_Strict):
-    """sedac_config.json: when tokens exit, and what skipped layers' caches get."""
-
-    policy: Literal["stability"] = "stability"
-    tau: float = Field(0.98, ge=0.0, allow_inf_nan=False)
-    consecutive_k: int = Field(2, ge=1)
-    min_layer_ratio: float = Field(0.2, ge=0.0, le=1.0)
-    kv_fill: Literal["propagate"] = "propagate"
-
-    @classmethod
-    def for_layers(cls, layers: int) -> "ExitConfig":
-        """The defaults for a model of `layers` layers, which may have fewer than K."""
-        default = cls()
-        return default.model_copy(update={"consecutive_k": min(default.consecutive_k, layers)})
 
 
 def list_files(directory: Path) -> dict[str, FileEntry]:
@@ -192,16 +192,3 @@ def _check_digest(path: Path) -> None:
 
 def _damaged(path: Path, state: str) -> SedacError:
     return SedacError(f"{path} is {state}; build or copy the bundle again")
-
-
-def read_exit_config(directory: Path) -> ExitConfig:
-    """The exit configuration of the bundle in `directory`; the defaults when it has none."""
-    path = directory / EXIT_CONFIG
-    if not path.exists():
-        return ExitConfig()
-    try:
-        return ExitConfig.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or EXIT_CONFIG
-        raise SedacError(f"{path}: {field}: {first['msg']}; correct or delete it") from error

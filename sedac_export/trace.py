@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
+from sedac_export.decoder import find_mlp, replaced
 from sedac_export.engines import (
     EmbedEngine,
     HeadEngine,
@@ -76,6 +77,16 @@ class Tracer:
         outputs = ["y", "present_key_0", "present_value_0", "stability"]
         module = LayerEngine(self.skeleton, self.plan, index, self.router)
         return _trace(module, inputs, outputs, self._dynamic())
+
+    def attention(self, index: int) -> Graph:
+        """As `layer`, but the MLP contributes nothing."""
+        hidden = self.skeleton.config.hidden_size
+
+        def nothing(x: Tensor) -> Tensor:
+            return x.new_zeros(*x.shape[:-1], hidden)
+
+        with replaced(find_mlp(self.skeleton.layers[index]), nothing):
+            return self.layer(index)
 
     def key_value(self, index: int) -> Graph:
         """x, contexts, write_index and past -> present."""

@@ -67,12 +67,14 @@ def write_engines(
     writer = EngineWriter(skeleton, staging, precision)
     embed = writer.save(writer.stamp(writer.stored(graphs.embed), "embed"), "embed")
     layers, key_value = _write_layers(writer, graphs, progress)
+    attention = _write_attention(writer, graphs)
     engines = bundle.Engines(
         embed=embed,
         layers=_write_blocks(writer, layers, layers_per_engine),
         key_value=key_value,
         head=writer.save(writer.stamp(writer.stored(graphs.head), "head"), "head"),
         monolith=writer.save_layers(layers, 0, "monolith"),
+        attention=attention,
     )
     heads = graphs.plan.heads
     return {
@@ -101,6 +103,17 @@ def _write_layers(
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
         progress("write", index + 1, len(graphs.kinds))
     return stamped, entries
+
+
+def _write_attention(writer: EngineWriter, graphs: Graphs) -> list[bundle.LayerEngineEntry]:
+    """Write each layer's engine without its MLP; the weights are the layer's, written before."""
+    stored = [writer.stored(graph) for graph in graphs.attention]
+    entries = []
+    for index, kind in enumerate(graphs.kinds):
+        prefix = f"{writer.skeleton.layers_path}.{index}."
+        graph = writer.stamp(stored[kind], f"layer_{index:03}", prefix)
+        entries.append(writer.save_layers([graph], index, f"attention_{index:03}"))
+    return entries
 
 
 def _write_blocks(

@@ -1,0 +1,225 @@
+"""Choose an exit setting on some documents and certify it on others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sedac_export import manifest as bundle
+from sedac_export.certificate import Losses, check_enough, count_certified
+from sedac_export.collect import window_length
+from sedac_export.costs import Costs, measure_costs
+from sedac_export.documents import Document, data_digest, split_documents
+from sedac_export.edit import edited_bundle, write_config
+from sedac_export.errors import SedacError
+from sedac_export.exit_config import Certificate, ExitConfig, Mode
+from sedac_export.observe import count_losses, full_tokens, observe
+from sedac_export.policies import Policy, make_policy
+from sedac_export.replay import Replay
+from sedac_export.search import Candidate, pareto, search
+from sedac_export.wall_clock import measure_speedup
+
+# what part of the risk the settings to certify are meant to spend, safest first
+_LADDER = (0.5, 0.65, 0.8, 0.9, 0.97)
+_QUALITY_LADDER = (0.1, 0.25, 0.5, 0.75, 0.9)
+# a setting that gains less than this is no exit worth the name
+_LEAST_GAIN = 1.01
+_SEARCH_SHARE = 0.45
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to calibrate. Risks, confidence and min_speedup as numbers, not percent."""
+
+    directory: Path
+    documents: Sequence[Document]
+    mode: Mode = "balanced"
+    max_risk: float = 0.01
+    confidence: float = 0.95
+    min_speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One setting of the sequence on the certifying documents."""
+
+    candidate: Candidate
+    losses: Losses
+    layer_ratio: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was tested, in order, and the configuration that was written."""
+
+    config: ExitConfig
+    steps: list[Step]
+
+
+def calibrate(request: Request, progress: Progress = lambda *_: None) -> Calibrated:
+    """Search, certify, time, and write sedac_config.json. Nothing is written unless certified.
+
+    Raises SedacError when the data are too few, and when no setting is certified: it says how
+    close the best came.
+    """
+    _check(request)
+    manifest = bundle.read_manifest(request.directory)
+    bundle.check_files(request.directory, manifest)
+    searched, certifying = split_documents(request.documents, (_SEARCH_SHARE, 1 - _SEARCH_SHARE))
+    _check_size(request, certifying)
+    replay = Replay(request.directory, manifest)
+    costs = measure_costs(replay)
+    ladder = _choose(request, replay, costs, searched, progress)
+    steps = _test(request, replay, costs, certifying, ladder, progress)
+    certified = count_certified(
+        [step.losses for step in steps], request.max_risk, request.confidence
+    )
+    if certified == 0:
+        raise SedacError(_refusal(request, steps))
+    step = _best(request, steps[:certified])
+    config = _certify(request, step, certifying)
+    write_config(request.directory, config.to_json())
+    return Calibrated(config, steps)
+
+
+def _choose(
+    request: Request,
+    replay: Replay,
+    costs: Costs,
+    documents: Sequence[Document],
+    progress: Progress,
+) -> list[Candidate]:
+    """The settings to certify, safest first, all of the policy that is fastest at the risk.
+
+    Signals are observed with full-depth caches; exits change the caches of later tokens and with
+    them the risk. One replay tells by how much, and settings are taken for the corrected risk.
+    """
+    seen = observe(replay, documents, lambda *done: progress("search", *done))
+    front = pareto(search(seen, costs))
+    front = [c for c in front if c.speedup >= _LEAST_GAIN and c.risk > 0]
+    if not front:
+        raise SedacError(
+            "no setting of any policy is faster than full depth; train probes with more data, or"
+            " use a model trained for early exits"
+        )
+    trial = max((c for c in front if c.risk <= request.max_risk), key=_speed, default=front[0])
+    full = seen.full_by_document(documents, window_length(replay.manifest))
+    losses, _ = count_losses(replay, documents, full, _policy(trial, replay))
+    inflation = max(1.0, losses.risk / trial.risk)
+    same = [c for c in front if c.config.policy == trial.config.policy]
+    shares = _QUALITY_LADDER if request.mode == "quality" else _LADDER
+    chosen: list[Candidate] = []
+    for share in shares:
+        within = [c for c in same if c.risk * inflation <= share * request.max_risk]
+        best = max(within, key=_speed, default=same[0])
+        if best not in chosen:
+            chosen.append(best)
+    return sorted(chosen, key=lambda c: c.risk)
+
+
+def _test(
+    request: Request,
+    replay: Replay,
+    costs: Costs,
+    documents: Sequence[Document],
+    ladder: Sequence[Candidate],
+    progress: Progress,
+) -> list[Step]:
+    """Replay the ladder on the certifying documents, up to the first that fails."""
+    full = full_tokens(replay, documents, lambda *done: progress("full", *done))
+    steps: list[Step] = []
+    for number, candidate in enumerate(ladder):
+        progress("certify", number, len(ladder))
+        losses, depths = count_losses(replay, documents, full, _policy(candidate, replay))
+        asked = candidate.config.thresholds or {}
+        checks = np.zeros(len(depths), dtype=np.int64)
+        if candidate.config.policy in ("margin", "learned"):
+            for depth in asked:
+                checks += depths >= depth
+        ratio = replay.num_layers / float(depths.mean())
+        speedup = costs.full / float(costs.of(depths, checks).mean())
+        steps.append(Step(candidate, losses, ratio, speedup))
+        if not count_certified([losses], request.max_risk, request.confidence):
+            break
+    progress("certify", len(ladder), len(ladder))
+    return steps
+
+
+def _best(request: Request, steps: Sequence[Step]) -> Step:
+    """The certified step that the mode asks for."""
+    if request.mode == "quality":
+        wanted = request.min_speedup or _LEAST_GAIN
+        fast = [step for step in steps if step.speedup >= wanted]
+        return min(fast or steps[-1:], key=lambda step: step.losses.risk)
+    if request.mode == "speed":
+        return max(steps, key=lambda step: step.speedup)
+    return max(steps, key=lambda step: step.speedup * (1 - step.losses.risk))
+
+
+def _certify(request: Request, step: Step, documents: Sequence[Document]) -> ExitConfig:
+    """The configuration with its certificate. Raises SedacError when it is too slow."""
+    config = step.candidate.config
+    speedup = time_config(request.directory, config, documents)
+    if request.min_speedup is not None and speedup < request.min_speedup:
+        raise SedacError(
+            f"the fastest certified setting is {speedup:.2f}x full depth, below --min-speedup"
+            f" {request.min_speedup:g}; nothing was written"
+        )
+    certificate = Certificate(
+        max_risk=request.max_risk,
+        confidence=request.confidence,
+        risk_bound=min(step.losses.upper_bound(request.confidence), request.max_risk),
+        observed_risk=step.losses.risk,
+        tokens=int(step.losses.tokens.sum()),
+        documents=len(step.losses.tokens),
+        data_sha256=data_digest(documents),
+        policy=config.policy,
+        speedup=speedup,
+        layer_ratio=step.layer_ratio,
+        mode=request.mode,
+    )
+    return config.model_copy(update={"certificate": certificate})
+
+
+def time_config(directory: Path, config: ExitConfig, documents: Sequence[Document]) -> float:
+    """Wall-clock speed of `config` against full depth, timed on a copy of the bundle."""
+    with edited_bundle(directory, keep=False) as copy:
+        write_config(copy, config.to_json())
+        return measure_speedup(copy, documents)
+
+
+def _refusal(request: Request, steps: Sequence[Step]) -> str:
+    losses = steps[0].losses
+    bound = losses.upper_bound(request.confidence)
+    return (
+        f"no setting could be certified at --max-risk {request.max_risk:g}: the closest,"
+        f" policy {steps[0].candidate.config.policy} at layer ratio {steps[0].layer_ratio:.3f}, has"
+        f" risk {losses.risk:.4f} on {int(losses.tokens.sum())} tokens, bounded by {bound:.4f};"
+        " nothing was written, give more --data or a higher --max-risk"
+    )
+
+
+def _check(request: Request) -> None:
+    for name, value in (("--max-risk", request.max_risk), ("--confidence", request.confidence)):
+        if not 0 < value < 1:
+            raise SedacError(f"{name} {value} is out of range: above 0 and below 1")
+    if request.min_speedup is not None and not 0 < request.min_speedup < float("inf"):
+        raise SedacError(f"--min-speedup {request.min_speedup} is out of range: above 0")
+
+
+def _check_size(request: Request, documents: Sequence[Document]) -> None:
+    """Raise SedacError before the work when the data cannot certify anything."""
+    counts = np.array([len(document.tokens) for document in documents])
+    check_enough(Losses(np.zeros_like(counts), counts), request.max_risk, request.confidence)
+
+
+def _policy(candidate: Candidate, replay: Replay) -> Callable[[], Policy]:
+    return lambda: make_policy(candidate.config, replay.num_layers)
+
+
+def _speed(candidate: Candidate) -> float:
+    return candidate.speedup

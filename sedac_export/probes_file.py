@@ -1,0 +1,71 @@
+"""probes.safetensors: the trained probes of a bundle, and whose they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sedac_export.errors import SedacError
+from sedac_export.manifest import Manifest
+from sedac_export.probes import LREProbe
+
+PROBES = "probes.safetensors"
+
+
+def write_probes(
+    directory: Path, manifest: Manifest, tensors: dict[str, Tensor], medians: dict[int, float]
+) -> None:
+    """Write the probes' tensors, by names such as risk.8.down.weight, and which model's they are.
+
+    medians: each V6 probe's median risk where it was trained.
+    """
+    metadata = {
+        "model": manifest.model.name,
+        "hidden_size": str(manifest.model.hidden_size),
+        "head_sha256": manifest.fingerprint(),
+        "median_risk": json.dumps(medians),
+    }
+    save_file(tensors, directory / PROBES, metadata)
+
+
+def check_probes(directory: Path, manifest: Manifest) -> None:
+    """Raise SedacError when the bundle's probes are of another model or cannot be read."""
+    _read(directory, manifest)
+
+
+def median_risks(directory: Path, manifest: Manifest) -> dict[int, float]:
+    """Each V6 probe's median risk where it was trained, by depth; none without probes."""
+    metadata, _ = _read(directory, manifest)
+    medians = json.loads(metadata.get("median_risk", "{}"))
+    return {int(depth): max(float(value), 1e-6) for depth, value in medians.items()}
+
+
+def risk_probes(directory: Path, manifest: Manifest) -> dict[int, LREProbe]:
+    """The V6 probes by depth; none where none was trained."""
+    _, tensors = _read(directory, manifest)
+    depths = {int(name.split(".")[1]) for name in tensors if name.startswith("risk.")}
+    probes = {}
+    for depth in sorted(depths):
+        prefix = f"risk.{depth}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        probes[depth] = LREProbe(state["down.weight"].shape[1])
+        probes[depth].load_state_dict(state)
+    return probes
+
+
+def _read(directory: Path, manifest: Manifest) -> tuple[dict[str, str], dict[str, Any]]:
+    path = directory / PROBES
+    if not path.exists():
+        return {}, {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SedacError(f"{path} cannot be read ({error}); train the probes again") from error
+    if metadata.get("head_sha256") != manifest.fingerprint():
+        raise SedacError(f"{path} holds probes of another model; train them for this one")
+    return metadata, tensors

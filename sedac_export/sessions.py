@@ -1,0 +1,62 @@
+"""ONNX Runtime sessions over a bundle's engines, for passes of many tokens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+Array = npt.NDArray[Any]
+
+THREADS = 2
+
+
+class Engine:
+    """One graph, loaded. Caches are updated in place."""
+
+    def __init__(self, model: Path | bytes, threads: int = THREADS) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # many sessions take turns: threads that spin for one keep the next from working
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = {value.name for value in self.session.get_inputs()}
+        outputs = [value.name for value in self.session.get_outputs()]
+        self._wanted = [name for name in outputs if not name.startswith("present_")]
+
+    def run(
+        self, feeds: Mapping[str, Array], caches: Mapping[str, onnxruntime.OrtValue] | None = None
+    ) -> dict[str, Array]:
+        """The outputs by name, caches aside; of `feeds` what the graph does not take is ignored."""
+        binding = self.bind(feeds, caches)
+        self.session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        return {name: values[index].numpy() for index, name in enumerate(self._wanted)}
+
+    def bind(
+        self, feeds: Mapping[str, Array], caches: Mapping[str, onnxruntime.OrtValue] | None = None
+    ) -> onnxruntime.IOBinding:
+        """What `run` runs."""
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            if name in self.inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self._wanted:
+            binding.bind_output(name, "cpu")
+        for name, cache in (caches or {}).items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past", "present"), cache)
+        return binding
+
+
+def empty_cache(heads: int, length: int, size: int) -> onnxruntime.OrtValue:
+    """Zeros of one layer's keys or values, fp32 [1, heads, length, size]."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(
+        np.zeros((1, heads, length, size), dtype=np.float32)
+    )

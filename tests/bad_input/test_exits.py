@@ -1,0 +1,139 @@
+"""What collect, train-probes, calibrate and report cannot use: one line, nothing changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from bad_input.command import Command, assert_one_line_error, rewrite_manifest, snapshot
+
+TEXT = "def push(self, item):\n    self.items.append(item)\n" * 20
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.py"
+    path.write_text(TEXT)
+    return path
+
+
+def arguments(command: str, bundle: Path, *data: Path) -> list[str]:
+    output = [] if command in ("train-probes", "calibrate") else ["--output", f"{bundle}-out"]
+    return [command, str(bundle), "--data", *map(str, data), *output]
+
+
+COMMANDS = ("collect", "train-probes", "calibrate", "report")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unusable_texts_are_named(
+    command: str, export: Command, bundle: Path, text: Path, tmp_path: Path
+) -> None:
+    damaged = {"empty.py": b"", "blank.py": b" \n", "latin.py": b"caf\xe9\n" * 9}
+    before = snapshot(bundle)
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        assert_one_line_error(export(*arguments(command, bundle, text, tmp_path / name)), name)
+    missing = tmp_path / "missing.py"
+    assert_one_line_error(export(*arguments(command, bundle, missing)), "missing.py")
+    assert snapshot(bundle) == before
+    assert not Path(f"{bundle}-out").exists()
+
+
+@pytest.mark.parametrize("command", ["train-probes", "calibrate"])
+def test_too_little_data_is_refused(
+    command: str, export: Command, bundle: Path, text: Path
+) -> None:
+    before = snapshot(bundle)
+    assert_one_line_error(export(*arguments(command, bundle, text)), "document")
+    assert snapshot(bundle) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bundle_without_tokenizer_reads_no_texts(
+    command: str, export: Command, mute_bundle: Path, text: Path
+) -> None:
+    assert_one_line_error(export(*arguments(command, mute_bundle, text)), "no tokenizer")
+
+
+def test_a_tokenizer_of_another_model_is_refused(export: Command, bundle: Path, text: Path) -> None:
+    facts = json.loads((bundle / "bundle.json").read_text())["model"]
+    rewrite_manifest(bundle, model=facts | {"vocab_size": 16})
+    assert_one_line_error(export(*arguments("report", bundle, text)), "tokenizer", "16")
+
+
+def test_settings_out_of_range_are_refused(export: Command, bundle: Path, text: Path) -> None:
+    for option, value in (("--max-risk", "0"), ("--confidence", "1"), ("--min-speedup", "-1")):
+        result = export(*arguments("calibrate", bundle, text), option, value)
+        assert_one_line_error(result, option, "out of range")
+    for option, value in (("--exit-layers", "9"), ("--probe-layers", "x")):
+        result = export(*arguments("train-probes", bundle, text), option, value)
+        assert_one_line_error(result, option, value)
+
+
+def test_a_collection_of_another_model_is_refused(
+    export: Command, bundle: Path, text: Path, tmp_path: Path
+) -> None:
+    collected = tmp_path / "collected"
+    command = ["collect", str(bundle), "--data", str(text), "--output", str(collected)]
+    assert export(*command).code == 0
+    index = collected / "collection.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"fingerprint": "another"}))
+    before = snapshot(collected)
+    assert_one_line_error(export(*command), "another model")
+    assert snapshot(collected) == before
+    index.write_text("{")
+    assert_one_line_error(export(*command), "collection.json")
+    assert_one_line_error(export(*command[:-1], str(bundle)), "no collection")
+
+
+CONFIGS = [
+    ({"policy": "margin"}, "thresholds"),
+    ({"policy": "margin", "thresholds": {"2": 1.5}}, "thresholds.2"),
+    ({"policy": "margin", "thresholds": {}}, "thresholds"),
+    ({"policy": "probe", "thresholds": {"2": 0.0}}, "above 0"),
+    ({"policy": "learned", "thresholds": {"2": 0.5}, "tau": 0.9}, "tau"),
+    ({"policy": "cascade", "thresholds": {"2": 0.5}, "weights": {"2": 1}}, "targets"),
+    (
+        {"policy": "cascade", "thresholds": {"2": 1}, "weights": {"1": 1}, "targets": {"2": 1}},
+        "weights",
+    ),
+    ({"policy": "stability", "certificate": {"max_risk": 2}}, "certificate"),
+]
+
+
+@pytest.mark.parametrize(("config", "word"), CONFIGS)
+def test_an_edited_configuration_is_refused(
+    config: dict[str, object], word: str, export: Command, bundle: Path, text: Path
+) -> None:
+    path = bundle / "sedac_config.json"
+    path.write_text(json.dumps(config))
+    assert_one_line_error(export(*arguments("report", bundle, text)), str(path), word)
+
+
+def test_depths_that_are_no_exits_are_refused(export: Command, bundle: Path, text: Path) -> None:
+    config = {"policy": "margin", "thresholds": {"9": 0.5}}
+    (bundle / "sedac_config.json").write_text(json.dumps(config))
+    assert_one_line_error(export(*arguments("report", bundle, text)), "thresholds.9")
+
+
+def test_probes_of_another_model_are_refused(
+    export: Command, bundle: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copy(text, tmp_path / "second.py")
+    (tmp_path / "second.py").write_text(TEXT + "# another\n")
+    trained = export(
+        *arguments("train-probes", bundle, text, tmp_path / "second.py"),
+        *("--exit-layers", "2", "--probe-layers", "2"),
+    )
+    assert trained.code == 0, trained
+    probes = bundle / "probes.safetensors"
+    save_file(load_file(probes), probes, {"model": "x", "head_sha256": "0", "median_risk": "{}"})
+    files = json.loads((bundle / "bundle.json").read_text())["files"]
+    from sedac_export.stamp import sha256
+
+    files["probes.safetensors"] = {"bytes": probes.stat().st_size, "sha256": sha256(probes)}
+    rewrite_manifest(bundle, files=files)
+    assert_one_line_error(export(*arguments("report", bundle, text)), "probes", "another model")
