@@ -3,6 +3,8 @@
 import os
 from typing import Any, Literal, final
 
+from typing_extensions import Buffer
+
 __all__ = [
     "BundleError",
     "EngineError",
@@ -10,8 +12,11 @@ __all__ = [
     "InputError",
     "Model",
     "SedacError",
+    "Thresholds",
     "__version__",
     "bench",
+    "exits_by_risk",
+    "exits_by_stability",
 ]
 
 __version__: str
@@ -90,3 +95,16 @@ def bench(
     repeat: int,
     against: int,
 ) -> list[dict[str, Any]]: ...
+
+@final
+class Thresholds:
+    """Thresholds by depth that threads read and move without locks."""
+
+    def __new__(cls, values: dict[int, float]) -> Thresholds: ...
+    def get(self, depth: int) -> float | None: ...
+    def follow(self, depth: int, risks: Buffer, exit_rate: float, step: float) -> float: ...
+
+def exits_by_stability(
+    stability: Buffer, tau: float, consecutive_k: int, min_layer_ratio: float
+) -> list[int]: ...
+def exits_by_risk(risks: Buffer, thresholds: Thresholds, layers: int) -> list[int]: ...
