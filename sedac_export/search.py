@@ -15,7 +15,7 @@ from sedac_export.policies import make_policy
 from sedac_export.signals import Floats, Signals
 
 # prices of an error, in full-depth tokens: from nearly free to nearly forbidden
-_PRICES = np.geomspace(1.0, 300.0, 28)
+_PRICES = np.geomspace(1.0, 300.0, 64)
 _SWEEPS = 3
 _TAUS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995)
 _MIN_RATIOS = (0.2, 0.5, 0.75)
