@@ -71,7 +71,7 @@ def greedy(
     is the propagate rule, computed by the model's own layers.
     """
     cache = DynamicCache(config=model.config)
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    layers = decoder_layers(model)
     logits = model(torch.tensor([list(prompt)]), past_key_values=cache, use_cache=True).logits
     result = Greedy([], [], [])
     depth = len(layers)
@@ -83,9 +83,37 @@ def greedy(
         if len(result.tokens) == count:
             return result
         step = torch.tensor([[result.tokens[-1]]])
-        with exiting(list(layers), policy) as token:
+        with exiting(layers, policy) as token:
             logits = model(step, past_key_values=cache, use_cache=True).logits
         depth = token.depth
+
+
+@torch.no_grad()
+def greedy_deferred(
+    model: PreTrainedModel, prompt: Sequence[int], count: int, exits: Sequence[int]
+) -> Greedy:
+    """Decode with exits whose caches hold what full depth computes.
+
+    Without a cache: at each step all tokens run to the depth of the newest one's exit, so the
+    exits of earlier ones leave no trace.
+    """
+    layers = decoder_layers(model)
+    result = Greedy([], [], [])
+    for index in range(count):
+        depth = exits[(index - 1) % len(exits)] if index else len(layers)
+        tokens = torch.tensor([[*prompt, *result.tokens]])
+        with exiting(layers, Forced([depth])):
+            logits = model(tokens, use_cache=False).logits
+        top = logits[0, -1].topk(2)
+        result.tokens.append(int(top.indices[0]))
+        result.leads.append(float(top.values[0] - top.values[1]))
+        result.exit_layers.append(depth)
+    return result
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder layers, shallowest first."""
+    return list(next(m for m in model.modules() if isinstance(m, nn.ModuleList)))
 
 
 class _Token:
@@ -101,7 +129,7 @@ class _Token:
             return (before, *output[1:]) if isinstance(output, tuple) else before
         self.depth += 1
         after = output[0] if isinstance(output, tuple) else output
-        stability = (torch.cosine_similarity(before, after, dim=-1).item() + 1) / 2
+        stability = (torch.cosine_similarity(before, after, dim=-1)[0, -1].item() + 1) / 2
         wants = self.policy is not None and self.policy.stops(self.depth, stability)
         self.exited = wants and self.depth < self.layers
         return output

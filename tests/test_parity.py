@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import THREADS, TinyBundle
-from eager import Forced, Stable, greedy
+from eager import Forced, Stable, greedy, greedy_deferred
 from tiny_models import ARCHITECTURES
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -56,6 +56,51 @@ def test_forced_exits_equal_eager_with_the_same_fill(
         greedy(reference, prompt, 64, Forced(exits)).assert_same(output.tokens)
         expected = [4, *(exits[n % len(exits)] for n in range(63))]
         assert output.exit_layers == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_deferred_exits_leave_the_caches_of_full_depth(
+    name: str, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    reference, bundle = tiny_bundle(name)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    prompt = random_prompts(256, 2)[1]
+    for exits in ([2], [1, 4, 3, 1, 1, 2]):
+        output = model.generate(prompt, forced_exit=exits, kv_fill="defer", max_new_tokens=32)
+        greedy_deferred(reference, prompt, 32, exits).assert_same(output.tokens)
+        assert output.kv_fill == "defer"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("drafter", ["early-exit", "prompt-lookup", "auto"])
+def test_lossless_equals_transformers(
+    drafter: str, name: str, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    reference, bundle = tiny_bundle(name)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    for prompt in random_prompts(256, 3):
+        # a text with something to look up
+        prompt = prompt[:30] * 3
+        output = model.generate(prompt, mode="lossless", drafter=drafter, max_new_tokens=64)
+        greedy(reference, prompt, 64).assert_same(output.tokens)
+        assert output.exit_layers == [4] * 64
+
+
+@pytest.mark.parametrize("drafter", ["early-exit", "prompt-lookup", "auto"])
+def test_demo_lossless_equals_full_depth(drafter: str, demo_model: SedacModel) -> None:
+    drafted = accepted = 0
+    for prompt in DEMO_PROMPTS:
+        for settings in ({}, {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}):
+            wanted = {"max_new_tokens": NEW_TOKENS, "stop_tokens": [], "seed": 3, **settings}
+            full = demo_model.generate(prompt, mode="full", **wanted)
+            lossless = demo_model.generate(prompt, mode="lossless", drafter=drafter, **wanted)
+            assert lossless.tokens == full.tokens
+            assert lossless.finish_reason == full.finish_reason
+            assert lossless.verify_passes == sum(lossless.draft_depths.values())
+            drafted += lossless.drafted
+            accepted += lossless.accepted
+    # text of programs repeats itself, and the demo model was trained to exit
+    assert 0 < accepted <= drafted
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -43,6 +43,8 @@ def test_unknown_modes_are_refused(demo_model: SedacModel) -> None:
         demo_model.generate(PROMPT, mode="exits")
     with pytest.raises(InputError, match="kv_fill copy is out of range"):
         demo_model.generate(PROMPT, kv_fill="copy")
+    with pytest.raises(InputError, match="drafter guess is out of range"):
+        demo_model.generate(PROMPT, mode="lossless", drafter="guess")
 
 
 def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
@@ -53,6 +55,24 @@ def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
     cut = free.tokens.index(last) + 1
     assert stopped.tokens == free.tokens[:cut]
     assert stopped.finish_reason == "stop"
+
+
+def test_generation_stops_at_a_stop_string(demo_model: SedacModel) -> None:
+    free = demo_model.generate(PROMPT, max_new_tokens=60, stop_tokens=[], mode="full")
+    # a string across tokens, and one that never comes
+    word = free.text[20:27]
+    for mode in ("full", "lossless"):
+        stopped = demo_model.generate(
+            PROMPT, max_new_tokens=60, stop_tokens=[], mode=mode, stop_strings=["\0", word]
+        )
+        assert stopped.finish_reason == "stop"
+        end = stopped.text.index(word) + len(word)
+        assert free.text.startswith(stopped.text)
+        # no token after the one that completed it
+        last = demo_model.decode(stopped.tokens[:-1])
+        assert len(last) < end <= len(stopped.text)
+    with pytest.raises(InputError, match="stop_strings"):
+        demo_model.generate(PROMPT, stop_strings=[""])
 
 
 def test_a_full_cache_ends_the_text(demo_model: SedacModel) -> None:
@@ -70,6 +90,7 @@ def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
         *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),
         *("mode", "kv_fill", "prompt_tokens", "prefill_ms", "decode_ms"),
         *("decode_tokens_per_second", "finish_reason"),
+        *("drafted", "accepted", "verify_passes", "draft_depths"),
     ]
     assert len(output.tokens) == len(output.exit_layers) == len(output.exit_reasons) == 32
     assert output.exit_layers[0] == output.num_layers == 12
@@ -127,14 +148,18 @@ def test_bench_rows_are_named_and_sound(demo_bundle: Path) -> None:
     rows = bench(
         demo_bundle,
         forced_exit=[3, 12],
-        monolith=True,
+        drafters=["auto"],
+        against="monolith",
         prompt_tokens=8,
         new_tokens=6,
         repeat=2,
         threads=THREADS,
     )
-    assert [row["name"] for row in rows] == ["chain", "exit@3", "exit@12", "monolith"]
-    assert [row["mean_exit_layer"] for row in rows] == [12, 3, 12, 12]
+    names = ["chain", "exit@3", "exit@12", "lossless:auto", "monolith"]
+    assert [row["name"] for row in rows] == names
+    assert [row["mean_exit_layer"] for row in rows] == [12, 3, 12, 12, 12]
+    assert [row["agreement"] for row in rows if row["name"] != "exit@3"] == [1.0] * 4
+    assert rows[-1]["speedup"] == 1.0
     for row in rows:
         assert 0 < row["min_ms"] <= row["ms_per_token"] <= row["max_ms"]
 

@@ -1,7 +1,7 @@
 """The Rust core's binding. Everything public is re-exported by sedac_runtime."""
 
 import os
-from typing import Any, final
+from typing import Any, Literal, final
 
 __all__ = [
     "BundleError",
@@ -48,7 +48,9 @@ class Model:
     @property
     def has_tokenizer(self) -> bool: ...
     @property
-    def exit_config(self) -> dict[str, Any]: ...
+    def exit_config(self) -> tuple[str, str | None, Literal["propagate", "defer"]]: ...
+    @property
+    def trained_depths(self) -> dict[str, list[int]]: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
     def generate(
@@ -57,9 +59,11 @@ class Model:
         *,
         max_new_tokens: int,
         stop_tokens: list[int],
-        stability: tuple[float, int, float] | None = None,
+        stop_strings: list[str] = ...,
+        policy: str | None = None,
         forced_exit: list[int] | None = None,
         drafter: str | None = None,
+        kv_fill: str = "propagate",
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -84,4 +88,5 @@ def bench(
     prompt: list[int] | tuple[str, int],
     new_tokens: int,
     repeat: int,
+    against: int,
 ) -> list[dict[str, Any]]: ...

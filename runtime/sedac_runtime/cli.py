@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -43,6 +43,17 @@ class KvFill(StrEnum):
     """What --kv-fill takes."""
 
     PROPAGATE = "propagate"
+    DEFER = "defer"
+
+
+class Policy(StrEnum):
+    """What --policy takes."""
+
+    STABILITY = "stability"
+    PROBE = "probe"
+    CASCADE = "cascade"
+    MARGIN = "margin"
+    LEARNED = "learned"
 
 
 class Drafter(StrEnum):
@@ -56,6 +67,7 @@ class Drafter(StrEnum):
 class Reference(StrEnum):
     """What --against takes."""
 
+    FULL = "full"
     MONOLITH = "monolith"
 
 
@@ -71,20 +83,41 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most so many.")] = 128,
     mode: Annotated[
-        GenerationMode, typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies.")
+        GenerationMode,
+        typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies."),
     ] = GenerationMode.EXIT,
+    policy: Annotated[
+        Policy | None,
+        typer.Option(
+            help="What decides about exits. [default: the bundle's]", envvar="SEDAC_METHOD"
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Threshold at all depths, but of stability. [default: the bundle's]"),
+    ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
+        float | None,
+        typer.Option(
+            help="Stability a layer must reach. [default: the bundle's]", envvar="SEDAC_V7_TAU"
+        ),
     ] = None,
     consecutive_k: Annotated[
-        int | None, typer.Option(help="Layers in a row that must. [default: the bundle's]")
+        int | None,
+        typer.Option(
+            help="Layers in a row that must. [default: the bundle's]", envvar="SEDAC_V7_K"
+        ),
     ] = None,
     min_layer_ratio: Annotated[
         float | None, typer.Option(help="Share of layers that always run. [default: the bundle's]")
     ] = None,
     kv_fill: Annotated[
-        KvFill, typer.Option(help="What the caches of skipped layers get.")
-    ] = KvFill.PROPAGATE,
+        KvFill | None,
+        typer.Option(
+            help="Caches of skipped layers: from the exit's hidden state, or later and exactly."
+            " [default: the bundle's]"
+        ),
+    ] = None,
     drafter: Annotated[
         Drafter, typer.Option(help="What guesses tokens with --mode lossless.")
     ] = Drafter.AUTO,
@@ -94,6 +127,10 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Keep those at least so likely, relatively.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 does nothing.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End after this text; can be repeated."),
+    ] = None,
     threads: ThreadsOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
     as_json: JsonOption = False,
@@ -106,10 +143,12 @@ def generate(
         tokens,
         max_new_tokens=max_new_tokens,
         mode=mode.value,
+        policy=None if policy is None else policy.value,
+        threshold=threshold,
         tau=tau,
         consecutive_k=consecutive_k,
         min_layer_ratio=min_layer_ratio,
-        kv_fill=kv_fill.value,
+        kv_fill=None if kv_fill is None else kv_fill.value,
         drafter=drafter.value,
         temperature=temperature,
         top_k=top_k,
@@ -117,6 +156,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        stop_strings=stop or (),
     )
     if as_json:
         print(json.dumps(asdict(generation.output)))
@@ -141,8 +181,11 @@ def bench(
         typer.Option(help="Also measure lossless mode with this drafter; can be repeated."),
     ] = None,
     against: Annotated[
-        Reference | None, typer.Option(help="Also run all layers in one engine.")
-    ] = None,
+        Reference,
+        typer.Option(
+            help="Compare with the chain at full depth, or with all layers in one engine."
+        ),
+    ] = Reference.FULL,
     prompt_file: Annotated[
         str | None, typer.Option(help="Take the tokens before the timing from this UTF-8 file.")
     ] = None,
@@ -157,7 +200,7 @@ def bench(
         engines,
         forced_exit=_depths(forced_exit),
         drafters=[choice.value for choice in drafter or ()],
-        monolith=against is Reference.MONOLITH,
+        against=against.value,
         prompt=None if prompt_file is None else _read_prompt(None, prompt_file),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -167,7 +210,10 @@ def bench(
     if as_json:
         print(json.dumps({"rows": rows}))
         return
-    table = Table("row", "ms/token", "tokens/s", "min ms", "max ms", "mean exit layer")
+    table = Table(
+        *("row", "ms/token", "tokens/s", "min ms", "max ms", "mean exit layer"),
+        *("speed", "same tokens"),
+    )
     for row in rows:
         table.add_row(
             row["name"],
@@ -176,6 +222,8 @@ def bench(
                 for key in ("ms_per_token", "tokens_per_second", "min_ms", "max_ms")
             ),
             f"{row['mean_exit_layer']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['agreement']:.1%}",
         )
     Console().print(table)
 
@@ -245,6 +293,21 @@ def _print_statistics(generation: GenerationStream) -> None:
         f" mean exit layer {output.mean_exit_layer:.1f} of {output.num_layers},"
         f" prefill {output.prefill_ms:.0f} ms, finished by {output.finish_reason}",
         file=sys.stderr,
+    )
+    if output.mode == "exit":
+        print(_certified(output.certificate), file=sys.stderr)
+
+
+def _certified(certificate: dict[str, Any] | None) -> str:
+    if certificate is None:
+        return (
+            "warning: these exits are not certified, tokens may differ from full depth's at any"
+            " rate; run sedac-export calibrate, or use --mode lossless"
+        )
+    return (
+        f"certified: at most {certificate['risk_bound']:.2%} of tokens differ from full depth's,"
+        f" with confidence {certificate['confidence']:.0%}, by {certificate['tokens']} tokens of"
+        f" {certificate['documents']} documents; {certificate['speedup']:.2f}x measured then"
     )
 
 

@@ -1,18 +1,20 @@
 """SedacModel: a loaded bundle, used as transformers' models are."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.library import default_threads, find_onnxruntime
+from sedac_runtime.policy import PolicyName, choose_policy
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
 Mode = Literal["full", "exit", "lossless"]
 Drafter = Literal["auto", "early-exit", "prompt-lookup"]
-KvFill = Literal["propagate"]
+KvFill = Literal["propagate", "defer"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class GenerationOutput:
 
     In mode "lossless": `drafted` tokens were guessed, `accepted` of them confirmed in
     `verify_passes` passes; draft_depths counts the drafts by the layers they went through, 0 for
-    those of prompt lookup. All are 0 in other modes.
+    those of prompt lookup. All are 0 in other modes. certificate is what was certified of the
+    exits, None where nothing was.
     """
 
     text: str
@@ -51,6 +54,7 @@ class GenerationOutput:
     accepted: int
     verify_passes: int
     draft_depths: dict[int, int]
+    certificate: dict[str, Any] | None
 
 
 class GenerationStream:
@@ -63,12 +67,14 @@ class GenerationStream:
         kv_fill: KvFill,
         prompt_tokens: int,
         num_layers: int,
+        certificate: dict[str, Any] | None,
     ) -> None:
         self._generation = generation
         self._mode: Mode = mode
         self._kv_fill: KvFill = kv_fill
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
+        self._certificate = certificate
         self._tokens: list[TokenOutput] = []
         self._output: GenerationOutput | None = None
 
@@ -116,6 +122,7 @@ class GenerationStream:
             accepted=summary["accepted"],
             verify_passes=summary["verify_passes"],
             draft_depths=summary["draft_depths"],
+            certificate=self._certificate,
         )
 
 
@@ -179,10 +186,12 @@ class SedacModel:
         *,
         max_new_tokens: int = 128,
         mode: Mode = "exit",
+        policy: PolicyName | None = None,
+        threshold: float | None = None,
         tau: float | None = None,
         consecutive_k: int | None = None,
         min_layer_ratio: float | None = None,
-        kv_fill: KvFill = "propagate",
+        kv_fill: KvFill | None = None,
         drafter: Drafter = "auto",
         forced_exit: Sequence[int] | None = None,
         temperature: float = 0.0,
@@ -192,17 +201,22 @@ class SedacModel:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
     ) -> GenerationStream:
         """Generate token by token after `prompt`, a text or token ids.
 
-        mode "full" runs every layer; "exit" stops a token once `consecutive_k` layers in a row had
-        a stability of at least `tau`, from `min_layer_ratio` of the layers on; "lossless" gives
-        full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"), from
-        the text so far ("prompt-lookup") or both ("auto"), and full depth verifies several in one
-        pass. What is None comes from the bundle's sedac_config.json. kv_fill "propagate" fills the caches of skipped layers
-        from the hidden state at the exit. forced_exit exits at the first exit from the given
-        depths on, taken in turn, whatever the policy says. temperature 0 is greedy. stop_tokens
-        None means the model's end-of-text tokens.
+        mode "full" runs every layer. "exit" stops a token where `policy` says so: "stability" once
+        `consecutive_k` layers in a row had a stability of at least `tau`, from `min_layer_ratio` of
+        the layers on; "probe" and "cascade" by the entropy probes' risk, "margin" and "learned" by
+        the exit engines, at the bundle's thresholds or at `threshold` for all depths. "lossless"
+        gives full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"),
+        from the text so far ("prompt-lookup") or both ("auto"), and full depth verifies several in
+        one pass. What is None comes from the bundle's sedac_config.json. The caches of skipped
+        layers get what the layers compute: with kv_fill "propagate" from the hidden state at the
+        exit, with "defer" in full, with the next token that goes deeper. forced_exit exits at
+        the first exit from the given depths on, taken in turn, whatever the policy says.
+        temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
+        end-of-text tokens) or with the token that completes one of `stop_strings`.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
@@ -212,17 +226,21 @@ class SedacModel:
             ("kv_fill", kv_fill, KvFill),
             ("drafter", drafter, Drafter),
         ):
-            if value not in get_args(known):
+            if value is not None and value not in get_args(known):
                 choices = " or ".join(get_args(known))
                 raise _core.InputError(f"{name} {value} is out of range: {choices}")
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
-        defaults = self._core.exit_config
-        stability = (
-            defaults["tau"] if tau is None else tau,
-            defaults["consecutive_k"] if consecutive_k is None else consecutive_k,
-            defaults["min_layer_ratio"] if min_layer_ratio is None else min_layer_ratio,
-        )
+        policy_json, certificate_json, bundle_fill = self._core.exit_config
+        own = json.loads(policy_json)
+        stability = {
+            "tau": tau,
+            "consecutive_k": consecutive_k,
+            "min_layer_ratio": min_layer_ratio,
+        }
+        depths = self._core.trained_depths
+        settings = choose_policy(own, policy, threshold, stability, depths)
+        fill: KvFill = bundle_fill if kv_fill is None else kv_fill
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
@@ -236,9 +254,11 @@ class SedacModel:
             tokens,
             max_new_tokens=max_new_tokens,
             stop_tokens=stops,
-            stability=stability if mode == "exit" else None,
+            stop_strings=list(stop_strings),
+            policy=json.dumps(settings) if mode == "exit" else None,
             forced_exit=None if forced_exit is None else list(forced_exit),
             drafter=drafter if mode == "lossless" else None,
+            kv_fill=fill,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -248,4 +268,17 @@ class SedacModel:
         )
         if forced_exit is not None:
             mode = "exit"
-        return GenerationStream(generation, mode, kv_fill, len(tokens), self.num_layers)
+        certified = (
+            mode == "exit"
+            and forced_exit is None
+            and (settings, fill) == (own, bundle_fill)
+            and certificate_json is not None
+        )
+        return GenerationStream(
+            generation,
+            mode,
+            fill,
+            len(tokens),
+            self.num_layers,
+            json.loads(certificate_json) if certified and certificate_json else None,
+        )

@@ -1,6 +1,9 @@
 //! Wall-clock comparison of ways to run the same prompt: interleaved, warm-up excluded.
 
-use crate::chain::{Chain, Exit, Request};
+use std::ops::ControlFlow;
+
+use crate::bundle::KvFill;
+use crate::chain::{Chain, Exit, Request, Token};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sampler::Sampling;
@@ -29,11 +32,22 @@ pub struct Row {
     pub max_ms: f64,
     /// Mean layers executed per decoded token.
     pub mean_exit_layer: f64,
+    /// Times as fast as the case compared with; the median over the repeats, each within one turn.
+    pub speedup: f64,
+    /// Share of the tokens that are those of the case compared with.
+    pub agreement: f64,
+}
+
+/// What the repeats of one case gave.
+#[derive(Debug, Clone, Default)]
+struct Runs {
+    ms: Vec<f64>,
+    tokens: Vec<Token>,
 }
 
 /// Run every case once to warm up, then `repeat` times in turn, over `prompt` and `new_tokens`
 /// greedily generated tokens (at least 2). Filling the caches after exits is part of the time,
-/// prefill is not.
+/// prefill is not. Rows are compared with that of the case `against`.
 ///
 /// # Errors
 /// [`Error::Setting`] when prompt and new tokens do not fit the cache, and what
@@ -44,34 +58,33 @@ pub fn run(
     prompt: &[u32],
     new_tokens: usize,
     repeat: usize,
+    against: usize,
     interrupt: &Interrupt,
 ) -> Result<Vec<Row>> {
     for chain in chains.iter_mut() {
         check_room(chain, prompt.len(), new_tokens)?;
     }
-    let mut times = vec![Vec::with_capacity(repeat); cases.len()];
-    let mut depths = vec![0.0; cases.len()];
+    let mut runs = vec![Runs::default(); cases.len()];
     for round in 0..=repeat {
-        for (index, case) in cases.iter().enumerate() {
+        for (case, runs) in cases.iter().zip(&mut runs) {
             let request = Request {
                 prompt: prompt.to_vec(),
                 max_new_tokens: new_tokens,
                 stop_tokens: Vec::new(),
                 exit: case.exit.clone(),
+                kv_fill: KvFill::default(),
                 sampling: Sampling::default(),
             };
-            let (ms, depth) = measure(&mut chains[case.chain], &request, interrupt)?;
+            let (ms, tokens) = measure(&mut chains[case.chain], &request, interrupt)?;
             if round > 0 {
-                times[index].push(ms);
-                depths[index] = depth;
+                runs.ms.push(ms);
+                runs.tokens = tokens;
             }
         }
     }
-    Ok(cases
-        .iter()
-        .zip(times)
-        .zip(depths)
-        .map(|((case, times), depth)| summarise(&case.name, times, depth))
+    let rows = cases.iter().zip(&runs);
+    Ok(rows
+        .map(|(case, each)| summarise(&case.name, each, &runs[against]))
         .collect())
 }
 
@@ -89,31 +102,50 @@ fn check_room(chain: &mut Chain, prompt_tokens: usize, new_tokens: usize) -> Res
     Ok(())
 }
 
-/// Milliseconds and mean layers per decoded token.
-fn measure(chain: &mut Chain, request: &Request, interrupt: &Interrupt) -> Result<(f64, f64)> {
-    let mut layers = Vec::with_capacity(request.max_new_tokens);
+/// Milliseconds per decoded token, and these tokens.
+fn measure(
+    chain: &mut Chain,
+    request: &Request,
+    interrupt: &Interrupt,
+) -> Result<(f64, Vec<Token>)> {
+    let mut tokens = Vec::with_capacity(request.max_new_tokens);
     let summary = chain.generate(request, interrupt, |token| {
-        layers.push(token.step.exit_layer);
+        tokens.push(token);
+        ControlFlow::Continue(())
     })?;
-    let decoded = &layers[1..];
-    let count = decoded.len() as f64;
-    let mean = decoded.iter().sum::<usize>() as f64 / count;
-    Ok((summary.decode.as_secs_f64() * 1e3 / count, mean))
+    let decoded = tokens.split_off(1);
+    let ms = summary.decode.as_secs_f64() * 1e3 / decoded.len() as f64;
+    Ok((ms, decoded))
 }
 
-fn summarise(name: &str, mut times: Vec<f64>, mean_exit_layer: f64) -> Row {
-    times.sort_by(f64::total_cmp);
-    let middle = times.len() / 2;
-    let median = if times.len() % 2 == 1 {
-        times[middle]
-    } else {
-        (times[middle - 1] + times[middle]) / 2.0
-    };
+fn summarise(name: &str, runs: &Runs, against: &Runs) -> Row {
+    let count = runs.tokens.len() as f64;
+    let layers: usize = runs.tokens.iter().map(|token| token.step.exit_layer).sum();
+    let pairs = runs.tokens.iter().zip(&against.tokens);
+    let same = pairs.filter(|(ours, theirs)| ours.id == theirs.id).count();
+    let ratios = against
+        .ms
+        .iter()
+        .zip(&runs.ms)
+        .map(|(theirs, ours)| theirs / ours);
     Row {
         name: name.to_owned(),
-        ms_per_token: median,
-        min_ms: times[0],
-        max_ms: times[times.len() - 1],
-        mean_exit_layer,
+        ms_per_token: median(runs.ms.iter().copied()),
+        min_ms: runs.ms.iter().copied().fold(f64::INFINITY, f64::min),
+        max_ms: runs.ms.iter().copied().fold(0.0, f64::max),
+        mean_exit_layer: layers as f64 / count,
+        speedup: median(ratios),
+        agreement: same as f64 / count,
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 {
+        sorted[middle]
+    } else {
+        (sorted[middle - 1] + sorted[middle]) / 2.0
     }
 }

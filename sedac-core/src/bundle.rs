@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::policy::Stability;
+use crate::policy::{PolicySettings, Source};
 
 /// The newest schema of bundle.json that this crate reads.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -71,6 +72,28 @@ pub struct LayerEntry {
     pub num_layers: usize,
     /// The context tensors it takes.
     pub contexts: Vec<String>,
+    /// Whether it gives the entropy probe's risk after its last layer.
+    #[serde(default)]
+    pub risk: bool,
+}
+
+impl LayerEntry {
+    /// The depth after its last layer.
+    pub fn end(&self) -> usize {
+        self.first_layer.saturating_add(self.num_layers)
+    }
+}
+
+/// The engine that tells about exiting after one depth.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ExitEntry {
+    /// The depth.
+    pub depth: usize,
+    /// Its graph, relative to the bundle.
+    pub file: PathBuf,
+    /// The graph that maps the residual stream here to what the head takes, if there is one (a
+    /// tuned lens, Belrose et al. 2023, <https://arxiv.org/abs/2303.08112>).
+    pub lens: Option<PathBuf>,
 }
 
 /// An engine that fills the cache of one skipped layer.
@@ -95,12 +118,22 @@ pub struct Engines {
     pub head: PathBuf,
     /// All layers in one engine, for comparison.
     pub monolith: LayerEntry,
+    /// Exit engines, where the bundle was trained for them.
+    #[serde(default)]
+    pub exits: Vec<ExitEntry>,
+    /// The layer engines without their MLPs, for soft exits; none, or one for each of `layers`.
+    #[serde(default)]
+    pub attention: Vec<LayerEntry>,
 }
 
 impl Engines {
     /// Whether every graph is among the checked files and every context is one that embed gives.
     fn references_hold(&self, manifest: &Manifest) -> bool {
-        let layers = self.layers.iter().chain([&self.monolith]);
+        let layers = self
+            .layers
+            .iter()
+            .chain(&self.attention)
+            .chain([&self.monolith]);
         let layers = layers.map(|entry| (&entry.file, &entry.contexts));
         let fills = self.key_value.iter();
         let fills = fills.map(|entry| (&entry.file, &entry.contexts));
@@ -114,8 +147,10 @@ impl Engines {
         references
             .all(|(file, contexts)| manifest.files.contains_key(file) && contexts.iter().all(known))
             && [&self.embed, &self.head]
-                .iter()
-                .all(|file| manifest.files.contains_key(*file))
+                .into_iter()
+                .chain(self.exits.iter().map(|exit| &exit.file))
+                .chain(self.exits.iter().filter_map(|exit| exit.lens.as_ref()))
+                .all(|file| manifest.files.contains_key(file))
     }
 }
 
@@ -156,59 +191,114 @@ pub struct Manifest {
     files: BTreeMap<PathBuf, FileEntry>,
 }
 
-/// sedac_config.json: when tokens exit by default. What it leaves out has its default value.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ExitConfig {
-    /// Which policy decides.
-    pub policy: PolicyName,
-    /// Stability a layer must reach.
-    pub tau: f32,
-    /// Layers in a row that must reach it.
-    pub consecutive_k: usize,
-    /// Share of the layers that always run.
-    pub min_layer_ratio: f32,
-    /// What the caches of skipped layers get.
-    pub kv_fill: KvFill,
+impl Manifest {
+    /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.
+    pub fn trained_depths(&self, source: Source) -> Vec<usize> {
+        let has_source = |depth: &usize| match source {
+            Source::Risk => {
+                let mut layers = self.engines.layers.iter();
+                layers.any(|entry| entry.risk && entry.end() == *depth)
+            }
+            Source::Exit => self.engines.exits.iter().any(|exit| exit.depth == *depth),
+        };
+        let exits = self.exit_layers.iter().copied();
+        exits
+            .filter(|&depth| depth < self.model.num_layers)
+            .filter(has_source)
+            .collect()
+    }
+
+    /// Check that tokens may exit where `policy` decides, and that there is an engine there which
+    /// tells what it reads.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming the depth.
+    pub fn check_policy(&self, policy: &PolicySettings) -> Result<()> {
+        if policy.is_soft() && self.engines.attention.is_empty() {
+            let range = "hard; this bundle has no attention engines, build it again";
+            return Err(Error::setting("exit_kind", "soft", range));
+        }
+        let Some((source, thresholds)) = policy.reads() else {
+            return Ok(());
+        };
+        let known = self.trained_depths(source);
+        match thresholds.keys().find(|depth| !known.contains(depth)) {
+            Some(depth) => {
+                let known: Vec<_> = known.iter().map(usize::to_string).collect();
+                let range = format!(
+                    "this bundle was trained for depths {}; train others with sedac-export \
+                     train-probes",
+                    if known.is_empty() {
+                        "none".into()
+                    } else {
+                        known.join(", ")
+                    },
+                );
+                Err(Error::setting(
+                    "thresholds",
+                    format!("at depth {depth}"),
+                    range,
+                ))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
-/// The policies that a configuration can name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PolicyName {
-    /// Consecutive stable layers.
-    Stability,
+/// sedac_config.json: when tokens exit by default. What it leaves out has its default value.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExitConfig {
+    /// What decides.
+    pub policy: PolicySettings,
+    /// What the caches of skipped layers get.
+    pub kv_fill: KvFill,
+    /// What `sedac-export calibrate` certified of these settings, as JSON.
+    pub certificate: Option<Value>,
 }
 
 /// What the caches of skipped layers get.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KvFill {
     /// Each skipped layer's keys and values, computed from the exit hidden state (CALM, Schuster
     /// et al. 2022, <https://arxiv.org/abs/2207.07061>).
+    #[default]
     Propagate,
+    /// What the layers themselves compute: the token waits at its exit, and joins the pass of the
+    /// next token that goes deeper (as Bae et al. 2023 do, <https://arxiv.org/abs/2310.05424>).
+    Defer,
 }
 
-impl Default for ExitConfig {
-    fn default() -> Self {
-        Self {
-            policy: PolicyName::Stability,
-            tau: 0.98,
-            consecutive_k: 2,
-            min_layer_ratio: 0.2,
-            kv_fill: KvFill::Propagate,
+impl KvFill {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Propagate, Self::Defer];
+
+    /// The name used in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Propagate => "propagate",
+            Self::Defer => "defer",
         }
     }
 }
 
 impl ExitConfig {
-    /// The defaults for a model of `layers` layers, which may have fewer than K.
-    fn for_layers(layers: usize) -> Self {
-        let default = Self::default();
-        Self {
-            consecutive_k: default.consecutive_k.min(layers),
-            ..default
-        }
+    /// Parse the text of sedac_config.json, for a model of `layers` layers.
+    fn parse(text: &[u8], layers: usize) -> std::result::Result<Self, String> {
+        let mut fields: Map<String, Value> =
+            serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        let kv_fill = fields.remove("kv_fill").map(serde_json::from_value);
+        let kv_fill = kv_fill.transpose().map_err(|error| error.to_string())?;
+        let certificate = fields.remove("certificate");
+        fields.entry("policy").or_insert("stability".into());
+        let policy: PolicySettings =
+            serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
+        policy.policy(layers).map_err(|error| error.to_string())?;
+        Ok(Self {
+            policy,
+            kv_fill: kv_fill.unwrap_or_default(),
+            certificate,
+        })
     }
 }
 
@@ -240,7 +330,7 @@ impl Bundle {
         check_consistent(directory, &manifest)?;
         Ok(Self {
             directory: directory.to_owned(),
-            exit_config: read_exit_config(directory, manifest.model.num_layers)?,
+            exit_config: read_exit_config(directory, &manifest)?,
             manifest,
         })
     }
@@ -355,12 +445,20 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
         .engines
         .layers
         .iter()
-        .map(|entry| entry.first_layer.saturating_add(entry.num_layers))
+        .map(LayerEntry::end)
         .collect();
     let monolith = std::slice::from_ref(&manifest.engines.monolith);
     let sound = layers > 0
         && covers(&manifest.engines.layers)
         && covers(monolith)
+        && (manifest.engines.attention.is_empty()
+            || ends.iter().eq(&manifest
+                .engines
+                .attention
+                .iter()
+                .map(LayerEntry::end)
+                .collect::<Vec<_>>())
+                && covers(&manifest.engines.attention))
         && manifest.engines.key_value.len() == layers
         && manifest.key_value_heads.len() == layers
         && manifest.model.hidden_size > 0
@@ -385,23 +483,24 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
     ))
 }
 
-fn read_exit_config(directory: &Path, layers: usize) -> Result<ExitConfig> {
+fn read_exit_config(directory: &Path, manifest: &Manifest) -> Result<ExitConfig> {
     let path = directory.join(EXIT_CONFIG);
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(ExitConfig::for_layers(layers));
+            return Ok(ExitConfig {
+                policy: PolicySettings::for_layers(manifest.model.num_layers),
+                kv_fill: KvFill::default(),
+                certificate: None,
+            });
         }
         Err(source) => return Err(Error::Io { path, source }),
     };
     let wrong =
         |reason: String| Error::bundle(&path, format!("{reason}; correct or delete the file"));
-    // an object first: serde would take a list for a configuration that leaves everything out
-    let fields: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-    let config: ExitConfig =
-        serde_json::from_value(fields.into()).map_err(|error| wrong(error.to_string()))?;
-    let (tau, k, ratio) = (config.tau, config.consecutive_k, config.min_layer_ratio);
-    Stability::new(tau, k, ratio, layers).map_err(|error| wrong(error.to_string()))?;
+    let config = ExitConfig::parse(&text, manifest.model.num_layers).map_err(wrong)?;
+    manifest
+        .check_policy(&config.policy)
+        .map_err(|error| wrong(error.to_string()))?;
     Ok(config)
 }

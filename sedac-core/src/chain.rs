@@ -1,15 +1,16 @@
 //! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, HostDecided, Layout, OnnxRuntime, Step};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, KvFill};
 use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
-use crate::policy::{ExitReason, Forced, Policy, Stability};
+use crate::policy::{ExitReason, Forced, Policy, PolicySettings};
 use crate::sampler::{Sampler, Sampling};
 
 /// When tokens exit.
@@ -17,15 +18,8 @@ use crate::sampler::{Sampler, Sampling};
 pub enum Exit {
     /// Never: every token runs at full depth.
     Never,
-    /// After consecutive stable layers; see [`Stability`].
-    Stability {
-        /// Stability a layer must reach.
-        tau: f32,
-        /// Layers in a row that must reach it.
-        consecutive_k: usize,
-        /// Share of the layers that always run.
-        min_layer_ratio: f32,
-    },
+    /// When a policy says so.
+    Policy(PolicySettings),
     /// Only to guess: tokens come from full depth, which verifies several guesses at once.
     Lossless {
         /// What guesses.
@@ -39,19 +33,18 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// Lossless drafts always wait to be continued by the pass that verifies them.
+    fn kv_fill(&self, wanted: KvFill) -> KvFill {
+        match self {
+            Self::Lossless { .. } => KvFill::Defer,
+            _ => wanted,
+        }
+    }
+
     fn policy(&self, layers: usize) -> Result<Box<dyn Policy>> {
         match self {
             Self::Never | Self::Lossless { .. } => Ok(Box::new(Forced::new(vec![layers]))),
-            &Self::Stability {
-                tau,
-                consecutive_k,
-                min_layer_ratio,
-            } => Ok(Box::new(Stability::new(
-                tau,
-                consecutive_k,
-                min_layer_ratio,
-                layers,
-            )?)),
+            Self::Policy(settings) => settings.policy(layers),
             Self::Forced { depths } => {
                 let wrong = depths.iter().find(|depth| !(1..=layers).contains(depth));
                 if let Some(depth) = wrong {
@@ -82,6 +75,8 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// When tokens exit.
     pub exit: Exit,
+    /// What the caches of layers that tokens skip get.
+    pub kv_fill: KvFill,
     /// How tokens are chosen.
     pub sampling: Sampling,
 }
@@ -89,7 +84,7 @@ pub struct Request {
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token was generated.
+    /// A stop token was generated, or whoever takes the tokens wants no more.
     Stop,
     /// max_new_tokens were generated or the cache is full.
     Length,
@@ -142,9 +137,11 @@ pub struct Drafting {
 }
 
 impl Drafting {
-    fn count(&mut self, draft: &Draft, accepted: usize) {
+    /// `tokens` came instead of `draft`.
+    fn count(&mut self, draft: &Draft, tokens: &[u32]) {
         self.drafted += draft.tokens.len();
-        self.accepted += accepted;
+        let pairs = tokens.iter().zip(&draft.tokens);
+        self.accepted += pairs.take_while(|(token, guess)| token == guess).count();
         self.verify_passes += 1;
         *self.draft_depths.entry(draft.depth).or_default() += 1;
     }
@@ -194,11 +191,11 @@ impl Chain {
 
     /// Positions that a sequence may have. Forgets the sequence.
     pub fn capacity(&mut self) -> usize {
-        self.backend.reset();
+        self.backend.reset(KvFill::default());
         self.backend.room()
     }
 
-    /// Generate, handing each token to `emit` as it comes.
+    /// Generate, handing each token to `emit` as it comes; the text ends where that breaks.
     ///
     /// # Errors
     /// [`Error::Setting`] and [`Error::Prompt`] before anything runs, [`Error::Cancelled`] when
@@ -207,11 +204,11 @@ impl Chain {
         &mut self,
         request: &Request,
         interrupt: &Interrupt,
-        mut emit: impl FnMut(Token),
+        mut emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<Summary> {
         let mut policy = request.exit.policy(self.num_layers())?;
         let mut sampler = Sampler::new(request.sampling)?;
-        self.backend.reset();
+        self.backend.reset(request.exit.kv_fill(request.kv_fill));
         self.check_prompt(request)?;
         let started = Instant::now();
         self.backend.prefill(&request.prompt, interrupt)?;
@@ -226,7 +223,9 @@ impl Chain {
                     text.take(row, full_depth, &mut sampler, &mut emit)
                 })?;
             } else {
-                let step = self.backend.decode(text.newest(), policy.as_mut(), interrupt)?;
+                let step = self
+                    .backend
+                    .decode(text.newest(), policy.as_mut(), interrupt)?;
                 text.take(self.backend.logits(), step, &mut sampler, &mut emit);
             }
         }
@@ -265,33 +264,36 @@ impl Chain {
             .drafters
             .entry(kind)
             .or_insert_with(|| kind.drafter(&self.exit_layers, layers));
-        let started = Instant::now();
         let most = text.room() - 1;
-        let draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
-        let mut passed = vec![text.newest()];
-        passed.extend(&draft.tokens);
-        self.backend.verify(&passed, draft.depth, interrupt)?;
+        let promise = match most {
+            0 => 0.0,
+            _ => drafter.promise(&text.tokens, most, self.backend.costs()),
+        };
+        let mut draft = Draft::default();
+        if promise > 1.0 {
+            draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
+        }
+        let mut new = Vec::new();
+        if draft.depth == 0 {
+            new.push(text.newest());
+            new.extend(&draft.tokens);
+        }
+        self.backend
+            .verify(&new, draft.tokens.len() + 1, interrupt)?;
         let rows = self.backend.logits().chunks_exact(self.vocab_size);
-        let mut taken = 0;
+        let before = text.tokens.len();
         for (index, row) in rows.enumerate() {
             let id = take(row, text);
-            taken += 1;
             if text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
                 break;
             }
         }
         // the newest token is never run yet
         self.backend.truncate(text.tokens.len() - 1);
-        if draft.is_none() {
-            drafter.learn_without(taken, started.elapsed());
-        } else {
-            let confirmed = text.tokens[text.tokens.len() - taken..]
-                .iter()
-                .zip(&draft.tokens)
-                .take_while(|(token, guess)| token == guess)
-                .count();
-            drafting.count(&draft, confirmed);
-            drafter.learn(taken, started.elapsed());
+        if promise > 1.0 {
+            let tokens = &text.tokens[before..];
+            drafting.count(&draft, tokens);
+            drafter.learn(tokens, self.backend.costs());
         }
         Ok(())
     }
@@ -359,12 +361,12 @@ impl<'a> Text<'a> {
         logits: &[f32],
         step: Step,
         sampler: &mut Sampler,
-        emit: &mut impl FnMut(Token),
+        emit: &mut impl FnMut(Token) -> ControlFlow<()>,
     ) -> u32 {
         let id = sampler.sample(logits, &self.tokens);
-        emit(Token { id, step });
+        let flow = emit(Token { id, step });
         self.tokens.push(id);
-        if self.request.stop_tokens.contains(&id) {
+        if flow.is_break() || self.request.stop_tokens.contains(&id) {
             self.finished = Some(FinishReason::Stop);
         } else if self.room() == 0 {
             self.finished = Some(FinishReason::Length);

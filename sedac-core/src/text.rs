@@ -94,6 +94,38 @@ impl TextStream<'_> {
     }
 }
 
+/// Looks for strings that end a text, in its pieces as they come.
+#[derive(Debug, Clone)]
+pub struct StopStrings {
+    strings: Vec<String>,
+    /// The end of the text so far, as long as a string that starts in it may go on.
+    tail: String,
+}
+
+impl StopStrings {
+    /// Look for any of `strings`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] when one is empty.
+    pub fn new(strings: Vec<String>) -> Result<Self> {
+        if strings.iter().any(String::is_empty) {
+            return Err(Error::setting("stop_strings", "\"\"", "texts, none empty"));
+        }
+        let tail = String::new();
+        Ok(Self { strings, tail })
+    }
+
+    /// Whether a string ends in `piece`, the text's next.
+    pub fn push(&mut self, piece: &str) -> bool {
+        self.tail.push_str(piece);
+        let found = self.strings.iter().any(|stop| self.tail.contains(stop));
+        let longest = self.strings.iter().map(String::len).max().unwrap_or(0);
+        let cut = (self.tail.len() + 1).saturating_sub(longest);
+        self.tail.drain(..self.tail.ceil_char_boundary(cut));
+        found
+    }
+}
+
 fn failed(error: tokenizers::Error) -> Error {
     Error::Tokenizer(error.to_string())
 }
@@ -126,6 +158,17 @@ mod tests {
             .map(|&byte| stream.push(byte.into()))
             .collect();
         (pieces, stream.finish().unwrap())
+    }
+
+    #[test]
+    fn stop_strings_are_found_across_pieces() {
+        let mut stops = StopStrings::new(vec!["好b".into(), "\n\n".into()]).unwrap();
+        let found: Vec<_> = ["\n", "a\n", "a好", "b", "b"]
+            .map(|piece| stops.push(piece))
+            .into();
+        assert_eq!(found, [false, false, false, true, false]);
+        assert!(StopStrings::new(vec![String::new()]).is_err());
+        assert!(!StopStrings::new(Vec::new()).unwrap().push("a"));
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use sedac_core::Error;
-use sedac_core::bundle::{Bundle, ExitConfig};
+use sedac_core::bundle::{Bundle, KvFill};
+use sedac_core::policy::PolicySettings;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -93,7 +94,8 @@ fn a_whole_bundle_opens() {
     whole(&scratch);
     let bundle = Bundle::open(&scratch.0).unwrap();
     assert_eq!(bundle.manifest.model.num_layers, 2);
-    assert_eq!(bundle.exit_config, ExitConfig::default());
+    assert_eq!(bundle.exit_config.policy, PolicySettings::for_layers(2));
+    assert_eq!(bundle.exit_config.kv_fill, KvFill::Propagate);
 }
 
 #[test]
@@ -160,9 +162,38 @@ fn an_exit_configuration_may_leave_things_out_but_not_add() {
     let path = scratch.0.join("sedac_config.json");
     fs::write(&path, r#"{"tau": 0.5}"#).unwrap();
     let config = Bundle::open(&scratch.0).unwrap().exit_config;
-    assert_eq!((config.tau, config.consecutive_k), (0.5, 2));
+    let expected = PolicySettings::Stability {
+        tau: 0.5,
+        consecutive_k: 2,
+        min_layer_ratio: 0.2,
+    };
+    assert_eq!(config.policy, expected);
     fs::write(&path, r#"{"taw": 0.5}"#).unwrap();
     assert!(reason(&scratch.0).contains("unknown field `taw`"));
+}
+
+#[test]
+fn thresholds_need_an_engine_that_tells_at_their_depth() {
+    let scratch = Scratch::new("thresholds");
+    whole(&scratch);
+    let path = scratch.0.join("sedac_config.json");
+    for policy in ["probe", "margin", "learned"] {
+        let config = json!({"policy": policy, "thresholds": {"1": 0.5}});
+        fs::write(&path, config.to_string()).unwrap();
+        let reason = reason(&scratch.0);
+        assert!(
+            reason.contains("at depth 1") && reason.contains("train-probes"),
+            "{reason}"
+        );
+    }
+    fs::write(
+        &path,
+        r#"{"kv_fill": "defer", "certificate": {"risk_bound": 0.01}}"#,
+    )
+    .unwrap();
+    let config = Bundle::open(&scratch.0).unwrap().exit_config;
+    assert_eq!(config.kv_fill, KvFill::Defer);
+    assert_eq!(config.certificate, Some(json!({"risk_bound": 0.01})));
 }
 
 /// Any JSON, small.

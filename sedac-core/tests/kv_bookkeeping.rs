@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use sedac_core::Result;
 use sedac_core::backend::{Backend, Engines, HostDecided};
+use sedac_core::bundle::KvFill;
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvState;
-use sedac_core::policy::{ExitReason, Forced};
+use sedac_core::policy::{ExitReason, ExitSignals, Forced};
 
 const CAPACITY: usize = 600;
 
@@ -71,6 +72,11 @@ impl Engines for Recorder {
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
         self.pass = start..start + tokens.len();
         self.depth = 0;
+        // what lay beyond was rolled back
+        for cache in self.caches.lock().unwrap().iter_mut() {
+            cache[start..].fill(None);
+        }
+        self.kept[start..].fill(None);
         Ok(())
     }
 
@@ -92,13 +98,40 @@ impl Engines for Recorder {
         Ok(())
     }
 
+    fn run_attention(&mut self, engine: usize) -> Result<()> {
+        self.run(engine)
+    }
+
+    fn risk(&self, _: usize) -> Option<f32> {
+        None
+    }
+
+    fn exit_signals(&mut self, _: usize, _: [f32; 3]) -> Result<Option<ExitSignals>> {
+        Ok(None)
+    }
+
     fn stability(&self, engine: usize) -> &[f32] {
         &self.stability[self.layers[engine].clone()]
     }
 
-    fn keep(&mut self, position: usize) {
-        assert_eq!(position + 1, self.pass.end, "only the newest token exits");
-        self.kept[position] = Some(self.depth);
+    fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
+        self.depth = self.layers[engine].start;
+        for position in positions.clone() {
+            let depth = self.kept[position].expect("resumed from a kept hidden state");
+            assert_eq!(depth, self.depth, "position {position} waits elsewhere");
+        }
+        self.pass = positions;
+        Ok(())
+    }
+
+    fn keep(&mut self, positions: Range<usize>) {
+        if positions.is_empty() {
+            return;
+        }
+        assert_eq!(positions, self.pass, "the whole pass is kept");
+        for position in positions {
+            self.kept[position] = Some(self.depth);
+        }
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
@@ -124,6 +157,8 @@ impl Engines for Recorder {
 enum Event {
     Prompt(usize),
     Decode(usize),
+    Verify(usize),
+    Truncate(usize),
     Complete,
 }
 
@@ -131,6 +166,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     let event = prop_oneof![
         1 => (1..300_usize).prop_map(Event::Prompt),
         8 => (1..=12_usize).prop_map(Event::Decode),
+        2 => (0..6_usize).prop_map(Event::Verify),
+        2 => (0..6_usize).prop_map(Event::Truncate),
         1 => Just(Event::Complete),
     ];
     prop::collection::vec(event, 1..40)
@@ -153,11 +190,16 @@ fn expected_exit(sizes: &[usize], allowed: &[usize], wanted: usize) -> (usize, E
     (total, ExitReason::FullDepth)
 }
 
+fn kv_fills() -> impl Strategy<Value = KvFill> {
+    prop::sample::select(KvFill::ALL.to_vec())
+}
+
 proptest! {
     #[test]
     fn every_layer_holds_one_entry_per_position(
         sizes in engine_sizes(),
         forbidden in 1..16_usize,
+        kv_fill in kv_fills(),
         events in events(),
     ) {
         let caches = Caches::default();
@@ -165,23 +207,33 @@ proptest! {
         let allowed: Vec<usize> = (1..=total).filter(|&depth| depth != forbidden).collect();
         let engines = Recorder::new(&sizes, caches.clone());
         let mut backend = HostDecided::new(engines, &allowed, CAPACITY);
+        backend.reset(kv_fill);
         let interrupt = Interrupt::default();
-        let mut sources = Vec::new();
+        // the depth each position exited at
+        let mut exits = Vec::new();
         for event in events {
             match event {
                 Event::Prompt(tokens) if tokens <= backend.room() => {
                     backend.prefill(&vec![0; tokens], &interrupt)?;
-                    sources.extend(vec![total; tokens]);
+                    exits.extend(vec![total; tokens]);
                 }
                 Event::Decode(wanted) if backend.room() > 0 => {
                     let mut policy = Forced::new(vec![wanted]);
                     let step = backend.decode(0, &mut policy, &interrupt)?;
                     let expected = expected_exit(&sizes, &allowed, wanted);
                     prop_assert_eq!((step.exit_layer, step.reason), expected);
-                    sources.push(step.exit_layer);
+                    exits.push(step.exit_layer);
+                }
+                Event::Verify(tokens) if tokens <= backend.room() => {
+                    backend.verify(&vec![0; tokens], 0, &interrupt)?;
+                    exits.extend(vec![total; tokens]);
+                }
+                Event::Truncate(tokens) => {
+                    exits.truncate(exits.len().saturating_sub(tokens));
+                    backend.truncate(exits.len());
                 }
                 Event::Complete => backend.complete(&interrupt)?,
-                Event::Prompt(tokens) => {
+                Event::Prompt(tokens) | Event::Verify(tokens) => {
                     prop_assert!(backend.prefill(&vec![0; tokens], &interrupt).is_err());
                 }
                 Event::Decode(wanted) => {
@@ -189,15 +241,15 @@ proptest! {
                     prop_assert!(backend.decode(0, &mut policy, &interrupt).is_err());
                 }
             }
-            prop_assert_eq!(backend.kv().length(), sources.len());
+            prop_assert_eq!(backend.kv().length(), exits.len());
         }
         backend.complete(&interrupt)?;
         for (layer, cache) in caches.lock().unwrap().iter().enumerate() {
-            for (position, &exit_layer) in sources.iter().enumerate() {
-                let expected = if layer < exit_layer { Source::Run } else { Source::Fill { exit_layer } };
+            for (position, &exit_layer) in exits.iter().enumerate() {
+                let ran = layer < exit_layer || kv_fill == KvFill::Defer;
+                let expected = if ran { Source::Run } else { Source::Fill { exit_layer } };
                 prop_assert_eq!(cache[position], Some(expected));
             }
-            prop_assert!(cache[sources.len()..].iter().all(Option::is_none));
         }
     }
 
@@ -232,6 +284,6 @@ fn an_interrupt_stops_between_engines() {
     interrupt.raise();
     let mut policy = Forced::new(vec![2]);
     assert!(backend.decode(0, &mut policy, &interrupt).is_err());
-    backend.reset();
+    backend.reset(KvFill::Propagate);
     assert_eq!(backend.room(), 8);
 }

@@ -1,8 +1,10 @@
 //! The step of a backend whose host decides after each engine.
 
 use std::ops::Range;
+use std::time::Instant;
 
-use super::{Backend, Engines, Step};
+use super::{Backend, Costs, Engines, Step};
+use crate::bundle::KvFill;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::kv::KvState;
@@ -18,6 +20,10 @@ pub struct HostDecided<E> {
     layers: Vec<Range<usize>>,
     exit_allowed: Vec<bool>,
     kv: KvState,
+    kv_fill: KvFill,
+    costs: Costs,
+    /// Stability of the newest token's last three layers.
+    recent: [f32; 3],
 }
 
 impl<E: Engines> HostDecided<E> {
@@ -31,6 +37,9 @@ impl<E: Engines> HostDecided<E> {
                 .map(|depth| exit_layers.contains(&depth))
                 .collect(),
             kv: KvState::new(count, capacity),
+            kv_fill: KvFill::default(),
+            costs: Costs::default(),
+            recent: [0.0; 3],
             layers,
             engines,
         }
@@ -41,15 +50,56 @@ impl<E: Engines> HostDecided<E> {
         &self.kv
     }
 
-    /// Run one engine over the pass at `positions`, its caches filled up to there first.
-    fn run(&mut self, engine: usize, positions: &Range<usize>) -> Result<()> {
-        for layer in self.layers[engine].clone() {
-            self.fill(layer, positions.start)?;
+    /// Take the pass at `positions`, and those that wait for it, through all engines.
+    fn run_all(&mut self, mut positions: Range<usize>, interrupt: &Interrupt) -> Result<()> {
+        for engine in 0..self.layers.len() {
+            interrupt.check()?;
+            self.catch_up(engine, &mut positions)?;
+            if !positions.is_empty() {
+                self.run(engine, &positions)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Give the caches of `engine` what they lack below the pass at `positions`. Deferred
+    /// positions join the pass.
+    fn catch_up(&mut self, engine: usize, positions: &mut Range<usize>) -> Result<()> {
+        let layers = self.layers[engine].clone();
+        if self.kv_fill == KvFill::Propagate {
+            return layers
+                .into_iter()
+                .try_for_each(|layer| self.fill(layer, positions.start));
+        }
+        let waiting = self.kv.pending(layers.start, positions.start);
+        if !waiting.is_empty() {
+            self.engines.keep(positions.clone());
+            positions.start = waiting.start;
+            self.engines.resume(positions.clone(), engine)?;
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, engine: usize, positions: &Range<usize>) -> Result<()> {
+        let layers = self.layers[engine].clone();
+        let started = Instant::now();
         self.engines.run(engine)?;
+        self.costs
+            .note_layers(layers.len(), positions.len(), started.elapsed());
+        self.note_run(engine, positions);
+        Ok(())
+    }
+
+    fn note_run(&mut self, engine: usize, positions: &Range<usize>) {
         for layer in self.layers[engine].clone() {
             self.kv.fill(layer, positions.end);
         }
+    }
+
+    fn head(&mut self, tokens: usize) -> Result<()> {
+        let started = Instant::now();
+        self.engines.head(tokens)?;
+        self.costs.note_head(tokens, started.elapsed());
         Ok(())
     }
 
@@ -63,14 +113,53 @@ impl<E: Engines> HostDecided<E> {
         Ok(())
     }
 
-    /// Ask the policy about every layer of `engine`; what it says of the last one counts.
-    fn observe(&self, engine: usize, policy: &mut dyn Policy) -> Option<ExitReason> {
-        let depths = self.layers[engine].clone().map(|layer| layer + 1);
-        depths
-            .zip(self.engines.stability(engine))
-            .map(|(depth, &stability)| policy.observe(depth, Signals { stability }))
-            .last()
-            .flatten()
+    /// Ask the policy about every layer of `engine`; what it says of the last one counts, if a
+    /// token may exit there.
+    fn observe(&mut self, engine: usize, policy: &mut dyn Policy) -> Result<Option<ExitReason>> {
+        let end = self.layers[engine].end;
+        let exit_allowed = self.exit_allowed[end] && end < self.num_layers();
+        let mut decision = None;
+        for (index, depth) in (self.layers[engine].start + 1..=end).enumerate() {
+            let stability = self.engines.stability(engine)[index];
+            self.recent = [self.recent[1], self.recent[2], stability];
+            let mut signals = Signals {
+                stability,
+                ..Signals::default()
+            };
+            if depth == end && exit_allowed {
+                signals.risk = self.engines.risk(engine);
+                if policy.reads_exit(depth) {
+                    signals.exit = self.engines.exit_signals(depth, self.recent)?;
+                }
+            }
+            decision = policy.observe(depth, signals);
+        }
+        Ok(decision.filter(|_| exit_allowed))
+    }
+
+    /// Take the pass through the engines from `engine` on, the last ones, `skipped_share` of the
+    /// remaining layers, without their MLPs.
+    fn run_softly(
+        &mut self,
+        engine: usize,
+        positions: &mut Range<usize>,
+        skipped_share: f32,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        let layers = self.num_layers();
+        let remaining = layers - self.layers[engine].start;
+        let skipped = (skipped_share * remaining as f32).round() as usize;
+        for engine in engine..self.layers.len() {
+            interrupt.check()?;
+            self.catch_up(engine, positions)?;
+            if self.layers[engine].start + skipped < layers {
+                self.run(engine, positions)?;
+            } else {
+                self.engines.run_attention(engine)?;
+                self.note_run(engine, positions);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -83,8 +172,9 @@ impl<E: Engines> Backend for HostDecided<E> {
         self.kv.room()
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self, kv_fill: KvFill) {
         self.kv.truncate(0);
+        self.kv_fill = kv_fill;
     }
 
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()> {
@@ -92,12 +182,9 @@ impl<E: Engines> Backend for HostDecided<E> {
         for chunk in tokens.chunks(PREFILL_CHUNK) {
             let positions = self.kv.begin(chunk.len())?;
             self.engines.embed(chunk, positions.start)?;
-            for engine in 0..self.layers.len() {
-                interrupt.check()?;
-                self.run(engine, &positions)?;
-            }
+            self.run_all(positions, interrupt)?;
         }
-        self.engines.head(1)
+        self.head(1)
     }
 
     fn decode(
@@ -106,9 +193,10 @@ impl<E: Engines> Backend for HostDecided<E> {
         policy: &mut dyn Policy,
         interrupt: &Interrupt,
     ) -> Result<Step> {
-        let positions = self.kv.begin(1)?;
+        let mut positions = self.kv.begin(1)?;
         let full_depth = self.num_layers();
         policy.begin();
+        self.recent = [0.0; 3];
         self.engines.embed(&[token], positions.start)?;
         let mut step = Step {
             exit_layer: full_depth,
@@ -116,42 +204,33 @@ impl<E: Engines> Backend for HostDecided<E> {
         };
         for engine in 0..self.layers.len() {
             interrupt.check()?;
+            self.catch_up(engine, &mut positions)?;
             self.run(engine, &positions)?;
-            let depth = self.layers[engine].end;
-            let decision = self.observe(engine, policy);
-            if let Some(reason) = decision
-                && depth < full_depth
-                && self.exit_allowed[depth]
-            {
-                self.engines.keep(positions.start);
-                step = Step {
-                    exit_layer: depth,
-                    reason,
-                };
-                break;
+            let Some(reason) = self.observe(engine, policy)? else {
+                continue;
+            };
+            step = Step {
+                exit_layer: self.layers[engine].end,
+                reason,
+            };
+            if let Some(share) = policy.skipped_share() {
+                self.run_softly(engine + 1, &mut positions, share, interrupt)?;
+            } else {
+                self.engines.keep(positions);
             }
+            break;
         }
-        self.engines.head(1)?;
+        self.head(1)?;
         Ok(step)
     }
 
-    fn verify(&mut self, tokens: &[u32], depth: usize, interrupt: &Interrupt) -> Result<()> {
-        let resumed = self.layers.iter().position(|layers| layers.start == depth);
-        let resumed = resumed.expect("drafts exit where an engine ends");
-        let positions = if depth == 0 {
-            let positions = self.kv.begin(tokens.len())?;
-            self.engines.embed(tokens, positions.start)?;
-            positions
-        } else {
-            let start = self.kv.length() - tokens.len();
-            self.engines.resume(tokens, start, resumed)?;
-            start..self.kv.length()
-        };
-        for engine in resumed..self.layers.len() {
-            interrupt.check()?;
-            self.run(engine, &positions)?;
+    fn verify(&mut self, new: &[u32], rows: usize, interrupt: &Interrupt) -> Result<()> {
+        let positions = self.kv.begin(new.len())?;
+        if !new.is_empty() {
+            self.engines.embed(new, positions.start)?;
         }
-        self.engines.head(tokens.len())
+        self.run_all(positions, interrupt)?;
+        self.head(rows)
     }
 
     fn truncate(&mut self, length: usize) {
@@ -162,11 +241,12 @@ impl<E: Engines> Backend for HostDecided<E> {
         self.engines.logits()
     }
 
+    fn costs(&self) -> &Costs {
+        &self.costs
+    }
+
     fn complete(&mut self, interrupt: &Interrupt) -> Result<()> {
-        for layer in 0..self.num_layers() {
-            interrupt.check()?;
-            self.fill(layer, self.kv.length())?;
-        }
-        Ok(())
+        let end = self.kv.length();
+        self.run_all(end..end, interrupt)
     }
 }

@@ -4,17 +4,20 @@
 //! device, is its own matter. One that decides on the host only has to provide [`Engines`] and is
 //! driven by [`HostDecided`].
 
+mod costs;
 mod host;
 mod onnxruntime;
 
 use std::ops::Range;
 
+pub use costs::Costs;
 pub use host::HostDecided;
 pub use onnxruntime::{Layout, OnnxRuntime};
 
+use crate::bundle::KvFill;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::policy::{ExitReason, Policy};
+use crate::policy::{ExitReason, ExitSignals, Policy};
 
 /// How one token's step ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,8 +36,9 @@ pub trait Backend: Send {
     /// Positions there is still room for.
     fn room(&self) -> usize;
 
-    /// Forget the sequence.
-    fn reset(&mut self);
+    /// Forget the sequence. In the next one, caches of layers that a token skips get what
+    /// `kv_fill` says.
+    fn reset(&mut self, kv_fill: KvFill);
 
     /// Run `tokens` at full depth; afterwards [`logits`](Self::logits) are the last one's.
     ///
@@ -53,11 +57,10 @@ pub trait Backend: Send {
         interrupt: &Interrupt,
     ) -> Result<Step>;
 
-    /// Run the newest tokens, `tokens`, to full depth in one pass; afterwards
-    /// [`logits`](Self::logits) are theirs, one row each. With a `depth` above 0 each of them was
-    /// decoded to an exit after `depth` layers, and only the layers beyond run; with 0 they are
-    /// new. Fails as [`prefill`](Self::prefill) does.
-    fn verify(&mut self, tokens: &[u32], depth: usize, interrupt: &Interrupt) -> Result<()>;
+    /// Run the `new` tokens to full depth in one pass, in which positions join that wait to be
+    /// continued ([`KvFill::Defer`]); afterwards [`logits`](Self::logits) are those of the newest
+    /// `rows` tokens of the pass, one row each. Fails as [`prefill`](Self::prefill) does.
+    fn verify(&mut self, new: &[u32], rows: usize, interrupt: &Interrupt) -> Result<()>;
 
     /// Forget all positions from `length` on.
     fn truncate(&mut self, length: usize);
@@ -65,6 +68,9 @@ pub trait Backend: Send {
     /// Logits of the newest token, or after [`verify`](Self::verify) of each of its tokens in
     /// turn.
     fn logits(&self) -> &[f32];
+
+    /// What passes took so far.
+    fn costs(&self) -> &Costs;
 
     /// Fill what exits left open in the caches, so that every layer holds every position. Fails as
     /// [`prefill`](Self::prefill) does.
@@ -82,9 +88,8 @@ pub trait Engines: Send {
     /// Start a pass over `tokens` at positions from `start` on.
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()>;
 
-    /// Start a pass over the newest tokens, `tokens` at positions from `start` on, at `engine`,
-    /// from their kept exit hidden states.
-    fn resume(&mut self, tokens: &[u32], start: usize, engine: usize) -> Result<()>;
+    /// Start a pass over `positions` at `engine`, from their kept hidden states.
+    fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()>;
 
     /// Take the current residual stream through `engine`; its layers' caches then hold the pass's
     /// positions.
@@ -94,13 +99,26 @@ pub trait Engines: Send {
     /// [`run`](Self::run).
     fn stability(&self, engine: usize) -> &[f32];
 
-    /// Keep the newest token's residual stream as the exit hidden state of `position`.
-    fn keep(&mut self, position: usize);
+    /// Like [`run`](Self::run), but the MLPs add nothing.
+    fn run_attention(&mut self, engine: usize) -> Result<()>;
 
-    /// Fill `layer`'s cache at `positions` from their kept exit hidden states.
+    /// The entropy probe's risk after `engine`, for the newest token of the last
+    /// [`run`](Self::run); None where there is no probe.
+    fn risk(&self, engine: usize) -> Option<f32>;
+
+    /// What the exit engine at `depth` tells about the newest token, whose layers up to there had
+    /// the `stability` given for the last three of them, 0 where there are fewer. None where there
+    /// is no exit engine.
+    fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>>;
+
+    /// Keep the current residual stream as the hidden states of `positions`, the pass's.
+    fn keep(&mut self, positions: Range<usize>);
+
+    /// Fill `layer`'s cache at `positions` from their kept hidden states.
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()>;
 
-    /// Compute the logits of the pass's newest `tokens` tokens from the current residual stream.
+    /// Compute the logits of the pass's newest `tokens` tokens from the current residual stream,
+    /// through the lens of its depth if there is one.
     fn head(&mut self, tokens: usize) -> Result<()>;
 
     /// The logits computed last, a row for each token.

@@ -1,31 +1,44 @@
-//! Prompt lookup where it finds something, early exit otherwise.
-
-use std::time::Duration;
+//! The drafter that promises most at each point of the text.
 
 use super::{Draft, Drafter};
-use crate::backend::Backend;
+use crate::backend::{Backend, Costs};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 
-/// Asks `first`, and `second` when that has nothing to offer or knows that `second` is faster.
+/// Drafts with the one of two drafters that promises more tokens a second.
 #[derive(Debug)]
 pub(super) struct Auto<A, B> {
     first: A,
     second: B,
-    second_drafted: bool,
+    second_drafts: bool,
 }
 
-impl<A, B> Auto<A, B> {
+impl<A: Drafter, B: Drafter> Auto<A, B> {
     pub(super) fn new(first: A, second: B) -> Self {
         Self {
             first,
             second,
-            second_drafted: false,
+            second_drafts: false,
+        }
+    }
+
+    fn current(&mut self) -> &mut dyn Drafter {
+        if self.second_drafts {
+            &mut self.second
+        } else {
+            &mut self.first
         }
     }
 }
 
 impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
+    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs) -> f64 {
+        let first = self.first.promise(history, most, costs);
+        let second = self.second.promise(history, most, costs);
+        self.second_drafts = second > first;
+        first.max(second)
+    }
+
     fn draft(
         &mut self,
         history: &[u32],
@@ -33,28 +46,10 @@ impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
         backend: &mut dyn Backend,
         interrupt: &Interrupt,
     ) -> Result<Draft> {
-        let draft = self.first.draft(history, most, backend, interrupt)?;
-        self.second_drafted = false;
-        if !draft.tokens.is_empty() {
-            return Ok(draft);
-        }
-        let draft = self.second.draft(history, most, backend, interrupt)?;
-        self.second_drafted = draft.depth > 0;
-        Ok(draft)
+        self.current().draft(history, most, backend, interrupt)
     }
 
-    fn learn(&mut self, tokens: usize, elapsed: Duration) {
-        if self.second_drafted {
-            // to the first, the second is what happens without it, and what it has to beat
-            self.first.learn_without(tokens, elapsed);
-            self.second.learn(tokens, elapsed);
-        } else {
-            self.first.learn(tokens, elapsed);
-        }
-    }
-
-    fn learn_without(&mut self, tokens: usize, elapsed: Duration) {
-        self.first.learn_without(tokens, elapsed);
-        self.second.learn_without(tokens, elapsed);
+    fn learn(&mut self, tokens: &[u32], costs: &Costs) {
+        self.current().learn(tokens, costs);
     }
 }

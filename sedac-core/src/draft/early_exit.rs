@@ -1,9 +1,7 @@
 //! Drafts by the model's own shallow layers.
 
-use std::time::Duration;
-
-use super::{Draft, Drafter, Pacer};
-use crate::backend::Backend;
+use super::{Draft, Drafter, Share, full_depth};
+use crate::backend::{Backend, Costs};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::policy::Forced;
@@ -11,19 +9,67 @@ use crate::sampler::argmax;
 
 /// Longer drafts are seldom accepted whole.
 const LONGEST: usize = 8;
-/// Shares of the layers that drafts go through; each at the nearest exit.
-const DEPTH_SHARES: [f64; 4] = [0.125, 0.25, 0.375, 0.5];
-/// Drafting goes on while the exit's likeliest token leads the next by so much in probability.
-const MARGINS: [f32; 3] = [0.2, 0.5, 0.8];
+/// Shares of the layers that drafts go through, each at the nearest exit; the surest first.
+const DEPTH_SHARES: [f64; 5] = [0.5, 0.375, 0.25, 0.1875, 0.125];
+/// Guesses are told apart by the lead of the likeliest token, in so many steps.
+const MARGIN_STEPS: usize = 8;
+/// What is believed of the deepest drafts at first, as a speed relative to none,
+const HOPE: f64 = 1.2;
+/// and of shallower ones relative to the next deeper.
+const SHALLOWER_HOPE: f64 = 1.1;
+/// These count as much as so many rounds without drafts.
+const HOPE_WEIGHT: f64 = 3.0;
+/// Rounds count less with every newer one.
+const MEMORY: f64 = 0.98;
+/// What is known of depths that are not used fades more slowly.
+const IDLE_MEMORY: f64 = 0.998;
 
-/// Decodes to an exit layer and takes the likeliest token there as the guess, again and again,
-/// until the lead of the likeliest token falls under a threshold. The tokens' hidden states at the
-/// exit are kept, so that verification starts there.
+/// Decodes to an exit layer and takes the likeliest token there as the guess, again and again, for
+/// as long as the next guess is worth what it costs. The tokens' hidden states at the exit are
+/// kept, so that verification starts there.
 #[derive(Debug)]
 pub(super) struct EarlyExit {
-    /// Depth and least margin.
-    ways: Vec<(usize, f32)>,
-    pacer: Pacer,
+    layers: usize,
+    depths: Vec<Depth>,
+    current: usize,
+    promised: f64,
+    /// Guesses at depth `current` and their margin steps. The last is not part of the draft.
+    guesses: Vec<(u32, usize)>,
+}
+
+/// What is known of drafts to one depth.
+#[derive(Debug)]
+struct Depth {
+    depth: usize,
+    /// Tokens that rounds gave, and what they cost relative to tokens without drafts.
+    tokens: f64,
+    cost: f64,
+    /// By margin: how often a guess after right ones was right.
+    shares: Vec<Share>,
+}
+
+impl Depth {
+    fn new(depth: usize) -> Self {
+        let prior = |step| (step as f64 + 0.5) / MARGIN_STEPS as f64;
+        Self {
+            depth,
+            tokens: 0.0,
+            cost: 0.0,
+            // a token that leads clearly is mostly right, and others are often
+            shares: (0..MARGIN_STEPS)
+                .map(|step| Share::new(0.5 + 0.5 * prior(step)))
+                .collect(),
+        }
+    }
+
+    fn speedup(&self, hope: f64) -> f64 {
+        (self.tokens + hope * HOPE_WEIGHT) / (self.cost + HOPE_WEIGHT)
+    }
+
+    fn fade(&mut self, memory: f64) {
+        self.tokens *= memory;
+        self.cost *= memory;
+    }
 }
 
 impl EarlyExit {
@@ -33,18 +79,48 @@ impl EarlyExit {
             .filter_map(|share| nearest(exit_layers, layers, share * layers as f64))
             .collect();
         depths.dedup();
-        let ways: Vec<_> = depths
-            .iter()
-            .flat_map(|&depth| MARGINS.map(|margin| (depth, margin)))
-            .collect();
         Self {
-            pacer: Pacer::new(ways.len()),
-            ways,
+            layers,
+            depths: depths.into_iter().map(Depth::new).collect(),
+            current: 0,
+            promised: 1.0,
+            guesses: Vec::new(),
         }
+    }
+
+    /// What it costs to run one more token to the draft's depth, and to verify it after `drafted`
+    /// others.
+    fn price(&self, drafted: usize, costs: &Costs) -> f64 {
+        let depth = self.depths[self.current].depth;
+        let verify = |tokens| costs.layers(self.layers - depth, tokens) + costs.head(tokens);
+        costs.layers(depth, 1) + costs.head(1) + verify(drafted + 2) - verify(drafted + 1)
+    }
+
+    /// What a round with `drafted` guesses costs.
+    fn round(&self, drafted: usize, costs: &Costs) -> f64 {
+        let depth = self.depths[self.current].depth;
+        let tokens = drafted + 1;
+        let draft = tokens as f64 * (costs.layers(depth, 1) + costs.head(1));
+        draft + costs.layers(self.layers - depth, tokens) + costs.head(tokens)
     }
 }
 
 impl Drafter for EarlyExit {
+    fn promise(&mut self, _: &[u32], _: usize, _: &Costs) -> f64 {
+        let (mut best, mut hope) = (0.0, HOPE);
+        for (index, depth) in self.depths.iter_mut().enumerate() {
+            depth.fade(IDLE_MEMORY);
+            depth.shares.iter_mut().for_each(Share::fade);
+            let speedup = depth.speedup(hope);
+            if speedup > best {
+                (best, self.current) = (speedup, index);
+            }
+            hope = speedup * SHALLOWER_HOPE;
+        }
+        self.promised = best.max(1.0);
+        best
+    }
+
     fn draft(
         &mut self,
         history: &[u32],
@@ -52,30 +128,40 @@ impl Drafter for EarlyExit {
         backend: &mut dyn Backend,
         interrupt: &Interrupt,
     ) -> Result<Draft> {
-        let Some(way) = self.pacer.choose().filter(|_| most > 0) else {
-            return Ok(Draft::default());
-        };
-        let (depth, least_margin) = self.ways[way];
+        let depth = self.depths[self.current].depth;
         let mut policy = Forced::new(vec![depth]);
-        let mut tokens = Vec::new();
+        // a token is worth what it would cost otherwise
+        let per_token = full_depth(backend.costs(), self.layers, 1) / self.promised;
         let mut newest = history[history.len() - 1];
+        let mut all_right = 1.0;
+        self.guesses.clear();
         loop {
             backend.decode(newest, &mut policy, interrupt)?;
             let logits = backend.logits();
-            if tokens.len() == most.min(LONGEST) || margin(logits) < least_margin {
+            newest = argmax(logits);
+            let drafted = self.guesses.len();
+            let step = (margin(logits) * MARGIN_STEPS as f32) as usize;
+            let step = step.min(MARGIN_STEPS - 1);
+            self.guesses.push((newest, step));
+            all_right *= self.depths[self.current].shares[step].estimate();
+            let worth = all_right * per_token;
+            if drafted == most.min(LONGEST) || worth < self.price(drafted, backend.costs()) {
+                let drafted = self.guesses[..drafted].iter();
+                let tokens = drafted.map(|&(token, _)| token).collect();
                 return Ok(Draft { tokens, depth });
             }
-            newest = argmax(logits);
-            tokens.push(newest);
         }
     }
 
-    fn learn(&mut self, tokens: usize, elapsed: Duration) {
-        self.pacer.learn(tokens, elapsed);
-    }
-
-    fn learn_without(&mut self, tokens: usize, elapsed: Duration) {
-        self.pacer.learn_without(tokens, elapsed);
+    fn learn(&mut self, tokens: &[u32], costs: &Costs) {
+        let cost = self.round(self.guesses.len() - 1, costs) / full_depth(costs, self.layers, 1);
+        let depth = &mut self.depths[self.current];
+        for (token, (guess, step)) in tokens.iter().zip(&self.guesses) {
+            depth.shares[*step].note(token == guess);
+        }
+        depth.fade(MEMORY);
+        depth.tokens += tokens.len() as f64;
+        depth.cost += cost;
     }
 }
 

@@ -8,16 +8,14 @@
 
 mod auto;
 mod early_exit;
-mod pacer;
 mod prompt_lookup;
-
-use std::time::Duration;
+mod share;
 
 use self::auto::Auto;
 use self::early_exit::EarlyExit;
-use self::pacer::Pacer;
 use self::prompt_lookup::PromptLookup;
-use crate::backend::Backend;
+use self::share::Share;
+use crate::backend::{Backend, Costs};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 
@@ -51,8 +49,8 @@ impl DrafterKind {
         let early_exit = || EarlyExit::new(exit_layers, layers);
         match self {
             Self::EarlyExit => Box::new(early_exit()),
-            Self::PromptLookup => Box::new(PromptLookup::new()),
-            Self::Auto => Box::new(Auto::new(PromptLookup::new(), early_exit())),
+            Self::PromptLookup => Box::new(PromptLookup::new(layers)),
+            Self::Auto => Box::new(Auto::new(PromptLookup::new(layers), early_exit())),
         }
     }
 }
@@ -62,24 +60,22 @@ impl DrafterKind {
 pub struct Draft {
     /// The guesses, at most as many as asked for.
     pub tokens: Vec<u32>,
-    /// Layers that the newest token and all guesses but none further went through; 0 when the
-    /// backend has not seen them yet.
+    /// Layers that the newest token and all guesses went through; 0 when the backend has not seen
+    /// them yet.
     pub depth: usize,
-}
-
-impl Draft {
-    /// Whether nothing was drafted, nor any layer run for it.
-    pub fn is_none(&self) -> bool {
-        self.tokens.is_empty() && self.depth == 0
-    }
 }
 
 /// Guesses tokens, and learns from what became of its guesses.
 ///
-/// Whether and how to draft is decided by the wall-clock time that drafting took and saved so far,
-/// on this machine and this text; see `pacer.rs`.
+/// Whether, how deep and how far to draft is decided by the [`Costs`] of passes on this machine
+/// and by how often guesses were right so far.
 pub trait Drafter: Send {
-    /// Guess at most `most` tokens after `history`, whose last token the backend has not run yet.
+    /// How many times as many tokens a second a round with a draft promises as one without. At
+    /// most `most` tokens, 1 or more, may be guessed after `history`.
+    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs) -> f64;
+
+    /// Make the draft that was promised last, after `history`, whose last token the backend has
+    /// not run yet.
     ///
     /// # Errors
     /// What the backend reports.
@@ -91,10 +87,12 @@ pub trait Drafter: Send {
         interrupt: &Interrupt,
     ) -> Result<Draft>;
 
-    /// The last draft gave `tokens` tokens, verification's own included, in `elapsed`, drafting
-    /// included.
-    fn learn(&mut self, tokens: usize, elapsed: Duration);
+    /// `tokens` came instead of the last draft: what was right of it and one more, or fewer where
+    /// the text ended.
+    fn learn(&mut self, tokens: &[u32], costs: &Costs);
+}
 
-    /// A round without a draft of this drafter gave `tokens` tokens in `elapsed`.
-    fn learn_without(&mut self, tokens: usize, elapsed: Duration);
+/// Seconds for `tokens` tokens at full depth.
+fn full_depth(costs: &Costs, layers: usize, tokens: usize) -> f64 {
+    costs.layers(layers, tokens) + costs.head(tokens)
 }

@@ -1,9 +1,7 @@
 //! Drafts what followed the newest tokens when they occurred before.
 
-use std::time::Duration;
-
-use super::{Draft, Drafter, Pacer};
-use crate::backend::Backend;
+use super::{Draft, Drafter, Share, full_depth};
+use crate::backend::{Backend, Costs};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 
@@ -11,58 +9,70 @@ use crate::interrupt::Interrupt;
 const LONGEST_MATCH: usize = 6;
 /// Shorter matches guess too badly.
 const SHORTEST_MATCH: usize = 2;
-/// Numbers of tokens to draft.
-const LENGTHS: [usize; 3] = [3, 7, 15];
+/// Numbers of tokens to draft; engines run best over powers of two, the newest token included.
+const LENGTHS: [usize; 4] = [1, 3, 7, 15];
+/// What is believed of each guess at first.
+const PRIOR: f64 = 0.7;
 
 /// Looks for the newest tokens in the text so far, longest match first, the latest of equals, and
 /// guesses that the same tokens follow.
 #[derive(Debug)]
 pub(super) struct PromptLookup {
-    /// By length of the match, as longer ones guess better.
-    pacers: Vec<Pacer>,
+    layers: usize,
+    /// By length of the match: how often a guess after right ones was right.
+    shares: Vec<Share>,
     matched: usize,
+    guesses: Vec<u32>,
 }
 
 impl PromptLookup {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(layers: usize) -> Self {
         Self {
-            pacers: (SHORTEST_MATCH..=LONGEST_MATCH)
-                .map(|_| Pacer::new(LENGTHS.len()))
-                .collect(),
-            matched: SHORTEST_MATCH,
+            layers,
+            shares: vec![Share::new(PRIOR); LONGEST_MATCH + 1],
+            matched: 0,
+            guesses: Vec::new(),
         }
+    }
+
+    /// Tokens a second with `length` guesses, each right with probability `share` if those before
+    /// are, over those without any.
+    fn speedup(&self, length: usize, share: f64, costs: &Costs) -> f64 {
+        let tokens: f64 = (0..=length as i32).map(|n| share.powi(n)).sum();
+        let without = full_depth(costs, self.layers, 1);
+        tokens * without / full_depth(costs, self.layers, length + 1)
     }
 }
 
 impl Drafter for PromptLookup {
-    fn draft(
-        &mut self,
-        history: &[u32],
-        most: usize,
-        _: &mut dyn Backend,
-        _: &Interrupt,
-    ) -> Result<Draft> {
-        let Some((next, matched)) = find(history).filter(|_| most > 0) else {
-            return Ok(Draft::default());
+    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs) -> f64 {
+        self.shares.iter_mut().for_each(Share::fade);
+        self.guesses.clear();
+        let Some((next, matched)) = find(history) else {
+            return 0.0;
         };
         self.matched = matched;
-        let Some(way) = self.pacers[matched - SHORTEST_MATCH].choose() else {
-            return Ok(Draft::default());
-        };
-        let end = history.len().min(next + LENGTHS[way].min(most));
+        let share = self.shares[matched].estimate();
+        let most = most.min(history.len() - next);
+        let promises = LENGTHS
+            .map(|length| length.min(most))
+            .map(|length| (length, self.speedup(length, share, costs)));
+        let best = promises.into_iter().max_by(|(_, a), (_, b)| a.total_cmp(b));
+        let (length, promise) = best.unwrap_or_default();
+        self.guesses.extend(&history[next..next + length]);
+        promise
+    }
+
+    fn draft(&mut self, _: &[u32], _: usize, _: &mut dyn Backend, _: &Interrupt) -> Result<Draft> {
         Ok(Draft {
-            tokens: history[next..end].to_vec(),
+            tokens: self.guesses.clone(),
             depth: 0,
         })
     }
 
-    fn learn(&mut self, tokens: usize, elapsed: Duration) {
-        self.pacers[self.matched - SHORTEST_MATCH].learn(tokens, elapsed);
-    }
-
-    fn learn_without(&mut self, tokens: usize, elapsed: Duration) {
-        for pacer in &mut self.pacers {
-            pacer.learn_without(tokens, elapsed);
+    fn learn(&mut self, tokens: &[u32], _: &Costs) {
+        for (token, guess) in tokens.iter().zip(&self.guesses) {
+            self.shares[self.matched].note(token == guess);
         }
     }
 }

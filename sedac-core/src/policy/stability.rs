@@ -72,7 +72,11 @@ mod tests {
     fn exit_depth(policy: &mut Stability, stabilities: &[f32]) -> Option<usize> {
         policy.begin();
         (1..).zip(stabilities).find_map(|(depth, &stability)| {
-            policy.observe(depth, Signals { stability }).map(|_| depth)
+            let signals = Signals {
+                stability,
+                ..Signals::default()
+            };
+            policy.observe(depth, signals).map(|_| depth)
         })
     }
 

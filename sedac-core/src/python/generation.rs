@@ -1,5 +1,6 @@
 //! A generation under way, as a Python iterator.
 
+use std::ops::ControlFlow;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -12,7 +13,7 @@ use super::door::{Inbox, receive};
 use crate::chain::{Chain, Request, Summary, Token};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::text::TextCodec;
+use crate::text::{StopStrings, TextCodec};
 
 enum Event {
     Token(Token, String),
@@ -34,12 +35,13 @@ impl Generation {
         chain: Arc<Mutex<Chain>>,
         codec: Option<Arc<TextCodec>>,
         request: Request,
+        stops: StopStrings,
     ) -> Self {
         let (sender, receiver) = channel();
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
         thread::spawn(move || {
-            let end = generate(&chain, codec.as_deref(), &request, &raised, &sender);
+            let end = generate(&chain, codec.as_deref(), &request, stops, &raised, &sender);
             // nobody listens any more when the iterator was dropped
             let _ = sender.send(Event::End(end));
         });
@@ -81,7 +83,8 @@ impl Generation {
         }
     }
 
-    /// finish_reason, prefill_ms, decode_ms, the text still owed and how drafting went, once the iterator ended.
+    /// finish_reason, prefill_ms, decode_ms, the text still owed and how drafting went, once the
+    /// iterator ended.
     fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
         let Some((summary, rest)) = &self.end else {
             return Err(PyRuntimeError::new_err("the generation did not finish"));
@@ -110,6 +113,7 @@ fn generate(
     chain: &Mutex<Chain>,
     codec: Option<&TextCodec>,
     request: &Request,
+    mut stops: StopStrings,
     interrupt: &Interrupt,
     sender: &Sender<Event>,
 ) -> Result<(Summary, String)> {
@@ -121,8 +125,14 @@ fn generate(
             .as_mut()
             .map(|s| s.push(token.id))
             .unwrap_or_default();
+        let stop = stops.push(&text);
         if sender.send(Event::Token(token, text)).is_err() {
             interrupt.raise();
+        }
+        if stop {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
         }
     })?;
     let rest = match &stream {

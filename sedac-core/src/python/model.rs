@@ -1,23 +1,26 @@
 //! A loaded bundle.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use serde_json::json;
 
 use super::door;
 use super::error::InputError;
 use super::generation::Generation;
 use crate::backend::Layout;
 use crate::bench::{Case, Row};
-use crate::bundle::{Bundle, ExitConfig};
+use crate::bundle::{Bundle, KvFill};
 use crate::chain::{Chain, Exit, Request};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
+use crate::policy::{PolicySettings, Source};
 use crate::sampler::Sampling;
-use crate::text::TextCodec;
+use crate::text::{StopStrings, TextCodec};
 
 /// A bundle with its engines loaded.
 #[pyclass(frozen)]
@@ -73,20 +76,30 @@ impl Model {
         self.codec.is_some()
     }
 
-    /// The bundle's exit configuration.
+    /// The bundle's exit configuration, as JSON: policy, certificate or null, kv_fill.
     #[getter]
-    fn exit_config(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
-        let ExitConfig {
-            tau,
-            consecutive_k,
-            min_layer_ratio,
-            ..
-        } = self.bundle.exit_config;
-        let result = PyDict::new(py);
-        result.set_item("tau", tau)?;
-        result.set_item("consecutive_k", consecutive_k)?;
-        result.set_item("min_layer_ratio", min_layer_ratio)?;
-        Ok(result.unbind())
+    fn exit_config(&self) -> (String, Option<String>, &'static str) {
+        let config = &self.bundle.exit_config;
+        (
+            json!(config.policy).to_string(),
+            config.certificate.as_ref().map(ToString::to_string),
+            config.kv_fill.name(),
+        )
+    }
+
+    /// The depths at which the bundle has what a policy reads, by policy.
+    #[getter]
+    fn trained_depths(&self) -> HashMap<&'static str, Vec<usize>> {
+        let manifest = &self.bundle.manifest;
+        let (risk, exit) = (Source::Risk, Source::Exit);
+        [
+            ("probe", risk),
+            ("cascade", risk),
+            ("margin", exit),
+            ("learned", exit),
+        ]
+        .map(|(policy, source)| (policy, manifest.trained_depths(source)))
+        .into()
     }
 
     #[pyo3(signature = (text, add_special_tokens = true))]
@@ -102,12 +115,13 @@ impl Model {
         Ok(self.codec()?.decode(&tokens)?)
     }
 
-    /// Start generating; iterate over the result. Without `stability` (tau, consecutive_k,
-    /// min_layer_ratio) and `forced_exit` (depths, taken in turn) every token runs at full depth;
-    /// `drafter` guesses several to verify at once.
+    /// Start generating; iterate over the result. Without `policy` (JSON, as sedac_config.json has
+    /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
+    /// guesses several to verify at once.
     #[pyo3(signature = (
-        prompt, *, max_new_tokens, stop_tokens, stability = None, forced_exit = None,
-        drafter = None, temperature = 0.0, top_k = 0, top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
+        prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], policy = None,
+        forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
+        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
@@ -115,9 +129,11 @@ impl Model {
         prompt: Vec<u32>,
         max_new_tokens: usize,
         stop_tokens: Vec<u32>,
-        stability: Option<(f32, usize, f32)>,
+        stop_strings: Vec<String>,
+        policy: Option<&str>,
         forced_exit: Option<Vec<usize>>,
         drafter: Option<&str>,
+        kv_fill: &str,
         temperature: f32,
         top_k: usize,
         top_p: f32,
@@ -129,7 +145,8 @@ impl Model {
             prompt,
             max_new_tokens,
             stop_tokens,
-            exit: exit(stability, forced_exit, drafter)?,
+            exit: self.exit(policy, forced_exit, drafter)?,
+            kv_fill: kv_fill_named(kv_fill)?,
             sampling: Sampling {
                 temperature,
                 top_k,
@@ -139,15 +156,34 @@ impl Model {
                 seed,
             },
         };
+        if !stop_strings.is_empty() {
+            self.codec()?;
+        }
         Ok(Generation::start(
             self.chain.clone(),
             self.codec.clone(),
             request,
+            StopStrings::new(stop_strings)?,
         ))
     }
 }
 
 impl Model {
+    fn exit(
+        &self,
+        policy: Option<&str>,
+        forced: Option<Vec<usize>>,
+        drafter: Option<&str>,
+    ) -> Result<Exit> {
+        let Some(json) = policy.filter(|_| forced.is_none() && drafter.is_none()) else {
+            return exit(forced, drafter);
+        };
+        let settings: PolicySettings = serde_json::from_str(json)
+            .map_err(|error| Error::setting("policy", json, error.to_string()))?;
+        self.bundle.manifest.check_policy(&settings)?;
+        Ok(Exit::Policy(settings))
+    }
+
     fn codec(&self) -> PyResult<&TextCodec> {
         self.codec.as_deref().ok_or_else(|| {
             InputError::new_err(
@@ -172,7 +208,9 @@ impl BenchPrompt {
             Self::Text(text, count) => (text, count),
         };
         let Some(codec) = codec(bundle)? else {
-            return Err(Error::Prompt("is a text, but this bundle has no tokenizer".into()));
+            return Err(Error::Prompt(
+                "is a text, but this bundle has no tokenizer".into(),
+            ));
         };
         let mut tokens = codec.encode(&text, true)?;
         if tokens.len() < count {
@@ -187,9 +225,9 @@ impl BenchPrompt {
 /// Compare ways to run a bundle: see `sedac-runtime bench`.
 ///
 /// cases: (row name, whether the monolith runs it, None or the depth to exit at, None or the
-/// drafter).
+/// drafter). against: the index of the case that others are compared with.
 #[pyfunction]
-#[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat))]
+#[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat, against))]
 #[expect(clippy::too_many_arguments, reason = "Python's arguments")]
 pub(super) fn bench(
     py: Python<'_>,
@@ -200,6 +238,7 @@ pub(super) fn bench(
     prompt: BenchPrompt,
     new_tokens: usize,
     repeat: usize,
+    against: usize,
 ) -> PyResult<Py<PyList>> {
     let interrupt = Interrupt::default();
     let raised = interrupt.clone();
@@ -217,11 +256,22 @@ pub(super) fn bench(
                 Ok(Case {
                     name,
                     chain: usize::from(monolith),
-                    exit: exit(None, depth.map(|depth| vec![depth]), drafter.as_deref())?,
+                    exit: exit(depth.map(|depth| vec![depth]), drafter.as_deref())?,
                 })
             })
             .collect::<Result<_>>()?;
-        crate::bench::run(&mut chains, &cases, &prompt, new_tokens, repeat, &raised)
+        if against >= cases.len() {
+            return Err(Error::setting("against", against, "the index of a case"));
+        }
+        crate::bench::run(
+            &mut chains,
+            &cases,
+            &prompt,
+            new_tokens,
+            repeat,
+            against,
+            &raised,
+        )
     })?;
     let rows = rows
         .iter()
@@ -238,34 +288,38 @@ fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
     result.set_item("min_ms", row.min_ms)?;
     result.set_item("max_ms", row.max_ms)?;
     result.set_item("mean_exit_layer", row.mean_exit_layer)?;
+    result.set_item("speedup", row.speedup)?;
+    result.set_item("agreement", row.agreement)?;
     Ok(result)
 }
 
-fn exit(
-    stability: Option<(f32, usize, f32)>,
-    forced: Option<Vec<usize>>,
-    drafter: Option<&str>,
-) -> Result<Exit> {
-    Ok(match (forced, drafter, stability) {
-        (Some(depths), ..) => Exit::Forced { depths },
-        (None, Some(name), _) => Exit::Lossless {
+fn exit(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<Exit> {
+    Ok(match (forced, drafter) {
+        (Some(depths), _) => Exit::Forced { depths },
+        (None, Some(name)) => Exit::Lossless {
             drafter: drafter_kind(name)?,
         },
-        (None, None, Some((tau, consecutive_k, min_layer_ratio))) => Exit::Stability {
-            tau,
-            consecutive_k,
-            min_layer_ratio,
-        },
-        (None, None, None) => Exit::Never,
+        (None, None) => Exit::Never,
     })
 }
 
 fn drafter_kind(name: &str) -> Result<DrafterKind> {
-    let known = DrafterKind::ALL.map(DrafterKind::name).join(" or ");
-    DrafterKind::ALL
-        .into_iter()
-        .find(|kind| kind.name() == name)
-        .ok_or_else(|| Error::setting("drafter", name, known))
+    named("drafter", name, DrafterKind::ALL, DrafterKind::name)
+}
+
+fn kv_fill_named(name: &str) -> Result<KvFill> {
+    named("kv_fill", name, KvFill::ALL, KvFill::name)
+}
+
+fn named<T: Copy, const N: usize>(
+    setting: &'static str,
+    name: &str,
+    all: [T; N],
+    name_of: fn(T) -> &'static str,
+) -> Result<T> {
+    all.into_iter()
+        .find(|&choice| name_of(choice) == name)
+        .ok_or_else(|| Error::setting(setting, name, all.map(name_of).join(" or ")))
 }
 
 fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {

@@ -1,5 +1,6 @@
 //! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
 
+mod exits;
 mod pass;
 mod runtime;
 
@@ -11,6 +12,7 @@ use std::path::Path;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
+use self::exits::Exits;
 use self::pass::{Embedding, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
@@ -18,6 +20,7 @@ use self::runtime::{
 use super::Engines;
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::Result;
+use crate::policy::ExitSignals;
 
 /// Buffers for up to so many positions stay ready; longer passes are rare and large.
 const MOST_POSITIONS_KEPT_READY: usize = 16;
@@ -31,11 +34,19 @@ pub enum Layout {
     Monolith,
 }
 
+/// Loads a graph of the bundle.
+type Open = Box<dyn Fn(&Path) -> Result<Session> + Send>;
+
 /// The engines of one bundle and the caches of one sequence.
 pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
     embed: Session,
     layers: Vec<Session>,
+    /// Loaded when the first soft exit wants them.
+    attention: Vec<Session>,
+    attention_entries: Vec<LayerEntry>,
+    open: Open,
+    exits: Exits,
     key_value: Vec<KeyValueEngine>,
     head: Session,
     vocab_size: usize,
@@ -47,7 +58,7 @@ pub struct OnnxRuntime {
     passes: Passes,
     /// The kept hidden states being filled in, by the number of their positions.
     fillings: HashMap<usize, Filling>,
-    /// Exit hidden states by position, `hidden_size` numbers each.
+    /// Hidden states by position, `hidden_size` numbers each.
     kept: Vec<f32>,
 }
 
@@ -79,10 +90,18 @@ impl OnnxRuntime {
     pub fn load(bundle: &Bundle, layout: Layout, library: &Path, threads: usize) -> Result<Self> {
         let environment = environment(library, threads)?;
         let manifest = &bundle.manifest;
-        let open = |file: &Path| session(&environment, &bundle.directory.join(file));
-        let entries = match layout {
-            Layout::Engines => manifest.engines.layers.clone(),
-            Layout::Monolith => vec![manifest.engines.monolith.clone()],
+        let directory = bundle.directory.clone();
+        let open = move |file: &Path| session(&environment, &directory.join(file));
+        let (entries, attention_entries, exits) = match layout {
+            Layout::Engines => {
+                let engines = &manifest.engines;
+                (
+                    engines.layers.clone(),
+                    engines.attention.clone(),
+                    &engines.exits[..],
+                )
+            }
+            Layout::Monolith => (vec![manifest.engines.monolith.clone()], Vec::new(), &[][..]),
         };
         let embed = open(&manifest.engines.embed)?;
         let layers = entries
@@ -110,6 +129,10 @@ impl OnnxRuntime {
             head_passes: HashMap::new(),
             logit_rows: 1,
             fillings: HashMap::new(),
+            exits: Exits::load(exits, shared.hidden_size, &open)?,
+            attention: Vec::new(),
+            attention_entries,
+            open: Box::new(open),
             entries,
             embed,
             layers,
@@ -184,11 +207,11 @@ impl Engines for OnnxRuntime {
         pass.embedding.run(&mut self.embed, tokens, start)
     }
 
-    fn resume(&mut self, tokens: &[u32], start: usize, engine: usize) -> Result<()> {
-        // the embed engine also gives the contexts of these positions
-        self.embed(tokens, start)?;
+    fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
+        // the embed engine runs for the contexts of these positions
+        self.embed(&vec![0; positions.len()], positions.start)?;
         let size = self.shared.hidden_size;
-        let rows = &self.kept[start * size..(start + tokens.len()) * size];
+        let rows = &self.kept[positions.start * size..positions.end * size];
         self.passes.resume(engine, rows);
         Ok(())
     }
@@ -202,14 +225,39 @@ impl Engines for OnnxRuntime {
         Ok(())
     }
 
+    fn run_attention(&mut self, engine: usize) -> Result<()> {
+        for entry in &self.attention_entries[self.attention.len()..] {
+            self.attention.push((self.open)(&entry.file)?);
+        }
+        let pass = self.passes.current_mut();
+        pass.bind_attention(&self.attention, &self.attention_entries, &mut self.shared)?;
+        run(&mut self.attention[engine], &pass.attention[engine], || {
+            let file = &self.attention_entries[engine].file;
+            format!("attention engine {}", file.display())
+        })?;
+        self.passes.engines_run = engine + 1;
+        Ok(())
+    }
+
+    fn risk(&self, engine: usize) -> Option<f32> {
+        let risk = self.passes.current().risk[engine].as_ref()?;
+        read(risk).last().copied()
+    }
+
+    fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>> {
+        let row = self.passes.newest(1, self.shared.hidden_size);
+        self.exits.signals(depth, row, stability)
+    }
+
     fn stability(&self, engine: usize) -> &[f32] {
         let rows = read(&self.passes.current().stability[engine]);
         &rows[rows.len() - self.entries[engine].num_layers..]
     }
 
-    fn keep(&mut self, position: usize) {
-        let row = self.passes.newest(1, self.shared.hidden_size);
-        self.kept[position * row.len()..][..row.len()].copy_from_slice(row);
+    fn keep(&mut self, positions: Range<usize>) {
+        let size = self.shared.hidden_size;
+        let rows = self.passes.newest(positions.len(), size);
+        self.kept[positions.start * size..positions.end * size].copy_from_slice(rows);
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
@@ -232,7 +280,14 @@ impl Engines for OnnxRuntime {
             Entry::Occupied(ready) => ready.into_mut(),
             Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.head, tokens, sizes)?),
         };
-        write(&mut pass.input, self.passes.newest(tokens, sizes.0));
+        let rows = self.passes.newest(tokens, sizes.0);
+        let depth = self.entries[self.passes.engines_run - 1].end();
+        // lenses are for exits, which are of one token
+        let seen = match tokens {
+            1 => self.exits.through_lens(depth, rows)?,
+            _ => None,
+        };
+        write(&mut pass.input, seen.unwrap_or(rows));
         self.logit_rows = tokens;
         run(&mut self.head, &pass.binding, || "head engine".into())
     }

@@ -137,7 +137,11 @@ pub(super) struct Pass {
     pub(super) embedding: Embedding,
     /// [1, tokens, layers of the engine] by engine.
     pub(super) stability: Vec<Tensor<f32>>,
+    /// [1, tokens, 1] by engine, of those with a probe.
+    pub(super) risk: Vec<Option<Tensor<f32>>>,
     pub(super) layers: Vec<IoBinding>,
+    /// The attention engines' bindings; none until one runs.
+    pub(super) attention: Vec<IoBinding>,
     /// Engines take turns reading the embedding's residual stream and this one, writing the other.
     other: Tensor<f32>,
 }
@@ -156,7 +160,12 @@ impl Pass {
                 .iter()
                 .map(|entry| tensor(&[1, tokens, entry.num_layers]))
                 .collect::<Result<_>>()?,
+            risk: entries
+                .iter()
+                .map(|entry| entry.risk.then(|| tensor(&[1, tokens, 1])).transpose())
+                .collect::<Result<_>>()?,
             layers: Vec::new(),
+            attention: Vec::new(),
             other: tensor(&[1, tokens, shared.hidden_size])?,
         };
         for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
@@ -196,7 +205,24 @@ impl Pass {
         }
         bind_output(&mut bound, "y", self.hidden_mut(engine + 1))?;
         bind_output(&mut bound, "stability", &mut self.stability[engine])?;
+        if let Some(risk) = self.risk[engine].as_mut().filter(|_| entry.risk) {
+            bind_output(&mut bound, "risk", risk)?;
+        }
         Ok(bound)
+    }
+
+    /// Bind the attention engines, once.
+    pub(super) fn bind_attention(
+        &mut self,
+        sessions: &[Session],
+        entries: &[LayerEntry],
+        shared: &mut Shared,
+    ) -> Result<()> {
+        for engine in self.attention.len()..sessions.len() {
+            let bound = self.bind_layer(engine, &sessions[engine], &entries[engine], shared)?;
+            self.attention.push(bound);
+        }
+        Ok(())
     }
 }
 
@@ -241,12 +267,15 @@ impl Passes {
     /// Take up the current pass at `engine` with the residual stream `rows`.
     pub(super) fn resume(&mut self, engine: usize, rows: &[f32]) {
         self.engines_run = engine;
-        let pass = self.ready.get_mut(&self.current).expect("begun before");
-        write(pass.hidden_mut(engine), rows);
+        write(self.current_mut().hidden_mut(engine), rows);
     }
 
     pub(super) fn current(&self) -> &Pass {
         &self.ready[&self.current]
+    }
+
+    pub(super) fn current_mut(&mut self) -> &mut Pass {
+        self.ready.get_mut(&self.current).expect("begun before")
     }
 
     /// The newest `tokens` tokens' rows of the current residual stream.

@@ -1,0 +1,29 @@
+//! Stop where the likeliest token leads clearly.
+
+use super::{ByDepth, ExitReason, Policy, Signals};
+
+/// Stops a token where the exit engine's margin reaches the depth's threshold.
+#[derive(Debug, Clone)]
+pub struct Margin {
+    thresholds: ByDepth,
+}
+
+impl Margin {
+    /// Stop after the depths of `thresholds`, which the margin must reach.
+    pub fn new(thresholds: ByDepth) -> Self {
+        Self { thresholds }
+    }
+}
+
+impl Policy for Margin {
+    fn begin(&mut self) {}
+
+    fn reads_exit(&self, depth: usize) -> bool {
+        self.thresholds.contains_key(&depth)
+    }
+
+    fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
+        let threshold = self.thresholds.get(&depth)?;
+        (signals.exit?.margin >= *threshold).then_some(ExitReason::Margin)
+    }
+}
