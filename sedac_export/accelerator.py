@@ -1,8 +1,9 @@
 """Early exit inside a Hugging Face decoder in PyTorch, and the reference for the chain's exits.
 
-The model's own layers compute everything. A token that has exited keeps its hidden state as every
-deeper layer's input and output; the deeper layers' keys and values come from that state, which is
-the propagate rule. Layers that every token of a pass has left skip their MLP.
+The model's own layers compute everything. By the propagate rule a token that has exited keeps its
+hidden state as every deeper layer's input and output, so the deeper layers' keys and values come
+from that state; layers that every token of a pass has left skip their MLP. With defer it goes on,
+and only what it predicts is of the state at its exit.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from sedac_export.decoder import find_layers, find_mlp, replaced
 from sedac_export.environment import config_from_environment
 from sedac_export.errors import SedacError
-from sedac_export.exit_config import ExitConfig
+from sedac_export.exit_config import ExitConfig, KvFill
 from sedac_export.manifest import read_manifest
 from sedac_export.policies import Policy, make_policy
 from sedac_export.probes_file import risk_probes
@@ -65,13 +66,15 @@ def create_universal_accelerator(
     policy: Policy | None = None,
     exit_layers: Sequence[int] | None = None,
     bundle: Path | None = None,
+    kv_fill: KvFill | None = None,
 ) -> "Accelerator":
     """A context manager in which `model` exits early; outputs are as without it.
 
     tau, consecutive_k and min_layer_ratio configure policy stability; what is None comes from the
     environment (SEDAC_METHOD, SEDAC_V7_TAU, ...), then from the defaults 0.98, 2 and 0.2. config
     or policy choose any other policy. exit_layers: depths at which tokens may exit, None for all
-    or the bundle's. bundle holds the probes that policies other than stability need.
+    or the bundle's. bundle holds the probes that policies other than stability need. kv_fill is
+    config's unless given: with "defer" tokens that exited go on for their keys and values.
 
     A direct call of the model runs the first position of an empty cache at full depth, generate
     the whole prompt. Raises SedacError when a setting is out of range, or a probe is missing or of
@@ -85,6 +88,7 @@ def create_universal_accelerator(
         policy or make_policy(chosen, len(layers)),
         exit_layers,
         None if bundle is None else _Probes(bundle, model),
+        kv_fill or chosen.kv_fill,
     )
 
 
@@ -98,13 +102,17 @@ class Accelerator:
         policy: Policy,
         exit_layers: Sequence[int] | None,
         probes: "_Probes | None",
+        kv_fill: KvFill,
     ) -> None:
+        self.propagate = kv_fill == "propagate"
         self.model, self.layers, self.policy, self.probes = model, layers, policy, probes
         allowed = exit_layers or (probes.exit_layers if probes else range(1, len(layers)))
         self.exit_layers = {depth for depth in allowed if depth < len(layers)}
         self._statistics = Statistics(len(layers))
         self._generating = False
         self._rows: Rows | None = None
+        # what each token's prediction is made of so far
+        self._predicting = torch.empty(0)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Accelerator":
@@ -125,7 +133,7 @@ class Accelerator:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._rows = None
+        self._rows, self._predicting = None, torch.empty(0)
 
     def stats(self) -> Statistics:
         """What has happened since the accelerator was made."""
@@ -162,7 +170,9 @@ class Accelerator:
     def _mlp(self, index: int, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         """The layer's MLP, zero for tokens that have exited or skip it."""
         rows = self._rows
-        done = None if rows is None else rows.exited | (rows.skip_from <= index)
+        done = None if rows is None else rows.skip_from <= index
+        if rows is not None and self.propagate:
+            done = done | rows.exited
         if done is None or not done.any():
             return forward(x)
         if done.all():
@@ -178,11 +188,14 @@ class Accelerator:
             return output
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        frozen = torch.from_numpy(rows.exited).to(after.device).view(after.shape[:-1])
-        after = torch.where(frozen[..., None], before, after)
+        exited = torch.from_numpy(rows.exited).to(after.device).view(*after.shape[:-1], 1)
+        if self.propagate:
+            after = torch.where(exited, before, after)
+        self._predicting = after if index == 0 else torch.where(exited, self._predicting, after)
         self._decide(rows, index + 1, before, after)
-        if index + 1 == len(self.layers) and self.probes:
-            after = self.probes.through_lens(after, rows)
+        if index + 1 == len(self.layers):
+            after = self._predicting
+            after = self.probes.through_lens(after, rows) if self.probes else after
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def _decide(self, rows: Rows, depth: int, before: Tensor, after: Tensor) -> None:

@@ -13,16 +13,19 @@ from sedac_export.costs import Costs, measure_costs
 from sedac_export.documents import Document, data_digest, split_documents
 from sedac_export.edit import edited_bundle, write_config
 from sedac_export.errors import SedacError
-from sedac_export.exit_config import Certificate, ExitConfig, Mode
+from sedac_export.exit_config import Certificate, ExitConfig, KvFill, Mode
 from sedac_export.observe import count_losses, full_tokens, observe
 from sedac_export.policies import Policy, make_policy
 from sedac_export.replay import Replay
-from sedac_export.search import Candidate, pareto, search
+from sedac_export.search import Candidate, Depths, count_checks, losses_of, pareto, search
 from sedac_export.wall_clock import measure_speedup
 
-# what part of the risk the settings to certify are meant to spend, safest first
-_LADDER = (0.5, 0.65, 0.8, 0.9, 0.97)
-_QUALITY_LADDER = (0.1, 0.25, 0.5, 0.75, 0.9)
+# what part of the risk the settings to certify spend where they were searched, safest first; few
+# where each takes a replay
+_LADDERS: dict[KvFill, Sequence[float]] = {
+    "propagate": (0.1, 0.5, 0.65, 0.8, 0.9, 0.97),
+    "defer": tuple(step / 20 for step in range(2, 25)),
+}
 # a setting that gains less than this is no exit worth the name
 _LEAST_GAIN = 1.01
 _SEARCH_SHARE = 0.45
@@ -40,6 +43,7 @@ class Request:
     max_risk: float = 0.01
     confidence: float = 0.95
     min_speedup: float | None = None
+    kv_fill: KvFill = "defer"
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,12 @@ def _choose(
 ) -> list[Candidate]:
     """The settings to certify, safest first, all of the policy that is fastest at the risk.
 
-    Signals are observed with full-depth caches; exits change the caches of later tokens and with
-    them the risk. One replay tells by how much, and settings are taken for the corrected risk.
+    Signals are observed with full depth's caches, which deferred tokens leave too. Propagated ones
+    change what later tokens see and with it the risk: one replay tells by how much, and settings
+    are taken for the corrected risk.
     """
     seen = observe(replay, documents, lambda *done: progress("search", *done))
-    front = pareto(search(seen, costs))
+    front = pareto(search(seen, costs, request.kv_fill))
     front = [c for c in front if c.speedup >= _LEAST_GAIN and c.risk > 0]
     if not front:
         raise SedacError(
@@ -107,13 +112,14 @@ def _choose(
             " use a model trained for early exits"
         )
     trial = max((c for c in front if c.risk <= request.max_risk), key=_speed, default=front[0])
-    full = seen.full_by_document(documents, window_length(replay.manifest))
-    losses, _ = count_losses(replay, documents, full, _policy(trial, replay))
-    inflation = max(1.0, losses.risk / trial.risk)
+    inflation = 1.0
+    if request.kv_fill == "propagate":
+        full = seen.full_by_document(documents, window_length(replay.manifest))
+        losses, _ = count_losses(replay, documents, full, _policy(trial, replay))
+        inflation = max(1.0, losses.risk / trial.risk)
     same = [c for c in front if c.config.policy == trial.config.policy]
-    shares = _QUALITY_LADDER if request.mode == "quality" else _LADDER
     chosen: list[Candidate] = []
-    for share in shares:
+    for share in _LADDERS[request.kv_fill]:
         within = [c for c in same if c.risk * inflation <= share * request.max_risk]
         best = max(within, key=_speed, default=same[0])
         if best not in chosen:
@@ -129,24 +135,34 @@ def _test(
     ladder: Sequence[Candidate],
     progress: Progress,
 ) -> list[Step]:
-    """Replay the ladder on the certifying documents, up to the first that fails."""
-    full = full_tokens(replay, documents, lambda *done: progress("full", *done))
+    """The ladder on the certifying documents, up to the first that fails."""
+    measure = _measurer(request, replay, documents, progress)
     steps: list[Step] = []
-    for number, candidate in enumerate(ladder):
-        progress("certify", number, len(ladder))
-        losses, depths = count_losses(replay, documents, full, _policy(candidate, replay))
-        asked = candidate.config.thresholds or {}
-        checks = np.zeros(len(depths), dtype=np.int64)
-        if candidate.config.policy in ("margin", "learned"):
-            for depth in asked:
-                checks += depths >= depth
+    for candidate in ladder:
+        losses, depths = measure(candidate)
+        checks = count_checks(candidate.config, depths)
         ratio = replay.num_layers / float(depths.mean())
-        speedup = costs.full / float(costs.of(depths, checks).mean())
+        speedup = costs.full / float(costs.of(depths, checks, request.kv_fill).mean())
         steps.append(Step(candidate, losses, ratio, speedup))
         if not count_certified([losses], request.max_risk, request.confidence):
             break
-    progress("certify", len(ladder), len(ladder))
     return steps
+
+
+def _measurer(
+    request: Request, replay: Replay, documents: Sequence[Document], progress: Progress
+) -> Callable[[Candidate], tuple[Losses, Depths]]:
+    """What gives a candidate's losses and depths on `documents`.
+
+    Deferred tokens leave full depth's caches, so one observation serves all candidates; with
+    propagated ones each has to be replayed.
+    """
+    if request.kv_fill == "defer":
+        seen = observe(replay, documents, lambda *done: progress("certify", *done))
+        counts = seen.counts(documents, window_length(replay.manifest))
+        return lambda candidate: losses_of(seen, counts, candidate.config)
+    full = full_tokens(replay, documents, lambda *done: progress("certify", *done))
+    return lambda candidate: count_losses(replay, documents, full, _policy(candidate, replay))
 
 
 def _best(request: Request, steps: Sequence[Step]) -> Step:
@@ -217,8 +233,8 @@ def _check_size(request: Request, documents: Sequence[Document]) -> None:
     check_enough(Losses(np.zeros_like(counts), counts), request.max_risk, request.confidence)
 
 
-def _policy(candidate: Candidate, replay: Replay) -> Callable[[], Policy]:
-    return lambda: make_policy(candidate.config, replay.num_layers)
+def _policy(candidate: Candidate, replay: Replay) -> Policy:
+    return make_policy(candidate.config, replay.num_layers)
 
 
 def _speed(candidate: Candidate) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sedac_export.exit_config import KvFill
 from sedac_export.replay import Replay
 from sedac_export.sessions import Engine, empty_cache
 
@@ -16,14 +17,22 @@ _REPEATS = 100
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds for one token: of one layer, kv, exit engine, head and embed."""
+    """Milliseconds for one token: of one layer, kv, exit engine, head and embed.
+
+    waiting: how much longer a layer takes with one more token in its pass.
+    """
 
     num_layers: int
     layer: float
     fill: float
+    waiting: float
     exit: float
     head: float
     embed: float
+
+    def skipped(self, kv_fill: KvFill) -> float:
+        """A skipped layer: its kv engine, or one more token in a later token's pass."""
+        return self.fill if kv_fill == "propagate" else self.waiting
 
     @property
     def full(self) -> float:
@@ -31,15 +40,13 @@ class Costs:
         return self.embed + self.num_layers * self.layer + self.head
 
     def of(
-        self, depths: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]
+        self, depths: npt.NDArray[np.int64], checks: npt.NDArray[np.int64], kv_fill: KvFill
     ) -> npt.NDArray[np.float64]:
-        """Tokens that exit after `depths` layers with so many `checks` of exit engines, [n].
-
-        A skipped layer costs filling its cache.
-        """
-        fixed = self.embed + self.head + self.num_layers * self.fill
+        """Tokens that exit after `depths` layers with so many `checks` of exit engines, [n]."""
+        skipped = self.skipped(kv_fill)
+        fixed = self.embed + self.head + self.num_layers * skipped
         total: npt.NDArray[np.float64] = (
-            fixed + depths * (self.layer - self.fill) + checks * self.exit
+            fixed + depths * (self.layer - skipped) + checks * self.exit
         )
         return total
 
@@ -50,34 +57,42 @@ def measure_costs(replay: Replay) -> Costs:
     Each is the least of several runs, which other load on the machine disturbs least.
     """
     manifest = replay.manifest
-    hidden = np.full((1, 1, manifest.model.hidden_size), 0.1, dtype=np.float32)
-    length = min(_FILLED, manifest.max_cache_length)
-    shared = replay.embed.run(_first_token(length))
-    shared |= {
-        "x": hidden,
-        "seqlens_k": np.array([length - 1], dtype=np.int32),
-        "total_sequence_length": np.array(length, dtype=np.int32),
-        "write_index": np.array([length - 1], dtype=np.int64),
-    }
+    length = max(2, min(_FILLED, manifest.max_cache_length))
+    shared = _feeds(replay, length, 1)
+    hidden = shared["x"]
     kv = manifest.key_value_heads[0]
     caches = {
         f"past_{kind}_0": empty_cache(kv.heads, length, kv.head_size) for kind in ("key", "value")
     }
     fill = Engine(replay.directory / manifest.engines.key_value[0].file, replay.threads)
+    layer = _least(replay.layers[0], shared, caches)
     stability = {"x": hidden, "stability": np.ones((1, 1, 3), dtype=np.float32)}
     return Costs(
         manifest.model.num_layers,
-        layer=_least(replay.layers[0], shared, caches),
+        layer=layer,
         fill=_least(fill, shared, caches),
+        waiting=max(0.0, _least(replay.layers[0], _feeds(replay, length, 2), caches) - layer),
         exit=max((_least(engine, stability) for engine in replay.exits.values()), default=0.0),
         head=_least(replay.head, {"x": hidden}),
-        embed=_least(replay.embed, _first_token(length)),
+        embed=_least(replay.embed, _newest(length, 1)),
     )
 
 
-def _first_token(length: int) -> dict[str, Any]:
-    position = np.array([[length - 1]], dtype=np.int64)
-    return {"input_ids": np.zeros((1, 1), dtype=np.int64), "position_ids": position}
+def _feeds(replay: Replay, length: int, tokens: int) -> dict[str, Any]:
+    """A layer's and a kv engine's inputs for the newest `tokens` of `length` positions."""
+    shared: dict[str, Any] = replay.embed.run(_newest(length, tokens))
+    hidden = replay.manifest.model.hidden_size
+    return shared | {
+        "x": np.full((1, tokens, hidden), 0.1, dtype=np.float32),
+        "seqlens_k": np.array([length - 1], dtype=np.int32),
+        "total_sequence_length": np.array(length, dtype=np.int32),
+        "write_index": np.array([length - tokens], dtype=np.int64),
+    }
+
+
+def _newest(length: int, tokens: int) -> dict[str, Any]:
+    positions = np.arange(length - tokens, length, dtype=np.int64)[None]
+    return {"input_ids": np.zeros((1, tokens), dtype=np.int64), "position_ids": positions}
 
 
 def _least(engine: Engine, feeds: dict[str, Any], caches: dict[str, Any] | None = None) -> float:

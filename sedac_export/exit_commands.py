@@ -34,6 +34,13 @@ ProbeLayers = Annotated[
 ]
 
 
+class KvFillName(StrEnum):
+    """What --kv-fill takes."""
+
+    PROPAGATE = "propagate"
+    DEFER = "defer"
+
+
 class ModeName(StrEnum):
     """What --mode takes."""
 
@@ -150,14 +157,19 @@ def calibrate(
     min_speedup: Annotated[
         float | None, typer.Option(help="Refuse settings that are slower, by wall clock.")
     ] = None,
+    kv_fill: Annotated[
+        KvFillName, typer.Option(help="What skipped layers' caches get; deferred ones are exact.")
+    ] = KvFillName.DEFER,
     as_json: AsJson = False,
 ) -> None:
     """Choose a policy and thresholds, certify their risk, write sedac_config.json."""
     from sedac_export import calibrate as calibration
 
     _, documents = _read(bundle, data)
-    request = calibration.Request(bundle, documents, mode.value, max_risk, confidence, min_speedup)
-    with progress_bar("search", "full", "certify") as update:
+    request = calibration.Request(
+        bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
+    )
+    with progress_bar("search", "certify") as update:
         result = calibration.calibrate(request, update)
     if as_json:
         print(json.dumps(result.config.model_dump(exclude_none=True)))

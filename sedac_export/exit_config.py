@@ -11,6 +11,7 @@ from sedac_export.manifest import EXIT_CONFIG, Manifest
 PolicyName = Literal["stability", "probe", "cascade", "margin", "learned"]
 Mode = Literal["quality", "balanced", "speed"]
 ExitKind = Literal["hard", "soft"]
+KvFill = Literal["propagate", "defer"]
 
 # what each policy is configured by, with defaults where it has any; None must be given
 POLICY_FIELDS: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ class ExitConfig(_Strict):
     weights: dict[int, float] | None = None
     targets: dict[int, float] | None = None
     exit_kind: ExitKind | None = None
-    kv_fill: Literal["propagate"] = "propagate"
+    kv_fill: KvFill = "propagate"
     certificate: Certificate | None = None
 
     @model_validator(mode="before")

@@ -44,9 +44,13 @@ class Observations:
         self, documents: Sequence[Document], window: int
     ) -> dict[str, npt.NDArray[np.int64]]:
         """Full depth's tokens by the digest of the documents that were observed."""
-        counts = [sum(len(w.tokens) - 1 for w in d.windows(window)) for d in documents]
+        counts = self.counts(documents, window)
         parts = np.split(self.full, np.cumsum(counts)[:-1])
         return {d.sha256: part for d, part in zip(documents, parts, strict=True) if len(part)}
+
+    def counts(self, documents: Sequence[Document], window: int) -> list[int]:
+        """How many of the tokens are of each of the documents that were observed."""
+        return [sum(len(w.tokens) - 1 for w in d.windows(window)) for d in documents]
 
 
 class _Recorder(Policy):
@@ -108,10 +112,10 @@ def count_losses(
     replay: Replay,
     documents: Sequence[Document],
     full: dict[str, npt.NDArray[np.int64]],
-    make_policy: Callable[[], Policy],
+    policy: Policy,
     progress: Progress = lambda *_: None,
 ) -> tuple[Losses, npt.NDArray[np.int64]]:
-    """Run `documents` with exits: each one's errors, and the layers run of every token.
+    """Run `documents` with exits and kv_fill propagate: errors, and the layers run of each token.
 
     full: full depth's tokens by the document's digest, from `full_tokens`. First tokens of texts
     are not counted, they always run at full depth.
@@ -119,7 +123,7 @@ def count_losses(
     errors, counts, depths = [], [], []
     for number, document in enumerate(documents):
         traces = [
-            replay.run(window.tokens, make_policy())
+            replay.run(window.tokens, policy)
             for window in document.windows(window_length(replay.manifest))
         ]
         if traces:

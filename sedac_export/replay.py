@@ -1,9 +1,9 @@
 """Run a bundle's engines over whole texts, many positions in a pass, with exits.
 
-A token that has exited after d layers keeps its hidden state h_d as input and output of every
-deeper layer. The deeper layers still compute their keys and values from h_d, and that is the
-propagate rule; so one pass over many positions gives what decoding them one by one with exits
-gives.
+With kv_fill propagate a token that has exited after d layers keeps its hidden state h_d as input
+and output of every deeper layer, which still compute their keys and values from h_d. With defer it
+goes on for its keys and values, and only its prediction is of h_d. Either way one pass over many
+positions gives what decoding them one by one with exits gives.
 """
 
 import math
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedac_export.errors import SedacError
+from sedac_export.exit_config import KvFill
 from sedac_export.manifest import Manifest
 from sedac_export.policies import Policy
 from sedac_export.probes_file import check_probes
@@ -95,6 +96,7 @@ class Replay:
         policy: Policy | None = None,
         watch: Watch | None = None,
         full_depth: int = 1,
+        kv_fill: KvFill = "propagate",
     ) -> Trace:
         """Run one text, int64 [n], n up to the cache length.
 
@@ -104,7 +106,7 @@ class Replay:
 
         Raises SedacError when an activation is NaN or infinite.
         """
-        sequence = _Sequence(self, tokens)
+        sequence = _Sequence(self, tokens, kv_fill)
         return Trace.join(
             [
                 sequence.chunk(chunk, policy, watch, max(0, full_depth - chunk.start))
@@ -148,8 +150,8 @@ def chunks(tokens: int, size: int = CHUNK) -> Iterator[slice]:
 class _Sequence:
     """One text and its caches."""
 
-    def __init__(self, replay: Replay, tokens: npt.NDArray[np.int64]) -> None:
-        self.replay, self.tokens = replay, tokens
+    def __init__(self, replay: Replay, tokens: npt.NDArray[np.int64], kv_fill: KvFill) -> None:
+        self.replay, self.tokens, self.kv_fill = replay, tokens, kv_fill
         length = len(tokens)
         self.caches = [
             {
@@ -171,6 +173,7 @@ class _Sequence:
         shared["total_sequence_length"] = np.array(chunk.stop, dtype=np.int32)
         if watch:
             watch(0, chunk.start, x, np.ones(len(x), dtype=np.float32))
+        self.predicting = np.zeros_like(x)
         if policy:
             policy.begin(len(tokens))
         for layer in range(self.replay.num_layers):
@@ -183,6 +186,7 @@ class _Sequence:
             if policy:
                 self._decide(policy, depth, x, outputs, rows)
         _check_finite(x, chunk)
+        x = np.where(rows.exited[:, None], self.predicting, x)
         return self._finish(x, rows, self.tokens[chunk.start + 1 : chunk.stop + 1])
 
     def _layer(self, layer: int, x: Floats, shared: dict[str, Any], rows: Rows) -> dict[str, Any]:
@@ -194,7 +198,8 @@ class _Sequence:
             # keys and values come before the MLP, so both engines write the same ones
             other = self.replay.attention[layer].run(feeds, self.caches[layer])
             outputs["y"][0, skipping] = other["y"][0, skipping]
-        outputs["y"][0, rows.exited] = x[rows.exited]
+        if self.kv_fill == "propagate":
+            outputs["y"][0, rows.exited] = x[rows.exited]
         return outputs
 
     def _decide(
@@ -210,7 +215,8 @@ class _Sequence:
         )
         wants = policy.observe(signals)
         if depth in self.replay.early:
-            rows.leave(wants, depth, policy.soft_ratio())
+            leaving = rows.leave(wants, depth, policy.soft_ratio())
+            self.predicting[leaving] = x[leaving]
 
     def _finish(self, x: Floats, rows: Rows, following: npt.NDArray[np.int64]) -> Trace:
         logits = np.empty((len(x), self.replay.manifest.model.vocab_size), dtype=np.float32)

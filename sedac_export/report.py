@@ -90,7 +90,8 @@ def make_report(
     for number, config in enumerate(configs):
         progress("report", number, len(configs))
         policy = make_policy(config, replay.num_layers)
-        trace = Trace.join([_counted(replay.run(window.tokens, policy)) for window in windows])
+        runs = (replay.run(w.tokens, policy, kv_fill=config.kv_fill) for w in windows)
+        trace = Trace.join([_counted(run) for run in runs])
         speedup = time_config(directory, config, documents)
         rows.append(_row(config, trace, reference, speedup, replay.num_layers, number == 0))
         depths = trace.depths if number == 0 else depths

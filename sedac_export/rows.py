@@ -23,8 +23,8 @@ class Rows:
         last = self.stabilities[:, max(0, depth - 3) : depth]
         return np.pad(last, ((0, 0), (3 - last.shape[1], 0)))
 
-    def leave(self, wants: Mask, depth: int, soft_ratio: Floats | None) -> None:
-        """Let those of `wants` that run on exit after `depth` layers.
+    def leave(self, wants: Mask, depth: int, soft_ratio: Floats | None) -> Mask:
+        """Let those of `wants` that run on exit after `depth` layers, and say who they are.
 
         With a soft_ratio [n] they stay, and that share of the remaining layers, the last ones,
         skips its MLP.
@@ -38,6 +38,7 @@ class Rows:
             # half up, as Rust rounds
             skipped = np.floor(soft_ratio * (self.layers - depth) + 0.5).astype(np.int64)
             self.skip_from[leaving] = self.layers - skipped[leaving]
+        return leaving
 
     def depths(self) -> npt.NDArray[np.int64]:
         """Layers run whole."""

@@ -8,14 +8,15 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from sedac_export.certificate import Losses
 from sedac_export.costs import Costs
-from sedac_export.exit_config import ExitConfig, PolicyName
+from sedac_export.exit_config import ExitConfig, KvFill, PolicyName
 from sedac_export.observe import Observations
 from sedac_export.policies import make_policy
-from sedac_export.signals import Floats, Signals
+from sedac_export.signals import Floats, Mask, Signals
 
 # prices of an error, in full-depth tokens: from nearly free to nearly forbidden
-_PRICES = np.geomspace(1.0, 300.0, 28)
+_PRICES = np.geomspace(1.0, 300.0, 64)
 _SWEEPS = 3
 _TAUS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995)
 _MIN_RATIOS = (0.2, 0.5, 0.75)
@@ -38,14 +39,15 @@ class Candidate:
     speedup: float
 
 
-def search(seen: Observations, costs: Costs) -> list[Candidate]:
+def search(seen: Observations, costs: Costs, kv_fill: KvFill) -> list[Candidate]:
     """Candidates of every policy that the observations have signals for."""
-    candidates = [*_stability(seen, costs)]
+    configs = [*_stability(seen)]
     for policy, scores in _scored(seen).items():
-        candidates += _by_thresholds(seen, costs, policy, scores)
+        configs += _by_thresholds(seen, costs, kv_fill, policy, scores)
     if seen.risk:
-        candidates += _cascades(seen, costs)
-    return candidates
+        configs += _cascades(seen)
+    filled = (config.model_copy(update={"kv_fill": kv_fill}) for config in configs)
+    return [judge(seen, costs, config) for config in filled]
 
 
 def exits_of(seen: Observations, config: ExitConfig) -> Depths:
@@ -72,19 +74,44 @@ def _same(value: Floats) -> Floats:
     return value
 
 
-def judge(seen: Observations, costs: Costs, config: ExitConfig) -> Candidate:
-    """What the observations predict of `config`."""
-    depths = exits_of(seen, config)
+def count_checks(config: ExitConfig, depths: Depths) -> Depths:
+    """How many exit engines ran for tokens that exited after `depths` layers."""
+    asked = config.thresholds if config.policy in ("margin", "learned") else None
+    checks = np.zeros_like(depths)
+    for depth in asked or ():
+        checks += depths >= depth
+    return checks
+
+
+def wrong_at(seen: Observations, depths: Depths) -> Mask:
+    """Which observed tokens would be wrong if they exited after `depths` layers."""
     wrong = np.zeros(len(depths), dtype=bool)
     for depth in seen.tokens:
         here = depths == depth
         wrong[here] = seen.wrong(depth)[here]
-    asked = config.thresholds if config.policy in ("margin", "learned") else None
-    checks = sum(
-        ((depths >= depth).astype(np.int64) for depth in asked or ()), np.zeros_like(depths)
-    )
-    speedup = costs.full / float(costs.of(depths, checks).mean())
-    return Candidate(config, float(wrong.mean()), speedup)
+    return wrong
+
+
+def losses_of(
+    seen: Observations, counts: Sequence[int], config: ExitConfig
+) -> tuple[Losses, Depths]:
+    """Each document's errors under `config` with deferred caches, and every token's depth.
+
+    counts: how many of the observed tokens are of each document.
+    """
+    depths = exits_of(seen, config)
+    parts = np.split(wrong_at(seen, depths), np.cumsum(counts)[:-1])
+    pairs = [(int(part.sum()), len(part)) for part in parts if len(part)]
+    errors, tokens = zip(*pairs, strict=True)
+    return Losses(np.array(errors), np.array(tokens)), depths
+
+
+def judge(seen: Observations, costs: Costs, config: ExitConfig) -> Candidate:
+    """What the observations predict of `config`."""
+    depths = exits_of(seen, config)
+    times = costs.of(depths, count_checks(config, depths), config.kv_fill)
+    risk = float(wrong_at(seen, depths).mean())
+    return Candidate(config, risk, costs.full / float(times.mean()))
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -106,57 +133,59 @@ def _scored(seen: Observations) -> dict[PolicyName, dict[int, Floats]]:
     return scores
 
 
-def _stability(seen: Observations, costs: Costs) -> Iterator[Candidate]:
+def _stability(seen: Observations) -> Iterator[ExitConfig]:
     for tau in _TAUS:
         for k in (2, 3, 4):
             for ratio in _MIN_RATIOS:
                 if k <= seen.num_layers:
-                    config = ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=ratio)
-                    yield judge(seen, costs, config)
+                    yield ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=ratio)
 
 
-def _cascades(seen: Observations, costs: Costs) -> Iterator[Candidate]:
+def _cascades(seen: Observations) -> Iterator[ExitConfig]:
     medians = {depth: float(np.median(risk)) for depth, risk in seen.risk.items()}
     for multiple in _MULTIPLES:
         for target in _TARGETS:
-            config = ExitConfig(
+            yield ExitConfig(
                 policy="cascade",
                 thresholds={d: max(m * multiple, 1e-6) for d, m in medians.items()},
                 weights=dict.fromkeys(medians, 1.0),
                 targets=dict.fromkeys(medians, target),
             )
-            yield judge(seen, costs, config)
 
 
 def _by_thresholds(
-    seen: Observations, costs: Costs, policy: PolicyName, scores: dict[int, Floats]
-) -> Iterator[Candidate]:
+    seen: Observations,
+    costs: Costs,
+    kv_fill: KvFill,
+    policy: PolicyName,
+    scores: dict[int, Floats],
+) -> Iterator[ExitConfig]:
     """For each price of an error the thresholds that make errors and time cheapest together."""
     check = costs.exit if policy != "probe" else 0.0
+    step = costs.layer - costs.skipped(kv_fill)
     for price in _PRICES:
-        thresholds = _optimize(seen, costs, scores, check, float(price) * costs.full)
+        thresholds = _optimize(seen, step, scores, check, float(price) * costs.full)
         if not thresholds:
             continue
         sign = -1 if policy == "probe" else 1
         rounded = {depth: _outward(sign * value) for depth, value in thresholds.items()}
         if policy == "probe":
             rounded = {depth: max(value, 1e-6) for depth, value in rounded.items()}
-        yield judge(seen, costs, ExitConfig(policy=policy, thresholds=rounded))
+        yield ExitConfig(policy=policy, thresholds=rounded)
 
 
 def _optimize(
-    seen: Observations, costs: Costs, scores: dict[int, Floats], check: float, price: float
+    seen: Observations, step: float, scores: dict[int, Floats], check: float, price: float
 ) -> dict[int, float]:
     """Thresholds by depth, found from the deepest up, each given the others; some sweeps of it.
 
     A token reaching depth d may exit there at a known cost or go on at the cost that the deeper
     thresholds give it; sorted by score, the best threshold is where the sum of the differences is
-    least. Depths that do not pay for asking are left out.
+    least. Depths that do not pay for asking are left out. step: what a layer saved saves.
     """
     depths = sorted(scores)
     thresholds: dict[int, float] = dict.fromkeys(depths, math.inf)
     wrong = {depth: seen.wrong(depth) for depth in depths}
-    step = costs.layer - costs.fill
     for _ in range(_SWEEPS):
         # what a token pays from here on if it runs to the end
         ahead = np.full(len(seen.full), seen.num_layers * step)

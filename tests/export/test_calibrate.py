@@ -20,7 +20,7 @@ from sedac_export.report import make_report
 from sedac_export.report_page import write_report
 from sedac_export.search import judge, pareto, search
 
-COSTS = Costs(num_layers=4, layer=1.0, fill=0.1, exit=0.1, head=1.0, embed=0.1)
+COSTS = Costs(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def observations(tokens: int = 4000) -> Observations:
 
 def test_search_finds_the_informative_depth() -> None:
     seen = observations()
-    found = [c for c in search(seen, COSTS) if c.config.policy == "learned" and c.risk < 0.1]
+    found = [
+        c for c in search(seen, COSTS, "propagate") if c.config.policy == "learned" and c.risk < 0.1
+    ]
     best = max(found, key=lambda c: c.speedup)
     assert list(best.config.thresholds or {}) == [2]
     # exits above t are wrong in (1 - t) / 2 of the cases, of all tokens (1 - t)^2 / 2
@@ -64,7 +66,7 @@ def test_search_finds_the_informative_depth() -> None:
 
 
 def test_pareto_keeps_what_nothing_beats() -> None:
-    front = pareto(search(observations(), COSTS))
+    front = pareto(search(observations(), COSTS, "propagate"))
     assert [c.risk for c in front] == sorted(c.risk for c in front)
     assert [c.speedup for c in front] == sorted(c.speedup for c in front)
 

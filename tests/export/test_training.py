@@ -109,10 +109,12 @@ def policies(medians: dict[int, float]) -> list[ExitConfig]:
         ExitConfig(policy="cascade", targets=targets, exit_kind="soft", **cascade),
         ExitConfig(policy="margin", thresholds=dict.fromkeys(EXITS, 0.7)),
         ExitConfig(policy="learned", thresholds=dict.fromkeys(EXITS, 0.8)),
+        ExitConfig(policy="learned", thresholds=dict.fromkeys(EXITS, 0.8), kv_fill="defer"),
+        ExitConfig(tau=0.98, consecutive_k=2, kv_fill="defer"),
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(8))
 def test_the_chain_exits_where_the_accelerator_exits(
     number: int,
     trained_bundle: TrainedBundle,
@@ -123,7 +125,7 @@ def test_the_chain_exits_where_the_accelerator_exits(
     bundle, trained = trained_bundle
     config = policies(trained.medians)[number]
     tokens = documents[1].tokens[:800]
-    trace = replay.run(tokens, make_policy(config, 12))
+    trace = replay.run(tokens, make_policy(config, 12), kv_fill=config.kv_fill)
     exits = create_universal_accelerator(demo_reference, config=config, bundle=bundle)
     with torch.no_grad(), exits:
         logits = demo_reference(torch.from_numpy(tokens)[None]).logits[0]
