@@ -58,6 +58,14 @@ class Model:
     def trained_depths(self) -> dict[str, list[int]]: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
+    def follow(
+        self,
+        tokens: list[int],
+        *,
+        policy: str | None = None,
+        forced_exit: list[int] | None = None,
+        kv_fill: str = "propagate",
+    ) -> tuple[list[int], list[int]]: ...
     def generate(
         self,
         prompt: list[int],
