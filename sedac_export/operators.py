@@ -129,6 +129,31 @@ def group_query_attention(
     return _split_heads(output, heads), present_key, present_value
 
 
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float
+) -> Tensor:
+    """ONNX's Attention over whole caches, of which `mask` says what each token sees.
+
+    query: [batch, heads, tokens, head size]; key, value: [batch, key-value heads, cache length,
+    head size]; mask: bool [batch, 1, tokens, cache length]. Returns the output [batch, tokens,
+    heads, head size]. https://onnx.ai/onnx/operators/onnx__Attention.html
+    """
+    attributes: dict[str, Any] = {}
+    if scale is not None:
+        attributes["scale"] = float(scale)
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    output = torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value, mask),
+        attributes,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=24,
+    )
+    return output.transpose(1, 2)
+
+
 def scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     """`past` [batch, heads, cache length, size] with `update`'s tokens written at `write_index`.
 
@@ -282,6 +307,9 @@ def _norm_operator(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         weight = module.get_parameter("weight")  # the exporter swaps it while it traces
-        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, epsilon)
+        if not offset:
+            return F.rms_norm(x, weight.shape, weight, epsilon)
+        # in fp32 as in the models that do so: near 1 half precision would lose the weight's digits
+        return F.rms_norm(x.float(), weight.shape, weight.float() + offset, epsilon).to(x.dtype)
 
     return forward

@@ -1,0 +1,117 @@
+"""Add the portable graphs to a bundle: their weights are those that it holds already."""
+
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto
+
+from sedac_export import manifest as bundle
+from sedac_export.block import compose
+from sedac_export.errors import SedacError
+from sedac_export.graphs import Graphs, Progress, trace_graphs
+from sedac_export.skeleton import Skeleton
+from sedac_export.tensorrt.entries import PortableGraphs, PortableLayers
+from sedac_export.tensorrt.portable import (
+    BATCH,
+    MASK,
+    PortableTracer,
+    window_of,
+    with_cache_length,
+)
+from sedac_export.trace import Graph
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def add_portable_graphs(
+    directory: Path, manifest: bundle.Manifest, skeleton: Skeleton, progress: Progress
+) -> bundle.Manifest:
+    """Trace `skeleton` in the bundle's precision and write the graphs; the manifest with them.
+
+    Raises SedacError when the bundle in `directory` is of another model.
+    """
+    with torch.no_grad():
+        dtype = DTYPES[manifest.precision]
+        graphs = trace_graphs(skeleton, progress, PortableTracer, dtype, BATCH)
+    writer = _Writer(directory, manifest, graphs)
+    portable = PortableGraphs(
+        embed=writer.save("embed", writer.engine(graphs.embed, manifest.engines.embed)),
+        layers=[writer.layers(entry) for entry in manifest.engines.layers],
+        key_value=[writer.key_value(index) for index in range(len(graphs.kinds))],
+        head=writer.save("head", writer.engine(graphs.head, manifest.engines.head)),
+        masks={name: window_of(name) for name in sorted(_masks(graphs))},
+    )
+    files = manifest.files | {name: bundle.file_entry(directory, name) for name in portable.files()}
+    whole = manifest.model_copy(update={"portable": portable, "files": files})
+    bundle.write_manifest(directory, whole)
+    return whole
+
+
+def _masks(graphs: Graphs) -> set[str]:
+    return {name for graph in graphs.layers for name in graph.inputs() if name.startswith(MASK)}
+
+
+class _Writer:
+    """Points portable graphs at the weights of a bundle's own engines, by their names there."""
+
+    def __init__(self, directory: Path, manifest: bundle.Manifest, graphs: Graphs) -> None:
+        self.directory, self.manifest, self.graphs = directory, manifest, graphs
+        if len(graphs.kinds) != manifest.model.num_layers:
+            raise SedacError(
+                f"{directory} has {manifest.model.num_layers} layers and the model"
+                f" {len(graphs.kinds)}; name the model that the bundle was built from"
+            )
+        self.monolith = self._weights(manifest.engines.monolith.file)
+
+    def engine(self, graph: Graph, twin: str) -> onnx.ModelProto:
+        """`graph` with the weights of the engine `twin`."""
+        return self._point(graph, self._weights(twin), "")
+
+    def layers(self, entry: bundle.LayerEngineEntry) -> PortableLayers:
+        """Write the portable form of a layer engine."""
+        first, count = entry.first_layer, entry.num_layers
+        models = [self._layer(index) for index in range(first, first + count)]
+        file = self.save(Path(entry.file).stem, compose(models))
+        return PortableLayers(file=file, first_layer=first, num_layers=count)
+
+    def key_value(self, index: int) -> str:
+        """Write the portable form of a layer's kv engine."""
+        graph = self.graphs.key_value[self.graphs.kinds[index]]
+        twin = self.manifest.engines.key_value[index].file
+        return self.save(Path(twin).stem, self.engine(graph, twin))
+
+    def save(self, name: str, model: onnx.ModelProto) -> str:
+        """Write `model` as onnx/portable_`name`.onnx; its path in the bundle."""
+        file = f"onnx/portable_{name}.onnx"
+        onnx.save(with_cache_length(model, self.manifest.max_cache_length), self.directory / file)
+        return file
+
+    def _layer(self, index: int) -> onnx.ModelProto:
+        graph = self.graphs.layers[self.graphs.kinds[index]]
+        # a monolith of one layer is that layer's graph, its names unchanged
+        prefix = f"layer_{index}." if len(self.graphs.kinds) > 1 else ""
+        return self._point(graph, self.monolith, prefix)
+
+    def _point(
+        self, graph: Graph, weights: dict[str, TensorProto], prefix: str
+    ) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(graph.model)
+        for initializer in model.graph.initializer:
+            if initializer.name not in graph.weights:
+                continue
+            stored = weights.get(prefix + initializer.name)
+            if stored is None or stored.dims != initializer.dims:
+                raise SedacError(
+                    f"{self.directory} holds no weight {initializer.name} of shape"
+                    f" {list(initializer.dims)}; name the model that the bundle was built from"
+                )
+            name = initializer.name
+            initializer.CopyFrom(stored)
+            initializer.name = name
+        return model
+
+    def _weights(self, file: str) -> dict[str, TensorProto]:
+        model = onnx.load(self.directory / file, load_external_data=False)
+        return {item.name: item for item in model.graph.initializer if item.external_data}
