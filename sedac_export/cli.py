@@ -1,9 +1,11 @@
 """The command sedac-export."""
 
+import contextlib
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sedac_export.errors import SedacError
+from sedac_export.tensorrt import commands as tensorrt
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -55,9 +58,15 @@ def build(
         typer.Option(help="Largest difference from the original. [default: 1e-4]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
+    max_batch_size: tensorrt.MaxBatchSize = 1,
+    max_prefill_chunk: tensorrt.MaxPrefillChunk = 512,
+    compute_capabilities: tensorrt.ComputeCapabilities = "",
+    version_compatible: tensorrt.VersionCompatible = False,
+    hardware_compatible: tensorrt.HardwareCompatible = False,
 ) -> None:
     """Split a model into engines, check them against the original, write a bundle."""
-    _silence_libraries()
+    silence_libraries()
     from sedac_export.exporter import DEFAULT_TOLERANCE, Request
     from sedac_export.exporter import build as run
 
@@ -71,20 +80,16 @@ def build(
         tolerance=DEFAULT_TOLERANCE if atol is None else atol,
         force=force,
     )
-    columns = (
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+    options = tensorrt.build_options(
+        max_batch_size,
+        max_prefill_chunk,
+        compute_capabilities,
+        version_compatible,
+        hardware_compatible,
     )
-    # after a mistake the one line that names it stands alone
-    quiet = not console.is_interactive
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        tasks = {stage: bar.add_task(stage, total=None) for stage in ("trace", "write", "validate")}
-        built = run(
-            request,
-            lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total),
-        )
+    targets = tensorrt.check_targets(target, options)
+    with progress_bar(["trace", "write", "validate"]) as progress:
+        built = run(request, progress)
     manifest, validation = built.manifest, built.validation
     size = sum(entry.bytes for entry in manifest.files.values())
     console.print(
@@ -98,6 +103,7 @@ def build(
     )
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
+    tensorrt.add_targets(output, targets, options, model)
 
 
 @app.command()
@@ -137,6 +143,25 @@ def inspect(
     out.print(table)
 
 
+tensorrt.register(app)
+
+
+@contextlib.contextmanager
+def progress_bar(stages: list[str]) -> Iterator[Callable[[str, int, int], None]]:
+    """Show each stage's steps; yields what is told of them."""
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # after a mistake the one line that names it stands alone
+    quiet = not console.is_interactive
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+        tasks = {stage: bar.add_task(stage, total=None) for stage in stages}
+        yield lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)
+
+
 def main() -> None:
     """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
     try:
@@ -149,7 +174,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Progress and advice of torch and transformers is not about the user's model."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")

@@ -137,12 +137,12 @@ def masked_attention(
     query: [batch, heads, tokens, head size]; key, value: [batch, key-value heads, cache length,
     head size]; mask: bool [batch, 1, tokens, cache length]. Returns the output [batch, tokens,
     heads, head size]. https://onnx.ai/onnx/operators/onnx__Attention.html
+
+    With a soft cap it is primitives: TensorRT refuses the operator's attribute.
     """
-    attributes: dict[str, Any] = {}
-    if scale is not None:
-        attributes["scale"] = float(scale)
     if softcap:
-        attributes["softcap"] = float(softcap)
+        return _capped_attention(query, key, value, mask, scale, softcap)
+    attributes = {} if scale is None else {"scale": float(scale)}
     output = torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value, mask),
@@ -152,6 +152,21 @@ def masked_attention(
         version=24,
     )
     return output.transpose(1, 2)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float
+) -> Tensor:
+    """Attention with scores s * scale bounded as softcap * tanh(s * scale / softcap)."""
+    key_heads, size = key.shape[1], query.shape[3]
+    grouped = query.unflatten(1, (key_heads, query.shape[1] // key_heads))
+    scores = grouped @ key.unsqueeze(2).transpose(3, 4)
+    factor = (size**-0.5 if scale is None else scale) / softcap
+    capped = torch.tanh(scores.float() * factor) * softcap
+    unseen = torch.finfo(torch.float32).min
+    weights = torch.where(mask.unsqueeze(1), capped, unseen).softmax(-1)
+    output = weights.to(value.dtype) @ value.unsqueeze(2)
+    return output.flatten(1, 2).transpose(1, 2)
 
 
 def scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
@@ -235,7 +250,8 @@ def _rotary(
 
 def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads = tensor.shape[1]
-    flat = _heads_last(tensor)
+    # tables of more digits than the tensor: the model rotates in theirs
+    flat = _heads_last(tensor).to(cos.dtype)
     rotated = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
         (flat, cos, sin),
@@ -244,7 +260,7 @@ def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shape=flat.shape,
         version=23,
     )
-    return _split_heads(rotated, heads).transpose(1, 2)
+    return _split_heads(rotated, heads).transpose(1, 2).to(tensor.dtype)
 
 
 def half(table: Tensor) -> Tensor:

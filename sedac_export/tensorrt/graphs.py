@@ -93,9 +93,7 @@ class _Writer:
         prefix = f"layer_{index}." if len(self.graphs.kinds) > 1 else ""
         return self._point(graph, self.monolith, prefix)
 
-    def _point(
-        self, graph: Graph, weights: dict[str, TensorProto], prefix: str
-    ) -> onnx.ModelProto:
+    def _point(self, graph: Graph, weights: dict[str, TensorProto], prefix: str) -> onnx.ModelProto:
         model = onnx.ModelProto()
         model.CopyFrom(graph.model)
         for initializer in model.graph.initializer:

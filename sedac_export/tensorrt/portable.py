@@ -5,6 +5,7 @@ of ONNX's own opset 24. Nothing in them knows a sequence's length but the mask.
 """
 
 import onnx
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from sedac_export.engines import HeadEngine, OfOneLayer, RecordingCache, run_layer, stability, whole
@@ -51,9 +52,7 @@ class _ScatterCache(RecordingCache):
     def __init__(self, past: tuple[Tensor, Tensor], write_index: Tensor, mask: Tensor) -> None:
         self.past, self.write_index, self.mask = past, write_index, mask
 
-    def attend(
-        self, query: Tensor, *, scale: float | None, window: int, softcap: float
-    ) -> Tensor:
+    def attend(self, query: Tensor, *, scale: float | None, window: int, softcap: float) -> Tensor:
         self.window = window
         past_key, past_value = self.past
         key = scatter(past_key, self.key, self.write_index)
@@ -80,8 +79,15 @@ class PortableTracer(Tracer):
         module = PortableLayerEngine(self.skeleton, self.plan, index, self.router)
         outputs = ["y", "present_key_0", "present_value_0", "stability"]
         graph = trace(module, inputs, outputs, dynamic)
+        _slice_splits(graph.model.graph)
         if module.window > 0:
             _rename_input(graph.model.graph, MASK, f"{_WINDOW_MASK}{module.window}")
+        return graph
+
+    def key_value(self, index: int) -> Graph:
+        """x, contexts, write_index and past -> present."""
+        graph = super().key_value(index)
+        _slice_splits(graph.model.graph)
         return graph
 
 
@@ -97,6 +103,33 @@ def with_cache_length(model: onnx.ModelProto, length: int) -> onnx.ModelProto:
             if axis.dim_param == "cache_length":
                 axis.dim_value = length
     return model
+
+
+def _slice_splits(graph: onnx.GraphProto) -> None:
+    """Take parts of a tensor by Slice: TensorRT knows no sequences, which torch splits into."""
+    constants = {
+        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    constants |= {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.raw_data}
+    splits = {node.output[0]: node for node in graph.node if node.op_type == "SplitToSequence"}
+    for node in graph.node:
+        if node.op_type != "SequenceAt" or node.input[0] not in splits:
+            continue
+        split = splits[node.input[0]]
+        axis = next(a.i for a in split.attribute if a.name == "axis")
+        index, sizes = int(constants[node.input[1]]), constants[split.input[1]]
+        start = index * int(sizes) if sizes.ndim == 0 else int(sizes[:index].sum())
+        end = start + int(sizes if sizes.ndim == 0 else sizes[index])
+        bounds = []
+        for name, bound in (("start", start), ("end", end), ("axis", axis)):
+            tensor = helper.make_tensor(f"{node.output[0]}_{name}", TensorProto.INT64, [1], [bound])
+            graph.initializer.append(tensor)
+            bounds.append(tensor.name)
+        node.CopyFrom(helper.make_node("Slice", [split.input[0], *bounds], node.output))
+    for split in splits.values():
+        graph.node.remove(split)
 
 
 def _rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
