@@ -142,7 +142,7 @@ def masked_attention(
     """
     if softcap:
         return _capped_attention(query, key, value, mask, scale, softcap)
-    attributes = {} if scale is None else {"scale": float(scale)}
+    attributes: dict[str, Any] = {} if scale is None else {"scale": float(scale)}
     output = torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value, mask),
@@ -159,7 +159,8 @@ def _capped_attention(
 ) -> Tensor:
     """Attention with scores s * scale bounded as softcap * tanh(s * scale / softcap)."""
     key_heads, size = key.shape[1], query.shape[3]
-    grouped = query.unflatten(1, (key_heads, query.shape[1] // key_heads))
+    batch, heads, tokens, _ = query.shape
+    grouped = query.reshape(batch, key_heads, heads // key_heads, tokens, size)
     scores = grouped @ key.unsqueeze(2).transpose(3, 4)
     factor = (size**-0.5 if scale is None else scale) / softcap
     capped = torch.tanh(scores.float() * factor) * softcap

@@ -198,7 +198,8 @@ def _fix_reshapes(graph: ir.Graph) -> None:
         shape = node.outputs[0].shape
         if shape is None or node.inputs[1].const_value is not None:
             continue
-        sizes = _target(node.inputs[0].shape, shape)
+        before = node.inputs[0]
+        sizes = _target(None if before is None else before.shape, shape)
         if sizes.count(-1) <= 1:
             target = ir.tensor(sizes, dtype=ir.DataType.INT64, name=f"{node.outputs[0].name}_shape")
             value = ir.Value(name=target.name, const_value=target)

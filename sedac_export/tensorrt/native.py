@@ -183,7 +183,8 @@ def _tensor(tensor: Any) -> list[Any]:
 
 
 def _dtype(dtype: Any) -> str:
-    return _DTYPES.get(dtype.name, dtype.name.lower())
+    name: str = dtype.name
+    return _DTYPES.get(name, name.lower())
 
 
 @contextlib.contextmanager

@@ -192,7 +192,7 @@ class _Build:
         new.rename(path)
 
     def _withdraw(self) -> None:
-        """Take the target's plans out of the manifest: it never names one that is being replaced."""
+        """Take the target's plans out of the manifest, which never names one being replaced."""
         self.place.mkdir(parents=True, exist_ok=True)
         self._remember()
         if self.target in self.manifest.plans:

@@ -4,6 +4,8 @@ Layers update their caches by TensorScatter and attend by Attention with a mask;
 of ONNX's own opset 24. Nothing in them knows a sequence's length but the mask.
 """
 
+from typing import Any
+
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
@@ -52,13 +54,13 @@ class _ScatterCache(RecordingCache):
     def __init__(self, past: tuple[Tensor, Tensor], write_index: Tensor, mask: Tensor) -> None:
         self.past, self.write_index, self.mask = past, write_index, mask
 
-    def attend(self, query: Tensor, *, scale: float | None, window: int, softcap: float) -> Tensor:
-        self.window = window
+    def attend(self, query: Tensor, **settings: Any) -> Tensor:
+        self.window = settings.pop("window")
         past_key, past_value = self.past
         key = scatter(past_key, self.key, self.write_index)
         value = scatter(past_value, self.value, self.write_index)
         self.present = (key, value)
-        return masked_attention(query, key, value, self.mask, scale, softcap)
+        return masked_attention(query, key, value, self.mask, **settings)
 
 
 class PortableTracer(Tracer):
