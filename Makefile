@@ -11,7 +11,7 @@ export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 
 RUST := Cargo.toml Cargo.lock rust-toolchain.toml $(shell find sedac-core -name '*.rs' -o -name Cargo.toml)
 PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
-EXPORTER := $(wildcard sedac_export/*.py)
+EXPORTER := $(shell find sedac_export -name "*.py")
 
 .PHONY: demo test lint format clean
 
@@ -41,7 +41,7 @@ $(DEMO)/bundle.json: $(INSTALLED) $(EXPORTER) $(wildcard demo/model/*)
 	touch $@
 
 $(INSTALLED): $(PACKAGES) $(RUST) | $(BIN)/uv
-	$(BIN)/uv sync --locked --inexact --extra dev
+	$(BIN)/uv sync --locked --inexact --extra dev --extra tensorrt-rtx
 	touch $@
 
 $(BIN)/uv:

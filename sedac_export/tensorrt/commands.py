@@ -1,5 +1,6 @@
 """The part of the command sedac-export that is about TensorRT."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sedac_export.errors import SedacError
 from sedac_export.tensorrt.entries import BuildOptions, PlanSet, Target
 from sedac_export.tensorrt.flavour import FLAVOURS
 
@@ -63,6 +65,55 @@ def engines(
     )
     targets = check_targets(target, options)
     add_targets(bundle, targets, options, model)
+
+
+def validate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    target: Annotated[
+        TargetName | None, typer.Option(help="Whose engines to check. [default: all it has]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a bundle's TensorRT engines as far as this host can.
+
+    The exit code is 0 when all that could be checked held, 3 when an engine's structure did not, 4
+    when a graph disagrees with ONNX Runtime's engines, 5 when an engine does on the GPU.
+    """
+    from sedac_export.cli import progress_bar, silence_libraries
+    from sedac_export.tensorrt.validation import summary
+    from sedac_export.tensorrt.validation import validate as run
+
+    silence_libraries()
+    results = []
+    for flavour in _validated(bundle, target):
+        with progress_bar(["validate"]) as progress:
+            results.append(run(bundle, flavour, progress))
+    if as_json:
+        targets = {result.target: result.as_json() for result in results}
+        passed = all(result.exit_code() == 0 for result in results)
+        print(json.dumps({"bundle": str(bundle), "passed": passed, "targets": targets}))
+    else:
+        for result in results:
+            print(summary(result))
+    raise typer.Exit(next((code for result in results if (code := result.exit_code())), 0))
+
+
+def _validated(directory: Path, target: TargetName | None) -> list[Target]:
+    from sedac_export.manifest import read_manifest
+
+    if target is TargetName.ONNXRUNTIME:
+        raise SedacError(
+            "--target onnxruntime: the build has compared those engines with the original;"
+            " sedac-export inspect shows by how much they differ"
+        )
+    held = list(read_manifest(directory).plans)
+    chosen = [flavour for flavour in FLAVOURS if target == TargetName(flavour)]
+    if not chosen and not held:
+        raise SedacError(
+            f"{directory} holds no TensorRT engines; add them with"
+            f" sedac-export engines {directory} --target tensorrt-rtx"
+        )
+    return chosen or held
 
 
 def build_options(
@@ -122,3 +173,4 @@ def _summary(directory: Path, target: Target, plans: PlanSet) -> str:
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command()(engines)
+    app.command()(validate)

@@ -11,12 +11,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class PortableContext(_Strict):
+    """A context tensor as portable graphs have it; -1 stands for the sequences and tokens."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
+    shape: list[int]
+
+
 class PortableLayers(_Strict):
-    """A portable graph of consecutive decoder layers, counted from 0."""
+    """A portable graph of consecutive decoder layers, counted from 0, and its mask inputs."""
 
     file: str
     first_layer: int
     num_layers: int
+    masks: list[str]
 
 
 class PortableGraphs(_Strict):
@@ -29,6 +37,7 @@ class PortableGraphs(_Strict):
     layers: list[PortableLayers]
     key_value: list[str]
     head: str
+    contexts: dict[str, PortableContext]
     masks: dict[str, int]
 
     def files(self) -> list[str]:

@@ -8,14 +8,15 @@ from onnx import TensorProto
 
 from sedac_export import manifest as bundle
 from sedac_export.block import compose
+from sedac_export.engines import Context
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Graphs, Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
-from sedac_export.tensorrt.entries import PortableGraphs, PortableLayers
+from sedac_export.tensorrt.entries import PortableContext, PortableGraphs, PortableLayers
 from sedac_export.tensorrt.portable import (
     BATCH,
-    MASK,
     PortableTracer,
+    masks_of,
     window_of,
     with_cache_length,
 )
@@ -40,7 +41,10 @@ def add_portable_graphs(
         layers=[writer.layers(entry) for entry in manifest.engines.layers],
         key_value=[writer.key_value(index) for index in range(len(graphs.kinds))],
         head=writer.save("head", writer.engine(graphs.head, manifest.engines.head)),
-        masks={name: window_of(name) for name in sorted(_masks(graphs))},
+        contexts={
+            context.name: _context(context) for context in graphs.plan.contexts if context.used
+        },
+        masks={name: window_of(name) for graph in graphs.layers for name in masks_of(graph.model)},
     )
     files = manifest.files | {name: bundle.file_entry(directory, name) for name in portable.files()}
     whole = manifest.model_copy(update={"portable": portable, "files": files})
@@ -48,8 +52,10 @@ def add_portable_graphs(
     return whole
 
 
-def _masks(graphs: Graphs) -> set[str]:
-    return {name for graph in graphs.layers for name in graph.inputs() if name.startswith(MASK)}
+def _context(context: Context) -> PortableContext:
+    rows = -1 if context.shape[0] == BATCH else 1
+    dtype = str(context.dtype).removeprefix("torch.")
+    return PortableContext.model_validate({"dtype": dtype, "shape": [rows, -1, *context.shape[2:]]})
 
 
 class _Writer:
@@ -73,7 +79,8 @@ class _Writer:
         first, count = entry.first_layer, entry.num_layers
         models = [self._layer(index) for index in range(first, first + count)]
         file = self.save(Path(entry.file).stem, compose(models))
-        return PortableLayers(file=file, first_layer=first, num_layers=count)
+        masks = sorted({name for model in models for name in masks_of(model)})
+        return PortableLayers(file=file, first_layer=first, num_layers=count, masks=masks)
 
     def key_value(self, index: int) -> str:
         """Write the portable form of a layer's kv engine."""

@@ -20,7 +20,7 @@ from sedac_export.tensorrt.flavour import (
     require,
     this_platform,
 )
-from sedac_export.tensorrt.profiles import profiles
+from sedac_export.tensorrt.profiles import Shapes, graph_profiles
 from sedac_export.tensorrt.worker import Worker
 
 _FINISHED = "finished.json"
@@ -157,10 +157,9 @@ class _Build:
                     " this model is not supported"
                 )
 
-    def _profiles(self, graph: str) -> list[dict[str, list[list[int]]]]:
-        model = onnx.load(self.directory / graph, load_external_data=False)
-        length = self.manifest.max_cache_length
-        return profiles(model, self.options, length, head=graph == self.portable.head)
+    def _profiles(self, graph: str) -> list[Shapes]:
+        length, head = self.manifest.max_cache_length, graph == self.portable.head
+        return graph_profiles(self.directory / graph, self.options, length, head)
 
     def _fingerprint(self, graph: str) -> str:
         return fingerprint(self.directory, self.manifest, graph, self.version, self.options)

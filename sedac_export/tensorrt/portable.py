@@ -93,6 +93,11 @@ class PortableTracer(Tracer):
         return graph
 
 
+def masks_of(model: onnx.ModelProto) -> list[str]:
+    """Names of the mask inputs of a layer's or a block's graph."""
+    return [value.name for value in model.graph.input if value.name.startswith(MASK)]
+
+
 def window_of(mask: str) -> int:
     """The positions that a layer with the mask input `mask` sees, 0 for all before it."""
     return int(mask.removeprefix(_WINDOW_MASK)) if mask.startswith(_WINDOW_MASK) else 0

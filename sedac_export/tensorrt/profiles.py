@@ -1,5 +1,7 @@
 """Optimization profiles: the shapes that a plan is built for."""
 
+from pathlib import Path
+
 import onnx
 
 from sedac_export.tensorrt.entries import BuildOptions
@@ -35,6 +37,13 @@ def profiles(
         }
         for tokens in most_tokens(options, cache_length, head)
     ]
+
+
+def graph_profiles(
+    graph: Path, options: BuildOptions, cache_length: int, head: bool
+) -> list[Shapes]:
+    """`profiles` of the ONNX file `graph`."""
+    return profiles(onnx.load(graph, load_external_data=False), options, cache_length, head)
 
 
 def _shape(value: onnx.ValueInfoProto, **sizes: int) -> list[int]:

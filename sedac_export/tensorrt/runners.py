@@ -64,12 +64,13 @@ class PlanRunner:
         tokens = next(iter(feeds.values())).shape[1]
         most = most_tokens(self.options, self.length, head=graph == self.portable.head)
         profile = next(index for index, count in enumerate(most) if tokens <= count)
-        known = {value.name for value in onnx.load(
-            self.directory / graph, load_external_data=False
-        ).graph.input}
+        known = {
+            value.name
+            for value in onnx.load(self.directory / graph, load_external_data=False).graph.input
+        }
         with tempfile.TemporaryDirectory() as place:
             given, results = Path(place) / "feeds.npz", Path(place) / "results.npz"
-            np.savez(given, **{name: x for name, x in feeds.items() if name in known})
+            np.savez(given, allow_pickle=False, **{n: x for n, x in feeds.items() if n in known})
             self.worker.call(
                 "run",
                 plan=str(self.directory / self.plans[graph].file),
