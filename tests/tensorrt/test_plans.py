@@ -19,8 +19,7 @@ from sedac_export.tensorrt.plans import check_options
 from sedac_export.tensorrt.profiles import graph_profiles
 from sedac_export.tensorrt.worker import Worker
 
-from .conftest import RTX
-from .test_portable import portable_bundle
+from .conftest import RTX, PortableTiny
 
 SAME = BuildOptions(max_prefill_chunk=64)
 
@@ -61,17 +60,16 @@ def test_all_engines_of_the_demo_are_built(planned_demo: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_builds_in_fp16(name: str, tmp_path: Path) -> None:
-    portable_bundle(tmp_path, name, "fp16")
+def test_every_architecture_builds_in_fp16(name: str, portable_tiny: PortableTiny) -> None:
     options = BuildOptions(max_batch_size=2, max_prefill_chunk=32)
-    plans = add_target(tmp_path / "bundle", RTX, options)
+    plans = add_target(portable_tiny(name, "fp16")[0], RTX, options)
     assert len(plans.plans) == 6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_other_precisions_build(precision: str, tmp_path: Path) -> None:
-    portable_bundle(tmp_path, "llama", precision)
-    assert len(add_target(tmp_path / "bundle", RTX, BuildOptions()).plans) == 6
+def test_other_precisions_build(precision: str, portable_tiny: PortableTiny) -> None:
+    directory, _ = portable_tiny("llama", precision)
+    assert len(add_target(directory, RTX, BuildOptions()).plans) == 6
 
 
 def test_a_stopped_build_goes_on(own_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import onnx
 import pytest
 from conftest import TinyBundle
 from onnx import TensorProto
-from tiny_models import ARCHITECTURES, save_tiny_model
+from tiny_models import ARCHITECTURES
 
-from sedac_export import Request, SedacError, build
+from sedac_export import SedacError
 from sedac_export.manifest import Manifest, read_manifest
 from sedac_export.skeleton import Skeleton
 from sedac_export.tensorrt.agreement import GATES, compare, visible
@@ -19,26 +19,9 @@ from sedac_export.tensorrt.runners import PortableRunner
 from sedac_export.tensorrt.structure import expectations
 from sedac_export.tensorrt.worker import Worker
 
-from .conftest import RTX
+from .conftest import RTX, PortableTiny
 
 LAYER = "onnx/portable_layer_000.onnx"
-
-
-def portable_bundle(
-    directory: Path, name: str, precision: str, layers_per_engine: int = 1
-) -> Manifest:
-    """A random model of two layers and its bundle with portable graphs."""
-    depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
-    save_tiny_model(name, directory / "model", **{depth: 2})
-    request = Request(
-        model=str(directory / "model"),
-        output=directory / "bundle",
-        precision=precision,  # type: ignore[arg-type]
-        layers_per_engine=layers_per_engine,
-    )
-    built = build(request)
-    skeleton = Skeleton.load(directory / "model")
-    return add_portable_graphs(directory / "bundle", built.manifest, skeleton, lambda *_: None)
 
 
 def disagreements(directory: Path, manifest: Manifest) -> list[object]:
@@ -52,10 +35,10 @@ def disagreements(directory: Path, manifest: Manifest) -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_parses_and_agrees(name: str, tmp_path: Path) -> None:
+def test_every_architecture_parses_and_agrees(name: str, portable_tiny: PortableTiny) -> None:
     """In fp16; what TensorRT drops silently or does not know is in no graph."""
-    manifest = portable_bundle(tmp_path, name, "fp16")
-    directory, portable = tmp_path / "bundle", manifest.portable
+    directory, manifest = portable_tiny(name, "fp16")
+    portable = manifest.portable
     assert portable is not None
     for file in portable.files():
         graph = onnx.load(directory / file, load_external_data=False).graph
@@ -69,11 +52,11 @@ def test_every_architecture_parses_and_agrees(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_other_precisions_agree(precision: str, tmp_path: Path) -> None:
+def test_other_precisions_agree(precision: str, portable_tiny: PortableTiny) -> None:
     """Weights, residual stream and caches are in the precision, stability in fp32."""
-    manifest = portable_bundle(tmp_path, "llama", precision)
-    assert disagreements(tmp_path / "bundle", manifest) == []
-    graph = onnx.load(tmp_path / "bundle" / LAYER, load_external_data=False).graph
+    directory, manifest = portable_tiny("llama", precision)
+    assert disagreements(directory, manifest) == []
+    graph = onnx.load(directory / LAYER, load_external_data=False).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.output}
     expected = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}[precision]
     assert types.pop("stability") == TensorProto.FLOAT
@@ -81,19 +64,19 @@ def test_other_precisions_agree(precision: str, tmp_path: Path) -> None:
     assert {i.data_type for i in graph.initializer if i.external_data} == {expected}
 
 
-def test_blocks_with_several_windows_agree(tmp_path: Path) -> None:
+def test_blocks_with_several_windows_agree(portable_tiny: PortableTiny) -> None:
     """Gemma 2 alternates: a block of two layers takes a mask for each."""
-    manifest = portable_bundle(tmp_path, "gemma2", "fp32", layers_per_engine=2)
+    directory, manifest = portable_tiny("gemma2", "fp32", layers_per_engine=2)
     assert manifest.portable is not None
     assert manifest.portable.masks == {"mask": 0, "mask_window_9": 9}
     assert [entry.masks for entry in manifest.portable.layers] == [["mask", "mask_window_9"]]
-    assert disagreements(tmp_path / "bundle", manifest) == []
+    assert disagreements(directory, manifest) == []
 
 
-def test_sequences_of_a_batch_do_not_mix(tmp_path: Path) -> None:
+def test_sequences_of_a_batch_do_not_mix(portable_tiny: PortableTiny) -> None:
     """Two sequences of different lengths in one pass give what each gives alone."""
-    manifest = portable_bundle(tmp_path, "qwen2", "fp32")
-    run = PortableRunner(tmp_path / "bundle", "fp32")
+    directory, manifest = portable_tiny("llama", "fp32")
+    run = PortableRunner(directory, "fp32")
     rng = np.random.default_rng(0)
     starts, tokens, length = (3, 40), 5, manifest.max_cache_length
     feeds = {
@@ -126,12 +109,12 @@ def test_masks_show_a_token_itself_and_what_is_before_it() -> None:
 
 
 def test_weights_are_those_of_the_bundle(
-    tmp_path: Path, tiny_bundle: Callable[[str], TinyBundle]
+    portable_tiny: PortableTiny, tiny_bundle: Callable[[str], TinyBundle]
 ) -> None:
-    manifest = portable_bundle(tmp_path, "llama", "fp16")
-    data = {path.name for path in (tmp_path / "bundle" / "onnx").glob("*.data")}
+    directory, manifest = portable_tiny("llama", "fp32")
+    data = {path.name for path in (directory / "onnx").glob("*.data")}
     assert data == {"embed.data", "layer_000.data", "layer_001.data", "head.data"}
-    assert read_manifest(tmp_path / "bundle") == manifest
+    assert read_manifest(directory).portable == manifest.portable
     with pytest.raises(SedacError, match=r"has 2 layers and the model 4; name the model"):
         skeleton = Skeleton.load(tiny_bundle("llama")[1].parent / "model")
-        add_portable_graphs(tmp_path / "bundle", manifest, skeleton, lambda *_: None)
+        add_portable_graphs(directory, manifest, skeleton, lambda *_: None)
