@@ -131,6 +131,8 @@ def inspect(
         f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",
         highlight=False,
     )
+    for flavour, version in facts["plans"].items():
+        out.print(f"{flavour} engines of version {version}", highlight=False)
     table = Table("engine", "layers", "weights MB", "error", "cosine")
     for engine in facts["engines"]:
         table.add_row(

@@ -198,11 +198,6 @@ class _Build:
             self._write({}, {})
 
     def _enter(self, kept: list["_Finished"]) -> PlanSet:
-        names = {finished.plan.file for finished in kept}
-        for path in self.place.iterdir():
-            name = f"engines/{self.target}/{path.name}"
-            if name not in names and path.name != _TIMING_CACHE:
-                path.unlink()
         gpu = find_gpu()
         capabilities = self.options.compute_capabilities or list(
             FLAVOURS[self.target].compute_capabilities
@@ -217,7 +212,15 @@ class _Build:
             plans=[finished.plan for finished in kept],
         )
         self._write({self.target: plans}, {finished.plan.file: finished.file for finished in kept})
+        self._sweep()
         return plans
+
+    def _sweep(self) -> None:
+        """Remove what the manifest does not name, once it names all there is to keep."""
+        for path in self.place.iterdir():
+            name = f"engines/{self.target}/{path.name}"
+            if name not in self.manifest.files and path.name != _TIMING_CACHE:
+                path.unlink()
 
     def _write(self, plans: dict[Target, PlanSet], files: dict[str, bundle.FileEntry]) -> None:
         others = {name: those for name, those in self.manifest.plans.items() if name != self.target}
