@@ -78,7 +78,10 @@ def build(
 
 
 def inspect(plan: str) -> dict[str, Any]:
-    """The engine in `plan`, as `describe` has it, with the shapes of each profile."""
+    """The engine in `plan`, as `describe` has it, with the shapes of each profile.
+
+    information is what the engine inspector tells of its layers.
+    """
     with _reasons(plan):
         engine = engine_from_bytes(Path(plan).read_bytes())
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -115,16 +118,22 @@ def run(plan: str, profile: int, feeds: str, results: str) -> None:
     """
     with _reasons(plan):
         engine = engine_from_bytes(Path(plan).read_bytes())
-        dtypes = {name: _dtype(engine.get_tensor_dtype(name)) for name in engine}
         with np.load(feeds) as arrays:
             tensors = {
-                name: torch.from_numpy(arrays[name]).to(getattr(torch, dtypes[name]))
+                name: _typed(arrays[name], _dtype(engine.get_tensor_dtype(name)))
                 for name in arrays.files
             }
         runner = TrtRunner(engine, optimization_profile=profile)
         outputs = Comparator.run([runner], data_loader=[tensors])[0][1][0]
         arrays = {name: _array(output) for name, output in outputs.items()}
         np.savez(results, **arrays)
+
+
+def _typed(array: Any, dtype: str) -> Any:
+    """`array` in `dtype`, of which numpy has all but one."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(array).bfloat16()
+    return array.astype(dtype)
 
 
 def _array(output: Any) -> Any:

@@ -24,6 +24,8 @@ class PortableRunner:
 
     def __init__(self, directory: Path, precision: bundle.Precision) -> None:
         self.directory, self.precision = directory, precision
+        # the precision that its outputs have
+        self.computes: bundle.Precision = "fp32" if precision == "bf16" else precision
         self._session = functools.lru_cache(maxsize=2)(self._open)
 
     def __call__(self, graph: str, feeds: dict[str, Array]) -> dict[str, Array]:

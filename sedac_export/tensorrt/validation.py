@@ -1,13 +1,16 @@
 """`sedac-export validate`: what can be known of a bundle's plans on this host."""
 
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
+
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Progress
-from sedac_export.tensorrt.agreement import GATES, compare
+from sedac_export.tensorrt.agreement import GATES, Gates, compare
 from sedac_export.tensorrt.entries import PlanEntry, PlanSet, PortableGraphs, Target
 from sedac_export.tensorrt.flavour import FLAVOURS, check_compatible, find_gpu
 from sedac_export.tensorrt.plans import fingerprint
@@ -63,10 +66,10 @@ class Validation:
 def validate(directory: Path, target: Target, progress: Progress = lambda *_: None) -> Validation:
     """Check the plans of `target` in the bundle `directory`, as far as this host allows.
 
-    structure: each plan is of the graph beside it, and the network that TensorRT parses from that
-    has the inputs, outputs, dtypes, shapes, cache updates in place and attention that the bundle
-    needs. onnxruntime: those graphs agree with the engines that the build compared with the
-    original. execution: the plans themselves do, on this host's GPU.
+    structure: each plan is of the graph beside it and holds its layers, and the network that
+    TensorRT parses from that has the inputs, outputs, dtypes, shapes, cache updates in place and
+    attention that the bundle needs. onnxruntime: those graphs agree with the engines that the
+    build compared with the original. execution: the plans themselves do, on this host's GPU.
 
     Raises SedacError when a file is damaged, there are no such plans or the flavour is missing.
     """
@@ -112,7 +115,7 @@ class _Validation:
 
     def onnxruntime(self) -> Check:
         runner = PortableRunner(self.directory, self.manifest.precision)
-        return self._agreement("onnxruntime", runner)
+        return self._agreement("onnxruntime", runner, GATES[runner.computes])
 
     def execution(self) -> Check:
         """Load each plan and run it, where there is a GPU that can."""
@@ -128,12 +131,14 @@ class _Validation:
             return Check("execution", problems=problems)
         length = self.manifest.max_cache_length
         runner = PlanRunner(self.directory, self.portable, self.plans, length, self.worker)
-        return self._agreement("execution", runner)
+        return self._agreement("execution", runner, GATES[self.manifest.precision])
 
     def _agreement(
-        self, name: Literal["onnxruntime", "execution"], runner: PortableRunner | PlanRunner
+        self,
+        name: Literal["onnxruntime", "execution"],
+        runner: PortableRunner | PlanRunner,
+        gates: Gates,
     ) -> Check:
-        gates = GATES[self.manifest.precision]
         try:
             rows = compare(self.directory, self.manifest, self.portable, runner, gates)
         except Exception as error:  # a graph broken so that it does not even run
@@ -162,7 +167,25 @@ class _Validation:
         present = fingerprint(self.directory, self.manifest, graph, version, options)
         if plan.fingerprint != present:
             return ["its plan is of another graph or other weights; run sedac-export engines again"]
-        return []
+        return self._missing_layers(graph, plan) if self.target == "tensorrt-rtx" else []
+
+    def _missing_layers(self, graph: str, plan: PlanEntry) -> list[str]:
+        """Layers that the file of a plan does not name."""
+        with (
+            (self.directory / plan.file).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            return [
+                f"its plan lacks the layer {layer}"
+                for layer in self._cache_layers(graph)
+                if data.find(layer.encode()) < 0
+            ]
+
+    def _cache_layers(self, graph: str) -> list[str]:
+        """How engines name the layers that update caches and attend."""
+        model = onnx.load(self.directory / graph, load_external_data=False)
+        kinds = ("TensorScatter", "Attention")
+        return [f"[ONNX Layer: {n.name}]" for n in model.graph.node if n.op_type in kinds]
 
     def _engine_problems(self, plan: PlanEntry) -> list[str]:
         """What the engine itself, asked on a GPU, says otherwise than it should."""
@@ -171,6 +194,11 @@ class _Validation:
         except SedacError as error:
             return [str(error)]
         problems = self.expected[plan.graph].problems(engine)
+        problems += [
+            f"its engine lacks the layer {layer}"
+            for layer in self._cache_layers(plan.graph)
+            if layer not in engine["information"]
+        ]
         length = self.manifest.max_cache_length
         head = plan.graph == self.portable.head
         wanted = graph_profiles(self.directory / plan.graph, self.plans.options, length, head)

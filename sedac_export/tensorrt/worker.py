@@ -29,7 +29,7 @@ class Worker:
     def __enter__(self) -> "Worker":
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self.target],
+            [sys.executable, "-P", "-m", __name__, self.target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -27,7 +27,7 @@ LAYER = "onnx/portable_layer_000.onnx"
 def disagreements(directory: Path, manifest: Manifest) -> list[object]:
     assert manifest.portable is not None
     runner = PortableRunner(directory, manifest.precision)
-    gates = GATES[manifest.precision]
+    gates = GATES[runner.computes]
     rows = compare(directory, manifest, manifest.portable, runner, gates)
     assert rows[-1]["engine"] == "end to end"
     return [row for row in rows if not row["passed"]]

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -13,7 +15,10 @@ from sedac_export import manifest as bundle
 from sedac_export.cli import app
 from sedac_export.tensorrt import validation as module
 from sedac_export.tensorrt.flavour import Gpu, find_gpu
+from sedac_export.tensorrt.profiles import graph_profiles
+from sedac_export.tensorrt.runners import PortableRunner
 from sedac_export.tensorrt.validation import FAILED, Validation, validate
+from sedac_export.tensorrt.worker import Worker
 
 from .conftest import RTX, rewrite
 
@@ -119,6 +124,78 @@ def test_a_gpu_on_which_plans_do_not_load_fails_the_check(
     validation = validate(planned_demo, RTX)
     assert validation.exit_code() == FAILED["execution"]
     assert all("deserializeCudaEngine" in problem for problem in validation.checks[2].problems)
+
+
+class Stand:
+    """Answers for a GPU: what plans would give, by their graphs in ONNX Runtime."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory, self.profiles = directory, set[int]()
+        self.graphs = {
+            str(directory / plan.file): plan.graph
+            for plan in bundle.read_manifest(directory).plans[RTX].plans
+        }
+        self.run_portable = PortableRunner(directory, "fp16")
+        call = Worker.call
+
+        def answer(worker: Worker, function: str, **arguments: Any) -> Any:
+            if function == "inspect":
+                network = call(
+                    worker, "describe", graph=str(directory / self.graphs[arguments["plan"]])
+                )
+                return network | self.inspect(self.graphs[arguments["plan"]])
+            if function == "run":
+                return self.run(**arguments)
+            return call(worker, function, **arguments)
+
+        monkeypatch.setattr(Worker, "call", answer)
+        monkeypatch.setattr(module, "find_gpu", lambda: Gpu("RTX 4090", "8.9", "580.1"))
+
+    def inspect(self, graph: str) -> dict[str, Any]:
+        manifest = bundle.read_manifest(self.directory)
+        options, length = manifest.plans[RTX].options, manifest.max_cache_length
+        head = graph.endswith("head.onnx")
+        model = onnx.load(self.directory / graph, load_external_data=False)
+        return {
+            "profiles": graph_profiles(self.directory / graph, options, length, head),
+            "information": "".join(f"[ONNX Layer: {node.name}]" for node in model.graph.node),
+        }
+
+    def run(self, plan: str, profile: int, feeds: str, results: str) -> None:
+        self.profiles.add(profile)
+        with np.load(feeds) as arrays:
+            np.savez(results, **self.run_portable(self.graphs[plan], dict(arrays)))
+
+
+def test_execution_is_held_to_the_gates(own_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but TensorRT itself: profiles are chosen, caches carried, gates asked."""
+    stand = Stand(own_demo, monkeypatch)
+    validation = validate(own_demo, RTX)
+    assert validation.exit_code() == 0
+    execution = validation.checks[2]
+    assert execution.checked
+    assert [row["engine"] for row in execution.engines][-1] == "end to end"
+    assert stand.profiles == {0, 1, 2}
+    # an engine that computes something else
+    first, second = (own_demo / f"engines/{RTX}/layer_00{layer}.plan" for layer in (4, 5))
+    stand.graphs[str(first)] = stand.graphs[str(second)]
+    validation = validate(own_demo, RTX)
+    assert validation.exit_code() == FAILED["execution"]
+    assert any("layer_004" in problem for problem in validation.checks[2].problems)
+
+
+def test_an_engine_with_other_profiles_or_layers_is_caught(
+    own_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand = Stand(own_demo, monkeypatch)
+    inspect = stand.inspect
+    stand.inspect = lambda graph: inspect(graph) | {"information": ""}  # type: ignore[method-assign]
+    found = problems(validate(own_demo, RTX))
+    assert list(found) == ["execution"]
+    assert "layer_000: its engine lacks the layer [ONNX Layer: " in found["execution"][0]
+    stand.inspect = lambda graph: inspect(graph) | {"profiles": inspect(graph)["profiles"][:1]}  # type: ignore[method-assign]
+    found = problems(validate(own_demo, RTX))
+    assert "embed: 1 profiles instead of 3" in found["execution"]
 
 
 @pytest.mark.gpu
