@@ -103,7 +103,10 @@ def build(
     )
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
-    tensorrt.add_targets(output, targets, options, model)
+    try:
+        tensorrt.add_targets(output, targets, options, model)
+    except SedacError as error:
+        raise SedacError(f"{error}; {output} is whole for ONNX Runtime") from error
 
 
 @app.command()

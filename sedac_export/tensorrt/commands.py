@@ -14,6 +14,8 @@ from sedac_export.tensorrt.flavour import FLAVOURS
 
 console = Console(stderr=True)
 
+_OTHERS = " or ".join(FLAVOURS)
+
 
 class TargetName(StrEnum):
     """What --target takes."""
@@ -64,6 +66,8 @@ def engines(
         hardware_compatible,
     )
     targets = check_targets(target, options)
+    if not targets:
+        raise SedacError(f"every bundle has its ONNX Runtime engines; name {_OTHERS} as --target")
     add_targets(bundle, targets, options, model)
 
 
@@ -111,7 +115,7 @@ def _validated(directory: Path, target: TargetName | None) -> list[Target]:
     if not chosen and not held:
         raise SedacError(
             f"{directory} holds no TensorRT engines; add them with"
-            f" sedac-export engines {directory} --target tensorrt-rtx"
+            f" sedac-export engines {directory} and {_OTHERS} as --target"
         )
     return chosen or held
 

@@ -46,6 +46,7 @@ def add_portable_graphs(
         },
         masks={name: window_of(name) for graph in graphs.layers for name in masks_of(graph.model)},
     )
+    writer.flush()
     files = manifest.files | {name: bundle.file_entry(directory, name) for name in portable.files()}
     whole = manifest.model_copy(update={"portable": portable, "files": files})
     bundle.write_manifest(directory, whole)
@@ -63,6 +64,7 @@ class _Writer:
 
     def __init__(self, directory: Path, manifest: bundle.Manifest, graphs: Graphs) -> None:
         self.directory, self.manifest, self.graphs = directory, manifest, graphs
+        self.models: dict[str, onnx.ModelProto] = {}
         if len(graphs.kinds) != manifest.model.num_layers:
             raise SedacError(
                 f"{directory} has {manifest.model.num_layers} layers and the model"
@@ -75,7 +77,7 @@ class _Writer:
         return self._point(graph, self._weights(twin), "")
 
     def layers(self, entry: bundle.LayerEngineEntry) -> PortableLayers:
-        """Write the portable form of a layer engine."""
+        """The portable form of a layer engine."""
         first, count = entry.first_layer, entry.num_layers
         models = [self._layer(index) for index in range(first, first + count)]
         file = self.save(Path(entry.file).stem, compose(models))
@@ -83,16 +85,21 @@ class _Writer:
         return PortableLayers(file=file, first_layer=first, num_layers=count, masks=masks)
 
     def key_value(self, index: int) -> str:
-        """Write the portable form of a layer's kv engine."""
+        """The portable form of a layer's kv engine."""
         graph = self.graphs.key_value[self.graphs.kinds[index]]
         twin = self.manifest.engines.key_value[index].file
         return self.save(Path(twin).stem, self.engine(graph, twin))
 
     def save(self, name: str, model: onnx.ModelProto) -> str:
-        """Write `model` as onnx/portable_`name`.onnx; its path in the bundle."""
+        """Take `model` for onnx/portable_`name`.onnx; its path in the bundle."""
         file = f"onnx/portable_{name}.onnx"
-        onnx.save(with_cache_length(model, self.manifest.max_cache_length), self.directory / file)
+        self.models[file] = with_cache_length(model, self.manifest.max_cache_length)
         return file
+
+    def flush(self) -> None:
+        """Write what was taken, once nothing can be wrong with the model any more."""
+        for file, model in self.models.items():
+            onnx.save(model, self.directory / file)
 
     def _layer(self, index: int) -> onnx.ModelProto:
         graph = self.graphs.layers[self.graphs.kinds[index]]
