@@ -22,7 +22,7 @@ const HOPE_WEIGHT: f64 = 3.0;
 /// Rounds count less with every newer one.
 const MEMORY: f64 = 0.98;
 /// What is known of depths that are not used fades more slowly.
-const IDLE_MEMORY: f64 = 0.998;
+const IDLE_MEMORY: f64 = 0.999;
 
 /// Decodes to an exit layer and takes the likeliest token there as the guess, again and again, for
 /// as long as the next guess is worth what it costs. The tokens' hidden states at the exit are

@@ -11,8 +11,6 @@ const LONGEST_MATCH: usize = 6;
 const SHORTEST_MATCH: usize = 2;
 /// Numbers of tokens to draft; engines run best over powers of two, the newest token included.
 const LENGTHS: [usize; 4] = [1, 3, 7, 15];
-/// What is believed of each guess at first.
-const PRIOR: f64 = 0.7;
 
 /// Looks for the newest tokens in the text so far, longest match first, the latest of equals, and
 /// guesses that the same tokens follow.
@@ -29,7 +27,10 @@ impl PromptLookup {
     pub(super) fn new(layers: usize) -> Self {
         Self {
             layers,
-            shares: vec![Share::new(PRIOR); LONGEST_MATCH + 1],
+            // what is believed at first: the longer the match the surer
+            shares: (0..=LONGEST_MATCH)
+                .map(|matched| Share::new(1.0 - 1.0 / matched.max(1) as f64))
+                .collect(),
             matched: 0,
             guesses: Vec::new(),
         }

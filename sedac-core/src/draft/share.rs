@@ -1,7 +1,7 @@
 //! How often guesses were right.
 
 /// What is known fades by this with every round: text changes, and what did not pay may pay again.
-const MEMORY: f64 = 0.995;
+const MEMORY: f64 = 0.999;
 /// A prior counts as much as so many guesses.
 const PRIOR_WEIGHT: f64 = 2.0;
 
@@ -51,7 +51,7 @@ mod tests {
             share.note(false);
         }
         assert!((share.estimate() - 0.2).abs() < 1e-9);
-        for _ in 0..2000 {
+        for _ in 0..8000 {
             share.fade();
         }
         assert!(share.estimate() > 0.79);
