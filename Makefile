@@ -11,9 +11,12 @@ export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 
 RUST := Cargo.toml Cargo.lock rust-toolchain.toml $(shell find sedac-core -name '*.rs' -o -name Cargo.toml)
 PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
-EXPORTER := $(wildcard sedac_export/*.py)
+EXPORTER := $(shell find sedac_export -name "*.py")
 
-.PHONY: demo test lint format clean
+# of pyproject.toml; the tests need these two
+EXTRAS ?= dev tensorrt-rtx
+
+.PHONY: demo test lint format install clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \
@@ -36,12 +39,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	cargo fmt --all
 
+install: $(INSTALLED)
+
 $(DEMO)/bundle.json: $(INSTALLED) $(EXPORTER) $(wildcard demo/model/*)
 	$(BIN)/sedac-export build --model demo/model --precision fp16 --output $(DEMO) --force
 	touch $@
 
 $(INSTALLED): $(PACKAGES) $(RUST) | $(BIN)/uv
-	$(BIN)/uv sync --locked --inexact --extra dev
+	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS))
 	touch $@
 
 $(BIN)/uv:

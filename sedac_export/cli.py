@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from sedac_export.errors import SedacError
 from sedac_export.exit_commands import register_exit_commands, spread_data
+from sedac_export.progress import console, progress_bar
+from sedac_export.tensorrt import commands as tensorrt
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -22,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
 
 
 class PrecisionName(StrEnum):
@@ -56,9 +56,15 @@ def build(
         typer.Option(help="Largest difference from the original. [default: 1e-4]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
+    max_batch_size: tensorrt.MaxBatchSize = 1,
+    max_prefill_chunk: tensorrt.MaxPrefillChunk = 512,
+    compute_capabilities: tensorrt.ComputeCapabilities = "",
+    version_compatible: tensorrt.VersionCompatible = False,
+    hardware_compatible: tensorrt.HardwareCompatible = False,
 ) -> None:
     """Split a model into engines, check them against the original, write a bundle."""
-    _silence_libraries()
+    silence_libraries()
     from sedac_export.exporter import DEFAULT_TOLERANCE, Request
     from sedac_export.exporter import build as run
 
@@ -72,20 +78,16 @@ def build(
         tolerance=DEFAULT_TOLERANCE if atol is None else atol,
         force=force,
     )
-    columns = (
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+    options = tensorrt.build_options(
+        max_batch_size,
+        max_prefill_chunk,
+        compute_capabilities,
+        version_compatible,
+        hardware_compatible,
     )
-    # after a mistake the one line that names it stands alone
-    quiet = not console.is_interactive
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        tasks = {stage: bar.add_task(stage, total=None) for stage in ("trace", "write", "validate")}
-        built = run(
-            request,
-            lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total),
-        )
+    targets = tensorrt.check_targets(target, options)
+    with progress_bar("trace", "write", "validate") as progress:
+        built = run(request, progress)
     manifest, validation = built.manifest, built.validation
     size = sum(entry.bytes for entry in manifest.files.values())
     console.print(
@@ -99,6 +101,10 @@ def build(
     )
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
+    try:
+        tensorrt.add_targets(output, targets, options, model)
+    except SedacError as error:
+        raise SedacError(f"{error}; {output} is whole for ONNX Runtime") from error
 
 
 @app.command()
@@ -126,6 +132,8 @@ def inspect(
         f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",
         highlight=False,
     )
+    for flavour, version in facts["plans"].items():
+        out.print(f"{flavour} engines of version {version}", highlight=False)
     table = Table("engine", "layers", "weights MB", "error", "cosine")
     for engine in facts["engines"]:
         table.add_row(
@@ -139,6 +147,7 @@ def inspect(
 
 
 register_exit_commands(app)
+tensorrt.register(app)
 
 
 def main() -> None:
@@ -153,7 +162,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Progress and advice of torch and transformers is not about the user's model."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")

@@ -15,7 +15,14 @@ from sedac_export.operators import HALF, AttentionRouter, group_query_attention,
 from sedac_export.skeleton import Skeleton
 
 # what a context tensor may hold
-CONTEXT_DTYPES = (torch.float32, torch.int64, torch.int32, torch.bool)
+CONTEXT_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+)
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -33,9 +40,10 @@ class Context:
     halved: bool
     used: bool = True
 
-    def check(self) -> None:
+    def check(self, batch: int) -> None:
         """Raise SedacError when the runtime could not carry this tensor to the layers."""
-        if len(self.shape) < 2 or self.shape[0] != 1 or self.dtype not in CONTEXT_DTYPES:
+        in_rows = len(self.shape) > 1 and self.shape[0] in (1, batch)
+        if not in_rows or self.dtype not in CONTEXT_DTYPES:
             raise SedacError(
                 f"the layers read a {self.dtype} tensor of shape {list(self.shape)} that is not"
                 " one row per token; this model is not supported"
@@ -74,8 +82,12 @@ class Heads:
 
 @dataclass
 class Plan:
-    """What was learned from running the model once over stand-ins for its layers."""
+    """What was learned from running the model once over stand-ins for its layers.
 
+    batch is the number of sequences that it ran; the traced graphs take any number if it is over 1.
+    """
+
+    batch: int = 1
     contexts: list[Context] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     heads: list[Heads] = field(default_factory=list)
@@ -118,7 +130,7 @@ class HeadEngine(nn.Module):
         return logits
 
 
-class _OfOneLayer(nn.Module):
+class OfOneLayer(nn.Module):
     """What is traced of the layer `index` and of how the model calls it."""
 
     def __init__(self, skeleton: Skeleton, plan: Plan, index: int, router: AttentionRouter) -> None:
@@ -127,7 +139,7 @@ class _OfOneLayer(nn.Module):
         self.plan, self.call, self.router = plan, plan.calls[index], router
 
 
-class LayerEngine(_OfOneLayer):
+class LayerEngine(OfOneLayer):
     """One decoder layer with its cache and stability output.
 
     x [batch, tokens, hidden], contexts, seqlens_k int32 [batch], total_sequence_length int32
@@ -145,7 +157,7 @@ class LayerEngine(_OfOneLayer):
         past_value_0: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cache = _GroupQueryCache((past_key_0, past_value_0), (seqlens_k, total_sequence_length))
-        y = run_layer(self.layer, self.call, x, _whole(self.plan, contexts), cache, self.router)
+        y = run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
         if cache.present is None:
             raise SedacError(
                 f"{type(self.layer).__name__} never calls transformers' attention interface;"
@@ -154,7 +166,7 @@ class LayerEngine(_OfOneLayer):
         return y, *cache.present, stability(x, y)
 
 
-class KeyValueEngine(_OfOneLayer):
+class KeyValueEngine(OfOneLayer):
     """The part of a layer that fills its cache: norm, key and value projection, rotary.
 
     x [batch, tokens, hidden], contexts, write_index int64 [batch], past_key, past_value ->
@@ -169,8 +181,8 @@ class KeyValueEngine(_OfOneLayer):
         past_key_0: Tensor,
         past_value_0: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        cache = _RecordingCache()
-        run_layer(self.layer, self.call, x, _whole(self.plan, contexts), cache, self.router)
+        cache = RecordingCache()
+        run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
         present_key = scatter(past_key_0, cache.key, write_index)
         return present_key, scatter(past_value_0, cache.value, write_index)
 
@@ -202,8 +214,8 @@ def run_layer(
     return hidden
 
 
-def learn_plan(skeleton: Skeleton, router: AttentionRouter) -> Plan:
-    """Run the model once with recorders for layers, then each layer once for its heads.
+def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> Plan:
+    """Run `batch` sequences with recorders for layers, then each layer once for its heads.
 
     The weights may be stand-ins: only structure and positions are looked at.
     """
@@ -211,18 +223,17 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter) -> Plan:
     recorder = _Recorder(returns_tuple=False)
     with _replaced_layers(skeleton, recorder), torch.no_grad():
         # far positions too: a table may repeat its half near zero by accident
-        _run_model(
-            skeleton.model, torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[0, 1, 5, 7]])
-        )
+        positions = torch.tensor([[0, 1, 5, 7]]).repeat(batch, 1)
+        _run_model(skeleton.model, torch.zeros_like(positions), positions)
     tensors = recorder.distinct_tensors()
-    plan = Plan(contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
+    plan = Plan(batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
     for index, layer in enumerate(layers):
         bound = inspect.signature(layer.forward).bind(
             *recorder.args[index], **recorder.kwargs[index]
         )
         leaves = pytree.tree_leaves(_as_dict(bound))
         plan.calls.append(LayerCall(bound, [_index_of(leaf, tensors) for leaf in leaves]))
-        cache = _RecordingCache()
+        cache = RecordingCache()
         router.cache = cache
         filled = plan.calls[index].fill(recorder.hidden, tensors, cache)
         with torch.no_grad():
@@ -232,7 +243,7 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter) -> Plan:
     return plan
 
 
-class _RecordingCache:
+class RecordingCache:
     """Keeps this step's keys and values; attention over them is left out."""
 
     key: Tensor
@@ -254,7 +265,7 @@ class _RecordingCache:
         return Heads(self.key.shape[1], self.key.shape[3])
 
 
-class _GroupQueryCache(_RecordingCache):
+class _GroupQueryCache(RecordingCache):
     def __init__(self, past: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) -> None:
         self.past, self.lengths = past, lengths
         self.present: tuple[Tensor, Tensor] | None = None
@@ -345,7 +356,7 @@ def _context(index: int, tensor: Tensor) -> Context:
     return Context(f"context_{index}", shape, tensor.dtype, halved)
 
 
-def _whole(plan: Plan, contexts: list[Tensor]) -> list[Tensor]:
+def whole(plan: Plan, contexts: list[Tensor]) -> list[Tensor]:
     """Contexts as the layer expects them; a repeated table remembers its half for the operator."""
     whole = []
     for tensor, context in zip(contexts, plan.contexts, strict=True):

@@ -1,9 +1,7 @@
 """The commands about exits: collect, train-probes, calibrate, report."""
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from sedac_export.errors import SedacError
+from sedac_export.progress import console, progress_bar
 
-console = Console(stderr=True)
 DATA = "--data"
 
 Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.")]
@@ -232,21 +229,6 @@ def parse_depths(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise SedacError(f"{option} {text} is no list of depths such as 3,6,9") from error
-
-
-@contextlib.contextmanager
-def progress_bar(*stages: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage on an interactive terminal; the function that moves them."""
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    quiet = not console.is_interactive
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        tasks = {stage: bar.add_task(stage, total=None) for stage in stages}
-        yield lambda stage, done, total: bar.update(tasks[stage], completed=done, total=total)
 
 
 def _read(bundle: Path, data: list[Path]) -> tuple[Any, Any]:

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from sedac_export.engines import Plan, learn_plan
 from sedac_export.errors import SedacError
 from sedac_export.operators import AttentionRouter, fused_operators
@@ -26,19 +28,26 @@ class Graphs:
     kinds: list[int]
 
 
-def trace_graphs(skeleton: Skeleton, progress: Progress) -> Graphs:
-    """Trace each kind of engine once, with stand-ins for weights.
+def trace_graphs(
+    skeleton: Skeleton,
+    progress: Progress,
+    tracer_type: type[Tracer] = Tracer,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+) -> Graphs:
+    """Trace each kind of engine once, with stand-ins of `dtype` for weights.
 
-    Raises SedacError when the model cannot be split.
+    With a batch over 1 the graphs take any number of sequences. Raises SedacError when the model
+    cannot be split.
     """
     router = AttentionRouter()
     with (
         _tracing_errors(skeleton),
-        stand_in_weights(skeleton.model),
+        stand_in_weights(skeleton.model, dtype),
         fused_operators(skeleton.model, router),
     ):
-        plan = learn_plan(skeleton, router)
-        tracer = Tracer(skeleton, plan, router)
+        plan = learn_plan(skeleton, router, batch)
+        tracer = tracer_type(skeleton, plan, router, dtype)
         kinds, first = _kinds(skeleton, plan)
         count = _Counter(progress, steps=3 * len(first) + 2)
         layers = [count(tracer.layer(index)) for index in first]
@@ -82,7 +91,7 @@ def _mark_used_contexts(plan: Plan, graphs: list[Graph]) -> None:
     plan.contexts = [replace(c, used=c.name in used) for c in plan.contexts]
     for context in plan.contexts:
         if context.used:
-            context.check()
+            context.check(plan.batch)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
         "model": manifest.model.model_dump(),
         "precision": manifest.precision,
         "target": manifest.target,
+        "plans": {target: plans.version for target, plans in manifest.plans.items()},
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "max_cache_length": manifest.max_cache_length,
         "cache_bytes": manifest.cache_bytes(),

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sedac_export.errors import SedacError
 from sedac_export.stamp import sha256
+from sedac_export.tensorrt.entries import PlanSet, PortableGraphs, Target
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -107,6 +108,8 @@ class Manifest(_Strict):
     engines: Engines
     tokenizer: bool
     tool_versions: dict[str, str]
+    portable: PortableGraphs | None = None
+    plans: dict[Target, PlanSet] = Field(default_factory=dict)
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     def fingerprint(self) -> str:
@@ -126,15 +129,27 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG):
-            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+            entries[name] = file_entry(directory, name)
     return entries
 
 
+def file_entry(directory: Path, name: str) -> FileEntry:
+    """Size and digest of the file `name` of the bundle in `directory`."""
+    path = directory / name
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write bundle.json and its digest, in the form that `sha256sum -c` reads."""
-    path = directory / MANIFEST
-    path.write_text(manifest.model_dump_json(indent=1) + "\n")
-    (directory / MANIFEST_DIGEST).write_text(f"{sha256(path)}  {MANIFEST}\n")
+    """Write bundle.json and its digest, in the form that `sha256sum -c` reads.
+
+    Both are whole before either takes its name.
+    """
+    new = directory / f".{MANIFEST}"
+    new.write_text(manifest.model_dump_json(indent=1) + "\n")
+    digest = directory / f".{MANIFEST_DIGEST}"
+    digest.write_text(f"{sha256(new)}  {MANIFEST}\n")
+    new.rename(directory / MANIFEST)
+    digest.rename(directory / MANIFEST_DIGEST)
 
 
 def read_manifest(directory: Path) -> Manifest:

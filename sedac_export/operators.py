@@ -129,6 +129,47 @@ def group_query_attention(
     return _split_heads(output, heads), present_key, present_value
 
 
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float
+) -> Tensor:
+    """ONNX's Attention over whole caches, of which `mask` says what each token sees.
+
+    query: [batch, heads, tokens, head size]; key, value: [batch, key-value heads, cache length,
+    head size]; mask: bool [batch, 1, tokens, cache length]. Returns the output [batch, tokens,
+    heads, head size]. https://onnx.ai/onnx/operators/onnx__Attention.html
+
+    With a soft cap it is primitives: TensorRT refuses the operator's attribute.
+    """
+    if softcap:
+        return _capped_attention(query, key, value, mask, scale, softcap)
+    attributes: dict[str, Any] = {} if scale is None else {"scale": float(scale)}
+    output = torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value, mask),
+        attributes,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=24,
+    )
+    return output.transpose(1, 2)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float
+) -> Tensor:
+    """Attention with scores s * scale bounded as softcap * tanh(s * scale / softcap)."""
+    key_heads, size = key.shape[1], query.shape[3]
+    batch, heads, tokens, _ = query.shape
+    grouped = query.reshape(batch, key_heads, heads // key_heads, tokens, size)
+    scores = grouped @ key.unsqueeze(2).transpose(3, 4)
+    factor = (size**-0.5 if scale is None else scale) / softcap
+    capped = torch.tanh(scores.float() * factor) * softcap
+    unseen = torch.finfo(torch.float32).min
+    weights = torch.where(mask.unsqueeze(1), capped, unseen).softmax(-1)
+    output = weights.to(value.dtype) @ value.unsqueeze(2)
+    return output.flatten(1, 2).transpose(1, 2)
+
+
 def scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     """`past` [batch, heads, cache length, size] with `update`'s tokens written at `write_index`.
 
@@ -210,7 +251,8 @@ def _rotary(
 
 def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads = tensor.shape[1]
-    flat = _heads_last(tensor)
+    # tables of more digits than the tensor: the model rotates in theirs
+    flat = _heads_last(tensor).to(cos.dtype)
     rotated = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
         (flat, cos, sin),
@@ -219,7 +261,7 @@ def _rotary_operator(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shape=flat.shape,
         version=23,
     )
-    return _split_heads(rotated, heads).transpose(1, 2)
+    return _split_heads(rotated, heads).transpose(1, 2).to(tensor.dtype)
 
 
 def half(table: Tensor) -> Tensor:
@@ -282,6 +324,9 @@ def _norm_operator(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def _rms_norm(module: nn.Module, epsilon: float, offset: float) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         weight = module.get_parameter("weight")  # the exporter swaps it while it traces
-        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, epsilon)
+        if not offset:
+            return F.rms_norm(x, weight.shape, weight, epsilon)
+        # in fp32 as in the models that do so: near 1 half precision would lose the weight's digits
+        return F.rms_norm(x.float(), weight.shape, weight.float() + offset, epsilon).to(x.dtype)
 
     return forward

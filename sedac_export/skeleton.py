@@ -197,13 +197,13 @@ def _find_layers(model: nn.Module, directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def stand_in_weights(model: nn.Module) -> Iterator[None]:
+def stand_in_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Give every parameter zeros of its shape that take no memory: one number, repeated."""
     saved = []
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                zeros = torch.zeros(()).expand(parameter.shape)
+                zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
                 saved.append((module, name, parameter))
                 module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
     try:

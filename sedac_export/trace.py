@@ -45,25 +45,29 @@ class Graph:
 
 @dataclass(frozen=True)
 class Tracer:
-    """Traces the engines of one skeleton; use inside `fused_operators` and `stand_in_weights`."""
+    """Traces the engines of one skeleton; use inside `fused_operators` and `stand_in_weights`.
+
+    dtype is that of the stand-in weights, and so of the residual stream.
+    """
 
     skeleton: Skeleton
     plan: Plan
     router: AttentionRouter
+    dtype: torch.dtype = torch.float32
 
     def embed(self) -> Graph:
         """input_ids, position_ids -> x and one output per context."""
-        tokens = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        inputs = {"input_ids": tokens, "position_ids": torch.arange(_TOKENS)[None]}
+        tokens = torch.zeros(self.plan.batch, _TOKENS, dtype=torch.int64)
+        inputs = {"input_ids": tokens, "position_ids": tokens + torch.arange(_TOKENS)}
         outputs = ["x", *(context.name for context in self.plan.contexts if context.used)]
-        dynamic = {"input_ids": {1: "tokens"}, "position_ids": {1: "tokens"}}
-        return _trace(EmbedEngine(self.skeleton, self.plan), inputs, outputs, dynamic)
+        dynamic = dict.fromkeys(inputs, self._rows)
+        return trace(EmbedEngine(self.skeleton, self.plan), inputs, outputs, dynamic)
 
     def head(self) -> Graph:
         """x -> logits."""
-        inputs = {"x": self._hidden()}
-        dynamic = {"x": {1: "tokens"}}
-        graph = _trace(HeadEngine(self.skeleton, self.plan), inputs, ["logits"], dynamic)
+        inputs = {"x": self.hidden()}
+        dynamic = {"x": self._rows}
+        graph = trace(HeadEngine(self.skeleton, self.plan), inputs, ["logits"], dynamic)
         _untranspose(graph.model.graph)
         return graph
 
@@ -73,10 +77,10 @@ class Tracer:
             "seqlens_k": torch.tensor([_TOKENS - 1], dtype=torch.int32),
             "total_sequence_length": torch.tensor(_CACHE, dtype=torch.int32),
         }
-        inputs = self._shared_inputs() | lengths | self._past(index)
+        inputs = self.shared_inputs() | lengths | self.past(index)
         outputs = ["y", "present_key_0", "present_value_0", "stability"]
         module = LayerEngine(self.skeleton, self.plan, index, self.router)
-        return _trace(module, inputs, outputs, self._dynamic())
+        return trace(module, inputs, outputs, self.dynamic())
 
     def attention(self, index: int) -> Graph:
         """As `layer`, but the MLP contributes nothing."""
@@ -90,37 +94,64 @@ class Tracer:
 
     def key_value(self, index: int) -> Graph:
         """x, contexts, write_index and past -> present."""
-        where = {"write_index": torch.zeros(1, dtype=torch.int64)}
-        inputs = self._shared_inputs() | where | self._past(index)
+        inputs = self.shared_inputs() | self.write_index() | self.past(index)
         module = KeyValueEngine(self.skeleton, self.plan, index, self.router)
-        return _trace(module, inputs, ["present_key_0", "present_value_0"], self._dynamic())
+        return trace(module, inputs, ["present_key_0", "present_value_0"], self.dynamic())
 
-    def _hidden(self) -> Tensor:
-        return torch.zeros(1, _TOKENS, self.skeleton.config.hidden_size)
+    def write_index(self) -> dict[str, Tensor]:
+        """Where in the cache a pass writes."""
+        return {"write_index": torch.zeros(self.plan.batch, dtype=torch.int64)}
 
-    def _shared_inputs(self) -> dict[str, Any]:
+    def shared_inputs(self) -> dict[str, Any]:
+        """What every engine of a layer takes: the residual stream and the contexts."""
         contexts = [
             torch.zeros(
                 tuple(_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)), dtype=c.dtype
             )
             for c in self.plan.contexts
         ]
-        return {"x": self._hidden(), "contexts": contexts}
+        return {"x": self.hidden(), "contexts": contexts}
 
-    def _past(self, index: int) -> dict[str, Tensor]:
+    def past(self, index: int) -> dict[str, Tensor]:
+        """The caches of layer `index`."""
         heads = self.plan.heads[index]
-        past = torch.zeros(1, heads.count, _CACHE, heads.size)
+        past = torch.zeros(self.plan.batch, heads.count, _CACHE, heads.size, dtype=self.dtype)
         return {"past_key_0": past, "past_value_0": past.clone()}
 
-    def _dynamic(self) -> dict[str, Any]:
-        contexts = [{1: "tokens"} for _ in self.plan.contexts]
-        past = {2: "cache_length"}
-        return {"x": {1: "tokens"}, "contexts": contexts, "past_key_0": past, "past_value_0": past}
+    def dynamic(self) -> dict[str, Any]:
+        """The open axes of what every engine of a layer takes."""
+        # a context that is the same for all sequences keeps its one row
+        contexts = [
+            self._rows if c.shape[:1] == (self.plan.batch,) else {1: "tokens"}
+            for c in self.plan.contexts
+        ]
+        past = self._batch | {2: "cache_length"}
+        return {
+            "x": self._rows,
+            "contexts": contexts,
+            "write_index": self._batch,
+            "past_key_0": past,
+            "past_value_0": past,
+        }
+
+    def hidden(self) -> Tensor:
+        """A residual stream."""
+        size = self.skeleton.config.hidden_size
+        return torch.zeros(self.plan.batch, _TOKENS, size, dtype=self.dtype)
+
+    @property
+    def _batch(self) -> dict[int, str]:
+        return {0: "batch"} if self.plan.batch > 1 else {}
+
+    @property
+    def _rows(self) -> dict[int, str]:
+        return self._batch | {1: "tokens"}
 
 
-def _trace(
+def trace(
     module: nn.Module, inputs: dict[str, Any], outputs: list[str], dynamic: dict[str, Any]
 ) -> Graph:
+    """Trace `module` called with `inputs`; dynamic gives the open axes of each, by number."""
     auto = torch.export.Dim.AUTO
     shapes = {
         name: _map(dynamic.get(name), lambda axes: dict.fromkeys(axes, auto)) for name in inputs
@@ -166,7 +197,8 @@ def _to_graph(model: ir.Model, module: nn.Module) -> Graph:
 def _placeholder(name: str, value: ir.Value) -> ir.ExternalTensor:
     assert value.const_value is not None
     shape = value.const_value.shape
-    return ir.ExternalTensor("", 0, 0, ir.DataType.FLOAT, shape=shape, name=name)  # type: ignore[arg-type]
+    dtype = value.const_value.dtype
+    return ir.ExternalTensor("", 0, 0, dtype, shape=shape, name=name)  # type: ignore[arg-type]
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:
@@ -177,12 +209,24 @@ def _fix_reshapes(graph: ir.Graph) -> None:
         shape = node.outputs[0].shape
         if shape is None or node.inputs[1].const_value is not None:
             continue
-        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        before = node.inputs[0]
+        sizes = _target(None if before is None else before.shape, shape)
         if sizes.count(-1) <= 1:
             target = ir.tensor(sizes, dtype=ir.DataType.INT64, name=f"{node.outputs[0].name}_shape")
             value = ir.Value(name=target.name, const_value=target)
             graph.register_initializer(value)
             node.replace_input_with(1, value)
+            node.attributes.pop("allowzero", None)
+
+
+def _target(before: ir.Shape | None, after: ir.Shape) -> list[int]:
+    """A reshape's target: open axes are -1 or, of several, 0 for those that stay in place."""
+    sizes = [size if isinstance(size, int) else -1 for size in after]
+    if before is not None and sizes.count(-1) > 1:
+        for axis, (old, new) in enumerate(zip(before, after, strict=False)):
+            if sizes[axis] == -1 and old == new:
+                sizes[axis] = 0
+    return sizes
 
 
 def _untranspose(graph: onnx.GraphProto) -> None:
@@ -231,8 +275,7 @@ def _name_axes(proto: onnx.ModelProto) -> None:
         axes = value.type.tensor_type.shape.dim
         for position, axis in enumerate(axes):
             if not axis.HasField("dim_value"):
-                cache = len(axes) == 4 and position == 2
-                axis.dim_param = "cache_length" if cache else "tokens"
+                axis.dim_param = _axis_name(value.name, position)
         del value.metadata_props[:]
     for node in graph.node:
         del node.metadata_props[:]
@@ -242,6 +285,13 @@ def _name_axes(proto: onnx.ModelProto) -> None:
     del graph.metadata_props[:]
     del proto.metadata_props[:]
     graph.doc_string = ""
+
+
+def _axis_name(value: str, position: int) -> str:
+    if value.startswith("mask"):
+        return ("batch", "", "tokens", "cache_length")[position]
+    cache = value.startswith(("past_", "present_"))
+    return ("batch", "", "cache_length")[position] if cache else ("batch", "tokens")[position]
 
 
 def _flat_names(inputs: dict[str, Any]) -> list[str]:

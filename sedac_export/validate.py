@@ -114,7 +114,7 @@ class _Comparison:
 
     def _embed(self) -> tuple[list[dict[str, Array]], list[Array]]:
         """Check the embed engine; its context tensors and residual streams, one per chunk."""
-        session = _session(self.directory / self.manifest.engines.embed)
+        session = open_session(self.directory / self.manifest.engines.embed)
         names = [output.name for output in session.get_outputs()]
         row = Row("embed")
         contexts, embedded = [], []
@@ -133,7 +133,7 @@ class _Comparison:
     ) -> list[Array]:
         """Check one layer engine and its kv engines; the chained hidden states after it."""
         name = Path(entry.file).stem
-        session = _session(self.directory / entry.file)
+        session = open_session(self.directory / entry.file)
         after = self._expected(entry.first_layer + entry.num_layers)
         row = Row(name)
         cache, chain_cache = self._empty(entry), self._empty(entry)
@@ -156,7 +156,7 @@ class _Comparison:
     ) -> None:
         """Check that a layer's kv engine fills its cache as the layer engine does."""
         entry = self.manifest.engines.key_value[layer]
-        session = _session(self.directory / entry.file)
+        session = open_session(self.directory / entry.file)
         expected = [cache[f"past_{kind}_{index}"] for kind in ("key", "value")]
         present = [np.zeros_like(array) for array in expected]
         for chunk, x, context in zip(self.chunks, self._expected(layer), contexts, strict=True):
@@ -169,7 +169,7 @@ class _Comparison:
         self.rows.append(row)
 
     def _head(self, chained: list[Array]) -> Row:
-        session = _session(self.directory / self.manifest.engines.head)
+        session = open_session(self.directory / self.manifest.engines.head)
         own, end_to_end = Row("head"), Row("end to end")
         last = self._expected(self.manifest.model.num_layers)
         for chunk, x, link in zip(self.chunks, last, chained, strict=True):
@@ -219,7 +219,7 @@ def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Array]) -> list
     return outputs
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path) -> onnxruntime.InferenceSession:
     """A session that spends no memory on speed: each engine runs a handful of times."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = os.cpu_count() or 1

@@ -67,14 +67,14 @@ def write_engines(
     writer = EngineWriter(skeleton, staging, precision)
     embed = writer.save(writer.stamp(writer.stored(graphs.embed), "embed"), "embed")
     layers, key_value = _write_layers(writer, graphs, progress)
-    attention = _write_attention(writer, graphs)
+    attention = _stamp_attention(writer, graphs)
     engines = bundle.Engines(
         embed=embed,
-        layers=_write_blocks(writer, layers, layers_per_engine),
+        layers=_write_blocks(writer, layers, layers_per_engine, "layer", "block"),
         key_value=key_value,
         head=writer.save(writer.stamp(writer.stored(graphs.head), "head"), "head"),
         monolith=writer.save_layers(layers, 0, "monolith"),
-        attention=attention,
+        attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )
     heads = graphs.plan.heads
     return {
@@ -105,25 +105,24 @@ def _write_layers(
     return stamped, entries
 
 
-def _write_attention(writer: EngineWriter, graphs: Graphs) -> list[bundle.LayerEngineEntry]:
-    """Write each layer's engine without its MLP; the weights are the layer's, written before."""
+def _stamp_attention(writer: EngineWriter, graphs: Graphs) -> list[onnx.ModelProto]:
+    """Each layer's graph without its MLP; the weights are the layer's, written before."""
     stored = [writer.stored(graph) for graph in graphs.attention]
-    entries = []
-    for index, kind in enumerate(graphs.kinds):
-        prefix = f"{writer.skeleton.layers_path}.{index}."
-        graph = writer.stamp(stored[kind], f"layer_{index:03}", prefix)
-        entries.append(writer.save_layers([graph], index, f"attention_{index:03}"))
-    return entries
+    return [
+        writer.stamp(stored[kind], f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}.")
+        for index, kind in enumerate(graphs.kinds)
+    ]
 
 
 def _write_blocks(
-    writer: EngineWriter, layers: list[onnx.ModelProto], size: int
+    writer: EngineWriter, layers: list[onnx.ModelProto], size: int, one: str, several: str
 ) -> list[bundle.LayerEngineEntry]:
+    """Write engines of `size` layers, files named `one` or `several` and the layers."""
     entries = []
     for first in range(0, len(layers), size):
         block = layers[first : first + size]
         last = first + len(block) - 1
-        name = f"layer_{first:03}" if len(block) == 1 else f"block_{first:03}_{last:03}"
+        name = f"{one}_{first:03}" if len(block) == 1 else f"{several}_{first:03}_{last:03}"
         entries.append(writer.save_layers(block, first, name))
     return entries
 

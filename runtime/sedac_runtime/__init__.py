@@ -1,6 +1,14 @@
 """Run SEDAC bundles: per-layer engines under a Rust loop with early exit."""
 
-from sedac_runtime._core import BundleError, EngineError, InputError, SedacError
+from sedac_runtime._core import (
+    BundleError,
+    EngineError,
+    InputError,
+    SedacError,
+    Thresholds,
+    exits_by_risk,
+    exits_by_stability,
+)
 from sedac_runtime.bench import bench
 from sedac_runtime.model import GenerationOutput, GenerationStream, SedacModel, TokenOutput
 
@@ -12,6 +20,9 @@ __all__ = [
     "InputError",
     "SedacError",
     "SedacModel",
+    "Thresholds",
     "TokenOutput",
     "bench",
+    "exits_by_risk",
+    "exits_by_stability",
 ]

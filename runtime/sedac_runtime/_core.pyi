@@ -3,6 +3,8 @@
 import os
 from typing import Any, Literal, final
 
+from typing_extensions import Buffer
+
 __all__ = [
     "BundleError",
     "EngineError",
@@ -10,8 +12,11 @@ __all__ = [
     "InputError",
     "Model",
     "SedacError",
+    "Thresholds",
     "__version__",
     "bench",
+    "exits_by_risk",
+    "exits_by_stability",
 ]
 
 __version__: str
@@ -53,6 +58,14 @@ class Model:
     def trained_depths(self) -> dict[str, list[int]]: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
+    def follow(
+        self,
+        tokens: list[int],
+        *,
+        policy: str | None = None,
+        forced_exit: list[int] | None = None,
+        kv_fill: str = "propagate",
+    ) -> tuple[list[int], list[int]]: ...
     def generate(
         self,
         prompt: list[int],
@@ -90,3 +103,16 @@ def bench(
     repeat: int,
     against: int,
 ) -> list[dict[str, Any]]: ...
+
+@final
+class Thresholds:
+    """Thresholds by depth that threads read and move without locks."""
+
+    def __new__(cls, values: dict[int, float]) -> Thresholds: ...
+    def get(self, depth: int) -> float | None: ...
+    def follow(self, depth: int, risks: Buffer, exit_rate: float, step: float) -> float: ...
+
+def exits_by_stability(
+    stability: Buffer, tau: float, consecutive_k: int, min_layer_ratio: float
+) -> list[int]: ...
+def exits_by_risk(risks: Buffer, thresholds: Thresholds, layers: int) -> list[int]: ...

@@ -231,23 +231,14 @@ class SedacModel:
                 raise _core.InputError(f"{name} {value} is out of range: {choices}")
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
-        policy_json, certificate_json, bundle_fill = self._core.exit_config
-        own = json.loads(policy_json)
-        stability = {
-            "tau": tau,
-            "consecutive_k": consecutive_k,
-            "min_layer_ratio": min_layer_ratio,
-        }
-        depths = self._core.trained_depths
-        settings = choose_policy(own, policy, threshold, stability, depths)
-        fill: KvFill = bundle_fill if kv_fill is None else kv_fill
+        settings, fill, certificate = self._exits(
+            policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
+        )
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
             check_count("forced_exit", depth, 1)
         check_count("max_new_tokens", max_new_tokens, 1)
-        if consecutive_k is not None:
-            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         check_count("top_k", top_k, 0)
         check_count("seed", seed, 0, LARGEST_SEED)
         generation = self._core.generate(
@@ -268,17 +259,54 @@ class SedacModel:
         )
         if forced_exit is not None:
             mode = "exit"
-        certified = (
-            mode == "exit"
-            and forced_exit is None
-            and (settings, fill) == (own, bundle_fill)
-            and certificate_json is not None
+        certified = certificate if mode == "exit" and forced_exit is None else None
+        return GenerationStream(generation, mode, fill, len(tokens), self.num_layers, certified)
+
+    def follow(
+        self,
+        text: str | Sequence[int],
+        *,
+        policy: PolicyName | None = None,
+        threshold: float | None = None,
+        tau: float | None = None,
+        consecutive_k: int | None = None,
+        min_layer_ratio: float | None = None,
+        kv_fill: KvFill | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Run a given text token by token with exits: what `generate` does, on known tokens.
+
+        Returns, for each token but the first, the likeliest next token and the layers executed.
+        The settings are those of `stream`; so are the errors.
+        """
+        tokens = self.encode(text) if isinstance(text, str) else list(text)
+        settings, fill, _ = self._exits(
+            policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
         )
-        return GenerationStream(
-            generation,
-            mode,
-            fill,
-            len(tokens),
-            self.num_layers,
-            json.loads(certificate_json) if certified and certificate_json else None,
-        )
+        for token in tokens:
+            check_count("token", token, 0)
+        return self._core.follow(tokens, policy=json.dumps(settings), kv_fill=fill)
+
+    def _exits(
+        self,
+        policy: PolicyName | None,
+        threshold: float | None,
+        tau: float | None,
+        consecutive_k: int | None,
+        min_layer_ratio: float | None,
+        kv_fill: KvFill | None,
+    ) -> tuple[dict[str, Any], KvFill, dict[str, Any] | None]:
+        """The policy's settings, the KV fill, and the certificate if all are the bundle's own."""
+        if consecutive_k is not None:
+            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
+        policy_json, certificate, bundle_fill = self._core.exit_config
+        own = json.loads(policy_json)
+        stability = {
+            "tau": tau,
+            "consecutive_k": consecutive_k,
+            "min_layer_ratio": min_layer_ratio,
+        }
+        settings = choose_policy(own, policy, threshold, stability, self._core.trained_depths)
+        fill: KvFill = bundle_fill if kv_fill is None else kv_fill
+        if certificate is None or (settings, fill) != (own, bundle_fill):
+            return settings, fill, None
+        return settings, fill, json.loads(certificate)

@@ -11,7 +11,7 @@ use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::policy::{ExitReason, Forced, Policy, PolicySettings};
-use crate::sampler::{Sampler, Sampling};
+use crate::sampler::{Sampler, Sampling, argmax};
 
 /// When tokens exit.
 #[derive(Debug, Clone, PartialEq)]
@@ -238,6 +238,31 @@ impl Chain {
         })
     }
 
+    /// Run a given text token by token and hand to `emit`, for each token but the first, the
+    /// likeliest next one and where it exited. The first runs at full depth, as prompts do.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn follow(
+        &mut self,
+        tokens: &[u32],
+        exit: &Exit,
+        kv_fill: KvFill,
+        interrupt: &Interrupt,
+        mut emit: impl FnMut(Token),
+    ) -> Result<()> {
+        let mut policy = exit.policy(self.num_layers())?;
+        self.backend.reset(kv_fill);
+        self.check_tokens(tokens)?;
+        self.backend.prefill(&tokens[..1], interrupt)?;
+        for &token in &tokens[1..] {
+            let step = self.backend.decode(token, policy.as_mut(), interrupt)?;
+            let id = argmax(self.backend.logits());
+            emit(Token { id, step });
+        }
+        Ok(())
+    }
+
     fn full_depth(&self) -> Step {
         Step {
             exit_layer: self.num_layers(),
@@ -302,19 +327,23 @@ impl Chain {
         if request.max_new_tokens == 0 {
             return Err(Error::setting("max_new_tokens", 0, "1 or more"));
         }
-        if request.prompt.is_empty() {
+        self.check_tokens(&request.prompt)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
             return Err(Error::Prompt("holds no token; give some text".into()));
         }
         let room = self.backend.room();
-        if request.prompt.len() > room {
+        if tokens.len() > room {
             return Err(Error::Prompt(format!(
                 "of {} tokens is longer than the cache of {room} positions; shorten it or build \
                  the bundle with a larger --max-cache-length",
-                request.prompt.len()
+                tokens.len()
             )));
         }
         let vocabulary = self.vocab_size;
-        if let Some(token) = request.prompt.iter().find(|&&id| id as usize >= vocabulary) {
+        if let Some(token) = tokens.iter().find(|&&id| id as usize >= vocabulary) {
             return Err(Error::Prompt(format!(
                 "holds token {token}, but the model knows {vocabulary} tokens only"
             )));

@@ -1,13 +1,13 @@
 //! V6.1: stop when confidence has gathered over the probes.
 
-use super::{ByDepth, ExitReason, Policy, Signals};
+use super::{ByDepth, ExitReason, Policy, Signals, Thresholds};
 
 /// Stops a token where the confidence C reaches the depth's target. At each probe,
 /// C = C * decay + clamp((threshold - risk) / threshold, 0, 1) * weight.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Cascade {
     decay: f32,
-    thresholds: ByDepth,
+    thresholds: Thresholds,
     weights: ByDepth,
     targets: ByDepth,
     soft: bool,
@@ -19,7 +19,7 @@ impl Cascade {
     /// MLPs only.
     pub fn new(
         decay: f32,
-        thresholds: ByDepth,
+        thresholds: Thresholds,
         weights: ByDepth,
         targets: ByDepth,
         soft: bool,
@@ -46,7 +46,7 @@ impl Policy for Cascade {
     }
 
     fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let threshold = *self.thresholds.get(&depth)?;
+        let threshold = self.thresholds.get(depth)?;
         let gained = ((threshold - signals.risk?) / threshold).clamp(0.0, 1.0);
         self.confidence = self.confidence * self.decay + gained * self.weights.get(&depth)?;
         (self.confidence >= *self.targets.get(&depth)?).then_some(ExitReason::Cascade)
@@ -61,7 +61,7 @@ mod tests {
         let by_depth = |low, high| ByDepth::from([(2, low), (4, high)]);
         Cascade::new(
             0.5,
-            by_depth(1.0, 2.0),
+            Thresholds::new(&by_depth(1.0, 2.0)),
             by_depth(1.0, 0.5),
             by_depth(0.9, 0.6),
             true,

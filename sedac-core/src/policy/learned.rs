@@ -1,16 +1,16 @@
 //! Stop where a trained probe expects the token of full depth.
 
-use super::{ByDepth, ExitReason, Policy, Signals};
+use super::{ExitReason, Policy, Signals, Thresholds};
 
 /// Stops a token where the probability that it is full depth's reaches the depth's threshold.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Learned {
-    thresholds: ByDepth,
+    thresholds: Thresholds,
 }
 
 impl Learned {
     /// Stop after the depths of `thresholds`, which the probability must reach.
-    pub fn new(thresholds: ByDepth) -> Self {
+    pub fn new(thresholds: Thresholds) -> Self {
         Self { thresholds }
     }
 }
@@ -19,18 +19,18 @@ impl Policy for Learned {
     fn begin(&mut self) {}
 
     fn reads_exit(&self, depth: usize) -> bool {
-        self.thresholds.contains_key(&depth)
+        self.thresholds.get(depth).is_some()
     }
 
     fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let threshold = self.thresholds.get(&depth)?;
-        (signals.exit?.learned >= *threshold).then_some(ExitReason::Learned)
+        let threshold = self.thresholds.get(depth)?;
+        (signals.exit?.learned >= threshold).then_some(ExitReason::Learned)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{ExitSignals, Margin};
+    use super::super::{ByDepth, ExitSignals, Margin};
     use super::*;
 
     #[test]
@@ -44,8 +44,8 @@ mod tests {
             ..Signals::default()
         };
         let thresholds = ByDepth::from([(4, 0.9)]);
-        let mut margin = Margin::new(thresholds.clone());
-        let mut learned = Learned::new(thresholds);
+        let mut margin = Margin::new(Thresholds::new(&thresholds));
+        let mut learned = Learned::new(Thresholds::new(&thresholds));
         assert_eq!(
             margin.observe(4, signals(0.9, 0.0)),
             Some(ExitReason::Margin)

@@ -1,5 +1,6 @@
 //! What decides that a token may stop. Each policy is one file.
 
+mod batch;
 mod cascade;
 mod forced;
 mod learned;
@@ -7,9 +8,11 @@ mod margin;
 mod probe;
 mod settings;
 mod stability;
+mod thresholds;
 
 use std::collections::BTreeMap;
 
+pub use batch::{exits_by_risk, exits_by_stability};
 pub use cascade::Cascade;
 pub use forced::Forced;
 pub use learned::Learned;
@@ -17,6 +20,7 @@ pub use margin::Margin;
 pub use probe::Probe;
 pub use settings::{ExitKind, PolicySettings, Source};
 pub use stability::Stability;
+pub use thresholds::Thresholds;
 
 /// Numbers by depth, which is the layers run.
 pub type ByDepth = BTreeMap<usize, f32>;

@@ -1,16 +1,16 @@
 //! V6: stop where a trained probe sees little risk.
 
-use super::{ByDepth, ExitReason, Policy, Signals};
+use super::{ExitReason, Policy, Signals, Thresholds};
 
 /// Stops a token where the entropy probe's risk is below the depth's threshold.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Probe {
-    thresholds: ByDepth,
+    thresholds: Thresholds,
 }
 
 impl Probe {
     /// Stop after the depths of `thresholds`, below which the risk must be.
-    pub fn new(thresholds: ByDepth) -> Self {
+    pub fn new(thresholds: Thresholds) -> Self {
         Self { thresholds }
     }
 }
@@ -19,18 +19,19 @@ impl Policy for Probe {
     fn begin(&mut self) {}
 
     fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let threshold = self.thresholds.get(&depth)?;
-        (signals.risk? < *threshold).then_some(ExitReason::Probe)
+        let threshold = self.thresholds.get(depth)?;
+        (signals.risk? < threshold).then_some(ExitReason::Probe)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::ByDepth;
     use super::*;
 
     #[test]
     fn only_a_risk_below_the_threshold_of_its_depth_stops() {
-        let mut policy = Probe::new(ByDepth::from([(2, 0.5)]));
+        let mut policy = Probe::new(Thresholds::new(&ByDepth::from([(2, 0.5)])));
         let mut stops = |depth, risk| {
             let signals = Signals {
                 risk,

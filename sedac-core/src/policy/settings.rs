@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{ByDepth, Cascade, Learned, Margin, Policy, Probe, Stability};
+use super::{ByDepth, Cascade, Learned, Margin, Policy, Probe, Stability, Thresholds};
 use crate::error::{Error, Result};
 
 /// A policy and its settings; what is left out of `stability` has its default.
@@ -128,7 +128,8 @@ impl PolicySettings {
     /// [`Error::Setting`] when a setting is out of range.
     pub fn policy(&self, layers: usize) -> Result<Box<dyn Policy>> {
         self.check_depths()?;
-        let thresholds = || self.thresholds().cloned().unwrap_or_default();
+        let none = ByDepth::new();
+        let thresholds = || Thresholds::new(self.thresholds().unwrap_or(&none));
         Ok(match self {
             &Self::Stability {
                 tau,

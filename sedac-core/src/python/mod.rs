@@ -1,5 +1,6 @@
 //! The Python binding: it translates and does nothing else.
 
+mod decisions;
 mod door;
 mod error;
 mod generation;
@@ -12,6 +13,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<model::Model>()?;
     module.add_class::<generation::Generation>()?;
+    module.add_class::<decisions::Thresholds>()?;
     module.add_function(wrap_pyfunction!(model::bench, module)?)?;
+    module.add_function(wrap_pyfunction!(decisions::exits_by_stability, module)?)?;
+    module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
     error::register(module)
 }

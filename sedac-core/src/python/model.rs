@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -85,6 +85,33 @@ impl Model {
             config.certificate.as_ref().map(ToString::to_string),
             config.kv_fill.name(),
         )
+    }
+
+    /// The likeliest next token after each of `tokens` but the first, and the layers each of them
+    /// ran: the tokens' exits when the text is given. Settings are those of `generate`.
+    #[pyo3(signature = (tokens, *, policy = None, forced_exit = None, kv_fill = "propagate"))]
+    fn follow(
+        &self,
+        py: Python<'_>,
+        tokens: Vec<u32>,
+        policy: Option<&str>,
+        forced_exit: Option<Vec<usize>>,
+        kv_fill: &str,
+    ) -> PyResult<(Vec<u32>, Vec<usize>)> {
+        let exit = self.exit(policy, forced_exit, None)?;
+        let kv_fill = kv_fill_named(kv_fill)?;
+        let chain = self.chain.clone();
+        let interrupt = Interrupt::default();
+        let raised = interrupt.clone();
+        door::run(py, &interrupt, move || {
+            let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut followed = (Vec::new(), Vec::new());
+            chain.follow(&tokens, &exit, kv_fill, &raised, |token| {
+                followed.0.push(token.id);
+                followed.1.push(token.step.exit_layer);
+            })?;
+            Ok(followed)
+        })
     }
 
     /// The depths at which the bundle has what a policy reads, by policy.

@@ -1,0 +1,144 @@
+"""The report of ci/validate_engines.sh: report.json and report.md from what its runs left."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any, cast
+
+from sedac_export.errors import SedacError
+from sedac_export.tensorrt.entries import BuildOptions, Target
+from sedac_export.tensorrt.flavour import FLAVOURS, find_gpu, this_platform
+from sedac_export.tensorrt.plans import check_options
+
+CHECKS = ("structure", "onnxruntime", "execution")
+
+
+def installed(target: Target) -> int:
+    """0 when this host can build for `target`; else 1 and the reason on stderr."""
+    try:
+        check_options(target, BuildOptions())
+    except SedacError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """What one model and flavour came to."""
+    target = (directory / "target").read_text().strip()
+    result: dict[str, Any] = {
+        "model": (directory / "model").read_text().strip(),
+        "target": target,
+        "built": (directory / "validate.json").exists(),
+    }
+    if not result["built"]:
+        lines = (directory / "build.log").read_text().strip().splitlines()
+        reason = lines[-1].removeprefix("error: ") if lines else "the build left no message"
+        # what this host has not got is no failure of the engines
+        here = installed(cast(Target, target)) == 0
+        return result | {"reason": reason, "failed": here}
+    report = _json(directory / "validate.json").get("targets", {}).get(target)
+    if report is None:
+        return result | {"reason": "validate gave no report", "failed": True}
+    seconds: dict[str, float] = report["build_seconds"]
+    layers = [s for name, s in seconds.items() if name.startswith(("layer_", "block_"))]
+    generated = _json(directory / "generate.json")
+    return result | {
+        "version": report["version"],
+        "plans": len(seconds),
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_per_layer_engine": round(mean(layers), 3),
+        "checks": report["checks"],
+        "generated_tokens": len(generated.get("tokens", [])),
+        "failed": not report["passed"] or not generated,
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return report
+
+
+def outcome(check: dict[str, Any]) -> str:
+    """A check in a word or two."""
+    if not check["checked"]:
+        return "not run"
+    return "passed" if check["passed"] else "FAILED"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    gpu = report["gpu"]
+    device = f"{gpu['name']}, driver {gpu['driver']}" if gpu else "no GPU"
+    lines = [
+        "# TensorRT engines",
+        "",
+        f"Host: {report['platform']}, {device}",
+        "",
+        "| model | flavour | plans | s per layer engine | structure | ONNX Runtime | execution |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    notes = []
+    for run in report["runs"]:
+        title = FLAVOURS[cast(Target, run["target"])].title
+        if "checks" not in run:
+            word = "FAILED" if run["failed"] else "not built"
+            lines.append(f"| {run['model']} | {title} | {word} | | | | |")
+            notes.append(f"{run['model']}, {title}: {run['reason']}")
+            continue
+        cells = [outcome(run["checks"][name]) for name in CHECKS]
+        lines.append(
+            f"| {run['model']} | {title} {run['version']} | {run['plans']}"
+            f" | {run['seconds_per_layer_engine']} | {' | '.join(cells)} |"
+        )
+        for name in CHECKS:
+            check = run["checks"][name]
+            reasons = check["problems"] if check["checked"] else [check["reason"]]
+            notes += [f"{run['model']}, {title}, {name}: {reason}" for reason in reasons]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def write(output: Path, allow_no_gpu: bool) -> int:
+    """Write both reports; the script's exit code."""
+    number = len("run-")
+    directories = sorted(output.glob("run-*"), key=lambda path: int(path.name[number:]))
+    runs = [read_run(directory) for directory in directories]
+    gpu = find_gpu()
+    executed = [run for run in runs if run.get("checks", {}).get("execution", {}).get("checked")]
+    failed = any(run["failed"] for run in runs) or not any(run["built"] for run in runs)
+    report = {
+        "platform": this_platform(),
+        "gpu": vars(gpu) if gpu else None,
+        "passed": not failed,
+        "executed": bool(executed),
+        "runs": runs,
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "report.md").write_text(markdown(report))
+    print(markdown(report))
+    if failed:
+        return 1
+    return 0 if executed or allow_no_gpu else 3
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("installed").add_argument("target", choices=list(FLAVOURS))
+    writer = commands.add_parser("write")
+    writer.add_argument("output", type=Path)
+    writer.add_argument("--allow-no-gpu", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command == "installed":
+        return installed(arguments.target)
+    return write(arguments.output, arguments.allow_no_gpu)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Builds the demo model and the models given for every installed flavour of TensorRT, validates the
+# engines as far as this host can, generates with ONNX Runtime's chain that they are compared with,
+# and writes report.json and report.md. Exit code: 0 all held, 1 something failed, 2 a wrong
+# argument, 3 all held but engines were not executed for want of a GPU; --allow-no-gpu makes 3 a 0.
+set -euo pipefail
+
+usage="usage: ci/validate_engines.sh [--allow-no-gpu] [--precision fp16|bf16|fp32] [--output DIRECTORY] [MODEL ...]"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bin="${SEDAC_BIN:-$root/.venv/bin}"
+output="$root/target/validate_engines"
+precision=fp16
+allow_no_gpu=()
+models=("$root/demo/model")
+
+refuse() {
+    echo "error: $1; $usage" >&2
+    exit 2
+}
+
+while (($#)); do
+    case "$1" in
+        --allow-no-gpu) allow_no_gpu=(--allow-no-gpu) ;;
+        --precision | --output)
+            (($# > 1)) || refuse "$1 takes a value"
+            if [[ $1 == --precision ]]; then precision="$2"; else output="$2"; fi
+            shift
+            ;;
+        --help | -h) echo "$usage"; exit 0 ;;
+        -*) refuse "there is no option $1" ;;
+        *) models+=("$1") ;;
+    esac
+    shift
+done
+[[ $precision =~ ^(fp16|bf16|fp32)$ ]] || refuse "--precision $precision is none of fp16, bf16, fp32"
+[[ -x $bin/sedac-export ]] || refuse "$bin/sedac-export is missing, make demo installs it"
+
+mkdir -p "$output"
+rm -rf "$output"/run-*
+number=0
+for model in "${models[@]}"; do
+    for target in tensorrt tensorrt-rtx; do
+        number=$((number + 1))
+        run="$output/run-$number"
+        mkdir "$run"
+        name="${model%/}"
+        [[ $name != "$root/demo/model" ]] || name=demo
+        echo "${name##*/}" > "$run/model"
+        echo "$target" > "$run/target"
+        echo "== $model for $target" >&2
+        # each step is judged by the report, which knows what a host without a GPU cannot do
+        "$bin/python" "$root/ci/report.py" installed "$target" 2> "$run/build.log" || continue
+        "$bin/sedac-export" build --model "$model" --precision "$precision" --target "$target" \
+            --output "$run/bundle" 2> >(tee "$run/build.log" >&2) || continue
+        "$bin/sedac-export" validate "$run/bundle" --target "$target" --json > "$run/validate.json" ||
+            echo "validate ended with exit code $?" >&2
+        "$bin/sedac-runtime" generate --engines "$run/bundle" --prompt "def main():" --mode full \
+            --max-new-tokens 32 --json > "$run/generate.json" || echo "generate failed" >&2
+        rm -rf "$run/bundle"
+    done
+done
+"$bin/python" "$root/ci/report.py" write "$output" "${allow_no_gpu[@]}"

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: portable graphs, plans built from them, and their validation."""

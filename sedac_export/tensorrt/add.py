@@ -1,0 +1,34 @@
+"""Add a TensorRT target to a bundle."""
+
+from pathlib import Path
+
+from sedac_export import manifest as bundle
+from sedac_export.graphs import Progress
+from sedac_export.tensorrt.entries import BuildOptions, PlanSet, Target
+from sedac_export.tensorrt.plans import build_plans, check_options
+
+
+def add_target(
+    directory: Path,
+    target: Target,
+    options: BuildOptions,
+    model: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> PlanSet:
+    """Build the plans of `target` for the bundle in `directory`.
+
+    model is needed where the bundle holds no portable graphs: a directory or a hub id, whose
+    configuration is read; the weights are those of the bundle. Raises SedacError.
+    """
+    check_options(target, options)
+    manifest = bundle.read_manifest(directory)
+    # what is wrong with this target's own plans is put right by building them
+    others = {n: e for n, e in manifest.files.items() if not n.startswith(f"engines/{target}/")}
+    bundle.check_files(directory, manifest.model_copy(update={"files": others}))
+    if manifest.portable is None and model is not None:
+        from sedac_export.exporter import find_model
+        from sedac_export.skeleton import Skeleton
+        from sedac_export.tensorrt.graphs import add_portable_graphs
+
+        add_portable_graphs(directory, manifest, Skeleton.load(find_model(model)), progress)
+    return build_plans(directory, target, options, progress)

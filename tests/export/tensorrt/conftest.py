@@ -1,0 +1,79 @@
+"""The demo bundle with all its TensorRT-RTX plans, built once."""
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import onnx
+import pytest
+from conftest import DEMO_MODEL
+from tiny_models import save_tiny_model
+
+from sedac_export import Request, build
+from sedac_export import manifest as bundle
+from sedac_export.skeleton import Skeleton
+from sedac_export.tensorrt.add import add_target
+from sedac_export.tensorrt.entries import BuildOptions
+from sedac_export.tensorrt.graphs import add_portable_graphs
+from sedac_export.tensorrt.plans import fingerprint
+
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture(scope="session")
+def planned_demo(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("planned") / "bundle"
+    shutil.copytree(demo_bundle, directory)
+    add_target(directory, RTX, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
+    return directory
+
+
+class PortableTiny(Protocol):
+    def __call__(
+        self, name: str, precision: str, layers_per_engine: int = 1
+    ) -> tuple[Path, bundle.Manifest]: ...
+
+
+@pytest.fixture(scope="session")
+def portable_tiny(tmp_path_factory: pytest.TempPathFactory) -> PortableTiny:
+    """The bundle of a random model of two layers, with portable graphs."""
+
+    @functools.cache
+    def get(name: str, precision: str, layers_per_engine: int = 1) -> tuple[Path, bundle.Manifest]:
+        directory = tmp_path_factory.mktemp(f"{name}_{precision}")
+        depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
+        save_tiny_model(name, directory / "model", **{depth: 2})
+        request = Request(
+            model=str(directory / "model"),
+            output=directory / "bundle",
+            precision=precision,  # type: ignore[arg-type]
+            layers_per_engine=layers_per_engine,
+        )
+        manifest = build(request).manifest
+        skeleton = Skeleton.load(directory / "model")
+        output = directory / "bundle"
+        return output, add_portable_graphs(output, manifest, skeleton, lambda *_: None)
+
+    return get
+
+
+@pytest.fixture
+def own_demo(planned_demo: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(planned_demo, tmp_path / "bundle"))
+
+
+def rewrite(directory: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change a graph and the manifest with it, as if it had been exported and built so."""
+    model = onnx.load(directory / graph, load_external_data=False)
+    change(model)
+    onnx.save(model, directory / graph)
+    manifest = bundle.read_manifest(directory)
+    manifest.files[graph] = bundle.file_entry(directory, graph)
+    plans = manifest.plans[RTX]
+    for plan in plans.plans:
+        if plan.graph == graph:
+            plan.fingerprint = fingerprint(directory, manifest, graph, plans.version, plans.options)
+    bundle.write_manifest(directory, manifest)

@@ -1,0 +1,120 @@
+"""The graphs that TensorRT gets: what they hold, and that they compute what the model does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import TinyBundle
+from onnx import TensorProto
+from tiny_models import ARCHITECTURES
+
+from sedac_export import SedacError
+from sedac_export.manifest import Manifest, read_manifest
+from sedac_export.skeleton import Skeleton
+from sedac_export.tensorrt.agreement import GATES, compare, visible
+from sedac_export.tensorrt.graphs import add_portable_graphs
+from sedac_export.tensorrt.runners import PortableRunner
+from sedac_export.tensorrt.structure import expectations
+from sedac_export.tensorrt.worker import Worker
+
+from .conftest import RTX, PortableTiny
+
+LAYER = "onnx/portable_layer_000.onnx"
+
+
+def disagreements(directory: Path, manifest: Manifest) -> list[object]:
+    assert manifest.portable is not None
+    runner = PortableRunner(directory, manifest.precision)
+    gates = GATES[runner.computes]
+    rows = compare(directory, manifest, manifest.portable, runner, gates)
+    assert rows[-1]["engine"] == "end to end"
+    return [row for row in rows if not row["passed"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_parses_and_agrees(name: str, portable_tiny: PortableTiny) -> None:
+    """In fp16; what TensorRT drops silently or does not know is in no graph."""
+    directory, manifest = portable_tiny(name, "fp16")
+    portable = manifest.portable
+    assert portable is not None
+    for file in portable.files():
+        graph = onnx.load(directory / file, load_external_data=False).graph
+        assert {node.domain for node in graph.node} <= {""}
+        # the seventh input of Attention is nonpad_kv_seqlen, the fifth and sixth past and present
+        assert all(len(n.input) == 4 for n in graph.node if n.op_type == "Attention")
+    with Worker(RTX) as worker:
+        for file, expected in expectations(directory, manifest, portable).items():
+            assert expected.problems(worker.call("describe", graph=str(directory / file))) == []
+    assert disagreements(directory, manifest) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_precisions_agree(precision: str, portable_tiny: PortableTiny) -> None:
+    """Weights, residual stream and caches are in the precision, stability in fp32."""
+    directory, manifest = portable_tiny("llama", precision)
+    assert disagreements(directory, manifest) == []
+    graph = onnx.load(directory / LAYER, load_external_data=False).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.output}
+    expected = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}[precision]
+    assert types.pop("stability") == TensorProto.FLOAT
+    assert set(types.values()) == {expected}
+    assert {i.data_type for i in graph.initializer if i.external_data} == {expected}
+
+
+def test_blocks_with_several_windows_agree(portable_tiny: PortableTiny) -> None:
+    """Gemma 2 alternates: a block of two layers takes a mask for each."""
+    directory, manifest = portable_tiny("gemma2", "fp32", layers_per_engine=2)
+    assert manifest.portable is not None
+    assert manifest.portable.masks == {"mask": 0, "mask_window_9": 9}
+    assert [entry.masks for entry in manifest.portable.layers] == [["mask", "mask_window_9"]]
+    assert disagreements(directory, manifest) == []
+
+
+def test_sequences_of_a_batch_do_not_mix(portable_tiny: PortableTiny) -> None:
+    """Two sequences of different lengths in one pass give what each gives alone."""
+    directory, manifest = portable_tiny("llama", "fp32")
+    run = PortableRunner(directory, "fp32")
+    rng = np.random.default_rng(0)
+    starts, tokens, length = (3, 40), 5, manifest.max_cache_length
+    feeds = {
+        "x": rng.standard_normal((2, tokens, 64)),
+        "past_key_0": rng.standard_normal((2, 2, length, 16)),
+        "past_value_0": rng.standard_normal((2, 2, length, 16)),
+    }
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    positions = np.stack([np.arange(start, start + tokens) for start in starts])
+    assert manifest.portable is not None
+    contexts = run(
+        manifest.portable.embed,
+        {"input_ids": np.zeros((2, tokens), np.int64), "position_ids": positions},
+    )
+    feeds |= {name: array for name, array in contexts.items() if name != "x"}
+    masks = [visible(slice(start, start + tokens), length, 0) for start in starts]
+    feeds |= {"mask": np.concatenate(masks), "write_index": np.array(starts, np.int64)}
+    together = run(LAYER, feeds)
+    for row in range(2):
+        alone = run(LAYER, {name: array[row : row + 1] for name, array in feeds.items()})
+        for name, array in alone.items():
+            np.testing.assert_allclose(together[name][row : row + 1], array, atol=1e-5)
+
+
+def test_masks_show_a_token_itself_and_what_is_before_it() -> None:
+    mask = visible(slice(2, 4), 5, 0)[0, 0]
+    assert mask.tolist() == [[True, True, True, False, False], [True, True, True, True, False]]
+    mask = visible(slice(2, 4), 5, 2)[0, 0]
+    assert mask.tolist() == [[False, True, True, False, False], [False, False, True, True, False]]
+
+
+def test_weights_are_those_of_the_bundle(
+    portable_tiny: PortableTiny, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    directory, manifest = portable_tiny("llama", "fp32")
+    data = {path.name for path in (directory / "onnx").glob("*.data")}
+    assert data == {"embed.data", "layer_000.data", "layer_001.data", "head.data"}
+    assert read_manifest(directory).portable == manifest.portable
+    with pytest.raises(SedacError, match=r"has 2 layers and the model 4; name the model"):
+        skeleton = Skeleton.load(tiny_bundle("llama")[1].parent / "model")
+        add_portable_graphs(directory, manifest, skeleton, lambda *_: None)
