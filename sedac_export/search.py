@@ -16,7 +16,9 @@ from sedac_export.policies import make_policy
 from sedac_export.signals import Floats, Mask, Signals
 
 # prices of an error, in full-depth tokens: from nearly free to nearly forbidden
-_PRICES = np.geomspace(1.0, 300.0, 64)
+_PRICES = np.geomspace(1.0, 300.0, 40)
+# the optimum moves in steps; settings in between are those around it
+_SCALES = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15, 1.25)
 _SWEEPS = 3
 _TAUS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995)
 _MIN_RATIOS = (0.2, 0.5, 0.75)
@@ -167,11 +169,20 @@ def _by_thresholds(
         thresholds = _optimize(seen, step, scores, check, float(price) * costs.full)
         if not thresholds:
             continue
-        sign = -1 if policy == "probe" else 1
-        rounded = {depth: _outward(sign * value) for depth, value in thresholds.items()}
-        if policy == "probe":
-            rounded = {depth: max(value, 1e-6) for depth, value in rounded.items()}
-        yield ExitConfig(policy=policy, thresholds=rounded)
+        for scale in _SCALES:
+            yield ExitConfig(policy=policy, thresholds=_scaled(thresholds, policy, scale))
+
+
+def _scaled(thresholds: dict[int, float], policy: PolicyName, scale: float) -> dict[int, float]:
+    """Thresholds that let through `scale` times the doubt, to six digits so files are legible.
+
+    Doubt is the risk itself, or what margin or probability lack of 1.
+    """
+    if policy == "probe":
+        doubts = {depth: max(-value * scale, 1e-6) for depth, value in thresholds.items()}
+    else:
+        doubts = {d: min(1.0, max(0.0, 1 - (1 - v) * scale)) for d, v in thresholds.items()}
+    return {depth: float(f"{value:.6g}") for depth, value in doubts.items()}
 
 
 def _optimize(
@@ -224,8 +235,3 @@ def _best(
     if sums[least] + check * len(here) >= 0:
         return math.inf
     return float(here[order[least]])
-
-
-def _outward(value: float) -> float:
-    """Six digits, so that files are legible."""
-    return float(f"{value:.6g}")

@@ -1,52 +1,63 @@
 """Time a bundle in the runtime, under the exit configuration it has."""
 
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sedac_export.documents import Document
 from sedac_export.errors import SedacError
+from sedac_export.manifest import read_manifest
 from sedac_export.sessions import THREADS
 
-PROMPT_TOKENS = 64
-NEW_TOKENS = 128
-PROMPTS = 8
+TOKENS = 384
+PIECES = 10
+# no stability is above 1, so this runs every layer of every token
+NEVER = 2.0
 
 
 def measure_speedup(directory: Path, documents: Sequence[Document]) -> float:
-    """Decoding time at full depth over decoding time with exits, medians over prompts.
+    """Time per token at full depth over that with exits, token by token along given texts.
 
-    Prompts are cut from the middle of `documents`. Both ways take turns on each, after a warm-up,
-    and generate the same number of tokens greedily.
+    The texts are pieces from the middle of the longest of `documents`. Both ways take turns on
+    each, after a warm-up; the figure is the ratio of their total times, of a piece the quicker of
+    two.
 
     Raises SedacError when the runtime refuses the bundle.
     """
-    # the runtime prepares nothing at import; only what measures needs it
+    # only what measures needs the runtime and the engines that come with it
     from sedac_runtime import SedacError as RuntimeRefusal
     from sedac_runtime import SedacModel
 
-    prompts = _prompts(documents)
     try:
         model = SedacModel.from_pretrained(directory, threads=THREADS)
-        times: dict[str, list[float]] = {"full": [], "exit": []}
-        for prompt in [prompts[0], *prompts]:  # the first once more: its first time warms up
-            for mode, taken in times.items():
-                started = time.perf_counter()
-                output = model.generate(
-                    prompt, mode=mode, max_new_tokens=NEW_TOKENS, stop_tokens=[]
+        pieces = _pieces(documents, min(TOKENS, read_manifest(directory).max_cache_length))
+        _seconds(model.follow, pieces[0])
+        with_exits, full = 0.0, 0.0
+        for piece in pieces:
+            pairs = [
+                (
+                    _seconds(model.follow, piece),
+                    _seconds(lambda p: model.follow(p, policy="stability", tau=NEVER), piece),
                 )
-                elapsed = time.perf_counter() - started - output.prefill_ms / 1e3
-                taken.append(elapsed / len(output.tokens))
+                for _ in range(2)
+            ]
+            with_exits += min(pair[0] for pair in pairs)
+            full += min(pair[1] for pair in pairs)
     except RuntimeRefusal as error:
         raise SedacError(f"the runtime cannot be timed: {error}") from error
-    return statistics.median(times["full"][1:]) / statistics.median(times["exit"][1:])
+    return full / with_exits
 
 
-def _prompts(documents: Sequence[Document]) -> list[list[int]]:
-    longest = sorted(documents, key=lambda document: -len(document.tokens))[:PROMPTS]
-    prompts = []
+def _seconds(run: Callable[[list[int]], object], tokens: list[int]) -> float:
+    started = time.perf_counter()
+    run(tokens)
+    return time.perf_counter() - started
+
+
+def _pieces(documents: Sequence[Document], tokens: int) -> list[list[int]]:
+    longest = sorted(documents, key=lambda document: -len(document.tokens))[:PIECES]
+    pieces = []
     for document in longest:
-        start = max(0, len(document.tokens) - PROMPT_TOKENS) // 2
-        prompts.append(document.tokens[start : start + PROMPT_TOKENS].tolist())
-    return prompts
+        start = max(0, len(document.tokens) - tokens) // 2
+        pieces.append(document.tokens[start : start + tokens].tolist())
+    return pieces

@@ -1,7 +1,6 @@
 """What collect, train-probes, calibrate and report cannot use: one line, nothing changed."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -122,8 +121,8 @@ def test_depths_that_are_no_exits_are_refused(export: Command, bundle: Path, tex
 def test_probes_of_another_model_are_refused(
     export: Command, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(text, tmp_path / "second.py")
-    (tmp_path / "second.py").write_text(TEXT + "# another\n")
+    text.write_text(TEXT * 4)
+    (tmp_path / "second.py").write_text(TEXT * 4 + "# another\n")
     trained = export(
         *arguments("train-probes", bundle, text, tmp_path / "second.py"),
         *("--exit-layers", "2", "--probe-layers", "2"),
