@@ -1,0 +1,82 @@
+"""The core's chain exits where a replay of the same bundle exits, under every policy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import THREADS
+
+from sedac_export.documents import Document
+from sedac_export.edit import write_config
+from sedac_export.exit_config import ExitConfig
+from sedac_export.manifest import read_manifest
+from sedac_export.observe import Observations, observe
+from sedac_export.policies import make_policy
+from sedac_export.replay import Replay
+from sedac_export.training import Trained
+from sedac_runtime import SedacModel
+
+from .conftest import EXITS, PROBES
+
+# a signal this close to its threshold may fall on either side, as passes round differently
+TIE = 1e-4
+
+Depths = npt.NDArray[np.int64]
+
+
+@pytest.fixture(scope="module")
+def seen(trained_bundle: tuple[Path, Trained], documents: list[Document]) -> Observations:
+    bundle, _ = trained_bundle
+    return observe(Replay(bundle, read_manifest(bundle), THREADS), documents, lambda *_: None)
+
+
+def medians(signal: dict[int, npt.NDArray[np.float32]]) -> dict[int, float]:
+    """Thresholds at which about half of the tokens exit at each depth."""
+    return {depth: float(np.median(values)) for depth, values in signal.items()}
+
+
+def settings(seen: Observations) -> Iterator[dict[str, Any]]:
+    risk = medians(seen.risk)
+    # the signals of probes rise with risk; those of exits with confidence
+    yield {"policy": "stability", "tau": 0.98, "consecutive_k": 2}
+    yield {"policy": "probe", "thresholds": risk}
+    yield {"policy": "margin", "thresholds": medians(seen.margin)}
+    yield {"policy": "learned", "thresholds": medians(seen.learned)}
+    doubled = {depth: 2 * threshold for depth, threshold in risk.items()}
+    for kind in ("hard", "soft"):
+        yield {
+            "policy": "cascade",
+            "thresholds": doubled,
+            "weights": dict.fromkeys(risk, 1.0),
+            "targets": dict.fromkeys(risk, 0.6),
+            "exit_kind": kind,
+        }
+
+
+@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+def test_the_chain_exits_where_the_replay_exits(
+    kv_fill: str,
+    trained_bundle: tuple[Path, Trained],
+    documents: list[Document],
+    seen: Observations,
+) -> None:
+    bundle, _ = trained_bundle
+    replay = Replay(bundle, read_manifest(bundle), THREADS)
+    texts = [document.tokens[:300] for document in documents]
+    for fields in settings(seen):
+        config = ExitConfig(**fields, kv_fill=kv_fill)
+        write_config(bundle, config.to_json())
+        model = SedacModel.from_pretrained(bundle, threads=THREADS)
+        exits = []
+        for text in texts:
+            trace = replay.run(text, make_policy(config, 12), kv_fill=kv_fill)
+            tokens, depths = model.follow(text.tolist())
+            assert depths == trace.exits[1:].tolist(), fields
+            assert tokens == trace.tokens[1:].tolist(), fields
+            exits += depths
+        assert len(set(exits)) > 1, fields
+    assert len(texts) * 300 >= 2000
+    assert set(EXITS) | set(PROBES) == {4, 6, 8}
