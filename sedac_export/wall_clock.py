@@ -9,8 +9,8 @@ from sedac_export.errors import SedacError
 from sedac_export.manifest import read_manifest
 from sedac_export.sessions import THREADS
 
-TOKENS = 384
-PIECES = 10
+TOKENS = 256
+PIECES = 6
 # no stability is above 1, so this runs every layer of every token
 NEVER = 2.0
 
