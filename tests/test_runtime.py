@@ -12,9 +12,11 @@ from conftest import THREADS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from typer.testing import CliRunner, Result
 
 from sedac_runtime import InputError, SedacModel
 from sedac_runtime.bench import bench
+from sedac_runtime.cli import app
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 
@@ -90,7 +92,7 @@ def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
         *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),
         *("mode", "kv_fill", "prompt_tokens", "prefill_ms", "decode_ms"),
         *("decode_tokens_per_second", "finish_reason"),
-        *("drafted", "accepted", "verify_passes", "draft_depths"),
+        *("drafted", "accepted", "verify_passes", "draft_depths", "certificate"),
     ]
     assert len(output.tokens) == len(output.exit_layers) == len(output.exit_reasons) == 32
     assert output.exit_layers[0] == output.num_layers == 12
@@ -180,3 +182,22 @@ def test_the_runtime_needs_neither_torch_nor_transformers(demo_bundle: Path) -> 
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "onnx", "numpy", "sedac_export"}
     assert not heavy & set(json.loads(run.stdout))
+
+
+def test_the_policy_may_come_from_the_environment(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["generate", "--engines", str(demo_bundle), "--prompt", PROMPT, "--json"]
+
+    def run(method: str, **variables: str) -> Result:
+        for name, value in {"SEDAC_METHOD": method, **variables}.items():
+            monkeypatch.setenv(name, value)
+        return CliRunner().invoke(app, [*arguments, "--max-new-tokens", "16"])
+
+    shallow = json.loads(run("v7", SEDAC_V7_TAU="0", SEDAC_V7_K="1").stdout)
+    assert shallow["exit_layers"][1:] == [3] * (len(shallow["tokens"]) - 1)
+    assert shallow["certificate"] is None
+    assert "SEDAC_METHOD v9 is unknown" in str(run("v9").exception)
+    assert "policy margin has no thresholds" in str(
+        CliRunner().invoke(app, [*arguments, "--policy", "margin"]).exception
+    )

@@ -3,10 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.table import Table
 from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
 from sedac_runtime.model import GenerationStream
+from sedac_runtime.policy import PolicyName
 
 app = typer.Typer(
     help="Run SEDAC bundles: per-layer engines with early exit.",
@@ -23,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+
+Number = TypeVar("Number", int, float)
+METHODS: dict[str, PolicyName] = {"v6": "probe", "v6.1": "cascade", "v7": "stability"}
 
 EnginesOption = Annotated[Path, typer.Option("--engines", help="The bundle's directory.")]
 ThreadsOption = Annotated[
@@ -87,26 +92,17 @@ def generate(
         typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies."),
     ] = GenerationMode.EXIT,
     policy: Annotated[
-        Policy | None,
-        typer.Option(
-            help="What decides about exits. [default: the bundle's]", envvar="SEDAC_METHOD"
-        ),
+        Policy | None, typer.Option(help="What decides about exits. [default: the bundle's]")
     ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(help="Threshold at all depths, but of stability. [default: the bundle's]"),
     ] = None,
     tau: Annotated[
-        float | None,
-        typer.Option(
-            help="Stability a layer must reach. [default: the bundle's]", envvar="SEDAC_V7_TAU"
-        ),
+        float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
     ] = None,
     consecutive_k: Annotated[
-        int | None,
-        typer.Option(
-            help="Layers in a row that must. [default: the bundle's]", envvar="SEDAC_V7_K"
-        ),
+        int | None, typer.Option(help="Layers in a row that must. [default: the bundle's]")
     ] = None,
     min_layer_ratio: Annotated[
         float | None, typer.Option(help="Share of layers that always run. [default: the bundle's]")
@@ -139,14 +135,17 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     model = SedacModel.from_pretrained(engines, threads=threads)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
+    chosen = _method() if policy is None else policy.value
     generation = model.stream(
         tokens,
         max_new_tokens=max_new_tokens,
         mode=mode.value,
-        policy=None if policy is None else policy.value,
+        policy=chosen,
         threshold=threshold,
-        tau=tau,
-        consecutive_k=consecutive_k,
+        tau=tau if tau is not None else _variable("SEDAC_V7_TAU", float, chosen),
+        consecutive_k=(
+            consecutive_k if consecutive_k is not None else _variable("SEDAC_V7_K", int, chosen)
+        ),
         min_layer_ratio=min_layer_ratio,
         kv_fill=None if kv_fill is None else kv_fill.value,
         drafter=drafter.value,
@@ -296,6 +295,25 @@ def _print_statistics(generation: GenerationStream) -> None:
     )
     if output.mode == "exit":
         print(_certified(output.certificate), file=sys.stderr)
+
+
+def _method() -> PolicyName | None:
+    """The policy that the original SEDAC's variable names; None where it is not set."""
+    method = os.environ.get("SEDAC_METHOD")
+    if method is not None and method.lower() not in METHODS:
+        raise ValueError(f"SEDAC_METHOD {method} is unknown: {', '.join(METHODS)}")
+    return None if method is None else METHODS[method.lower()]
+
+
+def _variable(name: str, kind: Callable[[str], Number], policy: PolicyName | None) -> Number | None:
+    """One of the original's variables about stability; None where that is not what decides."""
+    text = os.environ.get(name)
+    if text is None or policy not in (None, "stability"):
+        return None
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{name} {text} is no number; correct or unset it") from error
 
 
 def _certified(certificate: dict[str, Any] | None) -> str:
