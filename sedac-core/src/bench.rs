@@ -2,9 +2,9 @@
 
 use std::ops::ControlFlow;
 
-use crate::bundle::KvFill;
 use crate::chain::{Chain, Exit, Request, Token};
 use crate::error::{Error, Result};
+use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
 use crate::sampler::Sampling;
 

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::Deserialize;
-use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::exit_config::ExitConfig;
 use crate::policy::{PolicySettings, Source};
 
 /// The newest schema of bundle.json that this crate reads.
@@ -21,7 +21,6 @@ const LARGEST_BUFFER: usize = 1 << 40;
 
 const MANIFEST: &str = "bundle.json";
 const MANIFEST_DIGEST: &str = "bundle.sha256";
-const EXIT_CONFIG: &str = "sedac_config.json";
 
 /// What the chain must know of the model.
 #[derive(Debug, Clone, Deserialize)]
@@ -245,63 +244,6 @@ impl Manifest {
     }
 }
 
-/// sedac_config.json: when tokens exit by default. What it leaves out has its default value.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ExitConfig {
-    /// What decides.
-    pub policy: PolicySettings,
-    /// What the caches of skipped layers get.
-    pub kv_fill: KvFill,
-    /// What `sedac-export calibrate` certified of these settings, as JSON.
-    pub certificate: Option<Value>,
-}
-
-/// What the caches of skipped layers get.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum KvFill {
-    /// Each skipped layer's keys and values, computed from the exit hidden state (CALM, Schuster
-    /// et al. 2022, <https://arxiv.org/abs/2207.07061>).
-    #[default]
-    Propagate,
-    /// What the layers themselves compute: the token waits at its exit, and joins the pass of the
-    /// next token that goes deeper (as Bae et al. 2023 do, <https://arxiv.org/abs/2310.05424>).
-    Defer,
-}
-
-impl KvFill {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Propagate, Self::Defer];
-
-    /// The name used in settings.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Propagate => "propagate",
-            Self::Defer => "defer",
-        }
-    }
-}
-
-impl ExitConfig {
-    /// Parse the text of sedac_config.json, for a model of `layers` layers.
-    fn parse(text: &[u8], layers: usize) -> std::result::Result<Self, String> {
-        let mut fields: Map<String, Value> =
-            serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        let kv_fill = fields.remove("kv_fill").map(serde_json::from_value);
-        let kv_fill = kv_fill.transpose().map_err(|error| error.to_string())?;
-        let certificate = fields.remove("certificate");
-        fields.entry("policy").or_insert("stability".into());
-        let policy: PolicySettings =
-            serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
-        policy.policy(layers).map_err(|error| error.to_string())?;
-        Ok(Self {
-            policy,
-            kv_fill: kv_fill.unwrap_or_default(),
-            certificate,
-        })
-    }
-}
-
 /// A bundle whose files have been checked.
 #[derive(Debug, Clone)]
 pub struct Bundle {
@@ -330,7 +272,7 @@ impl Bundle {
         check_consistent(directory, &manifest)?;
         Ok(Self {
             directory: directory.to_owned(),
-            exit_config: read_exit_config(directory, &manifest)?,
+            exit_config: ExitConfig::read(directory, &manifest)?,
             manifest,
         })
     }
@@ -481,26 +423,4 @@ fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
         &path,
         "its engines do not add up to the model; build the bundle again",
     ))
-}
-
-fn read_exit_config(directory: &Path, manifest: &Manifest) -> Result<ExitConfig> {
-    let path = directory.join(EXIT_CONFIG);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(source) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(ExitConfig {
-                policy: PolicySettings::for_layers(manifest.model.num_layers),
-                kv_fill: KvFill::default(),
-                certificate: None,
-            });
-        }
-        Err(source) => return Err(Error::Io { path, source }),
-    };
-    let wrong =
-        |reason: String| Error::bundle(&path, format!("{reason}; correct or delete the file"));
-    let config = ExitConfig::parse(&text, manifest.model.num_layers).map_err(wrong)?;
-    manifest
-        .check_policy(&config.policy)
-        .map_err(|error| wrong(error.to_string()))?;
-    Ok(config)
 }

@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, HostDecided, Layout, OnnxRuntime, Step};
-use crate::bundle::{Bundle, KvFill};
+use crate::bundle::Bundle;
 use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
+use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
 use crate::policy::{ExitReason, Forced, Policy, PolicySettings};
 use crate::sampler::{Sampler, Sampling, argmax};

@@ -10,6 +10,7 @@ pub mod bundle;
 pub mod chain;
 pub mod draft;
 pub mod error;
+pub mod exit_config;
 pub mod interrupt;
 pub mod kv;
 pub mod policy;

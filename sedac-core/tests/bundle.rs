@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use sedac_core::Error;
-use sedac_core::bundle::{Bundle, KvFill};
+use sedac_core::bundle::Bundle;
+use sedac_core::exit_config::KvFill;
 use sedac_core::policy::PolicySettings;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use sedac_core::Result;
 use sedac_core::backend::{Backend, Engines, HostDecided};
-use sedac_core::bundle::KvFill;
+use sedac_core::exit_config::KvFill;
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvState;
 use sedac_core::policy::{ExitReason, ExitSignals, Forced};

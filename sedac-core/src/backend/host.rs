@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::{Backend, Costs, Engines, Step};
-use crate::bundle::KvFill;
 use crate::error::Result;
+use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
 use crate::kv::KvState;
 use crate::policy::{ExitReason, Policy, Signals};

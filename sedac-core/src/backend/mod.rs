@@ -14,8 +14,8 @@ pub use costs::Costs;
 pub use host::HostDecided;
 pub use onnxruntime::{Layout, OnnxRuntime};
 
-use crate::bundle::KvFill;
 use crate::error::Result;
+use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
 use crate::policy::{ExitReason, ExitSignals, Policy};
 
