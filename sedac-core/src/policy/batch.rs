@@ -9,7 +9,7 @@ const TOKENS_PER_TASK: usize = 256;
 
 /// The depth after which each token exits under `policy`; the number of layers if it never does.
 ///
-/// stability: [tokens, layers], row by row; exits: [tokens].
+/// stability: `[tokens, layers]`, row by row; exits: `[tokens]`.
 ///
 /// # Panics
 /// When `stability` is not `layers` numbers for each of `exits`.
@@ -37,7 +37,7 @@ pub fn exits_by_stability(stability: &[f32], layers: usize, policy: &Stability, 
 /// The depth after which each token exits, the first whose risk is below its threshold; `layers`
 /// if none is.
 ///
-/// risks: [tokens, depths of `thresholds`], row by row; exits: [tokens].
+/// risks: `[tokens, depths]`, the depths of `thresholds`, row by row; exits: `[tokens]`.
 ///
 /// # Panics
 /// When `risks` is not a number for each depth and each of `exits`.
