@@ -42,14 +42,13 @@ pub fn exits_by_stability(stability: &[f32], layers: usize, policy: &Stability, 
 /// # Panics
 /// When `risks` is not a number for each depth and each of `exits`.
 pub fn exits_by_risk(risks: &[f32], thresholds: &Thresholds, layers: usize, exits: &mut [u32]) {
-    let depths = thresholds.depths();
     by_token(
         risks,
-        depths.len(),
+        thresholds.depths().len(),
         exits,
         |row| {
-            let mut pairs = depths.iter().zip(row);
-            pairs.find_map(|(&depth, &risk)| (risk < thresholds.get(depth)?).then_some(depth))
+            let mut pairs = thresholds.iter().zip(row);
+            pairs.find_map(|((depth, threshold), &risk)| (risk < threshold).then_some(depth))
         },
         layers,
     );

@@ -35,6 +35,13 @@ impl Thresholds {
         Some(f32::from_bits(self.slot(depth)?.load(Ordering::Relaxed)))
     }
 
+    /// Each depth and its threshold, depths ascending.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, f32)> {
+        let values = self.values.iter();
+        let values = values.map(|value| f32::from_bits(value.load(Ordering::Relaxed)));
+        self.depths.iter().copied().zip(values)
+    }
+
     /// Move the threshold at `depth` towards the one under which `exit_rate` of `risks` would have
     /// been: t + `step` * (quantile - t), an exponential moving average. `risks` are reordered.
     /// Concurrent moves all count, in some order.
