@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
@@ -210,16 +210,17 @@ def bench(
         print(json.dumps({"rows": rows}))
         return
     table = Table(
-        *("row", "ms/token", "tokens/s", "min ms", "max ms", "mean exit layer"),
-        *("speed", "same tokens"),
+        Column("row", no_wrap=True),
+        *("ms/token", "min", "max", "tokens/s", "layers", "speed", "same"),
+        # fits into 80 columns
+        box=None,
+        pad_edge=False,
     )
     for row in rows:
         table.add_row(
             row["name"],
-            *(
-                f"{row[key]:.3f}"
-                for key in ("ms_per_token", "tokens_per_second", "min_ms", "max_ms")
-            ),
+            *(f"{row[key]:.3f}" for key in ("ms_per_token", "min_ms", "max_ms")),
+            f"{row['tokens_per_second']:.1f}",
             f"{row['mean_exit_layer']:.1f}",
             f"{row['speedup']:.2f}x",
             f"{row['agreement']:.1%}",
