@@ -1,6 +1,7 @@
 """The exit policies over many tokens at once, as the core's decide for one."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -45,7 +46,7 @@ class Stability(_Hard):
         return done & (signals.depth >= self.min_depth)
 
 
-class _Thresholds(_Hard):
+class _Thresholds(_Hard, ABC):
     def __init__(self, thresholds: dict[int, float]) -> None:
         self.thresholds = {depth: np.float32(value) for depth, value in thresholds.items()}
 
@@ -54,8 +55,9 @@ class _Thresholds(_Hard):
             return np.zeros(len(signals.stability), dtype=bool)
         return self.done(signals, self.thresholds[signals.depth])
 
+    @abstractmethod
     def done(self, signals: Signals, threshold: np.float32) -> Mask:
-        raise NotImplementedError
+        """Which tokens may leave by the signals at a depth that has this threshold, [n]."""
 
 
 class Probe(_Thresholds):
