@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -119,5 +120,9 @@ def make_policy(config: ExitConfig, num_layers: int) -> Policy:
     if config.policy == "cascade":
         return Cascade(config)
     assert config.thresholds is not None
-    kinds = {"probe": Probe, "margin": Margin, "learned": Learned}
+    kinds: dict[str, Callable[[dict[int, float]], Policy]] = {
+        "probe": Probe,
+        "margin": Margin,
+        "learned": Learned,
+    }
     return kinds[config.policy](config.thresholds)
