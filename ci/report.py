@@ -8,9 +8,9 @@ from statistics import mean
 from typing import Any, cast
 
 from sedac_export.errors import SedacError
-from sedac_export.tensorrt.entries import BuildOptions, Target
-from sedac_export.tensorrt.flavour import FLAVOURS, find_gpu, this_platform
+from sedac_export.tensorrt.entries import BuildOptions
 from sedac_export.tensorrt.plans import check_options
+from sedac_runtime.flavour import FLAVOURS, Target, find_gpu, this_platform
 
 CHECKS = ("structure", "onnxruntime", "execution")
 

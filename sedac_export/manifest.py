@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sedac_export.errors import SedacError
 from sedac_export.stamp import sha256
-from sedac_export.tensorrt.entries import PlanSet, PortableGraphs, Target
+from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
+from sedac_runtime.flavour import Target
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"

@@ -5,6 +5,8 @@ from typing import Any, Literal, final
 
 from typing_extensions import Buffer
 
+from sedac_runtime.flavour import Executor
+
 __all__ = [
     "BundleError",
     "EngineError",
@@ -14,7 +16,6 @@ __all__ = [
     "SedacError",
     "Thresholds",
     "__version__",
-    "bench",
     "exits_by_risk",
     "exits_by_stability",
 ]
@@ -31,14 +32,18 @@ class InputError(SedacError):
     """A setting is out of range or a prompt cannot be used."""
 
 class EngineError(SedacError):
-    """ONNX Runtime or the tokenizer failed."""
+    """ONNX Runtime, TensorRT or the tokenizer failed."""
 
 @final
 class Model:
     """A bundle with its engines loaded."""
 
     def __new__(
-        cls, directory: str | os.PathLike[str], library: str | os.PathLike[str], threads: int
+        cls,
+        directory: str | os.PathLike[str],
+        library: str | os.PathLike[str],
+        threads: int,
+        plans: tuple[str, Executor, bool] | None = None,
     ) -> Model: ...
     @property
     def name(self) -> str: ...
@@ -84,6 +89,14 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int = 0,
     ) -> Generation: ...
+    def bench(
+        self,
+        cases: list[tuple[str, bool, int | None, str | None]],
+        prompt: list[int] | tuple[str, int],
+        new_tokens: int,
+        repeat: int,
+        against: int,
+    ) -> list[dict[str, Any]]: ...
 
 @final
 class Generation:
@@ -92,17 +105,6 @@ class Generation:
     def __iter__(self) -> Generation: ...
     def __next__(self) -> tuple[int, str, int, str]: ...
     def summary(self) -> dict[str, Any]: ...
-
-def bench(
-    directory: str | os.PathLike[str],
-    library: str | os.PathLike[str],
-    threads: int,
-    cases: list[tuple[str, bool, int | None, str | None]],
-    prompt: list[int] | tuple[str, int],
-    new_tokens: int,
-    repeat: int,
-    against: int,
-) -> list[dict[str, Any]]: ...
 
 @final
 class Thresholds:

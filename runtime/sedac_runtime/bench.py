@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sedac_runtime import _core
-from sedac_runtime.library import default_threads, find_onnxruntime
-from sedac_runtime.model import Drafter
-from sedac_runtime.ranges import MOST_THREADS, check_count
+from sedac_runtime.model import Backend, Drafter, SedacModel
+from sedac_runtime.ranges import check_count
 
 Reference = Literal["full", "monolith"]
 
@@ -23,6 +22,7 @@ def bench(
     new_tokens: int = 128,
     repeat: int = 5,
     threads: int | None = None,
+    backend: Backend = "onnxruntime",
 ) -> list[dict[str, Any]]:
     """Rows of name, ms_per_token (median), tokens_per_second, min_ms, max_ms, mean_exit_layer,
     speedup and agreement.
@@ -38,8 +38,6 @@ def bench(
 
     Raises InputError when a setting is out of range.
     """
-    count = default_threads() if threads is None else threads
-    check_count("threads", count, 1, MOST_THREADS)
     check_count("prompt_tokens", prompt_tokens, 1)
     check_count("new_tokens", new_tokens, 2)
     check_count("repeat", repeat, 1)
@@ -59,5 +57,5 @@ def bench(
         else (prompt, prompt_tokens)
     )
     reference = len(cases) - 1 if against == "monolith" else 0
-    library = find_onnxruntime()
-    return _core.bench(Path(bundle), library, count, cases, start, new_tokens, repeat, reference)
+    model = SedacModel.from_pretrained(bundle, threads=threads, backend=backend)
+    return model.measure(cases, start, new_tokens, repeat, reference)

@@ -36,6 +36,19 @@ ThreadsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
+class BackendName(StrEnum):
+    """What --backend takes."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+BackendOption = Annotated[
+    BackendName, typer.Option("--backend", help="What runs the engines: the CPU, or TensorRT.")
+]
+
+
 class GenerationMode(StrEnum):
     """What --mode takes."""
 
@@ -128,12 +141,13 @@ def generate(
         typer.Option(help="End after this text; can be repeated."),
     ] = None,
     threads: ThreadsOption = None,
+    backend: BackendOption = BackendName.ONNXRUNTIME,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
-    model = SedacModel.from_pretrained(engines, threads=threads)
+    model = SedacModel.from_pretrained(engines, threads=threads, backend=backend.value)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
     chosen = _method() if policy is None else policy.value
     generation = model.stream(
@@ -192,6 +206,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
     repeat: Annotated[int, typer.Option(help="Timed repeats of each row.")] = 5,
     threads: ThreadsOption = None,
+    backend: BackendOption = BackendName.ONNXRUNTIME,
     as_json: JsonOption = False,
 ) -> None:
     """Measure time per token, the ways to run taking turns."""
@@ -205,6 +220,7 @@ def bench(
         new_tokens=new_tokens,
         repeat=repeat,
         threads=threads,
+        backend=backend.value,
     )
     if as_json:
         print(json.dumps({"rows": rows}))

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
+from sedac_runtime.flavour import Executor, Target
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.policy import PolicyName, choose_policy
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
@@ -15,6 +16,8 @@ from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 Mode = Literal["full", "exit", "lossless"]
 Drafter = Literal["auto", "early-exit", "prompt-lookup"]
 KvFill = Literal["propagate", "defer"]
+Backend = Literal["onnxruntime"] | Target
+BACKENDS: tuple[Backend, ...] = ("onnxruntime", *get_args(Target))
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,21 @@ class SedacModel:
         self._core = core
 
     @classmethod
-    def from_pretrained(cls, bundle: str | Path, *, threads: int | None = None) -> "SedacModel":
+    def from_pretrained(
+        cls, bundle: str | Path, *, threads: int | None = None, backend: Backend = "onnxruntime"
+    ) -> "SedacModel":
         """Check and load the bundle in directory `bundle`.
 
         threads is fixed for the process by the first bundle loaded; None takes all processors.
-        Raises BundleError when the bundle is damaged, EngineError when ONNX Runtime fails.
+        backend "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
+        bundle's plans of that target on the first NVIDIA GPU.
+        Raises BundleError when the bundle is damaged, EngineError when ONNX Runtime or TensorRT
+        fails.
         """
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)
         path = Path(bundle)
-        return cls(path, _core.Model(path, find_onnxruntime(), count))
+        return cls(path, _core.Model(path, find_onnxruntime(), count, _plans(backend, path)))
 
     @property
     def num_layers(self) -> int:
@@ -286,6 +294,22 @@ class SedacModel:
             check_count("token", token, 0)
         return self._core.follow(tokens, policy=json.dumps(settings), kv_fill=fill)
 
+    def measure(
+        self,
+        cases: list[tuple[str, bool, int | None, str | None]],
+        prompt: list[int] | tuple[str, int],
+        new_tokens: int,
+        repeat: int,
+        against: int,
+    ) -> list[dict[str, Any]]:
+        """What `sedac_runtime.bench` measures, case by case.
+
+        Each case is a row's name, whether the monolith runs it, the depth to exit at and the
+        drafter, each None without; `against` is the index of the one to compare with. prompt: token
+        ids, or a text and how many of its tokens. Raises InputError.
+        """
+        return self._core.bench(cases, prompt, new_tokens, repeat, against)
+
     def _exits(
         self,
         policy: PolicyName | None,
@@ -310,3 +334,14 @@ class SedacModel:
         if certificate is None or (settings, fill) != (own, bundle_fill):
             return settings, fill, None
         return settings, fill, json.loads(certificate)
+
+
+def _plans(backend: Backend, bundle: Path) -> tuple[str, Executor, bool] | None:
+    """What runs the bundle's plans in the core; None where ONNX Runtime runs its graphs."""
+    if backend not in BACKENDS:
+        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(BACKENDS)}")
+    if backend == "onnxruntime":
+        return None
+    from sedac_runtime.tensorrt import PlanExecutor
+
+    return backend, PlanExecutor(backend, bundle), False

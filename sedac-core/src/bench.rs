@@ -53,7 +53,7 @@ struct Runs {
 /// [`Error::Setting`] when prompt and new tokens do not fit the cache, and what
 /// [`Chain::generate`] reports.
 pub fn run(
-    chains: &mut [Chain],
+    chains: &mut [&mut Chain],
     cases: &[Case],
     prompt: &[u32],
     new_tokens: usize,
@@ -61,6 +61,9 @@ pub fn run(
     against: usize,
     interrupt: &Interrupt,
 ) -> Result<Vec<Row>> {
+    if against >= cases.len() {
+        return Err(Error::setting("against", against, "the index of a case"));
+    }
     for chain in chains.iter_mut() {
         check_room(chain, prompt.len(), new_tokens)?;
     }
@@ -75,7 +78,7 @@ pub fn run(
                 kv_fill: KvFill::default(),
                 sampling: Sampling::default(),
             };
-            let (ms, tokens) = measure(&mut chains[case.chain], &request, interrupt)?;
+            let (ms, tokens) = measure(chains[case.chain], &request, interrupt)?;
             if round > 0 {
                 runs.ms.push(ms);
                 runs.tokens = tokens;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::exit_config::ExitConfig;
+use crate::plans::{PlanSet, PortableGraphs, Precision};
 use crate::policy::{PolicySettings, Source};
 
 /// The newest schema of bundle.json that this crate reads.
@@ -175,6 +176,8 @@ pub struct Manifest {
     pub model: ModelFacts,
     /// What runs the engines.
     pub target: Target,
+    /// How numbers are stored.
+    pub precision: Precision,
     /// Depths, in layers, at which a token may stop; the last is full depth.
     pub exit_layers: Vec<usize>,
     /// Positions a sequence may have.
@@ -187,10 +190,20 @@ pub struct Manifest {
     pub engines: Engines,
     /// Whether the bundle holds a tokenizer.
     pub tokenizer: bool,
+    /// The graphs that TensorRT plans are built from, where the bundle has some.
+    pub portable: Option<PortableGraphs>,
+    /// TensorRT plans by target.
+    #[serde(default)]
+    pub plans: BTreeMap<String, PlanSet>,
     files: BTreeMap<PathBuf, FileEntry>,
 }
 
 impl Manifest {
+    /// Whether `file` is among those whose size and digest are checked.
+    pub(crate) fn is_checked(&self, file: &Path) -> bool {
+        self.files.contains_key(file)
+    }
+
     /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.
     pub fn trained_depths(&self, source: Source) -> Vec<usize> {
         let has_source = |depth: &usize| match source {

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Backend, HostDecided, Layout, OnnxRuntime, Step};
+use crate::backend::{Backend, Engines, HostDecided, Layout, OnnxRuntime, Step};
 use crate::bundle::Bundle;
 use crate::draft::{Draft, Drafter, DrafterKind};
 use crate::error::{Error, Result};
@@ -164,14 +164,15 @@ impl Chain {
     /// What [`OnnxRuntime::load`] reports.
     pub fn load(bundle: &Bundle, layout: Layout, library: &Path, threads: usize) -> Result<Self> {
         let engines = OnnxRuntime::load(bundle, layout, library, threads)?;
+        Ok(Self::over(bundle, engines))
+    }
+
+    /// A chain over any engines of `bundle`.
+    pub fn over(bundle: &Bundle, engines: impl Engines + 'static) -> Self {
         let manifest = &bundle.manifest;
         let backend = HostDecided::new(engines, &manifest.exit_layers, manifest.max_cache_length);
         let exit_layers = manifest.exit_layers.clone();
-        Ok(Self::new(
-            Box::new(backend),
-            exit_layers,
-            manifest.model.vocab_size,
-        ))
+        Self::new(Box::new(backend), exit_layers, manifest.model.vocab_size)
     }
 
     /// A chain over any backend whose logits are `vocab_size` numbers a token, with exits allowed

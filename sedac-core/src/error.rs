@@ -59,6 +59,15 @@ pub enum Error {
         source: ort::Error,
     },
 
+    /// A device or an engine on it failed.
+    #[error("{what}: {reason}")]
+    Device {
+        /// What was used.
+        what: String,
+        /// What it says, and what to do.
+        reason: String,
+    },
+
     /// The tokenizer failed.
     #[error("the tokenizer failed: {0}")]
     Tokenizer(String),

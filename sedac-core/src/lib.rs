@@ -13,6 +13,7 @@ pub mod error;
 pub mod exit_config;
 pub mod interrupt;
 pub mod kv;
+pub mod plans;
 pub mod policy;
 pub mod sampler;
 pub mod text;

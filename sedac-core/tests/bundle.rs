@@ -67,6 +67,7 @@ fn whole(scratch: &Scratch) -> Value {
             "eos_token_ids": [0]
         },
         "target": "onnxruntime",
+        "precision": "fp16",
         "exit_layers": [1, 2],
         "max_cache_length": 32,
         "key_value_heads": [{"heads": 1, "head_size": 4}, {"heads": 1, "head_size": 4}],
@@ -250,5 +251,60 @@ proptest! {
         scratch.write_manifest(&bytes);
         let refused = matches!(Bundle::open(&scratch.0), Err(Error::Bundle { .. }));
         prop_assert!(refused);
+    }
+}
+
+#[test]
+fn plans_are_found_for_their_target_and_only_whole() {
+    let scratch = Scratch::new("plans");
+    let mut manifest = whole(&scratch);
+    let graphs = [
+        "embed",
+        "layer_000",
+        "layer_001",
+        "kv_000",
+        "kv_001",
+        "head",
+    ];
+    let graph = |name: &str| format!("onnx/portable_{name}.onnx");
+    let layers = |first: usize| json!({"file": graph(graphs[1 + first]), "first_layer": first, "num_layers": 1, "masks": ["mask"]});
+    manifest["portable"] = json!({
+        "embed": graph("embed"), "layers": [layers(0), layers(1)],
+        "key_value": [graph("kv_000"), graph("kv_001")], "head": graph("head"),
+        "contexts": {"context_0": {"dtype": "float16", "shape": [-1, -1, 2]}},
+        "masks": {"mask": 0}
+    });
+    // any file that the manifest lists stands for a plan here
+    let plan = |name: &&str| json!({"file": format!("onnx/{name}.onnx"), "graph": graph(name), "seconds": 1.0});
+    manifest["plans"] = json!({"tensorrt-rtx": {
+        "options": {"max_prefill_chunk": 64}, "plans": graphs.iter().map(plan).collect::<Vec<_>>()
+    }});
+    let open = |manifest: &Value| {
+        scratch.write_manifest(manifest.to_string().as_bytes());
+        Bundle::open(&scratch.0).unwrap().manifest
+    };
+    let sound = open(&manifest);
+    let (portable, plans) = sound.plans_for("tensorrt-rtx").unwrap();
+    assert_eq!(portable.contexts["context_0"].shape_for(3), [1, 3, 2]);
+    assert_eq!(plans.layers[1], Path::new("onnx/layer_001.onnx"));
+    assert_eq!(plans.max_prefill_chunk, 64);
+    assert!(sound.plans_for("tensorrt").is_none());
+    for (pointer, value) in [
+        (
+            "/plans/tensorrt-rtx/plans/3/graph",
+            json!("onnx/other.onnx"),
+        ),
+        (
+            "/plans/tensorrt-rtx/plans/3/file",
+            json!("onnx/unlisted.plan"),
+        ),
+        ("/portable/layers/1/first_layer", json!(0)),
+    ] {
+        let mut broken = manifest.clone();
+        *broken.pointer_mut(pointer).unwrap() = value;
+        assert!(
+            open(&broken).plans_for("tensorrt-rtx").is_none(),
+            "{pointer}"
+        );
     }
 }

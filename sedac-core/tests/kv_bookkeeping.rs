@@ -28,6 +28,7 @@ type Caches = Arc<Mutex<Vec<Vec<Option<Source>>>>>;
 /// Engines that compute nothing and complain about every wrong access.
 struct Recorder {
     layers: Vec<Range<usize>>,
+    most_tokens: usize,
     caches: Caches,
     kept: Vec<Option<usize>>,
     pass: Range<usize>,
@@ -36,7 +37,7 @@ struct Recorder {
 }
 
 impl Recorder {
-    fn new(engine_sizes: &[usize], caches: Caches) -> Self {
+    fn new(engine_sizes: &[usize], most_tokens: usize, caches: Caches) -> Self {
         let mut layers = Vec::new();
         let mut next = 0;
         for &size in engine_sizes {
@@ -46,6 +47,7 @@ impl Recorder {
         *caches.lock().unwrap() = vec![vec![None; CAPACITY]; next];
         Self {
             layers,
+            most_tokens,
             caches,
             kept: vec![None; CAPACITY],
             pass: 0..0,
@@ -69,6 +71,10 @@ impl Engines for Recorder {
         self.layers.clone()
     }
 
+    fn most_tokens(&self) -> usize {
+        self.most_tokens
+    }
+
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
         self.pass = start..start + tokens.len();
         self.depth = 0;
@@ -81,6 +87,7 @@ impl Engines for Recorder {
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
+        assert!(self.pass.len() <= self.most_tokens, "a pass too long");
         for layer in self.layers[engine].clone() {
             assert_eq!(layer, self.depth, "engines run in order");
             for position in 0..self.pass.start {
@@ -124,18 +131,19 @@ impl Engines for Recorder {
         Ok(())
     }
 
-    fn keep(&mut self, positions: Range<usize>) {
+    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
         if positions.is_empty() {
-            return;
+            return Ok(());
         }
         assert_eq!(positions, self.pass, "the whole pass is kept");
         for position in positions {
             self.kept[position] = Some(self.depth);
         }
+        Ok(())
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
-        assert!(!positions.is_empty());
+        assert!((1..=self.most_tokens).contains(&positions.len()));
         for position in positions {
             let exit_layer = self.kept[position].expect("filled from a kept hidden state");
             assert!(exit_layer <= layer, "a layer that ran is filled");
@@ -198,6 +206,8 @@ proptest! {
     #[test]
     fn every_layer_holds_one_entry_per_position(
         sizes in engine_sizes(),
+        // at least what a verification has
+        most_tokens in 5..20_usize,
         forbidden in 1..16_usize,
         kv_fill in kv_fills(),
         events in events(),
@@ -205,7 +215,7 @@ proptest! {
         let caches = Caches::default();
         let total: usize = sizes.iter().sum();
         let allowed: Vec<usize> = (1..=total).filter(|&depth| depth != forbidden).collect();
-        let engines = Recorder::new(&sizes, caches.clone());
+        let engines = Recorder::new(&sizes, most_tokens, caches.clone());
         let mut backend = HostDecided::new(engines, &allowed, CAPACITY);
         backend.reset(kv_fill);
         let interrupt = Interrupt::default();
@@ -278,7 +288,7 @@ proptest! {
 
 #[test]
 fn an_interrupt_stops_between_engines() {
-    let mut backend = HostDecided::new(Recorder::new(&[1, 1], Caches::default()), &[1, 2], 8);
+    let mut backend = HostDecided::new(Recorder::new(&[1, 1], 256, Caches::default()), &[1, 2], 8);
     let interrupt = Interrupt::default();
     backend.prefill(&[0], &interrupt).unwrap();
     interrupt.raise();

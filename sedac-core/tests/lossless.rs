@@ -126,9 +126,10 @@ impl Engines for Toy {
         &[0.0; 8][self.layers[engine].clone()]
     }
 
-    fn keep(&mut self, positions: Range<usize>) {
+    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
         let count = positions.len();
         self.kept[positions].copy_from_slice(&self.pass[self.pass.len() - count..]);
+        Ok(())
     }
 
     fn fill(&mut self, _: usize, _: Range<usize>) -> Result<()> {

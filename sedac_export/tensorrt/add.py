@@ -4,8 +4,9 @@ from pathlib import Path
 
 from sedac_export import manifest as bundle
 from sedac_export.graphs import Progress
-from sedac_export.tensorrt.entries import BuildOptions, PlanSet, Target
+from sedac_export.tensorrt.entries import BuildOptions, PlanSet
 from sedac_export.tensorrt.plans import build_plans, check_options
+from sedac_runtime.flavour import Target
 
 
 def add_target(

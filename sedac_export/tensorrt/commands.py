@@ -9,8 +9,8 @@ import typer
 
 from sedac_export.errors import SedacError
 from sedac_export.progress import console, progress_bar
-from sedac_export.tensorrt.entries import BuildOptions, PlanSet, Target
-from sedac_export.tensorrt.flavour import FLAVOURS
+from sedac_export.tensorrt.entries import BuildOptions, PlanSet
+from sedac_runtime.flavour import FLAVOURS, Target
 
 _OTHERS = " or ".join(FLAVOURS)
 

@@ -4,8 +4,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Target = Literal["tensorrt", "tensorrt-rtx"]
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")

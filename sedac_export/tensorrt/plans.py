@@ -12,16 +12,11 @@ from pydantic import BaseModel
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Progress
-from sedac_export.tensorrt.entries import BuildOptions, PlanEntry, PlanSet, PortableGraphs, Target
-from sedac_export.tensorrt.flavour import (
-    FLAVOURS,
-    cuda_version,
-    find_gpu,
-    require,
-    this_platform,
-)
+from sedac_export.tensorrt.entries import BuildOptions, PlanEntry, PlanSet, PortableGraphs
+from sedac_export.tensorrt.flavour import cuda_version, require
 from sedac_export.tensorrt.profiles import Shapes, graph_profiles
 from sedac_export.tensorrt.worker import Worker
+from sedac_runtime.flavour import FLAVOURS, Target, find_gpu, this_platform
 
 _FINISHED = "finished.json"
 _TIMING_CACHE = "timing.cache"

@@ -11,13 +11,14 @@ from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Progress
 from sedac_export.tensorrt.agreement import GATES, Gates, compare
-from sedac_export.tensorrt.entries import PlanEntry, PlanSet, PortableGraphs, Target
-from sedac_export.tensorrt.flavour import FLAVOURS, check_compatible, find_gpu
+from sedac_export.tensorrt.entries import PlanEntry, PlanSet, PortableGraphs
+from sedac_export.tensorrt.flavour import check_compatible
 from sedac_export.tensorrt.plans import fingerprint
 from sedac_export.tensorrt.profiles import graph_profiles
 from sedac_export.tensorrt.runners import PlanRunner, PortableRunner
 from sedac_export.tensorrt.structure import Expected, expectations
 from sedac_export.tensorrt.worker import Worker
+from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
 
 # exit codes of the command, by the first check that failed
 FAILED = {"structure": 3, "onnxruntime": 4, "execution": 5}

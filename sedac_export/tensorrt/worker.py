@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from sedac_export.errors import SedacError
-from sedac_export.tensorrt.entries import Target
-from sedac_export.tensorrt.flavour import FLAVOURS, require
+from sedac_export.tensorrt.flavour import require
+from sedac_runtime.flavour import FLAVOURS, Target
 
 
 class Worker:

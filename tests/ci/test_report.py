@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sedac_export.tensorrt.flavour import Gpu
+from sedac_runtime.flavour import Gpu
 
 CI = Path(__file__).parents[2] / "ci"
 RTX = "tensorrt-rtx"

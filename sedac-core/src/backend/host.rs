@@ -10,9 +10,6 @@ use crate::interrupt::Interrupt;
 use crate::kv::KvState;
 use crate::policy::{ExitReason, Policy, Signals};
 
-/// Longer passes run in pieces: activations stay small, and an interrupt is noticed soon.
-const PREFILL_CHUNK: usize = 256;
-
 /// Drives [`Engines`] one by one and asks the policy after each.
 #[derive(Debug)]
 pub struct HostDecided<E> {
@@ -63,7 +60,7 @@ impl<E: Engines> HostDecided<E> {
     }
 
     /// Give the caches of `engine` what they lack below the pass at `positions`. Deferred
-    /// positions join the pass.
+    /// positions join the pass, as many as it may hold; those before run `engine` on their own.
     fn catch_up(&mut self, engine: usize, positions: &mut Range<usize>) -> Result<()> {
         let layers = self.layers[engine].clone();
         if self.kv_fill == KvFill::Propagate {
@@ -71,13 +68,21 @@ impl<E: Engines> HostDecided<E> {
                 .into_iter()
                 .try_for_each(|layer| self.fill(layer, positions.start));
         }
-        let waiting = self.kv.pending(layers.start, positions.start);
-        if !waiting.is_empty() {
-            self.engines.keep(positions.clone());
-            positions.start = waiting.start;
-            self.engines.resume(positions.clone(), engine)?;
+        let mut waiting = self.kv.pending(layers.start, positions.start);
+        if waiting.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.engines.keep(positions.clone())?;
+        let most = self.engines.most_tokens();
+        while positions.end - waiting.start > most {
+            let piece = waiting.start..positions.start.min(waiting.start + most);
+            self.engines.resume(piece.clone(), engine)?;
+            self.run(engine, &piece)?;
+            self.engines.keep(piece.clone())?;
+            waiting.start = piece.end;
+        }
+        positions.start = waiting.start;
+        self.engines.resume(positions.clone(), engine)
     }
 
     fn run(&mut self, engine: usize, positions: &Range<usize>) -> Result<()> {
@@ -105,8 +110,9 @@ impl<E: Engines> HostDecided<E> {
 
     fn fill(&mut self, layer: usize, end: usize) -> Result<()> {
         let pending = self.kv.pending(layer, end);
-        for start in pending.step_by(PREFILL_CHUNK) {
-            let piece = start..end.min(start + PREFILL_CHUNK);
+        let most = self.engines.most_tokens();
+        for start in pending.step_by(most) {
+            let piece = start..end.min(start + most);
             self.kv.fill(layer, piece.end);
             self.engines.fill(layer, piece)?;
         }
@@ -179,7 +185,7 @@ impl<E: Engines> Backend for HostDecided<E> {
 
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()> {
         self.kv.check_room(tokens.len())?;
-        for chunk in tokens.chunks(PREFILL_CHUNK) {
+        for chunk in tokens.chunks(self.engines.most_tokens()) {
             let positions = self.kv.begin(chunk.len())?;
             self.engines.embed(chunk, positions.start)?;
             self.run_all(positions, interrupt)?;
@@ -216,7 +222,7 @@ impl<E: Engines> Backend for HostDecided<E> {
             if let Some(share) = policy.skipped_share() {
                 self.run_softly(engine + 1, &mut positions, share, interrupt)?;
             } else {
-                self.engines.keep(positions);
+                self.engines.keep(positions)?;
             }
             break;
         }

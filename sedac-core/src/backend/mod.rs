@@ -7,17 +7,21 @@
 mod costs;
 mod host;
 mod onnxruntime;
+pub mod tensorrt;
 
 use std::ops::Range;
 
 pub use costs::Costs;
 pub use host::HostDecided;
-pub use onnxruntime::{Layout, OnnxRuntime};
+pub use onnxruntime::{Exits, Layout, OnnxRuntime};
 
 use crate::error::Result;
 use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
 use crate::policy::{ExitReason, ExitSignals, Policy};
+
+/// Longer passes run in pieces: activations stay small, and an interrupt is noticed soon.
+const MOST_TOKENS: usize = 256;
 
 /// How one token's step ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +89,12 @@ pub trait Engines: Send {
     /// Layers of each engine, shallowest first; together they cover the model.
     fn layers(&self) -> Vec<Range<usize>>;
 
+    /// Tokens that one pass may have: no fewer than a draft and the token before it, where the
+    /// cache has room for them.
+    fn most_tokens(&self) -> usize {
+        MOST_TOKENS
+    }
+
     /// Start a pass over `tokens` at positions from `start` on.
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()>;
 
@@ -112,7 +122,7 @@ pub trait Engines: Send {
     fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>>;
 
     /// Keep the current residual stream as the hidden states of `positions`, the pass's.
-    fn keep(&mut self, positions: Range<usize>);
+    fn keep(&mut self, positions: Range<usize>) -> Result<()>;
 
     /// Fill `layer`'s cache at `positions` from their kept hidden states.
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()>;

@@ -122,6 +122,17 @@ impl PolicySettings {
         }
     }
 
+    /// The name used in settings.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Stability { .. } => "stability",
+            Self::Probe { .. } => "probe",
+            Self::Cascade { .. } => "cascade",
+            Self::Margin { .. } => "margin",
+            Self::Learned { .. } => "learned",
+        }
+    }
+
     /// The policy, for a model of `layers` layers.
     ///
     /// # Errors

@@ -28,7 +28,7 @@ create_exception!(
     sedac_runtime,
     EngineError,
     SedacError,
-    "ONNX Runtime or the tokenizer failed."
+    "ONNX Runtime, TensorRT or the tokenizer failed."
 );
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -45,9 +45,10 @@ impl From<Error> for PyErr {
         match error {
             Error::Bundle { .. } | Error::DamagedFile { .. } => BundleError::new_err(message),
             Error::Setting { .. } | Error::Prompt(_) => InputError::new_err(message),
-            Error::Library { .. } | Error::Engine { .. } | Error::Tokenizer(_) => {
-                EngineError::new_err(message)
-            }
+            Error::Library { .. }
+            | Error::Engine { .. }
+            | Error::Device { .. }
+            | Error::Tokenizer(_) => EngineError::new_err(message),
             Error::Io { source, .. } => std::io::Error::new(source.kind(), message).into(),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
         }

@@ -3,6 +3,7 @@
 mod decisions;
 mod door;
 mod error;
+mod executor;
 mod generation;
 mod model;
 
@@ -14,7 +15,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<model::Model>()?;
     module.add_class::<generation::Generation>()?;
     module.add_class::<decisions::Thresholds>()?;
-    module.add_function(wrap_pyfunction!(model::bench, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_stability, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
     error::register(module)

@@ -10,8 +10,10 @@ use serde_json::json;
 
 use super::door;
 use super::error::InputError;
+use super::executor::PythonExecutor;
 use super::generation::Generation;
-use crate::backend::Layout;
+use crate::backend::tensorrt::{Cuda, Host, TensorRt};
+use crate::backend::{Exits, Layout};
 use crate::bench::{Case, Row};
 use crate::bundle::Bundle;
 use crate::chain::{Chain, Exit, Request};
@@ -29,20 +31,52 @@ pub(super) struct Model {
     bundle: Bundle,
     chain: Arc<Mutex<Chain>>,
     codec: Option<Arc<TextCodec>>,
+    library: Library,
+    plans: bool,
 }
+
+/// ONNX Runtime, and the threads it runs with.
+#[derive(Clone)]
+struct Library {
+    path: PathBuf,
+    threads: usize,
+}
+
+/// What runs a target's plans: its name, TensorRT's Python package, and whether the host's memory
+/// takes the place of the GPU's.
+type PlanRunner = (String, Py<PyAny>, bool);
 
 #[pymethods]
 impl Model {
+    /// Check and load the bundle in `directory`. library and threads are ONNX Runtime's. `plans`
+    /// runs TensorRT plans instead: (target, executor, rehearsal). executor puts one of them on a
+    /// stream: (plan, [(tensor, address, shape)], stream, replayed) -> None. In a rehearsal addresses are the
+    /// host's, and it computes at once.
     #[new]
-    fn new(py: Python<'_>, directory: PathBuf, library: PathBuf, threads: usize) -> PyResult<Self> {
+    #[pyo3(signature = (directory, library, threads, plans = None))]
+    fn new(
+        py: Python<'_>,
+        directory: PathBuf,
+        library: PathBuf,
+        threads: usize,
+        plans: Option<PlanRunner>,
+    ) -> PyResult<Self> {
+        let path = library;
         door::run(py, &Interrupt::default(), move || {
             let bundle = Bundle::open(&directory)?;
             let codec = codec(&bundle)?.map(Arc::new);
-            let chain = Chain::load(&bundle, Layout::Engines, &library, threads)?;
+            let library = Library { path, threads };
+            let served = plans.is_some();
+            let chain = match plans {
+                Some(runner) => load_plans(&bundle, &library, runner)?,
+                None => Chain::load(&bundle, Layout::Engines, &library.path, threads)?,
+            };
             Ok(Self {
                 bundle,
                 chain: Arc::new(Mutex::new(chain)),
                 codec,
+                library,
+                plans: served,
             })
         })
     }
@@ -194,6 +228,50 @@ impl Model {
             StopStrings::new(stop_strings)?,
         ))
     }
+
+    /// Compare ways to run the bundle: see `sedac-runtime bench`.
+    ///
+    /// cases: (row name, whether the monolith runs it, None or the depth to exit at, None or the
+    /// drafter). against: the index of the case that others are compared with.
+    fn bench(
+        &self,
+        py: Python<'_>,
+        cases: Vec<(String, bool, Option<usize>, Option<String>)>,
+        prompt: BenchPrompt,
+        new_tokens: usize,
+        repeat: usize,
+        against: usize,
+    ) -> PyResult<Py<PyList>> {
+        let interrupt = Interrupt::default();
+        let raised = interrupt.clone();
+        let prompt = prompt.tokens(self.codec.as_deref())?;
+        let with_monolith = cases.iter().any(|case| case.1);
+        let cases = cases
+            .into_iter()
+            .map(bench_case)
+            .collect::<Result<Vec<_>>>()?;
+        let monolith = with_monolith.then(|| self.monolith()).transpose()?;
+        let chain = self.chain.clone();
+        let rows = door::run(py, &interrupt, move || {
+            let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut monolith = monolith.map(|load| load()).transpose()?;
+            let mut chains: Vec<_> = [&mut *chain].into_iter().chain(&mut monolith).collect();
+            crate::bench::run(
+                &mut chains,
+                &cases,
+                &prompt,
+                new_tokens,
+                repeat,
+                against,
+                &raised,
+            )
+        })?;
+        let rows = rows
+            .iter()
+            .map(|row| to_dict(py, row))
+            .collect::<PyResult<Vec<_>>>()?;
+        Ok(PyList::new(py, rows)?.unbind())
+    }
 }
 
 impl Model {
@@ -209,7 +287,20 @@ impl Model {
         let settings: PolicySettings = serde_json::from_str(json)
             .map_err(|error| Error::setting("policy", json, error.to_string()))?;
         self.bundle.manifest.check_policy(&settings)?;
+        if self.plans {
+            check_plans_policy(&settings)?;
+        }
         Ok(Exit::Policy(settings))
+    }
+
+    /// What loads all layers in one engine.
+    fn monolith(&self) -> Result<impl FnOnce() -> Result<Chain> + Send + 'static> {
+        if self.plans {
+            let range = "full; plans have no monolith, which is ONNX Runtime's";
+            return Err(Error::setting("against", "monolith", range));
+        }
+        let (bundle, library) = (self.bundle.clone(), self.library.clone());
+        Ok(move || Chain::load(&bundle, Layout::Monolith, &library.path, library.threads))
     }
 
     fn codec(&self) -> PyResult<&TextCodec> {
@@ -230,12 +321,12 @@ pub(super) enum BenchPrompt {
 }
 
 impl BenchPrompt {
-    fn tokens(self, bundle: &Bundle) -> Result<Vec<u32>> {
+    fn tokens(self, codec: Option<&TextCodec>) -> Result<Vec<u32>> {
         let (text, count) = match self {
             Self::Tokens(tokens) => return Ok(tokens),
             Self::Text(text, count) => (text, count),
         };
-        let Some(codec) = codec(bundle)? else {
+        let Some(codec) = codec else {
             return Err(Error::Prompt(
                 "is a text, but this bundle has no tokenizer".into(),
             ));
@@ -250,62 +341,46 @@ impl BenchPrompt {
     }
 }
 
-/// Compare ways to run a bundle: see `sedac-runtime bench`.
-///
-/// cases: (row name, whether the monolith runs it, None or the depth to exit at, None or the
-/// drafter). against: the index of the case that others are compared with.
-#[pyfunction]
-#[pyo3(signature = (directory, library, threads, cases, prompt, new_tokens, repeat, against))]
-#[expect(clippy::too_many_arguments, reason = "Python's arguments")]
-pub(super) fn bench(
-    py: Python<'_>,
-    directory: PathBuf,
-    library: PathBuf,
-    threads: usize,
-    cases: Vec<(String, bool, Option<usize>, Option<String>)>,
-    prompt: BenchPrompt,
-    new_tokens: usize,
-    repeat: usize,
-    against: usize,
-) -> PyResult<Py<PyList>> {
-    let interrupt = Interrupt::default();
-    let raised = interrupt.clone();
-    let rows = door::run(py, &interrupt, move || {
-        let bundle = Bundle::open(&directory)?;
-        let prompt = prompt.tokens(&bundle)?;
-        let load = |layout| Chain::load(&bundle, layout, &library, threads);
-        let mut chains = vec![load(Layout::Engines)?];
-        if cases.iter().any(|case| case.1) {
-            chains.push(load(Layout::Monolith)?);
-        }
-        let cases: Vec<Case> = cases
-            .into_iter()
-            .map(|(name, monolith, depth, drafter)| {
-                Ok(Case {
-                    name,
-                    chain: usize::from(monolith),
-                    exit: exit(depth.map(|depth| vec![depth]), drafter.as_deref())?,
-                })
-            })
-            .collect::<Result<_>>()?;
-        if against >= cases.len() {
-            return Err(Error::setting("against", against, "the index of a case"));
-        }
-        crate::bench::run(
-            &mut chains,
-            &cases,
-            &prompt,
-            new_tokens,
-            repeat,
-            against,
-            &raised,
+/// A chain over the plans that `runner` names.
+fn load_plans(bundle: &Bundle, library: &Library, runner: PlanRunner) -> Result<Chain> {
+    let (target, executor, rehearsal) = runner;
+    let exits = Exits::of(bundle, &library.path, library.threads)?;
+    let executor = Arc::new(PythonExecutor(executor));
+    Ok(if rehearsal {
+        let host = Host::default();
+        Chain::over(
+            bundle,
+            TensorRt::load(bundle, &target, host, executor, exits)?,
         )
-    })?;
-    let rows = rows
-        .iter()
-        .map(|row| to_dict(py, row))
-        .collect::<PyResult<Vec<_>>>()?;
-    Ok(PyList::new(py, rows)?.unbind())
+    } else {
+        let gpu = Cuda::new()?;
+        Chain::over(
+            bundle,
+            TensorRt::load(bundle, &target, gpu, executor, exits)?,
+        )
+    })
+}
+
+/// Plans have neither entropy probes nor attention without MLPs.
+fn check_plans_policy(settings: &PolicySettings) -> Result<()> {
+    match settings.reads() {
+        Some((Source::Risk, _)) => Err(Error::setting(
+            "policy",
+            settings.name(),
+            "stability, margin or learned; TensorRT plans have no entropy probes",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn bench_case(
+    (name, monolith, depth, drafter): (String, bool, Option<usize>, Option<String>),
+) -> Result<Case> {
+    Ok(Case {
+        name,
+        chain: usize::from(monolith),
+        exit: exit(depth.map(|depth| vec![depth]), drafter.as_deref())?,
+    })
 }
 
 fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {

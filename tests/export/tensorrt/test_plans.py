@@ -14,10 +14,11 @@ from sedac_export import SedacError
 from sedac_export.manifest import check_files, read_manifest
 from sedac_export.tensorrt.add import add_target
 from sedac_export.tensorrt.entries import BuildOptions
-from sedac_export.tensorrt.flavour import Gpu, check_compatible
+from sedac_export.tensorrt.flavour import check_compatible
 from sedac_export.tensorrt.plans import check_options
 from sedac_export.tensorrt.profiles import graph_profiles
 from sedac_export.tensorrt.worker import Worker
+from sedac_runtime.flavour import Gpu
 
 from .conftest import RTX, PortableTiny
 

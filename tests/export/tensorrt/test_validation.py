@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from sedac_export import manifest as bundle
 from sedac_export.cli import app
 from sedac_export.tensorrt import validation as module
-from sedac_export.tensorrt.flavour import Gpu, find_gpu
 from sedac_export.tensorrt.profiles import graph_profiles
 from sedac_export.tensorrt.runners import PortableRunner
 from sedac_export.tensorrt.validation import FAILED, Validation, validate
 from sedac_export.tensorrt.worker import Worker
+from sedac_runtime.flavour import Gpu, find_gpu
 
 from .conftest import RTX, rewrite
 

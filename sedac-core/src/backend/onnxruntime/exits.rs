@@ -6,13 +6,15 @@ use std::path::Path;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
-use super::runtime::{bind_input, bind_output, binding, read, run, tensor, write};
-use crate::bundle::ExitEntry;
+use super::runtime::{
+    bind_input, bind_output, binding, environment, read, run, session, tensor, write,
+};
+use crate::bundle::{Bundle, ExitEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
 
 /// What a bundle has for exits, by depth.
-pub(super) struct Exits {
+pub struct Exits {
     engines: HashMap<usize, ExitEngine>,
     lenses: HashMap<usize, Lens>,
 }
@@ -56,8 +58,27 @@ impl Exits {
         Ok(exits)
     }
 
+    /// Load those of `bundle` with the ONNX Runtime library at `library`, which is not touched
+    /// where there are none. They run on the host.
+    ///
+    /// # Errors
+    /// As [`OnnxRuntime::load`](super::OnnxRuntime::load).
+    pub fn of(bundle: &Bundle, library: &Path, threads: usize) -> Result<Self> {
+        let manifest = &bundle.manifest;
+        let entries = &manifest.engines.exits;
+        Self::load(entries, manifest.model.hidden_size, |file| {
+            let environment = environment(library, threads)?;
+            session(&environment, &bundle.directory.join(file))
+        })
+    }
+
+    /// Whether there is a lens at `depth`.
+    pub(in crate::backend) fn has_lens(&self, depth: usize) -> bool {
+        self.lenses.contains_key(&depth)
+    }
+
     /// What the exit engine at `depth` says about the residual stream `row`.
-    pub(super) fn signals(
+    pub(in crate::backend) fn signals(
         &mut self,
         depth: usize,
         row: &[f32],
@@ -80,7 +101,11 @@ impl Exits {
     }
 
     /// The residual stream `row` at `depth` as the head takes it; None where there is no lens.
-    pub(super) fn through_lens(&mut self, depth: usize, row: &[f32]) -> Result<Option<&[f32]>> {
+    pub(in crate::backend) fn through_lens(
+        &mut self,
+        depth: usize,
+        row: &[f32],
+    ) -> Result<Option<&[f32]>> {
         let Some(lens) = self.lenses.get_mut(&depth) else {
             return Ok(None);
         };

@@ -12,7 +12,7 @@ use std::path::Path;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
-use self::exits::Exits;
+pub use self::exits::Exits;
 use self::pass::{Embedding, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
@@ -254,10 +254,11 @@ impl Engines for OnnxRuntime {
         &rows[rows.len() - self.entries[engine].num_layers..]
     }
 
-    fn keep(&mut self, positions: Range<usize>) {
+    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
         let size = self.shared.hidden_size;
         let rows = self.passes.newest(positions.len(), size);
         self.kept[positions.start * size..positions.end * size].copy_from_slice(rows);
+        Ok(())
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {

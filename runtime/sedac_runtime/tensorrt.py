@@ -1,0 +1,107 @@
+"""TensorRT's Python package behind the core: it puts plans on a CUDA stream, and nothing more.
+
+The core captures what lands on the stream and replays it, so that no Python runs between tokens.
+Nobody has executed this module on a GPU yet; `ci/validate_engines.sh` is what does.
+"""
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from sedac_runtime._core import EngineError
+from sedac_runtime.flavour import FLAVOURS, Gpu, Target, Tensor, find_gpu, incompatibility
+
+
+class PlanExecutor:
+    """Puts the plans of a bundle's target on streams of the first GPU, in its primary context.
+
+    Raises EngineError when the package is not installed or the host has no GPU.
+    """
+
+    def __init__(self, target: Target, bundle: Path) -> None:
+        flavour = FLAVOURS[target]
+        if importlib.util.find_spec(flavour.module) is None:
+            raise EngineError(
+                f"backend {target} needs the Python module {flavour.module}, which is not"
+                f" installed; pip install 'sedac-runtime[{target}]'"
+            )
+        gpu = find_gpu()
+        if gpu is None:
+            raise EngineError(
+                f"backend {target} needs an NVIDIA GPU, and none is found here; use --backend"
+                " onnxruntime"
+            )
+        self._target, self._bundle, self._gpu = target, bundle, gpu
+        self._engines: dict[Path, Any] = {}
+        self._contexts: dict[Hashable, Any] = {}
+        self._tensorrt: Any = importlib.import_module(flavour.module)
+        self._runtime: Any = None
+
+    def __call__(self, plan: Path, tensors: list[Tensor], stream: int, replayed: bool) -> None:
+        """Put `plan` on `stream`. Raises RuntimeError with what is wrong."""
+        # work that is replayed goes on using its context, which nothing may change then
+        key = (plan, *((name, address, tuple(shape)) for name, address, shape in tensors))
+        known = self._contexts.get(key if replayed else plan)
+        context = known or self._engine(plan).create_execution_context()
+        self._contexts[key if replayed else plan] = context
+        if known is None or not replayed:
+            self._bind(context, tensors, stream)
+        if not context.execute_async_v3(stream):
+            raise RuntimeError("TensorRT did not put it on the stream")
+
+    def _engine(self, plan: Path) -> Any:
+        """The engine in `plan`, whose digest the core has checked by now."""
+        if self._runtime is None:
+            self._check(self._gpu)
+            trt = self._tensorrt
+            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        if plan not in self._engines:
+            engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+            if engine is None:
+                raise RuntimeError(
+                    "TensorRT cannot load it; build it again with sedac-export engines"
+                )
+            self._engines[plan] = engine
+        return self._engines[plan]
+
+    def _check(self, gpu: Gpu) -> None:
+        manifest = json.loads((self._bundle / "bundle.json").read_text(encoding="utf-8"))
+        plans, version = manifest["plans"][self._target], self._tensorrt.__version__
+        reason = incompatibility(self._target, plans, version, gpu)
+        if reason is not None:
+            raise RuntimeError(reason)
+
+    def _bind(self, context: Any, tensors: list[Tensor], stream: int) -> None:
+        engine, given = context.engine, {tensor[0]: tensor for tensor in tensors}
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        unknown = sorted(set(names) - given.keys())
+        if unknown:
+            raise RuntimeError(f"it has a tensor {unknown[0]}, which this runtime does not know")
+        inputs = [
+            name
+            for name in names
+            if engine.get_tensor_mode(name) == self._tensorrt.TensorIOMode.INPUT
+        ]
+        shapes = {name: given[name][2] for name in inputs}
+        context.set_optimization_profile_async(_profile(engine, shapes), stream)
+        for name in names:
+            _, address, shape = given[name]
+            context.set_tensor_address(name, address)
+            if name in inputs and not context.set_input_shape(name, shape):
+                raise RuntimeError(f"it does not take {name} of shape {shape}")
+
+
+def _profile(engine: Any, shapes: dict[str, list[int]]) -> int:
+    """The first profile that takes inputs of `shapes`."""
+    for profile in range(engine.num_optimization_profiles):
+        bounds = {name: engine.get_tensor_profile_shape(name, profile) for name in shapes}
+        if all(
+            least <= size <= most
+            for name, shape in shapes.items()
+            for least, size, most in zip(bounds[name][0], shape, bounds[name][2], strict=True)
+        ):
+            return profile
+    raise RuntimeError(f"it has no profile for inputs of shapes {shapes}")

@@ -1,0 +1,162 @@
+//! The first NVIDIA GPU, through its driver.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{
+    CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result,
+};
+
+use super::device::{Buffer, Device, Work};
+use crate::error::{Error, Result};
+
+/// Engines set themselves up in their first runs, which must not be captured.
+const WARM_UPS: usize = 2;
+
+/// A CUDA device and a stream of its own.
+#[derive(Debug)]
+pub struct Cuda {
+    stream: Arc<CudaStream>,
+    memory: Vec<CudaSlice<u8>>,
+}
+
+/// A captured graph.
+pub struct Captured(CudaGraph);
+
+// SAFETY: CUDA's graph objects may be used from any thread, by one at a time; the device owns its
+// graphs' only handles and launches them through `&mut self`.
+unsafe impl Send for Captured {}
+
+impl Cuda {
+    /// The first GPU, in the driver's primary context, which other libraries use too.
+    ///
+    /// # Errors
+    /// [`Error::Device`] without a driver or a GPU.
+    pub fn new() -> Result<Self> {
+        // SAFETY: only looks for the driver's library and loads it
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Device {
+                what: "the NVIDIA driver".into(),
+                reason: "libcuda is not installed; use --backend onnxruntime".into(),
+            });
+        }
+        let context = CudaContext::new(0).map_err(failed("the first GPU"))?;
+        // SAFETY: all memory is used on the one stream, whose order is all that is needed; events
+        // would be recorded into captured graphs
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(failed("a stream"))?;
+        Ok(Self {
+            stream,
+            memory: Vec::new(),
+        })
+    }
+
+    fn handle(&self) -> u64 {
+        self.stream.cu_stream() as u64
+    }
+
+    fn bind(&self) -> Result<()> {
+        let context = self.stream.context();
+        context.bind_to_thread().map_err(failed("the GPU"))
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.stream.synchronize().map_err(failed("engines"))
+    }
+}
+
+impl Device for Cuda {
+    type Captured = Captured;
+
+    fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
+        let slice = self
+            .stream
+            .alloc_zeros::<u8>(bytes.max(1))
+            .map_err(failed(format!("{bytes} bytes of GPU memory")))?;
+        let address = slice.device_ptr(&self.stream).0;
+        self.memory.push(slice);
+        Ok(Buffer {
+            index: self.memory.len() - 1,
+            address,
+            bytes,
+        })
+    }
+
+    fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        buffer.check(offset, bytes.len());
+        self.bind()?;
+        let place = buffer.address + offset as u64;
+        // SAFETY: the range is inside a live allocation. Copies from pageable memory have read it
+        // when they return.
+        unsafe { result::memcpy_htod_async(place, bytes, self.stream.cu_stream()) }
+            .map_err(failed("a copy to the GPU"))
+    }
+
+    fn read(&mut self, buffer: Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        buffer.check(offset, bytes.len());
+        self.bind()?;
+        let place = buffer.address + offset as u64;
+        // SAFETY: the range is inside a live allocation, and `bytes` outlives the copy, which the
+        // next line waits for.
+        unsafe { result::memcpy_dtoh_async(bytes, place, self.stream.cu_stream()) }
+            .map_err(failed("a copy from the GPU"))?;
+        self.wait()
+    }
+
+    fn copy(&mut self, from: (Buffer, usize), to: (Buffer, usize), bytes: usize) -> Result<()> {
+        let place = |(buffer, offset): (Buffer, usize)| {
+            buffer.check(offset, bytes);
+            buffer.address + offset as u64
+        };
+        let (from, to) = (place(from), place(to));
+        self.bind()?;
+        // SAFETY: both ranges are inside live allocations.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .map_err(failed("a copy on the GPU"))
+    }
+
+    fn run(&mut self, work: &Work) -> Result<()> {
+        self.bind()?;
+        work(self.handle())
+    }
+
+    fn capture(&mut self, work: Work) -> Result<Captured> {
+        for _ in 0..WARM_UPS {
+            self.run(&work)?;
+        }
+        self.wait()?;
+        self.stream
+            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+            .map_err(failed("a capture"))?;
+        let done = work(self.handle());
+        // a capture is ended whatever became of the work
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        done?;
+        graph
+            .map_err(failed("a captured engine"))?
+            .map(Captured)
+            .ok_or_else(|| Error::Device {
+                what: "a captured engine".into(),
+                reason: "it put nothing on the stream".into(),
+            })
+    }
+
+    fn launch(&mut self, captured: &Captured) -> Result<()> {
+        captured.0.launch().map_err(failed("a captured engine"))
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // memory goes back when nothing uses it any more; a driver that fails now has no one to tell
+        let _ = self.stream.synchronize();
+    }
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
+    let what = what.into();
+    move |error| Error::Device {
+        what,
+        reason: error.to_string(),
+    }
+}

@@ -1,0 +1,86 @@
+//! What the backend needs of a device: memory, and work that is done in order on one stream.
+
+use std::path::Path;
+
+use crate::error::Result;
+
+/// A tensor of an engine in one pass: its memory and its shape there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bound {
+    /// Its name in the engine.
+    pub name: String,
+    /// Where its first element lies.
+    pub address: u64,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+/// Puts the work of plans on a stream. What it puts there is mostly captured once and replayed, so
+/// it is no part of the decode loop.
+pub trait Executor: Send + Sync {
+    /// Put `plan` on `stream` over `tensors`, of which it takes those it knows. Where it is
+    /// `replayed`, what the stream was given is done again later, so that whatever it uses must be
+    /// kept for the same plan and tensors.
+    ///
+    /// # Errors
+    /// What TensorRT reports.
+    fn enqueue(&self, plan: &Path, tensors: &[Bound], stream: u64, replayed: bool) -> Result<()>;
+}
+
+/// Work that is put on the stream given.
+pub type Work = Box<dyn Fn(u64) -> Result<()> + Send>;
+
+/// Memory of a device, which keeps it until its own end.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffer {
+    pub(super) index: usize,
+    pub(super) address: u64,
+    pub(super) bytes: usize,
+}
+
+impl Buffer {
+    /// Check that `bytes` bytes from `offset` on are inside.
+    ///
+    /// # Panics
+    /// When they are not: copying them would destroy what lies beyond.
+    pub(super) fn check(&self, offset: usize, bytes: usize) {
+        let end = offset.checked_add(bytes);
+        assert!(
+            end.is_some_and(|end| end <= self.bytes),
+            "bytes {offset} to {end:?} of a buffer of {}",
+            self.bytes
+        );
+    }
+}
+
+/// A device with one stream, on which everything below happens in the order of the calls.
+///
+/// Buffers must be the device's own, and ranges inside them; the devices panic otherwise.
+pub trait Device: Send {
+    /// Work that can be launched again.
+    type Captured: Send;
+
+    /// `bytes` bytes of zeros.
+    ///
+    /// # Errors
+    /// When there is not so much memory. The other methods report what the driver does.
+    fn allocate(&mut self, bytes: usize) -> Result<Buffer>;
+
+    /// Write `bytes` into `buffer` from `offset` on.
+    fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Read from `buffer` from `offset` on, once all work before is done.
+    fn read(&mut self, buffer: Buffer, offset: usize, bytes: &mut [u8]) -> Result<()>;
+
+    /// Copy `bytes` bytes between places in two buffers.
+    fn copy(&mut self, from: (Buffer, usize), to: (Buffer, usize), bytes: usize) -> Result<()>;
+
+    /// Do `work` once.
+    fn run(&mut self, work: &Work) -> Result<()>;
+
+    /// Do `work`, which may be done several times over, and keep it to be launched again.
+    fn capture(&mut self, work: Work) -> Result<Self::Captured>;
+
+    /// Do captured work again.
+    fn launch(&mut self, captured: &Self::Captured) -> Result<()>;
+}

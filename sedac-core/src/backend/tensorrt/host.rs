@@ -1,0 +1,79 @@
+//! The host as a device, for rehearsals where there is no GPU.
+//!
+//! With an executor that computes at once, the whole backend runs as it does on a GPU, but for the
+//! driver's calls: tests hold it to the tokens of ONNX Runtime's backend this way.
+
+use std::cell::UnsafeCell;
+
+use super::device::{Buffer, Device, Work};
+use crate::error::Result;
+
+/// Ordinary memory. Work is done when it is put on the stream, whose number is 0.
+#[derive(Default)]
+pub struct Host {
+    /// In words, so that tensors of all element types are aligned.
+    memory: Vec<Box<[UnsafeCell<u64>]>>,
+}
+
+impl Host {
+    /// Where the byte at `offset` of `buffer` lies, which has `bytes` more from there on.
+    fn place(&self, buffer: Buffer, offset: usize, bytes: usize) -> *mut u8 {
+        buffer.check(offset, bytes);
+        let words = &self.memory[buffer.index];
+        UnsafeCell::raw_get(words.as_ptr())
+            .cast::<u8>()
+            .wrapping_add(offset)
+    }
+}
+
+impl Device for Host {
+    type Captured = Work;
+
+    fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
+        let words = bytes.div_ceil(size_of::<u64>()).max(1);
+        self.memory
+            .push((0..words).map(|_| UnsafeCell::new(0)).collect());
+        let index = self.memory.len() - 1;
+        let address = self.memory[index].as_ptr() as u64;
+        Ok(Buffer {
+            index,
+            address,
+            bytes,
+        })
+    }
+
+    fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        let place = self.place(buffer, offset, bytes.len());
+        // SAFETY: the range is inside the buffer, and nothing else runs while `self` is borrowed.
+        unsafe { place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn read(&mut self, buffer: Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        let place = self.place(buffer, offset, bytes.len());
+        // SAFETY: as in `write`.
+        unsafe { place.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn copy(&mut self, from: (Buffer, usize), to: (Buffer, usize), bytes: usize) -> Result<()> {
+        let source = self.place(from.0, from.1, bytes);
+        let target = self.place(to.0, to.1, bytes);
+        // SAFETY: as in `write`; `copy_to` allows ranges that overlap.
+        unsafe { source.copy_to(target, bytes) };
+        Ok(())
+    }
+
+    fn run(&mut self, work: &Work) -> Result<()> {
+        work(0)
+    }
+
+    fn capture(&mut self, work: Work) -> Result<Work> {
+        work(0)?;
+        Ok(work)
+    }
+
+    fn launch(&mut self, captured: &Work) -> Result<()> {
+        captured(0)
+    }
+}

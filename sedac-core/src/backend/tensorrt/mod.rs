@@ -1,0 +1,352 @@
+//! TensorRT and TensorRT-RTX: one plan an engine, captured once for each number of tokens and
+//! replayed.
+//!
+//! Python's TensorRT package puts a plan's work on a stream when the core asks for it (an
+//! [`Executor`]); the [`Device`] captures that, and from then on decoding is launches of captured
+//! work, a few bytes written before a pass and the stability read after each engine. The graphs
+//! behind the plans are the portable ones of `sedac_export/tensorrt/portable.py`.
+
+mod cuda;
+mod device;
+mod host;
+mod memory;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use cuda::Cuda;
+pub use device::{Bound, Buffer, Device, Executor, Work};
+pub use host::Host;
+
+use self::memory::{Caches, Frame, Masks, Sizes, bound, decode_f32};
+use super::onnxruntime::Exits;
+use super::{Engines, MOST_TOKENS};
+use crate::bundle::Bundle;
+use crate::error::{Error, Result};
+use crate::plans::{Plans, PortableLayers};
+use crate::policy::ExitSignals;
+
+/// Passes of up to so many tokens, those that verify a draft, are captured. It is what the plans'
+/// profiles call verifying, and as many logits as the head gives at once.
+const MOST_CAPTURED: usize = 16;
+
+/// A plan and the tensors it runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Plan {
+    Embed,
+    /// Embed for the contexts of positions that a kv engine fills.
+    EmbedFilling,
+    Layers(usize),
+    KeyValue(usize),
+    Head,
+}
+
+/// A bundle's plans of one target and the caches of one sequence.
+pub struct TensorRt<D: Device> {
+    device: D,
+    executor: Arc<dyn Executor>,
+    directory: PathBuf,
+    plans: Plans,
+    layers: Vec<PortableLayers>,
+    sizes: Sizes,
+    captured: HashMap<(Plan, usize), D::Captured>,
+    pass: Frame,
+    /// Apart from the pass, whose residual stream and contexts stay while a cache is filled.
+    filling: Frame,
+    /// The positions that `filling` is ready for.
+    filled: Range<usize>,
+    caches: Caches,
+    masks: Masks,
+    /// [1, tokens, layers of the engine] of the engine that ran last, fp32.
+    stabilities: Buffer,
+    /// Hidden states by position.
+    kept: Buffer,
+    head_input: Buffer,
+    head_output: Buffer,
+    exits: Exits,
+    tokens: usize,
+    engines_run: usize,
+    stability: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl<D: Device> TensorRt<D> {
+    /// Run the plans of `bundle` for the target named, such as `tensorrt-rtx`, on `device`. `exits`
+    /// tell about exits, on the host.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when it holds no plans for the target, [`Error::Device`] when memory is
+    /// short.
+    pub fn load(
+        bundle: &Bundle,
+        target: &str,
+        mut device: D,
+        executor: Arc<dyn Executor>,
+        exits: Exits,
+    ) -> Result<Self> {
+        let manifest = &bundle.manifest;
+        let (portable, plans) = manifest
+            .plans_for(target)
+            .ok_or_else(|| missing_plans(&bundle.directory, target))?;
+        let length = manifest.max_cache_length;
+        let sizes = Sizes {
+            precision: manifest.precision,
+            hidden: manifest.model.hidden_size,
+            vocabulary: manifest.model.vocab_size,
+            length,
+            most_tokens: MOST_TOKENS
+                .min(plans.max_prefill_chunk.max(MOST_CAPTURED))
+                .min(length),
+        };
+        let contexts = &portable.contexts;
+        let most_layers = portable.layers.iter().map(|entry| entry.num_layers).max();
+        let logits = MOST_CAPTURED * sizes.vocabulary * sizes.precision.bytes();
+        let rows = sizes.most_tokens * most_layers.unwrap_or(1);
+        let mut engines = Self {
+            pass: Frame::new(&mut device, contexts, sizes)?,
+            filling: Frame::new(&mut device, contexts, sizes)?,
+            filled: 0..0,
+            caches: Caches::new(&mut device, manifest, sizes)?,
+            masks: Masks::new(&mut device, &portable.masks, sizes)?,
+            stabilities: device.allocate(rows * size_of::<f32>())?,
+            kept: device.allocate(length * sizes.row())?,
+            head_input: device.allocate(MOST_CAPTURED * sizes.row())?,
+            head_output: device.allocate(logits)?,
+            directory: bundle.directory.clone(),
+            layers: portable.layers.clone(),
+            plans,
+            device,
+            executor,
+            sizes,
+            exits,
+            captured: HashMap::new(),
+            tokens: 0,
+            engines_run: 0,
+            stability: Vec::new(),
+            logits: Vec::new(),
+        };
+        engines.prepare()?;
+        Ok(engines)
+    }
+
+    /// Capture every plan for a single token: what is wrong with one shows now.
+    fn prepare(&mut self) -> Result<()> {
+        self.embed(&[0], 0)?;
+        for engine in 0..self.layers.len() {
+            self.run(engine)?;
+        }
+        self.head(1)?;
+        self.keep(0..1)?;
+        (0..self.plans.key_value.len()).try_for_each(|layer| self.fill(layer, 0..1))
+    }
+
+    fn launch(&mut self, plan: Plan, tokens: usize) -> Result<()> {
+        if tokens > MOST_CAPTURED {
+            let work = self.work(plan, tokens);
+            return self.device.run(&work);
+        }
+        if let Some(captured) = self.captured.get(&(plan, tokens)) {
+            return self.device.launch(captured);
+        }
+        let captured = self.device.capture(self.work(plan, tokens))?;
+        self.captured.insert((plan, tokens), captured);
+        Ok(())
+    }
+
+    fn work(&self, plan: Plan, tokens: usize) -> Work {
+        let executor = self.executor.clone();
+        let path = self.directory.join(self.path(plan));
+        let tensors = self.tensors(plan, tokens);
+        let replayed = tokens <= MOST_CAPTURED;
+        Box::new(move |stream| executor.enqueue(&path, &tensors, stream, replayed))
+    }
+
+    fn path(&self, plan: Plan) -> &Path {
+        match plan {
+            Plan::Embed | Plan::EmbedFilling => &self.plans.embed,
+            Plan::Layers(engine) => &self.plans.layers[engine],
+            Plan::KeyValue(layer) => &self.plans.key_value[layer],
+            Plan::Head => &self.plans.head,
+        }
+    }
+
+    fn tensors(&self, plan: Plan, tokens: usize) -> Vec<Bound> {
+        let sizes = self.sizes;
+        let rows = [1, tokens, sizes.hidden];
+        match plan {
+            Plan::Embed => self.pass.embed(tokens, sizes),
+            Plan::EmbedFilling => self.filling.embed(tokens, sizes),
+            Plan::Layers(engine) => {
+                let layers = self.layers[engine].range();
+                let stability = [1, tokens, layers.len()];
+                let mut tensors = self.pass.shared(tokens);
+                tensors.extend(self.masks.tensors(tokens, sizes));
+                tensors.push(bound("x", self.pass.hidden[engine % 2], &rows));
+                tensors.push(bound("y", self.pass.hidden[(engine + 1) % 2], &rows));
+                tensors.push(bound("stability", self.stabilities, &stability));
+                tensors.extend(self.caches.tensors(layers));
+                tensors
+            }
+            Plan::KeyValue(layer) => {
+                let mut tensors = self.filling.shared(tokens);
+                tensors.push(bound("x", self.filling.hidden[0], &rows));
+                tensors.extend(self.caches.tensors(layer..layer + 1));
+                tensors
+            }
+            Plan::Head => {
+                let logits = [1, tokens, sizes.vocabulary];
+                vec![
+                    bound("x", self.head_input, &rows),
+                    bound("logits", self.head_output, &logits),
+                ]
+            }
+        }
+    }
+
+    /// Where the newest `tokens` tokens' rows of the current residual stream begin.
+    fn newest(&self, tokens: usize) -> (Buffer, usize) {
+        let offset = (self.tokens - tokens) * self.sizes.row();
+        (self.pass.hidden[self.engines_run % 2], offset)
+    }
+
+    /// The newest token's row of the current residual stream.
+    fn row(&mut self) -> Result<Vec<f32>> {
+        let (buffer, offset) = self.newest(1);
+        let mut bytes = vec![0; self.sizes.row()];
+        self.device.read(buffer, offset, &mut bytes)?;
+        Ok(self.sizes.precision.decode(&bytes))
+    }
+
+    /// Make the filling frame ready for `positions`. The embed engine runs for its contexts alone.
+    fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
+        if self.filled == *positions {
+            return Ok(());
+        }
+        let tokens = positions.len();
+        let start = positions.start;
+        self.filling
+            .write(&mut self.device, &vec![0; tokens], start)?;
+        self.launch(Plan::EmbedFilling, tokens)?;
+        let from = (self.kept, start * self.sizes.row());
+        let to = (self.filling.hidden[0], 0);
+        self.device.copy(from, to, tokens * self.sizes.row())?;
+        self.filled = positions.clone();
+        Ok(())
+    }
+
+    /// What the head reads of a single token: its row, through the lens of its depth if there is
+    /// one.
+    fn write_head_input(&mut self, tokens: usize) -> Result<()> {
+        let depth = self.layers[self.engines_run - 1].range().end;
+        // lenses are for exits, which are of one token
+        if tokens == 1 && self.exits.has_lens(depth) {
+            let row = self.row()?;
+            let seen = self.exits.through_lens(depth, &row)?.unwrap_or(&row);
+            let bytes = self.sizes.precision.encode(seen);
+            return self.device.write(self.head_input, 0, &bytes);
+        }
+        let to = (self.head_input, 0);
+        self.device
+            .copy(self.newest(tokens), to, tokens * self.sizes.row())
+    }
+}
+
+impl<D: Device> Engines for TensorRt<D> {
+    fn layers(&self) -> Vec<Range<usize>> {
+        self.layers.iter().map(PortableLayers::range).collect()
+    }
+
+    fn most_tokens(&self) -> usize {
+        self.sizes.most_tokens
+    }
+
+    fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
+        self.tokens = tokens.len();
+        self.engines_run = 0;
+        if self.filled.end > start {
+            // exit hidden states at these positions are about to change
+            self.filled = 0..0;
+        }
+        let positions = start..start + tokens.len();
+        self.pass.write(&mut self.device, tokens, start)?;
+        self.masks.write(&mut self.device, positions, self.sizes)?;
+        self.launch(Plan::Embed, tokens.len())
+    }
+
+    fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
+        // the embed engine runs for the contexts of these positions
+        self.embed(&vec![0; positions.len()], positions.start)?;
+        self.engines_run = engine;
+        let from = (self.kept, positions.start * self.sizes.row());
+        let to = self.newest(positions.len());
+        self.device
+            .copy(from, to, positions.len() * self.sizes.row())
+    }
+
+    fn run(&mut self, engine: usize) -> Result<()> {
+        self.launch(Plan::Layers(engine), self.tokens)?;
+        self.engines_run = engine + 1;
+        // waits for the engine, so that the time it took is the time it takes
+        let newest = self.layers[engine].num_layers * size_of::<f32>();
+        let mut bytes = vec![0; newest];
+        let offset = (self.tokens - 1) * newest;
+        self.device.read(self.stabilities, offset, &mut bytes)?;
+        self.stability = decode_f32(&bytes);
+        Ok(())
+    }
+
+    fn run_attention(&mut self, _: usize) -> Result<()> {
+        let range = "hard; there are no TensorRT plans of attention alone";
+        Err(Error::setting("exit_kind", "soft", range))
+    }
+
+    fn risk(&self, _: usize) -> Option<f32> {
+        None
+    }
+
+    fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>> {
+        let row = self.row()?;
+        self.exits.signals(depth, &row, stability)
+    }
+
+    fn stability(&self, _: usize) -> &[f32] {
+        &self.stability
+    }
+
+    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
+        if positions.is_empty() {
+            return Ok(());
+        }
+        let to = (self.kept, positions.start * self.sizes.row());
+        let bytes = positions.len() * self.sizes.row();
+        self.device.copy(self.newest(positions.len()), to, bytes)
+    }
+
+    fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
+        self.prepare_filling(&positions)?;
+        self.launch(Plan::KeyValue(layer), positions.len())
+    }
+
+    fn head(&mut self, tokens: usize) -> Result<()> {
+        self.write_head_input(tokens)?;
+        self.launch(Plan::Head, tokens)?;
+        let bytes = tokens * self.sizes.vocabulary * self.sizes.precision.bytes();
+        let mut read = vec![0; bytes];
+        self.device.read(self.head_output, 0, &mut read)?;
+        self.logits = self.sizes.precision.decode(&read);
+        Ok(())
+    }
+
+    fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+}
+
+fn missing_plans(directory: &Path, target: &str) -> Error {
+    let reason = format!(
+        "holds no plans for {target}; add them with sedac-export engines --target {target}"
+    );
+    Error::bundle(directory, reason)
+}

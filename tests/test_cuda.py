@@ -1,0 +1,69 @@
+"""The backend on a GPU: the core's CUDA device, and TensorRT's plans where they run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO_MODEL, THREADS
+from rehearsal import add_stand_ins
+
+from sedac_export.tensorrt.add import add_target
+from sedac_export.tensorrt.entries import BuildOptions
+from sedac_runtime import SedacModel, _core
+from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
+from sedac_runtime.library import find_onnxruntime
+
+PROMPT = "class Stack:\n    def push(self, item):\n"
+WAYS: list[dict[str, object]] = [
+    {"mode": "full"},
+    {"mode": "exit", "tau": 0.98},
+    {"mode": "lossless", "drafter": "early-exit"},
+    {"forced_exit": [3, 6, 12], "kv_fill": "defer"},
+]
+
+
+def assert_same_texts(model: SedacModel, reference: SedacModel) -> None:
+    """fp16 on the GPU against ONNX Runtime on the CPU: nearly every token, and every exit."""
+    for way in WAYS:
+        settings = {"max_new_tokens": 100, "stop_tokens": []} | way
+        ours, theirs = (each.generate(PROMPT, **settings) for each in (model, reference))
+        same = sum(a == b for a, b in zip(ours.tokens, theirs.tokens, strict=True))
+        assert same >= 95, way
+
+
+@pytest.fixture
+def own_demo(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no NVIDIA GPU")
+def test_captured_work_is_replayed(own_demo: Path, demo_model: SedacModel) -> None:
+    """PyTorch computes the graphs on the core's stream, in TensorRT's place."""
+    from torch_executor import TorchExecutor
+
+    add_stand_ins(own_demo, DEMO_MODEL, "tensorrt-rtx", max_prefill_chunk=64)
+    executor = TorchExecutor(own_demo, "tensorrt-rtx")
+    plans = ("tensorrt-rtx", executor, False)
+    model = SedacModel(own_demo, _core.Model(own_demo, find_onnxruntime(), THREADS, plans))
+    assert_same_texts(model, demo_model)
+    before = dict(executor.calls)
+    model.generate(PROMPT, mode="full", max_new_tokens=100)
+    assert executor.calls == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", FLAVOURS)
+def test_plans_run(target: Target, own_demo: Path, demo_model: SedacModel) -> None:
+    pytest.importorskip(FLAVOURS[target].module)
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("this host has no NVIDIA GPU")
+    known = FLAVOURS[target].compute_capabilities
+    if known and gpu.compute_capability not in known:
+        pytest.skip(f"{FLAVOURS[target].title} does not run on {gpu.name}")
+    add_target(own_demo, target, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
+    model = SedacModel.from_pretrained(own_demo, threads=THREADS, backend=target)
+    assert_same_texts(model, demo_model)

@@ -1,0 +1,124 @@
+"""The chain over TensorRT plans, TensorRT itself rehearsed by ONNX Runtime over the same graphs."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import DEMO_MODEL, THREADS, TinyBundle
+from eager import Forced, greedy, greedy_deferred
+from rehearsal import Rehearsal, add_stand_ins, rehearse
+from test_parity import random_prompts
+from tiny_models import ARCHITECTURES
+from transformers import PreTrainedModel
+
+from sedac_runtime import BundleError, EngineError, InputError, SedacModel
+
+RTX = "tensorrt-rtx"
+PROMPT = "class Stack:\n    def push(self, item):\n"
+Rehearsed = tuple[SedacModel, Rehearsal]
+
+
+@pytest.fixture(scope="session")
+def rehearsed_tiny(
+    tiny_bundle: Callable[[str], TinyBundle], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[PreTrainedModel, SedacModel]]:
+    def get(name: str) -> tuple[PreTrainedModel, SedacModel]:
+        reference, built = tiny_bundle(name)
+        directory = Path(shutil.copytree(built, tmp_path_factory.mktemp(name) / "bundle"))
+        add_stand_ins(directory, built.parent / "model", RTX, max_prefill_chunk=20)
+        return reference, rehearse(directory, RTX, THREADS)[0]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def stand_in_demo(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in fp16."""
+    directory = tmp_path_factory.mktemp("stand_in") / "bundle"
+    shutil.copytree(demo_bundle, directory)
+    add_stand_ins(directory, DEMO_MODEL, RTX, max_prefill_chunk=32)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def rehearsed_demo(stand_in_demo: Path) -> Rehearsed:
+    return rehearse(stand_in_demo, RTX, THREADS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_equals_transformers(
+    name: str, rehearsed_tiny: Callable[[str], tuple[PreTrainedModel, SedacModel]]
+) -> None:
+    """At full depth, with propagated and deferred exits, and lossless. Prompts run in pieces."""
+    reference, model = rehearsed_tiny(name)
+    for prompt in random_prompts(256, 2):
+        full = greedy(reference, prompt, 24)
+        full.assert_same(model.generate(prompt, mode="full", max_new_tokens=24).tokens)
+        full.assert_same(model.generate(prompt, mode="lossless", max_new_tokens=24).tokens)
+    exits = [1, 4, 3, 1, 1, 2]
+    output = model.generate(prompt, forced_exit=exits, max_new_tokens=24)
+    greedy(reference, prompt, 24, Forced(exits)).assert_same(output.tokens)
+    output = model.generate(prompt, forced_exit=exits, kv_fill="defer", max_new_tokens=24)
+    greedy_deferred(reference, prompt, 24, exits).assert_same(output.tokens)
+
+
+@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+def test_half_precision_exits_where_onnxruntime_does(
+    kv_fill: str, rehearsed_demo: Rehearsed, demo_model: SedacModel
+) -> None:
+    """fp16 keys, values and residual stream against fp32 ones, on a text both are given."""
+    text = demo_model.generate(PROMPT, mode="full", max_new_tokens=100).tokens
+    got = rehearsed_demo[0].follow(text, tau=0.98, kv_fill=kv_fill)
+    wanted = demo_model.follow(text, tau=0.98, kv_fill=kv_fill)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 0.97 * len(theirs)
+
+
+def test_only_passes_that_verify_are_replayed(rehearsed_demo: Rehearsed) -> None:
+    model, executor = rehearsed_demo
+    model.generate([7] * 16, mode="full", max_new_tokens=8)
+    before = dict(executor.calls)
+    model.generate([7] * 16, mode="full", max_new_tokens=8)
+    # on the host captured work calls again; whatever is longer is put on the stream anew
+    assert executor.calls[False] == before[False]
+    model.generate([7] * 33, mode="full", max_new_tokens=1)
+    # embed and 12 layers over 32 tokens; the last token's pass is captured
+    assert executor.calls[False] == before[False] + 13
+
+
+def test_long_waits_are_caught_up_in_pieces(rehearsed_demo: Rehearsed) -> None:
+    """More tokens wait at an exit than a pass may have."""
+    model, _ = rehearsed_demo
+    settings = {"forced_exit": [3] * 75 + [12] * 5, "max_new_tokens": 81, "stop_tokens": []}
+    ours = model.generate(PROMPT, kv_fill="defer", **settings)
+    assert ours.exit_layers[1:76] == [3] * 75
+    text = [*model.encode(PROMPT), *ours.tokens]
+    full = model.generate(text[:-5], mode="full", max_new_tokens=5, stop_tokens=[])
+    assert full.tokens == ours.tokens[-5:]
+
+
+def test_what_plans_lack_is_refused(stand_in_demo: Path, rehearsed_demo: Rehearsed) -> None:
+    model, _ = rehearsed_demo
+    with pytest.raises(InputError, match="bundle was trained for depths none"):
+        model._core.generate(
+            [1],
+            max_new_tokens=1,
+            stop_tokens=[],
+            policy='{"policy": "probe", "thresholds": {"3": 0.5}}',
+        )
+    with pytest.raises(InputError, match="against monolith is out of range"):
+        model.measure([("chain", False, None, None), ("m", True, None, None)], [1], 4, 1, 1)
+    with pytest.raises(BundleError, match="holds no plans for tensorrt; add them with"):
+        executor = Rehearsal(stand_in_demo, RTX)
+        model._core.__class__(stand_in_demo, "", 1, ("tensorrt", executor, True))
+
+
+def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    core = SedacModel.from_pretrained(stand_in_demo, threads=THREADS)._core
+    with pytest.raises(EngineError, match=r"portable_embed\.plan: out of memory"):
+        core.__class__(stand_in_demo, "", 1, (RTX, fail, True))
