@@ -35,12 +35,20 @@ def check(passed: bool | None) -> dict[str, Any]:
     return {"checked": True, "passed": passed, "problems": [] if passed else ["layer_003: far"]}
 
 
-def run(output: Path, number: int, execution: bool | None, agreement: bool = True) -> None:
+def run(
+    output: Path,
+    number: int,
+    execution: bool | None,
+    agreement: bool = True,
+    over_plans: list[int] | None = None,
+) -> None:
     directory = output / f"run-{number}"
     directory.mkdir()
     (directory / "model").write_text("demo\n")
     (directory / "target").write_text(f"{RTX}\n")
     (directory / "generate.json").write_text(json.dumps({"tokens": [1, 2]}))
+    if execution is not None:
+        (directory / "plans.json").write_text(json.dumps({"tokens": over_plans or [1, 2]}))
     checks = {
         "structure": check(True),
         "onnxruntime": check(agreement),
@@ -63,6 +71,18 @@ def test_engines_that_were_executed_need_no_allowance(report: ModuleType, tmp_pa
     assert written["runs"][0]["seconds_per_layer_engine"] == 0.5
 
 
+def test_a_chain_over_plans_that_says_something_else_fails(
+    report: ModuleType, tmp_path: Path
+) -> None:
+    run(tmp_path, 1, execution=True, over_plans=[7, 8])
+    assert report.write(tmp_path, allow_no_gpu=False) == 1
+    assert "chain: 0% of the tokens are those" in (tmp_path / "report.md").read_text()
+    (tmp_path / "run-1" / "plans.json").write_text("")
+    (tmp_path / "run-1" / "plans.log").write_text("error: layer_000.plan: no such stream\n")
+    assert report.write(tmp_path, allow_no_gpu=False) == 1
+    assert "layer_000.plan: no such stream" in (tmp_path / "report.md").read_text()
+
+
 def test_without_a_gpu_the_exit_code_is_0_only_when_allowed(
     report: ModuleType, tmp_path: Path
 ) -> None:
@@ -70,7 +90,7 @@ def test_without_a_gpu_the_exit_code_is_0_only_when_allowed(
     assert report.write(tmp_path, allow_no_gpu=False) == 3
     assert report.write(tmp_path, allow_no_gpu=True) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "| demo | TensorRT-RTX 1.7.1 | 3 | 0.5 | passed | passed | not run |" in text
+    assert "| demo | TensorRT-RTX 1.7.1 | 3 | 0.5 | passed | passed | not run | not run |" in text
     assert "demo, TensorRT-RTX, execution: no supported GPU: none" in text
 
 
