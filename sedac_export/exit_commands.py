@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -108,9 +109,12 @@ def train_probes(
         Path | None, typer.Option(help="Keep what is collected here, or go on with it.")
     ] = None,
     max_bytes: Annotated[int, typer.Option(help="Largest collection.")] = 4_000_000_000,
+    lens: Annotated[
+        bool, typer.Option("--lens", help="Fit a tuned lens for each depth with an exit engine.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the V6 probes and the learned probe, and write them into the bundle."""
+    """Fit the V6 probes, the learned probe and the lens, and write them into the bundle."""
     from sedac_export import training
 
     manifest, documents = _read(bundle, data)
@@ -124,21 +128,34 @@ def train_probes(
             collection,
             max_bytes,
             update,
+            lens,
         )
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in trained.rows]}))
         return
-    table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
-    for row in trained.rows:
-        numbers = [f"{value:.3f}" for value in (row.agreement, row.margin, row.learned)]
-        loss = "" if row.risk_loss is None else f"{row.risk_loss:.4f}"
-        table.add_row(str(row.depth), *numbers, loss)
-    Console().print(table)
+    _print_trained(trained.rows, lens)
     console.print(
         f"{bundle}: exit engines with {len(trained.tokens)} frequent tokens; figures are of"
         " documents that were held out; calibrate to set thresholds",
         highlight=False,
     )
+
+
+def _print_trained(rows: Sequence[Any], lens: bool) -> None:
+    """The trained rows as tables, the lens in one of its own."""
+    table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
+    lenses = Table("depth", "KL", "with lens", "agreement", "with lens", "lens")
+    for row in rows:
+        numbers = [f"{value:.3f}" for value in (row.agreement, row.margin, row.learned)]
+        loss = "" if row.risk_loss is None else f"{row.risk_loss:.4f}"
+        table.add_row(str(row.depth), *numbers, loss)
+        if lens:
+            found = row.lens
+            values = (found.kl, found.lens_kl, found.agreement, found.lens_agreement)
+            state = "kept" if found.kept else "no better, none kept"
+            lenses.add_row(str(row.depth), *(f"{value:.3f}" for value in values), state)
+    for shown in (lenses, table) if lens else (table,):
+        Console().print(shown)
 
 
 def calibrate(

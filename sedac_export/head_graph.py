@@ -69,21 +69,27 @@ class HeadGraph:
 
     def before(self) -> list[onnx.NodeProto]:
         """The nodes that lead to the product's input, in order."""
-        needed, nodes = {self.product.input[0]}, []
-        for node in reversed(self.model.graph.node):
-            if needed & set(node.output):
-                needed |= set(node.input)
-                nodes.append(node)
-        return nodes[::-1]
+        return self._leading_to({self.product.input[0]})
 
     def after(self) -> list[onnx.NodeProto]:
-        """The nodes that take the product to `logits`, in order."""
+        """The nodes that take the product to `logits`, in order, constants of their own first."""
         reached, nodes = {self.product.output[0]}, []
         for node in self.model.graph.node:
             if reached & set(node.input):
                 reached |= set(node.output)
                 nodes.append(node)
-        return nodes
+        taken = {name for node in nodes for name in node.input} - reached
+        known = {node.output[0] for node in self.before()}
+        own = [node for node in self._leading_to(taken) if node.output[0] not in known]
+        return [*own, *nodes]
+
+    def _leading_to(self, needed: set[str]) -> list[onnx.NodeProto]:
+        nodes = []
+        for node in reversed(self.model.graph.node):
+            if needed & set(node.output):
+                needed = needed | set(node.input)
+                nodes.append(node)
+        return nodes[::-1]
 
     def constants(
         self, nodes: list[onnx.NodeProto], directory: Path, tokens: npt.NDArray[np.int64]

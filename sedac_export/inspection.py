@@ -61,7 +61,12 @@ def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
     entries = [*manifest.engines.layers, manifest.engines.monolith]
     layers = [(e.file, f"{e.first_layer}..{e.first_layer + e.num_layers - 1}") for e in entries]
     fills = [(e.file, str(layer)) for layer, e in enumerate(manifest.engines.key_value)]
-    exits = [(e.file, f"..{e.depth - 1}") for e in manifest.engines.exits]
+    exits = [
+        (file, f"..{e.depth - 1}")
+        for e in manifest.engines.exits
+        for file in (e.file, e.lens)
+        if file is not None
+    ]
     attention = [(e.file, str(e.first_layer)) for e in manifest.engines.attention]
     ends = (manifest.engines.embed, ""), (manifest.engines.head, "")
     return [ends[0], *layers, *fills, *attention, *exits, ends[1]]

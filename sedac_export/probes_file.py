@@ -1,4 +1,4 @@
-"""probes.safetensors: the trained probes of a bundle, and whose they are."""
+"""probes.safetensors and lens.safetensors: what was trained for a bundle, and whose it is."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedac_export.errors import SedacError
 from sedac_export.manifest import Manifest
 from sedac_export.probes import LREProbe
 
 PROBES = "probes.safetensors"
+LENSES = "lens.safetensors"
 
 
 def write_probes(
@@ -22,30 +23,36 @@ def write_probes(
 
     medians: each V6 probe's median risk where it was trained.
     """
-    metadata = {
-        "model": manifest.model.name,
-        "hidden_size": str(manifest.model.hidden_size),
-        "head_sha256": manifest.fingerprint(),
-        "median_risk": json.dumps(medians),
-    }
+    metadata = _whose(manifest) | {"median_risk": json.dumps(medians)}
     save_file(tensors, directory / PROBES, metadata)
 
 
+def write_lenses(directory: Path, manifest: Manifest, lenses: dict[int, nn.Linear]) -> None:
+    """Write the lenses as DEPTH.weight and DEPTH.bias, and whose they are; no file without any."""
+    if not lenses:
+        (directory / LENSES).unlink(missing_ok=True)
+        return
+    states = {depth: lens.state_dict() for depth, lens in lenses.items()}
+    tensors = {f"{depth}.{name}": v for depth, state in states.items() for name, v in state.items()}
+    save_file(tensors, directory / LENSES, _whose(manifest))
+
+
 def check_probes(directory: Path, manifest: Manifest) -> None:
-    """Raise SedacError when the bundle's probes are of another model or cannot be read."""
-    _read(directory, manifest)
+    """Raise SedacError when probes or lenses are of another model or cannot be read."""
+    for name in (PROBES, LENSES):
+        _read(directory / name, manifest)
 
 
 def median_risks(directory: Path, manifest: Manifest) -> dict[int, float]:
     """Each V6 probe's median risk where it was trained, by depth; none without probes."""
-    metadata, _ = _read(directory, manifest)
+    metadata, _ = _read(directory / PROBES, manifest)
     medians = json.loads(metadata.get("median_risk", "{}"))
     return {int(depth): max(float(value), 1e-6) for depth, value in medians.items()}
 
 
 def risk_probes(directory: Path, manifest: Manifest) -> dict[int, LREProbe]:
     """The V6 probes by depth; none where none was trained."""
-    _, tensors = _read(directory, manifest)
+    _, tensors = _read(directory / PROBES, manifest)
     depths = {int(name.split(".")[1]) for name in tensors if name.startswith("risk.")}
     probes = {}
     for depth in sorted(depths):
@@ -56,8 +63,15 @@ def risk_probes(directory: Path, manifest: Manifest) -> dict[int, LREProbe]:
     return probes
 
 
-def _read(directory: Path, manifest: Manifest) -> tuple[dict[str, str], dict[str, Any]]:
-    path = directory / PROBES
+def _whose(manifest: Manifest) -> dict[str, str]:
+    return {
+        "model": manifest.model.name,
+        "hidden_size": str(manifest.model.hidden_size),
+        "head_sha256": manifest.fingerprint(),
+    }
+
+
+def _read(path: Path, manifest: Manifest) -> tuple[dict[str, str], dict[str, Any]]:
     if not path.exists():
         return {}, {}
     try:
@@ -67,5 +81,5 @@ def _read(directory: Path, manifest: Manifest) -> tuple[dict[str, str], dict[str
     except SafetensorError as error:
         raise SedacError(f"{path} cannot be read ({error}); train the probes again") from error
     if metadata.get("head_sha256") != manifest.fingerprint():
-        raise SedacError(f"{path} holds probes of another model; train them for this one")
+        raise SedacError(f"{path} is trained for another model; train probes for this one")
     return metadata, tensors

@@ -24,10 +24,13 @@ from sedac_export.exit_graphs import (
     SCALARS_NAME,
     exit_engine,
     features_model,
+    lens_engine,
     with_risk,
     without_risk,
 )
 from sedac_export.head_graph import HeadGraph
+from sedac_export.head_torch import TorchHead
+from sedac_export.lens import LensRow, tokens_through, train_lens
 from sedac_export.probes import (
     LearnedProbe,
     LREProbe,
@@ -37,7 +40,7 @@ from sedac_export.probes import (
     train_learned,
     train_risk,
 )
-from sedac_export.probes_file import write_probes
+from sedac_export.probes_file import write_lenses, write_probes
 from sedac_export.replay import Replay, chunks
 from sedac_export.sessions import Engine
 
@@ -58,7 +61,8 @@ class Row:
     """What one depth's probes reach on held-out documents.
 
     agreement: share of exit tokens that are full depth's. margin and learned: area under the ROC
-    curve of telling those. risk_loss: Huber loss of the V6 probe, None where there is none.
+    curve of telling those. risk_loss: Huber loss of the V6 probe, None where there is none. lens:
+    what a lens changes, None where none was asked for; the others are with it where it is kept.
     """
 
     depth: int
@@ -66,6 +70,7 @@ class Row:
     margin: float
     learned: float
     risk_loss: float | None = None
+    lens: LensRow | None = None
 
 
 @dataclass
@@ -76,6 +81,7 @@ class Trained:
     learned: dict[int, LearnedProbe] = field(default_factory=dict)
     risks: dict[int, LREProbe] = field(default_factory=dict)
     medians: dict[int, float] = field(default_factory=dict)
+    lenses: dict[int, torch.nn.Linear] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
 
@@ -108,11 +114,13 @@ def train_probes(
     collection: Path | None = None,
     max_bytes: int = DEFAULT_BYTES,
     progress: Progress = lambda *_: None,
+    with_lenses: bool = False,
 ) -> Trained:
     """Collect `documents`, fit the probes, and write them into the bundle at `directory`.
 
-    collection: where the collected states are kept; None takes a temporary directory. The exit
-    configuration goes back to its defaults: thresholds and a certificate are of the old probes.
+    collection: where the collected states are kept; None takes a temporary directory. with_lenses:
+    fit lenses too, and the probes to what is seen through them. The exit configuration goes back to
+    its defaults: thresholds and a certificate are of the old probes.
 
     Raises SedacError when there is too little data to hold some out.
     """
@@ -125,6 +133,8 @@ def train_probes(
             f" least {MIN_TOKENS} in 2"
         )
     depths = sorted({*exits, *probes})
+    head = HeadGraph.load(directory, manifest)
+    torch_head = TorchHead(head, directory / "onnx") if with_lenses else None
     with tempfile.TemporaryDirectory() as temporary:
         collected = collect(
             Replay(directory, manifest),
@@ -134,26 +144,48 @@ def train_probes(
             max_bytes,
             lambda done, of: progress("collect", done, of),
         )
-        trainer = _Trainer(directory, manifest, collected)
+        trainer = _Trainer(directory, manifest, head, torch_head, collected)
         for number, depth in enumerate(depths):
             progress("train", number, len(depths))
+            if with_lenses and depth in exits:
+                trainer.fit_lens(depth)
             with one_thread():
                 trainer.fit(depth, depth in exits, depth in probes)
         progress("train", len(depths), len(depths))
-    _write(directory, manifest, trainer.head, trainer.trained)
+    _write(directory, manifest, head, trainer.trained)
     return trainer.trained
 
 
 class _Trainer:
-    def __init__(self, directory: Path, manifest: bundle.Manifest, data: Collection) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: bundle.Manifest,
+        head: HeadGraph,
+        torch_head: TorchHead | None,
+        data: Collection,
+    ) -> None:
         self.directory, self.data = directory, data
-        self.head = HeadGraph.load(directory, manifest)
+        self.head, self.torch_head = head, torch_head
         self.indices, self.held_out = _split(data)
+        self.layers = manifest.model.num_layers
+        self.lens_rows: dict[int, LensRow] = {}
         full = data.read("full_token")[self.indices]
         count = head_rows(directory, manifest, self.head)
         self.full = torch.from_numpy(full.astype(np.int64))
         self.target = risk_target(torch.from_numpy(data.read("full_entropy")[self.indices]))
         self.trained = Trained(frequent_tokens(full[: -self.held_out], manifest, count))
+
+    def fit_lens(self, depth: int) -> None:
+        """Fit the lens at `depth`, before `fit`. Unlike probes it gains from several threads."""
+        assert self.torch_head is not None
+        states, full = (
+            torch.from_numpy(self.data.read(f"hidden_{d:03}")[self.indices])
+            for d in (depth, self.layers)
+        )
+        lens, self.lens_rows[depth] = train_lens(self.torch_head, states, full, self.held_out)
+        if lens is not None:
+            self.trained.lenses[depth] = lens
 
     def fit(self, depth: int, with_exit: bool, with_risk: bool) -> None:
         hidden = self.data.read(f"hidden_{depth:03}")[self.indices]
@@ -170,8 +202,7 @@ class _Trainer:
 
     def _fit_exit(self, depth: int, hidden: npt.NDArray[np.float16]) -> Row:
         normed, scalars = self._features(depth, hidden)
-        exit_tokens = self.data.read(f"exit_token_{depth:03}")[self.indices]
-        agrees = torch.from_numpy(exit_tokens.astype(np.int64)) == self.full
+        agrees = self._exit_tokens(depth, hidden) == self.full
         probe, _ = train_learned(normed, scalars, agrees, self.held_out)
         self.trained.learned[depth] = probe
         held = slice(len(agrees) - self.held_out, None)
@@ -182,15 +213,25 @@ class _Trainer:
             float(agrees[held].float().mean()),
             ranking(scalars[held, 2] - scalars[held, 3], agrees[held]),
             ranking(scores, agrees[held]),
+            lens=self.lens_rows.get(depth),
         )
         self.trained.rows.append(row)
         return row
+
+    def _exit_tokens(self, depth: int, hidden: npt.NDArray[np.float16]) -> Tensor:
+        """The tokens of exits at `depth`, int64: the collected ones are without a lens."""
+        lens = self.trained.lenses.get(depth)
+        if lens is not None and self.torch_head is not None:
+            return tokens_through(self.torch_head, lens, torch.from_numpy(hidden))
+        collected = self.data.read(f"exit_token_{depth:03}")[self.indices]
+        return torch.from_numpy(collected.astype(np.int64))
 
     def _features(self, depth: int, hidden: npt.NDArray[np.float16]) -> tuple[Tensor, Tensor]:
         """The probe's inputs for all rows, of the exit engine's own graph: fp16 and fp32."""
         untrained = LearnedProbe(self.head.width)
         onnx_path = self.directory / "onnx"
-        engine = exit_engine(self.head, onnx_path, self.trained.tokens, untrained, None)
+        lens = self.trained.lenses.get(depth)
+        engine = exit_engine(self.head, onnx_path, self.trained.tokens, untrained, lens)
         features = Engine(features_model(engine, self.head).SerializeToString())
         last = self.data.read("stability")[:, max(0, depth - 3) : depth][self.indices]
         last = np.pad(last, ((0, 0), (3 - last.shape[1], 0)))
@@ -247,14 +288,10 @@ def _write(directory: Path, manifest: bundle.Manifest, head: HeadGraph, trained:
     with edited_bundle(directory) as staging:
         for old in [*staging.glob("onnx/exit_*.onnx"), *staging.glob("onnx/lens_*.onnx")]:
             old.unlink()
-        exits = []
-        for depth, probe in sorted(trained.learned.items()):
-            file = f"onnx/exit_{depth:03}.onnx"
-            model = exit_engine(head, directory / "onnx", trained.tokens, probe, None)
-            onnx.save(model, staging / file)
-            exits.append(bundle.ExitEngineEntry(depth=depth, file=file))
+        exits = [_with_exit(staging, head, depth, trained) for depth in sorted(trained.learned)]
         layers = [_with_risk(staging, entry, trained) for entry in manifest.engines.layers]
         write_probes(staging, manifest, _tensors(trained), trained.medians)
+        write_lenses(staging, manifest, trained.lenses)
         config = ExitConfig.for_layers(manifest.model.num_layers)
         (staging / bundle.EXIT_CONFIG).write_text(config.to_json())
         engines = manifest.engines.model_copy(update={"exits": exits, "layers": layers})
@@ -262,6 +299,21 @@ def _write(directory: Path, manifest: bundle.Manifest, head: HeadGraph, trained:
             update={"engines": engines, "files": bundle.list_files(staging)}
         )
         bundle.write_manifest(staging, whole)
+
+
+def _with_exit(
+    staging: Path, head: HeadGraph, depth: int, trained: Trained
+) -> bundle.ExitEngineEntry:
+    """Write the exit engine at `depth`, and its lens where it has one."""
+    entry = bundle.ExitEngineEntry(depth=depth, file=f"onnx/exit_{depth:03}.onnx")
+    probe, lens = trained.learned[depth], trained.lenses.get(depth)
+    onnx.save(
+        exit_engine(head, staging / "onnx", trained.tokens, probe, lens), staging / entry.file
+    )
+    if lens is not None:
+        entry.lens = f"onnx/lens_{depth:03}.onnx"
+        onnx.save(lens_engine(head, lens), staging / entry.lens)
+    return entry
 
 
 def _with_risk(

@@ -118,21 +118,23 @@ def test_depths_that_are_no_exits_are_refused(export: Command, bundle: Path, tex
     assert_one_line_error(export(*arguments("report", bundle, text)), "thresholds.9")
 
 
+@pytest.mark.parametrize("name", ["probes.safetensors", "lens.safetensors"])
 def test_probes_of_another_model_are_refused(
-    export: Command, bundle: Path, text: Path, tmp_path: Path
+    name: str, export: Command, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
     text.write_text(TEXT * 4)
     (tmp_path / "second.py").write_text(TEXT * 4 + "# another\n")
     trained = export(
         *arguments("train-probes", bundle, text, tmp_path / "second.py"),
-        *("--exit-layers", "2", "--probe-layers", "2"),
+        *("--exit-layers", "2", "--probe-layers", "2", "--lens"),
     )
     assert trained.code == 0, trained
-    probes = bundle / "probes.safetensors"
+    assert "with lens" in trained.out
+    probes = bundle / name
     save_file(load_file(probes), probes, {"model": "x", "head_sha256": "0", "median_risk": "{}"})
     files = json.loads((bundle / "bundle.json").read_text())["files"]
     from sedac_export.stamp import sha256
 
-    files["probes.safetensors"] = {"bytes": probes.stat().st_size, "sha256": sha256(probes)}
+    files[name] = {"bytes": probes.stat().st_size, "sha256": sha256(probes)}
     rewrite_manifest(bundle, files=files)
     assert_one_line_error(export(*arguments("report", bundle, text)), "probes", "another model")

@@ -2,11 +2,16 @@
 
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from sedac_export import training
 from sedac_export.documents import Document, read_documents
+from sedac_export.head_torch import TorchHead
+from sedac_export.lens import LensRow, identity, judge
 from sedac_export.manifest import read_manifest
 from sedac_export.training import Trained, train_probes
 
@@ -40,3 +45,32 @@ def trained_bundle(
 ) -> TrainedBundle:
     bundle = shutil.copytree(demo_bundle, tmp_path_factory.mktemp("trained") / "bundle")
     return bundle, train_probes(bundle, documents, EXITS, PROBES)
+
+
+@pytest.fixture(scope="session")
+def lens_bundle(
+    demo_bundle: Path, documents: list[Document], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedBundle:
+    """The same with lenses that change many tokens, which trained ones do too little."""
+    bundle = shutil.copytree(demo_bundle, tmp_path_factory.mktemp("lens") / "bundle")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_lens", strong_lens)
+        return bundle, train_probes(bundle, documents, EXITS, PROBES, with_lenses=True)
+
+
+def some_lens(size: int) -> torch.nn.Linear:
+    """A lens far from the identity."""
+    torch.manual_seed(0)
+    lens = identity(size)
+    with torch.no_grad():
+        lens.weight += 0.3 * torch.randn(size, size) / size**0.5
+        lens.bias += 0.03 * torch.randn(size)
+    return lens
+
+
+def strong_lens(
+    head: TorchHead, states: torch.Tensor, full: torch.Tensor, held_out: int
+) -> tuple[torch.nn.Linear, LensRow]:
+    """In place of `train_lens`: a lens that is kept, whatever it does."""
+    lens = some_lens(states.shape[-1])
+    return lens, replace(judge(head, lens, states[-held_out:], full[-held_out:]), kept=True)

@@ -16,7 +16,6 @@ from sedac_export.manifest import read_manifest
 from sedac_export.observe import Observations, observe
 from sedac_export.policies import make_policy
 from sedac_export.replay import Replay
-from sedac_export.training import Trained
 from sedac_runtime import SedacModel
 
 from .conftest import EXITS, PROBES
@@ -27,9 +26,15 @@ TIE = 1e-4
 Depths = npt.NDArray[np.int64]
 
 
+@pytest.fixture(scope="module", params=["trained_bundle", "lens_bundle"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    directory: Path
+    directory, _ = request.getfixturevalue(request.param)
+    return directory
+
+
 @pytest.fixture(scope="module")
-def seen(trained_bundle: tuple[Path, Trained], documents: list[Document]) -> Observations:
-    bundle, _ = trained_bundle
+def seen(bundle: Path, documents: list[Document]) -> Observations:
     return observe(Replay(bundle, read_manifest(bundle), THREADS), documents, lambda *_: None)
 
 
@@ -59,11 +64,10 @@ def settings(seen: Observations) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
 def test_the_chain_exits_where_the_replay_exits(
     kv_fill: str,
-    trained_bundle: tuple[Path, Trained],
+    bundle: Path,
     documents: list[Document],
     seen: Observations,
 ) -> None:
-    bundle, _ = trained_bundle
     replay = Replay(bundle, read_manifest(bundle), THREADS)
     texts = [document.tokens[:300] for document in documents]
     for fields in settings(seen):
