@@ -55,7 +55,8 @@ class Rehearsal:
 def add_stand_ins(directory: Path, model: Path, target: Target, max_prefill_chunk: int) -> None:
     """Give the bundle of `model` portable graphs, and files that stand where plans would be."""
     manifest = bundle.read_manifest(directory)
-    manifest = add_portable_graphs(directory, manifest, Skeleton.load(model), lambda *_: None)
+    if manifest.portable is None:
+        manifest = add_portable_graphs(directory, manifest, Skeleton.load(model), lambda *_: None)
     assert manifest.portable is not None
     plans = []
     for graph in manifest.portable.files():
