@@ -59,9 +59,14 @@ impl Exit {
         }
     }
 
-    /// Whether tokens may come from other logits than full depth's.
-    fn may_exit(&self) -> bool {
-        matches!(self, Self::Policy { .. } | Self::Forced { .. })
+    /// Layers that drafts run at least, of those of `exit_layers` up to half of `layers`: to pass
+    /// over an exit that the policy takes would give away what it saves. None in lossless mode.
+    fn least_draft_depth(&self, exit_layers: &[usize], layers: usize) -> Option<usize> {
+        let Self::Policy { settings, .. } = self else {
+            return None;
+        };
+        let taken = |depth: &usize| *depth <= layers / 2 && settings.may_exit(*depth);
+        Some(exit_layers.iter().copied().filter(taken).max().unwrap_or(0))
     }
 
     fn check(&self, kv_fill: KvFill) -> Result<()> {
@@ -188,8 +193,9 @@ pub struct Chain {
     backend: Box<dyn Backend>,
     exit_layers: Vec<usize>,
     vocab_size: usize,
-    /// Kept, since they learn what pays on this machine; by whether tokens may exit besides.
-    drafters: HashMap<(DrafterKind, bool), Drafts>,
+    /// Kept, since they learn what pays on this machine; by the layers that drafts run at least,
+    /// None in lossless mode.
+    drafters: HashMap<(DrafterKind, Option<usize>), Drafts>,
 }
 
 impl Chain {
@@ -255,9 +261,14 @@ impl Chain {
         let room = self.backend.room();
         let (drafters, exit_layers) = (&mut self.drafters, &self.exit_layers);
         let mut drafts = request.exit.drafter().map(|kind| {
-            let key = (kind, request.exit.may_exit());
-            let new = || Drafts::new(kind, exit_layers, layers);
-            drafters.entry(key).or_insert_with(new)
+            let least = request.exit.least_draft_depth(exit_layers, layers);
+            let new = || {
+                Drafts::new(
+                    kind.drafter(exit_layers, layers, least.unwrap_or(0)),
+                    layers,
+                )
+            };
+            drafters.entry((kind, least)).or_insert_with(new)
         });
         let mut decoding = Decoding {
             backend: self.backend.as_mut(),

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use super::{Drafting, FinishReason, Request, Token};
 use crate::backend::{Backend, Step};
-use crate::draft::{Draft, Drafter, DrafterKind, Plain, Tools};
+use crate::draft::{Draft, Drafter, Plain, Tools};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::policy::{ExitReason, Policy};
@@ -17,10 +17,10 @@ pub(super) struct Drafts {
 }
 
 impl Drafts {
-    /// For a model of `layers` layers with exits after the depths `exit_layers`.
-    pub(super) fn new(kind: DrafterKind, exit_layers: &[usize], layers: usize) -> Self {
+    /// For a model of `layers` layers.
+    pub(super) fn new(drafter: Box<dyn Drafter>, layers: usize) -> Self {
         Self {
-            drafter: kind.drafter(exit_layers, layers),
+            drafter,
             plain: Plain::new(layers),
         }
     }
@@ -94,7 +94,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
 
     /// Verify the positions of `draft` that have to be, and take the tokens.
     fn confirm(&mut self, draft: &Draft) -> Result<()> {
-        if !draft.is_certain() {
+        if !(draft.verified || draft.is_certain()) {
             let mut new = Vec::new();
             if draft.depth == 0 {
                 new.push(self.text.newest());

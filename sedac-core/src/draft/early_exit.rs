@@ -1,7 +1,7 @@
 //! Drafts by the model's own shallow layers.
 
 use super::plain::plain;
-use super::up_to::UpTo;
+use super::up_to::{UpTo, step};
 use super::{Draft, Drafter, Exited, Share, Tools, full_depth};
 use crate::backend::Costs;
 use crate::error::Result;
@@ -11,8 +11,9 @@ use crate::policy::ExitReason;
 const LONGEST: usize = 8;
 /// Shares of the layers that drafts go through, each at the nearest exit; the surest first.
 const DEPTH_SHARES: [f64; 5] = [0.5, 0.375, 0.25, 0.1875, 0.125];
-/// Guesses are told apart by the lead of the likeliest token, in so many steps.
-const MARGIN_STEPS: usize = 8;
+/// Guesses are told apart by an exit engine's probability that they are right, or else by the lead
+/// of the likeliest token, in so many steps.
+const STEPS: usize = 8;
 /// What is believed of the deepest drafts at first, as a speed relative to none,
 const HOPE: f64 = 1.2;
 /// and of shallower ones relative to the next deeper.
@@ -35,18 +36,27 @@ pub(super) struct EarlyExit {
     promised: f64,
     /// Seconds that a token takes without drafts.
     plain: f64,
-    /// One for each position that was run. The last is not part of the draft.
-    guesses: Vec<Guess>,
+    /// The positions of the last draft.
+    runs: Vec<Run>,
 }
 
-/// The next token of a position, by an exit.
+/// A position that was run.
 #[derive(Debug)]
-struct Guess {
-    token: u32,
-    /// Layers that ran.
+struct Run {
+    /// Layers that ran before it waited, or went on with others.
     depth: usize,
-    /// The step of its margin; None for what the policy is sure of.
-    step: Option<usize>,
+    next: Next,
+}
+
+/// What is known of the next token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Next {
+    /// The policy is sure of this one.
+    Certain(u32),
+    /// A guess, and its step of probability.
+    Guess(u32, usize),
+    /// Full depth's logits.
+    Verified,
 }
 
 /// What is known of drafts to one depth.
@@ -59,20 +69,20 @@ struct Depth {
     /// depth.
     plain: f64,
     cost: f64,
-    /// By margin: how often a guess after right ones was right.
+    /// By step: how often a guess after right ones was right.
     shares: Vec<Share>,
 }
 
 impl Depth {
     fn new(depth: usize) -> Self {
-        let prior = |step| (step as f64 + 0.5) / MARGIN_STEPS as f64;
+        let prior = |step| (step as f64 + 0.5) / STEPS as f64;
         Self {
             depth,
             ran: depth as f64,
             plain: 0.0,
             cost: 0.0,
             // a token that leads clearly is mostly right, and others are often
-            shares: (0..MARGIN_STEPS)
+            shares: (0..STEPS)
                 .map(|step| Share::new(0.5 + 0.5 * prior(step)))
                 .collect(),
         }
@@ -89,10 +99,11 @@ impl Depth {
 }
 
 impl EarlyExit {
-    pub(super) fn new(exit_layers: &[usize], layers: usize) -> Self {
+    pub(super) fn new(exit_layers: &[usize], layers: usize, least_depth: usize) -> Self {
         let mut depths: Vec<usize> = DEPTH_SHARES
             .iter()
             .filter_map(|share| nearest(exit_layers, layers, share * layers as f64))
+            .filter(|&depth| depth >= least_depth)
             .collect();
         depths.dedup();
         Self {
@@ -101,7 +112,7 @@ impl EarlyExit {
             current: 0,
             promised: 1.0,
             plain: 0.0,
-            guesses: Vec::new(),
+            runs: Vec::new(),
         }
     }
 
@@ -115,35 +126,62 @@ impl EarlyExit {
 
     /// What the last round cost.
     fn round(&self, costs: &Costs) -> f64 {
+        let alone = |run: &Run| {
+            let head = if run.next == Next::Verified {
+                0.0
+            } else {
+                costs.head(1)
+            };
+            costs.layers(run.depth, 1) + head
+        };
+        let draft: f64 = self.runs.iter().map(alone).sum();
         let depth = self.depths[self.current].depth;
-        let run = |guess: &Guess| costs.layers(guess.depth, 1) + costs.head(1);
-        let draft: f64 = self.guesses.iter().map(run).sum();
-        let tokens = self.guesses.len();
+        let tokens = self.runs.len();
         draft + costs.layers(self.layers - depth, tokens) + costs.head(tokens)
     }
 
     /// What the token of a position costs without drafts.
-    fn without(&self, guess: &Guess, costs: &Costs) -> f64 {
-        let depth = guess.step.map_or(guess.depth, |_| self.layers);
+    fn without(&self, run: &Run, costs: &Costs) -> f64 {
+        let depth = match run.next {
+            Next::Certain(_) => run.depth,
+            _ => self.layers,
+        };
         plain(costs, self.layers, depth)
     }
 
-    /// Run `newest` up to the draft's depth; None for a guess.
-    fn run(&mut self, newest: u32, tools: &mut Tools<'_>) -> Result<Option<Exited>> {
-        let depth = self.depths[self.current].depth;
-        let mut policy = UpTo::new(depth, tools.policy);
+    /// Run `newest`, as a guess if that is right with a probability of `least`.
+    fn run(&mut self, newest: u32, least: f64, tools: &mut Tools<'_>) -> Result<Option<Exited>> {
+        let Depth { depth, shares, .. } = &self.depths[self.current];
+        let mut policy = UpTo {
+            depth: *depth,
+            policy: tools.policy,
+            shares,
+            least,
+            waiting: self.runs.len(),
+            step: None,
+        };
         let step = tools.backend.decode(newest, &mut policy, tools.interrupt)?;
         let logits = tools.backend.logits();
-        let exited = (step.reason != ExitReason::Forced).then(|| Exited {
+        let next = match step.reason {
+            ExitReason::FullDepth => Next::Verified,
+            ExitReason::Forced => {
+                let step = policy.step.unwrap_or_else(|| margin_step(logits));
+                Next::Guess((tools.choose)(logits), step)
+            }
+            _ => Next::Certain((tools.choose)(logits)),
+        };
+        self.runs.push(Run {
+            depth: match next {
+                Next::Verified => *depth,
+                _ => step.exit_layer,
+            },
+            next,
+        });
+        let certain = matches!(next, Next::Certain(_));
+        Ok(certain.then(|| Exited {
             step,
             logits: logits.to_vec(),
-        });
-        self.guesses.push(Guess {
-            token: (tools.choose)(logits),
-            depth: step.exit_layer,
-            step: exited.is_none().then(|| margin_step(logits)),
-        });
-        Ok(exited)
+        }))
     }
 }
 
@@ -173,41 +211,51 @@ impl Drafter for EarlyExit {
         let per_token = self.plain / self.promised;
         let mut newest = history[history.len() - 1];
         let mut all_right = 1.0;
-        self.guesses.clear();
+        self.runs.clear();
         loop {
-            draft.exits.push(self.run(newest, tools)?);
             let drafted = draft.tokens.len();
-            let guess = &self.guesses[drafted];
-            if let Some(step) = guess.step {
-                all_right *= self.depths[self.current].shares[step].estimate();
+            let least = match most.min(LONGEST) {
+                longest if drafted == longest => f64::INFINITY,
+                _ => self.price(drafted, tools.backend.costs()) / (all_right * per_token),
+            };
+            draft.exits.push(self.run(newest, least, tools)?);
+            match self.runs[drafted].next {
+                Next::Certain(token) => newest = token,
+                Next::Guess(token, step) => {
+                    let share = self.depths[self.current].shares[step].estimate();
+                    if share < least {
+                        return Ok(draft);
+                    }
+                    all_right *= share;
+                    newest = token;
+                }
+                Next::Verified => draft.verified = true,
             }
-            let worth = all_right * per_token;
             // before the first guess there is nothing that a token would have to wait for
-            if draft.is_certain()
-                || drafted == most.min(LONGEST)
-                || worth < self.price(drafted, tools.backend.costs())
-            {
+            if draft.is_certain() || draft.verified || drafted == most.min(LONGEST) {
                 return Ok(draft);
             }
-            newest = guess.token;
             draft.tokens.push(newest);
         }
     }
 
     fn learn(&mut self, tokens: &[u32], costs: &Costs) {
         let full = full_depth(costs, self.layers, 1);
-        let pairs = || tokens.iter().zip(&self.guesses);
-        let without: f64 = pairs().map(|(_, guess)| self.without(guess, costs)).sum();
-        let certain = self.guesses.iter().all(|guess| guess.step.is_none());
-        let cost = if certain { without } else { self.round(costs) };
+        let came = &self.runs[..tokens.len()];
+        let without: f64 = came.iter().map(|run| self.without(run, costs)).sum();
+        let guessed = self
+            .runs
+            .iter()
+            .any(|run| matches!(run.next, Next::Guess(..)));
+        let cost = if guessed { self.round(costs) } else { without };
         let depth = &mut self.depths[self.current];
-        for (token, guess) in tokens.iter().zip(&self.guesses) {
-            if let Some(step) = guess.step {
-                depth.shares[step].note(*token == guess.token);
+        for (token, run) in tokens.iter().zip(&self.runs) {
+            if let Next::Guess(guess, step) = run.next {
+                depth.shares[step].note(*token == guess);
             }
         }
-        for guess in &self.guesses {
-            depth.ran = MEMORY * depth.ran + (1.0 - MEMORY) * guess.depth as f64;
+        for run in &self.runs {
+            depth.ran = MEMORY * depth.ran + (1.0 - MEMORY) * run.depth as f64;
         }
         depth.fade(MEMORY);
         depth.plain += without / full;
@@ -225,10 +273,8 @@ fn nearest(exit_layers: &[usize], layers: usize, depth: f64) -> Option<usize> {
         .min_by(|&a, &b| distance(a).total_cmp(&distance(b)))
 }
 
-/// The step of a token's margin, below MARGIN_STEPS.
 fn margin_step(logits: &[f32]) -> usize {
-    let step = (margin(logits) * MARGIN_STEPS as f32) as usize;
-    step.min(MARGIN_STEPS - 1)
+    step(margin(logits), STEPS)
 }
 
 /// The probability of the likeliest token less that of the second.

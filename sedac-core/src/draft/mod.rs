@@ -53,9 +53,15 @@ impl DrafterKind {
         }
     }
 
-    /// A drafter for a model of `layers` layers with exits after the depths `exit_layers`.
-    pub fn drafter(self, exit_layers: &[usize], layers: usize) -> Box<dyn Drafter> {
-        let early_exit = || EarlyExit::new(exit_layers, layers);
+    /// A drafter for a model of `layers` layers with exits after the depths `exit_layers`, of which
+    /// it uses those from `least_depth` on.
+    pub fn drafter(
+        self,
+        exit_layers: &[usize],
+        layers: usize,
+        least_depth: usize,
+    ) -> Box<dyn Drafter> {
+        let early_exit = || EarlyExit::new(exit_layers, layers, least_depth);
         match self {
             Self::EarlyExit => Box::new(early_exit()),
             Self::PromptLookup => Box::new(PromptLookup::new(layers)),
@@ -91,12 +97,15 @@ pub struct Draft {
     /// For the newest token and each of `tokens` in turn, the exit that the policy took. Empty
     /// when `depth` is 0.
     pub exits: Vec<Option<Exited>>,
+    /// Whether the last position ran every layer, and those that waited with it: the backend's
+    /// logits are full depth's, a row for each position.
+    pub verified: bool,
 }
 
 impl Draft {
-    /// Whether there is no position that waits to be verified.
+    /// Whether there is no guess in it.
     pub fn is_certain(&self) -> bool {
-        self.depth > 0 && self.exits.iter().all(Option::is_some)
+        self.depth > 0 && self.tokens.is_empty() && (self.verified || self.exits[0].is_some())
     }
 }
 

@@ -1,17 +1,35 @@
 //! The policy that drafts decode with.
 
+use super::Share;
 use crate::policy::{ExitReason, Policy, Signals};
 
-/// Lets a token exit where another policy does, and at `depth` at the latest: as a guess there,
-/// which is [`ExitReason::Forced`].
+/// Lets a token exit where another policy does, or after `depth` layers as a guess, which is
+/// [`ExitReason::Forced`], if it is likely enough to be right; else it goes on to full depth, and
+/// the positions that wait to be verified go with it.
 pub(super) struct UpTo<'a> {
-    depth: usize,
-    policy: &'a mut dyn Policy,
+    pub(super) depth: usize,
+    pub(super) policy: &'a mut dyn Policy,
+    /// By step of probability: how often a guess after right ones was right.
+    pub(super) shares: &'a [Share],
+    /// The least probability of being right that makes a guess pay.
+    pub(super) least: f64,
+    /// Positions of the draft so far. The policy lets nothing exit beyond `depth` then.
+    pub(super) waiting: usize,
+    /// The step of the token's probability, where an exit engine tells.
+    pub(super) step: Option<usize>,
 }
 
-impl<'a> UpTo<'a> {
-    pub(super) fn new(depth: usize, policy: &'a mut dyn Policy) -> Self {
-        Self { depth, policy }
+impl UpTo<'_> {
+    /// Whether the policy alone decides after `depth` layers.
+    fn is_plain(&self, depth: usize) -> bool {
+        depth <= self.depth || self.waiting == 0
+    }
+
+    fn is_guess(&mut self, signals: Signals) -> bool {
+        let probability = signals.exit.map(|exit| exit.learned);
+        self.step = probability.map(|probability| step(probability, self.shares.len()));
+        let likely = self.step.map_or(1.0, |step| self.shares[step].estimate());
+        likely >= self.least
     }
 }
 
@@ -21,11 +39,23 @@ impl Policy for UpTo<'_> {
     }
 
     fn reads_exit(&self, depth: usize) -> bool {
-        self.policy.reads_exit(depth)
+        depth == self.depth || self.is_plain(depth) && self.policy.reads_exit(depth)
     }
 
     fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let guess = (depth >= self.depth).then_some(ExitReason::Forced);
-        self.policy.observe(depth, signals).or(guess)
+        let sure = self.policy.observe(depth, signals);
+        if sure.is_some() && self.is_plain(depth) {
+            return sure;
+        }
+        (depth == self.depth && self.is_guess(signals)).then_some(ExitReason::Forced)
     }
+
+    fn rows(&self) -> usize {
+        self.waiting + 1
+    }
+}
+
+/// Which of `steps` equal steps of 0..=1 a probability is on.
+pub(super) fn step(probability: f32, steps: usize) -> usize {
+    ((probability * steps as f32) as usize).min(steps - 1)
 }
