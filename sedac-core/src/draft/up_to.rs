@@ -4,8 +4,8 @@ use super::Share;
 use crate::policy::{ExitReason, Policy, Signals};
 
 /// Lets a token exit where another policy does, or after `depth` layers as a guess, which is
-/// [`ExitReason::Forced`], if it is likely enough to be right; else it goes on to full depth, and
-/// the positions that wait to be verified go with it.
+/// [`ExitReason::Forced`]. Where the policy asks the exit engine there and that says that the guess
+/// does not pay, the token goes on to full depth instead, and the positions that wait with it.
 pub(super) struct UpTo<'a> {
     pub(super) depth: usize,
     pub(super) policy: &'a mut dyn Policy,
@@ -15,7 +15,7 @@ pub(super) struct UpTo<'a> {
     pub(super) least: f64,
     /// Positions of the draft so far. The policy lets nothing exit beyond `depth` then.
     pub(super) waiting: usize,
-    /// The step of the token's probability, where an exit engine tells.
+    /// The step of the token's probability, where the exit engine was asked.
     pub(super) step: Option<usize>,
 }
 
@@ -39,7 +39,7 @@ impl Policy for UpTo<'_> {
     }
 
     fn reads_exit(&self, depth: usize) -> bool {
-        depth == self.depth || self.is_plain(depth) && self.policy.reads_exit(depth)
+        self.is_plain(depth) && self.policy.reads_exit(depth)
     }
 
     fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
