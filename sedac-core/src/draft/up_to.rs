@@ -28,8 +28,9 @@ impl UpTo<'_> {
     fn is_guess(&mut self, signals: Signals) -> bool {
         let probability = signals.exit.map(|exit| exit.learned);
         self.step = probability.map(|probability| step(probability, self.shares.len()));
-        let likely = self.step.map_or(1.0, |step| self.shares[step].estimate());
-        likely >= self.least
+        // without an engine's word only the head tells how likely, and then the guess is made
+        self.step
+            .is_none_or(|step| self.shares[step].estimate() >= self.least)
     }
 }
 
