@@ -216,7 +216,7 @@ class SedacModel:
         gives full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"),
         from the text so far ("prompt-lookup") or both ("auto", the default), and full depth
         verifies several in one pass. In mode "exit" a drafter other than "none" guesses the tokens
-        that the policy does not let exit; exits deeper than its drafts are then left to full depth.
+        that the policy does not let exit; while guesses wait, deeper exits are left to full depth.
         What is None comes from the bundle's sedac_config.json. The caches of skipped layers get
         what the layers compute: with kv_fill "propagate" from the hidden state at the exit, with
         "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
