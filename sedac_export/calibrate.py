@@ -14,6 +14,7 @@ from sedac_export.documents import Document, data_digest, split_documents
 from sedac_export.edit import edited_bundle, write_config
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import Certificate, ExitConfig, KvFill, Mode
+from sedac_export.generation import measure_generation
 from sedac_export.observe import count_losses, full_tokens, observe
 from sedac_export.policies import Policy, make_policy
 from sedac_export.replay import Replay
@@ -85,7 +86,7 @@ def calibrate(request: Request, progress: Progress = lambda *_: None) -> Calibra
     if certified == 0:
         raise SedacError(_refusal(request, steps))
     step = _best(request, steps[:certified])
-    config = _certify(request, step, certifying)
+    config = _certify(request, replay, step, certifying, progress)
     write_config(request.directory, config.to_json())
     return Calibrated(config, steps)
 
@@ -176,13 +177,23 @@ def _best(request: Request, steps: Sequence[Step]) -> Step:
     return max(steps, key=lambda step: step.speedup * (1 - step.losses.risk))
 
 
-def _certify(request: Request, step: Step, documents: Sequence[Document]) -> ExitConfig:
-    """The configuration with its certificate. Raises SedacError when it is too slow."""
+def _certify(
+    request: Request,
+    replay: Replay,
+    step: Step,
+    documents: Sequence[Document],
+    progress: Progress,
+) -> ExitConfig:
+    """The configuration with its certificate. Raises SedacError when it is too slow.
+
+    A drafter changes nothing about the risk: tokens come from full depth instead of from an exit,
+    never the other way round.
+    """
     config = step.candidate.config
-    speedup = time_config(request.directory, config, documents)
-    if request.min_speedup is not None and speedup < request.min_speedup:
+    timed = measure_generation(replay, config, documents, lambda *done: progress("time", *done))
+    if request.min_speedup is not None and timed.speedup < request.min_speedup:
         raise SedacError(
-            f"the fastest certified setting is {speedup:.2f}x full depth, below --min-speedup"
+            f"the fastest certified setting is {timed.speedup:.2f}x full depth, below --min-speedup"
             f" {request.min_speedup:g}; nothing was written"
         )
     certificate = Certificate(
@@ -194,11 +205,12 @@ def _certify(request: Request, step: Step, documents: Sequence[Document]) -> Exi
         documents=len(step.losses.tokens),
         data_sha256=data_digest(documents),
         policy=config.policy,
-        speedup=speedup,
+        speedup=time_config(request.directory, config, documents),
         layer_ratio=step.layer_ratio,
         mode=request.mode,
+        generation=timed,
     )
-    return config.model_copy(update={"certificate": certificate})
+    return config.model_copy(update={"certificate": certificate, "drafter": timed.drafter})
 
 
 def time_config(directory: Path, config: ExitConfig, documents: Sequence[Document]) -> float:

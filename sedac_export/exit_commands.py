@@ -183,20 +183,27 @@ def calibrate(
     request = calibration.Request(
         bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
     )
-    with progress_bar("search", "certify") as update:
+    with progress_bar("search", "certify", "time") as update:
         result = calibration.calibrate(request, update)
     if as_json:
         print(json.dumps(result.config.model_dump(exclude_none=True)))
         return
     certificate = result.config.certificate
     assert certificate is not None
+    generation = certificate.generation
+    assert generation is not None
     console.print(
-        f"{bundle}: policy {result.config.policy}, {result.config.settings()}\n"
+        f"{bundle}: policy {result.config.policy}, {result.config.settings()}, drafter"
+        f" {generation.drafter or 'none'}\n"
         f"certified: risk at most {certificate.risk_bound:.4f} with confidence"
         f" {certificate.confidence:g} (observed {certificate.observed_risk:.4f} on"
         f" {certificate.tokens} tokens of {certificate.documents} documents)\n"
         f"layer ratio {certificate.layer_ratio:.3f}, wall-clock speed"
-        f" {certificate.speedup:.2f}x full depth",
+        f" {certificate.speedup:.2f}x full depth along given text\n"
+        f"generating {generation.speedup:.2f}x full depth,"
+        f" {generation.speedup_without_drafter:.2f}x without drafter; lossless mode"
+        f" {generation.lossless_speedup:.2f}x; {generation.agreement:.2%} of {generation.tokens}"
+        " generated tokens are full depth's",
         highlight=False,
     )
 

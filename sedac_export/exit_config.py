@@ -12,6 +12,7 @@ PolicyName = Literal["stability", "probe", "cascade", "margin", "learned"]
 Mode = Literal["quality", "balanced", "speed"]
 ExitKind = Literal["hard", "soft"]
 KvFill = Literal["propagate", "defer"]
+Drafter = Literal["auto", "early-exit", "prompt-lookup"]
 
 # what each policy is configured by, with defaults where it has any; None must be given
 POLICY_FIELDS: dict[str, dict[str, Any]] = {
@@ -34,11 +35,29 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class Generation(_Strict):
+    """How fast the setting generated when it was calibrated, greedily, and how much like the model.
+
+    Speeds are full depth's decoding time over the way's, after the same prompts: of the setting as
+    written, with `drafter` or None; without a drafter; and of lossless mode with that drafter which
+    is fastest there. agreement: share of the `tokens` generated under the setting that full depth
+    would have chosen after the same text.
+    """
+
+    drafter: Drafter | None = None
+    speedup: float = Field(gt=0.0)
+    speedup_without_drafter: float = Field(gt=0.0)
+    lossless_speedup: float = Field(gt=0.0)
+    agreement: float = Field(ge=0.0, le=1.0)
+    tokens: int = Field(ge=1)
+
+
 class Certificate(_Strict):
     """What calibrate certified: with `confidence`, the risk is at most `risk_bound`.
 
     Risk is the share of tokens whose exit token differs from full depth's. speedup is wall-clock
-    against full depth, layer_ratio the model's layers over the mean number of layers run.
+    against full depth along given texts, layer_ratio the model's layers over the mean number of
+    layers run. generation: None for certificates of before it was measured.
     """
 
     max_risk: float = Field(gt=0.0, lt=1.0)
@@ -52,6 +71,7 @@ class Certificate(_Strict):
     speedup: float = Field(gt=0.0)
     layer_ratio: float = Field(gt=0.0)
     mode: Mode
+    generation: Generation | None = None
 
 
 class ExitConfig(_Strict):
@@ -71,6 +91,7 @@ class ExitConfig(_Strict):
     targets: dict[int, float] | None = None
     exit_kind: ExitKind | None = None
     kv_fill: KvFill = "propagate"
+    drafter: Drafter | None = None
     certificate: Certificate | None = None
 
     @model_validator(mode="before")
@@ -93,6 +114,8 @@ class ExitConfig(_Strict):
             elif getattr(self, name) is not None and name not in own:
                 raise ValueError(f"{name} does not belong to policy {self.policy}")
         self._check_depths()
+        if self.drafter and (self.kv_fill == "propagate" or self.exit_kind == "soft"):
+            raise ValueError(f"drafter {self.drafter} needs kv_fill defer and hard exits")
         return self
 
     def _check_depths(self) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from sedac_runtime import InputError, SedacModel
 from sedac_runtime.bench import bench
 from sedac_runtime.cli import app
+from sedac_runtime.model import Drafter
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 
@@ -47,6 +48,61 @@ def test_unknown_modes_are_refused(demo_model: SedacModel) -> None:
         demo_model.generate(PROMPT, kv_fill="copy")
     with pytest.raises(InputError, match="drafter guess is out of range"):
         demo_model.generate(PROMPT, mode="lossless", drafter="guess")
+    with pytest.raises(InputError, match="drafter none is out of range"):
+        demo_model.generate(PROMPT, mode="lossless", drafter="none")
+    with pytest.raises(InputError, match="none with kv_fill propagate; set kv_fill defer"):
+        demo_model.generate(PROMPT, drafter="auto", kv_fill="propagate")
+
+
+@pytest.mark.parametrize("drafter", ["early-exit", "prompt-lookup", "auto"])
+def test_with_drafts_tokens_are_full_depths_or_the_exits(
+    demo_model: SedacModel, drafter: Drafter
+) -> None:
+    prompt = demo_model.encode(PROMPT)
+    exits = {"tau": 0.985, "kv_fill": "defer"}
+    # drafters learn, so each text is drafted otherwise
+    drafted = early = deep = 0
+    for _ in range(4):
+        output = demo_model.generate(
+            prompt, drafter=drafter, max_new_tokens=100, stop_tokens=[], **exits
+        )
+        assert (output.mode, output.drafter) == ("exit", drafter)
+        text = prompt + output.tokens[:-1]
+        full, exit_ = (demo_model.follow(text, **way) for way in ({"tau": 2.0}, exits))
+        for n, (token, depth) in enumerate(zip(output.tokens, output.exit_layers, strict=True)):
+            place = len(prompt) + n - 2
+            if depth == 12:
+                assert token == full[0][place]
+            else:
+                assert (token, depth) == (exit_[0][place], exit_[1][place])
+        drafted += output.drafted
+        early += sum(depth < 12 for depth in output.exit_layers)
+        deep += sum(depth == 12 for depth in output.exit_layers[1:])
+    assert min(drafted, early, deep) > 0
+
+
+def test_exits_are_drafted_between_as_the_bundle_says(demo_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    generation = {"drafter": "early-exit", "speedup": 1.75}
+    certificate = {
+        **{"risk_bound": 0.01, "confidence": 0.95, "tokens": 5, "documents": 2, "speedup": 1.25},
+        "generation": generation,
+    }
+    config = {"kv_fill": "defer", "drafter": "early-exit", "certificate": certificate}
+    (bundle / "sedac_config.json").write_text(json.dumps(config))
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    output = model.generate(PROMPT, max_new_tokens=32)
+    assert (output.drafter, output.certificate) == ("early-exit", certificate)
+    assert model.generate(PROMPT, max_new_tokens=2, mode="full").drafter == "none"
+    plain = model.generate(PROMPT, max_new_tokens=32, drafter="none")
+    assert (plain.drafted, plain.certificate) == (0, certificate)
+    arguments = ["generate", "--engines", str(bundle), "--prompt", PROMPT, "--max-new-tokens", "4"]
+    assert "1.75x measured" in CliRunner().invoke(app, arguments).stderr
+    alone = CliRunner().invoke(app, [*arguments, "--drafter", "none"])
+    assert "1.25x without a drafter measured" in alone.stderr
+    del certificate["generation"]  # certificates of before it was measured
+    (bundle / "sedac_config.json").write_text(json.dumps(config | {"drafter": "auto"}))
+    assert "1.25x without a drafter" in CliRunner().invoke(app, arguments).stderr
 
 
 def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
@@ -90,7 +146,7 @@ def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
     fields = asdict(output)
     assert list(fields) == [
         *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),
-        *("mode", "kv_fill", "prompt_tokens", "prefill_ms", "decode_ms"),
+        *("mode", "kv_fill", "drafter", "prompt_tokens", "prefill_ms", "decode_ms"),
         *("decode_tokens_per_second", "finish_reason"),
         *("drafted", "accepted", "verify_passes", "draft_depths", "certificate"),
     ]

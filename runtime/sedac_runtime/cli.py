@@ -77,6 +77,7 @@ class Policy(StrEnum):
 class Drafter(StrEnum):
     """What --drafter takes."""
 
+    NONE = "none"
     AUTO = "auto"
     EARLY_EXIT = "early-exit"
     PROMPT_LOOKUP = "prompt-lookup"
@@ -128,8 +129,12 @@ def generate(
         ),
     ] = None,
     drafter: Annotated[
-        Drafter, typer.Option(help="What guesses tokens with --mode lossless.")
-    ] = Drafter.AUTO,
+        Drafter | None,
+        typer.Option(
+            help="What guesses tokens for full depth to verify, with --mode exit those that do not"
+            " exit. [default: the bundle's; auto with --mode lossless]"
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this sum.")] = 1.0,
@@ -162,7 +167,7 @@ def generate(
         ),
         min_layer_ratio=min_layer_ratio,
         kv_fill=None if kv_fill is None else kv_fill.value,
-        drafter=drafter.value,
+        drafter=None if drafter is None else drafter.value,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -311,7 +316,7 @@ def _print_statistics(generation: GenerationStream) -> None:
         file=sys.stderr,
     )
     if output.mode == "exit":
-        print(_certified(output.certificate), file=sys.stderr)
+        print(_certified(output.certificate, output.drafter), file=sys.stderr)
 
 
 def _method() -> PolicyName | None:
@@ -333,7 +338,7 @@ def _variable(name: str, kind: Callable[[str], Number], policy: PolicyName | Non
         raise ValueError(f"{name} {text} is no number; correct or unset it") from error
 
 
-def _certified(certificate: dict[str, Any] | None) -> str:
+def _certified(certificate: dict[str, Any] | None, drafter: str) -> str:
     if certificate is None:
         return (
             "warning: these exits are not certified, tokens may differ from full depth's at any"
@@ -342,8 +347,16 @@ def _certified(certificate: dict[str, Any] | None) -> str:
     return (
         f"certified: at most {certificate['risk_bound']:.2%} of tokens differ from full depth's,"
         f" with confidence {certificate['confidence']:.0%}, by {certificate['tokens']} tokens of"
-        f" {certificate['documents']} documents; {certificate['speedup']:.2f}x measured then"
+        f" {certificate['documents']} documents; {_speed(certificate, drafter)} measured then"
     )
+
+
+def _speed(certificate: dict[str, Any], drafter: str) -> str:
+    """What was measured of the setting with `drafter`, or of the exits alone."""
+    generation = certificate.get("generation")
+    if generation and drafter == generation.get("drafter", "none"):
+        return f"{generation['speedup']:.2f}x"
+    return f"{certificate['speedup']:.2f}x without a drafter"
 
 
 if __name__ == "__main__":

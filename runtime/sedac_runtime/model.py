@@ -14,7 +14,7 @@ from sedac_runtime.policy import PolicyName, choose_policy
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
 Mode = Literal["full", "exit", "lossless"]
-Drafter = Literal["auto", "early-exit", "prompt-lookup"]
+Drafter = Literal["none", "auto", "early-exit", "prompt-lookup"]
 KvFill = Literal["propagate", "defer"]
 Backend = Literal["onnxruntime"] | Target
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", *get_args(Target))
@@ -34,10 +34,10 @@ class TokenOutput:
 class GenerationOutput:
     """A finished generation. Field by field the object that `generate --json` prints.
 
-    In mode "lossless": `drafted` tokens were guessed, `accepted` of them confirmed in
-    `verify_passes` passes; draft_depths counts the drafts by the layers they went through, 0 for
-    those of prompt lookup. All are 0 in other modes. certificate is what was certified of the
-    exits, None where nothing was.
+    With a drafter: `drafted` tokens were guessed, `accepted` of them confirmed in `verify_passes`
+    passes; draft_depths counts the drafts by the layers they went through, 0 for those of prompt
+    lookup. All are 0 without one. In mode "exit" a draft may hold tokens that exited; they count
+    too. certificate is what was certified of the exits, None where nothing was.
     """
 
     text: str
@@ -48,6 +48,7 @@ class GenerationOutput:
     exit_reasons: list[str]
     mode: Mode
     kv_fill: str
+    drafter: Drafter
     prompt_tokens: int
     prefill_ms: float
     decode_ms: float
@@ -68,6 +69,7 @@ class GenerationStream:
         generation: _core.Generation,
         mode: Mode,
         kv_fill: KvFill,
+        drafter: Drafter,
         prompt_tokens: int,
         num_layers: int,
         certificate: dict[str, Any] | None,
@@ -75,6 +77,7 @@ class GenerationStream:
         self._generation = generation
         self._mode: Mode = mode
         self._kv_fill: KvFill = kv_fill
+        self._drafter: Drafter = drafter
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
         self._certificate = certificate
@@ -116,6 +119,7 @@ class GenerationStream:
             exit_reasons=[token.exit_reason for token in self._tokens],
             mode=self._mode,
             kv_fill=self._kv_fill,
+            drafter=self._drafter,
             prompt_tokens=self._prompt_tokens,
             prefill_ms=summary["prefill_ms"],
             decode_ms=summary["decode_ms"],
@@ -200,7 +204,7 @@ class SedacModel:
         consecutive_k: int | None = None,
         min_layer_ratio: float | None = None,
         kv_fill: KvFill | None = None,
-        drafter: Drafter = "auto",
+        drafter: Drafter | None = None,
         forced_exit: Sequence[int] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -218,11 +222,13 @@ class SedacModel:
         the layers on; "probe" and "cascade" by the entropy probes' risk, "margin" and "learned" by
         the exit engines, at the bundle's thresholds or at `threshold` for all depths. "lossless"
         gives full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"),
-        from the text so far ("prompt-lookup") or both ("auto"), and full depth verifies several in
-        one pass. What is None comes from the bundle's sedac_config.json. The caches of skipped
-        layers get what the layers compute: with kv_fill "propagate" from the hidden state at the
-        exit, with "defer" in full, with the next token that goes deeper. forced_exit exits at
-        the first exit from the given depths on, taken in turn, whatever the policy says.
+        from the text so far ("prompt-lookup") or both ("auto", the default), and full depth
+        verifies several in one pass. In mode "exit" a drafter other than "none" guesses the tokens
+        that the policy does not let exit; while guesses wait, deeper exits are left to full depth.
+        What is None comes from the bundle's sedac_config.json. The caches of skipped layers get
+        what the layers compute: with kv_fill "propagate" from the hidden state at the exit, with
+        "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
+        exits at the first exit from the given depths on, taken in turn, whatever the policy says.
         temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
         end-of-text tokens) or with the token that completes one of `stop_strings`.
 
@@ -242,6 +248,7 @@ class SedacModel:
         settings, fill, certificate = self._exits(
             policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
         )
+        drafts = self._drafter(mode if forced_exit is None else "full", drafter)
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
@@ -256,7 +263,7 @@ class SedacModel:
             stop_strings=list(stop_strings),
             policy=json.dumps(settings) if mode == "exit" else None,
             forced_exit=None if forced_exit is None else list(forced_exit),
-            drafter=drafter if mode == "lossless" else None,
+            drafter=None if drafts == "none" else drafts,
             kv_fill=fill,
             temperature=temperature,
             top_k=top_k,
@@ -268,7 +275,9 @@ class SedacModel:
         if forced_exit is not None:
             mode = "exit"
         certified = certificate if mode == "exit" and forced_exit is None else None
-        return GenerationStream(generation, mode, fill, len(tokens), self.num_layers, certified)
+        return GenerationStream(
+            generation, mode, fill, drafts, len(tokens), self.num_layers, certified
+        )
 
     def follow(
         self,
@@ -310,6 +319,16 @@ class SedacModel:
         """
         return self._core.bench(cases, prompt, new_tokens, repeat, against)
 
+    def _drafter(self, mode: Mode, drafter: Drafter | None) -> Drafter:
+        """What guesses tokens in `mode`: `drafter`, or where that is None the default."""
+        if mode == "full":
+            return "none"
+        if mode == "exit":
+            return drafter or self._core.exit_config[3] or "none"
+        if drafter == "none":
+            raise _core.InputError("drafter none is out of range: mode lossless needs one")
+        return drafter or "auto"
+
     def _exits(
         self,
         policy: PolicyName | None,
@@ -322,7 +341,7 @@ class SedacModel:
         """The policy's settings, the KV fill, and the certificate if all are the bundle's own."""
         if consecutive_k is not None:
             check_count("consecutive_k", consecutive_k, 1, self.num_layers)
-        policy_json, certificate, bundle_fill = self._core.exit_config
+        policy_json, certificate, bundle_fill, _ = self._core.exit_config
         own = json.loads(policy_json)
         stability = {
             "tau": tau,

@@ -1,13 +1,16 @@
 //! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
 
+mod decoding;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use self::decoding::{Decoding, Drafts, Text};
 use crate::backend::{Backend, Engines, HostDecided, Layout, OnnxRuntime, Step};
 use crate::bundle::Bundle;
-use crate::draft::{Draft, Drafter, DrafterKind};
+use crate::draft::{Draft, DrafterKind};
 use crate::error::{Error, Result};
 use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
@@ -20,7 +23,13 @@ pub enum Exit {
     /// Never: every token runs at full depth.
     Never,
     /// When a policy says so.
-    Policy(PolicySettings),
+    Policy {
+        /// What decides.
+        settings: PolicySettings,
+        /// What guesses the tokens that the policy does not let exit, for full depth to verify
+        /// several at once. Takes [`KvFill::Defer`] and exits that are not soft.
+        drafter: Option<DrafterKind>,
+    },
     /// Only to guess: tokens come from full depth, which verifies several guesses at once.
     Lossless {
         /// What guesses.
@@ -42,10 +51,38 @@ impl Exit {
         }
     }
 
+    fn drafter(&self) -> Option<DrafterKind> {
+        match self {
+            Self::Lossless { drafter } => Some(*drafter),
+            Self::Policy { drafter, .. } => *drafter,
+            _ => None,
+        }
+    }
+
+    /// Layers that drafts run at least, of those of `exit_layers` up to half of `layers`: to pass
+    /// over an exit that the policy takes would give away what it saves. None in lossless mode.
+    fn least_draft_depth(&self, exit_layers: &[usize], layers: usize) -> Option<usize> {
+        let Self::Policy { settings, .. } = self else {
+            return None;
+        };
+        let taken = |depth: &usize| *depth <= layers / 2 && settings.may_exit(*depth);
+        Some(exit_layers.iter().copied().filter(taken).max().unwrap_or(0))
+    }
+
+    fn check(&self, kv_fill: KvFill) -> Result<()> {
+        match self {
+            Self::Policy {
+                settings,
+                drafter: Some(drafter),
+            } => drafter.check_exits(settings, kv_fill),
+            _ => Ok(()),
+        }
+    }
+
     fn policy(&self, layers: usize) -> Result<Box<dyn Policy>> {
         match self {
             Self::Never | Self::Lossless { .. } => Ok(Box::new(Forced::new(vec![layers]))),
-            Self::Policy(settings) => settings.policy(layers),
+            Self::Policy { settings, .. } => settings.policy(layers),
             Self::Forced { depths } => {
                 let wrong = depths.iter().find(|depth| !(1..=layers).contains(depth));
                 if let Some(depth) = wrong {
@@ -127,9 +164,9 @@ pub struct Summary {
 /// How the drafts of a generation went.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Drafting {
-    /// Tokens guessed.
+    /// Tokens guessed, and between them those that the policy was sure of.
     pub drafted: usize,
-    /// Guesses that full depth confirmed.
+    /// Those of them that came: full depth confirmed the guesses up to there.
     pub accepted: usize,
     /// Passes of more than one token that verified guesses, or of one whose exit was not trusted.
     pub verify_passes: usize,
@@ -140,6 +177,9 @@ pub struct Drafting {
 impl Drafting {
     /// `tokens` came instead of `draft`.
     fn count(&mut self, draft: &Draft, tokens: &[u32]) {
+        if draft.is_certain() {
+            return;
+        }
         self.drafted += draft.tokens.len();
         let pairs = tokens.iter().zip(&draft.tokens);
         self.accepted += pairs.take_while(|(token, guess)| token == guess).count();
@@ -153,8 +193,9 @@ pub struct Chain {
     backend: Box<dyn Backend>,
     exit_layers: Vec<usize>,
     vocab_size: usize,
-    /// Kept, since they learn what pays on this machine.
-    drafters: HashMap<DrafterKind, Box<dyn Drafter>>,
+    /// Kept, since they learn what pays on this machine; by the layers that drafts run at least,
+    /// None in lossless mode.
+    drafters: HashMap<(DrafterKind, Option<usize>), Drafts>,
 }
 
 impl Chain {
@@ -206,37 +247,51 @@ impl Chain {
         &mut self,
         request: &Request,
         interrupt: &Interrupt,
-        mut emit: impl FnMut(Token) -> ControlFlow<()>,
+        emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<Summary> {
-        let mut policy = request.exit.policy(self.num_layers())?;
-        let mut sampler = Sampler::new(request.sampling)?;
+        let layers = self.num_layers();
+        request.exit.check(request.kv_fill)?;
+        let mut policy = request.exit.policy(layers)?;
+        let sampler = Sampler::new(request.sampling)?;
         self.backend.reset(request.exit.kv_fill(request.kv_fill));
         self.check_prompt(request)?;
         let started = Instant::now();
         self.backend.prefill(&request.prompt, interrupt)?;
         let prefill = started.elapsed();
-        let mut text = Text::new(request, self.backend.room());
-        let mut drafting = Drafting::default();
         let full_depth = self.full_depth();
-        text.take(self.backend.logits(), full_depth, &mut sampler, &mut emit);
-        while text.finished.is_none() {
-            if let Exit::Lossless { drafter } = request.exit {
-                self.round(drafter, &mut text, &mut drafting, interrupt, |row, text| {
-                    text.take(row, full_depth, &mut sampler, &mut emit)
-                })?;
-            } else {
-                let step = self
-                    .backend
-                    .decode(text.newest(), policy.as_mut(), interrupt)?;
-                text.take(self.backend.logits(), step, &mut sampler, &mut emit);
+        let room = self.backend.room();
+        let (drafters, exit_layers) = (&mut self.drafters, &self.exit_layers);
+        let mut drafts = request.exit.drafter().map(|kind| {
+            let least = request.exit.least_draft_depth(exit_layers, layers);
+            let new = || {
+                Drafts::new(
+                    kind.drafter(exit_layers, layers, least.unwrap_or(0)),
+                    layers,
+                )
+            };
+            drafters.entry((kind, least)).or_insert_with(new)
+        });
+        let mut decoding = Decoding {
+            backend: self.backend.as_mut(),
+            vocab_size: self.vocab_size,
+            policy: policy.as_mut(),
+            interrupt,
+            text: Text::new(request, sampler, room, emit),
+            drafting: Drafting::default(),
+        };
+        decoding.text.take(decoding.backend.logits(), full_depth);
+        while decoding.text.finished.is_none() {
+            match &mut drafts {
+                Some(drafts) => decoding.round(drafts)?,
+                None => decoding.step().map(|_| ())?,
             }
         }
-        self.backend.complete(interrupt)?;
+        decoding.backend.complete(interrupt)?;
         Ok(Summary {
-            finish_reason: text.finished.unwrap_or(FinishReason::Length),
+            finish_reason: decoding.text.finished.unwrap_or(FinishReason::Length),
             prefill,
             decode: started.elapsed() - prefill,
-            drafting,
+            drafting: decoding.drafting,
         })
     }
 
@@ -272,59 +327,6 @@ impl Chain {
         }
     }
 
-    /// Draft, verify at full depth, and `take` tokens from its logits as long as they confirm the
-    /// draft; what was drafted beyond is forgotten.
-    ///
-    /// Guesses have no distribution of their own, so that speculative sampling's rule comes down
-    /// to this: sample from full depth's, and go on if that is the guess. The same seed hence
-    /// gives the same tokens as without drafts.
-    fn round(
-        &mut self,
-        kind: DrafterKind,
-        text: &mut Text<'_>,
-        drafting: &mut Drafting,
-        interrupt: &Interrupt,
-        mut take: impl FnMut(&[f32], &mut Text<'_>) -> u32,
-    ) -> Result<()> {
-        let layers = self.num_layers();
-        let drafter = self
-            .drafters
-            .entry(kind)
-            .or_insert_with(|| kind.drafter(&self.exit_layers, layers));
-        let most = text.room() - 1;
-        let promise = match most {
-            0 => 0.0,
-            _ => drafter.promise(&text.tokens, most, self.backend.costs()),
-        };
-        let mut draft = Draft::default();
-        if promise > 1.0 {
-            draft = drafter.draft(&text.tokens, most, self.backend.as_mut(), interrupt)?;
-        }
-        let mut new = Vec::new();
-        if draft.depth == 0 {
-            new.push(text.newest());
-            new.extend(&draft.tokens);
-        }
-        self.backend
-            .verify(&new, draft.tokens.len() + 1, interrupt)?;
-        let rows = self.backend.logits().chunks_exact(self.vocab_size);
-        let before = text.tokens.len();
-        for (index, row) in rows.enumerate() {
-            let id = take(row, text);
-            if text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
-                break;
-            }
-        }
-        // the newest token is never run yet
-        self.backend.truncate(text.tokens.len() - 1);
-        if promise > 1.0 {
-            let tokens = &text.tokens[before..];
-            drafting.count(&draft, tokens);
-            drafter.learn(tokens, self.backend.costs());
-        }
-        Ok(())
-    }
-
     fn check_prompt(&self, request: &Request) -> Result<()> {
         if request.max_new_tokens == 0 {
             return Err(Error::setting("max_new_tokens", 0, "1 or more"));
@@ -351,57 +353,5 @@ impl Chain {
             )));
         }
         Ok(())
-    }
-}
-
-/// The text as it grows, and when it ends.
-struct Text<'a> {
-    request: &'a Request,
-    /// Prompt and output so far.
-    tokens: Vec<u32>,
-    /// The text's length at which it ends: max_new_tokens or the cache allows no more.
-    longest: usize,
-    finished: Option<FinishReason>,
-}
-
-impl<'a> Text<'a> {
-    /// The prompt, with cache positions for `room` tokens after it.
-    fn new(request: &'a Request, room: usize) -> Self {
-        // the last token is not run, so it needs no position
-        let most = request.max_new_tokens.min(room + 1);
-        Self {
-            request,
-            tokens: request.prompt.clone(),
-            longest: request.prompt.len() + most,
-            finished: None,
-        }
-    }
-
-    /// Tokens that may still follow.
-    fn room(&self) -> usize {
-        self.longest - self.tokens.len()
-    }
-
-    fn newest(&self) -> u32 {
-        self.tokens[self.tokens.len() - 1]
-    }
-
-    /// Sample a token from `logits`, which `step` gave, and hand it to `emit`.
-    fn take(
-        &mut self,
-        logits: &[f32],
-        step: Step,
-        sampler: &mut Sampler,
-        emit: &mut impl FnMut(Token) -> ControlFlow<()>,
-    ) -> u32 {
-        let id = sampler.sample(logits, &self.tokens);
-        let flow = emit(Token { id, step });
-        self.tokens.push(id);
-        if flow.is_break() || self.request.stop_tokens.contains(&id) {
-            self.finished = Some(FinishReason::Stop);
-        } else if self.room() == 0 {
-            self.finished = Some(FinishReason::Length);
-        }
-        id
     }
 }

@@ -4,9 +4,11 @@ use std::path::Path;
 use std::{fs, io};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::bundle::Manifest;
+use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::policy::PolicySettings;
 
@@ -19,6 +21,8 @@ pub struct ExitConfig {
     pub policy: PolicySettings,
     /// What the caches of skipped layers get.
     pub kv_fill: KvFill,
+    /// What guesses between exits; see [`Exit::Policy`](crate::chain::Exit::Policy).
+    pub drafter: Option<DrafterKind>,
     /// What `sedac-export calibrate` certified of these settings, as JSON.
     pub certificate: Option<Value>,
 }
@@ -63,6 +67,7 @@ impl ExitConfig {
                 return Ok(ExitConfig {
                     policy: PolicySettings::for_layers(manifest.model.num_layers),
                     kv_fill: KvFill::default(),
+                    drafter: None,
                     certificate: None,
                 });
             }
@@ -81,17 +86,61 @@ impl ExitConfig {
     fn parse(text: &[u8], layers: usize) -> std::result::Result<Self, String> {
         let mut fields: Map<String, Value> =
             serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        let kv_fill = fields.remove("kv_fill").map(serde_json::from_value);
-        let kv_fill = kv_fill.transpose().map_err(|error| error.to_string())?;
+        let kv_fill = take(&mut fields, "kv_fill")?.unwrap_or_default();
+        let drafter: Option<DrafterKind> = take(&mut fields, "drafter")?;
         let certificate = fields.remove("certificate");
         fields.entry("policy").or_insert("stability".into());
         let policy: PolicySettings =
             serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
         policy.policy(layers).map_err(|error| error.to_string())?;
+        if let Some(drafter) = drafter {
+            let checked = drafter.check_exits(&policy, kv_fill);
+            checked.map_err(|error| error.to_string())?;
+        }
         Ok(Self {
             policy,
-            kv_fill: kv_fill.unwrap_or_default(),
+            kv_fill,
+            drafter,
             certificate,
         })
+    }
+}
+
+/// The value of the field `name`, taken out of `fields`; None where it is left out.
+fn take<T: DeserializeOwned>(
+    fields: &mut Map<String, Value>,
+    name: &str,
+) -> std::result::Result<Option<T>, String> {
+    let value = fields.remove(name).map(serde_json::from_value);
+    value
+        .transpose()
+        .map_err(|error| format!("{name}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drafter_needs_exits_that_wait() {
+        let parse = |json: &str| ExitConfig::parse(json.as_bytes(), 6);
+        let defer = parse(r#"{"kv_fill": "defer", "drafter": "early-exit"}"#).unwrap();
+        assert_eq!(defer.drafter, Some(DrafterKind::EarlyExit));
+        assert_eq!(parse("{}").unwrap().drafter, None);
+        for (json, words) in [
+            (r#"{"drafter": "auto"}"#, "kv_fill defer"),
+            (
+                r#"{"kv_fill": "defer", "drafter": "guess"}"#,
+                "drafter: unknown variant",
+            ),
+            (r#"{"kv_fill": "defer", "drafter": null}"#, "drafter: "),
+            (
+                r#"{"policy": "cascade", "thresholds": {"2": 1}, "weights": {"2": 1}, "targets": {"2": 1}, "exit_kind": "soft", "kv_fill": "defer", "drafter": "auto"}"#,
+                "exit_kind hard",
+            ),
+        ] {
+            let error = parse(json).unwrap_err();
+            assert!(error.contains(words), "{json}: {error}");
+        }
     }
 }

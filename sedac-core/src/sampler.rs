@@ -1,5 +1,7 @@
 //! Choose the next token from logits.
 
+use std::collections::VecDeque;
+
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
@@ -43,6 +45,8 @@ impl Default for Sampling {
 pub struct Sampler {
     settings: Sampling,
     random: ChaCha12Rng,
+    /// Drawn for the next tokens, one each.
+    keys: VecDeque<u64>,
     penalised: Vec<f32>,
     candidates: Vec<(u32, f32)>,
 }
@@ -89,6 +93,7 @@ impl Sampler {
         Ok(Self {
             settings,
             random: ChaCha12Rng::seed_from_u64(settings.seed),
+            keys: VecDeque::new(),
             penalised: Vec::new(),
             candidates: Vec::new(),
         })
@@ -96,8 +101,15 @@ impl Sampler {
 
     /// The next token after `history` (prompt and output so far) given its `logits`.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
+        let token = self.foresee(0, logits, history);
+        self.keys.pop_front();
+        token
+    }
+
+    /// What [`sample`](Self::sample) will give after `later` other tokens, for the same arguments.
+    pub fn foresee(&mut self, later: usize, logits: &[f32], history: &[u32]) -> u32 {
         if self.settings.repetition_penalty == 1.0 {
-            return self.choose(logits);
+            return self.choose(later, logits);
         }
         let mut penalised = std::mem::take(&mut self.penalised);
         penalised.clear();
@@ -108,17 +120,20 @@ impl Sampler {
             history,
             self.settings.repetition_penalty,
         );
-        let token = self.choose(&penalised);
+        let token = self.choose(later, &penalised);
         self.penalised = penalised;
         token
     }
 
-    fn choose(&mut self, logits: &[f32]) -> u32 {
+    fn choose(&mut self, later: usize, logits: &[f32]) -> u32 {
         if self.settings.temperature == 0.0 {
             return argmax(logits);
         }
         self.keep_candidates(logits);
-        let key = self.random.random();
+        while self.keys.len() <= later {
+            self.keys.push_back(self.random.random());
+        }
+        let key = self.keys[later];
         let race = |&(token, weight): &(u32, f32)| exponential(key, token) / f64::from(weight);
         let first = self
             .candidates
@@ -288,6 +303,27 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(draw(), draw());
+    }
+
+    #[test]
+    fn what_is_foreseen_comes() {
+        let settings = Sampling {
+            temperature: 1.0,
+            repetition_penalty: 1.5,
+            ..Sampling::default()
+        };
+        let logits = [0.1, 0.2, 0.3];
+        let mut sampler = Sampler::new(settings).unwrap();
+        let mut untouched = Sampler::new(settings).unwrap();
+        for later in [2, 0, 4, 1] {
+            let foreseen: Vec<u32> = (0..=later)
+                .map(|n| sampler.foresee(n, &logits, &[0]))
+                .collect();
+            for token in foreseen {
+                assert_eq!(sampler.sample(&logits, &[0]), token);
+                assert_eq!(untouched.sample(&logits, &[0]), token);
+            }
+        }
     }
 
     #[test]

@@ -147,6 +147,9 @@ def read_configuration(request: pytest.FixtureRequest, export: Command, runtime:
         ("min_layer_ratio", 1.5),
         ("policy", "luck"),
         ("kv_fill", "copy"),
+        ("drafter", "auto"),
+        ("drafter", "guess"),
+        ("drafter", None),
         ("surprise", 1),
     ],
 )

@@ -100,6 +100,8 @@ CONFIGS = [
         "weights",
     ),
     ({"policy": "stability", "certificate": {"max_risk": 2}}, "certificate"),
+    ({"policy": "stability", "drafter": "auto"}, "kv_fill defer"),
+    ({"policy": "stability", "kv_fill": "defer", "drafter": "none"}, "drafter"),
 ]
 
 

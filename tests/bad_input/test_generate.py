@@ -66,6 +66,13 @@ def test_setting_out_of_range_is_refused(
     assert_one_line_error(result, option.removeprefix("--").replace("-", "_"), "out of range")
 
 
+def test_drafts_between_exits_that_do_not_wait_are_refused(runtime: Command, bundle: Path) -> None:
+    arguments = ["generate", "--engines", bundle, "--prompt", "def f", "--drafter", "auto"]
+    result = runtime(*arguments, "--kv-fill", "propagate")
+    assert_one_line_error(result, "drafter auto", "kv_fill defer", "drafter none")
+    assert runtime(*arguments, "--kv-fill", "defer", "--max-new-tokens", 2).code == 0
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

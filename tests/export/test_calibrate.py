@@ -6,20 +6,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import THREADS
 
 from export.conftest import TrainedBundle
 from sedac_export import calibrate as calibration
+from sedac_export import generation
 from sedac_export import report as reporting
 from sedac_export.calibrate import Request, calibrate
 from sedac_export.costs import Costs
 from sedac_export.documents import Document, split_documents
 from sedac_export.errors import SedacError
-from sedac_export.exit_config import ExitConfig, read_exit_config
+from sedac_export.exit_config import ExitConfig, Generation, read_exit_config
+from sedac_export.manifest import read_manifest
 from sedac_export.observe import Observations
+from sedac_export.replay import Replay
 from sedac_export.report import make_report
 from sedac_export.report_page import write_report
 from sedac_export.search import judge, pareto, search
+from sedac_runtime import SedacModel
 
+GENERATION = Generation(
+    drafter="early-exit",
+    speedup=1.5,
+    speedup_without_drafter=1.2,
+    lossless_speedup=1.4,
+    agreement=0.99,
+    tokens=2048,
+)
 COSTS = Costs(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
 
 
@@ -28,6 +41,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test measures time."""
     for module in (calibration, reporting):
         monkeypatch.setattr(module, "time_config", lambda *_: 1.25)
+    monkeypatch.setattr(calibration, "measure_generation", lambda *_: GENERATION)
 
 
 def observations(tokens: int = 4000) -> Observations:
@@ -96,6 +110,48 @@ def test_a_certified_setting_is_written(
     assert certificate.layer_ratio > 1
     assert certificate.policy == written.policy
     assert certificate.speedup == 1.25
+    assert (written.drafter, certificate.generation) == ("early-exit", GENERATION)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    output = model.generate("def push(self, item):\n", max_new_tokens=8)
+    assert (output.drafter, output.kv_fill) == ("early-exit", "defer")
+
+
+def test_configurations_of_before_drafters_still_load(tmp_path: Path) -> None:
+    certificate = {
+        **{"max_risk": 0.01, "confidence": 0.95, "risk_bound": 0.009, "observed_risk": 0.008},
+        **{"tokens": 9, "documents": 4, "data_sha256": "0", "policy": "stability"},
+        **{"speedup": 1.1, "layer_ratio": 1.2, "mode": "speed"},
+    }
+    config = {"policy": "stability", "kv_fill": "defer", "certificate": certificate}
+    (tmp_path / "sedac_config.json").write_text(json.dumps(config))
+    read = read_exit_config(tmp_path)
+    assert read.drafter is None
+    assert read.certificate is not None
+    assert read.certificate.generation is None
+
+
+def test_generation_is_measured_in_every_way(
+    trained_bundle: TrainedBundle, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "PROMPTS", 3)
+    monkeypatch.setattr(generation, "NEW_TOKENS", 12)
+    bundle, _ = trained_bundle
+    before = (bundle / "sedac_config.json").read_bytes()
+    replay = Replay(bundle, read_manifest(bundle), THREADS)
+    never = ExitConfig(policy="learned", thresholds={4: 1.0}, kv_fill="defer")
+    measured = generation.measure_generation(replay, never, documents)
+    assert measured.drafter in (None, "auto", "early-exit", "prompt-lookup")
+    assert measured.speedup >= measured.speedup_without_drafter
+    assert (measured.agreement, measured.tokens) == (1.0, 36)
+    assert (bundle / "sedac_config.json").read_bytes() == before
+    prompts = generation.cut_prompts(documents, 1024)
+    assert [len(prompt) for prompt in prompts] == [128] * 3
+    # the first layers alone often guess wrong
+    shallow = ExitConfig(tau=0.0, consecutive_k=1, min_layer_ratio=0.0, kv_fill="propagate")
+    measured = generation.measure_generation(replay, shallow, documents)
+    assert measured.drafter is None
+    assert measured.speedup == measured.speedup_without_drafter
+    assert measured.agreement < 1
 
 
 @pytest.mark.usefixtures("untimed")

@@ -226,7 +226,11 @@ impl<E: Engines> Backend for HostDecided<E> {
             }
             break;
         }
-        self.head(1)?;
+        let rows = match step.reason {
+            ExitReason::FullDepth => policy.rows(),
+            _ => 1,
+        };
+        self.head(rows)?;
         Ok(step)
     }
 

@@ -53,7 +53,8 @@ pub trait Backend: Send {
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()>;
 
     /// Run one token under `policy`; afterwards [`logits`](Self::logits) are its own, taken where
-    /// it exited. Fails as [`prefill`](Self::prefill) does.
+    /// it exited, at full depth those of the newest [`rows`](Policy::rows) that ran with it. Fails
+    /// as [`prefill`](Self::prefill) does.
     fn decode(
         &mut self,
         token: u32,

@@ -1,9 +1,8 @@
 //! The drafter that promises most at each point of the text.
 
-use super::{Draft, Drafter};
-use crate::backend::{Backend, Costs};
+use super::{Draft, Drafter, Tools};
+use crate::backend::Costs;
 use crate::error::Result;
-use crate::interrupt::Interrupt;
 
 /// Drafts with the one of two drafters that promises more tokens a second.
 #[derive(Debug)]
@@ -32,21 +31,15 @@ impl<A: Drafter, B: Drafter> Auto<A, B> {
 }
 
 impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
-    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs) -> f64 {
-        let first = self.first.promise(history, most, costs);
-        let second = self.second.promise(history, most, costs);
+    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs, plain: f64) -> f64 {
+        let first = self.first.promise(history, most, costs, plain);
+        let second = self.second.promise(history, most, costs, plain);
         self.second_drafts = second > first;
         first.max(second)
     }
 
-    fn draft(
-        &mut self,
-        history: &[u32],
-        most: usize,
-        backend: &mut dyn Backend,
-        interrupt: &Interrupt,
-    ) -> Result<Draft> {
-        self.current().draft(history, most, backend, interrupt)
+    fn draft(&mut self, history: &[u32], most: usize, tools: &mut Tools<'_>) -> Result<Draft> {
+        self.current().draft(history, most, tools)
     }
 
     fn learn(&mut self, tokens: &[u32], costs: &Costs) {

@@ -1,9 +1,8 @@
 //! Drafts what followed the newest tokens when they occurred before.
 
-use super::{Draft, Drafter, Share, full_depth};
-use crate::backend::{Backend, Costs};
+use super::{Draft, Drafter, Share, Tools, full_depth};
+use crate::backend::Costs;
 use crate::error::Result;
-use crate::interrupt::Interrupt;
 
 /// The longest run of newest tokens that is looked for; longer matches are no surer.
 const LONGEST_MATCH: usize = 6;
@@ -37,16 +36,15 @@ impl PromptLookup {
     }
 
     /// Tokens a second with `length` guesses, each right with probability `share` if those before
-    /// are, over those without any.
-    fn speedup(&self, length: usize, share: f64, costs: &Costs) -> f64 {
+    /// are.
+    fn speed(&self, length: usize, share: f64, costs: &Costs) -> f64 {
         let tokens: f64 = (0..=length as i32).map(|n| share.powi(n)).sum();
-        let without = full_depth(costs, self.layers, 1);
-        tokens * without / full_depth(costs, self.layers, length + 1)
+        tokens / full_depth(costs, self.layers, length + 1)
     }
 }
 
 impl Drafter for PromptLookup {
-    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs) -> f64 {
+    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs, plain: f64) -> f64 {
         self.shares.iter_mut().for_each(Share::fade);
         self.guesses.clear();
         let Some((next, matched)) = find(history) else {
@@ -57,17 +55,17 @@ impl Drafter for PromptLookup {
         let most = most.min(history.len() - next);
         let promises = LENGTHS
             .map(|length| length.min(most))
-            .map(|length| (length, self.speedup(length, share, costs)));
+            .map(|length| (length, plain * self.speed(length, share, costs)));
         let best = promises.into_iter().max_by(|(_, a), (_, b)| a.total_cmp(b));
         let (length, promise) = best.unwrap_or_default();
         self.guesses.extend(&history[next..next + length]);
         promise
     }
 
-    fn draft(&mut self, _: &[u32], _: usize, _: &mut dyn Backend, _: &Interrupt) -> Result<Draft> {
+    fn draft(&mut self, _: &[u32], _: usize, _: &mut Tools<'_>) -> Result<Draft> {
         Ok(Draft {
             tokens: self.guesses.clone(),
-            depth: 0,
+            ..Draft::default()
         })
     }
 

@@ -98,6 +98,12 @@ pub trait Policy: Send {
     /// the bundle allows no exit, so that a run of layers is counted whole.
     fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason>;
 
+    /// Of how many of the newest positions the logits are wanted when the token has run every layer;
+    /// those before its own waited, and ran with it.
+    fn rows(&self) -> usize {
+        1
+    }
+
     /// Where exits are soft, the share of the remaining layers whose MLPs the token that just
     /// stopped skips, the last ones; their attention always runs. None where tokens leave.
     fn skipped_share(&self) -> Option<f32> {

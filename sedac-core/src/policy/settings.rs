@@ -174,6 +174,12 @@ impl PolicySettings {
         Some((source, self.thresholds()?))
     }
 
+    /// Whether a token may stop after `depth` layers, as far as the settings tell.
+    pub fn may_exit(&self, depth: usize) -> bool {
+        self.thresholds()
+            .is_none_or(|thresholds| thresholds.contains_key(&depth))
+    }
+
     /// Whether tokens that stop go on without MLPs.
     pub fn is_soft(&self) -> bool {
         let exit_kind = match self {

@@ -111,14 +111,16 @@ impl Model {
         self.codec.is_some()
     }
 
-    /// The bundle's exit configuration, as JSON: policy, certificate or null, kv_fill.
+    /// The bundle's exit configuration: policy and certificate, if any, as JSON; kv_fill, and the
+    /// drafter, if any.
     #[getter]
-    fn exit_config(&self) -> (String, Option<String>, &'static str) {
+    fn exit_config(&self) -> (String, Option<String>, &'static str, Option<&'static str>) {
         let config = &self.bundle.exit_config;
         (
             json!(config.policy).to_string(),
             config.certificate.as_ref().map(ToString::to_string),
             config.kv_fill.name(),
+            config.drafter.map(DrafterKind::name),
         )
     }
 
@@ -179,7 +181,7 @@ impl Model {
 
     /// Start generating; iterate over the result. Without `policy` (JSON, as sedac_config.json has
     /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
-    /// guesses several to verify at once.
+    /// guesses several to verify at once, with a policy those that it does not let exit.
     #[pyo3(signature = (
         prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], policy = None,
         forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
@@ -281,7 +283,7 @@ impl Model {
         forced: Option<Vec<usize>>,
         drafter: Option<&str>,
     ) -> Result<Exit> {
-        let Some(json) = policy.filter(|_| forced.is_none() && drafter.is_none()) else {
+        let Some(json) = policy.filter(|_| forced.is_none()) else {
             return exit(forced, drafter);
         };
         let settings: PolicySettings = serde_json::from_str(json)
@@ -290,7 +292,8 @@ impl Model {
         if self.plans {
             check_plans_policy(&settings)?;
         }
-        Ok(Exit::Policy(settings))
+        let drafter = drafter.map(drafter_kind).transpose()?;
+        Ok(Exit::Policy { settings, drafter })
     }
 
     /// What loads all layers in one engine.

@@ -1,0 +1,48 @@
+"""Wall-clock speed and agreement of exits, with and without drafters, and of lossless mode.
+
+Prompts are those of demo/lossless.py. The ways to run take turns on each prompt, in random order,
+greedily. Speeds are full depth's decoding time over a way's, of all prompts together. Agreement is
+the share of generated tokens that full depth would have chosen after the same text.
+
+    python demo/exits.py --engines engines/demo
+"""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from lossless import prompts
+
+from sedac_export import generation
+from sedac_export.exit_config import Drafter
+from sedac_export.generation import FULL, PLAIN, Way, agreement, time_ways
+from sedac_export.manifest import read_manifest
+from sedac_export.replay import Replay
+from sedac_runtime import SedacModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    arguments = parser.parse_args()
+    drafters = get_args(Drafter)
+    ways: list[Way] = [FULL, PLAIN, *(("exit", d) for d in drafters)]
+    ways += [("lossless", drafter) for drafter in drafters]
+    model = SedacModel.from_pretrained(arguments.engines, threads=generation.THREADS)
+    cut = prompts(model, arguments.prompts, arguments.prompt_tokens)
+    runs = time_ways(arguments.engines, ways, cut)
+    replay = Replay(arguments.engines, read_manifest(arguments.engines))
+    full = runs[FULL].milliseconds
+    per_token = full / len(cut) / (generation.NEW_TOKENS - 1)
+    print(f"{len(cut)} prompts, full depth {per_token:.3f} ms/token\n")
+    print("| mode | drafter | speed | agreement |")
+    print("| --- | --- | --- | --- |")
+    for (mode, drafter), run in runs.items():
+        share = agreement(replay, run.texts)
+        print(f"| {mode} | {drafter} | {full / run.milliseconds:.2f}x | {share:.2%} |")
+
+
+if __name__ == "__main__":
+    main()
