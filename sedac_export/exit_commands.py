@@ -214,6 +214,9 @@ def report(
     full: Annotated[
         bool, typer.Option("--full", help="The whole grid of policies, not only the bundle's own.")
     ] = False,
+    kv_fill: Annotated[
+        KvFillName, typer.Option(help="With --full: what skipped layers' caches get in the grid.")
+    ] = KvFillName.DEFER,
     output: Annotated[
         Path | None, typer.Option(help="Where report.html and PNGs go. [default: BUNDLE-report]")
     ] = None,
@@ -226,7 +229,7 @@ def report(
     _, documents = _read(bundle, data)
     place = output or bundle.with_name(f"{bundle.resolve().name}-report")
     with progress_bar("report") as update:
-        result = make_report(bundle, documents, full, update)
+        result = make_report(bundle, documents, full, kv_fill.value, update)
     write_report(result, bundle, place)
     if as_json:
         print(result.to_json())

@@ -12,7 +12,7 @@ from sedac_export.calibrate import time_config
 from sedac_export.collect import window_length
 from sedac_export.documents import Document
 from sedac_export.errors import SedacError
-from sedac_export.exit_config import ExitConfig, PolicyName, read_exit_config
+from sedac_export.exit_config import ExitConfig, KvFill, PolicyName, read_exit_config
 from sedac_export.manifest import Manifest, read_manifest
 from sedac_export.policies import make_policy
 from sedac_export.probes_file import median_risks
@@ -41,6 +41,7 @@ class Row:
 
     policy: str
     settings: dict[str, object]
+    kv_fill: KvFill
     mean_exit_layer: float
     layer_ratio: float
     speedup: float
@@ -71,9 +72,10 @@ def make_report(
     directory: Path,
     documents: Sequence[Document],
     full: bool,
+    kv_fill: KvFill = "defer",
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """Replay and time the bundle's own setting, with `full` the whole grid too.
+    """Replay and time the bundle's own setting, with `full` the whole grid too, under `kv_fill`.
 
     Raises SedacError when the bundle's configuration cannot be used, or no document has two tokens.
     """
@@ -86,7 +88,8 @@ def make_report(
         raise SedacError("no document has two tokens or more; give more --data")
     reference = Trace.join([_counted(replay.run(window.tokens)) for window in windows])
     rows, depths = [], np.empty(0, dtype=np.int64)
-    configs = [own, *(grid(directory, manifest) if full else [])]
+    others = grid(directory, manifest) if full else []
+    configs = [own, *(config.model_copy(update={"kv_fill": kv_fill}) for config in others)]
     for number, config in enumerate(configs):
         progress("report", number, len(configs))
         policy = make_policy(config, replay.num_layers)
@@ -144,6 +147,7 @@ def _row(
     return Row(
         policy=config.policy,
         settings=config.settings(),
+        kv_fill=config.kv_fill,
         mean_exit_layer=depth,
         layer_ratio=layers / depth,
         speedup=speedup,

@@ -58,7 +58,7 @@ def write_report(report: Report, bundle: Path, output: Path) -> None:
         .from_string(_PAGE)
         .render(
             report=report,
-            describe=lambda row: _describe(row.settings),
+            describe=lambda row: _describe(row.settings | {"kv_fill": row.kv_fill}),
             colour=_colour,
             images=[
                 ("Speed and agreement", _inline(images["pareto"])),
@@ -78,7 +78,8 @@ def _pareto(report: Report) -> Figure:
     axes = figure.subplots()
     for policy in dict.fromkeys(row.policy for row in report.rows):
         rows = [row for row in report.rows if row.policy == policy]
-        axes.scatter([100 * r.agreement for r in rows], [r.speedup for r in rows], label=policy)
+        points = [100 * r.agreement for r in rows], [r.speedup for r in rows]
+        axes.scatter(*points, label=policy, clip_on=False)
     own = report.rows[0]
     axes.scatter(
         [100 * own.agreement],
@@ -86,10 +87,12 @@ def _pareto(report: Report) -> Figure:
         s=160,
         facecolors="none",
         edgecolors="black",
+        clip_on=False,
         label="the bundle's own",
     )
     axes.set_xlabel("agreement with full depth, %")
     axes.set_ylabel("wall-clock speed against full depth")
+    axes.set_xlim(right=100)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.legend()
     return figure

@@ -183,6 +183,7 @@ def test_a_report_has_a_row_for_each_setting(
     assert {row["policy"] for row in rows} == {
         *("stability", "probe", "cascade", "margin", "learned")
     }
+    assert [row["kv_fill"] for row in rows] == ["propagate"] + ["defer"] * (len(rows) - 1)
     own = rows[0]
     assert (own["agreement"], own["layer_ratio"], own["exit_rate"]) == (1.0, 1.0, 0.0)
     assert (own["perplexity_change"], own["certified"]) == (0.0, False)
