@@ -18,7 +18,7 @@ use crate::policy::{PolicySettings, Source};
 pub const SCHEMA_VERSION: u64 = 1;
 
 /// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
-const LARGEST_BUFFER: usize = 1 << 40;
+pub(crate) const LARGEST_BUFFER: usize = 1 << 40;
 
 const MANIFEST: &str = "bundle.json";
 const MANIFEST_DIGEST: &str = "bundle.sha256";

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::bundle::{LayerEntry, Manifest};
+use crate::bundle::{LARGEST_BUFFER, LayerEntry, Manifest};
 
 /// How a bundle's graphs store and, on a device, compute numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -23,13 +23,18 @@ pub enum Precision {
 /// Element type of a context tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[expect(missing_docs, reason = "the names are ONNX's")]
 pub enum ElementType {
+    /// IEEE single.
     Float32,
+    /// IEEE half.
     Float16,
+    /// bfloat16.
     Bfloat16,
+    /// Signed, 8 bytes.
     Int64,
+    /// Signed, 4 bytes.
     Int32,
+    /// A byte.
     Bool,
 }
 
@@ -54,6 +59,16 @@ pub struct PortableContext {
 }
 
 impl PortableContext {
+    /// Whether it has the axes that are needed, and no more numbers than any model's.
+    fn is_sound(&self) -> bool {
+        let numbers = self
+            .shape_for(1)
+            .into_iter()
+            .try_fold(1, usize::checked_mul);
+        self.shape.len() >= 2
+            && numbers.is_some_and(|numbers| (1..LARGEST_BUFFER).contains(&numbers))
+    }
+
     /// Its shape for one sequence of `tokens` tokens.
     pub fn shape_for(&self, tokens: usize) -> Vec<usize> {
         let sizes = self.shape.iter().enumerate();
@@ -104,10 +119,7 @@ impl PortableGraphs {
         let engines = manifest.engines.layers.iter();
         own.eq(engines.map(|entry: &LayerEntry| entry.first_layer..entry.end()))
             && self.key_value.len() == manifest.model.num_layers
-            && self
-                .contexts
-                .values()
-                .all(|context| context.shape.len() >= 2)
+            && self.contexts.values().all(PortableContext::is_sound)
     }
 }
 

@@ -299,6 +299,8 @@ fn plans_are_found_for_their_target_and_only_whole() {
             json!("onnx/unlisted.plan"),
         ),
         ("/portable/layers/1/first_layer", json!(0)),
+        ("/portable/contexts/context_0/shape/2", json!(1_u64 << 62)),
+        ("/portable/contexts/context_0/shape/2", json!(0)),
     ] {
         let mut broken = manifest.clone();
         *broken.pointer_mut(pointer).unwrap() = value;

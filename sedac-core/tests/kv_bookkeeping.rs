@@ -152,7 +152,11 @@ impl Engines for Recorder {
         Ok(())
     }
 
-    fn head(&mut self, _: usize) -> Result<()> {
+    fn head(&mut self, tokens: usize) -> Result<()> {
+        assert!(
+            tokens <= self.pass.len(),
+            "logits of tokens outside the pass"
+        );
         Ok(())
     }
 
@@ -235,7 +239,7 @@ proptest! {
                     exits.push(step.exit_layer);
                 }
                 Event::Verify(tokens) if tokens <= backend.room() => {
-                    backend.verify(&vec![0; tokens], 0, &interrupt)?;
+                    backend.verify(&vec![0; tokens], tokens, &interrupt)?;
                     exits.extend(vec![total; tokens]);
                 }
                 Event::Truncate(tokens) => {
@@ -296,4 +300,21 @@ fn an_interrupt_stops_between_engines() {
     assert!(backend.decode(0, &mut policy, &interrupt).is_err());
     backend.reset(KvFill::Propagate);
     assert_eq!(backend.room(), 8);
+}
+
+#[test]
+fn a_verification_of_what_waits_ends_with_the_newest() {
+    for waiting in [16, 17, 20, 33, 40] {
+        let engines = Recorder::new(&[1, 1, 1], 16, Caches::default());
+        let mut backend = HostDecided::new(engines, &[1, 2, 3], 64);
+        backend.reset(KvFill::Defer);
+        let interrupt = Interrupt::default();
+        let mut policy = Forced::new(vec![1, 2, 1]);
+        for _ in 0..waiting {
+            backend.decode(0, &mut policy, &interrupt).unwrap();
+        }
+        // as many logits as a pass can have; the engines complain where one is not in it
+        backend.verify(&[], 16, &interrupt).unwrap();
+        assert_eq!(backend.kv().filled(2), waiting);
+    }
 }

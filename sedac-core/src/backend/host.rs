@@ -60,7 +60,8 @@ impl<E: Engines> HostDecided<E> {
     }
 
     /// Give the caches of `engine` what they lack below the pass at `positions`. Deferred
-    /// positions join the pass, as many as it may hold; those before run `engine` on their own.
+    /// positions join the pass, as many as it may hold: the newest, whose logits may be asked for.
+    /// Those before run `engine` on their own.
     fn catch_up(&mut self, engine: usize, positions: &mut Range<usize>) -> Result<()> {
         let layers = self.layers[engine].clone();
         if self.kv_fill == KvFill::Propagate {
@@ -75,7 +76,7 @@ impl<E: Engines> HostDecided<E> {
         self.engines.keep(positions.clone())?;
         let most = self.engines.most_tokens();
         while positions.end - waiting.start > most {
-            let piece = waiting.start..positions.start.min(waiting.start + most);
+            let piece = waiting.start..(positions.end - most).min(waiting.start + most);
             self.engines.resume(piece.clone(), engine)?;
             self.run(engine, &piece)?;
             self.engines.keep(piece.clone())?;

@@ -7,7 +7,7 @@ use cudarc::driver::{
     CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result,
 };
 
-use super::device::{Buffer, Device, Work};
+use super::device::{Buffer, Device, Work, check_inside};
 use crate::error::{Error, Result};
 
 /// Engines set themselves up in their first runs, which must not be captured.
@@ -60,6 +60,13 @@ impl Cuda {
         context.bind_to_thread().map_err(failed("the GPU"))
     }
 
+    /// Where the byte at `offset` of `buffer` lies, which has `bytes` more from there on.
+    fn place(&self, buffer: Buffer, offset: usize, bytes: usize) -> u64 {
+        let slice = &self.memory[buffer.index];
+        check_inside(slice.len(), offset, bytes);
+        slice.device_ptr(&self.stream).0 + offset as u64
+    }
+
     fn wait(&self) -> Result<()> {
         self.stream.synchronize().map_err(failed("engines"))
     }
@@ -75,27 +82,23 @@ impl Device for Cuda {
             .map_err(failed(format!("{bytes} bytes of GPU memory")))?;
         let address = slice.device_ptr(&self.stream).0;
         self.memory.push(slice);
-        Ok(Buffer {
-            index: self.memory.len() - 1,
-            address,
-            bytes,
-        })
+        let index = self.memory.len() - 1;
+        Ok(Buffer { index, address })
     }
 
     fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
-        buffer.check(offset, bytes.len());
+        let place = self.place(buffer, offset, bytes.len());
         self.bind()?;
-        let place = buffer.address + offset as u64;
-        // SAFETY: the range is inside a live allocation. Copies from pageable memory have read it
-        // when they return.
+        // SAFETY: the range is inside a live allocation, and `bytes` outlives the copy, which the
+        // next line waits for.
         unsafe { result::memcpy_htod_async(place, bytes, self.stream.cu_stream()) }
-            .map_err(failed("a copy to the GPU"))
+            .map_err(failed("a copy to the GPU"))?;
+        self.wait()
     }
 
     fn read(&mut self, buffer: Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
-        buffer.check(offset, bytes.len());
+        let place = self.place(buffer, offset, bytes.len());
         self.bind()?;
-        let place = buffer.address + offset as u64;
         // SAFETY: the range is inside a live allocation, and `bytes` outlives the copy, which the
         // next line waits for.
         unsafe { result::memcpy_dtoh_async(bytes, place, self.stream.cu_stream()) }
@@ -104,11 +107,8 @@ impl Device for Cuda {
     }
 
     fn copy(&mut self, from: (Buffer, usize), to: (Buffer, usize), bytes: usize) -> Result<()> {
-        let place = |(buffer, offset): (Buffer, usize)| {
-            buffer.check(offset, bytes);
-            buffer.address + offset as u64
-        };
-        let (from, to) = (place(from), place(to));
+        let from = self.place(from.0, from.1, bytes);
+        let to = self.place(to.0, to.1, bytes);
         self.bind()?;
         // SAFETY: both ranges are inside live allocations.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }

@@ -35,27 +35,25 @@ pub type Work = Box<dyn Fn(u64) -> Result<()> + Send>;
 pub struct Buffer {
     pub(super) index: usize,
     pub(super) address: u64,
-    pub(super) bytes: usize,
 }
 
-impl Buffer {
-    /// Check that `bytes` bytes from `offset` on are inside.
-    ///
-    /// # Panics
-    /// When they are not: copying them would destroy what lies beyond.
-    pub(super) fn check(&self, offset: usize, bytes: usize) {
-        let end = offset.checked_add(bytes);
-        assert!(
-            end.is_some_and(|end| end <= self.bytes),
-            "bytes {offset} to {end:?} of a buffer of {}",
-            self.bytes
-        );
-    }
+/// Check that `bytes` bytes from `offset` on are inside a buffer of `size`.
+///
+/// # Panics
+/// When they are not: copying them would destroy what lies beyond.
+pub(super) fn check_inside(size: usize, offset: usize, bytes: usize) {
+    let end = offset.checked_add(bytes);
+    assert!(
+        end.is_some_and(|end| end <= size),
+        "bytes {offset} to {end:?} of a buffer of {size}"
+    );
 }
 
 /// A device with one stream, on which everything below happens in the order of the calls.
 ///
-/// Buffers must be the device's own, and ranges inside them; the devices panic otherwise.
+/// Buffers must be the device's own, and ranges inside them; the devices panic rather than touch
+/// what lies outside. Every method reports an [`Error::Device`](crate::Error::Device) when the
+/// driver fails, and `work` its own errors.
 pub trait Device: Send {
     /// Work that can be launched again.
     type Captured: Send;
@@ -63,7 +61,7 @@ pub trait Device: Send {
     /// `bytes` bytes of zeros.
     ///
     /// # Errors
-    /// When there is not so much memory. The other methods report what the driver does.
+    /// When there is not so much memory.
     fn allocate(&mut self, bytes: usize) -> Result<Buffer>;
 
     /// Write `bytes` into `buffer` from `offset` on.

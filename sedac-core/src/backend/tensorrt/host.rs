@@ -5,21 +5,21 @@
 
 use std::cell::UnsafeCell;
 
-use super::device::{Buffer, Device, Work};
+use super::device::{Buffer, Device, Work, check_inside};
 use crate::error::Result;
 
 /// Ordinary memory. Work is done when it is put on the stream, whose number is 0.
 #[derive(Default)]
 pub struct Host {
-    /// In words, so that tensors of all element types are aligned.
-    memory: Vec<Box<[UnsafeCell<u64>]>>,
+    /// In words, so that tensors of all element types are aligned, and the bytes asked for.
+    memory: Vec<(Box<[UnsafeCell<u64>]>, usize)>,
 }
 
 impl Host {
     /// Where the byte at `offset` of `buffer` lies, which has `bytes` more from there on.
     fn place(&self, buffer: Buffer, offset: usize, bytes: usize) -> *mut u8 {
-        buffer.check(offset, bytes);
-        let words = &self.memory[buffer.index];
+        let (words, size) = &self.memory[buffer.index];
+        check_inside(*size, offset, bytes);
         UnsafeCell::raw_get(words.as_ptr())
             .cast::<u8>()
             .wrapping_add(offset)
@@ -31,15 +31,11 @@ impl Device for Host {
 
     fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
         let words = bytes.div_ceil(size_of::<u64>()).max(1);
-        self.memory
-            .push((0..words).map(|_| UnsafeCell::new(0)).collect());
+        let words: Box<[_]> = (0..words).map(|_| UnsafeCell::new(0)).collect();
+        let address = words.as_ptr() as u64;
+        self.memory.push((words, bytes));
         let index = self.memory.len() - 1;
-        let address = self.memory[index].as_ptr() as u64;
-        Ok(Buffer {
-            index,
-            address,
-            bytes,
-        })
+        Ok(Buffer { index, address })
     }
 
     fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
