@@ -9,13 +9,12 @@ the share of generated tokens that full depth would have chosen after the same t
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 from lossless import prompts
 
 from sedac_export import generation
-from sedac_export.exit_config import Drafter
-from sedac_export.generation import FULL, PLAIN, Way, agreement, time_ways
+from sedac_export.exit_config import read_exit_config
+from sedac_export.generation import FULL, agreement, time_ways, ways_of
 from sedac_export.manifest import read_manifest
 from sedac_export.replay import Replay
 from sedac_runtime import SedacModel
@@ -27,12 +26,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     arguments = parser.parse_args()
-    drafters = get_args(Drafter)
-    ways: list[Way] = [FULL, PLAIN, *(("exit", d) for d in drafters)]
-    ways += [("lossless", drafter) for drafter in drafters]
     model = SedacModel.from_pretrained(arguments.engines, threads=generation.THREADS)
     cut = prompts(model, arguments.prompts, arguments.prompt_tokens)
-    runs = time_ways(arguments.engines, ways, cut)
+    runs = time_ways(arguments.engines, ways_of(read_exit_config(arguments.engines)), cut)
     replay = Replay(arguments.engines, read_manifest(arguments.engines))
     full = runs[FULL].milliseconds
     per_token = full / len(cut) / (generation.NEW_TOKENS - 1)

@@ -169,7 +169,7 @@ def calibrate(
     ] = 0.01,
     confidence: Annotated[float, typer.Option(help="How sure the bound must be.")] = 0.95,
     min_speedup: Annotated[
-        float | None, typer.Option(help="Refuse settings that are slower, by wall clock.")
+        float | None, typer.Option(help="Refuse exits that are slower along given text.")
     ] = None,
     kv_fill: Annotated[
         KvFillName, typer.Option(help="What skipped layers' caches get; deferred ones are exact.")

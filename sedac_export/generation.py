@@ -49,7 +49,7 @@ def measure_generation(
     prompts = cut_prompts(documents, replay.manifest.max_cache_length)
     with edited_bundle(replay.directory, keep=False) as copy:
         write_config(copy, config.to_json())
-        runs = time_ways(copy, _ways(config), prompts, progress)
+        runs = time_ways(copy, ways_of(config), prompts, progress)
     speeds = {way: runs[FULL].milliseconds / run.milliseconds for way, run in runs.items()}
     fastest: Way = max((way for way in speeds if way[0] == "exit"), key=lambda way: speeds[way])
     drafter: Any = None if fastest == PLAIN else fastest[1]
@@ -124,7 +124,8 @@ def cut_prompts(documents: Sequence[Document], cache_length: int) -> list[list[i
     return prompts[:PROMPTS]
 
 
-def _ways(config: ExitConfig) -> list[Way]:
+def ways_of(config: ExitConfig) -> list[Way]:
+    """Full depth, lossless, and the exits of `config`, with drafters too if they can have some."""
     drafters = get_args(Drafter)
     lossless = [("lossless", drafter) for drafter in drafters]
     drafts = config.kv_fill == "defer" and config.exit_kind != "soft"

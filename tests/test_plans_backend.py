@@ -1,5 +1,6 @@
 """The chain over TensorRT plans, TensorRT itself rehearsed by ONNX Runtime over the same graphs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +123,13 @@ def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
     core = SedacModel.from_pretrained(stand_in_demo, threads=THREADS)._core
     with pytest.raises(EngineError, match=r"portable_embed\.plan: out of memory"):
         core.__class__(stand_in_demo, "", 1, (RTX, fail, True))
+
+
+def test_certificates_are_not_of_plans(stand_in_demo: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(stand_in_demo, tmp_path / "bundle"))
+    certificate = {"risk_bound": 0.01}
+    (bundle / "sedac_config.json").write_text(json.dumps({"certificate": certificate}))
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    assert model.generate([1], max_new_tokens=1).certificate == certificate
+    model, _ = rehearse(bundle, RTX, THREADS)
+    assert model.generate([1], max_new_tokens=1).certificate is None

@@ -83,7 +83,7 @@ def test_with_drafts_tokens_are_full_depths_or_the_exits(
 
 def test_exits_are_drafted_between_as_the_bundle_says(demo_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
-    generation = {"drafter": "early-exit", "speedup": 1.75}
+    generation = {"drafter": "early-exit", "speedup": 1.75, "speedup_without_drafter": 1.5}
     certificate = {
         **{"risk_bound": 0.01, "confidence": 0.95, "tokens": 5, "documents": 2, "speedup": 1.25},
         "generation": generation,
@@ -99,10 +99,13 @@ def test_exits_are_drafted_between_as_the_bundle_says(demo_bundle: Path, tmp_pat
     arguments = ["generate", "--engines", str(bundle), "--prompt", PROMPT, "--max-new-tokens", "4"]
     assert "1.75x measured" in CliRunner().invoke(app, arguments).stderr
     alone = CliRunner().invoke(app, [*arguments, "--drafter", "none"])
-    assert "1.25x without a drafter measured" in alone.stderr
+    assert "1.50x without a drafter measured" in alone.stderr
+    # the bundle's drafter goes with caches that it can use
+    filled = model.generate(PROMPT, max_new_tokens=8, kv_fill="propagate")
+    assert (filled.drafter, filled.certificate) == ("none", None)
     del certificate["generation"]  # certificates of before it was measured
     (bundle / "sedac_config.json").write_text(json.dumps(config | {"drafter": "auto"}))
-    assert "1.25x without a drafter" in CliRunner().invoke(app, arguments).stderr
+    assert "1.25x along given text" in CliRunner().invoke(app, arguments).stderr
 
 
 def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:

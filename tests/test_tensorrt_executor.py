@@ -17,6 +17,7 @@ from sedac_runtime.flavour import Gpu, this_platform
 from sedac_runtime.tensorrt import PlanExecutor
 
 STREAM = 77
+REFUSED = 13
 PROFILES = [(1, 1), (1, 16), (1, 64)]
 
 
@@ -28,15 +29,17 @@ class Context:
         self.profile: tuple[int, int] | None = None
         self.enqueued = 0
 
-    def set_optimization_profile_async(self, profile: int, stream: int) -> None:
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = (profile, stream)
+        return True
 
     def set_input_shape(self, name: str, shape: list[int]) -> bool:
         self.shapes[name] = shape
         return True
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return address != REFUSED
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM
@@ -146,6 +149,8 @@ def test_what_does_not_fit_is_said(recorded: Recorded, bundle: Path) -> None:
         executor(plan, tensors(65), STREAM, False)
     with pytest.raises(RuntimeError, match="a tensor y, which this runtime does not know"):
         executor(plan, tensors(1)[:1], STREAM, True)
+    with pytest.raises(RuntimeError, match="does not take the memory of x"):
+        executor(plan, tensors(3, address=REFUSED), STREAM, True)
     Engine.broken = True
     try:
         with pytest.raises(RuntimeError, match="did not put it on the stream"):

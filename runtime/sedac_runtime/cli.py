@@ -83,6 +83,14 @@ class Drafter(StrEnum):
     PROMPT_LOOKUP = "prompt-lookup"
 
 
+class LosslessDrafter(StrEnum):
+    """What bench's --drafter takes."""
+
+    AUTO = "auto"
+    EARLY_EXIT = "early-exit"
+    PROMPT_LOOKUP = "prompt-lookup"
+
+
 class Reference(StrEnum):
     """What --against takes."""
 
@@ -195,7 +203,7 @@ def bench(
         str | None, typer.Option(help="Depths to exit every token at, such as 6,12,24.")
     ] = None,
     drafter: Annotated[
-        list[Drafter] | None,
+        list[LosslessDrafter] | None,
         typer.Option(help="Also measure lossless mode with this drafter; can be repeated."),
     ] = None,
     against: Annotated[
@@ -356,7 +364,9 @@ def _speed(certificate: dict[str, Any], drafter: str) -> str:
     generation = certificate.get("generation")
     if generation and drafter == generation.get("drafter", "none"):
         return f"{generation['speedup']:.2f}x"
-    return f"{certificate['speedup']:.2f}x without a drafter"
+    if generation and drafter == "none":
+        return f"{generation['speedup_without_drafter']:.2f}x without a drafter"
+    return f"{certificate['speedup']:.2f}x along given text"
 
 
 if __name__ == "__main__":

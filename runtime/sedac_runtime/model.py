@@ -248,7 +248,8 @@ class SedacModel:
         settings, fill, certificate = self._exits(
             policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
         )
-        drafts = self._drafter(mode if forced_exit is None else "full", drafter)
+        waits = fill == "defer" and settings.get("exit_kind") != "soft"
+        drafts = self._drafter(mode if forced_exit is None else "full", drafter, waits)
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
@@ -319,12 +320,17 @@ class SedacModel:
         """
         return self._core.bench(cases, prompt, new_tokens, repeat, against)
 
-    def _drafter(self, mode: Mode, drafter: Drafter | None) -> Drafter:
-        """What guesses tokens in `mode`: `drafter`, or where that is None the default."""
+    def _drafter(self, mode: Mode, drafter: Drafter | None, waits: bool) -> Drafter:
+        """What guesses tokens in `mode`: `drafter`, or where that is None the default.
+
+        waits: whether tokens that exit wait to be continued, without which the bundle's drafter
+        cannot draft between them.
+        """
         if mode == "full":
             return "none"
         if mode == "exit":
-            return drafter or self._core.exit_config[3] or "none"
+            own = self._core.exit_config[3] if waits else None
+            return drafter or own or "none"
         if drafter == "none":
             raise _core.InputError("drafter none is out of range: mode lossless needs one")
         return drafter or "auto"
@@ -350,8 +356,11 @@ class SedacModel:
         }
         settings = choose_policy(own, policy, threshold, stability, self._core.trained_depths)
         fill: KvFill = bundle_fill if kv_fill is None else kv_fill
-        if certificate is None or (settings, fill) != (own, bundle_fill):
+        # what was certified are ONNX Runtime's engines: plans round otherwise
+        uncertified = certificate is None or self._core.runs_plans
+        if uncertified or (settings, fill) != (own, bundle_fill):
             return settings, fill, None
+        assert certificate is not None
         return settings, fill, json.loads(certificate)
 
 

@@ -86,10 +86,12 @@ class PlanExecutor:
             if engine.get_tensor_mode(name) == self._tensorrt.TensorIOMode.INPUT
         ]
         shapes = {name: given[name][2] for name in inputs}
-        context.set_optimization_profile_async(_profile(engine, shapes), stream)
+        if not context.set_optimization_profile_async(_profile(engine, shapes), stream):
+            raise RuntimeError("its profile cannot be set")
         for name in names:
             _, address, shape = given[name]
-            context.set_tensor_address(name, address)
+            if not context.set_tensor_address(name, address):
+                raise RuntimeError(f"it does not take the memory of {name}")
             if name in inputs and not context.set_input_shape(name, shape):
                 raise RuntimeError(f"it does not take {name} of shape {shape}")
 

@@ -296,7 +296,8 @@ impl Chain {
     }
 
     /// Run a given text token by token and hand to `emit`, for each token but the first, the
-    /// likeliest next one and where it exited. The first runs at full depth, as prompts do.
+    /// likeliest next one and where it exited. The first runs at full depth, as prompts do. Ends with
+    /// complete caches.
     ///
     /// # Errors
     /// As [`generate`](Self::generate).
@@ -317,7 +318,8 @@ impl Chain {
             let id = argmax(self.backend.logits());
             emit(Token { id, step });
         }
-        Ok(())
+        // what the last tokens left open is part of what exits cost
+        self.backend.complete(interrupt)
     }
 
     fn full_depth(&self) -> Step {

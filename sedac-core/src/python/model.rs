@@ -87,6 +87,11 @@ impl Model {
     }
 
     #[getter]
+    fn runs_plans(&self) -> bool {
+        self.plans
+    }
+
+    #[getter]
     fn num_layers(&self) -> usize {
         self.bundle.manifest.model.num_layers
     }
