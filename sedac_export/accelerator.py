@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sedac_export.bundle import Bundle
 from sedac_export.decoder import find_layers, find_mlp, replaced
 from sedac_export.environment import config_from_environment
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig, KvFill
-from sedac_export.manifest import read_manifest
 from sedac_export.policies import Policy, make_policy
 from sedac_export.probes_file import risk_probes
 from sedac_export.rows import Rows
-from sedac_export.sessions import Engine
+from sedac_export.sessions import load_engine
 from sedac_export.signals import Floats, Signals
 
 _T = TypeVar("_T")
@@ -217,7 +217,8 @@ class _Probes:
     """The trained parts of a bundle: V6 probes in torch, exit engines and lenses as they are."""
 
     def __init__(self, bundle: Path, model: PreTrainedModel) -> None:
-        manifest = read_manifest(bundle)
+        opened = Bundle.open(bundle)
+        manifest = opened.manifest
         facts = (manifest.model.hidden_size, manifest.model.num_layers)
         config = model.config.get_text_config()
         if facts != (config.hidden_size, config.num_hidden_layers):
@@ -227,9 +228,9 @@ class _Probes:
             )
         self.exit_layers = manifest.exit_layers
         entries = manifest.engines.exits
-        self.exits = {entry.depth: Engine(bundle / entry.file) for entry in entries}
-        self.lenses = {e.depth: Engine(bundle / e.lens) for e in entries if e.lens is not None}
-        self.probes = risk_probes(bundle, manifest)
+        self.exits = {entry.depth: load_engine(opened, entry.file) for entry in entries}
+        self.lenses = {e.depth: load_engine(opened, e.lens) for e in entries if e.lens is not None}
+        self.probes = risk_probes(opened)
 
     def risk(self, depth: int, x: Tensor) -> Floats | None:
         if depth not in self.probes:

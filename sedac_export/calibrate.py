@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sedac_export import manifest as bundle
+from sedac_export.bundle import Bundle
 from sedac_export.certificate import Losses, check_enough, count_certified
 from sedac_export.collect import window_length
 from sedac_export.costs import Costs, measure_costs
@@ -72,11 +72,10 @@ def calibrate(request: Request, progress: Progress = lambda *_: None) -> Calibra
     close the best came.
     """
     _check(request)
-    manifest = bundle.read_manifest(request.directory)
-    bundle.check_files(request.directory, manifest)
+    bundle = Bundle.open(request.directory)
     searched, certifying = split_documents(request.documents, (_SEARCH_SHARE, 1 - _SEARCH_SHARE))
     _check_size(request, certifying)
-    replay = Replay(request.directory, manifest)
+    replay = Replay(bundle)
     costs = measure_costs(replay)
     ladder = _choose(request, replay, costs, searched, progress)
     steps = _test(request, replay, costs, certifying, ladder, progress)

@@ -64,7 +64,7 @@ def measure_costs(replay: Replay) -> Costs:
     caches = {
         f"past_{kind}_0": empty_cache(kv.heads, length, kv.head_size) for kind in ("key", "value")
     }
-    fill = Engine(replay.directory / manifest.engines.key_value[0].file, replay.threads)
+    fill = replay.load(manifest.engines.key_value[0].file)
     layer = _least(replay.layers[0], shared, caches)
     stability = {"x": hidden, "stability": np.ones((1, 1, 3), dtype=np.float32)}
     return Costs(

@@ -35,9 +35,9 @@ class Document:
 
 
 def read_documents(
-    directory: Path, manifest: Manifest, files: Sequence[Path], limit: int | None = None
+    bundle: Bundle, files: Sequence[Path], limit: int | None = None
 ) -> list[Document]:
-    """The UTF-8 texts `files`, encoded by the tokenizer of the bundle in `directory`.
+    """The UTF-8 texts `files`, encoded by the tokenizer of `bundle`.
 
     limit: tokens of each document that are kept. Files with the same content count once; the
     second would not be independent of the first.
@@ -45,12 +45,14 @@ def read_documents(
     Raises SedacError for files that are empty, unreadable or no UTF-8, or that the tokenizer does
     not know, and when the bundle has no tokenizer.
     """
+    manifest = bundle.manifest
     if not manifest.tokenizer:
-        raise SedacError(f"{directory} has no tokenizer, so texts cannot be read for it")
+        raise SedacError(f"{bundle.directory} has no tokenizer, so texts cannot be read for it")
     if not files:
         raise SedacError("--data names no file; give text files that the model has not seen")
-    tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
-    unknown = _unknown_token(tokenizer, directory)
+    text = bundle.read(TOKENIZER)
+    tokenizer = Tokenizer.from_buffer(text)
+    unknown = _unknown_token(tokenizer, text)
     documents: dict[str, Document] = {}
     for path in _all_files(files):
         data = _read(path)
@@ -139,7 +141,7 @@ def _encode(
     return tokens
 
 
-def _unknown_token(tokenizer: Tokenizer, directory: Path) -> int | None:
+def _unknown_token(tokenizer: Tokenizer, text: bytes) -> int | None:
     """The id that stands for what the tokenizer does not know, if it has one."""
-    name = json.loads((directory / TOKENIZER).read_bytes()).get("model", {}).get("unk_token")
+    name = json.loads(text).get("model", {}).get("unk_token")
     return None if name is None else tokenizer.token_to_id(name)

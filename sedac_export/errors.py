@@ -1,5 +1,5 @@
-"""The one exception a user's mistake turns into; the command line prints it as one line."""
+"""Every error that users can cause; the command prints it as one line."""
 
+from sedac_runtime._core import SedacError
 
-class SedacError(Exception):
-    """Bad input or a model that cannot be exported: names the thing, the reason and the remedy."""
+__all__ = ["SedacError"]

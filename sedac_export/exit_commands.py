@@ -80,11 +80,11 @@ def collect(
     from sedac_export.replay import Replay
     from sedac_export.training import exit_depths
 
-    manifest, documents = _read(bundle, data)
-    depths = exit_depths(manifest, parse_depths("--exit-layers", exit_layers))
+    opened, documents = _read(bundle, data)
+    depths = exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers))
     with progress_bar("collect") as update:
         collection = run(
-            Replay(bundle, manifest),
+            Replay(opened),
             documents,
             output,
             depths,
@@ -117,14 +117,14 @@ def train_probes(
     """Fit the V6 probes, the learned probe and the lens, and write them into the bundle."""
     from sedac_export import training
 
-    manifest, documents = _read(bundle, data)
+    opened, documents = _read(bundle, data)
     asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
     with progress_bar("collect", "train") as update:
         trained = training.train_probes(
             bundle,
             documents,
-            training.exit_depths(manifest, parse_depths("--exit-layers", exit_layers)),
-            training.probe_depths(manifest, parse_depths("--probe-layers", asked)),
+            training.exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers)),
+            training.probe_depths(opened.manifest, parse_depths("--probe-layers", asked)),
             collection,
             max_bytes,
             update,
@@ -259,10 +259,9 @@ def parse_depths(option: str, text: str | None) -> list[int] | None:
 
 
 def _read(bundle: Path, data: list[Path]) -> tuple[Any, Any]:
-    """The bundle's manifest and the documents."""
+    """The bundle and the documents."""
+    from sedac_export.bundle import Bundle
     from sedac_export.documents import read_documents
-    from sedac_export.manifest import check_files, read_manifest
 
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
-    return manifest, read_documents(bundle, manifest, data)
+    opened = Bundle.open(bundle)
+    return opened, read_documents(opened, data)

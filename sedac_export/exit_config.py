@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sedac_export.errors import SedacError
 from sedac_export.manifest import EXIT_CONFIG, Manifest
+from sedac_runtime import _core
 
 PolicyName = Literal["stability", "probe", "cascade", "margin", "learned"]
 Mode = Literal["quality", "balanced", "speed"]
@@ -167,10 +168,11 @@ def read_exit_config(directory: Path) -> ExitConfig:
     Raises SedacError naming the field that is unknown or out of range.
     """
     path = directory / EXIT_CONFIG
-    if not path.exists():
+    text = _core.read_unlisted(directory, EXIT_CONFIG)
+    if text is None:
         return ExitConfig()
     try:
-        return ExitConfig.model_validate_json(path.read_bytes())
+        return ExitConfig.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or EXIT_CONFIG

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
-from sedac_export.manifest import Manifest
 from sedac_export.signals import Floats
 
 BLOCK = 32
@@ -30,14 +30,14 @@ class HeadGraph:
     vocabulary: int
 
     @classmethod
-    def load(cls, directory: Path, manifest: Manifest) -> "HeadGraph":
-        """Take apart the head of the bundle in `directory`.
+    def load(cls, bundle: Bundle) -> "HeadGraph":
+        """Take apart the head of `bundle`.
 
         Raises SedacError when no product with the vocabulary's rows is found.
         """
-        path = directory / manifest.engines.head
-        model = onnx.load(path, load_external_data=False)
-        vocabulary = manifest.model.vocab_size
+        file = bundle.manifest.engines.head
+        model, path = bundle.graph(file), bundle.path(file)
+        vocabulary = bundle.manifest.model.vocab_size
         known = {initializer.name: initializer for initializer in model.graph.initializer}
         casts = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}
         for node in model.graph.node:

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import onnx
+from onnx import ModelProto
 
-from sedac_export import manifest as bundle
+from sedac_export.bundle import Bundle
 from sedac_export.exit_config import read_exit_config
+from sedac_export.manifest import VALIDATION, Manifest
 
 
 def inspect_bundle(directory: Path) -> dict[str, Any]:
@@ -15,9 +16,9 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
 
     Raises SedacError when `directory` is no bundle or a file of it is damaged.
     """
-    manifest = bundle.read_manifest(directory)
-    bundle.check_files(directory, manifest)
-    validation = _validation(directory)
+    bundle = Bundle.open(directory)
+    manifest = bundle.manifest
+    validation = json.loads(bundle.read(VALIDATION))
     rows = {row["engine"]: row for row in validation["engines"]}
     engines = []
     for file, layers in _engine_files(manifest):
@@ -27,7 +28,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "layers": layers,
-                "bytes": _weight_bytes(directory / file),
+                "bytes": _weight_bytes(bundle.graph(file)),
                 "error": row["error"],
                 "cosine": row["cosine"],
             }
@@ -51,12 +52,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
     }
 
 
-def _validation(directory: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((directory / bundle.VALIDATION).read_text())
-    return result
-
-
-def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
+def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
     """(file, layers as text) of every engine, in the order a token passes them."""
     entries = [*manifest.engines.layers, manifest.engines.monolith]
     layers = [(e.file, f"{e.first_layer}..{e.first_layer + e.num_layers - 1}") for e in entries]
@@ -72,9 +68,8 @@ def _engine_files(manifest: bundle.Manifest) -> list[tuple[str, str]]:
     return [ends[0], *layers, *fills, *attention, *exits, ends[1]]
 
 
-def _weight_bytes(file: Path) -> int:
+def _weight_bytes(model: ModelProto) -> int:
     """Bytes of the weights that an engine reads; engines may share them."""
-    model = onnx.load(file, load_external_data=False)
     lengths = [
         int(entry.value)
         for initializer in model.graph.initializer

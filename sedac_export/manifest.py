@@ -1,17 +1,17 @@
 """The bundle's manifest, bundle.json."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sedac_export.errors import SedacError
 from sedac_export.stamp import sha256
 from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
+from sedac_runtime import _core
 from sedac_runtime.flavour import Target
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = _core.SCHEMA_VERSION
 MANIFEST = "bundle.json"
 MANIFEST_DIGEST = "bundle.sha256"
 EXIT_CONFIG = "sedac_config.json"
@@ -158,53 +158,20 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises SedacError when there is none, it is of a newer schema, or it is damaged.
     """
-    path = directory / MANIFEST
+    return parse_manifest(directory, _core.read_manifest(directory))
+
+
+def parse_manifest(directory: Path, text: bytes) -> Manifest:
+    """The manifest that is `text`, of the bundle in `directory`.
+
+    Raises SedacError naming the first field that is wrong.
+    """
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SedacError(
-            f"{directory} is no bundle: it holds no {MANIFEST}; build one with sedac-export build"
-        ) from error
-    try:
-        # first, because a newer manifest need not fit the fields and is not damaged
-        _check_schema(path, json.loads(text))
-        _check_digest(path)
         return Manifest.model_validate_json(text)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise SedacError(f"{path} cannot be read ({reason}); build the bundle again") from error
-
-
-def check_files(directory: Path, manifest: Manifest) -> None:
-    """Raise SedacError naming the first file that is missing, truncated or altered."""
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise _damaged(path, "missing")
-        if path.stat().st_size < entry.bytes:
-            raise _damaged(path, "truncated")
-        if sha256(path) != entry.sha256:
-            raise _damaged(path, "altered")
-
-
-def _check_schema(path: Path, manifest: object) -> None:
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
-        raise ValueError("it has no schema_version")
-    if version > SCHEMA_VERSION:
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
         raise SedacError(
-            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest this sedac reads;"
-            " update sedac"
-        )
+            f"{directory / MANIFEST}: {name}: {first['msg']}; build the bundle again"
+        ) from error
 
-
-def _check_digest(path: Path) -> None:
-    digest = path.with_name(MANIFEST_DIGEST)
-    if not digest.is_file():
-        raise _damaged(digest, "missing")
-    if digest.read_bytes().split()[:1] != [sha256(path).encode()]:
-        raise _damaged(path, "altered")
-
-
-def _damaged(path: Path, state: str) -> SedacError:
-    return SedacError(f"{path} is {state}; build or copy the bundle again")

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.manifest import Manifest
 from sedac_export.probes import LREProbe
@@ -37,22 +38,22 @@ def write_lenses(directory: Path, manifest: Manifest, lenses: dict[int, nn.Linea
     save_file(tensors, directory / LENSES, _whose(manifest))
 
 
-def check_probes(directory: Path, manifest: Manifest) -> None:
+def check_probes(bundle: Bundle) -> None:
     """Raise SedacError when probes or lenses are of another model or cannot be read."""
     for name in (PROBES, LENSES):
-        _read(directory / name, manifest)
+        _read(bundle, name)
 
 
-def median_risks(directory: Path, manifest: Manifest) -> dict[int, float]:
+def median_risks(bundle: Bundle) -> dict[int, float]:
     """Each V6 probe's median risk where it was trained, by depth; none without probes."""
-    metadata, _ = _read(directory / PROBES, manifest)
+    metadata, _ = _read(bundle, PROBES)
     medians = json.loads(metadata.get("median_risk", "{}"))
     return {int(depth): max(float(value), 1e-6) for depth, value in medians.items()}
 
 
-def risk_probes(directory: Path, manifest: Manifest) -> dict[int, LREProbe]:
+def risk_probes(bundle: Bundle) -> dict[int, LREProbe]:
     """The V6 probes by depth; none where none was trained."""
-    _, tensors = _read(directory / PROBES, manifest)
+    _, tensors = _read(bundle, PROBES)
     depths = {int(name.split(".")[1]) for name in tensors if name.startswith("risk.")}
     probes = {}
     for depth in sorted(depths):
@@ -71,15 +72,16 @@ def _whose(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _read(path: Path, manifest: Manifest) -> tuple[dict[str, str], dict[str, Any]]:
-    if not path.exists():
+def _read(bundle: Bundle, name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    if not bundle.lists(name):
         return {}, {}
+    path = bundle.path(name)
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise SedacError(f"{path} cannot be read ({error}); train the probes again") from error
-    if metadata.get("head_sha256") != manifest.fingerprint():
+    if metadata.get("head_sha256") != bundle.manifest.fingerprint():
         raise SedacError(f"{path} is trained for another model; train probes for this one")
     return metadata, tensors

@@ -10,19 +10,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import KvFill
-from sedac_export.manifest import Manifest
 from sedac_export.policies import Policy
 from sedac_export.probes_file import check_probes
 from sedac_export.rows import Rows
-from sedac_export.sessions import THREADS, Engine, empty_cache
+from sedac_export.sessions import THREADS, Engine, empty_cache, load_engine
 from sedac_export.signals import Floats, Signals
 
 CHUNK = 256
@@ -61,20 +60,21 @@ class Replay:
     by layer, and for probes of another model.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, threads: int = THREADS) -> None:
+    def __init__(self, bundle: Bundle, threads: int = THREADS) -> None:
+        manifest = bundle.manifest
         if manifest.layers_per_engine != 1:
             raise SedacError(
-                f"{directory} has {manifest.layers_per_engine} layers in an engine; exits are"
+                f"{bundle.directory} has {manifest.layers_per_engine} layers in an engine; exits are"
                 " replayed layer by layer, build with --layers-per-engine 1"
             )
         engines = manifest.engines
-        check_probes(directory, manifest)
-        self.directory, self.manifest, self.threads = directory, manifest, threads
+        check_probes(bundle)
+        self.bundle, self.manifest, self.threads = bundle, manifest, threads
         self.num_layers = manifest.model.num_layers
-        self.embed, self.head = self._load(engines.embed), self._load(engines.head)
-        self.layers = [self._load(entry.file) for entry in engines.layers]
-        self.exits = {entry.depth: self._load(entry.file) for entry in engines.exits}
-        self.lenses = {e.depth: self._load(e.lens) for e in engines.exits if e.lens is not None}
+        self.embed, self.head = self.load(engines.embed), self.load(engines.head)
+        self.layers = [self.load(entry.file) for entry in engines.layers]
+        self.exits = {entry.depth: self.load(entry.file) for entry in engines.exits}
+        self.lenses = {e.depth: self.load(e.lens) for e in engines.exits if e.lens is not None}
         self.early = {depth for depth in manifest.exit_layers if depth < self.num_layers}
 
     @cached_property
@@ -85,10 +85,11 @@ class Replay:
             raise SedacError(
                 "the bundle has no attention engines, which soft exits need; build it again"
             )
-        return [self._load(entry.file) for entry in entries]
+        return [self.load(entry.file) for entry in entries]
 
-    def _load(self, file: str) -> Engine:
-        return Engine(self.directory / file, self.threads)
+    def load(self, file: str) -> Engine:
+        """The engine in `file`."""
+        return load_engine(self.bundle, file, self.threads)
 
     def run(
         self,

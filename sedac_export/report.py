@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from sedac_export.bundle import Bundle
 from sedac_export.calibrate import time_config
 from sedac_export.collect import window_length
 from sedac_export.documents import Document
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig, KvFill, PolicyName, read_exit_config
-from sedac_export.manifest import Manifest, read_manifest
 from sedac_export.policies import make_policy
 from sedac_export.probes_file import median_risks
 from sedac_export.replay import Replay, Trace
@@ -79,16 +79,17 @@ def make_report(
 
     Raises SedacError when the bundle's configuration cannot be used, or no document has two tokens.
     """
-    manifest = read_manifest(directory)
+    bundle = Bundle.open(directory)
+    manifest = bundle.manifest
     own = read_exit_config(directory)
     own.check_bundle(manifest)
-    replay = Replay(directory, manifest)
+    replay = Replay(bundle)
     windows = [w for d in documents for w in d.windows(window_length(manifest))]
     if not windows:
         raise SedacError("no document has two tokens or more; give more --data")
     reference = Trace.join([_counted(replay.run(window.tokens)) for window in windows])
     rows, depths = [], np.empty(0, dtype=np.int64)
-    others = grid(directory, manifest) if full else []
+    others = grid(bundle) if full else []
     configs = [own, *(config.model_copy(update={"kv_fill": kv_fill}) for config in others)]
     for number, config in enumerate(configs):
         progress("report", number, len(configs))
@@ -103,8 +104,9 @@ def make_report(
     return Report(manifest.model.name, replay.num_layers, len(depths), rows, depths, text)
 
 
-def grid(directory: Path, manifest: Manifest) -> list[ExitConfig]:
+def grid(bundle: Bundle) -> list[ExitConfig]:
     """The original grid of V7 and V6, and thresholds of the policies that the bundle is fit for."""
+    manifest = bundle.manifest
     layers = manifest.model.num_layers
     configs = [
         ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=0.2)
@@ -112,7 +114,7 @@ def grid(directory: Path, manifest: Manifest) -> list[ExitConfig]:
         for k in KS
         if k <= layers
     ]
-    medians = median_risks(directory, manifest)
+    medians = median_risks(bundle)
     for multiple in MULTIPLES if medians else ():
         thresholds = {depth: median * multiple for depth, median in medians.items()}
         configs.append(ExitConfig(policy="probe", thresholds=thresholds))

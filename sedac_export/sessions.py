@@ -8,21 +8,33 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from sedac_export.bundle import Bundle
+
 Array = npt.NDArray[Any]
 
 THREADS = 2
 
+# kOrtSessionOptionsModelExternalInitializersFileFolderPath
+_WEIGHTS_DIRECTORY = "session.model_external_initializers_file_folder_path"
+
 
 class Engine:
-    """One graph, loaded. Caches are updated in place."""
+    """One graph, loaded, its external weights from the directory `weights`.
 
-    def __init__(self, model: Path | bytes, threads: int = THREADS) -> None:
+    Caches are updated in place.
+    """
+
+    def __init__(
+        self, model: Path | bytes, threads: int = THREADS, weights: Path | None = None
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # many sessions take turns: threads that spin for one keep the next from working
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
+        if weights is not None:
+            options.add_session_config_entry(_WEIGHTS_DIRECTORY, str(weights))
         self.session = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"]
         )
@@ -53,6 +65,12 @@ class Engine:
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past", "present"), cache)
         return binding
+
+
+def load_engine(bundle: Bundle, file: str, threads: int = THREADS) -> Engine:
+    """The engine in `file` of `bundle`. Raises SedacError when it is not as it was checked."""
+    graph, weights = bundle.files.graph(file)
+    return Engine(graph, threads, weights)
 
 
 def empty_cache(heads: int, length: int, size: int) -> onnxruntime.OrtValue:

@@ -141,6 +141,12 @@ def point(initializer: TensorProto, place: Place) -> None:
         initializer.external_data.add(key=key, value=str(value))
 
 
+def save_engine(model: onnx.ModelProto, path: Path) -> None:
+    """Write `model` to `path` under the file's name, by which the runtime tells engines apart."""
+    model.graph.name = path.stem
+    onnx.save(model, path)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from sedac_export import manifest as bundle
+from sedac_export.bundle import Bundle
 from sedac_export.collect import DEFAULT_BYTES, Collection, collect
 from sedac_export.documents import Document
 from sedac_export.edit import edited_bundle
@@ -31,6 +31,14 @@ from sedac_export.exit_graphs import (
 from sedac_export.head_graph import HeadGraph
 from sedac_export.head_torch import TorchHead
 from sedac_export.lens import LensRow, tokens_through, train_lens
+from sedac_export.manifest import (
+    EXIT_CONFIG,
+    ExitEngineEntry,
+    LayerEngineEntry,
+    Manifest,
+    list_files,
+    write_manifest,
+)
 from sedac_export.probes import (
     LearnedProbe,
     LREProbe,
@@ -43,6 +51,7 @@ from sedac_export.probes import (
 from sedac_export.probes_file import write_lenses, write_probes
 from sedac_export.replay import Replay, chunks
 from sedac_export.sessions import Engine
+from sedac_export.stamp import save_engine
 
 # so many exit engines at most unless depths are asked for
 MOST_EXITS = 8
@@ -85,7 +94,7 @@ class Trained:
     rows: list[Row] = field(default_factory=list)
 
 
-def exit_depths(manifest: bundle.Manifest, asked: Sequence[int] | None) -> list[int]:
+def exit_depths(manifest: Manifest, asked: Sequence[int] | None) -> list[int]:
     """The depths that get exit engines: those asked for, else up to MOST_EXITS spread evenly."""
     layers = manifest.model.num_layers
     early = [depth for depth in manifest.exit_layers if depth < layers]
@@ -97,7 +106,7 @@ def exit_depths(manifest: bundle.Manifest, asked: Sequence[int] | None) -> list[
     return sorted({_nearest(early, depth) for depth in wanted})
 
 
-def probe_depths(manifest: bundle.Manifest, asked: Sequence[int] | None) -> list[int]:
+def probe_depths(manifest: Manifest, asked: Sequence[int] | None) -> list[int]:
     """The depths that get V6 probes: by default those nearest 1/6, 1/3 and 1/2 of the layers."""
     layers = manifest.model.num_layers
     early = [depth for depth in manifest.exit_layers if depth < layers]
@@ -124,8 +133,7 @@ def train_probes(
 
     Raises SedacError when there is too little data to hold some out.
     """
-    manifest = bundle.read_manifest(directory)
-    bundle.check_files(directory, manifest)
+    bundle = Bundle.open(directory)
     total = sum(len(document.tokens) for document in documents)
     if total < MIN_TOKENS or len(documents) < 2:
         raise SedacError(
@@ -133,18 +141,18 @@ def train_probes(
             f" least {MIN_TOKENS} in 2"
         )
     depths = sorted({*exits, *probes})
-    head = HeadGraph.load(directory, manifest)
+    head = HeadGraph.load(bundle)
     torch_head = TorchHead(head, directory / "onnx") if with_lenses else None
     with tempfile.TemporaryDirectory() as temporary:
         collected = collect(
-            Replay(directory, manifest),
+            Replay(bundle),
             documents,
             collection or Path(temporary) / "collection",
             depths,
             max_bytes,
             lambda done, of: progress("collect", done, of),
         )
-        trainer = _Trainer(directory, manifest, head, torch_head, collected)
+        trainer = _Trainer(bundle, head, torch_head, collected)
         for number, depth in enumerate(depths):
             progress("train", number, len(depths))
             if with_lenses and depth in exits:
@@ -152,26 +160,26 @@ def train_probes(
             with one_thread():
                 trainer.fit(depth, depth in exits, depth in probes)
         progress("train", len(depths), len(depths))
-    _write(directory, manifest, head, trainer.trained)
+    _write(directory, bundle.manifest, head, trainer.trained)
     return trainer.trained
 
 
 class _Trainer:
     def __init__(
         self,
-        directory: Path,
-        manifest: bundle.Manifest,
+        bundle: Bundle,
         head: HeadGraph,
         torch_head: TorchHead | None,
         data: Collection,
     ) -> None:
-        self.directory, self.data = directory, data
+        manifest = bundle.manifest
+        self.directory, self.data = bundle.directory, data
         self.head, self.torch_head = head, torch_head
         self.indices, self.held_out = _split(data)
         self.layers = manifest.model.num_layers
         self.lens_rows: dict[int, LensRow] = {}
         full = data.read("full_token")[self.indices]
-        count = head_rows(directory, manifest, self.head)
+        count = head_rows(bundle, self.head)
         self.full = torch.from_numpy(full.astype(np.int64))
         self.target = risk_target(torch.from_numpy(data.read("full_entropy")[self.indices]))
         self.trained = Trained(frequent_tokens(full[: -self.held_out], manifest, count))
@@ -245,21 +253,20 @@ class _Trainer:
         return torch.cat(normed), torch.cat(scalars)
 
 
-def head_rows(directory: Path, manifest: bundle.Manifest, head: HeadGraph) -> int:
+def head_rows(bundle: Bundle, head: HeadGraph) -> int:
     """Rows of the pruned head: as many as HEAD_SHARE of a layer's bytes, a power of two.
 
     On the CPU one token's time goes with the bytes that are read. Rows are stored in 8 bits, a
     layer is computed with in fp32.
     """
-    entry = manifest.engines.layers[0]
-    layer = onnx.load(directory / entry.file, load_external_data=False)
+    layer = bundle.graph(bundle.manifest.engines.layers[0].file)
     numbers = sum(math.prod(i.dims) for i in layer.graph.initializer)
     rows = max(1.0, HEAD_SHARE * 4 * numbers / head.width)
     return int(min(head.vocabulary, max(64, 2 ** int(math.log2(rows)))))
 
 
 def frequent_tokens(
-    tokens: npt.NDArray[np.int32], manifest: bundle.Manifest, count: int
+    tokens: npt.NDArray[np.int32], manifest: Manifest, count: int
 ) -> npt.NDArray[np.int64]:
     """The `count` most frequent of `tokens`, ascending; int64."""
     counts = np.bincount(tokens, minlength=manifest.model.vocab_size)
@@ -283,7 +290,7 @@ def _split(data: Collection) -> tuple[npt.NDArray[np.int64], int]:
     return np.concatenate([training, testing]), len(testing)
 
 
-def _write(directory: Path, manifest: bundle.Manifest, head: HeadGraph, trained: Trained) -> None:
+def _write(directory: Path, manifest: Manifest, head: HeadGraph, trained: Trained) -> None:
     """Put the probes into the bundle: all of them or none."""
     with edited_bundle(directory) as staging:
         for old in [*staging.glob("onnx/exit_*.onnx"), *staging.glob("onnx/lens_*.onnx")]:
@@ -293,38 +300,38 @@ def _write(directory: Path, manifest: bundle.Manifest, head: HeadGraph, trained:
         write_probes(staging, manifest, _tensors(trained), trained.medians)
         write_lenses(staging, manifest, trained.lenses)
         config = ExitConfig.for_layers(manifest.model.num_layers)
-        (staging / bundle.EXIT_CONFIG).write_text(config.to_json())
+        (staging / EXIT_CONFIG).write_text(config.to_json())
         engines = manifest.engines.model_copy(update={"exits": exits, "layers": layers})
         whole = manifest.model_copy(
-            update={"engines": engines, "files": bundle.list_files(staging)}
+            update={"engines": engines, "files": list_files(staging)}
         )
-        bundle.write_manifest(staging, whole)
+        write_manifest(staging, whole)
 
 
 def _with_exit(
     staging: Path, head: HeadGraph, depth: int, trained: Trained
-) -> bundle.ExitEngineEntry:
+) -> ExitEngineEntry:
     """Write the exit engine at `depth`, and its lens where it has one."""
-    entry = bundle.ExitEngineEntry(depth=depth, file=f"onnx/exit_{depth:03}.onnx")
+    entry = ExitEngineEntry(depth=depth, file=f"onnx/exit_{depth:03}.onnx")
     probe, lens = trained.learned[depth], trained.lenses.get(depth)
-    onnx.save(
+    save_engine(
         exit_engine(head, staging / "onnx", trained.tokens, probe, lens), staging / entry.file
     )
     if lens is not None:
         entry.lens = f"onnx/lens_{depth:03}.onnx"
-        onnx.save(lens_engine(head, lens), staging / entry.lens)
+        save_engine(lens_engine(head, lens), staging / entry.lens)
     return entry
 
 
 def _with_risk(
-    staging: Path, entry: bundle.LayerEngineEntry, trained: Trained
-) -> bundle.LayerEngineEntry:
+    staging: Path, entry: LayerEngineEntry, trained: Trained
+) -> LayerEngineEntry:
     """Give the layer engine its probe, or take an earlier one away."""
     probe = trained.risks.get(entry.first_layer + entry.num_layers)
     if probe is not None or entry.risk:
         layer = onnx.load(staging / entry.file, load_external_data=False)
         changed = without_risk(layer) if probe is None else with_risk(layer, probe)
-        onnx.save(changed, staging / entry.file)
+        save_engine(changed, staging / entry.file)
     return entry.model_copy(update={"risk": probe is not None})
 
 

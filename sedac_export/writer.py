@@ -11,7 +11,7 @@ from sedac_export.block import compose
 from sedac_export.engines import Context
 from sedac_export.graphs import Graphs, Progress
 from sedac_export.skeleton import Skeleton
-from sedac_export.stamp import WeightStore, stamp, with_precision
+from sedac_export.stamp import WeightStore, save_engine, stamp, with_precision
 from sedac_export.trace import Graph
 
 
@@ -39,7 +39,7 @@ class EngineWriter:
 
     def save(self, model: onnx.ModelProto, name: str) -> str:
         """Write `model` as onnx/`name`.onnx; its path in the bundle."""
-        onnx.save(model, self.directory / f"{name}.onnx")
+        save_engine(model, self.directory / f"{name}.onnx")
         return f"onnx/{name}.onnx"
 
     def save_layers(

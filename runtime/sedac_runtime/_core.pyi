@@ -1,6 +1,7 @@
 """The Rust core's binding. Everything public is re-exported by sedac_runtime."""
 
 import os
+from pathlib import Path
 from typing import Any, Literal, final
 
 from typing_extensions import Buffer
@@ -8,7 +9,9 @@ from typing_extensions import Buffer
 from sedac_runtime.flavour import Executor
 
 __all__ = [
+    "SCHEMA_VERSION",
     "BundleError",
+    "BundleFiles",
     "EngineError",
     "Generation",
     "InputError",
@@ -18,21 +21,44 @@ __all__ = [
     "__version__",
     "exits_by_risk",
     "exits_by_stability",
+    "read_manifest",
+    "read_unlisted",
 ]
 
+SCHEMA_VERSION: int
 __version__: str
 
 class SedacError(Exception):
     """Base of all errors of sedac_runtime."""
 
 class BundleError(SedacError):
-    """A bundle is missing, damaged or of another schema."""
+    """A bundle is missing, damaged, of another schema or too large for the memory it may take."""
 
 class InputError(SedacError):
     """A setting is out of range or a prompt cannot be used."""
 
 class EngineError(SedacError):
     """ONNX Runtime, TensorRT or the tokenizer failed."""
+
+@final
+class BundleFiles:
+    """A bundle's files, checked."""
+
+    def __new__(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        verify: str = "always",
+        threads: int = 0,
+        replaced: str | os.PathLike[str] | None = None,
+    ) -> BundleFiles: ...
+    @property
+    def manifest(self) -> bytes: ...
+    @property
+    def hashed_and_skipped(self) -> tuple[int, int]: ...
+    def read(self, name: str | os.PathLike[str]) -> bytes: ...
+    def graph(self, name: str | os.PathLike[str]) -> tuple[bytes, Path]: ...
+    def path(self, name: str | os.PathLike[str]) -> Path: ...
 
 @final
 class Model:
@@ -44,7 +70,11 @@ class Model:
         library: str | os.PathLike[str],
         threads: int,
         plans: tuple[str, Executor, bool] | None = None,
+        *,
+        verify: str = "always",
+        memory_limit: int | None = None,
     ) -> Model: ...
+    def read_text(self, name: str | os.PathLike[str]) -> str | None: ...
     @property
     def name(self) -> str: ...
     @property
@@ -127,3 +157,10 @@ def exits_by_stability(
     stability: Buffer, tau: float, consecutive_k: int, min_layer_ratio: float
 ) -> list[int]: ...
 def exits_by_risk(risks: Buffer, thresholds: Thresholds, layers: int) -> list[int]: ...
+def read_manifest(directory: str | os.PathLike[str]) -> bytes:
+    """The text of bundle.json in `directory`, which has its digest and a schema that is known."""
+
+def read_unlisted(
+    directory: str | os.PathLike[str], name: str | os.PathLike[str]
+) -> bytes | None:
+    """The text of the file `name` of the bundle in `directory`, None where there is none."""

@@ -16,6 +16,7 @@ from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 Mode = Literal["full", "exit", "lossless"]
 Drafter = Literal["none", "auto", "early-exit", "prompt-lookup"]
 KvFill = Literal["propagate", "defer"]
+Verify = Literal["always", "changed"]
 Backend = Literal["onnxruntime"] | Target
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", *get_args(Target))
 
@@ -142,20 +143,39 @@ class SedacModel:
 
     @classmethod
     def from_pretrained(
-        cls, bundle: str | Path, *, threads: int | None = None, backend: Backend = "onnxruntime"
+        cls,
+        bundle: str | Path,
+        *,
+        threads: int | None = None,
+        backend: Backend = "onnxruntime",
+        verify: Verify = "always",
+        memory_limit: int | None = None,
     ) -> "SedacModel":
         """Check and load the bundle in directory `bundle`.
 
         threads is fixed for the process by the first bundle loaded; None takes all processors.
+        verify "changed" leaves out the digests of files that have the size, times and inode that
+        they had when they were last found whole. memory_limit is the bytes that engines and caches
+        may take; None means the memory that is free.
         backend "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
         bundle's plans of that target on the first NVIDIA GPU.
-        Raises BundleError when the bundle is damaged, EngineError when ONNX Runtime or TensorRT
+        Raises BundleError when the bundle is damaged or needs more memory, EngineError when ONNX Runtime or TensorRT
         fails.
         """
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)
+        if memory_limit is not None:
+            check_count("memory_limit", memory_limit, 1, LARGEST_SEED)
         path = Path(bundle)
-        return cls(path, _core.Model(path, find_onnxruntime(), count, _plans(backend, path)))
+        core = _core.Model(
+            path,
+            find_onnxruntime(),
+            count,
+            _plans(backend, path),
+            verify=verify,
+            memory_limit=memory_limit,
+        )
+        return cls(path, core)
 
     @property
     def num_layers(self) -> int:

@@ -26,6 +26,23 @@ pub enum Error {
         state: &'static str,
     },
 
+    /// A bundle needs more memory than it may take.
+    #[error(
+        "{} needs {} MiB of memory and may take {} MiB; free some, raise the memory limit or build \
+         it with a smaller --max-cache-length",
+        path.display(),
+        needed.div_ceil(1 << 20),
+        limit >> 20
+    )]
+    Memory {
+        /// The bundle's directory.
+        path: PathBuf,
+        /// Bytes that it needs.
+        needed: u64,
+        /// Bytes that it may take.
+        limit: u64,
+    },
+
     /// A setting is out of range.
     #[error("{name} {value} is out of range: {range}")]
     Setting {

@@ -1,13 +1,12 @@
 //! sedac_config.json: when tokens exit, and what skipped layers' caches get.
 
 use std::path::Path;
-use std::{fs, io};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::bundle::Manifest;
+use crate::bundle::{Gate, MAX_TEXT, Manifest};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::policy::PolicySettings;
@@ -54,25 +53,21 @@ impl KvFill {
 }
 
 impl ExitConfig {
-    /// The configuration of the bundle in `directory`; the defaults when it has none.
+    /// The configuration of the bundle behind `gate`; the defaults when it has none.
     ///
     /// # Errors
-    /// [`Error::Bundle`] when it does not parse, is out of range or does not fit `manifest`,
-    /// [`Error::Io`] when it cannot be read.
-    pub fn read(directory: &Path, manifest: &Manifest) -> Result<Self> {
-        let path = directory.join(EXIT_CONFIG);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(source) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(ExitConfig {
-                    policy: PolicySettings::for_layers(manifest.model.num_layers),
-                    kv_fill: KvFill::default(),
-                    drafter: None,
-                    certificate: None,
-                });
-            }
-            Err(source) => return Err(Error::Io { path, source }),
+    /// [`Error::Bundle`] when it is no regular file, does not parse, is out of range or does not
+    /// fit `manifest`, [`Error::Io`] when it cannot be read.
+    pub(crate) fn read(gate: &Gate, manifest: &Manifest) -> Result<Self> {
+        let Some(text) = gate.read_unlisted(Path::new(EXIT_CONFIG), MAX_TEXT)? else {
+            return Ok(ExitConfig {
+                policy: PolicySettings::for_layers(manifest.model.num_layers),
+                kv_fill: KvFill::default(),
+                drafter: None,
+                certificate: None,
+            });
         };
+        let path = gate.shown(EXIT_CONFIG);
         let wrong =
             |reason: String| Error::bundle(&path, format!("{reason}; correct or delete the file"));
         let config = ExitConfig::parse(&text, manifest.model.num_layers).map_err(wrong)?;

@@ -113,6 +113,13 @@ pub struct PortableGraphs {
 }
 
 impl PortableGraphs {
+    /// Its files.
+    fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        let layers = self.layers.iter().map(|entry| &entry.file);
+        let ends = [&self.embed, &self.head].into_iter();
+        ends.chain(layers).chain(&self.key_value)
+    }
+
     /// Whether these are graphs of `manifest`'s engines.
     fn matches(&self, manifest: &Manifest) -> bool {
         let own = self.layers.iter().map(PortableLayers::range);
@@ -157,15 +164,26 @@ pub struct Plans {
 }
 
 impl Manifest {
+    /// Whether portable graphs and plans are among the checked files.
+    pub(crate) fn plan_references_hold(&self) -> bool {
+        let plans = self.plans.values().flat_map(|set| &set.plans);
+        let plans = plans.flat_map(|entry| [&entry.file, &entry.graph]);
+        let graphs = self.portable.iter().flat_map(PortableGraphs::files);
+        plans
+            .chain(graphs)
+            .all(|file| self.files.contains_key(file))
+    }
+
     /// The portable graphs and the plans of `target`, such as `tensorrt-rtx`. None where one of
-    /// them is missing, no checked file, or of other engines than the bundle's.
+    /// them is missing or of other engines than the bundle's.
     pub fn plans_for(&self, target: &str) -> Option<(&PortableGraphs, Plans)> {
         let portable = self.portable.as_ref()?;
         let set = self.plans.get(target)?;
         let plan = |graph: &PathBuf| {
             let mut plans = set.plans.iter();
-            let entry = plans.find(|entry| entry.graph == *graph)?;
-            self.is_checked(&entry.file).then(|| entry.file.clone())
+            plans
+                .find(|entry| entry.graph == *graph)
+                .map(|entry| entry.file.clone())
         };
         let layers = portable.layers.iter().map(|entry| plan(&entry.file));
         let plans = Plans {

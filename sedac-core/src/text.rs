@@ -1,7 +1,5 @@
 //! Between text and tokens.
 
-use std::path::Path;
-
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
@@ -13,12 +11,12 @@ pub struct TextCodec {
 }
 
 impl TextCodec {
-    /// Load tokenizer.json at `path`.
+    /// The codec that the contents of a tokenizer.json describe.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when the file cannot be used.
-    pub fn load(path: &Path) -> Result<Self> {
-        let tokenizer = Tokenizer::from_file(path).map_err(failed)?;
+    /// [`Error::Tokenizer`] when they cannot be used.
+    pub fn new(contents: &[u8]) -> Result<Self> {
+        let tokenizer = Tokenizer::from_bytes(contents).map_err(failed)?;
         Ok(Self { tokenizer })
     }
 

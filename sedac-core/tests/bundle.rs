@@ -1,94 +1,19 @@
 //! A bundle that is not whole is refused by name, and no manifest makes the loader panic.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod tiny;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use proptest::prelude::*;
+use prost::Message;
 use sedac_core::Error;
 use sedac_core::bundle::Bundle;
 use sedac_core::exit_config::KvFill;
 use sedac_core::policy::PolicySettings;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
-
-fn hex(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A directory of its own for each test, gone afterwards.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("sedac-{}-{name}", std::process::id()));
-        fs::create_dir_all(path.join("onnx")).unwrap();
-        Self(path)
-    }
-
-    fn write_manifest(&self, manifest: &[u8]) {
-        fs::write(self.0.join("bundle.json"), manifest).unwrap();
-        let line = format!("{}  bundle.json\n", hex(manifest));
-        fs::write(self.0.join("bundle.sha256"), line).unwrap();
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A bundle of two layers whose graphs are a few bytes each.
-fn whole(scratch: &Scratch) -> Value {
-    let mut files = serde_json::Map::new();
-    for name in [
-        "embed",
-        "layer_000",
-        "layer_001",
-        "kv_000",
-        "kv_001",
-        "head",
-        "monolith",
-    ] {
-        let file = format!("onnx/{name}.onnx");
-        let contents = format!("graph of {name}");
-        fs::write(scratch.0.join(&file), &contents).unwrap();
-        let entry = json!({"bytes": contents.len(), "sha256": hex(contents.as_bytes())});
-        files.insert(file, entry);
-    }
-    let layer = |file: &str, first: usize, count: usize| json!({"file": file, "first_layer": first, "num_layers": count, "contexts": ["context_0"]});
-    let fill = |file: &str| json!({"file": file, "contexts": ["context_0"]});
-    let manifest = json!({
-        "schema_version": 1,
-        "model": {
-            "name": "tiny", "type": "llama", "hidden_size": 8, "num_layers": 2, "vocab_size": 16,
-            "eos_token_ids": [0]
-        },
-        "target": "onnxruntime",
-        "precision": "fp16",
-        "exit_layers": [1, 2],
-        "max_cache_length": 32,
-        "key_value_heads": [{"heads": 1, "head_size": 4}, {"heads": 1, "head_size": 4}],
-        "contexts": [{"name": "context_0", "shape": [1, -1, 2], "dtype": "float32"}],
-        "engines": {
-            "embed": "onnx/embed.onnx",
-            "layers": [layer("onnx/layer_000.onnx", 0, 1), layer("onnx/layer_001.onnx", 1, 1)],
-            "key_value": [fill("onnx/kv_000.onnx"), fill("onnx/kv_001.onnx")],
-            "head": "onnx/head.onnx",
-            "monolith": layer("onnx/monolith.onnx", 0, 2)
-        },
-        "tokenizer": false,
-        "files": files
-    });
-    scratch.write_manifest(manifest.to_string().as_bytes());
-    manifest
-}
-
-fn reason(directory: &Path) -> String {
-    Bundle::open(directory).unwrap_err().to_string()
-}
+use tiny::{Scratch, whole};
 
 #[test]
 fn a_whole_bundle_opens() {
@@ -105,12 +30,14 @@ fn damage_is_named() {
     let scratch = Scratch::new("damage");
     whole(&scratch);
     let path = scratch.0.join("onnx/layer_001.onnx");
-    fs::write(&path, "graph of layer_00!").unwrap();
-    assert!(reason(&scratch.0).contains("layer_001.onnx is altered"));
+    let mut contents = fs::read(&path).unwrap();
+    *contents.last_mut().unwrap() ^= 1;
+    fs::write(&path, &contents).unwrap();
+    assert!(scratch.reason().contains("layer_001.onnx is altered"));
     fs::write(&path, "graph").unwrap();
-    assert!(reason(&scratch.0).contains("layer_001.onnx is truncated"));
+    assert!(scratch.reason().contains("layer_001.onnx is truncated"));
     fs::remove_file(&path).unwrap();
-    assert!(reason(&scratch.0).contains("layer_001.onnx is missing"));
+    assert!(scratch.reason().contains("layer_001.onnx is missing"));
 }
 
 #[test]
@@ -122,9 +49,9 @@ fn a_manifest_must_match_its_digest() {
         manifest.replace("tiny", "tinx"),
     )
     .unwrap();
-    assert!(reason(&scratch.0).contains("bundle.json is altered"));
+    assert!(scratch.reason().contains("bundle.json is altered"));
     fs::remove_file(scratch.0.join("bundle.sha256")).unwrap();
-    assert!(reason(&scratch.0).contains("bundle.sha256 is missing"));
+    assert!(scratch.reason().contains("bundle.sha256 is missing"));
 }
 
 #[test]
@@ -134,7 +61,7 @@ fn a_newer_schema_is_not_called_damaged() {
     manifest["schema_version"] = json!(2);
     manifest["engines"] = json!("something else");
     fs::write(scratch.0.join("bundle.json"), manifest.to_string()).unwrap();
-    assert!(reason(&scratch.0).contains("schema 2 is newer than 1"));
+    assert!(scratch.reason().contains("schema 2 is newer than 1"));
 }
 
 #[test]
@@ -153,7 +80,7 @@ fn engines_that_do_not_add_up_are_refused() {
         let mut manifest = sound.clone();
         *manifest.pointer_mut(pointer).unwrap() = value;
         scratch.write_manifest(manifest.to_string().as_bytes());
-        assert!(reason(&scratch.0).contains("do not add up"), "{pointer}");
+        assert!(scratch.reason().contains("do not add up"), "{pointer}");
     }
 }
 
@@ -171,7 +98,7 @@ fn an_exit_configuration_may_leave_things_out_but_not_add() {
     };
     assert_eq!(config.policy, expected);
     fs::write(&path, r#"{"taw": 0.5}"#).unwrap();
-    assert!(reason(&scratch.0).contains("unknown field `taw`"));
+    assert!(scratch.reason().contains("unknown field `taw`"));
 }
 
 #[test]
@@ -182,7 +109,7 @@ fn thresholds_need_an_engine_that_tells_at_their_depth() {
     for policy in ["probe", "margin", "learned"] {
         let config = json!({"policy": policy, "thresholds": {"1": 0.5}});
         fs::write(&path, config.to_string()).unwrap();
-        let reason = reason(&scratch.0);
+        let reason = scratch.reason();
         assert!(
             reason.contains("at depth 1") && reason.contains("train-probes"),
             "{reason}"
@@ -267,6 +194,10 @@ fn plans_are_found_for_their_target_and_only_whole() {
         "head",
     ];
     let graph = |name: &str| format!("onnx/portable_{name}.onnx");
+    for name in graphs {
+        let stand_in = tiny::graph(name).encode_to_vec();
+        scratch.list(&mut manifest, &graph(name), &stand_in);
+    }
     let layers = |first: usize| json!({"file": graph(graphs[1 + first]), "first_layer": first, "num_layers": 1, "masks": ["mask"]});
     manifest["portable"] = json!({
         "embed": graph("embed"), "layers": [layers(0), layers(1)],
@@ -290,14 +221,7 @@ fn plans_are_found_for_their_target_and_only_whole() {
     assert_eq!(plans.max_prefill_chunk, 64);
     assert!(sound.plans_for("tensorrt").is_none());
     for (pointer, value) in [
-        (
-            "/plans/tensorrt-rtx/plans/3/graph",
-            json!("onnx/other.onnx"),
-        ),
-        (
-            "/plans/tensorrt-rtx/plans/3/file",
-            json!("onnx/unlisted.plan"),
-        ),
+        ("/plans/tensorrt-rtx/plans/3/graph", json!("onnx/head.onnx")),
         ("/portable/layers/1/first_layer", json!(0)),
         ("/portable/contexts/context_0/shape/2", json!(1_u64 << 62)),
         ("/portable/contexts/context_0/shape/2", json!(0)),
@@ -308,5 +232,15 @@ fn plans_are_found_for_their_target_and_only_whole() {
             open(&broken).plans_for("tensorrt-rtx").is_none(),
             "{pointer}"
         );
+    }
+    for (pointer, name) in [
+        ("plans/3/graph", "onnx/other.onnx"),
+        ("plans/3/file", "../a.plan"),
+    ] {
+        let mut broken = manifest.clone();
+        let pointer = format!("/plans/tensorrt-rtx/{pointer}");
+        *broken.pointer_mut(&pointer).unwrap() = json!(name);
+        scratch.write_manifest(broken.to_string().as_bytes());
+        assert!(scratch.reason().contains("do not add up"), "{pointer}");
     }
 }

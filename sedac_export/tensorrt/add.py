@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sedac_export import manifest as bundle
+from sedac_export.bundle import Bundle
 from sedac_export.graphs import Progress
 from sedac_export.tensorrt.entries import BuildOptions, PlanSet
 from sedac_export.tensorrt.plans import build_plans, check_options
@@ -22,10 +22,8 @@ def add_target(
     configuration is read; the weights are those of the bundle. Raises SedacError.
     """
     check_options(target, options)
-    manifest = bundle.read_manifest(directory)
     # what is wrong with this target's own plans is put right by building them
-    others = {n: e for n, e in manifest.files.items() if not n.startswith(f"engines/{target}/")}
-    bundle.check_files(directory, manifest.model_copy(update={"files": others}))
+    manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
     if manifest.portable is None and model is not None:
         from sedac_export.exporter import find_model
         from sedac_export.skeleton import Skeleton

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import onnx
 
 from sedac_export import manifest as bundle
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Progress
 from sedac_export.tensorrt.agreement import GATES, Gates, compare
@@ -74,8 +75,7 @@ def validate(directory: Path, target: Target, progress: Progress = lambda *_: No
 
     Raises SedacError when a file is damaged, there are no such plans or the flavour is missing.
     """
-    manifest = bundle.read_manifest(directory)
-    bundle.check_files(directory, manifest)
+    manifest = Bundle.open(directory).manifest
     plans, portable = manifest.plans.get(target), manifest.portable
     if plans is None or portable is None:
         raise SedacError(

@@ -16,7 +16,7 @@ create_exception!(
     sedac_runtime,
     BundleError,
     SedacError,
-    "A bundle is missing, damaged or of another schema."
+    "A bundle is missing, damaged, of another schema or too large for the memory it may take."
 );
 create_exception!(
     sedac_runtime,
@@ -43,7 +43,9 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::Bundle { .. } | Error::DamagedFile { .. } => BundleError::new_err(message),
+            Error::Bundle { .. } | Error::DamagedFile { .. } | Error::Memory { .. } => {
+                BundleError::new_err(message)
+            }
             Error::Setting { .. } | Error::Prompt(_) => InputError::new_err(message),
             Error::Library { .. }
             | Error::Engine { .. }

@@ -1,7 +1,7 @@
 //! A loaded bundle.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
@@ -11,11 +11,12 @@ use serde_json::json;
 use super::door;
 use super::error::InputError;
 use super::executor::PythonExecutor;
+use super::files::verify_named;
 use super::generation::Generation;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
 use crate::bench::{Case, Row};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Opening};
 use crate::chain::{Chain, Exit, Request};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
@@ -48,22 +49,35 @@ type PlanRunner = (String, Py<PyAny>, bool);
 
 #[pymethods]
 impl Model {
-    /// Check and load the bundle in `directory`. library and threads are ONNX Runtime's. `plans`
-    /// runs TensorRT plans instead: (target, executor, rehearsal). executor puts one of them on a
-    /// stream: (plan, [(tensor, address, shape)], stream, replayed) -> None. In a rehearsal
-    /// addresses are the host's, and it computes at once.
+    /// Check and load the bundle in `directory`. library and threads are ONNX Runtime's; as many
+    /// threads check the files. verify "always" hashes all of them, "changed" those that changed
+    /// since they were last found whole. memory_limit, in bytes, is what the loaded bundle may
+    /// take, None for what is free. `plans` runs TensorRT plans instead: (target, executor,
+    /// rehearsal). executor puts one of them on a stream: (plan, [(tensor, address, shape)], stream,
+    /// replayed) -> None. In a rehearsal addresses are the host's, and it computes at once.
     #[new]
-    #[pyo3(signature = (directory, library, threads, plans = None))]
+    #[pyo3(signature = (
+        directory, library, threads, plans = None, *, verify = "always", memory_limit = None
+    ))]
     fn new(
         py: Python<'_>,
         directory: PathBuf,
         library: PathBuf,
         threads: usize,
         plans: Option<PlanRunner>,
+        verify: &str,
+        memory_limit: Option<u64>,
     ) -> PyResult<Self> {
         let path = library;
-        door::run(py, &Interrupt::default(), move || {
-            let bundle = Bundle::open(&directory)?;
+        let opening = Opening {
+            verify: verify_named(verify)?,
+            threads,
+            memory_limit,
+            ..Opening::default()
+        };
+        let interrupt = opening.interrupt.clone();
+        door::run(py, &interrupt, move || {
+            let bundle = Bundle::open_with(&directory, &opening)?;
             let codec = codec(&bundle)?.map(Arc::new);
             let library = Library { path, threads };
             let served = plans.is_some();
@@ -79,6 +93,18 @@ impl Model {
                 plans: served,
             })
         })
+    }
+
+    /// The text of the file `name` of the bundle, None where the bundle has none.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "Python's paths arrive by value"
+    )]
+    fn read_text(&self, name: PathBuf) -> PyResult<Option<String>> {
+        if !self.bundle.gate.lists(&name) {
+            return Ok(None);
+        }
+        Ok(Some(self.bundle.gate.read_text(&name)?))
     }
 
     #[getter]
@@ -422,7 +448,7 @@ fn kv_fill_named(name: &str) -> Result<KvFill> {
     named("kv_fill", name, KvFill::ALL, KvFill::name)
 }
 
-fn named<T: Copy, const N: usize>(
+pub(super) fn named<T: Copy, const N: usize>(
     setting: &'static str,
     name: &str,
     all: [T; N],
@@ -437,12 +463,6 @@ fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {
     if !bundle.manifest.tokenizer {
         return Ok(None);
     }
-    let path = bundle.directory.join("tokenizer.json");
-    if !path.exists() {
-        return Err(Error::DamagedFile {
-            path,
-            state: "missing",
-        });
-    }
-    TextCodec::load(&path).map(Some)
+    let contents = bundle.gate.read(Path::new("tokenizer.json"))?;
+    TextCodec::new(&contents).map(Some)
 }

@@ -1,7 +1,7 @@
 //! Exit engines and lenses, which a bundle has after training.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
@@ -66,9 +66,11 @@ impl Exits {
     pub fn of(bundle: &Bundle, library: &Path, threads: usize) -> Result<Self> {
         let manifest = &bundle.manifest;
         let entries = &manifest.engines.exits;
+        let files = entries.iter().flat_map(ExitEntry::files);
+        bundle.check_more_memory(files.map(PathBuf::as_path))?;
         Self::load(entries, manifest.model.hidden_size, |file| {
             let environment = environment(library, threads)?;
-            session(&environment, &bundle.directory.join(file))
+            session(&environment, bundle, file)
         })
     }
 

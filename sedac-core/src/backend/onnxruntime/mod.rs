@@ -7,8 +7,9 @@ mod runtime;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use ort::environment::Environment;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
@@ -18,7 +19,7 @@ use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
 use super::Engines;
-use crate::bundle::{Bundle, LayerEntry};
+use crate::bundle::{Bundle, ExitEntry, LayerEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
 
@@ -34,9 +35,6 @@ pub enum Layout {
     Monolith,
 }
 
-/// Loads a graph of the bundle.
-type Open = Box<dyn Fn(&Path) -> Result<Session> + Send>;
-
 /// The engines of one bundle and the caches of one sequence.
 pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
@@ -45,7 +43,8 @@ pub struct OnnxRuntime {
     /// Loaded when the first soft exit wants them.
     attention: Vec<Session>,
     attention_entries: Vec<LayerEntry>,
-    open: Open,
+    bundle: Bundle,
+    environment: Environment,
     exits: Exits,
     key_value: Vec<KeyValueEngine>,
     head: Session,
@@ -90,8 +89,6 @@ impl OnnxRuntime {
     pub fn load(bundle: &Bundle, layout: Layout, library: &Path, threads: usize) -> Result<Self> {
         let environment = environment(library, threads)?;
         let manifest = &bundle.manifest;
-        let directory = bundle.directory.clone();
-        let open = move |file: &Path| session(&environment, &directory.join(file));
         let (entries, attention_entries, exits) = match layout {
             Layout::Engines => {
                 let engines = &manifest.engines;
@@ -103,6 +100,13 @@ impl OnnxRuntime {
             }
             Layout::Monolith => (vec![manifest.engines.monolith.clone()], Vec::new(), &[][..]),
         };
+        let engines = &manifest.engines;
+        let parts = [&engines.embed, &engines.head].into_iter();
+        let parts = parts.chain(entries.iter().map(|entry| &entry.file));
+        let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
+        let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
+        bundle.check_memory(parts.map(PathBuf::as_path))?;
+        let open = |file: &Path| session(&environment, bundle, file);
         let embed = open(&manifest.engines.embed)?;
         let layers = entries
             .iter()
@@ -129,10 +133,11 @@ impl OnnxRuntime {
             head_passes: HashMap::new(),
             logit_rows: 1,
             fillings: HashMap::new(),
-            exits: Exits::load(exits, shared.hidden_size, &open)?,
+            exits: Exits::load(exits, shared.hidden_size, open)?,
             attention: Vec::new(),
             attention_entries,
-            open: Box::new(open),
+            bundle: bundle.clone(),
+            environment,
             entries,
             embed,
             layers,
@@ -150,6 +155,20 @@ impl OnnxRuntime {
             &self.layers,
             &self.entries,
         )
+    }
+
+    /// Load the attention engines, once.
+    fn load_attention(&mut self) -> Result<()> {
+        if self.attention.len() == self.attention_entries.len() {
+            return Ok(());
+        }
+        let files = self.attention_entries.iter().map(|entry| &*entry.file);
+        self.bundle.check_more_memory(files)?;
+        for entry in &self.attention_entries {
+            let session = session(&self.environment, &self.bundle, &entry.file)?;
+            self.attention.push(session);
+        }
+        Ok(())
     }
 
     /// Make the filling of `positions` ready.
@@ -226,9 +245,7 @@ impl Engines for OnnxRuntime {
     }
 
     fn run_attention(&mut self, engine: usize) -> Result<()> {
-        for entry in &self.attention_entries[self.attention.len()..] {
-            self.attention.push((self.open)(&entry.file)?);
-        }
+        self.load_attention()?;
         let pass = self.passes.current_mut();
         pass.bind_attention(&self.attention, &self.attention_entries, &mut self.shared)?;
         run(&mut self.attention[engine], &pass.attention[engine], || {

@@ -15,6 +15,7 @@ use ort::value::{
     DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value, ValueTypeMarker,
 };
 
+use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 
 /// The process's ONNX Runtime and its number of threads. Sessions that spin pools of their own
@@ -60,21 +61,28 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
     Ok(environment)
 }
 
-/// Load the graph at `path`.
+/// Where weights are looked for that are not in a graph loaded from memory:
+/// kOrtSessionOptionsModelExternalInitializersFileFolderPath.
+const WEIGHTS_DIRECTORY: &str = "session.model_external_initializers_file_folder_path";
+
+/// Load the graph in `file` of `bundle`.
 ///
 /// Sessions get no arena and no memory plans of their own: with plain allocation the buffers that
 /// one layer gives back are the ones the next takes, and dozens of engines hold nothing between
 /// runs, however many lengths of prompt they have seen.
 /// `sedac-runtime bench --against monolith` measures what the chain costs.
-pub(super) fn session(environment: &Environment, path: &Path) -> Result<Session> {
+pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -> Result<Session> {
+    let (graph, directory) = bundle.graph(file)?;
     let load = || {
         Session::builder(environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
             .with_memory_pattern(false)?
             .with_execution_providers([CPU::default().with_arena_allocator(false).build()])?
-            .commit_from_file(path)
+            .with_config_entry(WEIGHTS_DIRECTORY, directory.to_string_lossy())?
+            .commit_from_memory(&graph)
     };
-    load().map_err(|source| engine_error(format!("{} cannot be loaded", path.display()), source))
+    let what = || format!("{} cannot be loaded", bundle.gate.shown(file).display());
+    load().map_err(|source| engine_error(what(), source))
 }
 
 /// A tensor of zeros in memory that engines can read and write in place.

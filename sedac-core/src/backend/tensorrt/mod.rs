@@ -13,7 +13,7 @@ mod memory;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub use cuda::Cuda;
@@ -23,7 +23,7 @@ pub use host::Host;
 use self::memory::{Caches, Frame, Masks, Sizes, bound, decode_f32};
 use super::onnxruntime::Exits;
 use super::{Engines, MOST_TOKENS};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Gate};
 use crate::error::{Error, Result};
 use crate::plans::{Plans, PortableLayers};
 use crate::policy::ExitSignals;
@@ -47,7 +47,7 @@ enum Plan {
 pub struct TensorRt<D: Device> {
     device: D,
     executor: Arc<dyn Executor>,
-    directory: PathBuf,
+    gate: Arc<Gate>,
     plans: Plans,
     layers: Vec<PortableLayers>,
     sizes: Sizes,
@@ -89,7 +89,7 @@ impl<D: Device> TensorRt<D> {
         let manifest = &bundle.manifest;
         let (portable, plans) = manifest
             .plans_for(target)
-            .ok_or_else(|| missing_plans(&bundle.directory, target))?;
+            .ok_or_else(|| missing_plans(&bundle.gate.shown(""), target))?;
         let length = manifest.max_cache_length;
         let sizes = Sizes {
             precision: manifest.precision,
@@ -114,7 +114,7 @@ impl<D: Device> TensorRt<D> {
             kept: device.allocate(length * sizes.row())?,
             head_input: device.allocate(MOST_CAPTURED * sizes.row())?,
             head_output: device.allocate(logits)?,
-            directory: bundle.directory.clone(),
+            gate: bundle.gate.clone(),
             layers: portable.layers.clone(),
             plans,
             device,
@@ -157,10 +157,10 @@ impl<D: Device> TensorRt<D> {
 
     fn work(&self, plan: Plan, tokens: usize) -> Work {
         let executor = self.executor.clone();
-        let path = self.directory.join(self.path(plan));
+        let (gate, file) = (self.gate.clone(), self.path(plan).to_owned());
         let tensors = self.tensors(plan, tokens);
         let replayed = tokens <= MOST_CAPTURED;
-        Box::new(move |stream| executor.enqueue(&path, &tensors, stream, replayed))
+        Box::new(move |stream| executor.enqueue(&gate.path(&file)?, &tensors, stream, replayed))
     }
 
     fn path(&self, plan: Plan) -> &Path {

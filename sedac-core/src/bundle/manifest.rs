@@ -1,16 +1,12 @@
-//! A bundle on disk: its manifest, its exit configuration, and the check that all files are whole.
+//! bundle.json: what a bundle says of its model and engines.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
+use super::gate::FileEntry;
 use crate::error::{Error, Result};
-use crate::exit_config::ExitConfig;
 use crate::plans::{PlanSet, PortableGraphs, Precision};
 use crate::policy::{PolicySettings, Source};
 
@@ -19,9 +15,6 @@ pub const SCHEMA_VERSION: u64 = 1;
 
 /// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
 pub(crate) const LARGEST_BUFFER: usize = 1 << 40;
-
-const MANIFEST: &str = "bundle.json";
-const MANIFEST_DIGEST: &str = "bundle.sha256";
 
 /// What the chain must know of the model.
 #[derive(Debug, Clone, Deserialize)]
@@ -50,6 +43,21 @@ pub struct ContextTensor {
     pub shape: Vec<i64>,
     /// Its element type.
     pub dtype: String,
+}
+
+impl ContextTensor {
+    /// Numbers in it for `tokens` tokens; None where no memory holds so many.
+    pub(super) fn numbers(&self, tokens: usize) -> Option<usize> {
+        let sizes = self.shape.iter();
+        let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(tokens));
+        let numbers = sizes.into_iter().try_fold(1, usize::checked_mul);
+        numbers.filter(|&numbers| numbers < LARGEST_BUFFER)
+    }
+
+    /// Whether its only open axis can be the tokens, and it has no more numbers than any model's.
+    fn is_sound(&self) -> bool {
+        self.shape.iter().all(|&size| size > 0 || size == -1) && self.numbers(1).is_some()
+    }
 }
 
 /// Cache geometry of one layer.
@@ -94,6 +102,13 @@ pub struct ExitEntry {
     /// The graph that maps the residual stream here to what the head takes, if there is one (a
     /// tuned lens, Belrose et al. 2023, <https://arxiv.org/abs/2303.08112>).
     pub lens: Option<PathBuf>,
+}
+
+impl ExitEntry {
+    /// Its graphs.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.file].into_iter().chain(&self.lens)
+    }
 }
 
 /// An engine that fills the cache of one skipped layer.
@@ -148,17 +163,9 @@ impl Engines {
             .all(|(file, contexts)| manifest.files.contains_key(file) && contexts.iter().all(known))
             && [&self.embed, &self.head]
                 .into_iter()
-                .chain(self.exits.iter().map(|exit| &exit.file))
-                .chain(self.exits.iter().filter_map(|exit| exit.lens.as_ref()))
+                .chain(self.exits.iter().flat_map(ExitEntry::files))
                 .all(|file| manifest.files.contains_key(file))
     }
-}
-
-/// Size and digest of a file.
-#[derive(Debug, Clone, Deserialize)]
-struct FileEntry {
-    bytes: u64,
-    sha256: String,
 }
 
 /// What a bundle's engines are built for.
@@ -195,13 +202,60 @@ pub struct Manifest {
     /// TensorRT plans by target.
     #[serde(default)]
     pub plans: BTreeMap<String, PlanSet>,
-    files: BTreeMap<PathBuf, FileEntry>,
+    /// Size and digest of every file but bundle.json, its digest and sedac_config.json.
+    pub files: BTreeMap<PathBuf, FileEntry>,
 }
 
 impl Manifest {
-    /// Whether `file` is among those whose size and digest are checked.
-    pub(crate) fn is_checked(&self, file: &Path) -> bool {
-        self.files.contains_key(file)
+    /// Check that it is one that somebody should have written; `path` names it.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when its engines and sizes are those of no model.
+    pub(super) fn check(&self, path: &Path) -> Result<()> {
+        let references_hold = self.engines.references_hold(self) && self.plan_references_hold();
+        if self.engines_add_up() && self.sizes_are_sound() && references_hold {
+            return Ok(());
+        }
+        let reason = "its engines do not add up to the model; build the bundle again";
+        Err(Error::bundle(path, reason))
+    }
+
+    fn engines_add_up(&self) -> bool {
+        let layers = self.model.num_layers;
+        let covers = |entries: &[LayerEntry]| {
+            let mut next = 0;
+            entries.iter().all(|entry| {
+                let follows = entry.first_layer == next && entry.num_layers > 0;
+                next = entry.num_layers.saturating_add(next);
+                follows
+            }) && next == layers
+        };
+        let engines = &self.engines;
+        let ends = |entries: &[LayerEntry]| entries.iter().map(LayerEntry::end).collect::<Vec<_>>();
+        let exits = ends(&engines.layers);
+        layers > 0
+            && covers(&engines.layers)
+            && covers(std::slice::from_ref(&engines.monolith))
+            && (engines.attention.is_empty()
+                || covers(&engines.attention) && ends(&engines.attention) == exits)
+            && engines.key_value.len() == layers
+            && self.key_value_heads.len() == layers
+            && self.exit_layers.iter().all(|depth| exits.contains(depth))
+    }
+
+    fn sizes_are_sound(&self) -> bool {
+        let length = self.max_cache_length;
+        // positions and lengths are int32 in the graphs
+        let positions = 1..=i32::MAX as usize;
+        let row = |numbers: usize| (1..LARGEST_BUFFER).contains(&numbers.saturating_mul(length));
+        let caches = self.key_value_heads.iter();
+        positions.contains(&length)
+            && row(self.model.hidden_size)
+            && (1..LARGEST_BUFFER).contains(&self.model.vocab_size)
+            && caches
+                .map(|kv| kv.heads.saturating_mul(kv.head_size))
+                .all(row)
+            && self.contexts.iter().all(ContextTensor::is_sound)
     }
 
     /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.
@@ -255,185 +309,4 @@ impl Manifest {
             None => Ok(()),
         }
     }
-}
-
-/// A bundle whose files have been checked.
-#[derive(Debug, Clone)]
-pub struct Bundle {
-    /// Its directory.
-    pub directory: PathBuf,
-    /// Its manifest.
-    pub manifest: Manifest,
-    /// Its exit configuration.
-    pub exit_config: ExitConfig,
-}
-
-impl Bundle {
-    /// Read the bundle in `directory` and check every file that the manifest lists.
-    ///
-    /// # Errors
-    /// [`Error::Bundle`] when it is no bundle, of another schema or inconsistent,
-    /// [`Error::DamagedFile`] naming a file that is missing, truncated or altered,
-    /// [`Error::Io`] when a file cannot be read.
-    pub fn open(directory: &Path) -> Result<Self> {
-        let manifest = read_manifest(directory)?;
-        manifest
-            .files
-            .par_iter()
-            .map(|(name, entry)| check_file(&directory.join(name), entry))
-            .collect::<Result<()>>()?;
-        check_consistent(directory, &manifest)?;
-        Ok(Self {
-            directory: directory.to_owned(),
-            exit_config: ExitConfig::read(directory, &manifest)?,
-            manifest,
-        })
-    }
-}
-
-fn read_manifest(directory: &Path) -> Result<Manifest> {
-    let path = directory.join(MANIFEST);
-    let text = fs::read(&path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::bundle(
-            directory,
-            "not a bundle (it holds no bundle.json); build one with sedac-export build",
-        ),
-        _ => Error::Io {
-            path: path.clone(),
-            source,
-        },
-    })?;
-    check_schema(&path, &text)?;
-    check_manifest_digest(directory, &text)?;
-    serde_json::from_slice(&text)
-        .map_err(|error| Error::bundle(&path, format!("{error}; build the bundle again")))
-}
-
-/// The schema comes first: a newer manifest need not parse, and must not be called damaged.
-fn check_schema(path: &Path, text: &[u8]) -> Result<()> {
-    #[derive(Deserialize)]
-    struct Schema {
-        schema_version: u64,
-    }
-    let Schema { schema_version } = serde_json::from_slice(text).map_err(|error| {
-        Error::bundle(
-            path,
-            format!("not a manifest ({error}); build the bundle again"),
-        )
-    })?;
-    if schema_version > SCHEMA_VERSION {
-        return Err(Error::bundle(
-            path,
-            format!(
-                "schema {schema_version} is newer than {SCHEMA_VERSION}, the newest this runtime \
-                 reads; update sedac-runtime"
-            ),
-        ));
-    }
-    Ok(())
-}
-
-fn check_manifest_digest(directory: &Path, text: &[u8]) -> Result<()> {
-    let path = directory.join(MANIFEST_DIGEST);
-    let Ok(line) = fs::read_to_string(&path) else {
-        let state = "missing";
-        return Err(Error::DamagedFile { path, state });
-    };
-    if line.split_whitespace().next() == Some(hex(&Sha256::digest(text)).as_str()) {
-        return Ok(());
-    }
-    Err(Error::DamagedFile {
-        path: directory.join(MANIFEST),
-        state: "altered",
-    })
-}
-
-fn check_file(path: &Path, entry: &FileEntry) -> Result<()> {
-    let damaged = |state| Error::DamagedFile {
-        path: path.to_owned(),
-        state,
-    };
-    let Ok(metadata) = fs::metadata(path) else {
-        return Err(damaged("missing"));
-    };
-    if metadata.len() < entry.bytes {
-        return Err(damaged("truncated"));
-    }
-    let digest = sha256(path).map_err(|source| Error::Io {
-        path: path.to_owned(),
-        source,
-    })?;
-    if digest != entry.sha256 {
-        return Err(damaged("altered"));
-    }
-    Ok(())
-}
-
-fn sha256(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex(&hasher.finalize())),
-            count => hasher.update(&buffer[..count]),
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A manifest that is whole may still be one that nobody should have written.
-fn check_consistent(directory: &Path, manifest: &Manifest) -> Result<()> {
-    let layers = manifest.model.num_layers;
-    let covers = |entries: &[LayerEntry]| {
-        let mut next = 0;
-        entries.iter().all(|entry| {
-            let follows = entry.first_layer == next && entry.num_layers > 0;
-            next = entry.num_layers.saturating_add(next);
-            follows
-        }) && next == layers
-    };
-    let ends: Vec<usize> = manifest
-        .engines
-        .layers
-        .iter()
-        .map(LayerEntry::end)
-        .collect();
-    let monolith = std::slice::from_ref(&manifest.engines.monolith);
-    let sound = layers > 0
-        && covers(&manifest.engines.layers)
-        && covers(monolith)
-        && (manifest.engines.attention.is_empty()
-            || ends.iter().eq(&manifest
-                .engines
-                .attention
-                .iter()
-                .map(LayerEntry::end)
-                .collect::<Vec<_>>())
-                && covers(&manifest.engines.attention))
-        && manifest.engines.key_value.len() == layers
-        && manifest.key_value_heads.len() == layers
-        && manifest.model.hidden_size > 0
-        && manifest.max_cache_length > 0
-        && manifest
-            .model
-            .hidden_size
-            .saturating_mul(manifest.max_cache_length)
-            < LARGEST_BUFFER
-        && manifest
-            .exit_layers
-            .iter()
-            .all(|depth| ends.contains(depth))
-        && manifest.engines.references_hold(manifest);
-    if sound {
-        return Ok(());
-    }
-    let path = directory.join(MANIFEST);
-    Err(Error::bundle(
-        &path,
-        "its engines do not add up to the model; build the bundle again",
-    ))
 }

@@ -1,0 +1,92 @@
+//! What a loaded bundle takes, held against what there is before anything of it is allocated.
+
+use std::path::Path;
+
+use sysinfo::System;
+
+use super::Bundle;
+use crate::error::{Error, Result};
+
+/// Tokens of the longest pass, whose buffers are the largest.
+const MOST_TOKENS: u64 = 256;
+
+/// Rows of logits that are kept.
+const LOGIT_ROWS: u64 = 16;
+
+/// Bytes of a number where engines compute.
+const FLOAT: u64 = size_of::<f32>() as u64;
+
+impl Bundle {
+    /// Check that there is memory for the engines in `graphs`, the caches of a sequence and the
+    /// buffers of its passes.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with what is needed and what there is.
+    pub(crate) fn check_memory<'a>(&self, graphs: impl Iterator<Item = &'a Path>) -> Result<()> {
+        self.hold(
+            self.weight_bytes(graphs)
+                .saturating_add(self.sequence_bytes()),
+        )
+    }
+
+    /// As [`check_memory`](Self::check_memory), for engines that join a sequence under way.
+    pub(crate) fn check_more_memory<'a>(
+        &self,
+        graphs: impl Iterator<Item = &'a Path>,
+    ) -> Result<()> {
+        self.hold(self.weight_bytes(graphs))
+    }
+
+    fn hold(&self, needed: u64) -> Result<()> {
+        match self.memory_limit.or_else(available) {
+            Some(limit) if needed > limit => Err(Error::Memory {
+                path: self.gate.shown(""),
+                needed,
+                limit,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn weight_bytes<'a>(&self, graphs: impl Iterator<Item = &'a Path>) -> u64 {
+        let bytes = graphs.filter_map(|graph| self.graphs.get(graph));
+        bytes.fold(0, |sum, graph| sum.saturating_add(graph.bytes))
+    }
+
+    /// Caches, kept hidden states, and the buffers of the longest pass.
+    fn sequence_bytes(&self) -> u64 {
+        let manifest = &self.manifest;
+        let product = |sizes: &[u64]| {
+            sizes
+                .iter()
+                .fold(1, |left: u64, &right| left.saturating_mul(right))
+        };
+        let length = manifest.max_cache_length as u64;
+        let hidden = manifest.model.hidden_size as u64;
+        let caches = manifest.key_value_heads.iter();
+        let caches = caches.map(|kv| product(&[2, kv.heads as u64, length, kv.head_size as u64]));
+        let contexts = manifest.contexts.iter();
+        let contexts = contexts.map(|context| {
+            let numbers = context.numbers(MOST_TOKENS as usize);
+            numbers.map_or(u64::MAX, |numbers| numbers as u64)
+        });
+        let rows = [
+            product(&[hidden, length]),
+            product(&[2, hidden, MOST_TOKENS]),
+            product(&[manifest.model.vocab_size as u64, LOGIT_ROWS]),
+        ];
+        let numbers = caches.chain(contexts).chain(rows);
+        numbers.fold(0, u64::saturating_add).saturating_mul(FLOAT)
+    }
+}
+
+/// Bytes of memory that this process may still take, its control group's limit included; None where
+/// the system does not tell.
+fn available() -> Option<u64> {
+    let mut system = System::new().ok()?;
+    system.refresh_memory();
+    let free = system.available_memory();
+    let limited = system.cgroup_limits().map(|limits| limits.free_memory);
+    let free = limited.map_or(free, |limited| free.min(limited));
+    (free > 0).then_some(free)
+}

@@ -1,0 +1,198 @@
+//! A bundle on disk: its files, its manifest and its exit configuration, checked before use.
+
+mod gate;
+mod graphs;
+mod manifest;
+mod memory;
+pub mod onnx;
+mod verified;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use self::gate::hex;
+pub use self::gate::{FileEntry, Gate, Verify};
+use self::graphs::Graphs;
+pub(crate) use self::manifest::LARGEST_BUFFER;
+pub use self::manifest::{
+    ContextTensor, Engines, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
+    ModelFacts, SCHEMA_VERSION, Target,
+};
+use crate::error::{Error, Result};
+use crate::exit_config::ExitConfig;
+use crate::interrupt::Interrupt;
+
+const MANIFEST: &str = "bundle.json";
+const MANIFEST_DIGEST: &str = "bundle.sha256";
+
+/// Largest manifest, digest line or exit configuration that is read; they are text of some KB.
+pub(crate) const MAX_TEXT: u64 = 1 << 26;
+
+/// How a bundle is opened.
+#[derive(Debug, Clone, Default)]
+pub struct Opening {
+    /// Which files are hashed.
+    pub verify: Verify,
+    /// Threads that hash; 0 takes all processors.
+    pub threads: usize,
+    /// Bytes that the loaded bundle may take; None means what is available.
+    pub memory_limit: Option<u64>,
+    /// Where files below this directory of the bundle are about to be replaced, and are not looked
+    /// at.
+    pub replaced: Option<PathBuf>,
+    /// Ends the check of the files when raised.
+    pub interrupt: Interrupt,
+}
+
+/// A bundle whose files have been checked.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    /// The door to its files.
+    pub gate: Arc<Gate>,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Its exit configuration.
+    pub exit_config: ExitConfig,
+    graphs: Arc<Graphs>,
+    memory_limit: Option<u64>,
+}
+
+impl Bundle {
+    /// Read the bundle in `directory` and check every file that the manifest lists.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub fn open(directory: &Path) -> Result<Self> {
+        Self::open_with(directory, &Opening::default())
+    }
+
+    /// As [`open`](Self::open), in the way that `opening` says.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when it is no bundle, of another schema or inconsistent, or when one of
+    /// its files is no regular file inside of it, [`Error::DamagedFile`] naming a file that is
+    /// missing, truncated or altered, [`Error::Io`] when a file cannot be read,
+    /// [`Error::Cancelled`] when interrupted.
+    pub fn open_with(directory: &Path, opening: &Opening) -> Result<Self> {
+        let files = check_files(directory, opening)?;
+        Ok(Self {
+            exit_config: ExitConfig::read(&files.gate, &files.manifest)?,
+            gate: Arc::new(files.gate),
+            manifest: files.manifest,
+            graphs: Arc::new(files.graphs),
+            memory_limit: opening.memory_limit,
+        })
+    }
+
+    /// As [`Files::graph`].
+    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
+        graphs::read(&self.gate, &self.graphs, file)
+    }
+}
+
+/// The checked files of a bundle.
+pub(crate) struct Files {
+    pub(crate) gate: Gate,
+    /// The text of bundle.json.
+    pub(crate) text: Vec<u8>,
+    manifest: Manifest,
+    graphs: Graphs,
+}
+
+impl Files {
+    /// The graph in `file`, and the directory of its weights, which are as they were checked.
+    ///
+    /// # Errors
+    /// [`Error::DamagedFile`] naming the file that was written or replaced since.
+    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
+        graphs::read(&self.gate, &self.graphs, file)
+    }
+}
+
+/// Check the files of the bundle in `directory`: its manifest, what that lists, and the graphs.
+///
+/// # Errors
+/// As [`Bundle::open_with`].
+pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> {
+    let mut gate = Gate::open(directory)?;
+    let text = read_manifest(&gate)?;
+    let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| {
+        let reason = format!("{error}; build the bundle again");
+        Error::bundle(&gate.shown(MANIFEST), reason)
+    })?;
+    manifest.check(&gate.shown(MANIFEST))?;
+    let mut files = manifest.files.clone();
+    if let Some(replaced) = &opening.replaced {
+        files.retain(|name, _| !name.starts_with(replaced));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(opening.threads);
+    let pool = pool.build().map_err(|error| {
+        let reason = format!("cannot be checked by several threads: {error}");
+        Error::bundle(directory, reason)
+    })?;
+    let digest = hex(&Sha256::digest(&text));
+    pool.install(|| gate.check(files, &digest, opening.verify, &opening.interrupt))?;
+    Ok(Files {
+        graphs: graphs::check(&gate, &manifest)?,
+        gate,
+        text,
+        manifest,
+    })
+}
+
+/// The text of bundle.json, which has its digest and a schema that is known.
+///
+/// # Errors
+/// [`Error::Bundle`] when there is none or it is of a newer schema, [`Error::DamagedFile`] when it
+/// is not what its digest says, [`Error::Io`] when it cannot be read.
+pub(crate) fn read_manifest(gate: &Gate) -> Result<Vec<u8>> {
+    let text = gate.read_unlisted(Path::new(MANIFEST), MAX_TEXT)?;
+    let text = text.ok_or_else(|| {
+        let reason = "not a bundle (it holds no bundle.json); build one with sedac-export build";
+        Error::bundle(&gate.shown(""), reason)
+    })?;
+    check_schema(&gate.shown(MANIFEST), &text)?;
+    check_manifest_digest(gate, &text)?;
+    Ok(text)
+}
+
+/// The schema comes first: a newer manifest need not parse, and must not be called damaged.
+fn check_schema(path: &Path, text: &[u8]) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Schema {
+        schema_version: u64,
+    }
+    let Schema { schema_version } = serde_json::from_slice(text).map_err(|error| {
+        Error::bundle(
+            path,
+            format!("not a manifest ({error}); build the bundle again"),
+        )
+    })?;
+    if schema_version > SCHEMA_VERSION {
+        return Err(Error::bundle(
+            path,
+            format!(
+                "schema {schema_version} is newer than {SCHEMA_VERSION}, the newest this runtime \
+                 reads; update sedac-runtime"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn check_manifest_digest(gate: &Gate, text: &[u8]) -> Result<()> {
+    let damaged = |name, state| {
+        let path = gate.shown(name);
+        Error::DamagedFile { path, state }
+    };
+    let line = gate.read_unlisted(Path::new(MANIFEST_DIGEST), MAX_TEXT)?;
+    let line = line.ok_or_else(|| damaged(MANIFEST_DIGEST, "missing"))?;
+    let line = String::from_utf8_lossy(&line);
+    if line.split_whitespace().next() == Some(hex(&Sha256::digest(text)).as_str()) {
+        return Ok(());
+    }
+    Err(damaged(MANIFEST, "altered"))
+}

@@ -1,0 +1,118 @@
+//! The files of a bundle for Python, through the same gate.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::door;
+use super::model::named;
+use crate::bundle::{self, Files, Gate, MAX_TEXT, Opening, Verify};
+use crate::error::Result;
+
+/// A bundle's files, checked.
+#[pyclass(frozen)]
+pub(super) struct BundleFiles(Files);
+
+#[pymethods]
+impl BundleFiles {
+    /// Check the files of the bundle in `directory`, except those below the directory `replaced`
+    /// of it, which are about to be written anew. `verify` and `threads` are as Model has them.
+    #[new]
+    #[pyo3(signature = (directory, *, verify = "always", threads = 0, replaced = None))]
+    fn new(
+        py: Python<'_>,
+        directory: PathBuf,
+        verify: &str,
+        threads: usize,
+        replaced: Option<PathBuf>,
+    ) -> PyResult<Self> {
+        let opening = Opening {
+            verify: verify_named(verify)?,
+            threads,
+            replaced,
+            ..Opening::default()
+        };
+        let interrupt = opening.interrupt.clone();
+        door::run(py, &interrupt, move || {
+            bundle::check_files(&directory, &opening).map(Self)
+        })
+    }
+
+    /// The text of bundle.json.
+    #[getter]
+    fn manifest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.text)
+    }
+
+    /// How many files were hashed, and how many were not since they had not changed.
+    #[getter]
+    fn hashed_and_skipped(&self) -> (usize, usize) {
+        self.0.gate.hashed_and_skipped()
+    }
+
+    /// The contents of the file `name`, which are as they were checked.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "Python's paths arrive by value"
+    )]
+    fn read<'py>(&self, py: Python<'py>, name: PathBuf) -> PyResult<Bound<'py, PyBytes>> {
+        let contents = py.detach(|| self.0.gate.read(&name))?;
+        Ok(PyBytes::new(py, &contents))
+    }
+
+    /// The graph in the file `name`, and the directory of its weights, both as they were checked.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "Python's paths arrive by value"
+    )]
+    fn graph<'py>(
+        &self,
+        py: Python<'py>,
+        name: PathBuf,
+    ) -> PyResult<(Bound<'py, PyBytes>, PathBuf)> {
+        let (graph, directory) = py.detach(|| self.0.graph(&name))?;
+        Ok((PyBytes::new(py, &graph), directory))
+    }
+
+    /// Where the file `name` lies, which is as it was checked.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "Python's paths arrive by value"
+    )]
+    fn path(&self, name: PathBuf) -> PyResult<PathBuf> {
+        Ok(self.0.gate.path(&name)?)
+    }
+}
+
+/// The text of bundle.json in `directory`, which has its digest and a schema that is known. No
+/// other file is looked at.
+#[pyfunction]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "Python's paths arrive by value"
+)]
+pub(super) fn read_manifest(py: Python<'_>, directory: PathBuf) -> PyResult<Bound<'_, PyBytes>> {
+    let text = Gate::open(&directory).and_then(|gate| bundle::read_manifest(&gate))?;
+    Ok(PyBytes::new(py, &text))
+}
+
+/// The text of the file `name` of the bundle in `directory`, for which no digest speaks; None where
+/// there is none.
+#[pyfunction]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "Python's paths arrive by value"
+)]
+pub(super) fn read_unlisted(
+    py: Python<'_>,
+    directory: PathBuf,
+    name: PathBuf,
+) -> PyResult<Option<Bound<'_, PyBytes>>> {
+    let text = Gate::open(&directory).and_then(|gate| gate.read_unlisted(&name, MAX_TEXT))?;
+    Ok(text.map(|text| PyBytes::new(py, &text)))
+}
+
+pub(super) fn verify_named(name: &str) -> Result<Verify> {
+    named("verify", name, Verify::ALL, Verify::name)
+}
