@@ -13,9 +13,9 @@ from pathlib import Path
 from lossless import prompts
 
 from sedac_export import generation
+from sedac_export.bundle import Bundle
 from sedac_export.exit_config import read_exit_config
 from sedac_export.generation import FULL, agreement, time_ways, ways_of
-from sedac_export.manifest import read_manifest
 from sedac_export.replay import Replay
 from sedac_runtime import SedacModel
 
@@ -29,7 +29,7 @@ def main() -> None:
     model = SedacModel.from_pretrained(arguments.engines, threads=generation.THREADS)
     cut = prompts(model, arguments.prompts, arguments.prompt_tokens)
     runs = time_ways(arguments.engines, ways_of(read_exit_config(arguments.engines)), cut)
-    replay = Replay(arguments.engines, read_manifest(arguments.engines))
+    replay = Replay(Bundle.open(arguments.engines))
     full = runs[FULL].milliseconds
     per_token = full / len(cut) / (generation.NEW_TOKENS - 1)
     print(f"{len(cut)} prompts, full depth {per_token:.3f} ms/token\n")

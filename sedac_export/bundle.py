@@ -8,6 +8,7 @@ from onnx import ModelProto
 
 from sedac_export.manifest import Manifest, parse_manifest
 from sedac_runtime._core import BundleFiles
+from sedac_runtime.model import Verify
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class Bundle:
     files: BundleFiles = field(repr=False)
 
     @classmethod
-    def open(cls, directory: Path, replaced: str | None = None) -> "Bundle":
+    def open(
+        cls, directory: Path, replaced: str | None = None, verify: Verify = "always"
+    ) -> "Bundle":
         """Check the bundle in `directory`, except files below its directory `replaced`.
+
+        verify "changed" hashes only files that changed since they were last found whole.
 
         Raises SedacError when it is none or damaged, or when one of its files lies outside of it.
         """
-        files = BundleFiles(directory, replaced=replaced)
+        files = BundleFiles(directory, replaced=replaced, verify=verify)
         return cls(directory, parse_manifest(directory, files.manifest), files)
 
     def lists(self, name: str) -> bool:

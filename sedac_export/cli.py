@@ -33,6 +33,13 @@ class PrecisionName(StrEnum):
     BF16 = "bf16"
 
 
+class VerifyName(StrEnum):
+    """What --verify takes."""
+
+    ALWAYS = "always"
+    CHANGED = "changed"
+
+
 @app.command()
 def build(
     model: Annotated[str, typer.Option(help="A model directory or a hub id (owner/name).")],
@@ -110,12 +117,15 @@ def build(
 @app.command()
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    verify: Annotated[
+        VerifyName, typer.Option(help="Hash all files, or only those changed since they were.")
+    ] = VerifyName.ALWAYS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a bundle's model, engines, sizes, tolerances met and exit configuration."""
     from sedac_export.inspection import inspect_bundle
 
-    facts = inspect_bundle(bundle)
+    facts = inspect_bundle(bundle, verify.value)
     if as_json:
         print(json.dumps(facts))
         return
@@ -129,7 +139,9 @@ def inspect(
         f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {facts['exit_config']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
-        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",
+        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}\n"
+        f"{facts['files']['hashed']} files hashed and whole, {facts['files']['unchanged']}"
+        " unchanged since they were",
         highlight=False,
     )
     for flavour, version in facts["plans"].items():

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
-from sedac_export.manifest import Manifest
 
 TOKENIZER = "tokenizer.json"
 # above this share of unknown tokens, a text says nothing about the model

@@ -9,14 +9,16 @@ from onnx import ModelProto
 from sedac_export.bundle import Bundle
 from sedac_export.exit_config import read_exit_config
 from sedac_export.manifest import VALIDATION, Manifest
+from sedac_runtime.model import Verify
 
 
-def inspect_bundle(directory: Path) -> dict[str, Any]:
-    """The bundle's facts as one JSON-able object.
+def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]:
+    """The bundle's facts as one JSON-able object; `verify` is as `Bundle.open` has it.
 
     Raises SedacError when `directory` is no bundle or a file of it is damaged.
     """
-    bundle = Bundle.open(directory)
+    bundle = Bundle.open(directory, verify=verify)
+    hashed, unchanged = bundle.files.hashed_and_skipped
     manifest = bundle.manifest
     validation = json.loads(bundle.read(VALIDATION))
     rows = {row["engine"]: row for row in validation["engines"]}
@@ -38,6 +40,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "target": manifest.target,
         "plans": {target: plans.version for target, plans in manifest.plans.items()},
+        "files": {"hashed": hashed, "unchanged": unchanged},
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "max_cache_length": manifest.max_cache_length,
         "cache_bytes": manifest.cache_bytes(),

@@ -174,4 +174,3 @@ def parse_manifest(directory: Path, text: bytes) -> Manifest:
         raise SedacError(
             f"{directory / MANIFEST}: {name}: {first['msg']}; build the bundle again"
         ) from error
-

@@ -64,8 +64,8 @@ class Replay:
         manifest = bundle.manifest
         if manifest.layers_per_engine != 1:
             raise SedacError(
-                f"{bundle.directory} has {manifest.layers_per_engine} layers in an engine; exits are"
-                " replayed layer by layer, build with --layers-per-engine 1"
+                f"{bundle.directory} has {manifest.layers_per_engine} layers in an engine; exits"
+                " are replayed layer by layer, build with --layers-per-engine 1"
             )
         engines = manifest.engines
         check_probes(bundle)

@@ -302,15 +302,11 @@ def _write(directory: Path, manifest: Manifest, head: HeadGraph, trained: Traine
         config = ExitConfig.for_layers(manifest.model.num_layers)
         (staging / EXIT_CONFIG).write_text(config.to_json())
         engines = manifest.engines.model_copy(update={"exits": exits, "layers": layers})
-        whole = manifest.model_copy(
-            update={"engines": engines, "files": list_files(staging)}
-        )
+        whole = manifest.model_copy(update={"engines": engines, "files": list_files(staging)})
         write_manifest(staging, whole)
 
 
-def _with_exit(
-    staging: Path, head: HeadGraph, depth: int, trained: Trained
-) -> ExitEngineEntry:
+def _with_exit(staging: Path, head: HeadGraph, depth: int, trained: Trained) -> ExitEngineEntry:
     """Write the exit engine at `depth`, and its lens where it has one."""
     entry = ExitEngineEntry(depth=depth, file=f"onnx/exit_{depth:03}.onnx")
     probe, lens = trained.learned[depth], trained.lenses.get(depth)
@@ -323,9 +319,7 @@ def _with_exit(
     return entry
 
 
-def _with_risk(
-    staging: Path, entry: LayerEngineEntry, trained: Trained
-) -> LayerEngineEntry:
+def _with_risk(staging: Path, entry: LayerEngineEntry, trained: Trained) -> LayerEngineEntry:
     """Give the layer engine its probe, or take an earlier one away."""
     probe = trained.risks.get(entry.first_layer + entry.num_layers)
     if probe is not None or entry.risk:

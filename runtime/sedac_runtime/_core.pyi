@@ -160,7 +160,5 @@ def exits_by_risk(risks: Buffer, thresholds: Thresholds, layers: int) -> list[in
 def read_manifest(directory: str | os.PathLike[str]) -> bytes:
     """The text of bundle.json in `directory`, which has its digest and a schema that is known."""
 
-def read_unlisted(
-    directory: str | os.PathLike[str], name: str | os.PathLike[str]
-) -> bytes | None:
+def read_unlisted(directory: str | os.PathLike[str], name: str | os.PathLike[str]) -> bytes | None:
     """The text of the file `name` of the bundle in `directory`, None where there is none."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sedac_runtime import _core
-from sedac_runtime.model import Backend, Drafter, SedacModel
+from sedac_runtime.model import Backend, Drafter, SedacModel, Verify
 from sedac_runtime.ranges import check_count
 
 Reference = Literal["full", "monolith"]
@@ -23,6 +23,8 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     backend: Backend = "onnxruntime",
+    verify: Verify = "always",
+    memory_limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of name, ms_per_token (median), tokens_per_second, min_ms, max_ms, mean_exit_layer,
     speedup and agreement.
@@ -57,5 +59,7 @@ def bench(
         else (prompt, prompt_tokens)
     )
     reference = len(cases) - 1 if against == "monolith" else 0
-    model = SedacModel.from_pretrained(bundle, threads=threads, backend=backend)
+    model = SedacModel.from_pretrained(
+        bundle, threads=threads, backend=backend, verify=verify, memory_limit=memory_limit
+    )
     return model.measure(cases, start, new_tokens, repeat, reference)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,6 +28,7 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 METHODS: dict[str, PolicyName] = {"v6": "probe", "v6.1": "cascade", "v7": "stability"}
 
 EnginesOption = Annotated[Path, typer.Option("--engines", help="The bundle's directory.")]
@@ -46,6 +48,26 @@ class BackendName(StrEnum):
 
 BackendOption = Annotated[
     BackendName, typer.Option("--backend", help="What runs the engines: the CPU, or TensorRT.")
+]
+
+
+class Verify(StrEnum):
+    """What --verify takes."""
+
+    ALWAYS = "always"
+    CHANGED = "changed"
+
+
+VerifyOption = Annotated[
+    Verify,
+    typer.Option(help="Hash all files, or only those that changed since they were found whole."),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        help="Memory that engines and caches may take, such as 6G. [default: what is free]",
+    ),
 ]
 
 
@@ -155,12 +177,20 @@ def generate(
     ] = None,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
+    verify: VerifyOption = Verify.ALWAYS,
+    memory_limit: MemoryOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
-    model = SedacModel.from_pretrained(engines, threads=threads, backend=backend.value)
+    model = SedacModel.from_pretrained(
+        engines,
+        threads=threads,
+        backend=backend.value,
+        verify=verify.value,
+        memory_limit=_bytes(memory_limit),
+    )
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
     chosen = _method() if policy is None else policy.value
     generation = model.stream(
@@ -220,6 +250,8 @@ def bench(
     repeat: Annotated[int, typer.Option(help="Timed repeats of each row.")] = 5,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
+    verify: VerifyOption = Verify.ALWAYS,
+    memory_limit: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure time per token, the ways to run taking turns."""
@@ -234,6 +266,8 @@ def bench(
         repeat=repeat,
         threads=threads,
         backend=backend.value,
+        verify=verify.value,
+        memory_limit=_bytes(memory_limit),
     )
     if as_json:
         print(json.dumps({"rows": rows}))
@@ -308,6 +342,16 @@ def _depths(text: str | None) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--forced-exit {text} is no list of depths such as 6,12,24") from error
+
+
+def _bytes(text: str | None) -> int | None:
+    """Bytes written as a number with K, M, G or T, of 1024 each, or without; None for None."""
+    if text is None:
+        return None
+    size = re.fullmatch(r"(\d{1,15})([KMGT]?)", text, re.ASCII)
+    if size is None:
+        raise ValueError(f"--memory-limit {text} is no size such as 800M or 6G")
+    return int(size[1]) * UNITS[size[2]]
 
 
 def _write(text: str) -> None:

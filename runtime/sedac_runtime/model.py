@@ -159,8 +159,8 @@ class SedacModel:
         may take; None means the memory that is free.
         backend "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
         bundle's plans of that target on the first NVIDIA GPU.
-        Raises BundleError when the bundle is damaged or needs more memory, EngineError when ONNX Runtime or TensorRT
-        fails.
+        Raises BundleError when the bundle is damaged or needs more memory, EngineError when ONNX
+        Runtime or TensorRT fails.
         """
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from sedac_runtime._core import EngineError
+from sedac_runtime._core import EngineError, read_manifest
 from sedac_runtime.flavour import FLAVOURS, Gpu, Target, Tensor, find_gpu, incompatibility
 
 
@@ -34,7 +34,9 @@ class PlanExecutor:
                 f"backend {target} needs an NVIDIA GPU, and none is found here; use --backend"
                 " onnxruntime"
             )
-        self._target, self._bundle, self._gpu = target, bundle, gpu
+        self._target, self._gpu = target, gpu
+        # now, since a relative path means nothing any more once the working directory changes
+        self._plans = json.loads(read_manifest(bundle))["plans"].get(target)
         self._engines: dict[Path, Any] = {}
         self._contexts: dict[Hashable, Any] = {}
         self._tensorrt: Any = importlib.import_module(flavour.module)
@@ -68,9 +70,8 @@ class PlanExecutor:
         return self._engines[plan]
 
     def _check(self, gpu: Gpu) -> None:
-        manifest = json.loads((self._bundle / "bundle.json").read_text(encoding="utf-8"))
-        plans, version = manifest["plans"][self._target], self._tensorrt.__version__
-        reason = incompatibility(self._target, plans, version, gpu)
+        version = self._tensorrt.__version__
+        reason = incompatibility(self._target, self._plans, version, gpu)
         if reason is not None:
             raise RuntimeError(reason)
 

@@ -119,6 +119,7 @@ class _Build:
             return known
         plan = self.directory / name
         part = plan.with_suffix(".part")
+        part.unlink(missing_ok=True)
         built = self.worker.call(
             "build",
             graph=str(self.directory / graph),
@@ -182,12 +183,15 @@ class _Build:
     def _remember(self) -> None:
         path = self.place / _FINISHED
         new = path.with_suffix(".part")
+        new.unlink(missing_ok=True)
         new.write_text(json.dumps([finished.model_dump() for finished in self.done.values()]))
         new.rename(path)
 
     def _withdraw(self) -> None:
         """Take the target's plans out of the manifest, which never names one being replaced."""
         self.place.mkdir(parents=True, exist_ok=True)
+        if self.place.resolve() != self.directory.resolve() / "engines" / self.target:
+            raise SedacError(f"{self.place} leads out of the bundle; remove the link there")
         self._remember()
         if self.target in self.manifest.plans:
             self._write({}, {})

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sedac_export import training
+from sedac_export.bundle import Bundle
 from sedac_export.documents import Document, read_documents
 from sedac_export.head_torch import TorchHead
 from sedac_export.lens import LensRow, identity, judge
-from sedac_export.manifest import read_manifest
 from sedac_export.training import Trained, train_probes
 
 # never seen by the demo model; about a thousand tokens are kept of each
@@ -36,7 +36,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def documents(demo_bundle: Path, texts: list[Path]) -> list[Document]:
-    return read_documents(demo_bundle, read_manifest(demo_bundle), texts)
+    return read_documents(Bundle.open(demo_bundle), texts)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from tiny_models import ARCHITECTURES, save_tiny_model
 from transformers import PreTrainedModel
 
 from sedac_export.accelerator import create_universal_accelerator
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
-from sedac_export.manifest import read_manifest
 from sedac_export.policies import make_policy
 from sedac_export.replay import Replay
 from sedac_runtime import SedacModel
@@ -52,7 +52,7 @@ def test_a_direct_call_equals_the_replayed_chain(
 ) -> None:
     tokens = demo_model.encode(PROMPT * 12)
     config = ExitConfig(tau=0.98, consecutive_k=2)
-    replay = Replay(demo_bundle, read_manifest(demo_bundle), THREADS)
+    replay = Replay(Bundle.open(demo_bundle), THREADS)
     trace = replay.run(np.array(tokens), make_policy(config, 12))
     with torch.no_grad(), create_universal_accelerator(demo_reference, config=config) as exits:
         logits = demo_reference(torch.tensor([tokens])).logits[0]

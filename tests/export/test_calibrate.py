@@ -12,12 +12,12 @@ from export.conftest import TrainedBundle
 from sedac_export import calibrate as calibration
 from sedac_export import generation
 from sedac_export import report as reporting
+from sedac_export.bundle import Bundle
 from sedac_export.calibrate import Request, calibrate
 from sedac_export.costs import Costs
 from sedac_export.documents import Document, split_documents
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig, Generation, read_exit_config
-from sedac_export.manifest import read_manifest
 from sedac_export.observe import Observations
 from sedac_export.replay import Replay
 from sedac_export.report import make_report
@@ -137,7 +137,7 @@ def test_generation_is_measured_in_every_way(
     monkeypatch.setattr(generation, "NEW_TOKENS", 12)
     bundle, _ = trained_bundle
     before = (bundle / "sedac_config.json").read_bytes()
-    replay = Replay(bundle, read_manifest(bundle), THREADS)
+    replay = Replay(Bundle.open(bundle), THREADS)
     never = ExitConfig(policy="learned", thresholds={4: 1.0}, kv_fill="defer")
     measured = generation.measure_generation(replay, never, documents)
     assert (measured.agreement, measured.tokens) == (1.0, 36)
@@ -162,7 +162,7 @@ def test_the_fastest_drafter_is_written_and_lossless_beside_it(
 
     monkeypatch.setattr(generation, "time_ways", timed)
     bundle, _ = trained_bundle
-    replay = Replay(bundle, read_manifest(bundle), THREADS)
+    replay = Replay(Bundle.open(bundle), THREADS)
     config = ExitConfig(kv_fill="defer")
     measured = generation.measure_generation(replay, config, documents)
     assert (measured.drafter, measured.speedup) == ("auto", 2.0)

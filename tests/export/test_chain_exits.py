@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pytest
 from conftest import THREADS
 
+from sedac_export.bundle import Bundle
 from sedac_export.documents import Document
 from sedac_export.edit import write_config
 from sedac_export.exit_config import ExitConfig
-from sedac_export.manifest import read_manifest
 from sedac_export.observe import Observations, observe
 from sedac_export.policies import make_policy
 from sedac_export.replay import Replay
@@ -35,7 +35,7 @@ def bundle(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(bundle: Path, documents: list[Document]) -> Observations:
-    return observe(Replay(bundle, read_manifest(bundle), THREADS), documents, lambda *_: None)
+    return observe(Replay(Bundle.open(bundle), THREADS), documents, lambda *_: None)
 
 
 def medians(signal: dict[int, npt.NDArray[np.float32]]) -> dict[int, float]:
@@ -68,7 +68,7 @@ def test_the_chain_exits_where_the_replay_exits(
     documents: list[Document],
     seen: Observations,
 ) -> None:
-    replay = Replay(bundle, read_manifest(bundle), THREADS)
+    replay = Replay(Bundle.open(bundle), THREADS)
     texts = [document.tokens[:300] for document in documents]
     for fields in settings(seen):
         config = ExitConfig(**fields, kv_fill=kv_fill)

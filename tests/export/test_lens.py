@@ -12,26 +12,27 @@ from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES
 
 from export.conftest import EXITS, TrainedBundle, some_lens
+from sedac_export.bundle import Bundle
 from sedac_export.documents import Document
 from sedac_export.errors import SedacError
 from sedac_export.exit_graphs import exit_engine, lens_engine
 from sedac_export.head_graph import HeadGraph
 from sedac_export.head_torch import OPERATORS, TorchHead
 from sedac_export.lens import divergence, train_lens
-from sedac_export.manifest import check_files, read_manifest
+from sedac_export.manifest import read_manifest
 from sedac_export.observe import observe
 from sedac_export.probes import Fit, LearnedProbe
 from sedac_export.replay import Replay
-from sedac_export.sessions import Engine
+from sedac_export.sessions import Engine, load_engine
 from sedac_export.training import train_probes
 
 Tiny = Callable[[str], TinyBundle]
 
 
 def heads(bundle: Path) -> tuple[HeadGraph, TorchHead, Engine]:
-    manifest = read_manifest(bundle)
-    head = HeadGraph.load(bundle, manifest)
-    engine = Engine(bundle / manifest.engines.head, THREADS)
+    opened = Bundle.open(bundle)
+    head = HeadGraph.load(opened)
+    engine = load_engine(opened, opened.manifest.engines.head, THREADS)
     return head, TorchHead(head, bundle / "onnx"), engine
 
 
@@ -103,8 +104,7 @@ def test_a_lens_that_does_not_help_is_not_kept(tiny_bundle: Tiny) -> None:
 
 def test_a_bundle_holds_the_lenses_that_were_trained(lens_bundle: TrainedBundle) -> None:
     bundle, trained = lens_bundle
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
+    manifest = Bundle.open(bundle).manifest
     with_lens = {entry.depth: entry.lens for entry in manifest.engines.exits}
     assert with_lens == {depth: f"onnx/lens_{depth:03}.onnx" for depth in EXITS}
     assert sorted(trained.lenses) == list(EXITS)
@@ -125,7 +125,7 @@ def test_exits_are_observed_through_the_lens(
     lens_bundle: TrainedBundle, documents: list[Document]
 ) -> None:
     bundle, trained = lens_bundle
-    replay = Replay(bundle, read_manifest(bundle), THREADS)
+    replay = Replay(Bundle.open(bundle), THREADS)
     texts = [Document(d.name, d.tokens[:500], d.sha256) for d in documents[:2]]
     seen = observe(replay, texts)
     hidden: dict[int, list[np.ndarray]] = {depth: [] for depth in EXITS}
@@ -151,8 +151,7 @@ def test_training_without_lenses_removes_them(
 ) -> None:
     bundle = shutil.copytree(lens_bundle[0], tmp_path / "bundle")
     train_probes(bundle, documents, EXITS, [])
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
+    manifest = Bundle.open(bundle).manifest
     assert all(entry.lens is None for entry in manifest.engines.exits)
     assert "lens.safetensors" not in manifest.files
     assert not (bundle / "lens.safetensors").exists()

@@ -9,9 +9,9 @@ from conftest import THREADS
 from eager import Stable, greedy
 from transformers import PreTrainedModel
 
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
-from sedac_export.manifest import read_manifest
 from sedac_export.policies import make_policy
 from sedac_export.replay import Replay, chunks, statistics
 from sedac_runtime import SedacModel
@@ -21,7 +21,7 @@ PROMPT = "class Stack:\n    def push(self, item):\n"
 
 @pytest.fixture(scope="module")
 def replay(demo_bundle: Path) -> Replay:
-    return Replay(demo_bundle, read_manifest(demo_bundle), THREADS)
+    return Replay(Bundle.open(demo_bundle), THREADS)
 
 
 def test_full_depth_predicts_what_the_runtime_generates(

@@ -9,7 +9,7 @@ from tiny_models import save_tiny_model
 
 from sedac_export import Request, build
 from sedac_export.accelerator import create_universal_accelerator
-from sedac_export.manifest import read_manifest
+from sedac_export.bundle import Bundle
 from sedac_export.replay import Replay
 from sedac_export.signals import Mask, Signals
 
@@ -34,7 +34,7 @@ class SoftAt:
 def test_soft_exits_equal_eager(name: str, tmp_path: Path) -> None:
     model = save_tiny_model(name, tmp_path / "model")
     build(Request(model=str(tmp_path / "model"), output=tmp_path / "bundle"))
-    replay = Replay(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    replay = Replay(Bundle.open(tmp_path / "bundle"))
     tokens = np.arange(3, 43)
     trace = replay.run(tokens, SoftAt(2))
     with torch.no_grad(), create_universal_accelerator(model, policy=SoftAt(2)) as soft:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from export.conftest import EXITS, PROBES, TrainedBundle
 from sedac_export.accelerator import create_universal_accelerator
+from sedac_export.bundle import Bundle
 from sedac_export.collect import collect, open_collection
 from sedac_export.documents import Document
 from sedac_export.exit_config import ExitConfig
-from sedac_export.manifest import check_files, read_manifest
 from sedac_export.policies import make_policy
 from sedac_export.probes import ranking, risk_target
 from sedac_export.probes_file import risk_probes
@@ -27,15 +27,14 @@ from sedac_runtime import SedacModel
 @pytest.fixture(scope="module")
 def replay(trained_bundle: TrainedBundle) -> Replay:
     bundle, _ = trained_bundle
-    return Replay(bundle, read_manifest(bundle), THREADS)
+    return Replay(Bundle.open(bundle), THREADS)
 
 
 def test_the_runtime_loads_it_and_generates_as_before(
     trained_bundle: TrainedBundle, demo_model: SedacModel
 ) -> None:
     bundle, trained = trained_bundle
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
+    manifest = Bundle.open(bundle).manifest
     assert [entry.depth for entry in manifest.engines.exits] == list(EXITS)
     with_risk = [e.first_layer + e.num_layers for e in manifest.engines.layers if e.risk]
     assert with_risk == list(PROBES)
@@ -50,7 +49,7 @@ def test_the_risk_output_is_the_probes(
     trained_bundle: TrainedBundle, replay: Replay, documents: list[Document]
 ) -> None:
     bundle, _ = trained_bundle
-    probes = risk_probes(bundle, read_manifest(bundle))
+    probes = risk_probes(Bundle.open(bundle))
     assert sorted(probes) == list(PROBES)
     tokens = documents[0].tokens[:100]
     hidden: dict[int, np.ndarray] = {}
@@ -140,8 +139,7 @@ def test_training_again_replaces(
 ) -> None:
     bundle = shutil.copytree(trained_bundle[0], tmp_path / "bundle")
     train_probes(bundle, documents, [6], [8])
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
+    manifest = Bundle.open(bundle).manifest
     assert [entry.depth for entry in manifest.engines.exits] == [6]
     assert [e.first_layer for e in manifest.engines.layers if e.risk] == [7]
     assert not (bundle / "onnx" / "exit_004.onnx").exists()
@@ -153,8 +151,8 @@ def test_training_again_replaces(
 def test_collecting_goes_on_where_it_was_interrupted(
     demo_bundle: Path, documents: list[Document], tmp_path: Path
 ) -> None:
-    manifest = read_manifest(demo_bundle)
-    replay = Replay(demo_bundle, manifest, THREADS)
+    replay = Replay(Bundle.open(demo_bundle), THREADS)
+    manifest = replay.manifest
     whole = collect(replay, documents[:3], tmp_path / "whole", [6])
     collect(replay, documents[:1], tmp_path / "parts", [6])
     # an interrupted run leaves bytes that no document owns
@@ -170,8 +168,8 @@ def test_collecting_goes_on_where_it_was_interrupted(
 def test_a_collection_keeps_its_limit(
     demo_bundle: Path, documents: list[Document], tmp_path: Path
 ) -> None:
-    manifest = read_manifest(demo_bundle)
-    replay = Replay(demo_bundle, manifest, THREADS)
+    replay = Replay(Bundle.open(demo_bundle), THREADS)
+    manifest = replay.manifest
     first = open_collection(tmp_path / "limited", manifest, [6])
     limit = first.bytes_per_token * len(documents[0].tokens)
     limited = collect(replay, documents, tmp_path / "limited", [6], max_bytes=limit)

@@ -11,7 +11,8 @@ import pytest
 from tiny_models import ARCHITECTURES
 
 from sedac_export import SedacError
-from sedac_export.manifest import check_files, read_manifest
+from sedac_export.bundle import Bundle
+from sedac_export.manifest import read_manifest
 from sedac_export.tensorrt.add import add_target
 from sedac_export.tensorrt.entries import BuildOptions
 from sedac_export.tensorrt.flavour import check_compatible
@@ -42,8 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list
 
 
 def test_all_engines_of_the_demo_are_built(planned_demo: Path) -> None:
-    manifest = read_manifest(planned_demo)
-    check_files(planned_demo, manifest)
+    manifest = Bundle.open(planned_demo).manifest
     plans = manifest.plans[RTX]
     layers = range(12)
     names = ["embed", *(f"layer_{i:03}" for i in layers), *(f"kv_{i:03}" for i in layers), "head"]
@@ -80,8 +80,7 @@ def test_a_stopped_build_goes_on(own_demo: Path, monkeypatch: pytest.MonkeyPatch
         first = counted(patch, stop_at=3)
         with pytest.raises(KeyboardInterrupt):
             add_target(own_demo, RTX, options)
-    stopped = read_manifest(own_demo)
-    check_files(own_demo, stopped)
+    stopped = Bundle.open(own_demo).manifest
     assert stopped.plans == {}
     rest = counted(monkeypatch)
     plans = add_target(own_demo, RTX, options)
@@ -89,7 +88,7 @@ def test_a_stopped_build_goes_on(own_demo: Path, monkeypatch: pytest.MonkeyPatch
     assert len(rest) == 23
     assert not set(first) & set(rest)
     assert plans.compute_capabilities == ["8.6"]
-    check_files(own_demo, read_manifest(own_demo))
+    Bundle.open(own_demo)
 
 
 def test_finished_plans_are_kept_and_damaged_ones_built_again(
