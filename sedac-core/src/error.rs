@@ -68,7 +68,7 @@ pub enum Error {
     },
 
     /// ONNX Runtime failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", one_line(source))]
     Engine {
         /// The engine and what it was doing.
         what: String,
@@ -101,6 +101,12 @@ pub enum Error {
     /// The caller asked to stop.
     #[error("stopped")]
     Cancelled,
+}
+
+/// ONNX Runtime's messages have several lines.
+fn one_line(error: &ort::Error) -> String {
+    let message = error.to_string();
+    message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 impl Error {

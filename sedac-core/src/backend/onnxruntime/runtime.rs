@@ -57,7 +57,8 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
             .build()
     };
     let environment = build().map_err(|error: ort::Error| failed(error.to_string()))?;
-    environment.set_log_level(LogLevel::Error);
+    // what fails is in the error that is returned
+    environment.set_log_level(LogLevel::Fatal);
     Ok(environment)
 }
 

@@ -1,0 +1,68 @@
+"""Some hundreds of mutated bundles: refused or right, and nothing outside of them is opened."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model
+
+from sedac_export import Request, build
+
+COUNT = 300
+TESTS = Path(__file__).parent
+DEMO_MODEL = TESTS.parent / "demo" / "model"
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+
+# a successful open, its file as the kernel resolved it
+_OPENED = re.compile(r"^(\d+) +open(?:at2?)?\(.*\) = \d+<(.*?)>(?:\(deleted\))?$")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle with a tokenizer and a chat template."""
+    directory = tmp_path_factory.mktemp("mutations")
+    save_tiny_model("llama", directory / "model", vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, directory / "model" / name)
+    (directory / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    build(Request(str(directory / "model"), directory / "bundle"))
+    return directory / "bundle"
+
+
+def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Judge `count` mutations under strace; also every file that a child opened."""
+    command = [sys.executable, "-m", "mutations", str(bundle), "--count", str(count)]
+    traced = ["strace", "-f", "-y", "-qq", "-e", "trace=open,openat,openat2", "-o", str(log)]
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run(
+        [*traced, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    opened: set[str] = set()
+    parent = None
+    for line in log.read_text(errors="replace").splitlines():
+        parent = parent or line.split()[0]
+        if (found := _OPENED.match(line)) and found[1] != parent:
+            opened.add(found[2])
+    return ended, opened
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_mutated_bundles_are_refused_or_right_and_open_nothing_outside(
+    bundle: Path, tmp_path: Path
+) -> None:
+    _, usual = run(bundle, 0, tmp_path / "whole")
+    assert any(path.endswith("onnx/head.onnx") for path in usual)
+    ended, opened = run(bundle, COUNT, tmp_path / "mutated")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"'refused': \d+", ended.stdout), ended.stdout
+    # modules that only an error needs are Python's and the packages' own
+    installed = (sys.prefix, sys.base_prefix, str(TESTS.parent / "runtime"), "/proc/", "/sys/")
+    inside = re.compile(re.escape(str(bundle.parent)) + r"/[^/]+/bundle(/|$)")
+    outside = {
+        path for path in opened - usual if not inside.match(path) and not path.startswith(installed)
+    }
+    assert not outside
