@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sedac_export import manifest as bundle
-from sedac_export.exporter import publish, recover, staging_beside
+from sedac_export.staging import claimed, replace_file
 
 # the only files that a change never rewrites, and the only large ones
 _WEIGHTS = ".data"
@@ -20,20 +20,19 @@ def edited_bundle(directory: Path, keep: bool = True) -> Iterator[Path]:
     With keep False it never does: the copy is for trying something out. Weights are hard links
     where the file system has them: only other files may be rewritten.
     """
-    recover(directory)
-    with staging_beside(directory) as staging:
-        for path in sorted(directory.rglob("*")):
-            _bring(path, staging / path.relative_to(directory))
+    with claimed(directory) as claim, claim.staging() as staging:
+        for path in sorted(claim.place.rglob("*")):
+            # what was written under a hidden name and never got its own is no part of the bundle
+            if not path.name.startswith("."):
+                _bring(path, staging / path.relative_to(claim.place))
         yield staging
         if keep:
-            publish(staging, directory, replace=True)
+            claim.publish(staging, replace=True)
 
 
 def write_config(directory: Path, text: str) -> None:
     """Replace the bundle's exit configuration, which no digest covers, in one step."""
-    staged = directory / f".{bundle.EXIT_CONFIG}"
-    staged.write_text(text)
-    staged.rename(directory / bundle.EXIT_CONFIG)
+    replace_file(directory / bundle.EXIT_CONFIG, text)
 
 
 def _bring(path: Path, target: Path) -> None:

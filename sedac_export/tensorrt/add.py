@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sedac_export import manifest as bundle
 from sedac_export.graphs import Progress
+from sedac_export.staging import claimed
 from sedac_export.tensorrt.entries import BuildOptions, PlanSet
 from sedac_export.tensorrt.plans import build_plans, check_options
 from sedac_runtime.flavour import Target
@@ -22,14 +23,17 @@ def add_target(
     configuration is read; the weights are those of the bundle. Raises SedacError.
     """
     check_options(target, options)
-    manifest = bundle.read_manifest(directory)
-    # what is wrong with this target's own plans is put right by building them
-    others = {n: e for n, e in manifest.files.items() if not n.startswith(f"engines/{target}/")}
-    bundle.check_files(directory, manifest.model_copy(update={"files": others}))
-    if manifest.portable is None and model is not None:
-        from sedac_export.exporter import find_model
-        from sedac_export.skeleton import Skeleton
-        from sedac_export.tensorrt.graphs import add_portable_graphs
+    with claimed(directory):
+        bundle.settle_manifest(directory)
+        manifest = bundle.read_manifest(directory)
+        # what is wrong with this target's own plans is put right by building them
+        own = f"engines/{target}/"
+        others = {n: entry for n, entry in manifest.files.items() if not n.startswith(own)}
+        bundle.check_files(directory, manifest.model_copy(update={"files": others}))
+        if manifest.portable is None and model is not None:
+            from sedac_export.exporter import find_model
+            from sedac_export.skeleton import Skeleton
+            from sedac_export.tensorrt.graphs import add_portable_graphs
 
-        add_portable_graphs(directory, manifest, Skeleton.load(find_model(model)), progress)
-    return build_plans(directory, target, options, progress)
+            add_portable_graphs(directory, manifest, Skeleton.load(find_model(model)), progress)
+        return build_plans(directory, target, options, progress)
