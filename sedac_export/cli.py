@@ -35,7 +35,9 @@ class PrecisionName(StrEnum):
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Option(help="A model directory or a hub id (owner/name).")],
+    model: Annotated[
+        str, typer.Option(help="A model directory, a .gguf file or a hub id (owner/name).")
+    ],
     output: Annotated[Path, typer.Option(help="The bundle to write.")],
     precision: Annotated[
         PrecisionName,

@@ -14,6 +14,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
 from sedac_export.graphs import Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
+from sedac_export.source import Source, opened_model
 from sedac_export.staging import Claim, claimed
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
 from sedac_export.validate import Validation, validate
@@ -55,20 +56,20 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     """
     started = time.monotonic()
     with claimed(request.output) as claim, torch.no_grad():
-        manifest, validation = _build(request, claim, progress)
+        _check_request(request)
+        with opened_model(request.model, claim) as source:
+            manifest, validation = _build(request, source, claim, progress)
     return Built(request.output, manifest, validation, time.monotonic() - started)
 
 
 def _build(
-    request: Request, claim: Claim, progress: Progress
+    request: Request, source: Source, claim: Claim, progress: Progress
 ) -> tuple[bundle.Manifest, Validation]:
-    _check_request(request)
-    directory = find_model(request.model)
-    skeleton = Skeleton.load(directory)
-    tokenizer = load_tokenizer(directory)
+    skeleton = Skeleton.load(source.directory)
+    tokenizer = source.tokenizer or load_tokenizer(source.directory)
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
-    facts = _facts(request.model, skeleton, directory, tokenizer)
+    facts = _facts(source, skeleton, tokenizer)
     with claim.staging() as staging:
         graphs = trace_graphs(skeleton, progress)
         manifest = bundle.Manifest(
@@ -87,25 +88,6 @@ def _build(
         manifest = _finish(staging, manifest, validation, tokenizer)
         claim.publish(staging, replace=request.force)
     return manifest, validation
-
-
-def find_model(name: str) -> Path:
-    """The local directory of a model: `name` itself, or a hub id that is downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise SedacError(f"{name} is neither a model directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SedacError(
-            f"{name} is no directory here and cannot be had from the hub: {reason}"
-        ) from error
 
 
 def _check_request(request: Request) -> None:
@@ -153,14 +135,14 @@ def _exit_layers(skeleton: Skeleton, request: Request) -> list[int]:
 
 
 def _facts(
-    name: str, skeleton: Skeleton, directory: Path, tokenizer: PreTrainedTokenizerBase | None
+    source: Source, skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
 ) -> bundle.ModelFacts:
     config = skeleton.config
     generation = skeleton.model.generation_config
-    path = directory / "generation_config.json"
+    path = source.directory / "generation_config.json"
     if path.exists():
         try:
-            generation = GenerationConfig.from_pretrained(directory)
+            generation = GenerationConfig.from_pretrained(source.directory)
         except (OSError, ValueError) as error:
             raise SedacError(f"{path} cannot be read; download it again") from error
     stops = getattr(generation, "eos_token_id", None)
@@ -169,7 +151,7 @@ def _facts(
     if stops is None and tokenizer is not None:
         stops = tokenizer.eos_token_id
     return bundle.ModelFacts(
-        name=directory.resolve().name if Path(name).is_dir() else name,
+        name=source.name,
         type=config.model_type,
         hidden_size=config.hidden_size,
         num_layers=len(skeleton.layers),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sedac_export import manifest as bundle
 from sedac_export.graphs import Progress
+from sedac_export.source import opened_model
 from sedac_export.staging import claimed
 from sedac_export.tensorrt.entries import BuildOptions, PlanSet
 from sedac_export.tensorrt.plans import build_plans, check_options
@@ -19,11 +20,11 @@ def add_target(
 ) -> PlanSet:
     """Build the plans of `target` for the bundle in `directory`.
 
-    model is needed where the bundle holds no portable graphs: a directory or a hub id, whose
-    configuration is read; the weights are those of the bundle. Raises SedacError.
+    model is needed where the bundle holds no portable graphs: a directory, a GGUF file or a
+    hub id, whose configuration is read; the weights are those of the bundle. Raises SedacError.
     """
     check_options(target, options)
-    with claimed(directory):
+    with claimed(directory) as claim:
         bundle.settle_manifest(directory)
         manifest = bundle.read_manifest(directory)
         # what is wrong with this target's own plans is put right by building them
@@ -31,9 +32,10 @@ def add_target(
         others = {n: entry for n, entry in manifest.files.items() if not n.startswith(own)}
         bundle.check_files(directory, manifest.model_copy(update={"files": others}))
         if manifest.portable is None and model is not None:
-            from sedac_export.exporter import find_model
             from sedac_export.skeleton import Skeleton
             from sedac_export.tensorrt.graphs import add_portable_graphs
 
-            add_portable_graphs(directory, manifest, Skeleton.load(find_model(model)), progress)
+            with opened_model(model, claim) as source:
+                skeleton = Skeleton.load(source.directory)
+                add_portable_graphs(directory, manifest, skeleton, progress)
         return build_plans(directory, target, options, progress)
