@@ -63,7 +63,7 @@ class Reference:
         return list(ids)
 
     def generate(self, prompt: list[int]) -> Greedy:
-        """`generate`'s own greedy tokens, and by how much each one led the second."""
+        """`generate`'s own greedy tokens, past the end of the answer, and each one's lead."""
         output = self.model.generate(
             torch.tensor([prompt]),
             do_sample=False,
@@ -91,6 +91,7 @@ def reference(checkpoint: Path) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(
         **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
+    model.generation_config.eos_token_id = None
     return Reference(model.eval(), AutoTokenizer.from_pretrained(**where))
 
 
@@ -119,5 +120,6 @@ def test_answers_are_those_of_transformers(
     mode: str, smollm2: SedacModel, reference: Reference, expected: list[Greedy]
 ) -> None:
     for text, greedy in zip(PROMPTS, expected, strict=True):
-        output = smollm2.generate(reference.prompt(text), mode=mode, max_new_tokens=NEW_TOKENS)
+        prompt = reference.prompt(text)
+        output = smollm2.generate(prompt, mode=mode, max_new_tokens=NEW_TOKENS, stop_tokens=[])
         greedy.assert_same(output.tokens)
