@@ -101,6 +101,8 @@ def build(
         f" {manifest.max_cache_length} positions (--max-cache-length)",
         highlight=False,
     )
+    if built.note is not None:
+        console.print(built.note, highlight=False, soft_wrap=True)
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:

@@ -40,12 +40,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build wrote, and how long it took in seconds."""
+    """What a build wrote, how long it took in seconds, and what the user should know of it."""
 
     output: Path
     manifest: bundle.Manifest
     validation: Validation
     seconds: float
+    note: str | None = None
 
 
 def build(request: Request, progress: Progress = lambda *_: None) -> Built:
@@ -59,7 +60,8 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         _check_request(request)
         with opened_model(request.model, claim) as source:
             manifest, validation = _build(request, source, claim, progress)
-    return Built(request.output, manifest, validation, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Built(request.output, manifest, validation, seconds, source.note)
 
 
 def _build(

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from sedac_export.errors import SedacError
@@ -34,6 +35,9 @@ _PACKAGES = ("accelerate", "gguf")
 _NO_MODELS = ("general", "tokenizer")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _ALIGNMENT = 32
+
+# pre-tokenizers that split text as GPT-2's does, which transformers takes for all it does not know
+_AS_GPT2 = ("gpt-2", "mpt", "olmo")
 
 # how older converters ordered weights, which the tensors' names tell as well
 _WITHOUT_MEANING = ("tensor_data_layout",)
@@ -67,6 +71,18 @@ def convert(file: Path, directory: Path) -> PreTrainedTokenizerBase | None:
             return None
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
         return tokenizer
+
+
+def tokenizer_note(file: Path) -> str | None:
+    """In what the tokenizer that transformers makes of the file may differ from the model's own."""
+    metadata, _ = read_gguf_metadata(str(file))
+    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS or split in _AS_GPT2:
+        return None
+    return (
+        f"the file's tokenizer splits text by the rule {split or 'of no name'}, which transformers"
+        " does not know and takes GPT-2's for: some texts become other tokens than in training"
+    )
 
 
 def _require_packages(file: Path) -> None:

@@ -15,11 +15,15 @@ _GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class Source:
-    """A model's directory, what the model is called, and its tokenizer if it is not in there."""
+    """A model's directory, what the model is called, and its tokenizer if it is not in there.
+
+    note: what the user should know of it.
+    """
 
     directory: Path
     name: str
     tokenizer: PreTrainedTokenizerBase | None = None
+    note: str | None = None
 
 
 @contextlib.contextmanager
@@ -33,10 +37,10 @@ def opened_model(name: str, claim: Claim) -> Iterator[Source]:
     if path.is_dir():
         yield Source(path, path.resolve().name)
     elif path.suffix == _GGUF and path.is_file():
-        from sedac_export.gguf_file import convert
+        from sedac_export.gguf_file import convert, tokenizer_note
 
         with claim.scratch() as scratch:
-            yield Source(scratch, path.stem, convert(path, scratch))
+            yield Source(scratch, path.stem, convert(path, scratch), tokenizer_note(path))
     else:
         yield Source(_download(name), name)
 

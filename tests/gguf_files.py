@@ -46,10 +46,10 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer)
     for key, value in (metadata or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         add(key, value)
-    _add_tokenizer(writer)
     for name, array in (_named(model) | (tensors or {})).items():
         if array is None:
             continue

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from sedac_export import Request, build
-from sedac_export.gguf_file import convert
+from sedac_export.gguf_file import convert, tokenizer_note
 from sedac_export.manifest import read_manifest
 from sedac_export.tokenizer import save_tokenizer
 from sedac_runtime import SedacModel
@@ -65,3 +65,10 @@ def test_nothing_changes_on_the_way(name: str, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert stored.encode(TEXT).ids == direct(TEXT)["input_ids"]
+
+
+def test_a_tokenizer_that_transformers_does_not_know_is_noted(tmp_path: Path) -> None:
+    random = save_tiny_gguf_model("llama", tmp_path / "model")
+    assert tokenizer_note(write_gguf(random, tmp_path / "known.gguf")) is None
+    file = write_gguf(random, tmp_path / "other.gguf", {"tokenizer.ggml.pre": "smollm"})
+    assert "smollm" in (tokenizer_note(file) or "")
