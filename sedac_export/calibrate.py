@@ -189,7 +189,7 @@ def _certify(
     never the other way round.
     """
     config = step.candidate.config
-    speedup = time_config(request.directory, config, documents)
+    speedup = time_config(replay.bundle, config, documents)
     if request.min_speedup is not None and speedup < request.min_speedup:
         raise SedacError(
             f"the fastest certified setting is {speedup:.2f}x full depth along given text, below"
@@ -213,9 +213,9 @@ def _certify(
     return config.model_copy(update={"certificate": certificate, "drafter": timed.drafter})
 
 
-def time_config(directory: Path, config: ExitConfig, documents: Sequence[Document]) -> float:
+def time_config(bundle: Bundle, config: ExitConfig, documents: Sequence[Document]) -> float:
     """Wall-clock speed of `config` against full depth, timed on a copy of the bundle."""
-    with edited_bundle(directory, keep=False) as copy:
+    with edited_bundle(bundle, keep=False) as copy:
         write_config(copy, config.to_json())
         return measure_speedup(copy, documents)
 

@@ -42,7 +42,9 @@ class VerifyName(StrEnum):
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Option(help="A model directory or a hub id (owner/name).")],
+    model: Annotated[
+        str, typer.Option(help="A model directory, a .gguf file or a hub id (owner/name).")
+    ],
     output: Annotated[Path, typer.Option(help="The bundle to write.")],
     precision: Annotated[
         PrecisionName,
@@ -106,6 +108,8 @@ def build(
         f" {manifest.max_cache_length} positions (--max-cache-length)",
         highlight=False,
     )
+    if built.note is not None:
+        console.print(built.note, highlight=False, soft_wrap=True)
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:

@@ -6,40 +6,42 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sedac_export import manifest as bundle
-from sedac_export.exporter import publish, recover, staging_beside
+from sedac_export.bundle import Bundle
+from sedac_export.manifest import EXIT_CONFIG, MANIFEST, MANIFEST_DIGEST
+from sedac_export.staging import claimed, replace_file
+from sedac_runtime._core import read_unlisted
 
 # the only files that a change never rewrites, and the only large ones
 _WEIGHTS = ".data"
 
 
 @contextlib.contextmanager
-def edited_bundle(directory: Path, keep: bool = True) -> Iterator[Path]:
-    """A copy of the bundle to change, which takes the bundle's place when the context ends well.
+def edited_bundle(bundle: Bundle, keep: bool = True) -> Iterator[Path]:
+    """A copy of `bundle` to change, which takes its place when the context ends well.
 
-    With keep False it never does: the copy is for trying something out. Weights are hard links
-    where the file system has them: only other files may be rewritten.
+    It holds what the manifest lists and the exit configuration, and nothing else that lies in the
+    directory. With keep False it never takes the place: the copy is for trying something out.
+    Weights are hard links where the file system has them: only other files may be rewritten.
     """
-    recover(directory)
-    with staging_beside(directory) as staging:
-        for path in sorted(directory.rglob("*")):
-            _bring(path, staging / path.relative_to(directory))
+    with claimed(bundle.directory) as claim, claim.staging() as staging:
+        for name in bundle.manifest.files:
+            _bring(bundle.path(name), staging / name)
+        for name in (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG):
+            text = read_unlisted(claim.place, name)
+            if text is not None:
+                (staging / name).write_bytes(text)
         yield staging
         if keep:
-            publish(staging, directory, replace=True)
+            claim.publish(staging, replace=True)
 
 
 def write_config(directory: Path, text: str) -> None:
     """Replace the bundle's exit configuration, which no digest covers, in one step."""
-    staged = directory / f".{bundle.EXIT_CONFIG}"
-    staged.write_text(text)
-    staged.rename(directory / bundle.EXIT_CONFIG)
+    replace_file(directory / EXIT_CONFIG, text)
 
 
 def _bring(path: Path, target: Path) -> None:
-    if path.is_dir():
-        target.mkdir()
-        return
+    target.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == _WEIGHTS:
         with contextlib.suppress(OSError):
             os.link(path, target)

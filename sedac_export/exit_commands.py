@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sedac_export.errors import SedacError
 from sedac_export.progress import console, progress_bar
+from sedac_export.staging import claimed
 
 DATA = "--data"
 
@@ -117,9 +118,9 @@ def train_probes(
     """Fit the V6 probes, the learned probe and the lens, and write them into the bundle."""
     from sedac_export import training
 
-    opened, documents = _read(bundle, data)
     asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
-    with progress_bar("collect", "train") as update:
+    with claimed(bundle), progress_bar("collect", "train") as update:
+        opened, documents = _read(bundle, data)
         trained = training.train_probes(
             bundle,
             documents,
@@ -179,11 +180,11 @@ def calibrate(
     """Choose a policy and thresholds, certify their risk, write sedac_config.json."""
     from sedac_export import calibrate as calibration
 
-    _, documents = _read(bundle, data)
-    request = calibration.Request(
-        bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
-    )
-    with progress_bar("search", "certify", "time") as update:
+    with claimed(bundle), progress_bar("search", "certify", "time") as update:
+        _, documents = _read(bundle, data)
+        request = calibration.Request(
+            bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
+        )
         result = calibration.calibrate(request, update)
     if as_json:
         print(json.dumps(result.config.model_dump(exclude_none=True)))

@@ -1,14 +1,8 @@
 """model -> graphs -> bundle: the whole of `sedac-export build`."""
 
-import contextlib
 import json
 import math
-import os
-import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +14,8 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
 from sedac_export.graphs import Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
+from sedac_export.source import Source, opened_model
+from sedac_export.staging import Claim, claimed
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
 from sedac_export.validate import Validation, validate
 from sedac_export.writer import write_engines
@@ -44,12 +40,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build wrote, and how long it took in seconds."""
+    """What a build wrote, how long it took in seconds, and what the user should know of it."""
 
     output: Path
     manifest: bundle.Manifest
     validation: Validation
     seconds: float
+    note: str | None = None
 
 
 def build(request: Request, progress: Progress = lambda *_: None) -> Built:
@@ -59,16 +56,23 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     Raises SedacError for everything that is wrong with the request or the model.
     """
     started = time.monotonic()
-    recover(request.output)
-    _check_request(request)
-    directory = find_model(request.model)
-    skeleton = Skeleton.load(directory)
-    tokenizer = load_tokenizer(directory)
+    with claimed(request.output) as claim, torch.no_grad():
+        _check_request(request)
+        with opened_model(request.model, claim) as source:
+            manifest, validation = _build(request, source, claim, progress)
+    seconds = time.monotonic() - started
+    return Built(request.output, manifest, validation, seconds, source.note)
+
+
+def _build(
+    request: Request, source: Source, claim: Claim, progress: Progress
+) -> tuple[bundle.Manifest, Validation]:
+    skeleton = Skeleton.load(source.directory)
+    tokenizer = source.tokenizer or load_tokenizer(source.directory)
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
-    facts = _facts(request.model, skeleton, directory, tokenizer)
-    # the place to write is tried before the work, so that a bad one is reported at once
-    with torch.no_grad(), staging_beside(request.output) as staging:
+    facts = _facts(source, skeleton, tokenizer)
+    with claim.staging() as staging:
         graphs = trace_graphs(skeleton, progress)
         manifest = bundle.Manifest(
             model=facts,
@@ -84,27 +88,8 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
         validation.check()
         progress("validate", 1, 1)
         manifest = _finish(staging, manifest, validation, tokenizer)
-        publish(staging, request.output, replace=request.force)
-    return Built(request.output, manifest, validation, time.monotonic() - started)
-
-
-def find_model(name: str) -> Path:
-    """The local directory of a model: `name` itself, or a hub id that is downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise SedacError(f"{name} is neither a model directory nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SedacError(
-            f"{name} is no directory here and cannot be had from the hub: {reason}"
-        ) from error
+        claim.publish(staging, replace=request.force)
+    return manifest, validation
 
 
 def _check_request(request: Request) -> None:
@@ -152,14 +137,14 @@ def _exit_layers(skeleton: Skeleton, request: Request) -> list[int]:
 
 
 def _facts(
-    name: str, skeleton: Skeleton, directory: Path, tokenizer: PreTrainedTokenizerBase | None
+    source: Source, skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
 ) -> bundle.ModelFacts:
     config = skeleton.config
     generation = skeleton.model.generation_config
-    path = directory / "generation_config.json"
+    path = source.directory / "generation_config.json"
     if path.exists():
         try:
-            generation = GenerationConfig.from_pretrained(directory)
+            generation = GenerationConfig.from_pretrained(source.directory)
         except (OSError, ValueError) as error:
             raise SedacError(f"{path} cannot be read; download it again") from error
     stops = getattr(generation, "eos_token_id", None)
@@ -168,7 +153,7 @@ def _facts(
     if stops is None and tokenizer is not None:
         stops = tokenizer.eos_token_id
     return bundle.ModelFacts(
-        name=directory.resolve().name if Path(name).is_dir() else name,
+        name=source.name,
         type=config.model_type,
         hidden_size=config.hidden_size,
         num_layers=len(skeleton.layers),
@@ -193,70 +178,3 @@ def _finish(
     whole = manifest.model_copy(update={"files": bundle.list_files(staging)})
     bundle.write_manifest(staging, whole)
     return whole
-
-
-@contextlib.contextmanager
-def staging_beside(output: Path) -> Iterator[Path]:
-    """A hidden directory beside `output`, gone afterwards unless it was renamed.
-
-    Parents that had to be made go with it.
-    """
-    made = [path for path in output.parents if not path.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent))
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        above = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file is in the place of its parent" if above else error.strerror or error
-        raise SedacError(
-            f"{output} cannot be written: {reason}; nothing was kept, choose another --output"
-        ) from error
-    finally:
-        # a parent that holds the bundle by now is not empty and stays
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
-
-
-def recover(output: Path) -> None:
-    """Remove what killed builds of the same bundle left, put back what one had set aside."""
-    # the random part keeps the builds of qwen2 off those of qwen2.5
-    staging = re.compile(re.escape(f".{output.name}.") + r"(\d{1,9})\.[a-z0-9_]{8}(\.old)?")
-    for path in output.parent.glob(".*"):
-        match = staging.fullmatch(path.name)
-        if match is None or _is_alive(int(match[1])):
-            continue
-        if match[2] and not output.exists():
-            path.rename(output)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def publish(staging: Path, output: Path, replace: bool) -> None:
-    """Give the bundle its name. One that it replaces is set aside until that is done."""
-    staging.chmod(0o755)
-    if not replace or not output.exists():
-        staging.rename(output)
-        return
-    old = staging.with_name(f"{staging.name}.old")
-    output.rename(old)
-    try:
-        staging.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -47,7 +47,7 @@ def measure_generation(
     Raises SedacError when the runtime refuses the bundle.
     """
     prompts = cut_prompts(documents, replay.manifest.max_cache_length)
-    with edited_bundle(replay.bundle.directory, keep=False) as copy:
+    with edited_bundle(replay.bundle, keep=False) as copy:
         write_config(copy, config.to_json())
         runs = time_ways(copy, ways_of(config), prompts, progress)
     speeds = {way: runs[FULL].milliseconds / run.milliseconds for way, run in runs.items()}

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sedac_export.errors import SedacError
+from sedac_export.staging import sync
 from sedac_export.stamp import sha256
 from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
 from sedac_runtime import _core
@@ -149,8 +150,23 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     new.write_text(manifest.model_dump_json(indent=1) + "\n")
     digest = directory / f".{MANIFEST_DIGEST}"
     digest.write_text(f"{sha256(new)}  {MANIFEST}\n")
+    sync(new)
+    sync(digest)
     new.rename(directory / MANIFEST)
     digest.rename(directory / MANIFEST_DIGEST)
+    sync(directory)
+
+
+def settle_manifest(directory: Path) -> None:
+    """Give the digest its name where a process was killed after the manifest had got its own."""
+    digest, path = directory / f".{MANIFEST_DIGEST}", directory / MANIFEST
+    if (
+        digest.is_file()
+        and not digest.is_symlink()
+        and path.is_file()
+        and digest.read_text().split()[:1] == [sha256(path)]
+    ):
+        digest.rename(directory / MANIFEST_DIGEST)
 
 
 def read_manifest(directory: Path) -> Manifest:

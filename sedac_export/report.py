@@ -96,7 +96,7 @@ def make_report(
         policy = make_policy(config, replay.num_layers)
         runs = (replay.run(w.tokens, policy, kv_fill=config.kv_fill) for w in windows)
         trace = Trace.join([_counted(run) for run in runs])
-        speedup = time_config(directory, config, documents)
+        speedup = time_config(bundle, config, documents)
         rows.append(_row(config, trace, reference, speedup, replay.num_layers, number == 0))
         depths = trace.depths if number == 0 else depths
     progress("report", len(configs), len(configs))

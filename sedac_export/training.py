@@ -160,7 +160,7 @@ def train_probes(
             with one_thread():
                 trainer.fit(depth, depth in exits, depth in probes)
         progress("train", len(depths), len(depths))
-    _write(directory, bundle.manifest, head, trainer.trained)
+    _write(bundle, head, trainer.trained)
     return trainer.trained
 
 
@@ -290,9 +290,10 @@ def _split(data: Collection) -> tuple[npt.NDArray[np.int64], int]:
     return np.concatenate([training, testing]), len(testing)
 
 
-def _write(directory: Path, manifest: Manifest, head: HeadGraph, trained: Trained) -> None:
+def _write(bundle: Bundle, head: HeadGraph, trained: Trained) -> None:
     """Put the probes into the bundle: all of them or none."""
-    with edited_bundle(directory) as staging:
+    manifest = bundle.manifest
+    with edited_bundle(bundle) as staging:
         for old in [*staging.glob("onnx/exit_*.onnx"), *staging.glob("onnx/lens_*.onnx")]:
             old.unlink()
         exits = [_with_exit(staging, head, depth, trained) for depth in sorted(trained.learned)]

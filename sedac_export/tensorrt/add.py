@@ -4,6 +4,9 @@ from pathlib import Path
 
 from sedac_export.bundle import Bundle
 from sedac_export.graphs import Progress
+from sedac_export.manifest import settle_manifest
+from sedac_export.source import opened_model
+from sedac_export.staging import claimed
 from sedac_export.tensorrt.entries import BuildOptions, PlanSet
 from sedac_export.tensorrt.plans import build_plans, check_options
 from sedac_runtime.flavour import Target
@@ -18,16 +21,19 @@ def add_target(
 ) -> PlanSet:
     """Build the plans of `target` for the bundle in `directory`.
 
-    model is needed where the bundle holds no portable graphs: a directory or a hub id, whose
-    configuration is read; the weights are those of the bundle. Raises SedacError.
+    model is needed where the bundle holds no portable graphs: a directory, a GGUF file or a
+    hub id, whose configuration is read; the weights are those of the bundle. Raises SedacError.
     """
     check_options(target, options)
-    # what is wrong with this target's own plans is put right by building them
-    manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
-    if manifest.portable is None and model is not None:
-        from sedac_export.exporter import find_model
-        from sedac_export.skeleton import Skeleton
-        from sedac_export.tensorrt.graphs import add_portable_graphs
+    with claimed(directory) as claim:
+        settle_manifest(directory)
+        # what is wrong with this target's own plans is put right by building them
+        manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
+        if manifest.portable is None and model is not None:
+            from sedac_export.skeleton import Skeleton
+            from sedac_export.tensorrt.graphs import add_portable_graphs
 
-        add_portable_graphs(directory, manifest, Skeleton.load(find_model(model)), progress)
-    return build_plans(directory, target, options, progress)
+            with opened_model(model, claim) as source:
+                skeleton = Skeleton.load(source.directory)
+                add_portable_graphs(directory, manifest, skeleton, progress)
+        return build_plans(directory, target, options, progress)

@@ -12,6 +12,7 @@ from sedac_export.engines import Context
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Graphs, Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
+from sedac_export.staging import sync
 from sedac_export.stamp import save_engine
 from sedac_export.tensorrt.entries import PortableContext, PortableGraphs, PortableLayers
 from sedac_export.tensorrt.portable import (
@@ -101,6 +102,7 @@ class _Writer:
         """Write what was taken, once nothing can be wrong with the model any more."""
         for file, model in self.models.items():
             save_engine(model, self.directory / file)
+            sync(self.directory / file)
 
     def _layer(self, index: int) -> onnx.ModelProto:
         graph = self.graphs.layers[self.graphs.kinds[index]]

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
 from sedac_export.graphs import Progress
+from sedac_export.staging import replace_file, sync
 from sedac_export.tensorrt.entries import BuildOptions, PlanEntry, PlanSet, PortableGraphs
 from sedac_export.tensorrt.flavour import cuda_version, require
 from sedac_export.tensorrt.profiles import Shapes, graph_profiles
@@ -130,6 +131,7 @@ class _Build:
             timing_cache=str(self.place / _TIMING_CACHE),
         )
         self._check_aliases(graph, built["aliases"])
+        sync(part)
         part.rename(plan)
         entry = PlanEntry(
             file=name,
@@ -181,11 +183,8 @@ class _Build:
         return done
 
     def _remember(self) -> None:
-        path = self.place / _FINISHED
-        new = path.with_suffix(".part")
-        new.unlink(missing_ok=True)
-        new.write_text(json.dumps([finished.model_dump() for finished in self.done.values()]))
-        new.rename(path)
+        finished = [finished.model_dump() for finished in self.done.values()]
+        replace_file(self.place / _FINISHED, json.dumps(finished))
 
     def _withdraw(self) -> None:
         """Take the target's plans out of the manifest, which never names one being replaced."""

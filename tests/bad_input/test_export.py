@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -300,7 +299,7 @@ def test_failed_rename_puts_the_old_bundle_back(
     rename = Path.rename
 
     def fail_for_the_new(self: Path, target: Path) -> Path:
-        if Path(target) == output and not self.name.endswith(".old"):
+        if Path(target) == output and not self.name.endswith(".replaced"):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -354,9 +353,8 @@ def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    abandoned = [path.name for path in output.parent.iterdir()]
-    assert len(abandoned) == 1
-    assert abandoned[0].startswith(f".bundle.{process.pid}.")
+    abandoned = sorted(path.name for path in output.parent.iterdir())
+    assert abandoned == [".bundle.building", ".bundle.lock"]
     assert_one_line_error(export("build", "--model", "nowhere", "--output", output), "nowhere")
     assert not list(output.parent.iterdir())
 
@@ -384,34 +382,29 @@ def test_libraries_do_not_add_lines(
     assert_one_line_error(result, "config.json", "odd")
 
 
-@pytest.fixture
-def dead_process() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-def test_build_killed_between_its_renames_has_lost_nothing(
-    export: Command, mute_bundle: Path, tmp_path: Path, dead_process: int
+def test_two_builds_of_one_bundle_do_not_meet(
+    export: Command, processes: ForkServerContext, model: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(mute_bundle, tmp_path / f".bundle.{dead_process}.abcd1234.old")
-    (tmp_path / f".bundle.{dead_process}.abcd1234").mkdir()
-    result = export("build", "--model", "nowhere", "--output", tmp_path / "bundle")
-    assert_one_line_error(result, "bundle exists")
-    assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
-    assert snapshot(tmp_path / "bundle") == snapshot(mute_bundle)
+    output = tmp_path / "output" / "bundle"
+    process = start_build(processes, model, output, tmp_path / "log")
+    wait_for_engines(process, output)
+    result = export("build", "--model", model, "--output", output)
+    assert_one_line_error(result, str(output), "another process", "wait")
+    process.join(120)
+    assert process.exitcode == 0
+    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
 
 
-def test_cleaning_up_spares_other_builds(
-    export: Command, tmp_path: Path, dead_process: int
+@pytest.mark.usefixtures("traced_before")
+def test_a_link_is_built_where_it_points_to(
+    export: Command, model: Path, mute_bundle: Path
 ) -> None:
-    spared = [
-        tmp_path / f".qwen2.{os.getpid()}.abcd1234",  # still at work
-        tmp_path / f".qwen2.5.{dead_process}.abcd1234",  # of another output
-        tmp_path / ".qwen2.config",
-    ]
-    for path in (*spared, tmp_path / f".qwen2.{dead_process}.abcd1234"):
-        path.mkdir()
-    result = export("build", "--model", "nowhere", "--output", tmp_path / "qwen2")
-    assert_one_line_error(result, "nowhere")
-    assert sorted(tmp_path.iterdir()) == sorted(spared)
+    output = shutil.copytree(mute_bundle, model.parent / "disk" / "bundle")
+    (output / "mark").touch()
+    link = model.parent / "link"
+    link.symlink_to(output)
+    assert_one_line_error(export("build", "--model", model, "--output", link), "link exists")
+    assert export("build", "--model", model, "--output", link, "--force").code == 0
+    assert link.readlink() == output
+    assert not (output / "mark").exists()
+    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
