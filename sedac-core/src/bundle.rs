@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
@@ -62,7 +62,7 @@ pub struct KeyValueHeads {
 }
 
 /// An engine of consecutive decoder layers.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LayerEntry {
     /// Its graph, relative to the bundle.
     pub file: PathBuf,
@@ -85,7 +85,7 @@ impl LayerEntry {
 }
 
 /// The engine that tells about exiting after one depth.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExitEntry {
     /// The depth.
     pub depth: usize,
@@ -97,7 +97,7 @@ pub struct ExitEntry {
 }
 
 /// An engine that fills the cache of one skipped layer.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KeyValueEntry {
     /// Its graph, relative to the bundle.
     pub file: PathBuf,
@@ -106,7 +106,7 @@ pub struct KeyValueEntry {
 }
 
 /// All engines of a bundle.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Engines {
     /// Token and position ids to the residual stream and contexts.
     pub embed: PathBuf,
@@ -204,6 +204,12 @@ impl Manifest {
         self.files.contains_key(file)
     }
 
+    /// The digest of each file, by path.
+    pub(crate) fn digests(&self) -> impl Iterator<Item = (&Path, &str)> {
+        let files = self.files.iter();
+        files.map(|(file, entry)| (file.as_path(), entry.sha256.as_str()))
+    }
+
     /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.
     pub fn trained_depths(&self, source: Source) -> Vec<usize> {
         let has_source = |depth: &usize| match source {
@@ -291,7 +297,7 @@ impl Bundle {
     }
 }
 
-fn read_manifest(directory: &Path) -> Result<Manifest> {
+pub(crate) fn read_manifest(directory: &Path) -> Result<Manifest> {
     let path = directory.join(MANIFEST);
     let text = fs::read(&path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Error::bundle(
@@ -381,7 +387,7 @@ fn sha256(path: &Path) -> io::Result<String> {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -113,6 +113,12 @@ pub struct PortableGraphs {
 }
 
 impl PortableGraphs {
+    fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        let layers = self.layers.iter().map(|entry| &entry.file);
+        let ends = [&self.embed, &self.head].into_iter();
+        ends.chain(layers).chain(&self.key_value)
+    }
+
     /// Whether these are graphs of `manifest`'s engines.
     fn matches(&self, manifest: &Manifest) -> bool {
         let own = self.layers.iter().map(PortableLayers::range);
@@ -157,6 +163,12 @@ pub struct Plans {
 }
 
 impl Manifest {
+    /// Whether `file` is there for TensorRT only.
+    pub(crate) fn is_of_plans(&self, file: &Path) -> bool {
+        let mut graphs = self.portable.iter().flat_map(PortableGraphs::files);
+        file.starts_with("engines") || graphs.any(|graph| graph == file)
+    }
+
     /// The portable graphs and the plans of `target`, such as `tensorrt-rtx`. None where one of
     /// them is missing, no checked file, or of other engines than the bundle's.
     pub fn plans_for(&self, target: &str) -> Option<(&PortableGraphs, Plans)> {
