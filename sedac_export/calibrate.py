@@ -8,6 +8,7 @@ import numpy as np
 
 from sedac_export import manifest as bundle
 from sedac_export.certificate import Losses, check_enough, count_certified
+from sedac_export.certification import engines_sha256
 from sedac_export.collect import window_length
 from sedac_export.costs import Costs, measure_costs
 from sedac_export.documents import Document, data_digest, split_documents
@@ -74,6 +75,7 @@ def calibrate(request: Request, progress: Progress = lambda *_: None) -> Calibra
     _check(request)
     manifest = bundle.read_manifest(request.directory)
     bundle.check_files(request.directory, manifest)
+    engines = engines_sha256(request.directory)
     searched, certifying = split_documents(request.documents, (_SEARCH_SHARE, 1 - _SEARCH_SHARE))
     _check_size(request, certifying)
     replay = Replay(request.directory, manifest)
@@ -86,7 +88,7 @@ def calibrate(request: Request, progress: Progress = lambda *_: None) -> Calibra
     if certified == 0:
         raise SedacError(_refusal(request, steps))
     step = _best(request, steps[:certified])
-    config = _certify(request, replay, step, certifying, progress)
+    config = _certify(request, replay, step, certifying, engines, progress)
     write_config(request.directory, config.to_json())
     return Calibrated(config, steps)
 
@@ -182,6 +184,7 @@ def _certify(
     replay: Replay,
     step: Step,
     documents: Sequence[Document],
+    engines: str,
     progress: Progress,
 ) -> ExitConfig:
     """The configuration with its certificate. Raises SedacError when it is too slow.
@@ -196,8 +199,12 @@ def _certify(
             f"the fastest certified setting is {speedup:.2f}x full depth along given text, below"
             f" --min-speedup {request.min_speedup:g}; nothing was written"
         )
-    timed = measure_generation(replay, config, documents, lambda *done: progress("time", *done))
+    drafter, timed = measure_generation(
+        replay, config, documents, lambda *done: progress("time", *done)
+    )
+    config = config.model_copy(update={"drafter": drafter})
     certificate = Certificate(
+        setting=config.certifiable(engines),
         max_risk=request.max_risk,
         confidence=request.confidence,
         risk_bound=min(step.losses.upper_bound(request.confidence), request.max_risk),
@@ -205,13 +212,12 @@ def _certify(
         tokens=int(step.losses.tokens.sum()),
         documents=len(step.losses.tokens),
         data_sha256=data_digest(documents),
-        policy=config.policy,
         speedup=speedup,
         layer_ratio=step.layer_ratio,
         mode=request.mode,
         generation=timed,
     )
-    return config.model_copy(update={"certificate": certificate, "drafter": timed.drafter})
+    return config.model_copy(update={"certificate": certificate})
 
 
 def time_config(directory: Path, config: ExitConfig, documents: Sequence[Document]) -> float:

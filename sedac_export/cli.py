@@ -121,12 +121,14 @@ def inspect(
         return
     out = Console()
     model, validation = facts["model"], facts["validation"]
+    exits = {name: value for name, value in facts["exit_config"].items() if name != "certificate"}
     out.print(
         f"{model['name']}: {model['type']}, {model['num_layers']} layers, hidden"
         f" {model['hidden_size']}, vocabulary {model['vocab_size']}\n"
         f"weights {facts['precision']}, {facts['bytes'] / 1e6:.1f} MB; KV cache"
         f" {facts['cache_bytes'] / 1e6:.1f} MB per sequence of {facts['max_cache_length']}\n"
-        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {facts['exit_config']}\n"
+        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {exits}\n"
+        f"{facts['certification']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
         f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",

@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 
 from sedac_export import manifest as bundle
+from sedac_export.certification import read_certification
 from sedac_export.exit_config import read_exit_config
 
 
@@ -19,6 +20,7 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
     bundle.check_files(directory, manifest)
     validation = _validation(directory)
     rows = {row["engine"]: row for row in validation["engines"]}
+    certification = read_certification(directory)
     engines = []
     for file, layers in _engine_files(manifest):
         name = Path(file).stem
@@ -42,6 +44,8 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
         "cache_bytes": manifest.cache_bytes(),
         "exit_layers": manifest.exit_layers,
         "exit_config": read_exit_config(directory).model_dump(exclude_none=True),
+        "certified": certification.certified,
+        "certification": certification.sentence,
         "engines": engines,
         "validation": {
             "tolerance": validation["tolerance"],

@@ -195,21 +195,12 @@ impl ExitConfig {
     /// What is certified of the bundle of this configuration and `manifest`, generating by `way`.
     /// None where tokens only come from full depth.
     pub fn certification(&self, manifest: &Manifest, way: Way<'_>) -> Option<Certification> {
-        if matches!(way.exit, Exit::Never | Exit::Lossless { .. }) {
-            return None;
-        }
-        let Some(certificate) = &self.certificate else {
-            let reason = "the bundle has no certificate, run sedac-export calibrate";
-            return Some(Certification::Uncertified(reason.into()));
-        };
-        Some(match certificate.setting.difference(manifest, way) {
-            None => Certification::Certified(Box::new(certificate.clone())),
-            Some(reason) => Certification::Uncertified(reason),
-        })
+        let from_exits = !matches!(way.exit, Exit::Never | Exit::Lossless { .. });
+        from_exits.then(|| self.of_exits(manifest, way))
     }
 
     /// The same of what the configuration itself says, by argmax.
-    pub fn own_certification(&self, manifest: &Manifest) -> Option<Certification> {
+    pub fn own_certification(&self, manifest: &Manifest) -> Certification {
         let exit = Exit::Policy {
             settings: self.policy.clone(),
             drafter: self.drafter,
@@ -220,7 +211,18 @@ impl ExitConfig {
             sampling: &Sampling::default(),
             plans: false,
         };
-        self.certification(manifest, way)
+        self.of_exits(manifest, way)
+    }
+
+    fn of_exits(&self, manifest: &Manifest, way: Way<'_>) -> Certification {
+        let Some(certificate) = &self.certificate else {
+            let reason = "the bundle has no certificate, run sedac-export calibrate";
+            return Certification::Uncertified(reason.into());
+        };
+        match certificate.setting.difference(manifest, way) {
+            None => Certification::Certified(Box::new(certificate.clone())),
+            Some(reason) => Certification::Uncertified(reason),
+        }
     }
 }
 
@@ -396,7 +398,7 @@ mod tests {
 
     #[test]
     fn the_sentence_says_what_was_certified() {
-        let certification = config().own_certification(&read(&manifest())).unwrap();
+        let certification = config().own_certification(&read(&manifest()));
         assert_eq!(
             certification.to_string(),
             "exits certified for given text and argmax: at most 0.99% of tokens differ from full \
@@ -476,7 +478,7 @@ mod tests {
                 Some(place) => *place = value,
                 None => changed["engines"]["layers"][0]["risk"] = value,
             }
-            let certification = config().own_certification(&read(&changed)).unwrap();
+            let certification = config().own_certification(&read(&changed));
             let sentence = certification.to_string();
             assert!(sentence.contains("have changed"), "{pointer}: {sentence}");
         }

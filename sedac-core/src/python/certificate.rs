@@ -26,10 +26,10 @@ pub(super) fn spoken(certification: &Certification) -> Spoken {
 /// What is certified of the exit configuration of the bundle in `directory`, by argmax. Files are
 /// not checked.
 #[pyfunction]
-pub(super) fn certification(directory: PathBuf) -> Result<Option<Spoken>> {
+pub(super) fn certification(directory: PathBuf) -> Result<Spoken> {
     let manifest = read_manifest(&directory)?;
     let config = ExitConfig::read(&directory, &manifest)?;
-    Ok(config.own_certification(&manifest).as_ref().map(spoken))
+    Ok(spoken(&config.own_certification(&manifest)))
 }
 
 /// The digest by which certificates name what the bundle in `directory` runs. Files are not
