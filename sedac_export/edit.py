@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sedac_export import manifest as bundle
 from sedac_export.exporter import publish, recover, staging_beside
+from sedac_export.signature import SIGNATURE, withdraw_signature
 
 # the only files that a change never rewrites, and the only large ones
 _WEIGHTS = ".data"
@@ -17,20 +18,22 @@ _WEIGHTS = ".data"
 def edited_bundle(directory: Path, keep: bool = True) -> Iterator[Path]:
     """A copy of the bundle to change, which takes the bundle's place when the context ends well.
 
-    With keep False it never does: the copy is for trying something out. Weights are hard links
+    With keep False it never does: the copy, unsigned, is for trying something out. Weights are hard links
     where the file system has them: only other files may be rewritten.
     """
     recover(directory)
     with staging_beside(directory) as staging:
         for path in sorted(directory.rglob("*")):
-            _bring(path, staging / path.relative_to(directory))
+            if keep or path != directory / SIGNATURE:
+                _bring(path, staging / path.relative_to(directory))
         yield staging
         if keep:
             publish(staging, directory, replace=True)
 
 
 def write_config(directory: Path, text: str) -> None:
-    """Replace the bundle's exit configuration, which no digest covers, in one step."""
+    """Replace the bundle's exit configuration, which no digest covers, in one step. A signature goes."""
+    withdraw_signature(directory)
     staged = directory / f".{bundle.EXIT_CONFIG}"
     staged.write_text(text)
     staged.rename(directory / bundle.EXIT_CONFIG)
