@@ -18,8 +18,8 @@ _WEIGHTS = ".data"
 def edited_bundle(directory: Path, keep: bool = True) -> Iterator[Path]:
     """A copy of the bundle to change, which takes the bundle's place when the context ends well.
 
-    With keep False it never does: the copy, unsigned, is for trying something out. Weights are hard links
-    where the file system has them: only other files may be rewritten.
+    With keep False it never does: the copy is for trying something out, and not signed. Weights are
+    hard links where the file system has them: only other files may be rewritten.
     """
     recover(directory)
     with staging_beside(directory) as staging:
@@ -32,7 +32,10 @@ def edited_bundle(directory: Path, keep: bool = True) -> Iterator[Path]:
 
 
 def write_config(directory: Path, text: str) -> None:
-    """Replace the bundle's exit configuration, which no digest covers, in one step. A signature goes."""
+    """Replace the bundle's exit configuration, which no digest covers, in one step.
+
+    A signature goes.
+    """
     withdraw_signature(directory)
     staged = directory / f".{bundle.EXIT_CONFIG}"
     staged.write_text(text)

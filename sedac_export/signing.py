@@ -1,9 +1,9 @@
 """Sign bundles, and verify what was signed.
 
 The digests in a bundle show damage. They do not show forgery: whoever can write the bundle can
-write its digests, its certificate's too. A signature shows that it is what the holder of a private
-key signed. It is OpenSSF Model Signing's (https://github.com/ossf/model-signing-spec), by sigstore's
-model-signing and with elliptic curve keys, and covers every file but itself and git's.
+write its digests, and its certificate's. A signature shows that it is what the holder of a private
+key signed. It is that of OpenSSF Model Signing (https://github.com/ossf/model-signing-spec), made
+by sigstore's model-signing, and covers every file but itself and git's.
 """
 
 import textwrap
