@@ -29,7 +29,7 @@ def certificate_of(bundle: Path, drafter: str = "none") -> dict[str, Any]:
     }
 
 
-def write_certified(bundle: Path, certificate: dict[str, Any], **changes: Any) -> None:
+def write_certified(bundle: Path, certificate: dict[str, Any], /, **changes: Any) -> None:
     """Write the configuration that `certificate` is about, with `changes`, and the certificate."""
     setting = certificate["setting"]
     config = {**setting["policy"], "kv_fill": setting["kv_fill"]}
