@@ -6,6 +6,7 @@ key signed. It is that of OpenSSF Model Signing (https://github.com/ossf/model-s
 by sigstore's model-signing, and covers every file but itself and git's.
 """
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,6 @@ def _library() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()).strip(". ")
-    return textwrap.shorten(text or type(error).__name__, 300)
+    # the library's list of differences, without digests
+    text = re.sub(r'[\[\]"\\]', "", str(error).split(": Expected")[0])
+    return textwrap.shorten(text.strip(". \n") or type(error).__name__, 300)

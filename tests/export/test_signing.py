@@ -131,7 +131,7 @@ def damage_signature(bundle: Path) -> None:
     ("damage", "words"),
     [
         (alter_weights, "layer_000.data is altered"),
-        (forge_weights, "onnx/layer_000.data"),
+        (forge_weights, "'bundle.json'"),
         (forge_config, "sedac_config.json"),
         (remove_config, "sedac_config.json"),
         (add_file, "onnx/more.data"),
