@@ -13,8 +13,8 @@ RUST := Cargo.toml Cargo.lock rust-toolchain.toml $(shell find sedac-core -name 
 PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
 EXPORTER := $(shell find sedac_export -name "*.py")
 
-# of pyproject.toml; the tests need these two
-EXTRAS ?= dev tensorrt-rtx
+# of pyproject.toml; the tests need these
+EXTRAS ?= dev signing tensorrt-rtx
 
 .PHONY: demo test lint format install clean
 

@@ -195,8 +195,12 @@ def _certify(
             f"the fastest certified setting is {speedup:.2f}x full depth along given text, below"
             f" --min-speedup {request.min_speedup:g}; nothing was written"
         )
-    timed = measure_generation(replay, config, documents, lambda *done: progress("time", *done))
+    drafter, timed = measure_generation(
+        replay, config, documents, lambda *done: progress("time", *done)
+    )
+    config = config.model_copy(update={"drafter": drafter})
     certificate = Certificate(
+        setting=config.certifiable(replay.bundle.files.engines_sha256),
         max_risk=request.max_risk,
         confidence=request.confidence,
         risk_bound=min(step.losses.upper_bound(request.confidence), request.max_risk),
@@ -204,13 +208,12 @@ def _certify(
         tokens=int(step.losses.tokens.sum()),
         documents=len(step.losses.tokens),
         data_sha256=data_digest(documents),
-        policy=config.policy,
         speedup=speedup,
         layer_ratio=step.layer_ratio,
         mode=request.mode,
         generation=timed,
     )
-    return config.model_copy(update={"certificate": certificate, "drafter": timed.drafter})
+    return config.model_copy(update={"certificate": certificate})
 
 
 def time_config(bundle: Bundle, config: ExitConfig, documents: Sequence[Document]) -> float:

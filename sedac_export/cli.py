@@ -15,6 +15,7 @@ from rich.table import Table
 from sedac_export.errors import SedacError
 from sedac_export.exit_commands import register_exit_commands, spread_data
 from sedac_export.progress import console, progress_bar
+from sedac_export.signature import SIGNATURE
 from sedac_export.tensorrt import commands as tensorrt
 
 app = typer.Typer(
@@ -135,12 +136,14 @@ def inspect(
         return
     out = Console()
     model, validation = facts["model"], facts["validation"]
+    exits = {name: value for name, value in facts["exit_config"].items() if name != "certificate"}
     out.print(
         f"{model['name']}: {model['type']}, {model['num_layers']} layers, hidden"
         f" {model['hidden_size']}, vocabulary {model['vocab_size']}\n"
         f"weights {facts['precision']}, {facts['bytes'] / 1e6:.1f} MB; KV cache"
         f" {facts['cache_bytes'] / 1e6:.1f} MB per sequence of {facts['max_cache_length']}\n"
-        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {facts['exit_config']}\n"
+        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {exits}\n"
+        f"{facts['certification']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
         f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}\n"
@@ -160,6 +163,32 @@ def inspect(
             "" if engine["cosine"] is None else f"{engine['cosine']:.7f}",
         )
     out.print(table)
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    private_key: Annotated[
+        Path, typer.Option(help="PEM file with an elliptic curve private key, unencrypted.")
+    ],
+) -> None:
+    """Sign a bundle as it is, its exit configuration and certificate included."""
+    from sedac_export.signing import sign_bundle
+
+    sign_bundle(bundle, private_key)
+    console.print(f"{bundle} is signed: {SIGNATURE}", highlight=False)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    public_key: Annotated[Path, typer.Option(help="PEM file with the signer's public key.")],
+) -> None:
+    """Check that a bundle is whole, and what the holder of a key signed."""
+    from sedac_export.signing import verify_bundle
+
+    verify_bundle(bundle, public_key)
+    console.print(f"{bundle} is what the holder of {public_key} signed", highlight=False)
 
 
 register_exit_commands(app)

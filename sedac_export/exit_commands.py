@@ -179,9 +179,10 @@ def calibrate(
 ) -> None:
     """Choose a policy and thresholds, certify their risk, write sedac_config.json."""
     from sedac_export import calibrate as calibration
+    from sedac_export.certification import read_certification
 
     with claimed(bundle), progress_bar("search", "certify", "time") as update:
-        _, documents = _read(bundle, data)
+        opened, documents = _read(bundle, data)
         request = calibration.Request(
             bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
         )
@@ -192,15 +193,13 @@ def calibrate(
     certificate = result.config.certificate
     assert certificate is not None
     generation = certificate.generation
-    assert generation is not None
     console.print(
         f"{bundle}: policy {result.config.policy}, {result.config.settings()}, drafter"
-        f" {generation.drafter or 'none'}\n"
-        f"certified: risk at most {certificate.risk_bound:.4f} with confidence"
-        f" {certificate.confidence:g} (observed {certificate.observed_risk:.4f} on"
-        f" {certificate.tokens} tokens of {certificate.documents} documents)\n"
-        f"layer ratio {certificate.layer_ratio:.3f}, wall-clock speed"
-        f" {certificate.speedup:.2f}x full depth along given text\n"
+        f" {certificate.setting.drafter}\n"
+        f"{read_certification(opened).sentence}\n"
+        f"observed risk {certificate.observed_risk:.4f}, layer ratio"
+        f" {certificate.layer_ratio:.3f}, wall-clock speed {certificate.speedup:.2f}x full depth"
+        " along given text\n"
         f"generating {generation.speedup:.2f}x full depth,"
         f" {generation.speedup_without_drafter:.2f}x without drafter; lossless mode"
         f" {generation.lossless_speedup:.2f}x; {generation.agreement:.2%} of {generation.tokens}"
@@ -246,7 +245,7 @@ def report(
             f"{100 * row.perplexity_change:+.1f} %",
         )
     Console().print(table)
-    console.print(f"wrote {place / 'report.html'}", highlight=False)
+    console.print(f"{result.certification}\nwrote {place / 'report.html'}", highlight=False)
 
 
 def parse_depths(option: str, text: str | None) -> list[int] | None:

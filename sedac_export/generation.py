@@ -41,8 +41,8 @@ def measure_generation(
     config: ExitConfig,
     documents: Sequence[Document],
     progress: Progress = lambda *_: None,
-) -> Generation:
-    """Generate under `config` after prompts cut from `documents`, and find its fastest drafter.
+) -> tuple[Drafter | None, Generation]:
+    """Generate under `config` after prompts cut from `documents`: its fastest drafter, and speeds.
 
     Raises SedacError when the runtime refuses the bundle.
     """
@@ -54,8 +54,7 @@ def measure_generation(
     fastest: Way = max((way for way in speeds if way[0] == "exit"), key=lambda way: speeds[way])
     drafter: Any = None if fastest == PLAIN else fastest[1]
     texts = runs[fastest].texts
-    return Generation(
-        drafter=drafter,
+    return drafter, Generation(
         speedup=speeds[fastest],
         speedup_without_drafter=speeds[PLAIN],
         lossless_speedup=max(speed for way, speed in speeds.items() if way[0] == "lossless"),

@@ -7,6 +7,7 @@ from typing import Any
 from onnx import ModelProto
 
 from sedac_export.bundle import Bundle
+from sedac_export.certification import read_certification
 from sedac_export.exit_config import read_exit_config
 from sedac_export.manifest import VALIDATION, Manifest
 from sedac_runtime.model import Verify
@@ -22,6 +23,7 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
     manifest = bundle.manifest
     validation = json.loads(bundle.read(VALIDATION))
     rows = {row["engine"]: row for row in validation["engines"]}
+    certification = read_certification(bundle)
     engines = []
     for file, layers in _engine_files(manifest):
         name = Path(file).stem
@@ -46,6 +48,8 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
         "cache_bytes": manifest.cache_bytes(),
         "exit_layers": manifest.exit_layers,
         "exit_config": read_exit_config(directory).model_dump(exclude_none=True),
+        "certified": certification.certified,
+        "certification": certification.sentence,
         "engines": engines,
         "validation": {
             "tolerance": validation["tolerance"],

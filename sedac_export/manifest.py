@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sedac_export.errors import SedacError
+from sedac_export.signature import SIGNATURE, withdraw_signature
 from sedac_export.staging import sync
 from sedac_export.stamp import sha256
 from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
@@ -126,11 +127,11 @@ class Manifest(_Strict):
 
 
 def list_files(directory: Path) -> dict[str, FileEntry]:
-    """Size and digest of every file below `directory` but the exit configuration."""
+    """Size and digest of every file below `directory` but exit configuration and signature."""
     entries = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG):
+        if path.is_file() and name not in (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG, SIGNATURE):
             entries[name] = file_entry(directory, name)
     return entries
 
@@ -144,8 +145,9 @@ def file_entry(directory: Path, name: str) -> FileEntry:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write bundle.json and its digest, in the form that `sha256sum -c` reads.
 
-    Both are whole before either takes its name.
+    Both are whole before either takes its name. A signature goes.
     """
+    withdraw_signature(directory)
     new = directory / f".{MANIFEST}"
     new.write_text(manifest.model_dump_json(indent=1) + "\n")
     digest = directory / f".{MANIFEST_DIGEST}"

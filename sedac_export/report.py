@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from sedac_export.bundle import Bundle
 from sedac_export.calibrate import time_config
+from sedac_export.certification import read_certification
 from sedac_export.collect import window_length
 from sedac_export.documents import Document
 from sedac_export.errors import SedacError
@@ -36,7 +37,7 @@ class Row:
     agreement: share of tokens that are full depth's; perplexity_change: relative, 0 is none;
     exit_rate: share of tokens that exit early; high_risk_rate: share of tokens that exit early
     although their full-depth entropy is above its 75th percentile; certified: the bundle's own
-    setting, and it has a certificate.
+    setting, and its certificate holds.
     """
 
     policy: str
@@ -54,18 +55,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows, the bundle's own first, and of the own setting every token's depth and a text."""
+    """Rows, the bundle's own first, and of the own setting every token's depth and a text.
+
+    certification: what the runtime says is certified of the bundle's own setting.
+    """
 
     model: str
     num_layers: int
     tokens: int
+    certification: str
     rows: list[Row]
     depths: npt.NDArray[np.int64]
     text: list[tuple[int, int]]
 
     def to_json(self) -> str:
-        """{"rows": [...]}, the command's --json."""
-        return json.dumps({"rows": [asdict(row) for row in self.rows]})
+        """{"certification": .., "rows": [...]}, the command's --json."""
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"certification": self.certification, "rows": rows})
 
 
 def make_report(
@@ -83,6 +89,7 @@ def make_report(
     manifest = bundle.manifest
     own = read_exit_config(directory)
     own.check_bundle(manifest)
+    certification = read_certification(bundle)
     replay = Replay(bundle)
     windows = [w for d in documents for w in d.windows(window_length(manifest))]
     if not windows:
@@ -97,11 +104,20 @@ def make_report(
         runs = (replay.run(w.tokens, policy, kv_fill=config.kv_fill) for w in windows)
         trace = Trace.join([_counted(run) for run in runs])
         speedup = time_config(bundle, config, documents)
-        rows.append(_row(config, trace, reference, speedup, replay.num_layers, number == 0))
+        certified = number == 0 and certification.certified
+        rows.append(_row(config, trace, reference, speedup, replay.num_layers, certified))
         depths = trace.depths if number == 0 else depths
     progress("report", len(configs), len(configs))
     text = list(zip(windows[0].tokens[1:].tolist(), depths.tolist(), strict=False))
-    return Report(manifest.model.name, replay.num_layers, len(depths), rows, depths, text)
+    return Report(
+        model=manifest.model.name,
+        num_layers=replay.num_layers,
+        tokens=len(depths),
+        certification=certification.sentence,
+        rows=rows,
+        depths=depths,
+        text=text,
+    )
 
 
 def grid(bundle: Bundle) -> list[ExitConfig]:
@@ -140,7 +156,7 @@ def _counted(trace: Trace) -> Trace:
 
 
 def _row(
-    config: ExitConfig, trace: Trace, full: Trace, speedup: float, layers: int, own: bool
+    config: ExitConfig, trace: Trace, full: Trace, speedup: float, layers: int, certified: bool
 ) -> Row:
     early = trace.exits < layers
     threshold = np.quantile(full.entropies, HIGH_RISK_QUANTILE)
@@ -157,5 +173,5 @@ def _row(
         perplexity_change=float(np.expm1(loss - reference)),
         exit_rate=float(early.mean()),
         high_risk_rate=float((early & (full.entropies > threshold)).mean()),
-        certified=own and config.certificate is not None,
+        certified=certified,
     )

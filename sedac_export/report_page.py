@@ -27,8 +27,8 @@ tr.own { font-weight: 600 }
 <h1>Exits of {{ report.model }}</h1>
 <p>{{ report.tokens }} tokens, teacher-forced, {{ report.num_layers }} layers. Speed is wall-clock
 against full depth along these texts, without a drafter; agreement is the share of tokens that are
-full depth's. The first row is the bundle's own setting
-{{- ", certified" if report.rows[0].certified else ", not certified" }}.</p>
+full depth's. The first row is the bundle's own setting:
+{{ report.certification }}.</p>
 <table><tr><th>policy<th>settings<th>mean exit layer<th>layer ratio<th>speed<th>agreement
 <th>perplexity<th>exit rate<th>high risk</tr>
 {% for row in report.rows %}<tr{% if loop.first %} class="own"{% endif %}><td>{{ row.policy }}

@@ -1,11 +1,11 @@
 """The chain over TensorRT plans, TensorRT itself rehearsed by ONNX Runtime over the same graphs."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from certificates import certificate_of, write_certified
 from conftest import DEMO_MODEL, THREADS, TinyBundle
 from eager import Forced, greedy, greedy_deferred
 from rehearsal import Rehearsal, add_stand_ins, rehearse
@@ -127,9 +127,11 @@ def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
 
 def test_certificates_are_not_of_plans(stand_in_demo: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(stand_in_demo, tmp_path / "bundle"))
-    certificate = {"risk_bound": 0.01}
-    (bundle / "sedac_config.json").write_text(json.dumps({"certificate": certificate}))
+    certificate = certificate_of(bundle)
+    write_certified(bundle, certificate)
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
     assert model.generate([1], max_new_tokens=1).certificate == certificate
     model, _ = rehearse(bundle, RTX, THREADS)
-    assert model.generate([1], max_new_tokens=1).certificate is None
+    output = model.generate([1], max_new_tokens=1)
+    assert output.certificate is None
+    assert "TensorRT plans" in (output.certification or "")

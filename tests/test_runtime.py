@@ -83,29 +83,14 @@ def test_with_drafts_tokens_are_full_depths_or_the_exits(
 
 def test_exits_are_drafted_between_as_the_bundle_says(demo_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
-    generation = {"drafter": "early-exit", "speedup": 1.75, "speedup_without_drafter": 1.5}
-    certificate = {
-        **{"risk_bound": 0.01, "confidence": 0.95, "tokens": 5, "documents": 2, "speedup": 1.25},
-        "generation": generation,
-    }
-    config = {"kv_fill": "defer", "drafter": "early-exit", "certificate": certificate}
+    config = {"kv_fill": "defer", "drafter": "early-exit"}
     (bundle / "sedac_config.json").write_text(json.dumps(config))
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
-    output = model.generate(PROMPT, max_new_tokens=32)
-    assert (output.drafter, output.certificate) == ("early-exit", certificate)
+    assert model.generate(PROMPT, max_new_tokens=32).drafter == "early-exit"
     assert model.generate(PROMPT, max_new_tokens=2, mode="full").drafter == "none"
-    plain = model.generate(PROMPT, max_new_tokens=32, drafter="none")
-    assert (plain.drafted, plain.certificate) == (0, certificate)
-    arguments = ["generate", "--engines", str(bundle), "--prompt", PROMPT, "--max-new-tokens", "4"]
-    assert "1.75x measured" in CliRunner().invoke(app, arguments).stderr
-    alone = CliRunner().invoke(app, [*arguments, "--drafter", "none"])
-    assert "1.50x without a drafter measured" in alone.stderr
+    assert model.generate(PROMPT, max_new_tokens=32, drafter="none").drafted == 0
     # the bundle's drafter goes with caches that it can use
-    filled = model.generate(PROMPT, max_new_tokens=8, kv_fill="propagate")
-    assert (filled.drafter, filled.certificate) == ("none", None)
-    del certificate["generation"]  # certificates of before it was measured
-    (bundle / "sedac_config.json").write_text(json.dumps(config | {"drafter": "auto"}))
-    assert "1.25x along given text" in CliRunner().invoke(app, arguments).stderr
+    assert model.generate(PROMPT, max_new_tokens=8, kv_fill="propagate").drafter == "none"
 
 
 def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
@@ -151,7 +136,8 @@ def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
         *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),
         *("mode", "kv_fill", "drafter", "prompt_tokens", "prefill_ms", "decode_ms"),
         *("decode_tokens_per_second", "finish_reason"),
-        *("drafted", "accepted", "verify_passes", "draft_depths", "certificate"),
+        *("drafted", "accepted", "verify_passes", "draft_depths"),
+        *("certificate", "certification"),
     ]
     assert len(output.tokens) == len(output.exit_layers) == len(output.exit_reasons) == 32
     assert output.exit_layers[0] == output.num_layers == 12

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -367,8 +367,9 @@ def _print_statistics(generation: GenerationStream) -> None:
         f" prefill {output.prefill_ms:.0f} ms, finished by {output.finish_reason}",
         file=sys.stderr,
     )
-    if output.mode == "exit":
-        print(_certified(output.certificate, output.drafter), file=sys.stderr)
+    if output.certification is not None:
+        kind = "warning: " if output.certificate is None else ""
+        print(f"{kind}{output.certification}", file=sys.stderr)
 
 
 def _method() -> PolicyName | None:
@@ -388,29 +389,6 @@ def _variable(name: str, kind: Callable[[str], Number], policy: PolicyName | Non
         return kind(text)
     except ValueError as error:
         raise ValueError(f"{name} {text} is no number; correct or unset it") from error
-
-
-def _certified(certificate: dict[str, Any] | None, drafter: str) -> str:
-    if certificate is None:
-        return (
-            "warning: these exits are not certified, tokens may differ from full depth's at any"
-            " rate; run sedac-export calibrate, or use --mode lossless"
-        )
-    return (
-        f"certified: at most {certificate['risk_bound']:.2%} of tokens differ from full depth's,"
-        f" with confidence {certificate['confidence']:.0%}, by {certificate['tokens']} tokens of"
-        f" {certificate['documents']} documents; {_speed(certificate, drafter)} measured then"
-    )
-
-
-def _speed(certificate: dict[str, Any], drafter: str) -> str:
-    """What was measured of the setting with `drafter`, or of the exits alone."""
-    generation = certificate.get("generation")
-    if generation and drafter == generation.get("drafter", "none"):
-        return f"{generation['speedup']:.2f}x"
-    if generation and drafter == "none":
-        return f"{generation['speedup_without_drafter']:.2f}x without a drafter"
-    return f"{certificate['speedup']:.2f}x along given text"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class GenerationOutput:
     With a drafter: `drafted` tokens were guessed, `accepted` of them confirmed in `verify_passes`
     passes; draft_depths counts the drafts by the layers they went through, 0 for those of prompt
     lookup. All are 0 without one. In mode "exit" a draft may hold tokens that exited; they count
-    too. certificate is what was certified of the exits, None where nothing was.
+    too. certificate is the bundle's where it is about how these tokens were generated, else None;
+    certification says in one sentence what is certified of them, None where all are full depth's.
     """
 
     text: str
@@ -60,6 +61,7 @@ class GenerationOutput:
     verify_passes: int
     draft_depths: dict[int, int]
     certificate: dict[str, Any] | None
+    certification: str | None
 
 
 class GenerationStream:
@@ -73,7 +75,6 @@ class GenerationStream:
         drafter: Drafter,
         prompt_tokens: int,
         num_layers: int,
-        certificate: dict[str, Any] | None,
     ) -> None:
         self._generation = generation
         self._mode: Mode = mode
@@ -81,7 +82,6 @@ class GenerationStream:
         self._drafter: Drafter = drafter
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
-        self._certificate = certificate
         self._tokens: list[TokenOutput] = []
         self._output: GenerationOutput | None = None
 
@@ -111,6 +111,7 @@ class GenerationStream:
         summary = self._generation.summary()
         layers = [token.exit_layer for token in self._tokens]
         decoded = len(layers) - 1
+        certificate, certification = self._generation.certification or (None, None)
         return GenerationOutput(
             text="".join(token.text for token in self._tokens) + summary["rest"],
             tokens=[token.id for token in self._tokens],
@@ -130,7 +131,8 @@ class GenerationStream:
             accepted=summary["accepted"],
             verify_passes=summary["verify_passes"],
             draft_depths=summary["draft_depths"],
-            certificate=self._certificate,
+            certificate=None if certificate is None else json.loads(certificate),
+            certification=certification,
         )
 
 
@@ -265,7 +267,7 @@ class SedacModel:
                 raise _core.InputError(f"{name} {value} is out of range: {choices}")
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
-        settings, fill, certificate = self._exits(
+        settings, fill = self._exits(
             policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
         )
         waits = fill == "defer" and settings.get("exit_kind") != "soft"
@@ -295,10 +297,7 @@ class SedacModel:
         )
         if forced_exit is not None:
             mode = "exit"
-        certified = certificate if mode == "exit" and forced_exit is None else None
-        return GenerationStream(
-            generation, mode, fill, drafts, len(tokens), self.num_layers, certified
-        )
+        return GenerationStream(generation, mode, fill, drafts, len(tokens), self.num_layers)
 
     def follow(
         self,
@@ -317,7 +316,7 @@ class SedacModel:
         The settings are those of `stream`; so are the errors.
         """
         tokens = self.encode(text) if isinstance(text, str) else list(text)
-        settings, fill, _ = self._exits(
+        settings, fill = self._exits(
             policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
         )
         for token in tokens:
@@ -349,7 +348,7 @@ class SedacModel:
         if mode == "full":
             return "none"
         if mode == "exit":
-            own = self._core.exit_config[3] if waits else None
+            own = self._core.exit_config[2] if waits else None
             return drafter or own or "none"
         if drafter == "none":
             raise _core.InputError("drafter none is out of range: mode lossless needs one")
@@ -363,11 +362,11 @@ class SedacModel:
         consecutive_k: int | None,
         min_layer_ratio: float | None,
         kv_fill: KvFill | None,
-    ) -> tuple[dict[str, Any], KvFill, dict[str, Any] | None]:
-        """The policy's settings, the KV fill, and the certificate if all are the bundle's own."""
+    ) -> tuple[dict[str, Any], KvFill]:
+        """The policy's settings and the KV fill."""
         if consecutive_k is not None:
             check_count("consecutive_k", consecutive_k, 1, self.num_layers)
-        policy_json, certificate, bundle_fill, _ = self._core.exit_config
+        policy_json, bundle_fill, _ = self._core.exit_config
         own = json.loads(policy_json)
         stability = {
             "tau": tau,
@@ -375,13 +374,7 @@ class SedacModel:
             "min_layer_ratio": min_layer_ratio,
         }
         settings = choose_policy(own, policy, threshold, stability, self._core.trained_depths)
-        fill: KvFill = bundle_fill if kv_fill is None else kv_fill
-        # what was certified are ONNX Runtime's engines: plans round otherwise
-        uncertified = certificate is None or self._core.runs_plans
-        if uncertified or (settings, fill) != (own, bundle_fill):
-            return settings, fill, None
-        assert certificate is not None
-        return settings, fill, json.loads(certificate)
+        return settings, bundle_fill if kv_fill is None else kv_fill
 
 
 def _plans(backend: Backend, bundle: Path) -> tuple[str, Executor, bool] | None:

@@ -1,12 +1,14 @@
 //! sedac_config.json: when tokens exit, and what skipped layers' caches get.
 
+use std::fmt::Display;
 use std::path::Path;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::bundle::{Gate, MAX_TEXT, Manifest};
+use crate::certificate::Certificate;
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::policy::PolicySettings;
@@ -22,12 +24,12 @@ pub struct ExitConfig {
     pub kv_fill: KvFill,
     /// What guesses between exits; see [`Exit::Policy`](crate::chain::Exit::Policy).
     pub drafter: Option<DrafterKind>,
-    /// What `sedac-export calibrate` certified of these settings, as JSON.
-    pub certificate: Option<Value>,
+    /// What `sedac-export calibrate` certified; of these settings only if they are its own.
+    pub certificate: Option<Certificate>,
 }
 
 /// What the caches of skipped layers get.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KvFill {
     /// Each skipped layer's keys and values, computed from the exit hidden state (CALM, Schuster
@@ -68,22 +70,34 @@ impl ExitConfig {
             });
         };
         let path = gate.shown(EXIT_CONFIG);
-        let wrong =
-            |reason: String| Error::bundle(&path, format!("{reason}; correct or delete the file"));
-        let config = ExitConfig::parse(&text, manifest.model.num_layers).map_err(wrong)?;
+        let config = ExitConfig::parse(&text, manifest.model.num_layers)
+            .map_err(|reason| Error::bundle(&path, reason))?;
         manifest
             .check_policy(&config.policy)
-            .map_err(|error| wrong(error.to_string()))?;
+            .map_err(|error| Error::bundle(&path, with_remedy(error)))?;
         Ok(config)
     }
 
-    /// Parse the text of sedac_config.json, for a model of `layers` layers.
+    /// Parse the text of sedac_config.json, for a model of `layers` layers. Errors have a remedy.
     fn parse(text: &[u8], layers: usize) -> std::result::Result<Self, String> {
-        let mut fields: Map<String, Value> =
-            serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        let mut fields: Map<String, Value> = serde_json::from_slice(text).map_err(with_remedy)?;
+        let certificate = fields.remove("certificate");
+        let certificate = certificate.map(|value| Certificate::parse(value, layers));
+        let certificate = certificate.transpose()?;
+        let settings = Self::parse_settings(fields, layers).map_err(with_remedy)?;
+        Ok(Self {
+            certificate,
+            ..settings
+        })
+    }
+
+    /// Parse all but the certificate.
+    fn parse_settings(
+        mut fields: Map<String, Value>,
+        layers: usize,
+    ) -> std::result::Result<Self, String> {
         let kv_fill = take(&mut fields, "kv_fill")?.unwrap_or_default();
         let drafter: Option<DrafterKind> = take(&mut fields, "drafter")?;
-        let certificate = fields.remove("certificate");
         fields.entry("policy").or_insert("stability".into());
         let policy: PolicySettings =
             serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
@@ -96,9 +110,13 @@ impl ExitConfig {
             policy,
             kv_fill,
             drafter,
-            certificate,
+            certificate: None,
         })
     }
+}
+
+fn with_remedy(reason: impl Display) -> String {
+    format!("{reason}; correct or delete the file")
 }
 
 /// The value of the field `name`, taken out of `fields`; None where it is left out.

@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod bench;
 pub mod bundle;
+pub mod certificate;
 pub mod chain;
 pub mod draft;
 pub mod error;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -172,6 +172,12 @@ impl Manifest {
         plans
             .chain(graphs)
             .all(|file| self.files.contains_key(file))
+    }
+
+    /// Whether `file` is there for TensorRT only.
+    pub(crate) fn is_of_plans(&self, file: &Path) -> bool {
+        let mut graphs = self.portable.iter().flat_map(PortableGraphs::files);
+        file.starts_with("engines") || graphs.any(|graph| graph == file)
     }
 
     /// The portable graphs and the plans of `target`, such as `tensorrt-rtx`. None where one of

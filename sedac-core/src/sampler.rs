@@ -40,6 +40,17 @@ impl Default for Sampling {
     }
 }
 
+impl Sampling {
+    /// Whether the likeliest token is taken, and nothing else is set that could change that.
+    pub fn is_argmax(self) -> bool {
+        let Self { seed, .. } = self;
+        self == Self {
+            seed,
+            ..Self::default()
+        }
+    }
+}
+
 /// Draws tokens; holds its random state and scratch space.
 #[derive(Debug)]
 pub struct Sampler {

@@ -115,14 +115,25 @@ fn thresholds_need_an_engine_that_tells_at_their_depth() {
             "{reason}"
         );
     }
-    fs::write(
-        &path,
-        r#"{"kv_fill": "defer", "certificate": {"risk_bound": 0.01}}"#,
-    )
-    .unwrap();
+    fs::write(&path, r#"{"kv_fill": "defer"}"#).unwrap();
     let config = Bundle::open(&scratch.0).unwrap().exit_config;
     assert_eq!(config.kv_fill, KvFill::Defer);
-    assert_eq!(config.certificate, Some(json!({"risk_bound": 0.01})));
+}
+
+#[test]
+fn a_certificate_with_fields_missing_is_damage() {
+    let scratch = Scratch::new("certificate");
+    whole(&scratch);
+    let path = scratch.0.join("sedac_config.json");
+    for certificate in [json!({"risk_bound": 0.01}), json!({}), Value::Null] {
+        fs::write(&path, json!({"certificate": certificate}).to_string()).unwrap();
+        let reason = scratch.reason();
+        assert!(
+            reason.contains("certificate: ")
+                && reason.ends_with("run sedac-export calibrate again"),
+            "{reason}"
+        );
+    }
 }
 
 /// Any JSON, small.

@@ -20,6 +20,8 @@ use sedac_core::interrupt::Interrupt;
 use serde_json::{Value, json};
 use tiny::{Scratch, WEIGHT_BYTES, graph, whole};
 
+type ChangeGraph = fn(&mut Graph);
+
 const LAYER: &str = "onnx/layer_001.onnx";
 
 /// Write the layer's graph with its initialiser changed.
@@ -168,7 +170,7 @@ fn weights_fit_their_place_and_shape() {
 fn graphs_are_what_the_manifest_says() {
     let scratch = Scratch::new("graphs");
     let mut manifest = whole(&scratch);
-    let changes: [(fn(&mut Graph), &str); 4] = [
+    let changes: [(ChangeGraph, &str); 4] = [
         (
             |graph| graph.name = "layer_000".into(),
             "\"layer_000\" where bundle.json means \"layer_001\"",

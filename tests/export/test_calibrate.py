@@ -14,6 +14,7 @@ from sedac_export import generation
 from sedac_export import report as reporting
 from sedac_export.bundle import Bundle
 from sedac_export.calibrate import Request, calibrate
+from sedac_export.certification import read_certification
 from sedac_export.costs import Costs
 from sedac_export.documents import Document, split_documents
 from sedac_export.errors import SedacError
@@ -26,7 +27,6 @@ from sedac_export.search import judge, pareto, search
 from sedac_runtime import SedacModel
 
 GENERATION = Generation(
-    drafter="early-exit",
     speedup=1.5,
     speedup_without_drafter=1.2,
     lossless_speedup=1.4,
@@ -41,7 +41,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test measures time."""
     for module in (calibration, reporting):
         monkeypatch.setattr(module, "time_config", lambda *_: 1.25)
-    monkeypatch.setattr(calibration, "measure_generation", lambda *_: GENERATION)
+    monkeypatch.setattr(calibration, "measure_generation", lambda *_: ("early-exit", GENERATION))
 
 
 def observations(tokens: int = 4000) -> Observations:
@@ -101,6 +101,10 @@ def test_a_certified_setting_is_written(
     bundle = shutil.copytree(trained_bundle[0], tmp_path / "bundle")
     # seven short documents, so a generous risk
     many = [Document(d.name, d.tokens[k::2], f"{d.sha256}{k}") for d in documents for k in (0, 1)]
+    # a damaged certificate is what calibrating again is the remedy for
+    (bundle / "sedac_config.json").write_text('{"certificate": {"risk_bound": 0.01}}')
+    with pytest.raises(SedacError, match="run sedac-export calibrate again"):
+        read_exit_config(bundle)
     result = calibrate(Request(bundle, many, "speed", max_risk=0.4, confidence=0.8))
     written = read_exit_config(bundle)
     assert written == result.config
@@ -108,26 +112,14 @@ def test_a_certified_setting_is_written(
     assert certificate is not None
     assert certificate.observed_risk < certificate.risk_bound <= 0.4
     assert certificate.layer_ratio > 1
-    assert certificate.policy == written.policy
+    assert certificate.setting.policy == {"policy": written.policy} | written.settings()
     assert certificate.speedup == 1.25
     assert (written.drafter, certificate.generation) == ("early-exit", GENERATION)
+    assert read_certification(Bundle.open(bundle)).certified
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
     output = model.generate("def push(self, item):\n", max_new_tokens=8)
     assert (output.drafter, output.kv_fill) == ("early-exit", "defer")
-
-
-def test_configurations_of_before_drafters_still_load(tmp_path: Path) -> None:
-    certificate = {
-        **{"max_risk": 0.01, "confidence": 0.95, "risk_bound": 0.009, "observed_risk": 0.008},
-        **{"tokens": 9, "documents": 4, "data_sha256": "0", "policy": "stability"},
-        **{"speedup": 1.1, "layer_ratio": 1.2, "mode": "speed"},
-    }
-    config = {"policy": "stability", "kv_fill": "defer", "certificate": certificate}
-    (tmp_path / "sedac_config.json").write_text(json.dumps(config))
-    read = read_exit_config(tmp_path)
-    assert read.drafter is None
-    assert read.certificate is not None
-    assert read.certificate.generation is None
+    assert output.certificate is not None
 
 
 def test_generation_is_measured_in_every_way(
@@ -139,15 +131,15 @@ def test_generation_is_measured_in_every_way(
     before = (bundle / "sedac_config.json").read_bytes()
     replay = Replay(Bundle.open(bundle), THREADS)
     never = ExitConfig(policy="learned", thresholds={4: 1.0}, kv_fill="defer")
-    measured = generation.measure_generation(replay, never, documents)
+    _, measured = generation.measure_generation(replay, never, documents)
     assert (measured.agreement, measured.tokens) == (1.0, 36)
     assert (bundle / "sedac_config.json").read_bytes() == before
     prompts = generation.cut_prompts(documents, 1024)
     assert [len(prompt) for prompt in prompts] == [128] * 3
     # the first layers alone often guess wrong
     shallow = ExitConfig(tau=0.0, consecutive_k=1, min_layer_ratio=0.0, kv_fill="propagate")
-    measured = generation.measure_generation(replay, shallow, documents)
-    assert measured.drafter is None
+    drafter, measured = generation.measure_generation(replay, shallow, documents)
+    assert drafter is None
     assert measured.speedup == measured.speedup_without_drafter
     assert measured.agreement < 1
 
@@ -164,11 +156,11 @@ def test_the_fastest_drafter_is_written_and_lossless_beside_it(
     bundle, _ = trained_bundle
     replay = Replay(Bundle.open(bundle), THREADS)
     config = ExitConfig(kv_fill="defer")
-    measured = generation.measure_generation(replay, config, documents)
-    assert (measured.drafter, measured.speedup) == ("auto", 2.0)
+    drafter, measured = generation.measure_generation(replay, config, documents)
+    assert (drafter, measured.speedup) == ("auto", 2.0)
     assert (measured.speedup_without_drafter, measured.lossless_speedup) == (1.25, 2.5)
     times["exit", "none"] = 45.0
-    assert generation.measure_generation(replay, config, documents).drafter is None
+    assert generation.measure_generation(replay, config, documents)[0] is None
 
 
 @pytest.mark.usefixtures("untimed")
@@ -209,5 +201,6 @@ def test_a_report_has_a_row_for_each_setting(
         assert 0 <= row["high_risk_rate"] <= row["exit_rate"] <= 1
     write_report(report, bundle, tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
+    assert "exits not certified (the bundle has no certificate" in page
     assert "http" not in page.replace("data:image", "")
     assert {f.suffix for f in (tmp_path / "report").iterdir()} == {".html", ".png"}

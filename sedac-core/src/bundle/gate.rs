@@ -355,7 +355,7 @@ fn sha256(mut file: File, interrupt: &Interrupt) -> std::result::Result<String, 
 }
 
 /// `bytes` in lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

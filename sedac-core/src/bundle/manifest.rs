@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::gate::FileEntry;
 use crate::error::{Error, Result};
@@ -70,7 +70,7 @@ pub struct KeyValueHeads {
 }
 
 /// An engine of consecutive decoder layers.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LayerEntry {
     /// Its graph, relative to the bundle.
     pub file: PathBuf,
@@ -93,7 +93,7 @@ impl LayerEntry {
 }
 
 /// The engine that tells about exiting after one depth.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExitEntry {
     /// The depth.
     pub depth: usize,
@@ -112,7 +112,7 @@ impl ExitEntry {
 }
 
 /// An engine that fills the cache of one skipped layer.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KeyValueEntry {
     /// Its graph, relative to the bundle.
     pub file: PathBuf,
@@ -121,7 +121,7 @@ pub struct KeyValueEntry {
 }
 
 /// All engines of a bundle.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Engines {
     /// Token and position ids to the residual stream and contexts.
     pub embed: PathBuf,
@@ -256,6 +256,12 @@ impl Manifest {
                 .map(|kv| kv.heads.saturating_mul(kv.head_size))
                 .all(row)
             && self.contexts.iter().all(ContextTensor::is_sound)
+    }
+
+    /// The digest of each file, by path.
+    pub(crate) fn digests(&self) -> impl Iterator<Item = (&Path, &str)> {
+        let files = self.files.iter();
+        files.map(|(file, entry)| (file.as_path(), entry.sha256.as_str()))
     }
 
     /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use self::gate::hex;
+pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
 use self::graphs::Graphs;
 pub(crate) use self::manifest::LARGEST_BUFFER;
@@ -98,7 +98,7 @@ pub(crate) struct Files {
     pub(crate) gate: Gate,
     /// The text of bundle.json.
     pub(crate) text: Vec<u8>,
-    manifest: Manifest,
+    pub(crate) manifest: Manifest,
     graphs: Graphs,
 }
 

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::certificate::{Spoken, spoken};
 use super::door;
 use super::model::named;
 use crate::bundle::{self, Files, Gate, MAX_TEXT, Opening, Verify};
 use crate::error::Result;
+use crate::exit_config::ExitConfig;
 
 /// A bundle's files, checked.
 #[pyclass(frozen)]
@@ -43,6 +45,18 @@ impl BundleFiles {
     #[getter]
     fn manifest<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.0.text)
+    }
+
+    /// The digest by which certificates name what the bundle runs.
+    #[getter]
+    fn engines_sha256(&self) -> String {
+        self.0.manifest.engines_sha256()
+    }
+
+    /// What is certified of the bundle's exit configuration, by argmax.
+    fn certification(&self) -> Result<Spoken> {
+        let config = ExitConfig::read(&self.0.gate, &self.0.manifest)?;
+        Ok(spoken(&config.own_certification(&self.0.manifest)))
     }
 
     /// How many files were hashed, and how many were not since they had not changed.

@@ -9,7 +9,9 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use super::certificate::{Spoken, spoken};
 use super::door::{Inbox, receive};
+use crate::certificate::Certification;
 use crate::chain::{Chain, Request, Summary, Token};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -27,6 +29,7 @@ pub(super) struct Generation {
     interrupt: Interrupt,
     over: bool,
     end: Option<(Summary, String)>,
+    certification: Option<Certification>,
 }
 
 impl Generation {
@@ -36,6 +39,7 @@ impl Generation {
         codec: Option<Arc<TextCodec>>,
         request: Request,
         stops: StopStrings,
+        certification: Option<Certification>,
     ) -> Self {
         let (sender, receiver) = channel();
         let interrupt = Interrupt::default();
@@ -50,6 +54,7 @@ impl Generation {
             interrupt,
             over: false,
             end: None,
+            certification,
         }
     }
 }
@@ -81,6 +86,13 @@ impl Generation {
             }
             None => Err(PyRuntimeError::new_err("the worker thread panicked")),
         }
+    }
+
+    /// What is certified of it: the certificate as JSON, if any, and a sentence. None where tokens
+    /// only come from full depth.
+    #[getter]
+    fn certification(&self) -> Option<Spoken> {
+        self.certification.as_ref().map(spoken)
     }
 
     /// finish_reason, prefill_ms, decode_ms, the text still owed and how drafting went, once the

@@ -17,6 +17,7 @@ use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
 use crate::bench::{Case, Row};
 use crate::bundle::{Bundle, Opening};
+use crate::certificate::{Certification, Way};
 use crate::chain::{Chain, Exit, Request};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
@@ -113,11 +114,6 @@ impl Model {
     }
 
     #[getter]
-    fn runs_plans(&self) -> bool {
-        self.plans
-    }
-
-    #[getter]
     fn num_layers(&self) -> usize {
         self.bundle.manifest.model.num_layers
     }
@@ -142,14 +138,12 @@ impl Model {
         self.codec.is_some()
     }
 
-    /// The bundle's exit configuration: policy and certificate, if any, as JSON; kv_fill, and the
-    /// drafter, if any.
+    /// The bundle's exit configuration: the policy as JSON, kv_fill, and the drafter, if any.
     #[getter]
-    fn exit_config(&self) -> (String, Option<String>, &'static str, Option<&'static str>) {
+    fn exit_config(&self) -> (String, &'static str, Option<&'static str>) {
         let config = &self.bundle.exit_config;
         (
             json!(config.policy).to_string(),
-            config.certificate.as_ref().map(ToString::to_string),
             config.kv_fill.name(),
             config.drafter.map(DrafterKind::name),
         )
@@ -254,11 +248,13 @@ impl Model {
         if !stop_strings.is_empty() {
             self.codec()?;
         }
+        let certification = self.certification(&request);
         Ok(Generation::start(
             self.chain.clone(),
             self.codec.clone(),
             request,
             StopStrings::new(stop_strings)?,
+            certification,
         ))
     }
 
@@ -325,6 +321,21 @@ impl Model {
         }
         let drafter = drafter.map(drafter_kind).transpose()?;
         Ok(Exit::Policy { settings, drafter })
+    }
+
+    fn certification(&self, request: &Request) -> Option<Certification> {
+        let way = Way {
+            exit: &request.exit,
+            kv_fill: request.kv_fill,
+            sampling: &request.sampling,
+            plans: self.plans,
+        };
+        let Bundle {
+            manifest,
+            exit_config,
+            ..
+        } = &self.bundle;
+        exit_config.certification(manifest, way)
     }
 
     /// What loads all layers in one engine.

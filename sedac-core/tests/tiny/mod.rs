@@ -112,7 +112,6 @@ fn weight(location: &str) -> Tensor {
                 value: value.into(),
             })
             .into(),
-        ..Tensor::default()
     }
 }
 

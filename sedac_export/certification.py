@@ -1,0 +1,22 @@
+"""What the runtime says is certified of a bundle: it decides, for all who show it."""
+
+from dataclasses import dataclass
+
+from sedac_export.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Certification:
+    """Whether the bundle's own exit configuration is certified, and a sentence about it."""
+
+    certified: bool
+    sentence: str
+
+
+def read_certification(bundle: Bundle) -> Certification:
+    """What is certified of `bundle`.
+
+    Raises SedacError when its exit configuration cannot be used.
+    """
+    certificate, sentence = bundle.files.certification()
+    return Certification(certificate is not None, sentence)
