@@ -55,8 +55,8 @@ class Generation(_Strict):
 class Setting(_Strict):
     """What a certificate is about; of anything else it says nothing.
 
-    policy: the policy's name and all of its settings, as in the file. engines_sha256: the runtime's digest of what
-    the bundle runs.
+    policy: the policy's name and all of its settings, as in the file. engines_sha256: the runtime's
+    digest of what the bundle runs.
     """
 
     policy: dict[str, Any]

@@ -1,6 +1,6 @@
 //! The Python binding: it translates and does nothing else.
 
-mod certificate;
+mod certification;
 mod decisions;
 mod door;
 mod error;
@@ -16,8 +16,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<model::Model>()?;
     module.add_class::<generation::Generation>()?;
     module.add_class::<decisions::Thresholds>()?;
-    module.add_function(wrap_pyfunction!(certificate::certification, module)?)?;
-    module.add_function(wrap_pyfunction!(certificate::engines_sha256, module)?)?;
+    module.add_function(wrap_pyfunction!(certification::certification, module)?)?;
+    module.add_function(wrap_pyfunction!(certification::engines_sha256, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_stability, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
     error::register(module)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 
 use crate::bundle::read_manifest;
-use crate::certificate::Certification;
+use crate::certification::Certification;
 use crate::error::Result;
 use crate::exit_config::ExitConfig;
 
