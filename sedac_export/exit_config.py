@@ -56,8 +56,8 @@ class Generation(_Strict):
 class Setting(_Strict):
     """What a certificate is about; of anything else it says nothing.
 
-    policy: the policy's name and all of its settings. engines_sha256: the runtime's digest of what
-    the bundle runs.
+    policy: the policy's name and all of its settings, as in the file. engines_sha256: the runtime's
+    digest of what the bundle runs.
     """
 
     policy: dict[str, Any]
@@ -164,7 +164,7 @@ class ExitConfig(_Strict):
     def certifiable(self, engines_sha256: str) -> Setting:
         """What a certificate of this configuration is about, on engines of that digest."""
         return Setting(
-            policy={"policy": self.policy} | self.settings(),
+            policy=self.model_dump(mode="json", include={"policy", *POLICY_FIELDS[self.policy]}),
             kv_fill=self.kv_fill,
             drafter=self.drafter or "none",
             decoding="argmax",

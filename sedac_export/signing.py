@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from sedac_export import manifest as bundle
+from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.signature import SIGNATURE
 
@@ -21,7 +21,7 @@ def sign_bundle(directory: Path, private_key: Path) -> None:
 
     Raises SedacError when the bundle is damaged or there is no such key in the file.
     """
-    _check(directory)
+    Bundle.open(directory)
     signing = _library().signing.Config()
     try:
         signing.use_elliptic_key_signer(private_key=private_key)
@@ -45,7 +45,7 @@ def verify_bundle(directory: Path, public_key: Path) -> None:
 
     Raises SedacError naming what is not.
     """
-    _check(directory)
+    Bundle.open(directory)
     verifying = _library().verifying.Config()
     try:
         verifying.use_elliptic_key_verifier(public_key=public_key)
@@ -65,10 +65,6 @@ def verify_bundle(directory: Path, public_key: Path) -> None:
             f"{directory} is not what this key signed: {_reason(error)}; take it from whoever signs"
             " it, or sign it again"
         ) from error
-
-
-def _check(directory: Path) -> None:
-    bundle.check_files(directory, bundle.read_manifest(directory))
 
 
 def _library() -> Any:

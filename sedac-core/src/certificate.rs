@@ -1,21 +1,15 @@
-//! What `sedac-export calibrate` certified, and of which generations it may be said.
+//! What `sedac-export calibrate` certified.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU64;
-use std::path::Path;
 
 use serde::de::{Error as _, IntoDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
-use crate::bundle::{Manifest, hex};
-use crate::chain::Exit;
 use crate::draft::DrafterKind;
-use crate::exit_config::{ExitConfig, KvFill};
+use crate::exit_config::KvFill;
 use crate::policy::PolicySettings;
-use crate::sampler::Sampling;
 
 /// With `confidence`, the risk of `setting` is at most `risk_bound`.
 ///
@@ -61,11 +55,11 @@ pub struct Setting {
     /// What the caches of skipped layers get.
     pub kv_fill: KvFill,
     /// What guesses between exits, `"none"` for None.
-    #[serde(serialize_with = "drafter_name", deserialize_with = "drafter_named")]
+    #[serde(serialize_with = "write_drafter", deserialize_with = "read_drafter")]
     pub drafter: Option<DrafterKind>,
     /// How tokens are chosen.
     pub decoding: Decoding,
-    /// [`Manifest::engines_sha256`] of the bundle.
+    /// [`engines_sha256`](crate::bundle::Manifest::engines_sha256) of the bundle.
     pub engines_sha256: String,
 }
 
@@ -169,117 +163,6 @@ impl Certificate {
     }
 }
 
-/// A way to generate from a bundle.
-#[derive(Debug, Clone, Copy)]
-pub struct Way<'a> {
-    /// When tokens exit.
-    pub exit: &'a Exit,
-    /// What the caches of skipped layers get.
-    pub kv_fill: KvFill,
-    /// How tokens are chosen.
-    pub sampling: &'a Sampling,
-    /// Whether TensorRT plans run instead of ONNX Runtime's engines.
-    pub plans: bool,
-}
-
-/// What may be said of tokens that exit; shown as one sentence.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Certification {
-    /// The bundle's certificate is about the way they are generated.
-    Certified(Box<Certificate>),
-    /// Nothing is certified, for this reason.
-    Uncertified(String),
-}
-
-impl ExitConfig {
-    /// What is certified of the bundle of this configuration and `manifest`, generating by `way`.
-    /// None where tokens only come from full depth.
-    pub fn certification(&self, manifest: &Manifest, way: Way<'_>) -> Option<Certification> {
-        let from_exits = !matches!(way.exit, Exit::Never | Exit::Lossless { .. });
-        from_exits.then(|| self.of_exits(manifest, way))
-    }
-
-    /// The same of what the configuration itself says, by argmax.
-    pub fn own_certification(&self, manifest: &Manifest) -> Certification {
-        let exit = Exit::Policy {
-            settings: self.policy.clone(),
-            drafter: self.drafter,
-        };
-        let way = Way {
-            exit: &exit,
-            kv_fill: self.kv_fill,
-            sampling: &Sampling::default(),
-            plans: false,
-        };
-        self.of_exits(manifest, way)
-    }
-
-    fn of_exits(&self, manifest: &Manifest, way: Way<'_>) -> Certification {
-        let Some(certificate) = &self.certificate else {
-            let reason = "the bundle has no certificate, run sedac-export calibrate";
-            return Certification::Uncertified(reason.into());
-        };
-        match certificate.setting.difference(manifest, way) {
-            None => Certification::Certified(Box::new(certificate.clone())),
-            Some(reason) => Certification::Uncertified(reason),
-        }
-    }
-}
-
-impl Setting {
-    /// The first thing in which generating from the bundle of `manifest` by `way` is another.
-    fn difference(&self, manifest: &Manifest, way: Way<'_>) -> Option<String> {
-        let Exit::Policy { settings, drafter } = way.exit else {
-            return Some("exits are forced".into());
-        };
-        let name = |drafter: Option<DrafterKind>| drafter.map_or(NO_DRAFTER, DrafterKind::name);
-        let other = |what, is, certified| format!("{what} {is}, certified with {certified}");
-        if way.plans {
-            Some("ONNX Runtime's engines were certified, TensorRT plans run".into())
-        } else if self.engines_sha256 != manifest.engines_sha256() {
-            Some("the engines have changed since, run sedac-export calibrate again".into())
-        } else if self.policy != *settings {
-            Some("the policy's settings are not those certified".into())
-        } else if self.kv_fill != way.kv_fill {
-            Some(other("kv_fill", way.kv_fill.name(), self.kv_fill.name()))
-        } else if self.drafter != *drafter {
-            Some(other("drafter", name(*drafter), name(self.drafter)))
-        } else if !way.sampling.is_argmax() {
-            Some("tokens are sampled or penalised, certified with argmax".into())
-        } else {
-            None
-        }
-    }
-}
-
-impl Manifest {
-    /// SHA-256, in hex, of all that runs: the engines, where tokens exit, and every file but those
-    /// that TensorRT adds. It is taken of JSON with sorted keys and without spaces:
-    /// `{"engines": .., "exit_layers": .., "files": {path: digest}}`.
-    pub fn engines_sha256(&self) -> String {
-        let files = self.digests().filter(|(file, _)| !self.is_of_plans(file));
-        let run = json!({
-            "engines": self.engines,
-            "exit_layers": self.exit_layers,
-            "files": files.collect::<BTreeMap<&Path, &str>>(),
-        });
-        hex(&Sha256::digest(run.to_string()))
-    }
-}
-
-impl fmt::Display for Certification {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Certified(certificate) => certificate.fmt(f),
-            Self::Uncertified(reason) => write!(
-                f,
-                "exits not certified ({reason}): tokens may differ from full depth's at any rate; \
-                 mode lossless gives full depth's"
-            ),
-        }
-    }
-}
-
 impl fmt::Display for Certificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // rounded up, for it is a bound
@@ -296,14 +179,19 @@ impl fmt::Display for Certificate {
 
 const NO_DRAFTER: &str = "none";
 
-fn drafter_name<S: Serializer>(
+/// The drafter's name in a certificate.
+pub(crate) fn drafter_name(drafter: Option<DrafterKind>) -> &'static str {
+    drafter.map_or(NO_DRAFTER, DrafterKind::name)
+}
+
+fn write_drafter<S: Serializer>(
     drafter: &Option<DrafterKind>,
     serializer: S,
 ) -> std::result::Result<S::Ok, S::Error> {
-    serializer.serialize_str(drafter.map_or(NO_DRAFTER, DrafterKind::name))
+    serializer.serialize_str(drafter_name(*drafter))
 }
 
-fn drafter_named<'de, D: Deserializer<'de>>(
+fn read_drafter<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<Option<DrafterKind>, D::Error> {
     let name = String::deserialize(deserializer)?;
@@ -329,41 +217,18 @@ fn complete<'de, D: Deserializer<'de>>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn manifest() -> Value {
-        let layer = |first: usize, count: usize| json!({"file": "onnx/layer.onnx", "first_layer": first, "num_layers": count, "contexts": []});
-        json!({
-            "model": {
-                "name": "tiny", "type": "llama", "hidden_size": 8, "num_layers": 2,
-                "vocab_size": 16, "eos_token_ids": []
-            },
-            "target": "onnxruntime", "precision": "fp32", "exit_layers": [1, 2],
-            "max_cache_length": 32, "key_value_heads": [], "contexts": [], "tokenizer": false,
-            "engines": {
-                "embed": "onnx/embed.onnx", "layers": [layer(0, 1), layer(1, 1)],
-                "key_value": [], "head": "onnx/head.onnx", "monolith": layer(0, 2)
-            },
-            "files": {
-                "onnx/layer.onnx": {"bytes": 1, "sha256": "aa"},
-                "onnx/layer.data": {"bytes": 1, "sha256": "bb"}
-            }
-        })
-    }
-
-    fn read(manifest: &Value) -> Manifest {
-        serde_json::from_value(manifest.clone()).unwrap()
-    }
-
-    fn certificate() -> Value {
+    /// A certificate of engines with the digest `engines_sha256`.
+    pub(crate) fn certificate(engines_sha256: &str) -> Value {
         json!({
             "setting": {
                 "policy": {
                     "policy": "stability", "tau": 0.95, "consecutive_k": 2, "min_layer_ratio": 0.2
                 },
                 "kv_fill": "defer", "drafter": "auto", "decoding": "argmax",
-                "engines_sha256": read(&manifest()).engines_sha256()
+                "engines_sha256": engines_sha256
             },
             "max_risk": 0.01, "confidence": 0.95, "risk_bound": 0.009849, "observed_risk": 0.009,
             "tokens": 137_102, "documents": 16, "data_sha256": "0".repeat(64),
@@ -375,130 +240,8 @@ mod tests {
         })
     }
 
-    fn config() -> ExitConfig {
-        let certificate = Certificate::parse(certificate(), 2).unwrap();
-        ExitConfig {
-            policy: certificate.setting.policy.clone(),
-            kv_fill: certificate.setting.kv_fill,
-            drafter: certificate.setting.drafter,
-            certificate: Some(certificate),
-        }
-    }
-
-    fn said(exit: &Exit, kv_fill: KvFill, sampling: &Sampling, plans: bool) -> Option<String> {
-        let way = Way {
-            exit,
-            kv_fill,
-            sampling,
-            plans,
-        };
-        let said = config().certification(&read(&manifest()), way);
-        said.map(|certification| certification.to_string())
-    }
-
-    #[test]
-    fn the_sentence_says_what_was_certified() {
-        let certification = config().own_certification(&read(&manifest()));
-        assert_eq!(
-            certification.to_string(),
-            "exits certified for given text and argmax: at most 0.99% of tokens differ from full \
-             depth's, with confidence 0.95, by 137102 tokens of 16 documents; sampling and free \
-             generation are not certified; 2.20x full depth's speed when calibrated"
-        );
-        let Certification::Certified(certificate) = certification else {
-            panic!("not certified");
-        };
-        let written = serde_json::to_string(&certificate).unwrap();
-        let again: Value = serde_json::from_str(&written).unwrap();
-        assert_eq!(again, self::certificate());
-    }
-
-    #[test]
-    fn any_other_way_to_generate_is_not_certified() {
-        let own = config();
-        let exit = |drafter| Exit::Policy {
-            settings: own.policy.clone(),
-            drafter,
-        };
-        let (auto, plain) = (exit(own.drafter), exit(None));
-        let other = Exit::Policy {
-            settings: PolicySettings::for_layers(2),
-            drafter: own.drafter,
-        };
-        let forced = Exit::Forced { depths: vec![1] };
-        let argmax = Sampling {
-            seed: 7,
-            ..Sampling::default()
-        };
-        let certified = said(&auto, KvFill::Defer, &argmax, false).unwrap();
-        assert!(certified.starts_with("exits certified"), "{certified}");
-        let warm = Sampling {
-            temperature: 0.5,
-            ..argmax
-        };
-        let penalised = Sampling {
-            repetition_penalty: 1.1,
-            ..argmax
-        };
-        let filtered = Sampling { top_k: 5, ..argmax };
-        for (exit, kv_fill, sampling, plans, reason) in [
-            (&other, KvFill::Defer, &argmax, false, "policy's settings"),
-            (
-                &auto,
-                KvFill::Propagate,
-                &argmax,
-                false,
-                "kv_fill propagate",
-            ),
-            (&plain, KvFill::Defer, &argmax, false, "drafter none"),
-            (&auto, KvFill::Defer, &warm, false, "sampled"),
-            (&auto, KvFill::Defer, &penalised, false, "penalised"),
-            (&auto, KvFill::Defer, &filtered, false, "sampled"),
-            (&auto, KvFill::Defer, &argmax, true, "TensorRT"),
-            (&forced, KvFill::Defer, &argmax, false, "forced"),
-        ] {
-            let sentence = said(exit, kv_fill, sampling, plans).unwrap();
-            assert!(sentence.starts_with("exits not certified ("), "{sentence}");
-            assert!(sentence.contains(reason), "{sentence}");
-        }
-        assert_eq!(said(&Exit::Never, KvFill::Defer, &argmax, false), None);
-    }
-
-    #[test]
-    fn other_engines_are_not_certified() {
-        for (pointer, value) in [
-            ("/files/onnx~1layer.data/sha256", json!("cc")),
-            ("/files/onnx~1layer.onnx/sha256", json!("cc")),
-            ("/exit_layers", json!([2])),
-            ("/engines/layers/0/risk", json!(true)),
-            ("/engines/head", json!("onnx/layer.onnx")),
-        ] {
-            let mut changed = manifest();
-            match changed.pointer_mut(pointer) {
-                Some(place) => *place = value,
-                None => changed["engines"]["layers"][0]["risk"] = value,
-            }
-            let certification = config().own_certification(&read(&changed));
-            let sentence = certification.to_string();
-            assert!(sentence.contains("have changed"), "{pointer}: {sentence}");
-        }
-    }
-
-    #[test]
-    fn what_tensorrt_adds_leaves_the_engines_what_they_were() {
-        let mut more = manifest();
-        more["portable"] = json!({
-            "embed": "onnx/portable_embed.onnx", "layers": [], "key_value": [],
-            "head": "onnx/portable_head.onnx", "contexts": {}, "masks": {}
-        });
-        for file in ["onnx/portable_embed.onnx", "engines/tensorrt/embed.plan"] {
-            more["files"][file] = json!({"bytes": 1, "sha256": "dd"});
-        }
-        let digests = [manifest(), more].map(|manifest| read(&manifest).engines_sha256());
-        assert_eq!(digests[0], digests[1]);
-        // as engines/README.md describes it
-        let text = r#"{"engines":{"attention":[],"embed":"onnx/embed.onnx","exits":[],"head":"onnx/head.onnx","key_value":[],"layers":[{"contexts":[],"file":"onnx/layer.onnx","first_layer":0,"num_layers":1,"risk":false},{"contexts":[],"file":"onnx/layer.onnx","first_layer":1,"num_layers":1,"risk":false}],"monolith":{"contexts":[],"file":"onnx/layer.onnx","first_layer":0,"num_layers":2,"risk":false}},"exit_layers":[1,2],"files":{"onnx/layer.data":"bb","onnx/layer.onnx":"aa"}}"#;
-        assert_eq!(digests[0], hex(&Sha256::digest(text)));
+    fn whole() -> Value {
+        certificate(&"1".repeat(64))
     }
 
     /// Pointers to every field of `value`.
@@ -523,15 +266,15 @@ mod tests {
             );
             reason
         };
-        let all = fields(&certificate(), "");
+        let all = fields(&whole(), "");
         assert_eq!(all.len(), 12 + 5 + 4 + 5);
         for (parent, name) in all {
-            let mut less = certificate();
+            let mut less = whole();
             let place = less.pointer_mut(&parent).unwrap();
             place.as_object_mut().unwrap().remove(&name);
             let reason = refuse(less);
             assert!(reason.contains("missing field"), "{name}: {reason}");
-            let mut wrong = certificate();
+            let mut wrong = whole();
             *wrong.pointer_mut(&format!("{parent}/{name}")).unwrap() = json!([]);
             refuse(wrong);
         }
@@ -551,12 +294,12 @@ mod tests {
             ("/setting/decoding", json!("sampling")),
             ("/setting/engines_sha256", json!("x".repeat(64))),
         ] {
-            let mut wrong = certificate();
+            let mut wrong = whole();
             *wrong.pointer_mut(pointer).unwrap() = value;
             refuse(wrong);
         }
         for parent in ["", "/setting", "/setting/policy", "/generation"] {
-            let mut more = certificate();
+            let mut more = whole();
             more.pointer_mut(parent).unwrap()["extra"] = json!(1);
             assert!(refuse(more).contains("unknown field `extra`"));
         }

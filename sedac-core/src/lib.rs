@@ -8,6 +8,7 @@ pub mod backend;
 pub mod bench;
 pub mod bundle;
 pub mod certificate;
+pub mod certification;
 pub mod chain;
 pub mod draft;
 pub mod error;

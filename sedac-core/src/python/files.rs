@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::certificate::{Spoken, spoken};
+use super::certification::{Spoken, spoken};
 use super::door;
 use super::model::named;
 use crate::bundle::{self, Files, Gate, MAX_TEXT, Opening, Verify};

@@ -9,9 +9,9 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::certificate::{Spoken, spoken};
+use super::certification::{Spoken, spoken};
 use super::door::{Inbox, receive};
-use crate::certificate::Certification;
+use crate::certification::Certification;
 use crate::chain::{Chain, Request, Summary, Token};
 use crate::error::Result;
 use crate::interrupt::Interrupt;

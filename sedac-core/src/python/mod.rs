@@ -1,6 +1,6 @@
 //! The Python binding: it translates and does nothing else.
 
-mod certificate;
+mod certification;
 mod decisions;
 mod door;
 mod error;

@@ -17,7 +17,7 @@ use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
 use crate::bench::{Case, Row};
 use crate::bundle::{Bundle, Opening};
-use crate::certificate::{Certification, Way};
+use crate::certification::{Certification, Way};
 use crate::chain::{Chain, Exit, Request};
 use crate::draft::DrafterKind;
 use crate::error::{Error, Result};

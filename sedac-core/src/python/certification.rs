@@ -1,6 +1,6 @@
 //! What is certified of a bundle.
 
-use crate::certificate::Certification;
+use crate::certification::Certification;
 
 /// The certificate as JSON, None where nothing is certified; and one sentence that says so.
 pub(super) type Spoken = (Option<String>, String);
