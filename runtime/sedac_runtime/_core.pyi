@@ -32,7 +32,7 @@ class InputError(SedacError):
     """A setting is out of range or a prompt cannot be used."""
 
 class EngineError(SedacError):
-    """ONNX Runtime, TensorRT or the tokenizer failed."""
+    """ONNX Runtime, TensorRT or the tokenizer failed, or an engine gave NaN or infinity."""
 
 @final
 class Model:
