@@ -109,10 +109,12 @@ class Model:
 
 @final
 class Generation:
-    """Yields (token id, text, exit layer, exit reason) for each token as it is generated."""
+    """Yields (token id, text, exit layer, exit reason) for each token as it is generated, from when
+    the first is asked for. Threads that read it take turns."""
 
     def __iter__(self) -> Generation: ...
     def __next__(self) -> tuple[int, str, int, str]: ...
+    def close(self) -> None: ...
     def summary(self) -> dict[str, Any]: ...
 
 @final

@@ -6,6 +6,8 @@ mod error;
 mod executor;
 mod generation;
 mod model;
+mod process;
+mod turns;
 
 use pyo3::prelude::*;
 

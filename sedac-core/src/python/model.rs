@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -11,7 +11,9 @@ use serde_json::json;
 use super::door;
 use super::error::InputError;
 use super::executor::PythonExecutor;
-use super::generation::Generation;
+use super::generation::{Generation, Work};
+use super::process::ProcessLocal;
+use super::turns::Turns;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
 use crate::bench::{Case, Row};
@@ -29,8 +31,8 @@ use crate::text::{StopStrings, TextCodec};
 #[pyclass(frozen)]
 pub(super) struct Model {
     bundle: Bundle,
-    chain: Arc<Mutex<Chain>>,
-    codec: Option<Arc<TextCodec>>,
+    turns: ProcessLocal<Turns>,
+    codec: ProcessLocal<Option<TextCodec>>,
     library: Library,
     plans: bool,
 }
@@ -64,7 +66,7 @@ impl Model {
         let path = library;
         door::run(py, &Interrupt::default(), move || {
             let bundle = Bundle::open(&directory)?;
-            let codec = codec(&bundle)?.map(Arc::new);
+            let codec = codec(&bundle)?;
             let library = Library { path, threads };
             let served = plans.is_some();
             let chain = match plans {
@@ -73,8 +75,8 @@ impl Model {
             };
             Ok(Self {
                 bundle,
-                chain: Arc::new(Mutex::new(chain)),
-                codec,
+                turns: ProcessLocal::new(Turns::new(chain)),
+                codec: ProcessLocal::new(codec),
                 library,
                 plans: served,
             })
@@ -113,7 +115,7 @@ impl Model {
 
     #[getter]
     fn has_tokenizer(&self) -> bool {
-        self.codec.is_some()
+        self.bundle.manifest.tokenizer
     }
 
     /// The bundle's exit configuration: policy and certificate, if any, as JSON; kv_fill, and the
@@ -142,11 +144,11 @@ impl Model {
     ) -> PyResult<(Vec<u32>, Vec<usize>)> {
         let exit = self.exit(policy, forced_exit, None)?;
         let kv_fill = kv_fill_named(kv_fill)?;
-        let chain = self.chain.clone();
+        let turns = self.turns.get()?.clone();
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
         door::run(py, &interrupt, move || {
-            let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut chain = turns.take();
             let mut followed = (Vec::new(), Vec::new());
             chain.follow(&tokens, &exit, kv_fill, &raised, |token| {
                 followed.0.push(token.id);
@@ -172,19 +174,21 @@ impl Model {
     }
 
     #[pyo3(signature = (text, add_special_tokens = true))]
-    fn encode(&self, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
-        Ok(self.codec()?.encode(text, add_special_tokens)?)
+    fn encode(&self, py: Python<'_>, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
+        let codec = self.codec()?;
+        Ok(py.detach(|| codec.encode(text, add_special_tokens))?)
     }
 
     #[expect(
         clippy::needless_pass_by_value,
         reason = "Python lists arrive by value"
     )]
-    fn decode(&self, tokens: Vec<u32>) -> PyResult<String> {
-        Ok(self.codec()?.decode(&tokens)?)
+    fn decode(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<String> {
+        let codec = self.codec()?;
+        Ok(py.detach(|| codec.decode(&tokens))?)
     }
 
-    /// Start generating; iterate over the result. Without `policy` (JSON, as sedac_config.json has
+    /// Generate as the result is iterated over. Without `policy` (JSON, as sedac_config.json has
     /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
     /// guesses several to verify at once, with a policy those that it does not let exit.
     #[pyo3(signature = (
@@ -228,12 +232,12 @@ impl Model {
         if !stop_strings.is_empty() {
             self.codec()?;
         }
-        Ok(Generation::start(
-            self.chain.clone(),
-            self.codec.clone(),
+        Ok(Generation::new(Work {
+            turns: self.turns.get()?.clone(),
+            codec: self.codec.get()?.clone(),
             request,
-            StopStrings::new(stop_strings)?,
-        ))
+            stops: StopStrings::new(stop_strings)?,
+        }))
     }
 
     /// Compare ways to run the bundle: see `sedac-runtime bench`.
@@ -251,16 +255,17 @@ impl Model {
     ) -> PyResult<Py<PyList>> {
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
-        let prompt = prompt.tokens(self.codec.as_deref())?;
+        let codec = self.codec.get()?;
+        let prompt = py.detach(|| prompt.tokens(codec.as_ref().as_ref()))?;
         let with_monolith = cases.iter().any(|case| case.1);
         let cases = cases
             .into_iter()
             .map(bench_case)
             .collect::<Result<Vec<_>>>()?;
         let monolith = with_monolith.then(|| self.monolith()).transpose()?;
-        let chain = self.chain.clone();
+        let turns = self.turns.get()?.clone();
         let rows = door::run(py, &interrupt, move || {
-            let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut chain = turns.take();
             let mut monolith = monolith.map(|load| load()).transpose()?;
             let mut chains: Vec<_> = [&mut *chain].into_iter().chain(&mut monolith).collect();
             crate::bench::run(
@@ -312,7 +317,8 @@ impl Model {
     }
 
     fn codec(&self) -> PyResult<&TextCodec> {
-        self.codec.as_deref().ok_or_else(|| {
+        let codec = self.codec.get()?.as_ref();
+        codec.as_ref().ok_or_else(|| {
             InputError::new_err(
                 "this bundle has no tokenizer; give token ids (in Python) or build \
                                  it from a model directory that holds one",
