@@ -6,7 +6,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_commands import register_exit_commands, spread_data
 from sedac_export.progress import console, progress_bar
 from sedac_export.tensorrt import commands as tensorrt
+from sedac_runtime.terminal import visible
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -119,7 +120,9 @@ def inspect(
     if as_json:
         print(json.dumps(facts))
         return
-    out = Console()
+    # the bundle's words are shown as they are: neither as markup nor as control characters
+    out = Console(markup=False, emoji=False, highlight=False)
+    facts = _visible(facts)
     model, validation = facts["model"], facts["validation"]
     out.print(
         f"{model['name']}: {model['type']}, {model['num_layers']} layers, hidden"
@@ -129,11 +132,10 @@ def inspect(
         f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {facts['exit_config']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
-        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",
-        highlight=False,
+        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}"
     )
     for flavour, version in facts["plans"].items():
-        out.print(f"{flavour} engines of version {version}", highlight=False)
+        out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")
     for engine in facts["engines"]:
         table.add_row(
@@ -155,7 +157,7 @@ def main() -> None:
     try:
         app(args=spread_data(sys.argv[1:]))
     except (SedacError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -169,6 +171,18 @@ def silence_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _visible(facts: Any) -> Any:
+    """Facts with every text on one line of characters that a terminal does not obey."""
+    match facts:
+        case str():
+            return visible(facts).replace("\n", "\\n")
+        case dict():
+            return {_visible(name): _visible(value) for name, value in facts.items()}
+        case list():
+            return [_visible(value) for value in facts]
+    return facts
 
 
 def _depths(text: str) -> list[int] | None:
