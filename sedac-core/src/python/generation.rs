@@ -79,7 +79,7 @@ impl Generation {
     }
 
     /// Generate on a thread of its own.
-    fn start(&self, work: Work) -> Running {
+    fn start(&self, work: Work) -> std::io::Result<Running> {
         let (sender, receiver) = channel();
         let ahead = Arc::<AtomicUsize>::default();
         let mut pace = Pace {
@@ -88,16 +88,17 @@ impl Generation {
             interrupt: self.interrupt.clone(),
             waited: Duration::ZERO,
         };
-        let worker = thread::spawn(move || {
+        let worker = thread::Builder::new().name("sedac-generate".into());
+        let worker = worker.spawn(move || {
             let end = generate(work, &mut pace, &sender);
             // nobody listens any more when the iterator was dropped
             let _ = sender.send(Event::End(end));
-        });
+        })?;
         self.worker.get_or_init(|| worker.thread().clone());
-        Running {
+        Ok(Running {
             inbox: Mutex::new(receiver),
             ahead,
-        }
+        })
     }
 
     fn lock(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, Reader>> {
@@ -124,7 +125,7 @@ impl Generation {
             return Ok(None);
         }
         if let Some(work) = reader.work.take() {
-            reader.running = Some(self.start(work));
+            reader.running = Some(self.start(work)?);
         }
         let Some(running) = reader.running.take() else {
             return Ok(None);
