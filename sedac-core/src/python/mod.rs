@@ -19,5 +19,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<decisions::Thresholds>()?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_stability, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
+    process::register(module)?;
     error::register(module)
 }
