@@ -9,10 +9,10 @@ from sedac_runtime.chat import render
 HOSTILE = {
     "{{ raise_exception('no\nusers') }}": "no users",
     "{% for %}": "Syntax",
-    "{{ messages[0].x.y }}": "undefined",
+    "{{ messages[0].x.y }}": "Undefined",
     "{{ 1 / 0 }}": "ZeroDivisionError",
     "{{ messages + 1 }}": "TypeError",
-    "{{ messages.__class__ }}": "SecurityError",
+    "{{ messages.__class__.__mro__ }}": "SecurityError",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "RecursionError",
     "{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}": "RecursionError",
     "{% for a in range(10**9) %}{% endfor %}": "Range too big",

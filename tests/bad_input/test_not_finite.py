@@ -1,6 +1,5 @@
 """Weights that are no numbers: no text comes of them, and the error says where they are."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np

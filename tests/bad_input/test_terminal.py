@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input.command import call, rewrite_file, rewrite_manifest
 
 import sedac_export.cli
 import sedac_runtime.cli
+from bad_input.command import call, rewrite_file, rewrite_manifest
 from sedac_runtime.terminal import visible
 
 CONTROLS = "\x1b[31m\u202e\r"
@@ -18,7 +18,7 @@ CONTROLS = "\x1b[31m\u202e\r"
 
 def test_controls_are_written_out() -> None:
     assert visible("a\x00\x1b\r\x7f\x9b\u2067z") == r"a\x00\x1b\r\x7f\x9b\u2067z"
-    text = "tab\tline\né 漢 👩\u200d🔬 می\u200cخواهم"
+    text = "tab\tline\né 漢 👩\u200d🔬 \u0645\u06cc\u200c\u062e"
     assert visible(text) == text
 
 
