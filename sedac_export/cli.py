@@ -6,7 +6,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from sedac_export.exit_commands import register_exit_commands, spread_data
 from sedac_export.progress import console, progress_bar
 from sedac_export.signature import SIGNATURE
 from sedac_export.tensorrt import commands as tensorrt
+from sedac_runtime.terminal import visible
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -134,7 +135,9 @@ def inspect(
     if as_json:
         print(json.dumps(facts))
         return
-    out = Console()
+    # the bundle's words are shown as they are: neither as markup nor as control characters
+    out = Console(markup=False, emoji=False, highlight=False)
+    facts = _visible(facts)
     model, validation = facts["model"], facts["validation"]
     exits = {name: value for name, value in facts["exit_config"].items() if name != "certificate"}
     out.print(
@@ -148,11 +151,10 @@ def inspect(
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
         f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}\n"
         f"{facts['files']['hashed']} files hashed and whole, {facts['files']['unchanged']}"
-        " unchanged since they were",
-        highlight=False,
+        " unchanged since they were"
     )
     for flavour, version in facts["plans"].items():
-        out.print(f"{flavour} engines of version {version}", highlight=False)
+        out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")
     for engine in facts["engines"]:
         table.add_row(
@@ -200,7 +202,7 @@ def main() -> None:
     try:
         app(args=spread_data(sys.argv[1:]))
     except (SedacError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -214,6 +216,18 @@ def silence_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _visible(facts: Any) -> Any:
+    """Facts with every text on one line of characters that a terminal does not obey."""
+    match facts:
+        case str():
+            return visible(facts).replace("\n", "\\n")
+        case dict():
+            return {_visible(name): _visible(value) for name, value in facts.items()}
+        case list():
+            return [_visible(value) for value in facts]
+    return facts
 
 
 def _depths(text: str) -> list[int] | None:

@@ -38,7 +38,7 @@ class InputError(SedacError):
     """A setting is out of range or a prompt cannot be used."""
 
 class EngineError(SedacError):
-    """ONNX Runtime, TensorRT or the tokenizer failed."""
+    """ONNX Runtime, TensorRT or the tokenizer failed, or an engine gave NaN or infinity."""
 
 @final
 class BundleFiles:
@@ -139,10 +139,12 @@ class Model:
 
 @final
 class Generation:
-    """Yields (token id, text, exit layer, exit reason) for each token as it is generated."""
+    """Yields (token id, text, exit layer, exit reason) for each token as it is generated, from when
+    the first is asked for. Threads that read it take turns."""
 
     def __iter__(self) -> Generation: ...
     def __next__(self) -> tuple[int, str, int, str]: ...
+    def close(self) -> None: ...
     @property
     def certification(self) -> tuple[str | None, str] | None: ...
     def summary(self) -> dict[str, Any]: ...

@@ -1,77 +1,107 @@
 """Apply a bundle's chat template, as transformers renders it."""
 
 import json
-from datetime import datetime
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from tempfile import TemporaryFile
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from sedac_runtime._core import InputError
+from sedac_runtime import rendering
+from sedac_runtime._core import BundleError, InputError
 
 Message = dict[str, Any]
+ReadText = Callable[[str], str | None]
+
+# for an interpreter that waits for a processor; what it computes has a limit of its own
+_SECONDS = 6
+_LONGEST_REASON = 300
+_CONFIG = "tokenizer_config.json"
 
 
-def render_chat(bundle: Path, messages: list[Message]) -> str:
+def render_chat(bundle: Path, read: ReadText, messages: list[Message]) -> str:
     """The prompt that asks the model of `bundle` for the next message.
 
-    messages: dicts of role and content. Raises InputError when the bundle has no chat template or
-    the template refuses the messages.
+    read: the text of one of its files, None where it has no such file. messages: dicts of role and
+    content. Raises InputError when the bundle has no chat template, or
+    the template refuses the messages, fails, or takes too much time or memory; BundleError when
+    what the bundle holds of it cannot be read.
     """
-    template, tokens = _read(bundle)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    template, tokens = _read(bundle, read)
+    return render(f"the chat template of {bundle}", template, {"messages": messages, **tokens})
+
+
+def render(name: str, template: str, variables: dict[str, Any]) -> str:
+    """The text that `template`, called `name` in errors, makes of `variables`.
+
+    Raises InputError when it fails, or takes too much time or memory.
+    """
     try:
-        return environment.from_string(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
+        request = json.dumps(
+            {"path": [*map(str, sys.path)], "template": template, "variables": variables}
         )
-    except TemplateError as error:
-        raise InputError(
-            f"the chat template of {bundle} refuses these messages: {error}"
-        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the messages for {name} are no JSON ({error}); give texts") from error
+    answer = _ask(request)
+    if "text" in answer:
+        return answer["text"]
+    reason = " ".join(answer["error"].split())[:_LONGEST_REASON]
+    raise InputError(
+        f"{name} fails on these messages ({reason}); correct it or them, or give a prompt that"
+        " needs no template"
+    )
 
 
-def _read(bundle: Path) -> tuple[str, dict[str, str]]:
+def _ask(request: str) -> dict[str, str]:
+    """What `rendering` answers, within limits of time and size."""
+    command = [sys.executable, "-I", "-S", rendering.__file__]
+    late = {"error": f"it takes longer than {rendering.CPU_SECONDS} s"}
+    with TemporaryFile() as output:
+        try:
+            run = subprocess.run(
+                command,
+                input=request.encode(),
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                timeout=_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return late
+        if run.returncode == -signal.SIGXCPU:
+            return late
+        if run.returncode != 0:
+            return {"error": f"its interpreter ends with code {run.returncode}"}
+        output.seek(0)
+        answer: dict[str, str] = json.load(output)
+        return answer
+
+
+def _read(bundle: Path, read: ReadText) -> tuple[str, dict[str, str]]:
     """The template and the special tokens by name."""
     config: dict[str, Any] = {}
-    path = bundle / "tokenizer_config.json"
-    if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    template = config.get("chat_template")
-    if (bundle / "chat_template.jinja").exists():
-        template = (bundle / "chat_template.jinja").read_text(encoding="utf-8")
+    text = read(_CONFIG)
+    if text is not None:
+        config = _parse(bundle / _CONFIG, text)
+    template = read("chat_template.jinja") or config.get("chat_template")
     if isinstance(template, list):
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if not template:
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not (isinstance(template, str) and template):
         raise InputError(f"{bundle} has no chat template; generate without --chat")
     tokens = {}
     for name, value in config.items():
         if name.endswith("_token") and value is not None:
-            tokens[name] = value["content"] if isinstance(value, dict) else str(value)
+            tokens[name] = str(value.get("content") if isinstance(value, dict) else value)
     return template, tokens
 
 
-class _Generation(Extension):
-    """The tag that marks what a model wrote, for training; here its contents count as they are."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012 - so declared by its base
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is no JSON ({error}); build or copy the bundle again") from error
+    if not isinstance(parsed, dict):
+        raise BundleError(f"{path} is no JSON object; build or copy the bundle again")
+    return parsed

@@ -18,6 +18,7 @@ from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
 from sedac_runtime.model import GenerationStream
 from sedac_runtime.policy import PolicyName
+from sedac_runtime.terminal import visible
 
 app = typer.Typer(
     help="Run SEDAC bundles: per-layer engines with early exit.",
@@ -308,7 +309,7 @@ def _fail(error: Exception) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -355,7 +356,7 @@ def _bytes(text: str | None) -> int | None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -65,7 +66,13 @@ class GenerationOutput:
 
 
 class GenerationStream:
-    """Iterates over TokenOutputs as they are generated; then `output` is the whole."""
+    """Iterates over TokenOutputs as they are generated; then `output` is the whole.
+
+    The model is busy from the first token asked for to the last. `close`, the end of a `with` block
+    over the stream, leaving the loop over it and dropping it free the model at once. A stream that
+    is kept but not read stays a few tokens ahead of its reader; another generation that wants the
+    model lets it run to its end first. Threads that read one stream take turns.
+    """
 
     def __init__(
         self,
@@ -82,43 +89,54 @@ class GenerationStream:
         self._drafter: Drafter = drafter
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
-        self._tokens: list[TokenOutput] = []
-        self._output: GenerationOutput | None = None
 
     def __iter__(self) -> Iterator[TokenOutput]:
-        for identifier, text, exit_layer, reason in self._generation:
-            token = TokenOutput(identifier, text, exit_layer, reason)
-            self._tokens.append(token)
-            yield token
-        if self._output is None:
-            self._output = self._collect()
+        try:
+            for token in self._generation:
+                yield TokenOutput(*token)
+        finally:
+            self.close()
 
-    @property
+    def __enter__(self) -> "GenerationStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the generation where it is. After one that is over this does nothing."""
+        self._generation.close()
+
+    @cached_property
     def output(self) -> GenerationOutput:
-        """The finished generation; runs to the end if the stream was not iterated over."""
-        if self._output is None:
-            for _ in self:
-                pass
-        assert self._output is not None
-        return self._output
+        """The finished generation; runs to the end if the stream was not iterated over.
+
+        Raises RuntimeError when it was closed before.
+        """
+        for _ in self:
+            pass
+        return self._collect()
 
     @property
     def rest(self) -> str:
         """Text that no token completed, such as an unfinished character at the end."""
-        return self.output.text[sum(len(token.text) for token in self._tokens) :]
+        _ = self.output
+        rest: str = self._generation.summary()["rest"]
+        return rest
 
     def _collect(self) -> GenerationOutput:
         summary = self._generation.summary()
-        layers = [token.exit_layer for token in self._tokens]
+        tokens = [TokenOutput(*token) for token in summary["tokens"]]
+        layers = [token.exit_layer for token in tokens]
         decoded = len(layers) - 1
         certificate, certification = self._generation.certification or (None, None)
         return GenerationOutput(
-            text="".join(token.text for token in self._tokens) + summary["rest"],
-            tokens=[token.id for token in self._tokens],
+            text="".join(token.text for token in tokens) + summary["rest"],
+            tokens=[token.id for token in tokens],
             exit_layers=layers,
             num_layers=self._num_layers,
             mean_exit_layer=sum(layers) / len(layers),
-            exit_reasons=[token.exit_reason for token in self._tokens],
+            exit_reasons=[token.exit_reason for token in tokens],
             mode=self._mode,
             kv_fill=self._kv_fill,
             drafter=self._drafter,
@@ -201,7 +219,9 @@ class SedacModel:
 
         Raises InputError when the bundle has no tokenizer or no template for these messages.
         """
-        return self._core.encode(render_chat(self.bundle, messages), add_special_tokens=False)
+        return self._core.encode(
+            render_chat(self.bundle, self._core.read_text, messages), add_special_tokens=False
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, special tokens left out.
@@ -237,7 +257,7 @@ class SedacModel:
         stop_tokens: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
     ) -> GenerationStream:
-        """Generate token by token after `prompt`, a text or token ids.
+        """Generate token by token after `prompt`, a text or token ids, as the stream is read.
 
         mode "full" runs every layer. "exit" stops a token where `policy` says so: "stability" once
         `consecutive_k` layers in a row had a stability of at least `tau`, from `min_layer_ratio` of

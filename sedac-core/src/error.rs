@@ -76,6 +76,19 @@ pub enum Error {
         source: ort::Error,
     },
 
+    /// A logit is NaN or infinite.
+    #[error(
+        "the logits of position {position} are not finite{}; build the bundle again from sound \
+         weights, or in a --precision that holds the model's numbers",
+        engine.as_ref().map_or(String::new(), |name| format!(": {name} is the first to give such numbers"))
+    )]
+    NotFinite {
+        /// The first position concerned, counted from 0.
+        position: usize,
+        /// The engine that the numbers come from, where it could be found.
+        engine: Option<String>,
+    },
+
     /// A device or an engine on it failed.
     #[error("{what}: {reason}")]
     Device {

@@ -11,6 +11,7 @@ from sedac_export.errors import SedacError
 from sedac_export.progress import console, progress_bar
 from sedac_export.tensorrt.entries import BuildOptions, PlanSet
 from sedac_runtime.flavour import FLAVOURS, Target
+from sedac_runtime.terminal import visible
 
 _OTHERS = " or ".join(FLAVOURS)
 
@@ -96,7 +97,7 @@ def validate(
         print(json.dumps({"bundle": str(bundle), "passed": passed, "targets": targets}))
     else:
         for result in results:
-            print(summary(result))
+            print(visible(summary(result)))
     raise typer.Exit(next((code for result in results if (code := result.exit_code())), 0))
 
 

@@ -82,6 +82,14 @@ def rewrite_manifest(bundle: Path, **changes: Any) -> None:
     (bundle / "bundle.sha256").write_text(f"{digest}  bundle.json\n")
 
 
+def rewrite_file(bundle: Path, name: str, data: bytes) -> None:
+    """Replace file `name` of a bundle, and what the manifest says of it."""
+    (bundle / name).write_bytes(data)
+    files = json.loads((bundle / "bundle.json").read_text())["files"]
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite_manifest(bundle, files=files | {name: entry})
+
+
 @contextmanager
 def mounted_tmpfs(directory: Path, *options: str) -> Iterator[Path]:
     """`directory` as a file system of its own; skips the test where that is not allowed."""

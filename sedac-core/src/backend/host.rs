@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use super::not_finite::{all_finite, origin};
 use super::{Backend, Costs, Engines, Step};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
 use crate::kv::KvState;
@@ -17,6 +18,8 @@ pub struct HostDecided<E> {
     layers: Vec<Range<usize>>,
     exit_allowed: Vec<bool>,
     kv: KvState,
+    /// Of the sequence, one a position.
+    tokens: Vec<u32>,
     kv_fill: KvFill,
     costs: Costs,
     /// Stability of the newest token's last three layers.
@@ -34,6 +37,7 @@ impl<E: Engines> HostDecided<E> {
                 .map(|depth| exit_layers.contains(&depth))
                 .collect(),
             kv: KvState::new(count, capacity),
+            tokens: Vec::new(),
             kv_fill: KvFill::default(),
             costs: Costs::default(),
             recent: [0.0; 3],
@@ -45,6 +49,16 @@ impl<E: Engines> HostDecided<E> {
     /// The bookkeeping of the sequence so far.
     pub fn kv(&self) -> &KvState {
         &self.kv
+    }
+
+    /// Start a pass over `tokens` at the sequence's next positions.
+    fn begin(&mut self, tokens: &[u32]) -> Result<Range<usize>> {
+        let positions = self.kv.begin(tokens.len())?;
+        self.tokens.extend(tokens);
+        if !tokens.is_empty() {
+            self.engines.embed(tokens, positions.start)?;
+        }
+        Ok(positions)
     }
 
     /// Take the pass at `positions`, and those that wait for it, through all engines.
@@ -102,11 +116,39 @@ impl<E: Engines> HostDecided<E> {
         }
     }
 
-    fn head(&mut self, tokens: usize) -> Result<()> {
+    /// The logits of the newest `tokens` positions, which ran `depth` layers.
+    fn head(&mut self, tokens: usize, depth: usize, interrupt: &Interrupt) -> Result<()> {
         let started = Instant::now();
         self.engines.head(tokens)?;
         self.costs.note_head(tokens, started.elapsed());
-        Ok(())
+        let logits = self.engines.logits();
+        if all_finite(logits) {
+            return Ok(());
+        }
+        let rows = logits.chunks_exact(logits.len() / tokens);
+        let finite = rows.take_while(|row| all_finite(row)).count();
+        Err(Error::NotFinite {
+            position: self.kv.length() - tokens + finite,
+            engine: self.origin(tokens, depth, interrupt)?,
+        })
+    }
+
+    /// The engine that the logits of the newest `tokens` positions, not all finite, come from, if
+    /// it shows. The sequence is lost.
+    fn origin(
+        &mut self,
+        tokens: usize,
+        depth: usize,
+        interrupt: &Interrupt,
+    ) -> Result<Option<String>> {
+        if !all_finite(&self.engines.residual(tokens)?) {
+            return origin(&mut self.engines, &self.tokens, interrupt);
+        }
+        Ok(Some(if depth == self.num_layers() {
+            "the head engine".into()
+        } else {
+            format!("the head engine, or the lens of depth {depth},")
+        }))
     }
 
     fn fill(&mut self, layer: usize, end: usize) -> Result<()> {
@@ -180,18 +222,17 @@ impl<E: Engines> Backend for HostDecided<E> {
     }
 
     fn reset(&mut self, kv_fill: KvFill) {
-        self.kv.truncate(0);
+        self.truncate(0);
         self.kv_fill = kv_fill;
     }
 
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()> {
         self.kv.check_room(tokens.len())?;
         for chunk in tokens.chunks(self.engines.most_tokens()) {
-            let positions = self.kv.begin(chunk.len())?;
-            self.engines.embed(chunk, positions.start)?;
+            let positions = self.begin(chunk)?;
             self.run_all(positions, interrupt)?;
         }
-        self.head(1)
+        self.head(1, self.num_layers(), interrupt)
     }
 
     fn decode(
@@ -200,11 +241,10 @@ impl<E: Engines> Backend for HostDecided<E> {
         policy: &mut dyn Policy,
         interrupt: &Interrupt,
     ) -> Result<Step> {
-        let mut positions = self.kv.begin(1)?;
+        let mut positions = self.begin(&[token])?;
         let full_depth = self.num_layers();
         policy.begin();
         self.recent = [0.0; 3];
-        self.engines.embed(&[token], positions.start)?;
         let mut step = Step {
             exit_layer: full_depth,
             reason: ExitReason::FullDepth,
@@ -231,21 +271,19 @@ impl<E: Engines> Backend for HostDecided<E> {
             ExitReason::FullDepth => policy.rows(),
             _ => 1,
         };
-        self.head(rows)?;
+        self.head(rows, step.exit_layer, interrupt)?;
         Ok(step)
     }
 
     fn verify(&mut self, new: &[u32], rows: usize, interrupt: &Interrupt) -> Result<()> {
-        let positions = self.kv.begin(new.len())?;
-        if !new.is_empty() {
-            self.engines.embed(new, positions.start)?;
-        }
+        let positions = self.begin(new)?;
         self.run_all(positions, interrupt)?;
-        self.head(rows)
+        self.head(rows, self.num_layers(), interrupt)
     }
 
     fn truncate(&mut self, length: usize) {
         self.kv.truncate(length);
+        self.tokens.truncate(length);
     }
 
     fn logits(&self) -> &[f32] {

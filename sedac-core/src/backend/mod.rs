@@ -6,6 +6,7 @@
 
 mod costs;
 mod host;
+mod not_finite;
 mod onnxruntime;
 pub mod tensorrt;
 
@@ -48,8 +49,9 @@ pub trait Backend: Send {
     ///
     /// # Errors
     /// [`Error::Prompt`](crate::Error::Prompt) when they do not fit; nothing has changed then.
-    /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted, and what the engines
-    /// report; the sequence must be [`reset`](Self::reset) after these.
+    /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted,
+    /// [`Error::NotFinite`](crate::Error::NotFinite) when a logit is NaN or infinite, and what the
+    /// engines report; the sequence must be [`reset`](Self::reset) after these.
     fn prefill(&mut self, tokens: &[u32], interrupt: &Interrupt) -> Result<()>;
 
     /// Run one token under `policy`; afterwards [`logits`](Self::logits) are its own, taken where
@@ -105,6 +107,10 @@ pub trait Engines: Send {
     /// Take the current residual stream through `engine`; its layers' caches then hold the pass's
     /// positions.
     fn run(&mut self, engine: usize) -> Result<()>;
+
+    /// The current residual stream of the pass's newest `tokens` tokens, a row each. Only asked for
+    /// to find out where a failure comes from.
+    fn residual(&mut self, tokens: usize) -> Result<Vec<f32>>;
 
     /// Stability after each layer of `engine`, for the newest token of the last
     /// [`run`](Self::run).

@@ -6,6 +6,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 
 use super::error::InputError;
+use super::process;
 use crate::policy::{self, Stability};
 
 /// Thresholds by depth that threads read and move without locks.
@@ -61,6 +62,7 @@ pub(super) fn exits_by_stability(
     consecutive_k: usize,
     min_layer_ratio: f32,
 ) -> PyResult<Vec<u32>> {
+    process::check()?;
     let (tokens, layers) = rows("stability", &stability)?;
     let policy = Stability::new(tau, consecutive_k, min_layer_ratio, layers)?;
     let stability = stability.to_vec(py)?;
@@ -85,6 +87,7 @@ pub(super) fn exits_by_risk(
     thresholds: &Thresholds,
     layers: usize,
 ) -> PyResult<Vec<u32>> {
+    process::check()?;
     let (tokens, depths) = rows("risks", &risks)?;
     if depths != thresholds.0.depths().len() {
         return Err(InputError::new_err(format!(

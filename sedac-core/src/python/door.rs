@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
+use super::process;
 use crate::interrupt::Interrupt;
 
 /// How often signals are looked at, well under the 200 ms within which Ctrl-C must act.
-const POLL: Duration = Duration::from_millis(20);
+pub(super) const POLL: Duration = Duration::from_millis(20);
 
 /// How long an interrupted worker is waited for; it notices between engines.
 const PATIENCE: Duration = Duration::from_millis(60);
@@ -46,12 +47,14 @@ pub(super) fn receive<T: Send>(
 /// Run `work` to its end.
 ///
 /// # Errors
-/// What `work` reports, KeyboardInterrupt on Ctrl-C, RuntimeError if it panics.
+/// What `work` reports, KeyboardInterrupt on Ctrl-C, RuntimeError if it panics, EngineError in a
+/// forked process.
 pub(super) fn run<T, F>(py: Python<'_>, interrupt: &Interrupt, work: F) -> PyResult<T>
 where
     T: Send + 'static,
     F: FnOnce() -> crate::Result<T> + Send + 'static,
 {
+    process::check()?;
     let (sender, receiver) = channel();
     thread::spawn(move || sender.send(work()));
     match receive(py, &Mutex::new(receiver), interrupt)? {

@@ -28,7 +28,7 @@ create_exception!(
     sedac_runtime,
     EngineError,
     SedacError,
-    "ONNX Runtime, TensorRT or the tokenizer failed."
+    "ONNX Runtime, TensorRT or the tokenizer failed, or an engine gave NaN or infinity."
 );
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -49,6 +49,7 @@ impl From<Error> for PyErr {
             Error::Setting { .. } | Error::Prompt(_) => InputError::new_err(message),
             Error::Library { .. }
             | Error::Engine { .. }
+            | Error::NotFinite { .. }
             | Error::Device { .. }
             | Error::Tokenizer(_) => EngineError::new_err(message),
             Error::Io { source, .. } => std::io::Error::new(source.kind(), message).into(),

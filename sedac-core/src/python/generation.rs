@@ -1,60 +1,118 @@
 //! A generation under way, as a Python iterator.
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 use pyo3::types::PyDict;
 
 use super::certification::{Spoken, spoken};
-use super::door::{Inbox, receive};
+use super::door::{Inbox, POLL, receive};
+use super::process::ProcessLocal;
+use super::turns::Turns;
 use crate::certification::Certification;
-use crate::chain::{Chain, Request, Summary, Token};
-use crate::error::Result;
+use crate::chain::{Request, Summary, Token};
+use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::text::{StopStrings, TextCodec};
 
+/// Tokens that a generation may be ahead of its reader, unless somebody else waits for the model.
+const MOST_AHEAD: usize = 16;
+
+/// Token id, text, exit layer, exit reason.
+type Piece = (u32, String, usize, &'static str);
+
 enum Event {
-    Token(Token, String),
+    Token(Piece),
     End(Result<(Summary, String)>),
 }
 
-/// Yields (token id, text, exit layer, exit reason) for each token as it is generated.
-#[pyclass]
+/// What to generate, and with what.
+pub(super) struct Work {
+    pub(super) turns: Arc<Turns>,
+    pub(super) codec: Arc<Option<TextCodec>>,
+    pub(super) request: Request,
+    pub(super) stops: StopStrings,
+}
+
+/// Yields (token id, text, exit layer, exit reason) for each token as it is generated, from when the
+/// first is asked for. Threads that read it take turns.
+#[pyclass(frozen)]
 pub(super) struct Generation {
-    inbox: Inbox<Event>,
+    /// Outside of the reader, so that whoever closes it need not wait for whoever reads.
     interrupt: Interrupt,
-    over: bool,
-    end: Option<(Summary, String)>,
+    worker: OnceLock<Thread>,
     certification: Option<Certification>,
+    reader: ProcessLocal<Mutex<Reader>>,
+}
+
+struct Reader {
+    /// Taken when the first token is asked for.
+    work: Option<Work>,
+    /// From then on, until the generation is over.
+    running: Option<Running>,
+    pieces: Vec<Piece>,
+    end: Option<(Summary, String)>,
+}
+
+struct Running {
+    inbox: Inbox<Event>,
+    /// Tokens that were generated and not read.
+    ahead: Arc<AtomicUsize>,
 }
 
 impl Generation {
-    /// Start generating on a thread of its own.
-    pub(super) fn start(
-        chain: Arc<Mutex<Chain>>,
-        codec: Option<Arc<TextCodec>>,
-        request: Request,
-        stops: StopStrings,
-        certification: Option<Certification>,
-    ) -> Self {
+    pub(super) fn new(work: Work, certification: Option<Certification>) -> Self {
+        Self {
+            interrupt: Interrupt::default(),
+            worker: OnceLock::new(),
+            certification,
+            reader: ProcessLocal::new(Mutex::new(Reader {
+                work: Some(work),
+                running: None,
+                pieces: Vec::new(),
+                end: None,
+            })),
+        }
+    }
+
+    /// Generate on a thread of its own.
+    fn start(&self, work: Work) -> std::io::Result<Running> {
         let (sender, receiver) = channel();
-        let interrupt = Interrupt::default();
-        let raised = interrupt.clone();
-        thread::spawn(move || {
-            let end = generate(&chain, codec.as_deref(), &request, stops, &raised, &sender);
+        let ahead = Arc::<AtomicUsize>::default();
+        let mut pace = Pace {
+            ahead: ahead.clone(),
+            turns: work.turns.clone(),
+            interrupt: self.interrupt.clone(),
+            waited: Duration::ZERO,
+        };
+        let worker = thread::Builder::new().name("sedac-generate".into());
+        let worker = worker.spawn(move || {
+            let end = generate(work, &mut pace, &sender);
             // nobody listens any more when the iterator was dropped
             let _ = sender.send(Event::End(end));
-        });
-        Self {
+        })?;
+        self.worker.get_or_init(|| worker.thread().clone());
+        Ok(Running {
             inbox: Mutex::new(receiver),
-            interrupt,
-            over: false,
-            end: None,
-            certification,
+            ahead,
+        })
+    }
+
+    fn lock(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, Reader>> {
+        let reader = self.reader.get()?.lock_py_attached(py);
+        Ok(reader.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn wake_worker(&self) {
+        if let Some(worker) = self.worker.get() {
+            worker.unpark();
         }
     }
 }
@@ -65,23 +123,29 @@ impl Generation {
         this
     }
 
-    fn __next__(&mut self, py: Python<'_>) -> PyResult<Option<(u32, String, usize, &'static str)>> {
-        if self.over {
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Piece>> {
+        let mut reader = self.lock(py)?;
+        if self.interrupt.check().is_err() {
             return Ok(None);
         }
-        self.over = true;
-        match receive(py, &self.inbox, &self.interrupt)? {
-            Some(Event::Token(token, text)) => {
-                self.over = false;
-                Ok(Some((
-                    token.id,
-                    text,
-                    token.step.exit_layer,
-                    token.step.reason.name(),
-                )))
+        if let Some(work) = reader.work.take() {
+            reader.running = Some(self.start(work)?);
+        }
+        let Some(running) = reader.running.take() else {
+            return Ok(None);
+        };
+        match receive(py, &running.inbox, &self.interrupt)? {
+            Some(Event::Token(piece)) => {
+                running.ahead.fetch_sub(1, Ordering::Relaxed);
+                self.wake_worker();
+                reader.running = Some(running);
+                reader.pieces.push(piece.clone());
+                Ok(Some(piece))
             }
+            // closed meanwhile
+            Some(Event::End(Err(Error::Cancelled))) => Ok(None),
             Some(Event::End(end)) => {
-                self.end = Some(end?);
+                reader.end = Some(end?);
                 Ok(None)
             }
             None => Err(PyRuntimeError::new_err("the worker thread panicked")),
@@ -95,13 +159,23 @@ impl Generation {
         self.certification.as_ref().map(spoken)
     }
 
-    /// finish_reason, prefill_ms, decode_ms, the text still owed and how drafting went, once the
-    /// iterator ended.
+    /// End it, from any thread: the model is free as soon as the engine under way has run.
+    fn close(&self) {
+        self.interrupt.raise();
+        self.wake_worker();
+    }
+
+    /// tokens (all that came), finish_reason, prefill_ms, decode_ms, the text still owed and how
+    /// drafting went, once the iterator ended.
     fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
-        let Some((summary, rest)) = &self.end else {
-            return Err(PyRuntimeError::new_err("the generation did not finish"));
+        let reader = self.lock(py)?;
+        let Some((summary, rest)) = &reader.end else {
+            return Err(PyRuntimeError::new_err(
+                "the generation did not finish: it failed, or was closed or interrupted before",
+            ));
         };
         let result = PyDict::new(py);
+        result.set_item("tokens", reader.pieces.clone())?;
         result.set_item("finish_reason", summary.finish_reason.name())?;
         result.set_item("prefill_ms", summary.prefill.as_secs_f64() * 1e3)?;
         result.set_item("decode_ms", summary.decode.as_secs_f64() * 1e3)?;
@@ -117,39 +191,69 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.interrupt.raise();
+        self.close();
     }
 }
 
-fn generate(
-    chain: &Mutex<Chain>,
-    codec: Option<&TextCodec>,
-    request: &Request,
-    mut stops: StopStrings,
-    interrupt: &Interrupt,
-    sender: &Sender<Event>,
-) -> Result<(Summary, String)> {
-    // a generation that panicked leaves nothing behind that the next one does not reset
-    let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut stream = codec.map(TextCodec::stream);
-    let summary = chain.generate(request, interrupt, |token| {
+/// Keeps a generation near its reader.
+struct Pace {
+    ahead: Arc<AtomicUsize>,
+    turns: Arc<Turns>,
+    interrupt: Interrupt,
+    waited: Duration,
+}
+
+impl Pace {
+    /// A token was sent: wait until the reader is near. Where somebody else waits for the model,
+    /// run on to the end instead, for the reader may never come.
+    fn keep(&mut self) {
+        self.ahead.fetch_add(1, Ordering::Relaxed);
+        let started = Instant::now();
+        while self.ahead.load(Ordering::Relaxed) >= MOST_AHEAD
+            && !self.turns.is_wanted()
+            && self.interrupt.check().is_ok()
+        {
+            thread::park_timeout(POLL);
+        }
+        self.waited += started.elapsed();
+    }
+}
+
+fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<(Summary, String)> {
+    let Work {
+        turns,
+        codec,
+        request,
+        mut stops,
+    } = work;
+    let mut chain = turns.take();
+    let mut stream = codec.as_ref().as_ref().map(TextCodec::stream);
+    let interrupt = pace.interrupt.clone();
+    let mut summary = chain.generate(&request, &interrupt, |token| {
         let text = stream
             .as_mut()
             .map(|s| s.push(token.id))
             .unwrap_or_default();
         let stop = stops.push(&text);
-        if sender.send(Event::Token(token, text)).is_err() {
+        if sender.send(Event::Token(piece(token, text))).is_err() {
             interrupt.raise();
         }
+        pace.keep();
         if stop {
             ControlFlow::Break(())
         } else {
             ControlFlow::Continue(())
         }
     })?;
+    summary.decode = summary.decode.saturating_sub(pace.waited);
     let rest = match &stream {
         Some(stream) => stream.finish()?,
         None => String::new(),
     };
     Ok((summary, rest))
+}
+
+fn piece(token: Token, text: String) -> Piece {
+    let Token { id, step } = token;
+    (id, text, step.exit_layer, step.reason.name())
 }

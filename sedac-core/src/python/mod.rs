@@ -8,6 +8,8 @@ mod executor;
 mod files;
 mod generation;
 mod model;
+mod process;
+mod turns;
 
 use pyo3::prelude::*;
 
@@ -25,5 +27,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(files::read_manifest, module)?)?;
     module.add_function(wrap_pyfunction!(files::read_unlisted, module)?)?;
     module.add("SCHEMA_VERSION", SCHEMA_VERSION)?;
+    process::register(module)?;
     error::register(module)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -12,7 +12,9 @@ use super::door;
 use super::error::InputError;
 use super::executor::PythonExecutor;
 use super::files::verify_named;
-use super::generation::Generation;
+use super::generation::{Generation, Work};
+use super::process::ProcessLocal;
+use super::turns::Turns;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
 use crate::bench::{Case, Row};
@@ -31,8 +33,8 @@ use crate::text::{StopStrings, TextCodec};
 #[pyclass(frozen)]
 pub(super) struct Model {
     bundle: Bundle,
-    chain: Arc<Mutex<Chain>>,
-    codec: Option<Arc<TextCodec>>,
+    turns: ProcessLocal<Turns>,
+    codec: ProcessLocal<Option<TextCodec>>,
     library: Library,
     plans: bool,
 }
@@ -79,7 +81,7 @@ impl Model {
         let interrupt = opening.interrupt.clone();
         door::run(py, &interrupt, move || {
             let bundle = Bundle::open_with(&directory, &opening)?;
-            let codec = codec(&bundle)?.map(Arc::new);
+            let codec = codec(&bundle)?;
             let library = Library { path, threads };
             let served = plans.is_some();
             let chain = match plans {
@@ -88,8 +90,8 @@ impl Model {
             };
             Ok(Self {
                 bundle,
-                chain: Arc::new(Mutex::new(chain)),
-                codec,
+                turns: ProcessLocal::new(Turns::new(chain)),
+                codec: ProcessLocal::new(codec),
                 library,
                 plans: served,
             })
@@ -135,7 +137,7 @@ impl Model {
 
     #[getter]
     fn has_tokenizer(&self) -> bool {
-        self.codec.is_some()
+        self.bundle.manifest.tokenizer
     }
 
     /// The bundle's exit configuration: the policy as JSON, kv_fill, and the drafter, if any.
@@ -162,11 +164,11 @@ impl Model {
     ) -> PyResult<(Vec<u32>, Vec<usize>)> {
         let exit = self.exit(policy, forced_exit, None)?;
         let kv_fill = kv_fill_named(kv_fill)?;
-        let chain = self.chain.clone();
+        let turns = self.turns.get()?.clone();
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
         door::run(py, &interrupt, move || {
-            let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut chain = turns.take();
             let mut followed = (Vec::new(), Vec::new());
             chain.follow(&tokens, &exit, kv_fill, &raised, |token| {
                 followed.0.push(token.id);
@@ -192,19 +194,21 @@ impl Model {
     }
 
     #[pyo3(signature = (text, add_special_tokens = true))]
-    fn encode(&self, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
-        Ok(self.codec()?.encode(text, add_special_tokens)?)
+    fn encode(&self, py: Python<'_>, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
+        let codec = self.codec()?;
+        Ok(py.detach(|| codec.encode(text, add_special_tokens))?)
     }
 
     #[expect(
         clippy::needless_pass_by_value,
         reason = "Python lists arrive by value"
     )]
-    fn decode(&self, tokens: Vec<u32>) -> PyResult<String> {
-        Ok(self.codec()?.decode(&tokens)?)
+    fn decode(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<String> {
+        let codec = self.codec()?;
+        Ok(py.detach(|| codec.decode(&tokens))?)
     }
 
-    /// Start generating; iterate over the result. Without `policy` (JSON, as sedac_config.json has
+    /// Generate as the result is iterated over. Without `policy` (JSON, as sedac_config.json has
     /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
     /// guesses several to verify at once, with a policy those that it does not let exit.
     #[pyo3(signature = (
@@ -249,13 +253,13 @@ impl Model {
             self.codec()?;
         }
         let certification = self.certification(&request);
-        Ok(Generation::start(
-            self.chain.clone(),
-            self.codec.clone(),
+        let work = Work {
+            turns: self.turns.get()?.clone(),
+            codec: self.codec.get()?.clone(),
             request,
-            StopStrings::new(stop_strings)?,
-            certification,
-        ))
+            stops: StopStrings::new(stop_strings)?,
+        };
+        Ok(Generation::new(work, certification))
     }
 
     /// Compare ways to run the bundle: see `sedac-runtime bench`.
@@ -273,16 +277,17 @@ impl Model {
     ) -> PyResult<Py<PyList>> {
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
-        let prompt = prompt.tokens(self.codec.as_deref())?;
+        let codec = self.codec.get()?;
+        let prompt = py.detach(|| prompt.tokens(codec.as_ref().as_ref()))?;
         let with_monolith = cases.iter().any(|case| case.1);
         let cases = cases
             .into_iter()
             .map(bench_case)
             .collect::<Result<Vec<_>>>()?;
         let monolith = with_monolith.then(|| self.monolith()).transpose()?;
-        let chain = self.chain.clone();
+        let turns = self.turns.get()?.clone();
         let rows = door::run(py, &interrupt, move || {
-            let mut chain = chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut chain = turns.take();
             let mut monolith = monolith.map(|load| load()).transpose()?;
             let mut chains: Vec<_> = [&mut *chain].into_iter().chain(&mut monolith).collect();
             crate::bench::run(
@@ -349,7 +354,8 @@ impl Model {
     }
 
     fn codec(&self) -> PyResult<&TextCodec> {
-        self.codec.as_deref().ok_or_else(|| {
+        let codec = self.codec.get()?.as_ref();
+        codec.as_ref().ok_or_else(|| {
             InputError::new_err(
                 "this bundle has no tokenizer; give token ids (in Python) or build \
                                  it from a model directory that holds one",

@@ -40,6 +40,9 @@ pub(crate) struct Toy {
     logits: Vec<f32>,
     /// Share, of 256, of the tokens on which an exit agrees with full depth.
     agreement: u64,
+    /// A token whose numbers are NaN after so many layers and more: 0 is the embedding, one more
+    /// than there are the head.
+    pub(crate) poison: Option<(u32, usize)>,
 }
 
 impl Toy {
@@ -61,6 +64,7 @@ impl Toy {
             stability: vec![0.0; next],
             logits: Vec::new(),
             agreement,
+            poison: None,
         }
     }
 
@@ -75,11 +79,20 @@ impl Toy {
         (mix(mix(digest, self.depth as u64), kind) % 1000) as f32 / 1000.0
     }
 
+    /// NaN where `hidden` is poisoned after `depth` layers, 0 otherwise.
+    fn poisoned(&self, hidden: Hidden, depth: usize) -> f32 {
+        match self.poison {
+            Some((token, from)) if hidden.token == token && depth >= from => f32::NAN,
+            _ => 0.0,
+        }
+    }
+
     fn write_logits(&mut self, hidden: Hidden) {
         let early = self.depth < self.stability.len();
         let wrong = early && mix(hidden.digest, self.depth as u64) % 256 >= self.agreement;
         let seed = mix(hidden.digest, u64::from(wrong));
-        let logit = |token| (mix(seed, token) % 1000) as f32 / 250.0;
+        let poison = self.poisoned(hidden, self.depth + 1);
+        let logit = |token| (mix(seed, token) % 1000) as f32 / 250.0 + poison;
         self.logits.extend((0..VOCABULARY as u64).map(logit));
     }
 }
@@ -141,6 +154,12 @@ impl Engines for Toy {
 
     fn run_attention(&mut self, engine: usize) -> Result<()> {
         self.run(engine)
+    }
+
+    fn residual(&mut self, tokens: usize) -> Result<Vec<f32>> {
+        let rows = &self.pass[self.pass.len() - tokens..];
+        let row = |&hidden| self.poisoned(hidden, self.depth);
+        Ok(rows.iter().map(row).collect())
     }
 
     fn risk(&self, _: usize) -> Option<f32> {
@@ -253,7 +272,12 @@ impl Backend for Timed {
 pub(crate) fn chain(engine_sizes: &[usize], agreement: u64, per_token: f64) -> (Chain, Caches) {
     let caches = Caches::default();
     let toy = Toy::new(engine_sizes, agreement, &caches);
+    (chain_over(toy, per_token), caches)
+}
+
+/// A chain over `toy`.
+pub(crate) fn chain_over(toy: Toy, per_token: f64) -> Chain {
     let exits = toy.exits();
     let backend = Timed::new(HostDecided::new(toy, &exits, CAPACITY), per_token);
-    (Chain::new(Box::new(backend), exits, VOCABULARY), caches)
+    Chain::new(Box::new(backend), exits, VOCABULARY)
 }

@@ -256,6 +256,11 @@ impl Engines for OnnxRuntime {
         Ok(())
     }
 
+    fn residual(&mut self, tokens: usize) -> Result<Vec<f32>> {
+        let rows = self.passes.newest(tokens, self.shared.hidden_size);
+        Ok(rows.to_vec())
+    }
+
     fn risk(&self, engine: usize) -> Option<f32> {
         let risk = self.passes.current().risk[engine].as_ref()?;
         read(risk).last().copied()

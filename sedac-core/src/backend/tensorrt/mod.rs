@@ -211,14 +211,6 @@ impl<D: Device> TensorRt<D> {
         (self.pass.hidden[self.engines_run % 2], offset)
     }
 
-    /// The newest token's row of the current residual stream.
-    fn row(&mut self) -> Result<Vec<f32>> {
-        let (buffer, offset) = self.newest(1);
-        let mut bytes = vec![0; self.sizes.row()];
-        self.device.read(buffer, offset, &mut bytes)?;
-        Ok(self.sizes.precision.decode(&bytes))
-    }
-
     /// Make the filling frame ready for `positions`. The embed engine runs for its contexts alone.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
         if self.filled == *positions {
@@ -242,7 +234,7 @@ impl<D: Device> TensorRt<D> {
         let depth = self.layers[self.engines_run - 1].range().end;
         // lenses are for exits, which are of one token
         if tokens == 1 && self.exits.has_lens(depth) {
-            let row = self.row()?;
+            let row = self.residual(1)?;
             let seen = self.exits.through_lens(depth, &row)?.unwrap_or(&row);
             let bytes = self.sizes.precision.encode(seen);
             return self.device.write(self.head_input, 0, &bytes);
@@ -302,12 +294,19 @@ impl<D: Device> Engines for TensorRt<D> {
         Err(Error::setting("exit_kind", "soft", range))
     }
 
+    fn residual(&mut self, tokens: usize) -> Result<Vec<f32>> {
+        let (buffer, offset) = self.newest(tokens);
+        let mut bytes = vec![0; tokens * self.sizes.row()];
+        self.device.read(buffer, offset, &mut bytes)?;
+        Ok(self.sizes.precision.decode(&bytes))
+    }
+
     fn risk(&self, _: usize) -> Option<f32> {
         None
     }
 
     fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>> {
-        let row = self.row()?;
+        let row = self.residual(1)?;
         self.exits.signals(depth, &row, stability)
     }
 
