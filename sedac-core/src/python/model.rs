@@ -50,7 +50,7 @@ type PlanRunner = (String, Py<PyAny>, bool);
 impl Model {
     /// Check and load the bundle in `directory`. library and threads are ONNX Runtime's. `plans`
     /// runs TensorRT plans instead: (target, executor, rehearsal). executor puts one of them on a
-    /// stream: (plan, [(tensor, address, shape)], stream, replayed) -> None. In a rehearsal
+    /// stream: (plan, [(tensor, address, shape, bytes)], stream, replayed) -> None. In a rehearsal
     /// addresses are the host's, and it computes at once.
     #[new]
     #[pyo3(signature = (directory, library, threads, plans = None))]

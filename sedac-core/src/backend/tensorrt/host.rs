@@ -6,13 +6,13 @@
 use std::cell::UnsafeCell;
 
 use super::device::{Buffer, Device, Work, check_inside};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Ordinary memory. Work is done when it is put on the stream, whose number is 0.
 #[derive(Default)]
 pub struct Host {
     /// In words, so that tensors of all element types are aligned, and the bytes asked for.
-    memory: Vec<(Box<[UnsafeCell<u64>]>, usize)>,
+    memory: Vec<(Vec<UnsafeCell<u64>>, usize)>,
 }
 
 impl Host {
@@ -30,12 +30,20 @@ impl Device for Host {
     type Captured = Work;
 
     fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
-        let words = bytes.div_ceil(size_of::<u64>()).max(1);
-        let words: Box<[_]> = (0..words).map(|_| UnsafeCell::new(0)).collect();
+        let count = bytes.div_ceil(size_of::<u64>()).max(1);
+        let mut words = Vec::new();
+        words.try_reserve_exact(count).map_err(|_| Error::Device {
+            what: format!("{bytes} bytes of memory"),
+            reason: "this host has not so much".into(),
+        })?;
+        words.resize_with(count, || UnsafeCell::new(0));
         let address = words.as_ptr() as u64;
         self.memory.push((words, bytes));
-        let index = self.memory.len() - 1;
-        Ok(Buffer { index, address })
+        Ok(Buffer {
+            index: self.memory.len() - 1,
+            address,
+            bytes,
+        })
     }
 
     fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
@@ -61,15 +69,17 @@ impl Device for Host {
     }
 
     fn run(&mut self, work: &Work) -> Result<()> {
-        work(0)
+        // SAFETY: the host's one stream is number 0. The tensors are in `self.memory`, and work is
+        // done when the call returns, before anything else is asked of `self`.
+        unsafe { work.enqueue(0) }
     }
 
     fn capture(&mut self, work: Work) -> Result<Work> {
-        work(0)?;
+        self.run(&work)?;
         Ok(work)
     }
 
     fn launch(&mut self, captured: &Work) -> Result<()> {
-        captured(0)
+        self.run(captured)
     }
 }
