@@ -37,7 +37,7 @@ impl Device for Host {
             reason: "this host has not so much".into(),
         })?;
         words.resize_with(count, || UnsafeCell::new(0));
-        let address = words.as_ptr() as u64;
+        let address = words.as_ptr().expose_provenance() as u64;
         self.memory.push((words, bytes));
         Ok(Buffer {
             index: self.memory.len() - 1,
@@ -81,5 +81,51 @@ impl Device for Host {
 
     fn launch(&mut self, captured: &Work) -> Result<()> {
         self.run(captured)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
+
+    use super::super::device::{Bound, Executor};
+    use super::super::memory::bound;
+    use super::*;
+
+    /// Adds 1 to every byte of the one tensor.
+    struct Increment;
+
+    // SAFETY: it writes the tensor's `bytes` bytes.
+    unsafe impl Executor for Increment {
+        unsafe fn enqueue(&self, _: &Path, tensors: &[Bound], stream: u64, _: bool) -> Result<()> {
+            assert_eq!(stream, 0);
+            let place = std::ptr::with_exposed_provenance_mut::<u8>(tensors[0].address as usize);
+            for index in 0..tensors[0].bytes {
+                // SAFETY: the caller gives the tensor so many bytes, which nothing else uses now.
+                unsafe { *place.add(index) += 1 };
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn work_sees_what_was_written_and_leaves_what_is_read() {
+        let mut host = Host::default();
+        let (first, second) = (host.allocate(5).unwrap(), host.allocate(5).unwrap());
+        let work = Work {
+            executor: Arc::new(Increment),
+            plan: PathBuf::new(),
+            tensors: vec![bound("x", first, &[3], 1)],
+            replayed: true,
+        };
+        host.write(first, 1, &[10, 20, 30, 40]).unwrap();
+        let captured = host.capture(work).unwrap();
+        host.launch(&captured).unwrap();
+        host.copy((first, 0), (first, 1), 4).unwrap();
+        host.copy((first, 0), (second, 0), 5).unwrap();
+        let mut read = [0; 5];
+        host.read(second, 0, &mut read).unwrap();
+        assert_eq!(read, [2, 2, 12, 22, 30]);
     }
 }
