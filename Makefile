@@ -9,14 +9,14 @@ DEMO := engines/demo
 export UV_SYSTEM_CERTS ?= 1
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 
-RUST := Cargo.toml Cargo.lock rust-toolchain.toml $(shell find sedac-core -name '*.rs' -o -name Cargo.toml)
+RUST := Cargo.toml Cargo.lock rust-toolchain.toml $(shell find sedac-core/src sedac-core/Cargo.toml -name '*.rs' -o -name Cargo.toml)
 PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
 EXPORTER := $(shell find sedac_export -name "*.py")
 
 # of pyproject.toml; the tests need these
 EXTRAS ?= dev signing tensorrt-rtx
 
-.PHONY: demo test real-model lint format install clean
+.PHONY: demo test real-model lint format install audit sbom clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \
@@ -45,6 +45,20 @@ format: $(INSTALLED)
 	cargo fmt --all
 
 install: $(INSTALLED)
+
+# needs cargo-deny
+audit: $(BIN)/uv
+	cargo deny --all-features --locked check
+	mkdir -p target
+	$(BIN)/uv export --locked --quiet --all-packages --all-extras --no-emit-workspace --output-file target/requirements.txt
+	$(BIN)/uv tool run "pip-audit>=2.9,<3" --strict --disable-pip --require-hashes --requirement target/requirements.txt
+
+# needs cargo-cyclonedx
+sbom: $(BIN)/uv
+	mkdir -p dist
+	$(BIN)/uv export --locked --quiet --all-packages --all-extras --no-dev --format cyclonedx1.5 --output-file dist/sedac.cdx.json
+	cargo cyclonedx --quiet --manifest-path sedac-core/Cargo.toml --all-features --format json
+	mv sedac-core/sedac-core.cdx.json dist/
 
 $(DEMO)/bundle.json: $(INSTALLED) $(EXPORTER) $(wildcard demo/model/*)
 	$(BIN)/sedac-export build --model demo/model --precision fp16 --output $(DEMO) --force

@@ -1,6 +1,7 @@
 """TensorRT's place taken by ONNX Runtime: plans run as the portable graphs they are built from."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Rehearsal:
         if plan not in self.sessions:
             self.sessions[plan] = Engine(self.graphs[plan], threads=1).session
         session = self.sessions[plan]
-        given = {name: (address, shape) for name, address, shape in tensors}
+        given = {name: rest for name, *rest in tensors}
         binding = session.io_binding()
         for values, bind in (
             (session.get_inputs(), binding.bind_input),
@@ -77,8 +78,10 @@ def add_stand_ins(directory: Path, model: Path, target: Target, max_prefill_chun
     bundle.write_manifest(directory, manifest)
 
 
-def _bind(bind: Callable[..., None], value: Any, address: int, shape: list[int]) -> None:
-    bind(value.name, "cpu", 0, _DTYPES[value.type], shape, address)
+def _bind(bind: Callable[..., None], value: Any, address: int, shape: list[int], size: int) -> None:
+    dtype = np.dtype(_DTYPES[value.type])
+    assert math.prod(shape) * dtype.itemsize == size, value.name
+    bind(value.name, "cpu", 0, dtype, shape, address)
 
 
 def rehearse(directory: Path, target: Target, threads: int) -> tuple[SedacModel, Rehearsal]:

@@ -37,6 +37,10 @@ class Context:
         self.shapes[name] = shape
         return True
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """As TensorRT infers it from the input's."""
+        return (*self.shapes["x"][:2], self.engine.width)
+
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return address != REFUSED
@@ -51,9 +55,19 @@ class Engine:
     """x [1, tokens, 8] -> y."""
 
     num_io_tensors, num_optimization_profiles, broken = 2, len(PROFILES), False
+    width, itemsize, location, layout = 8, 2, "device", "linear"
 
     def __init__(self) -> None:
         self.contexts: list[Context] = []
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(itemsize=self.itemsize)
+
+    def get_tensor_location(self, name: str) -> str:
+        return self.location
+
+    def get_tensor_format(self, name: str) -> str:
+        return self.layout
 
     def create_execution_context(self) -> Context:
         self.contexts.append(Context(self))
@@ -95,6 +109,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     fake.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
     fake.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=recorded.deserialize)
     fake.TensorIOMode = SimpleNamespace(INPUT="in")
+    fake.TensorLocation = SimpleNamespace(DEVICE="device")
+    fake.TensorFormat = SimpleNamespace(LINEAR="linear")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
     monkeypatch.setattr(module, "find_gpu", lambda: Gpu("RTX 4090", "8.9", "580.1"))
     yield recorded
@@ -113,9 +129,10 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tensors(tokens: int, address: int = 100) -> list[tuple[str, int, list[int]]]:
-    shape = [1, tokens, 8]
-    return [("x", address, shape), ("y", address + 1, shape), ("write_index", 3, [1])]
+def tensors(tokens: int, address: int = 100) -> list[tuple[str, int, list[int], int]]:
+    """In fp16."""
+    shape, size = [1, tokens, 8], tokens * 16
+    return [("x", address, shape, size), ("y", address + 1, shape, size), ("index", 3, [1], 8)]
 
 
 def test_replayed_work_has_a_context_that_nothing_else_touches(
@@ -157,6 +174,32 @@ def test_what_does_not_fit_is_said(recorded: Recorded, bundle: Path) -> None:
             executor(plan, tensors(2), STREAM, True)
     finally:
         Engine.broken = False
+
+
+@pytest.mark.parametrize(
+    ("property_", "value", "message"),
+    [
+        ("width", 9, r"x is \[1, 2, 9\] of 36 bytes, where the bundle's is \[1, 2, 8\] of 32"),
+        ("itemsize", 4, r"x is \[1, 2, 8\] of 64 bytes, where .* of 32; build it again"),
+        ("location", "host", "its x is no plain tensor on the GPU; build it again"),
+        ("layout", "chw4", "its x is no plain tensor on the GPU; build it again"),
+    ],
+)
+def test_a_plan_whose_tensors_are_not_the_bundles_is_not_run(
+    recorded: Recorded,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    property_: str,
+    value: object,
+    message: str,
+) -> None:
+    """It would read and write beyond the memory that the core gives it."""
+    monkeypatch.setattr(Engine, property_, value)
+    executor = PlanExecutor("tensorrt-rtx", bundle)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            executor(bundle / "a.plan", tensors(2), STREAM, True)
+    assert [context.enqueued for context in recorded.engines[0].contexts] == [0, 0]
 
 
 def test_a_plan_that_cannot_be_loaded(recorded: Recorded, bundle: Path) -> None:
@@ -203,3 +246,5 @@ def test_the_installed_package_has_every_name_that_is_used() -> None:
         assert used <= set(dir(owner))
     assert hasattr(trt.Runtime, "deserialize_cuda_engine")
     assert hasattr(trt.TensorIOMode, "INPUT") and hasattr(trt.Logger, "ERROR")
+    assert hasattr(trt.TensorLocation, "DEVICE") and hasattr(trt.TensorFormat, "LINEAR")
+    assert trt.DataType.BF16.itemsize == 2

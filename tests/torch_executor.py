@@ -31,7 +31,7 @@ class TorchExecutor:
     def __call__(self, plan: Path, tensors: list[Bound], stream: int, replayed: bool) -> None:
         self.calls[replayed] += 1
         with torch.no_grad(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-            self.graphs[plan].run({name: (address, shape) for name, address, shape in tensors})
+            self.graphs[plan].run({name: (address, shape) for name, address, shape, _ in tensors})
 
 
 class _Memory:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
-# name, address, shape
-Tensor = tuple[str, int, list[int]]
+# name, address, shape, bytes of all elements
+Tensor = tuple[str, int, list[int], int]
 # puts a plan on a stream: (plan, tensors, stream, whether that is replayed later) -> None
 Executor = Callable[[Path, list[Tensor], int, bool], None]
 

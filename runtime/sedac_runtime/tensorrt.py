@@ -7,6 +7,7 @@ Nobody has executed this module on a GPU yet; `ci/validate_engines.sh` is what d
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,13 @@ class PlanExecutor:
     def __call__(self, plan: Path, tensors: list[Tensor], stream: int, replayed: bool) -> None:
         """Put `plan` on `stream`. Raises RuntimeError with what is wrong."""
         # work that is replayed goes on using its context, which nothing may change then
-        key = (plan, *((name, address, tuple(shape)) for name, address, shape in tensors))
+        key = (plan, *((name, address, tuple(shape)) for name, address, shape, _ in tensors))
         known = self._contexts.get(key if replayed else plan)
         context = known or self._engine(plan).create_execution_context()
-        self._contexts[key if replayed else plan] = context
         if known is None or not replayed:
             self._bind(context, tensors, stream)
+        # not before: what could not be bound must not be run the next time
+        self._contexts[key if replayed else plan] = context
         if not context.execute_async_v3(stream):
             raise RuntimeError("TensorRT did not put it on the stream")
 
@@ -89,12 +91,28 @@ class PlanExecutor:
         shapes = {name: given[name][2] for name in inputs}
         if not context.set_optimization_profile_async(_profile(engine, shapes), stream):
             raise RuntimeError("its profile cannot be set")
+        for name in inputs:
+            if not context.set_input_shape(name, shapes[name]):
+                raise RuntimeError(f"it does not take {name} of shape {shapes[name]}")
         for name in names:
-            _, address, shape = given[name]
-            if not context.set_tensor_address(name, address):
+            self._check_memory(context, given[name])
+            if not context.set_tensor_address(name, given[name][1]):
                 raise RuntimeError(f"it does not take the memory of {name}")
-            if name in inputs and not context.set_input_shape(name, shape):
-                raise RuntimeError(f"it does not take {name} of shape {shape}")
+
+    def _check_memory(self, context: Any, tensor: Tensor) -> None:
+        """Compare `tensor` with the plan's own, which TensorRT would read or write in its place."""
+        engine, (name, _, shape, size) = context.engine, tensor
+        remedy = "build it again with sedac-export engines"
+        on_device = engine.get_tensor_location(name) == self._tensorrt.TensorLocation.DEVICE
+        if not on_device or engine.get_tensor_format(name) != self._tensorrt.TensorFormat.LINEAR:
+            raise RuntimeError(f"its {name} is no plain tensor on the GPU; {remedy}")
+        own = list(context.get_tensor_shape(name))
+        needed = math.prod(own) * engine.get_tensor_dtype(name).itemsize
+        if (own, needed) != (shape, size):
+            raise RuntimeError(
+                f"its {name} is {own} of {needed} bytes, where the bundle's is {shape} of {size};"
+                f" {remedy}"
+            )
 
 
 def _profile(engine: Any, shapes: dict[str, list[int]]) -> int:

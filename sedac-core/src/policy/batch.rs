@@ -77,6 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "rayon's threads outlive the test")]
     fn tokens_exit_as_one_by_one() {
         let layers = 7;
         let stability: Vec<f32> = (0..layers * 1000)
@@ -100,6 +101,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "rayon's threads outlive the test")]
     fn the_first_risk_below_its_threshold_counts() {
         let thresholds = Thresholds::new(&ByDepth::from([(2, 0.5), (4, 0.3)]));
         let risks = [0.4, 0.0, 0.5, 0.2, 0.6, 0.3, f32::NAN, f32::NAN];
@@ -111,6 +113,7 @@ mod tests {
     /// Decisions read thresholds while others move them: every token is decided by values that a
     /// threshold had.
     #[test]
+    #[cfg_attr(miri, ignore = "rayon's threads outlive the test")]
     fn moving_thresholds_race_decisions() {
         let thresholds = Thresholds::new(&ByDepth::from([(2, 0.0)]));
         let risks = vec![0.5; 4096];

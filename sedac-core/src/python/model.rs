@@ -56,8 +56,8 @@ impl Model {
     /// threads check the files. verify "always" hashes all of them, "changed" those that changed
     /// since they were last found whole. memory_limit, in bytes, is what the loaded bundle may
     /// take, None for what is free. `plans` runs TensorRT plans instead: (target, executor,
-    /// rehearsal). executor puts one of them on a stream: (plan, [(tensor, address, shape)], stream,
-    /// replayed) -> None. In a rehearsal addresses are the host's, and it computes at once.
+    /// rehearsal). executor puts one of them on a stream: (plan, [(tensor, address, shape, bytes)],
+    /// stream, replayed) -> None. In a rehearsal addresses are the host's, and it computes at once.
     #[new]
     #[pyo3(signature = (
         directory, library, threads, plans = None, *, verify = "always", memory_limit = None

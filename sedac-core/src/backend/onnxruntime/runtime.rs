@@ -4,7 +4,6 @@ use std::path::Path;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use ort::AsPointer;
 use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::ep::CPU;
 use ort::logging::LogLevel;
@@ -14,6 +13,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::{
     DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value, ValueTypeMarker,
 };
+use ort::{AsPointer, LoadDynamicError};
 
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
@@ -45,7 +45,14 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
         path: library.to_owned(),
         reason,
     };
-    let builder = ort::init_from(library).map_err(|error| failed(error.to_string()))?;
+    let builder = ort::init_from(library).map_err(|error| {
+        failed(match error {
+            LoadDynamicError::BadVersion { version_str, .. } => {
+                format!("it is version {version_str}")
+            }
+            error => error.to_string(),
+        })
+    })?;
     let build = || {
         let pool = GlobalThreadPoolOptions::default()
             .with_intra_threads(threads)?
@@ -149,8 +156,12 @@ pub(super) fn run(
     binding: &IoBinding,
     what: impl Fn() -> String,
 ) -> Result<()> {
-    // SAFETY: both pointers are live, the binding was made for this session, and the exclusive
-    // borrow keeps others from running it. A status goes to `result_from_status` once.
+    // SAFETY: both pointers are live, and the call keeps neither. `binding` shares the ownership of
+    // all values bound in it, so that these live too; ONNX Runtime compares their names, types and
+    // shapes with the session's in every run and fails when the binding is another session's. It
+    // reads and writes them until it returns: slices of them (`read`, `write`) are borrowed from
+    // tensors that belong to the same structures as `session` and `binding`, and none is kept over
+    // a run but those of tensors bound elsewhere. The status goes to `result_from_status` once.
     let result = unsafe {
         let run = ort::api().RunWithBinding;
         ort::Error::result_from_status(run(session.ptr_mut(), ptr::null(), binding.ptr()))

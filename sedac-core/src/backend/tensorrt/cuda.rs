@@ -23,8 +23,9 @@ pub struct Cuda {
 /// A captured graph.
 pub struct Captured(CudaGraph);
 
-// SAFETY: CUDA's graph objects may be used from any thread, by one at a time; the device owns its
-// graphs' only handles and launches them through `&mut self`.
+// SAFETY: CUDA's graph objects may be used from any thread, by one at a time. A `Captured` owns the
+// only handles of its graph, has no `Sync` and is no `Clone`, so that launching and destroying it
+// never happen at once.
 unsafe impl Send for Captured {}
 
 impl Cuda {
@@ -33,7 +34,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] without a driver or a GPU.
     pub fn new() -> Result<Self> {
-        // SAFETY: only looks for the driver's library and loads it
+        // SAFETY: loads the driver's library, whose initialisers are NVIDIA's, and nothing more
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::Device {
                 what: "the NVIDIA driver".into(),
@@ -41,18 +42,14 @@ impl Cuda {
             });
         }
         let context = CudaContext::new(0).map_err(failed("the first GPU"))?;
-        // SAFETY: all memory is used on the one stream, whose order is all that is needed; events
-        // would be recorded into captured graphs
+        // SAFETY: `Cuda` hands out none of its allocations, and uses them on the one stream it makes,
+        // whose order is all that is needed; events would be recorded into captured graphs
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed("a stream"))?;
         Ok(Self {
             stream,
             memory: Vec::new(),
         })
-    }
-
-    fn handle(&self) -> u64 {
-        self.stream.cu_stream() as u64
     }
 
     fn bind(&self) -> Result<()> {
@@ -67,8 +64,11 @@ impl Cuda {
         slice.device_ptr(&self.stream).0 + offset as u64
     }
 
-    fn wait(&self) -> Result<()> {
-        self.stream.synchronize().map_err(failed("engines"))
+    /// Wait for the stream, also where `put` failed half-way: the host's memory that it was given
+    /// goes back to its owner afterwards. The first error counts.
+    fn wait_after(&self, put: Result<()>) -> Result<()> {
+        let waited = self.stream.synchronize().map_err(failed("engines"));
+        put.and(waited)
     }
 }
 
@@ -82,53 +82,56 @@ impl Device for Cuda {
             .map_err(failed(format!("{bytes} bytes of GPU memory")))?;
         let address = slice.device_ptr(&self.stream).0;
         self.memory.push(slice);
-        let index = self.memory.len() - 1;
-        Ok(Buffer { index, address })
+        Ok(Buffer {
+            index: self.memory.len() - 1,
+            address,
+            bytes,
+        })
     }
 
     fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
         let place = self.place(buffer, offset, bytes.len());
         self.bind()?;
         // SAFETY: the range is inside a live allocation, and `bytes` outlives the copy, which the
-        // next line waits for.
-        unsafe { result::memcpy_htod_async(place, bytes, self.stream.cu_stream()) }
-            .map_err(failed("a copy to the GPU"))?;
-        self.wait()
+        // next line waits for whatever the driver says here.
+        let copied = unsafe { result::memcpy_htod_async(place, bytes, self.stream.cu_stream()) };
+        self.wait_after(copied.map_err(failed("a copy to the GPU")))
     }
 
     fn read(&mut self, buffer: Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
         let place = self.place(buffer, offset, bytes.len());
         self.bind()?;
-        // SAFETY: the range is inside a live allocation, and `bytes` outlives the copy, which the
-        // next line waits for.
-        unsafe { result::memcpy_dtoh_async(bytes, place, self.stream.cu_stream()) }
-            .map_err(failed("a copy from the GPU"))?;
-        self.wait()
+        // SAFETY: the range is inside a live allocation, and `bytes` is borrowed until the copy has
+        // ended, which the next line waits for whatever the driver says here.
+        let copied = unsafe { result::memcpy_dtoh_async(bytes, place, self.stream.cu_stream()) };
+        self.wait_after(copied.map_err(failed("a copy from the GPU")))
     }
 
     fn copy(&mut self, from: (Buffer, usize), to: (Buffer, usize), bytes: usize) -> Result<()> {
         let from = self.place(from.0, from.1, bytes);
         let to = self.place(to.0, to.1, bytes);
         self.bind()?;
-        // SAFETY: both ranges are inside live allocations.
+        // SAFETY: both ranges are inside allocations that live until `drop` has waited for the
+        // stream.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
             .map_err(failed("a copy on the GPU"))
     }
 
     fn run(&mut self, work: &Work) -> Result<()> {
         self.bind()?;
-        work(self.handle())
+        // SAFETY: the stream is the device's own and lives as long as it. So do the tensors, which
+        // are in `self.memory`: `drop` waits for the stream before it goes, and a captured graph is
+        // launched by `self` alone.
+        unsafe { work.enqueue(self.stream.cu_stream() as u64) }
     }
 
     fn capture(&mut self, work: Work) -> Result<Captured> {
-        for _ in 0..WARM_UPS {
-            self.run(&work)?;
-        }
-        self.wait()?;
+        let warm = (0..WARM_UPS).try_for_each(|_| self.run(&work));
+        self.wait_after(warm)?;
         self.stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
             .map_err(failed("a capture"))?;
-        let done = work(self.handle());
+        let done = self.run(&work);
         // a capture is ended whatever became of the work
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
         done?;

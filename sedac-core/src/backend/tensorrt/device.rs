@@ -1,6 +1,7 @@
 //! What the backend needs of a device: memory, and work that is done in order on one stream.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::Result;
 
@@ -13,28 +14,70 @@ pub struct Bound {
     pub address: u64,
     /// Its shape.
     pub shape: Vec<usize>,
+    /// Bytes of all its elements.
+    pub bytes: usize,
 }
 
 /// Puts the work of plans on a stream. What it puts there is mostly captured once and replayed, so
 /// it is no part of the decode loop.
-pub trait Executor: Send + Sync {
+///
+/// # Safety
+/// What is put on the stream reads and writes no memory of the core's but the tensors', each from
+/// its address on and no further than its `bytes`: a plan whose own tensors take more, or have other
+/// shapes, is an error.
+pub unsafe trait Executor: Send + Sync {
     /// Put `plan` on `stream` over `tensors`, of which it takes those it knows. Where it is
     /// `replayed`, what the stream was given is done again later, so that whatever it uses must be
     /// kept for the same plan and tensors.
     ///
     /// # Errors
     /// What TensorRT reports.
-    fn enqueue(&self, plan: &Path, tensors: &[Bound], stream: u64, replayed: bool) -> Result<()>;
+    ///
+    /// # Safety
+    /// `stream` is a live stream, and each tensor has its `bytes` of memory there which live, and
+    /// which nothing else uses, until the stream has done the work, the last replay included.
+    unsafe fn enqueue(
+        &self,
+        plan: &Path,
+        tensors: &[Bound],
+        stream: u64,
+        replayed: bool,
+    ) -> Result<()>;
 }
 
-/// Work that is put on the stream given.
-pub type Work = Box<dyn Fn(u64) -> Result<()> + Send>;
+/// A plan over tensors in buffers of one device, which alone is given it.
+pub struct Work {
+    pub(super) executor: Arc<dyn Executor>,
+    pub(super) plan: PathBuf,
+    pub(super) tensors: Vec<Bound>,
+    pub(super) replayed: bool,
+}
+
+impl Work {
+    /// Put it on `stream`.
+    ///
+    /// # Errors
+    /// What the executor reports.
+    ///
+    /// # Safety
+    /// `stream` is a live stream of the device whose buffers the tensors are in. These live until
+    /// the stream has done the work, the last replay included, and are used in its order only.
+    pub unsafe fn enqueue(&self, stream: u64) -> Result<()> {
+        // SAFETY: what the executor asks for is what the caller promises; `bound` has made sure
+        // that each tensor ends inside of its buffer.
+        unsafe {
+            self.executor
+                .enqueue(&self.plan, &self.tensors, stream, self.replayed)
+        }
+    }
+}
 
 /// Memory of a device, which keeps it until its own end.
 #[derive(Debug, Clone, Copy)]
 pub struct Buffer {
     pub(super) index: usize,
     pub(super) address: u64,
+    pub(super) bytes: usize,
 }
 
 /// Check that `bytes` bytes from `offset` on are inside a buffer of `size`.

@@ -6,13 +6,13 @@
 use std::cell::UnsafeCell;
 
 use super::device::{Buffer, Device, Work, check_inside};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Ordinary memory. Work is done when it is put on the stream, whose number is 0.
 #[derive(Default)]
 pub struct Host {
     /// In words, so that tensors of all element types are aligned, and the bytes asked for.
-    memory: Vec<(Box<[UnsafeCell<u64>]>, usize)>,
+    memory: Vec<(Vec<UnsafeCell<u64>>, usize)>,
 }
 
 impl Host {
@@ -30,12 +30,20 @@ impl Device for Host {
     type Captured = Work;
 
     fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
-        let words = bytes.div_ceil(size_of::<u64>()).max(1);
-        let words: Box<[_]> = (0..words).map(|_| UnsafeCell::new(0)).collect();
-        let address = words.as_ptr() as u64;
+        let count = bytes.div_ceil(size_of::<u64>()).max(1);
+        let mut words = Vec::new();
+        words.try_reserve_exact(count).map_err(|_| Error::Device {
+            what: format!("{bytes} bytes of memory"),
+            reason: "this host has not so much".into(),
+        })?;
+        words.resize_with(count, || UnsafeCell::new(0));
+        let address = words.as_ptr().expose_provenance() as u64;
         self.memory.push((words, bytes));
-        let index = self.memory.len() - 1;
-        Ok(Buffer { index, address })
+        Ok(Buffer {
+            index: self.memory.len() - 1,
+            address,
+            bytes,
+        })
     }
 
     fn write(&mut self, buffer: Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
@@ -61,15 +69,63 @@ impl Device for Host {
     }
 
     fn run(&mut self, work: &Work) -> Result<()> {
-        work(0)
+        // SAFETY: the host's one stream is number 0. The tensors are in `self.memory`, and work is
+        // done when the call returns, before anything else is asked of `self`.
+        unsafe { work.enqueue(0) }
     }
 
     fn capture(&mut self, work: Work) -> Result<Work> {
-        work(0)?;
+        self.run(&work)?;
         Ok(work)
     }
 
     fn launch(&mut self, captured: &Work) -> Result<()> {
-        captured(0)
+        self.run(captured)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
+
+    use super::super::device::{Bound, Executor};
+    use super::super::memory::bound;
+    use super::*;
+
+    /// Adds 1 to every byte of the one tensor.
+    struct Increment;
+
+    // SAFETY: it writes the tensor's `bytes` bytes.
+    unsafe impl Executor for Increment {
+        unsafe fn enqueue(&self, _: &Path, tensors: &[Bound], stream: u64, _: bool) -> Result<()> {
+            assert_eq!(stream, 0);
+            let place = std::ptr::with_exposed_provenance_mut::<u8>(tensors[0].address as usize);
+            for index in 0..tensors[0].bytes {
+                // SAFETY: the caller gives the tensor so many bytes, which nothing else uses now.
+                unsafe { *place.add(index) += 1 };
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn work_sees_what_was_written_and_leaves_what_is_read() {
+        let mut host = Host::default();
+        let (first, second) = (host.allocate(5).unwrap(), host.allocate(5).unwrap());
+        let work = Work {
+            executor: Arc::new(Increment),
+            plan: PathBuf::new(),
+            tensors: vec![bound("x", first, &[3], 1)],
+            replayed: true,
+        };
+        host.write(first, 1, &[10, 20, 30, 40]).unwrap();
+        let captured = host.capture(work).unwrap();
+        host.launch(&captured).unwrap();
+        host.copy((first, 0), (first, 1), 4).unwrap();
+        host.copy((first, 0), (second, 0), 5).unwrap();
+        let mut read = [0; 5];
+        host.read(second, 0, &mut read).unwrap();
+        assert_eq!(read, [2, 2, 12, 22, 30]);
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::device::{Bound, Buffer, Device};
+use super::device::{Bound, Buffer, Device, check_inside};
 use crate::bundle::Manifest;
 use crate::error::Result;
 use crate::plans::{PortableContext, Precision};
@@ -26,6 +26,21 @@ impl Sizes {
     /// Bytes of one position's residual stream.
     pub(super) fn row(&self) -> usize {
         self.hidden * self.precision.bytes()
+    }
+
+    /// Memory for the residual stream of so many positions.
+    pub(super) fn rows(&self, device: &mut impl Device, positions: usize) -> Result<Buffer> {
+        allocate(device, &[positions, self.hidden], self.precision.bytes())
+    }
+
+    /// The residual stream of `tokens` tokens at the start of `buffer`.
+    pub(super) fn bound(&self, name: &str, buffer: Buffer, tokens: usize) -> Bound {
+        bound(
+            name,
+            buffer,
+            &[1, tokens, self.hidden],
+            self.precision.bytes(),
+        )
     }
 }
 
@@ -82,12 +97,37 @@ pub(super) fn encode_i64(values: impl IntoIterator<Item = i64>) -> Vec<u8> {
     values.into_iter().flat_map(i64::to_le_bytes).collect()
 }
 
-/// The tensor `name` of `shape` in `buffer`.
-pub(super) fn bound(name: impl Into<String>, buffer: Buffer, shape: &[usize]) -> Bound {
+/// Bytes of a tensor of `shape` with elements of `element` bytes, or more than there can be.
+fn size(shape: &[usize], element: usize) -> usize {
+    shape.iter().copied().fold(element, usize::saturating_mul)
+}
+
+/// Memory for a tensor of `shape` with elements of `element` bytes.
+pub(super) fn allocate(
+    device: &mut impl Device,
+    shape: &[usize],
+    element: usize,
+) -> Result<Buffer> {
+    device.allocate(size(shape, element))
+}
+
+/// The tensor `name` of `shape`, with elements of `element` bytes, at the start of `buffer`.
+///
+/// # Panics
+/// When the buffer is smaller: an engine would write beyond it.
+pub(super) fn bound(
+    name: impl Into<String>,
+    buffer: Buffer,
+    shape: &[usize],
+    element: usize,
+) -> Bound {
+    let bytes = size(shape, element);
+    check_inside(buffer.bytes, 0, bytes);
     Bound {
         name: name.into(),
         address: buffer.address,
         shape: shape.to_vec(),
+        bytes,
     }
 }
 
@@ -109,23 +149,22 @@ impl Frame {
         sizes: Sizes,
     ) -> Result<Self> {
         let most = sizes.most_tokens;
-        let mut ids = || device.allocate(most * size_of::<i64>());
+        let mut ids = || allocate(device, &[1, most], size_of::<i64>());
         let (input_ids, position_ids) = (ids()?, ids()?);
         let contexts = contexts
             .iter()
             .map(|(name, context)| {
-                let numbers: usize = context.shape_for(most).iter().product();
-                let buffer = device.allocate(numbers * context.dtype.bytes())?;
+                let buffer = allocate(device, &context.shape_for(most), context.dtype.bytes())?;
                 Ok((name.clone(), context.clone(), buffer))
             })
             .collect::<Result<_>>()?;
-        let mut hidden = || device.allocate(most * sizes.row());
+        let mut hidden = || sizes.rows(device, most);
         Ok(Self {
             hidden: [hidden()?, hidden()?],
             input_ids,
             position_ids,
             contexts,
-            write_index: device.allocate(size_of::<i64>())?,
+            write_index: allocate(device, &[1], size_of::<i64>())?,
         })
     }
 
@@ -147,9 +186,14 @@ impl Frame {
     /// The embed engine's tensors.
     pub(super) fn embed(&self, tokens: usize, sizes: Sizes) -> Vec<Bound> {
         let mut tensors = vec![
-            bound("input_ids", self.input_ids, &[1, tokens]),
-            bound("position_ids", self.position_ids, &[1, tokens]),
-            bound("x", self.hidden[0], &[1, tokens, sizes.hidden]),
+            bound("input_ids", self.input_ids, &[1, tokens], size_of::<i64>()),
+            bound(
+                "position_ids",
+                self.position_ids,
+                &[1, tokens],
+                size_of::<i64>(),
+            ),
+            sizes.bound("x", self.hidden[0], tokens),
         ];
         tensors.extend(self.contexts(tokens));
         tensors
@@ -157,38 +201,52 @@ impl Frame {
 
     /// What layers and kv engines take of this frame beside the residual stream.
     pub(super) fn shared(&self, tokens: usize) -> Vec<Bound> {
-        let mut tensors = vec![bound("write_index", self.write_index, &[1])];
+        let mut tensors = vec![bound(
+            "write_index",
+            self.write_index,
+            &[1],
+            size_of::<i64>(),
+        )];
         tensors.extend(self.contexts(tokens));
         tensors
     }
 
     fn contexts(&self, tokens: usize) -> impl Iterator<Item = Bound> {
-        self.contexts
-            .iter()
-            .map(move |(name, context, buffer)| bound(name, *buffer, &context.shape_for(tokens)))
+        self.contexts.iter().map(move |(name, context, buffer)| {
+            let shape = context.shape_for(tokens);
+            bound(name, *buffer, &shape, context.dtype.bytes())
+        })
     }
 }
 
 /// Key and value cache of each layer, [1, heads, length, head size].
-pub(super) struct Caches(Vec<([usize; 4], [Buffer; 2])>);
+pub(super) struct Caches {
+    layers: Vec<([usize; 4], [Buffer; 2])>,
+    precision: Precision,
+}
 
 impl Caches {
     pub(super) fn new(device: &mut impl Device, manifest: &Manifest, sizes: Sizes) -> Result<Self> {
         let caches = manifest.key_value_heads.iter().map(|kv| {
             let shape = [1, kv.heads, sizes.length, kv.head_size];
-            let bytes = shape.iter().product::<usize>() * sizes.precision.bytes();
-            Ok((shape, [device.allocate(bytes)?, device.allocate(bytes)?]))
+            let mut cache = || allocate(device, &shape, sizes.precision.bytes());
+            Ok((shape, [cache()?, cache()?]))
         });
-        Ok(Self(caches.collect::<Result<_>>()?))
+        Ok(Self {
+            layers: caches.collect::<Result<_>>()?,
+            precision: sizes.precision,
+        })
     }
 
     /// The caches of `layers` as an engine's inputs and outputs, in the same memory.
     pub(super) fn tensors(&self, layers: Range<usize>) -> Vec<Bound> {
         let mut tensors = Vec::new();
-        for (index, (shape, buffers)) in self.0[layers].iter().enumerate() {
+        let element = self.precision.bytes();
+        for (index, (shape, buffers)) in self.layers[layers].iter().enumerate() {
             for (kind, buffer) in ["key", "value"].into_iter().zip(buffers) {
                 for side in ["past", "present"] {
-                    tensors.push(bound(format!("{side}_{kind}_{index}"), *buffer, shape));
+                    let name = format!("{side}_{kind}_{index}");
+                    tensors.push(bound(name, *buffer, shape, element));
                 }
             }
         }
@@ -207,7 +265,11 @@ impl Masks {
         sizes: Sizes,
     ) -> Result<Self> {
         let masks = windows.into_iter().map(|(name, &window)| {
-            let buffer = device.allocate(sizes.most_tokens * sizes.length)?;
+            let buffer = allocate(
+                device,
+                &[sizes.most_tokens, sizes.length],
+                size_of::<bool>(),
+            )?;
             Ok((name.clone(), window, buffer))
         });
         Ok(Self(masks.collect::<Result<_>>()?))
@@ -238,7 +300,7 @@ impl Masks {
         let shape = [1, 1, tokens, sizes.length];
         self.0
             .iter()
-            .map(move |(name, _, buffer)| bound(name, *buffer, &shape))
+            .map(move |(name, _, buffer)| bound(name, *buffer, &shape, size_of::<bool>()))
     }
 }
 
@@ -286,5 +348,22 @@ mod tests {
         let mut device = Host::default();
         let buffer = device.allocate(10).unwrap();
         let _ = device.write(buffer, 8, &[0; 4]);
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes 0 to Some(24) of a buffer of 16")]
+    fn no_engine_is_given_more_than_a_buffer() {
+        let mut device = Host::default();
+        let buffer = SIZES.rows(&mut device, SIZES.most_tokens).unwrap();
+        assert_eq!(SIZES.bound("x", buffer, 2).bytes, 16);
+        SIZES.bound("x", buffer, 3);
+    }
+
+    #[test]
+    fn sizes_that_no_memory_has_are_an_error() {
+        let mut device = Host::default();
+        for shape in [[usize::MAX, 2], [1 << 32, 1 << 32], [1 << 31, 1 << 31]] {
+            assert!(allocate(&mut device, &shape, 4).is_err(), "{shape:?}");
+        }
     }
 }

@@ -20,7 +20,7 @@ pub use cuda::Cuda;
 pub use device::{Bound, Buffer, Device, Executor, Work};
 pub use host::Host;
 
-use self::memory::{Caches, Frame, Masks, Sizes, bound, decode_f32};
+use self::memory::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
 use super::{Engines, MOST_TOKENS};
 use crate::bundle::{Bundle, Gate};
@@ -45,6 +45,7 @@ enum Plan {
 
 /// A bundle's plans of one target and the caches of one sequence.
 pub struct TensorRt<D: Device> {
+    /// First, for it goes first: it waits for work that uses what is below.
     device: D,
     executor: Arc<dyn Executor>,
     gate: Arc<Gate>,
@@ -102,18 +103,18 @@ impl<D: Device> TensorRt<D> {
         };
         let contexts = &portable.contexts;
         let most_layers = portable.layers.iter().map(|entry| entry.num_layers).max();
-        let logits = MOST_CAPTURED * sizes.vocabulary * sizes.precision.bytes();
-        let rows = sizes.most_tokens * most_layers.unwrap_or(1);
+        let stabilities = [sizes.most_tokens, most_layers.unwrap_or(1)];
+        let logits = [MOST_CAPTURED, sizes.vocabulary];
         let mut engines = Self {
             pass: Frame::new(&mut device, contexts, sizes)?,
             filling: Frame::new(&mut device, contexts, sizes)?,
             filled: 0..0,
             caches: Caches::new(&mut device, manifest, sizes)?,
             masks: Masks::new(&mut device, &portable.masks, sizes)?,
-            stabilities: device.allocate(rows * size_of::<f32>())?,
-            kept: device.allocate(length * sizes.row())?,
-            head_input: device.allocate(MOST_CAPTURED * sizes.row())?,
-            head_output: device.allocate(logits)?,
+            stabilities: allocate(&mut device, &stabilities, size_of::<f32>())?,
+            kept: sizes.rows(&mut device, length)?,
+            head_input: sizes.rows(&mut device, MOST_CAPTURED)?,
+            head_output: allocate(&mut device, &logits, sizes.precision.bytes())?,
             gate: bundle.gate.clone(),
             layers: portable.layers.clone(),
             plans,
@@ -144,23 +145,24 @@ impl<D: Device> TensorRt<D> {
 
     fn launch(&mut self, plan: Plan, tokens: usize) -> Result<()> {
         if tokens > MOST_CAPTURED {
-            let work = self.work(plan, tokens);
+            let work = self.work(plan, tokens)?;
             return self.device.run(&work);
         }
         if let Some(captured) = self.captured.get(&(plan, tokens)) {
             return self.device.launch(captured);
         }
-        let captured = self.device.capture(self.work(plan, tokens))?;
+        let captured = self.device.capture(self.work(plan, tokens)?)?;
         self.captured.insert((plan, tokens), captured);
         Ok(())
     }
 
-    fn work(&self, plan: Plan, tokens: usize) -> Work {
-        let executor = self.executor.clone();
-        let (gate, file) = (self.gate.clone(), self.path(plan).to_owned());
-        let tensors = self.tensors(plan, tokens);
-        let replayed = tokens <= MOST_CAPTURED;
-        Box::new(move |stream| executor.enqueue(&gate.path(&file)?, &tensors, stream, replayed))
+    fn work(&self, plan: Plan, tokens: usize) -> Result<Work> {
+        Ok(Work {
+            executor: self.executor.clone(),
+            plan: self.gate.path(self.path(plan))?,
+            tensors: self.tensors(plan, tokens),
+            replayed: tokens <= MOST_CAPTURED,
+        })
     }
 
     fn path(&self, plan: Plan) -> &Path {
@@ -174,7 +176,6 @@ impl<D: Device> TensorRt<D> {
 
     fn tensors(&self, plan: Plan, tokens: usize) -> Vec<Bound> {
         let sizes = self.sizes;
-        let rows = [1, tokens, sizes.hidden];
         match plan {
             Plan::Embed => self.pass.embed(tokens, sizes),
             Plan::EmbedFilling => self.filling.embed(tokens, sizes),
@@ -183,23 +184,25 @@ impl<D: Device> TensorRt<D> {
                 let stability = [1, tokens, layers.len()];
                 let mut tensors = self.pass.shared(tokens);
                 tensors.extend(self.masks.tensors(tokens, sizes));
-                tensors.push(bound("x", self.pass.hidden[engine % 2], &rows));
-                tensors.push(bound("y", self.pass.hidden[(engine + 1) % 2], &rows));
-                tensors.push(bound("stability", self.stabilities, &stability));
+                tensors.push(sizes.bound("x", self.pass.hidden[engine % 2], tokens));
+                tensors.push(sizes.bound("y", self.pass.hidden[(engine + 1) % 2], tokens));
+                let element = size_of::<f32>();
+                tensors.push(bound("stability", self.stabilities, &stability, element));
                 tensors.extend(self.caches.tensors(layers));
                 tensors
             }
             Plan::KeyValue(layer) => {
                 let mut tensors = self.filling.shared(tokens);
-                tensors.push(bound("x", self.filling.hidden[0], &rows));
+                tensors.push(sizes.bound("x", self.filling.hidden[0], tokens));
                 tensors.extend(self.caches.tensors(layer..layer + 1));
                 tensors
             }
             Plan::Head => {
                 let logits = [1, tokens, sizes.vocabulary];
+                let element = sizes.precision.bytes();
                 vec![
-                    bound("x", self.head_input, &rows),
-                    bound("logits", self.head_output, &logits),
+                    sizes.bound("x", self.head_input, tokens),
+                    bound("logits", self.head_output, &logits, element),
                 ]
             }
         }

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Runs the core's tests, then those of the binding, with AddressSanitizer, which ends them at the first
+# access to memory that is not the core's own. Arguments go to pytest in place of the tests below.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+target=x86_64-unknown-linux-gnu
+tests=(-m "not slow" tests/test_runtime.py tests/test_plans_backend.py tests/test_decisions.py)
+(($#)) && tests=("$@")
+[[ -x .venv/bin/pytest ]] || { echo "error: .venv/bin/pytest is missing, make install brings it" >&2; exit 2; }
+
+# sanitizers are no stable feature of the compiler; the pinned one has them all the same
+export RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/sanitize
+# Python and the libraries it loads keep memory until the process ends
+export ASAN_OPTIONS=detect_leaks=0
+cargo test --workspace --locked --target "$target"
+
+cargo build --package sedac-core --lib --features python --locked --target "$target"
+packages="$CARGO_TARGET_DIR/python"
+rm -rf "$packages"
+mkdir "$packages"
+cp -r runtime/sedac_runtime "$packages"
+cp "$CARGO_TARGET_DIR/$target/debug/libsedac_core.so" "$packages/sedac_runtime/_core.abi3.so"
+# the sanitizer's own library has to come first; Python is not linked with it
+LD_PRELOAD="$(cc -print-file-name=libasan.so)" PYTHONPATH="$packages" .venv/bin/pytest "${tests[@]}"

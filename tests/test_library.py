@@ -1,0 +1,25 @@
+"""The ONNX Runtime library that the core loads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+OLDER = """
+static const void *api(unsigned version) { return 0; }
+static const char *version(void) { return "1.29.0"; }
+static const struct { const void *(*api)(unsigned); const char *(*version)(void); } base =
+    {api, version};
+const void *OrtGetApiBase(void) { return &base; }
+"""
+LOAD = "import sys; from sedac_runtime import _core; _core.Model(sys.argv[1], sys.argv[2], 1)"
+
+
+def test_an_older_library_is_refused_with_the_remedy(demo_bundle: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libonnxruntime.so"
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
+    subprocess.run(compiler, input=OLDER, text=True, check=True)
+    # a process loads ONNX Runtime once, and this one may have
+    command = [sys.executable, "-c", LOAD, demo_bundle, library]
+    run = subprocess.run(command, capture_output=True, text=True)
+    wanted = f"cannot be loaded from {library}: it is version 1.29.0; install onnxruntime 1.30"
+    assert wanted in run.stderr.splitlines()[-1]
