@@ -123,7 +123,7 @@ class HeadEngine(nn.Module):
         self.skeleton, self.plan = skeleton, plan
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.zeros(x.shape[:2], dtype=torch.int64)
+        tokens = torch.full(x.shape[:2], 2)
         positions = torch.arange(x.shape[1])[None]
         with _replaced_layers(self.skeleton, _Recorder(self.plan.returns_tuple, x)):
             logits: Tensor = _run_model(self.model, tokens, positions).logits
@@ -224,7 +224,7 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
     with _replaced_layers(skeleton, recorder), torch.no_grad():
         # far positions too: a table may repeat its half near zero by accident
         positions = torch.tensor([[0, 1, 5, 7]]).repeat(batch, 1)
-        _run_model(skeleton.model, torch.zeros_like(positions), positions)
+        _run_model(skeleton.model, positions + 2, positions)
     tensors = recorder.distinct_tensors()
     plan = Plan(batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
     for index, layer in enumerate(layers):

@@ -20,6 +20,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
 from sedac_export.graphs import Progress, trace_graphs
 from sedac_export.skeleton import Skeleton
+from sedac_export.support import check_stops
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
 from sedac_export.validate import Validation, validate
 from sedac_export.writer import write_engines

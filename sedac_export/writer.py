@@ -31,7 +31,7 @@ class EngineWriter:
     def stamp(self, graph: Graph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
         sources = {
-            initializer: self.skeleton.sources[prefix + parameter.split(".", 1)[1]]
+            initializer: self.skeleton.sources.names[prefix + parameter.split(".", 1)[1]]
             for initializer, parameter in graph.weights.items()
         }
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
