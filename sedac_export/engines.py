@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedac_export.errors import SedacError
+from sedac_export.kernels import Heads
 from sedac_export.operators import HALF, AttentionRouter, group_query_attention, scatter
 from sedac_export.skeleton import Skeleton
 
@@ -70,14 +71,6 @@ class LayerCall:
         bound.arguments[next(iter(bound.arguments))] = x
         _set_cache(bound, cache)
         return bound
-
-
-@dataclass
-class Heads:
-    """Key-value heads of one layer and the numbers of each."""
-
-    count: int
-    size: int
 
 
 @dataclass
@@ -158,11 +151,6 @@ class LayerEngine(OfOneLayer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cache = _GroupQueryCache((past_key_0, past_value_0), (seqlens_k, total_sequence_length))
         y = run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
-        if cache.present is None:
-            raise SedacError(
-                f"{type(self.layer).__name__} never calls transformers' attention interface;"
-                " this model is not supported"
-            )
         return y, *cache.present, stability(x, y)
 
 
@@ -222,8 +210,9 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
     layers = list(skeleton.layers)
     recorder = _Recorder(returns_tuple=False)
     with _replaced_layers(skeleton, recorder), torch.no_grad():
-        # far positions too: a table may repeat its half near zero by accident
-        positions = torch.tensor([[0, 1, 5, 7]]).repeat(batch, 1)
+        # far from zero, near which a table may repeat its half by accident, and without gaps,
+        # which transformers takes for the start of another sequence
+        positions = torch.arange(5, 9).repeat(batch, 1)
         _run_model(skeleton.model, positions + 2, positions)
     tensors = recorder.distinct_tensors()
     plan = Plan(batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
@@ -248,12 +237,15 @@ class RecordingCache:
 
     key: Tensor
     value: Tensor
+    attended: Heads
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.key, self.value = key, value
         return key, value
 
-    def attend(self, query: Tensor, **_: Any) -> Tensor:
+    def attend(self, query: Tensor, window: int, softcap: float, **_: Any) -> Tensor:
+        _, count, _, size = self.key.shape
+        self.attended = Heads(count, size, query.shape[1], window > 0, softcap > 0)
         return query.transpose(1, 2)
 
     def heads(self, layer: nn.Module) -> Heads:
@@ -262,13 +254,19 @@ class RecordingCache:
                 f"{type(layer).__name__} never updates a key-value cache; only models whose every"
                 " layer attends are supported"
             )
-        return Heads(self.key.shape[1], self.key.shape[3])
+        if not hasattr(self, "attended"):
+            raise SedacError(
+                f"{type(layer).__name__} never calls transformers' attention interface; this model"
+                " is not supported"
+            )
+        return self.attended
 
 
 class _GroupQueryCache(RecordingCache):
+    present: tuple[Tensor, Tensor]
+
     def __init__(self, past: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) -> None:
         self.past, self.lengths = past, lengths
-        self.present: tuple[Tensor, Tensor] | None = None
 
     def attend(self, query: Tensor, **settings: Any) -> Tensor:
         output, *present = group_query_attention(

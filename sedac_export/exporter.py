@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
-from sedac_export.graphs import Progress, trace_graphs
+from sedac_export.graphs import Progress, check_attention, trace_graphs
 from sedac_export.skeleton import Skeleton
 from sedac_export.support import check_stops
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
@@ -26,7 +25,8 @@ from sedac_export.validate import Validation, validate
 from sedac_export.writer import write_engines
 
 DEFAULT_CACHE_LENGTH = 4096
-DEFAULT_TOLERANCE = 1e-4
+# engines that are further off than this compute something else
+MOST_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Request:
     layers_per_engine: int = 1
     max_cache_length: int | None = None
     exit_layers: list[int] | None = None
-    tolerance: float = DEFAULT_TOLERANCE
+    tolerance: float = bundle.DEFAULT_TOLERANCE
     force: bool = False
 
 
@@ -68,6 +68,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
     facts = _facts(request.model, skeleton, directory, tokenizer)
+    check_attention(skeleton, length)
     # the place to write is tried before the work, so that a bad one is reported at once
     with torch.no_grad(), staging_beside(request.output) as staging:
         graphs = trace_graphs(skeleton, progress)
@@ -76,6 +77,7 @@ def build(request: Request, progress: Progress = lambda *_: None) -> Built:
             max_cache_length=length,
             exit_layers=exits,
             tokenizer=tokenizer is not None,
+            tolerance=request.tolerance,
             **write_engines(
                 skeleton, graphs, staging, request.precision, request.layers_per_engine, progress
             ),
@@ -110,8 +112,8 @@ def find_model(name: str) -> Path:
 
 def _check_request(request: Request) -> None:
     output = request.output
-    if not 0 <= request.tolerance < math.inf:
-        raise SedacError(f"--atol {request.tolerance} is out of range: 0 or more, and finite")
+    if not 0 <= request.tolerance <= MOST_TOLERANCE:
+        raise SedacError(f"--atol {request.tolerance} is out of range: 0 to {MOST_TOLERANCE}")
     if output.exists() and not request.force:
         raise SedacError(f"{output} exists; choose another --output or replace it with --force")
     if output.exists() and not (output / bundle.MANIFEST).exists():
@@ -168,13 +170,15 @@ def _facts(
         stops = getattr(config, "eos_token_id", None)
     if stops is None and tokenizer is not None:
         stops = tokenizer.eos_token_id
+    stops = [] if stops is None else list(stops) if isinstance(stops, list | tuple) else [stops]
+    check_stops(stops, directory)
     return bundle.ModelFacts(
         name=directory.resolve().name if Path(name).is_dir() else name,
         type=config.model_type,
         hidden_size=config.hidden_size,
         num_layers=len(skeleton.layers),
         vocab_size=config.vocab_size,
-        eos_token_ids=[] if stops is None else [stops] if isinstance(stops, int) else list(stops),
+        eos_token_ids=stops,
     )
 
 

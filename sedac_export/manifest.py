@@ -12,6 +12,7 @@ from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
 from sedac_runtime.flavour import Target
 
 SCHEMA_VERSION = 1
+DEFAULT_TOLERANCE = 1e-4
 MANIFEST = "bundle.json"
 MANIFEST_DIGEST = "bundle.sha256"
 EXIT_CONFIG = "sedac_config.json"
@@ -108,6 +109,8 @@ class Manifest(_Strict):
     contexts: list[ContextTensor]
     engines: Engines
     tokenizer: bool
+    tolerance: float = DEFAULT_TOLERANCE
+    unread_tensors: list[str] = Field(default_factory=list)
     tool_versions: dict[str, str]
     portable: PortableGraphs | None = None
     plans: dict[Target, PlanSet] = Field(default_factory=dict)

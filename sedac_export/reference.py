@@ -2,12 +2,14 @@
 
 import contextlib
 import inspect
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -44,15 +46,16 @@ def run_reference(
 
 def _load(directory: Path, folder: str) -> PreTrainedModel:
     """The model of `directory` with its weights left on disk until they are used."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        device_map={"": "disk"},
-        offload_folder=folder,
-        output_loading_info=True,
-        use_safetensors=True,
-    )
+    with _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            device_map={"": "disk"},
+            offload_folder=folder,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[kind]:
             raise SedacError(
@@ -61,6 +64,24 @@ def _load(directory: Path, folder: str) -> PreTrainedModel:
             )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What loading has to say is in the loading information; the rest is about disks."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 class _Rounding(ModelHook):  # type: ignore[misc]

@@ -77,12 +77,14 @@ def write_engines(
         attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )
     heads = graphs.plan.heads
+    read = writer.store.places.keys()
     return {
         "precision": precision,
         "layers_per_engine": layers_per_engine,
         "key_value_heads": [bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in heads],
         "contexts": [_context(context) for context in graphs.plan.contexts if context.used],
         "engines": engines,
+        "unread_tensors": skeleton.sources.unread(skeleton.checkpoint, read),
         "tool_versions": _tool_versions(),
     }
 
