@@ -16,6 +16,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exit_commands import register_exit_commands, spread_data
 from sedac_export.progress import console, progress_bar
 from sedac_export.tensorrt import commands as tensorrt
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -52,9 +53,9 @@ def build(
         str, typer.Option(help="Depths at which tokens may exit: all, or such as 6,12,18.")
     ] = "all",
     atol: Annotated[
-        float | None,
-        typer.Option(help="Largest difference from the original. [default: 1e-4]"),
-    ] = None,
+        float,
+        typer.Option(help="Largest difference from the original that is allowed, to 1e-2."),
+    ] = DEFAULT_TOLERANCE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
     max_batch_size: tensorrt.MaxBatchSize = 1,
@@ -65,7 +66,7 @@ def build(
 ) -> None:
     """Split a model into engines, check them against the original, write a bundle."""
     silence_libraries()
-    from sedac_export.exporter import DEFAULT_TOLERANCE, Request
+    from sedac_export.exporter import Request
     from sedac_export.exporter import build as run
 
     request = Request(
@@ -75,7 +76,7 @@ def build(
         layers_per_engine=layers_per_engine,
         max_cache_length=max_cache_length,
         exit_layers=_depths(exit_layers),
-        tolerance=DEFAULT_TOLERANCE if atol is None else atol,
+        tolerance=atol,
         force=force,
     )
     options = tensorrt.build_options(
@@ -99,6 +100,9 @@ def build(
         f" {manifest.max_cache_length} positions (--max-cache-length)",
         highlight=False,
     )
+    note = tolerance_note(manifest.tolerance)
+    if note is not None:
+        console.print(f"warning: the bundle is {note}", highlight=False)
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:
@@ -129,9 +133,14 @@ def inspect(
         f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {facts['exit_config']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
-        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}",
+        f" {validation['end_to_end']['agreement']:.3f}; allowed {facts['tolerance']:.0e}",
         highlight=False,
     )
+    if facts["tolerance_note"] is not None:
+        out.print(f"warning: {facts['tolerance_note']}", highlight=False)
+    if facts["unread_tensors"]:
+        names = ", ".join(facts["unread_tensors"])
+        out.print(f"tensors of the checkpoint that no engine needs: {names}", highlight=False)
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}", highlight=False)
     table = Table("engine", "layers", "weights MB", "error", "cosine")

@@ -208,12 +208,11 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
     The weights may be stand-ins: only structure and positions are looked at.
     """
     layers = list(skeleton.layers)
-    recorder = _Recorder(returns_tuple=False)
-    with _replaced_layers(skeleton, recorder), torch.no_grad():
-        # far from zero, near which a table may repeat its half by accident, and without gaps,
-        # which transformers takes for the start of another sequence
-        positions = torch.arange(5, 9).repeat(batch, 1)
-        _run_model(skeleton.model, positions + 2, positions)
+    try:
+        recorder = _record(skeleton, batch, returns_tuple=False)
+    except (RuntimeError, IndexError, ValueError):
+        # the model took the first sequence for the first of a layer's results
+        recorder = _record(skeleton, batch, returns_tuple=True)
     tensors = recorder.distinct_tensors()
     plan = Plan(batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
     for index, layer in enumerate(layers):
@@ -230,6 +229,17 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
         plan.returns_tuple = isinstance(output, tuple)
         plan.heads.append(cache.heads(layer))
     return plan
+
+
+def _record(skeleton: Skeleton, batch: int, returns_tuple: bool) -> "_Recorder":
+    """How the model calls its layers, if those return a tuple or not."""
+    recorder = _Recorder(returns_tuple)
+    with _replaced_layers(skeleton, recorder), torch.no_grad():
+        # far from zero, near which a table may repeat its half by accident, and without gaps,
+        # which transformers takes for the start of another sequence
+        positions = torch.arange(5, 9).repeat(batch, 1)
+        _run_model(skeleton.model, positions + 2, positions)
+    return recorder
 
 
 class RecordingCache:

@@ -23,6 +23,7 @@ from sedac_export.support import check_stops
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
 from sedac_export.validate import Validation, validate
 from sedac_export.writer import write_engines
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE
 
 DEFAULT_CACHE_LENGTH = 4096
 # engines that are further off than this compute something else
@@ -39,7 +40,7 @@ class Request:
     layers_per_engine: int = 1
     max_cache_length: int | None = None
     exit_layers: list[int] | None = None
-    tolerance: float = bundle.DEFAULT_TOLERANCE
+    tolerance: float = DEFAULT_TOLERANCE
     force: bool = False
 
 

@@ -8,6 +8,7 @@ import onnx
 
 from sedac_export import manifest as bundle
 from sedac_export.exit_config import read_exit_config
+from sedac_runtime.tolerance import tolerance_note
 
 
 def inspect_bundle(directory: Path) -> dict[str, Any]:
@@ -44,9 +45,11 @@ def inspect_bundle(directory: Path) -> dict[str, Any]:
         "exit_config": read_exit_config(directory).model_dump(exclude_none=True),
         "engines": engines,
         "validation": {
-            "tolerance": validation["tolerance"],
             "end_to_end": validation["end_to_end"],
         },
+        "tolerance": manifest.tolerance,
+        "tolerance_note": tolerance_note(manifest.tolerance),
+        "unread_tensors": manifest.unread_tensors,
         "tool_versions": manifest.tool_versions,
     }
 

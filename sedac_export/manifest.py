@@ -10,9 +10,9 @@ from sedac_export.errors import SedacError
 from sedac_export.stamp import sha256
 from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
 from sedac_runtime.flavour import Target
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE
 
 SCHEMA_VERSION = 1
-DEFAULT_TOLERANCE = 1e-4
 MANIFEST = "bundle.json"
 MANIFEST_DIGEST = "bundle.sha256"
 EXIT_CONFIG = "sedac_config.json"

@@ -17,6 +17,7 @@ from sedac_export.manifest import Manifest, read_manifest
 from sedac_export.policies import make_policy
 from sedac_export.probes_file import median_risks
 from sedac_export.replay import Replay, Trace
+from sedac_runtime.tolerance import tolerance_note
 
 # the original SEDAC's grid
 TAUS = (0.99, 0.98, 0.97, 0.95, 0.90)
@@ -54,7 +55,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows, the bundle's own first, and of the own setting every token's depth and a text."""
+    """Rows, the bundle's own first, and of the own setting every token's depth and a text.
+
+    tolerance_note: what to say of how far the bundle's engines may be from the model.
+    """
 
     model: str
     num_layers: int
@@ -62,10 +66,12 @@ class Report:
     rows: list[Row]
     depths: npt.NDArray[np.int64]
     text: list[tuple[int, int]]
+    tolerance_note: str | None
 
     def to_json(self) -> str:
-        """{"rows": [...]}, the command's --json."""
-        return json.dumps({"rows": [asdict(row) for row in self.rows]})
+        """{"rows": [...], "tolerance_note": ...}, the command's --json."""
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"rows": rows, "tolerance_note": self.tolerance_note})
 
 
 def make_report(
@@ -100,7 +106,8 @@ def make_report(
         depths = trace.depths if number == 0 else depths
     progress("report", len(configs), len(configs))
     text = list(zip(windows[0].tokens[1:].tolist(), depths.tolist(), strict=False))
-    return Report(manifest.model.name, replay.num_layers, len(depths), rows, depths, text)
+    note = tolerance_note(manifest.tolerance)
+    return Report(manifest.model.name, replay.num_layers, len(depths), rows, depths, text, note)
 
 
 def grid(directory: Path, manifest: Manifest) -> list[ExitConfig]:

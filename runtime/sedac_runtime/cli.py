@@ -17,6 +17,7 @@ from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
 from sedac_runtime.model import GenerationStream
 from sedac_runtime.policy import PolicyName
+from sedac_runtime.tolerance import tolerance_note
 
 app = typer.Typer(
     help="Run SEDAC bundles: per-layer engines with early exit.",
@@ -161,6 +162,7 @@ def generate(
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
     model = SedacModel.from_pretrained(engines, threads=threads, backend=backend.value)
+    _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
     chosen = _method() if policy is None else policy.value
     generation = model.stream(
@@ -313,6 +315,12 @@ def _depths(text: str | None) -> list[int]:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _print_tolerance(model: SedacModel) -> None:
+    note = tolerance_note(model.tolerance)
+    if note is not None:
+        print(f"warning: {model.bundle} was {note}", file=sys.stderr)
 
 
 def _print_statistics(generation: GenerationStream) -> None:

@@ -102,6 +102,11 @@ impl Model {
     }
 
     #[getter]
+    fn tolerance(&self) -> f64 {
+        self.bundle.manifest.tolerance
+    }
+
+    #[getter]
     fn exit_layers(&self) -> Vec<usize> {
         self.bundle.manifest.exit_layers.clone()
     }
