@@ -253,9 +253,14 @@ class RecordingCache:
         self.key, self.value = key, value
         return key, value
 
-    def attend(self, query: Tensor, window: int, softcap: float, **_: Any) -> Tensor:
-        _, count, _, size = self.key.shape
-        self.attended = Heads(count, size, query.shape[1], window > 0, softcap > 0)
+    def attend(self, query: Tensor, **settings: Any) -> Tensor:
+        self.attended = Heads(
+            count=self.key.shape[1],
+            size=self.key.shape[3],
+            queries=query.shape[1],
+            windowed=settings["window"] > 0,
+            capped=settings["softcap"] > 0,
+        )
         return query.transpose(1, 2)
 
     def heads(self, layer: nn.Module) -> Heads:

@@ -127,8 +127,11 @@ def _tracing_errors(skeleton: Skeleton) -> Iterator[None]:
     except (SedacError, OSError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next(iter(str(cause).splitlines()), "")
         raise SedacError(
-            f"{skeleton.config.model_type} models are not supported: their layers cannot be traced"
-            f" ({type(error).__name__}: {reason})"
+            f"{skeleton.config.model_type} models are not supported: their layers cannot be taken"
+            f" apart ({type(cause).__name__}: {reason})"
         ) from error

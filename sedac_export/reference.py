@@ -30,9 +30,9 @@ def run_reference(
     """Logits of `input_ids` [1, tokens] by transformers' own loading, masks and eager attention.
 
     At most the newest `kept` positions' logits come back, [1, positions, vocabulary], where the
-    model can leave out the others. Of `skeleton` only the names are used: the model is what
-    from_pretrained gives. Weights are rounded to `precision` as they are in the bundle and computed with in fp32;
-    each module's are in memory only while it runs, and hidden states only until the next layer.
+    model can leave out the others. Of `skeleton` only names are used: the model is what
+    from_pretrained gives. Weights are rounded to `precision` as they are in the bundle and computed
+    with in fp32; each module's are in memory only while it runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = _load(skeleton.directory, folder)
@@ -47,7 +47,7 @@ def run_reference(
 def _load(directory: Path, folder: str) -> PreTrainedModel:
     """The model of `directory` with its weights left on disk until they are used."""
     with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore
             directory,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -56,14 +56,15 @@ def _load(directory: Path, folder: str) -> PreTrainedModel:
             output_loading_info=True,
             use_safetensors=True,
         )
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[kind]:
             raise SedacError(
                 f"{directory}: transformers reports {kind.replace('_', ' ')} while loading:"
                 f" {sorted(map(str, info[kind]))[0]}; is the download complete?"
             )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    original: PreTrainedModel = model.eval()
+    return original
 
 
 @contextlib.contextmanager
@@ -72,7 +73,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
     levels = [logger.level for logger in loggers]
     shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -81,7 +82,7 @@ def _quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class _Rounding(ModelHook):  # type: ignore[misc]

@@ -19,12 +19,7 @@ from transformers import (
 
 from sedac_export.checkpoint import Checkpoint
 from sedac_export.errors import SedacError
-from sedac_export.support import (
-    ROPE_THAT_CHANGES_WITH_LENGTH,
-    check_config,
-    check_modules,
-    check_no_code,
-)
+from sedac_export.support import check_config, check_modules, check_no_code
 from sedac_export.weights import Sources, find_sources, weights_of
 
 # what a layer is told of its own place; a layer that computes with it fails validation
@@ -80,12 +75,12 @@ class Skeleton:
     def max_positions(self) -> int | None:
         """The longest context that the positions are defined for, None when there is no bound.
 
-        Rotary tables that are recomputed from the running length are exported for the lengths up
-        to the one at which they start to change.
+        Rotary tables of two sets, for short texts and long ones, are exported for the lengths up
+        to the one at which they change.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
         rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ROPE_THAT_CHANGES_WITH_LENGTH:
+        if rope.get("rope_type") == "longrope":
             limit = rope.get("original_max_position_embeddings") or limit
         return limit
 
@@ -184,7 +179,8 @@ def stand_in_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Give every weight random numbers of its shape that take next to no memory."""
     saved = []
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in tensors:
             for name, weight in list(own.items()):
                 if weight is not None and name not in module._non_persistent_buffers_set:
                     saved.append((own, name, weight))

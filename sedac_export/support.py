@@ -11,8 +11,6 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sedac_export.errors import SedacError
 
-ROPE_THAT_CHANGES_WITH_LENGTH = ("dynamic", "longrope")
-
 _EXPERTS = re.compile("expert|moe(?![a-z])", re.IGNORECASE)
 _BOUNDARY = re.compile("window|chunk|original_max_position")
 
@@ -44,9 +42,15 @@ def check_config(config: PretrainedConfig, directory: Path) -> None:
     """Raise SedacError when the text model's `config` declares what engines cannot express."""
     refuse = _Refusal(directory, config)
     rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        raise refuse(
+            "its rotary tables change with every length (rope_type dynamic)",
+            "set rope_type to default in config.json, which is the same up to"
+            f" {rope['original_max_position_embeddings']} positions",
+        )
     for layer_type, parameters in rope.items():
         kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
-        if kind in ROPE_THAT_CHANGES_WITH_LENGTH:
+        if kind in ("dynamic", "longrope"):
             raise refuse(
                 f"the rotary tables of its {layer_type} layers change with the length"
                 f" (rope_parameters: {kind})",

@@ -82,7 +82,7 @@ def validate(
     The text crosses every length at which the model's attention or rotary tables change, as far as
     the bundle has room.
     """
-    chunks = _chunks(manifest.max_cache_length, boundaries(skeleton.config))
+    chunks = text_chunks(manifest.max_cache_length, boundaries(skeleton.config))
     generator = torch.Generator().manual_seed(0)
     shape = (1, chunks[-1].stop)
     tokens = torch.randint(0, manifest.model.vocab_size, shape, generator=generator)
@@ -92,7 +92,8 @@ def validate(
     return comparison.finish(logits.numpy(), tolerance)
 
 
-def _chunks(length: int, changes: list[int]) -> list[slice]:
+def text_chunks(length: int, changes: list[int]) -> list[slice]:
+    """The passes of a text past every one of `changes` that a cache of `length` has room for."""
     room = length - sum(_REST)
     furthest = max((b + _BEYOND for b in changes if b < length), default=0)
     sizes = (min(max(_PREFILL, furthest), room), *_REST) if room > 0 else (1,) * length
