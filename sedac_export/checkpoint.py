@@ -57,6 +57,11 @@ class Checkpoint:
         with safe_open(self.directory / self.files[name], framework="pt") as handle:
             return tuple(handle.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The stored type of tensor `name` as safetensors writes it, such as BF16."""
+        with safe_open(self.directory / self.files[name], framework="pt") as handle:
+            return str(handle.get_slice(name).get_dtype())
+
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor `name` in its stored dtype, some rows at a time.
 

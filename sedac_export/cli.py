@@ -18,6 +18,7 @@ from sedac_export.progress import console, progress_bar
 from sedac_export.signature import SIGNATURE
 from sedac_export.tensorrt import commands as tensorrt
 from sedac_runtime.terminal import visible
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
 
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
@@ -63,9 +64,9 @@ def build(
         str, typer.Option(help="Depths at which tokens may exit: all, or such as 6,12,18.")
     ] = "all",
     atol: Annotated[
-        float | None,
-        typer.Option(help="Largest difference from the original. [default: 1e-4]"),
-    ] = None,
+        float,
+        typer.Option(help="Largest difference from the original that is allowed, to 1e-2."),
+    ] = DEFAULT_TOLERANCE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
     max_batch_size: tensorrt.MaxBatchSize = 1,
@@ -76,7 +77,7 @@ def build(
 ) -> None:
     """Split a model into engines, check them against the original, write a bundle."""
     silence_libraries()
-    from sedac_export.exporter import DEFAULT_TOLERANCE, Request
+    from sedac_export.exporter import Request
     from sedac_export.exporter import build as run
 
     request = Request(
@@ -86,7 +87,7 @@ def build(
         layers_per_engine=layers_per_engine,
         max_cache_length=max_cache_length,
         exit_layers=_depths(exit_layers),
-        tolerance=DEFAULT_TOLERANCE if atol is None else atol,
+        tolerance=atol,
         force=force,
     )
     options = tensorrt.build_options(
@@ -112,6 +113,9 @@ def build(
     )
     if built.note is not None:
         console.print(built.note, highlight=False, soft_wrap=True)
+    note = tolerance_note(manifest.tolerance)
+    if note is not None:
+        console.print(f"warning: the bundle is {note}", highlight=False)
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:
@@ -149,10 +153,15 @@ def inspect(
         f"{facts['certification']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
-        f" {validation['end_to_end']['agreement']:.3f}; allowed {validation['tolerance']:.0e}\n"
+        f" {validation['end_to_end']['agreement']:.3f}; allowed {facts['tolerance']:.0e}\n"
         f"{facts['files']['hashed']} files hashed and whole, {facts['files']['unchanged']}"
         " unchanged since they were"
     )
+    if facts["tolerance_note"] is not None:
+        out.print(f"warning: {facts['tolerance_note']}")
+    if facts["unread_tensors"]:
+        names = ", ".join(facts["unread_tensors"])
+        out.print(f"tensors of the checkpoint that no engine needs: {names}")
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")

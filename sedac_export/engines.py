@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedac_export.errors import SedacError
+from sedac_export.kernels import Heads
 from sedac_export.operators import HALF, AttentionRouter, group_query_attention, scatter
 from sedac_export.skeleton import Skeleton
 
@@ -73,14 +74,6 @@ class LayerCall:
 
 
 @dataclass
-class Heads:
-    """Key-value heads of one layer and the numbers of each."""
-
-    count: int
-    size: int
-
-
-@dataclass
 class Plan:
     """What was learned from running the model once over stand-ins for its layers.
 
@@ -123,7 +116,7 @@ class HeadEngine(nn.Module):
         self.skeleton, self.plan = skeleton, plan
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.zeros(x.shape[:2], dtype=torch.int64)
+        tokens = torch.full(x.shape[:2], 2)
         positions = torch.arange(x.shape[1])[None]
         with _replaced_layers(self.skeleton, _Recorder(self.plan.returns_tuple, x)):
             logits: Tensor = _run_model(self.model, tokens, positions).logits
@@ -158,11 +151,6 @@ class LayerEngine(OfOneLayer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cache = _GroupQueryCache((past_key_0, past_value_0), (seqlens_k, total_sequence_length))
         y = run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
-        if cache.present is None:
-            raise SedacError(
-                f"{type(self.layer).__name__} never calls transformers' attention interface;"
-                " this model is not supported"
-            )
         return y, *cache.present, stability(x, y)
 
 
@@ -220,11 +208,11 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
     The weights may be stand-ins: only structure and positions are looked at.
     """
     layers = list(skeleton.layers)
-    recorder = _Recorder(returns_tuple=False)
-    with _replaced_layers(skeleton, recorder), torch.no_grad():
-        # far positions too: a table may repeat its half near zero by accident
-        positions = torch.tensor([[0, 1, 5, 7]]).repeat(batch, 1)
-        _run_model(skeleton.model, torch.zeros_like(positions), positions)
+    try:
+        recorder = _record(skeleton, batch, returns_tuple=False)
+    except (RuntimeError, IndexError, ValueError):
+        # the model took the first sequence for the first of a layer's results
+        recorder = _record(skeleton, batch, returns_tuple=True)
     tensors = recorder.distinct_tensors()
     plan = Plan(batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
     for index, layer in enumerate(layers):
@@ -243,17 +231,36 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
     return plan
 
 
+def _record(skeleton: Skeleton, batch: int, returns_tuple: bool) -> "_Recorder":
+    """How the model calls its layers, if those return a tuple or not."""
+    recorder = _Recorder(returns_tuple)
+    with _replaced_layers(skeleton, recorder), torch.no_grad():
+        # far from zero, near which a table may repeat its half by accident, and without gaps,
+        # which transformers takes for the start of another sequence
+        positions = torch.arange(5, 9).repeat(batch, 1)
+        _run_model(skeleton.model, positions + 2, positions)
+    return recorder
+
+
 class RecordingCache:
     """Keeps this step's keys and values; attention over them is left out."""
 
     key: Tensor
     value: Tensor
+    attended: Heads
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.key, self.value = key, value
         return key, value
 
-    def attend(self, query: Tensor, **_: Any) -> Tensor:
+    def attend(self, query: Tensor, **settings: Any) -> Tensor:
+        self.attended = Heads(
+            count=self.key.shape[1],
+            size=self.key.shape[3],
+            queries=query.shape[1],
+            windowed=settings["window"] > 0,
+            capped=settings["softcap"] > 0,
+        )
         return query.transpose(1, 2)
 
     def heads(self, layer: nn.Module) -> Heads:
@@ -262,13 +269,19 @@ class RecordingCache:
                 f"{type(layer).__name__} never updates a key-value cache; only models whose every"
                 " layer attends are supported"
             )
-        return Heads(self.key.shape[1], self.key.shape[3])
+        if not hasattr(self, "attended"):
+            raise SedacError(
+                f"{type(layer).__name__} never calls transformers' attention interface; this model"
+                " is not supported"
+            )
+        return self.attended
 
 
 class _GroupQueryCache(RecordingCache):
+    present: tuple[Tensor, Tensor]
+
     def __init__(self, past: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) -> None:
         self.past, self.lengths = past, lengths
-        self.present: tuple[Tensor, Tensor] | None = None
 
     def attend(self, query: Tensor, **settings: Any) -> Tensor:
         output, *present = group_query_attention(

@@ -1,7 +1,6 @@
 """model -> graphs -> bundle: the whole of `sedac-export build`."""
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +11,19 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from sedac_export import manifest as bundle
 from sedac_export.errors import SedacError
 from sedac_export.exit_config import ExitConfig
-from sedac_export.graphs import Progress, trace_graphs
+from sedac_export.graphs import Progress, check_attention, trace_graphs
 from sedac_export.skeleton import Skeleton
 from sedac_export.source import Source, opened_model
 from sedac_export.staging import Claim, claimed
+from sedac_export.support import check_stops
 from sedac_export.tokenizer import load_tokenizer, save_tokenizer
 from sedac_export.validate import Validation, validate
 from sedac_export.writer import write_engines
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE
 
 DEFAULT_CACHE_LENGTH = 4096
-DEFAULT_TOLERANCE = 1e-4
+# engines that are further off than this compute something else
+MOST_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def _build(
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
     facts = _facts(source, skeleton, tokenizer)
+    check_attention(skeleton, length)
     with claim.staging() as staging:
         graphs = trace_graphs(skeleton, progress)
         manifest = bundle.Manifest(
@@ -79,6 +82,7 @@ def _build(
             max_cache_length=length,
             exit_layers=exits,
             tokenizer=tokenizer is not None,
+            tolerance=request.tolerance,
             **write_engines(
                 skeleton, graphs, staging, request.precision, request.layers_per_engine, progress
             ),
@@ -94,8 +98,8 @@ def _build(
 
 def _check_request(request: Request) -> None:
     output = request.output
-    if not 0 <= request.tolerance < math.inf:
-        raise SedacError(f"--atol {request.tolerance} is out of range: 0 or more, and finite")
+    if not 0 <= request.tolerance <= MOST_TOLERANCE:
+        raise SedacError(f"--atol {request.tolerance} is out of range: 0 to {MOST_TOLERANCE}")
     if output.exists() and not request.force:
         raise SedacError(f"{output} exists; choose another --output or replace it with --force")
     if output.exists() and not (output / bundle.MANIFEST).exists():
@@ -152,13 +156,15 @@ def _facts(
         stops = getattr(config, "eos_token_id", None)
     if stops is None and tokenizer is not None:
         stops = tokenizer.eos_token_id
+    stops = [] if stops is None else list(stops) if isinstance(stops, list | tuple) else [stops]
+    check_stops(stops, source.directory)
     return bundle.ModelFacts(
         name=source.name,
         type=config.model_type,
         hidden_size=config.hidden_size,
         num_layers=len(skeleton.layers),
         vocab_size=config.vocab_size,
-        eos_token_ids=[] if stops is None else [stops] if isinstance(stops, int) else list(stops),
+        eos_token_ids=stops,
     )
 
 

@@ -8,7 +8,9 @@ import torch
 
 from sedac_export.engines import Plan, learn_plan
 from sedac_export.errors import SedacError
-from sedac_export.operators import AttentionRouter, fused_operators
+from sedac_export.kernels import refusal
+from sedac_export.masks import known_masks
+from sedac_export.operators import ATTENTION_NAME, AttentionRouter, fused_operators
 from sedac_export.skeleton import Skeleton, kind_of, stand_in_weights
 from sedac_export.trace import Graph, Tracer
 
@@ -26,6 +28,29 @@ class Graphs:
     key_value: list[Graph]
     attention: list[Graph]
     kinds: list[int]
+
+
+def check_attention(skeleton: Skeleton, positions: int) -> None:
+    """Raise SedacError when the engines cannot attend as the layers do, in texts of `positions`.
+
+    Nothing is traced: layers run once, with masks that know what they mean.
+    """
+    with (
+        _tracing_errors(skeleton),
+        stand_in_weights(skeleton.model, torch.float32),
+        known_masks(ATTENTION_NAME, positions) as masks,
+    ):
+        router = AttentionRouter(masks)
+        with fused_operators(skeleton.model, router), torch.no_grad():
+            plan = learn_plan(skeleton, router)
+    for heads in dict.fromkeys(plan.heads):
+        reason = refusal(heads)
+        if reason is not None:
+            raise SedacError(
+                f"{skeleton.directory}: ONNX Runtime's attention cannot take {heads.queries} query"
+                f" and {heads.count} key-value heads of {heads.size} numbers ({reason}); export a"
+                " model with heads that it takes, such as of 64 or 128"
+            )
 
 
 def trace_graphs(
@@ -102,8 +127,11 @@ def _tracing_errors(skeleton: Skeleton) -> Iterator[None]:
     except (SedacError, OSError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next(iter(str(cause).splitlines()), "")
         raise SedacError(
-            f"{skeleton.config.model_type} models are not supported: their layers cannot be traced"
-            f" ({type(error).__name__}: {reason})"
+            f"{skeleton.config.model_type} models are not supported: their layers cannot be taken"
+            f" apart ({type(cause).__name__}: {reason})"
         ) from error

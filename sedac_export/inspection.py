@@ -11,6 +11,7 @@ from sedac_export.certification import read_certification
 from sedac_export.exit_config import read_exit_config
 from sedac_export.manifest import VALIDATION, Manifest
 from sedac_runtime.model import Verify
+from sedac_runtime.tolerance import tolerance_note
 
 
 def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]:
@@ -52,9 +53,11 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
         "certification": certification.sentence,
         "engines": engines,
         "validation": {
-            "tolerance": validation["tolerance"],
             "end_to_end": validation["end_to_end"],
         },
+        "tolerance": manifest.tolerance,
+        "tolerance_note": tolerance_note(manifest.tolerance),
+        "unread_tensors": manifest.unread_tensors,
         "tool_versions": manifest.tool_versions,
     }
 

@@ -12,6 +12,7 @@ from sedac_export.stamp import sha256
 from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
 from sedac_runtime import _core
 from sedac_runtime.flavour import Target
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE
 
 SCHEMA_VERSION = _core.SCHEMA_VERSION
 MANIFEST = "bundle.json"
@@ -110,6 +111,8 @@ class Manifest(_Strict):
     contexts: list[ContextTensor]
     engines: Engines
     tokenizer: bool
+    tolerance: float = DEFAULT_TOLERANCE
+    unread_tensors: list[str] = Field(default_factory=list)
     tool_versions: dict[str, str]
     portable: PortableGraphs | None = None
     plans: dict[Target, PlanSet] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sedac_export.errors import SedacError
+from sedac_export.masks import KnownMasks
 
 ATTENTION_NAME = "sedac_attention"
 HALF = "sedac_half"
@@ -48,10 +49,14 @@ class AttentionCache(Protocol):
 
 
 class AttentionRouter:
-    """Sends every attention call of a model to the cache of the layer being traced."""
+    """Sends every attention call of a model to the cache of the layer being traced.
 
-    def __init__(self) -> None:
+    masks tells what those that a layer hands on mean; without it transformers makes none.
+    """
+
+    def __init__(self, masks: KnownMasks | None = None) -> None:
         self.cache: AttentionCache | None = None
+        self.masks = masks
 
     def __call__(
         self,
@@ -71,12 +76,13 @@ class AttentionRouter:
             for name, argument in others.items()
             if argument is not None and name not in _IGNORED_ATTENTION_ARGUMENTS
         )
-        if unknown or attention_mask is not None:
-            reason = ", ".join(unknown) or "a mask of its own"
+        if unknown:
             raise SedacError(
-                f"{type(module).__name__} passes {reason} to attention, which the engines cannot"
-                " express; this model is not supported"
+                f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the"
+                " engines cannot express; this model is not supported"
             )
+        if attention_mask is not None:
+            self._check_mask(module, attention_mask, sliding_window)
         if key.shape[-1] != value.shape[-1]:
             raise SedacError(
                 f"{type(module).__name__} has keys of {key.shape[-1]} and values of"
@@ -87,6 +93,15 @@ class AttentionRouter:
             query, scale=scaling, window=sliding_window or -1, softcap=softcap or 0.0
         )
         return output, None
+
+    def _check_mask(self, module: nn.Module, mask: Tensor, window: int | None) -> None:
+        if self.masks is None or not self.masks.is_causal(mask, window):
+            told = f"a window of {window}" if window else "all positions before"
+            raise SedacError(
+                f"{type(module).__name__} tells attention to see {told}, and its mask shows"
+                " something else (a window, chunks or biases), which the engines cannot express;"
+                " this model is not supported"
+            )
 
 
 def group_query_attention(

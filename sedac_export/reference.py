@@ -1,90 +1,131 @@
-"""Run the original model with its weights streamed in, to compare engines against."""
+"""Run the original model as transformers loads it, to compare engines against."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import inspect
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sedac_export.errors import SedacError
 from sedac_export.skeleton import Skeleton
 from sedac_export.stamp import stored
+from sedac_export.weights import weights_of
 
-
-@dataclass
-class Reference:
-    """Hidden states and logits of one sequence, fp32.
-
-    hidden[l] is the residual stream [1, tokens, hidden] after l layers, logits [1, tokens, vocab].
-    """
-
-    hidden: list[Tensor]
-    logits: Tensor
+# called with a number of layers and the residual stream [1, tokens, hidden] after so many
+Observer = Callable[[int, Tensor], None]
 
 
 @torch.no_grad()
-def run_reference(skeleton: Skeleton, input_ids: Tensor, precision: str) -> Reference:
-    """transformers' own eager forward of `input_ids` [1, tokens], without a cache.
+def run_reference(
+    skeleton: Skeleton, input_ids: Tensor, precision: str, kept: int, observe: Observer
+) -> Tensor:
+    """Logits of `input_ids` [1, tokens] by transformers' own loading, masks and eager attention.
 
-    Weights are rounded to `precision` as they are in the bundle and computed with in fp32. Each
-    module's weights are in memory only while it runs.
+    At most the newest `kept` positions' logits come back, [1, positions, vocabulary], where the
+    model can leave out the others. Of `skeleton` only names are used: the model is what
+    from_pretrained gives. Weights are rounded to `precision` as they are in the bundle and computed
+    with in fp32; each module's are in memory only while it runs.
     """
-    hidden: list[Tensor] = []
-    with streamed_weights(skeleton, precision), _watched(skeleton, hidden):
-        output = skeleton.model(input_ids=input_ids, use_cache=False)
-    return Reference(hidden, output.logits)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _load(skeleton.directory, folder)
+        _round_weights(model, precision)
+        wanted = inspect.signature(model.forward).parameters
+        few = {"logits_to_keep": kept} if "logits_to_keep" in wanted else {}
+        with _observed(model.get_submodule(skeleton.layers_path), observe):
+            logits: Tensor = model(input_ids=input_ids, use_cache=False, **few).logits
+    return logits
+
+
+def _load(directory: Path, folder: str) -> PreTrainedModel:
+    """The model of `directory` with its weights left on disk until they are used."""
+    with _quiet():
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            device_map={"": "disk"},
+            offload_folder=folder,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info[kind]:
+            raise SedacError(
+                f"{directory}: transformers reports {kind.replace('_', ' ')} while loading:"
+                f" {sorted(map(str, info[kind]))[0]}; is the download complete?"
+            )
+    original: PreTrainedModel = model.eval()
+    return original
 
 
 @contextlib.contextmanager
-def streamed_weights(skeleton: Skeleton, precision: str) -> Iterator[None]:
-    """Within this context every module reads its weights when called and drops them after."""
-    handles = []
-    for path, module in skeleton.model.named_modules():
-        parameters = {name: p for name, p in module._parameters.items() if p is not None}
-        if parameters:
-            stream = _Stream(skeleton, precision, path, parameters)
-            handles.append(module.register_forward_pre_hook(stream.load))
-            handles.append(module.register_forward_hook(stream.drop, always_call=True))
+def _quiet() -> Iterator[None]:
+    """What loading has to say is in the loading information; the rest is about disks."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-@dataclass
-class _Stream:
-    skeleton: Skeleton
-    precision: str
-    path: str
-    meta: dict[str, nn.Parameter]
+class _Rounding(ModelHook):  # type: ignore[misc]
+    """Rounds a module's weights once they are in memory, before it runs."""
 
-    def load(self, module: nn.Module, _: Any) -> None:
-        for name in self.meta:
-            full = f"{self.path}.{name}" if self.path else name
-            value = torch.empty(self.meta[name].shape)
-            row = 0
-            for piece in self.skeleton.pieces(full):
-                rows = stored(piece, self.precision, full)
-                value[row : row + len(rows)] = rows
-                row += len(rows)
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
 
-    def drop(self, module: nn.Module, *_: Any) -> None:
-        module._parameters.update(self.meta)
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                weight.data = _rounded(weight.data, self.precision, name)
+        return args, kwargs
+
+
+def _round_weights(model: nn.Module, precision: str) -> None:
+    for module in model.modules():
+        if module._parameters:
+            add_hook_to_module(module, _Rounding(precision), append=True)
+    for name, weight in weights_of(model):
+        if not isinstance(weight, nn.Parameter):
+            weight.copy_(_rounded(weight, precision, name))
+
+
+def _rounded(weight: Tensor, precision: str, name: str) -> Tensor:
+    return stored(weight, precision, name).to(weight.dtype)
 
 
 @contextlib.contextmanager
-def _watched(skeleton: Skeleton, hidden: list[Tensor]) -> Iterator[None]:
+def _observed(layers: nn.Module, observe: Observer) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs["hidden_states"])
+        observe(0, (args[0] if args else kwargs["hidden_states"]).clone())
 
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        hidden.append(output[0] if isinstance(output, tuple) else output)
+    def after(depth: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            # the next layer may write into it
+            observe(depth, (output[0] if isinstance(output, tuple) else output).clone())
 
-    handles = [skeleton.layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after) for layer in skeleton.layers]
+        return hook
+
+    modules = list(layers.children())
+    handles = [modules[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after(i + 1)) for i, layer in enumerate(modules)]
     try:
         yield
     finally:

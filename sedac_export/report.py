@@ -18,6 +18,7 @@ from sedac_export.exit_config import ExitConfig, KvFill, PolicyName, read_exit_c
 from sedac_export.policies import make_policy
 from sedac_export.probes_file import median_risks
 from sedac_export.replay import Replay, Trace
+from sedac_runtime.tolerance import tolerance_note
 
 # the original SEDAC's grid
 TAUS = (0.99, 0.98, 0.97, 0.95, 0.90)
@@ -57,7 +58,8 @@ class Row:
 class Report:
     """Rows, the bundle's own first, and of the own setting every token's depth and a text.
 
-    certification: what the runtime says is certified of the bundle's own setting.
+    certification: what the runtime says is certified of the bundle's own setting. tolerance_note:
+    what to say of how far the bundle's engines may be from the model.
     """
 
     model: str
@@ -67,11 +69,12 @@ class Report:
     rows: list[Row]
     depths: npt.NDArray[np.int64]
     text: list[tuple[int, int]]
+    tolerance_note: str | None
 
     def to_json(self) -> str:
-        """{"certification": .., "rows": [...]}, the command's --json."""
-        rows = [asdict(row) for row in self.rows]
-        return json.dumps({"certification": self.certification, "rows": rows})
+        """{"certification", "tolerance_note", "rows": [...]}, the command's --json."""
+        facts = {"certification": self.certification, "tolerance_note": self.tolerance_note}
+        return json.dumps(facts | {"rows": [asdict(row) for row in self.rows]})
 
 
 def make_report(
@@ -117,6 +120,7 @@ def make_report(
         rows=rows,
         depths=depths,
         text=text,
+        tolerance_note=tolerance_note(manifest.tolerance),
     )
 
 

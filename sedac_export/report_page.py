@@ -28,7 +28,9 @@ tr.own { font-weight: 600 }
 <p>{{ report.tokens }} tokens, teacher-forced, {{ report.num_layers }} layers. Speed is wall-clock
 against full depth along these texts, without a drafter; agreement is the share of tokens that are
 full depth's. The first row is the bundle's own setting:
-{{ report.certification }}.</p>
+{{ report.certification }}.
+{%- if report.tolerance_note %}
+<strong>The bundle is {{ report.tolerance_note }}.</strong>{% endif %}</p>
 <table><tr><th>policy<th>settings<th>mean exit layer<th>layer ratio<th>speed<th>agreement
 <th>perplexity<th>exit rate<th>high risk</tr>
 {% for row in report.rows %}<tr{% if loop.first %} class="own"{% endif %}><td>{{ row.policy }}

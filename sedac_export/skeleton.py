@@ -1,6 +1,7 @@
 """A model without its weights: the structure that the export cuts into engines."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +16,37 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from sedac_export.checkpoint import Checkpoint
 from sedac_export.errors import SedacError
+from sedac_export.support import check_config, check_modules, check_no_code
+from sedac_export.weights import Sources, find_sources, weights_of
 
-_ROPE_THAT_CHANGES_WITH_LENGTH = ("dynamic", "longrope")
+# what a layer is told of its own place; a layer that computes with it fails validation
+_OWN_INDEX = ("layer_idx", "layer_id", "layer_number")
+_INTERNALS = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A causal language model on the meta device, and where its weights are."""
+    """A causal language model on the meta device, and where its weights are.
+
+    Weights are all tensors of the checkpoint: parameters and persistent buffers alike.
+    """
 
     model: PreTrainedModel
+    directory: Path
     checkpoint: Checkpoint
     layers_path: str
-    sources: dict[str, str]
+    sources: Sources
 
     @classmethod
     def load(cls, directory: Path) -> "Skeleton":
         """Build the model of `directory` without weights.
 
-        Raises SedacError when the model type is unknown or config.json cannot be used, when the
-        model has no list of decoder layers, or when the checkpoint lacks a weight or holds one of
-        another shape.
+        Raises SedacError when the model type is unknown, config.json cannot be used or declares
+        what the engines cannot express, when the model has no list of decoder layers, or when the
+        checkpoint lacks a weight, holds one of another shape, or one that the model does not have.
         """
         config = _config(directory)
         checkpoint = Checkpoint.open(directory)
@@ -47,10 +54,11 @@ class Skeleton:
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation="eager", dtype=torch.float32
             )
+        check_modules(model, directory)
         layers_path = _find_layers(model, directory)
-        sources = _sources(model, checkpoint)
-        _check_shapes(model, checkpoint, sources)
-        return cls(model.eval(), checkpoint, layers_path, sources)
+        return cls(
+            model.eval(), directory, checkpoint, layers_path, find_sources(model, checkpoint)
+        )
 
     @property
     def config(self) -> PretrainedConfig:
@@ -64,19 +72,15 @@ class Skeleton:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def pieces(self, parameter: str) -> Iterator[torch.Tensor]:
-        """The value of `parameter` in the checkpoint's dtype, some rows at a time."""
-        return self.checkpoint.pieces(self.sources[parameter])
-
     def max_positions(self) -> int | None:
         """The longest context that the positions are defined for, None when there is no bound.
 
-        Rotary tables that are recomputed from the running length are exported for the lengths up
-        to the one at which they start to change.
+        Rotary tables of two sets, for short texts and long ones, are exported for the lengths up
+        to the one at which they change.
         """
         limit = getattr(self.config, "max_position_embeddings", None)
         rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in _ROPE_THAT_CHANGES_WITH_LENGTH:
+        if rope.get("rope_type") == "longrope":
             limit = rope.get("original_max_position_embeddings") or limit
         return limit
 
@@ -84,30 +88,46 @@ class Skeleton:
 def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """What two layers must share so that one traced graph serves both.
 
-    Every plain attribute counts but the layer's own index, so layers that differ in window, scale
-    or norm placement are traced apart without knowing any architecture by name.
+    Every attribute counts but the layer's own index, so layers that differ in window, scale or
+    norm placement are traced apart without knowing any architecture by name. So do the numbers of
+    tensors that are no weights: the graph holds them as constants.
     """
     modules = tuple(
-        (name, type(module).__qualname__, tuple(sorted(_plain_attributes(module))))
+        (name, type(module).__qualname__, tuple(sorted(_constants(module))))
         for name, module in layer.named_modules()
     )
-    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in weights_of(layer))
     return modules, shapes
 
 
-def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _constants(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The module's own attributes, as text, and what its tensors hold that are no weights."""
     for name, value in vars(module).items():
-        if name in ("layer_idx", "layer_id", "training"):
-            continue
-        if isinstance(value, bool | int | float | str | tuple | None):
-            yield name, repr(value)
+        if name not in _OWN_INDEX and name not in _INTERNALS:
+            yield name, _as_text(value)
+    for name in module._non_persistent_buffers_set:
+        yield name, _as_text(module._buffers[name])
+
+
+def _as_text(value: Any) -> str:
+    """What tells `value` from another one, as far as its type and name tell where it is no data."""
+    if isinstance(value, torch.Tensor):
+        numbers = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(numbers.data).hexdigest()}"
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return f"{type(value).__name__}{[_as_text(item) for item in value]}"
+    if isinstance(value, dict):
+        return f"dict{[(_as_text(key), _as_text(item)) for key, item in value.items()]}"
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _config(directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").exists():
         raise SedacError(f"{directory} holds no config.json; is it a model directory?")
+    check_no_code(directory)
     with _config_errors(directory):
-        # code that comes with a model is neither run nor asked about
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise SedacError(
@@ -123,6 +143,7 @@ def _config(directory: Path) -> PretrainedConfig:
             f"{directory} holds quantized weights (quantization_config in config.json); export the"
             " model that they were quantized from"
         )
+    check_config(config.get_text_config(), directory)
     return config
 
 
@@ -136,49 +157,6 @@ def _config_errors(directory: Path) -> Iterator[None]:
         if isinstance(error, KeyError):
             reason = f"unknown value {reason}"
         raise SedacError(f"{directory}/config.json cannot be used: {reason}") from error
-
-
-def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's name of every parameter of `model`.
-
-    Names differ where a checkpoint is of the bare model or older than a renaming in transformers;
-    tied weights are stored once.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters: list[Any] = [t for t in transforms if not isinstance(t, WeightRenaming)]
-    state = model.state_dict()
-    stored = {}
-    for name in checkpoint.files:
-        renamed, converted = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if converted is not None:
-            raise SedacError(
-                f"{checkpoint.directory}: transformers converts weight {name} while loading;"
-                " load the model and save_pretrained() it in its present form first"
-            )
-        stored[renamed] = name
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    sources = {}
-    for parameter, _ in model.named_parameters(remove_duplicate=False):
-        source = stored.get(parameter) or stored.get(tied.get(parameter, ""))
-        if source is None:
-            raise SedacError(
-                f"{checkpoint.directory} holds no weight {parameter}; is the download complete?"
-            )
-        sources[parameter] = source
-    return sources
-
-
-def _check_shapes(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        stored = checkpoint.shape(sources[name])
-        if stored != tuple(parameter.shape):
-            raise SedacError(
-                f"{checkpoint.directory}: weight {name} has shape {list(stored)} where config.json"
-                f" asks for {list(parameter.shape)}; do the two belong together?"
-            )
 
 
 def _find_layers(model: nn.Module, directory: Path) -> str:
@@ -198,19 +176,34 @@ def _find_layers(model: nn.Module, directory: Path) -> str:
 
 @contextlib.contextmanager
 def stand_in_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Give every parameter zeros of its shape that take no memory: one number, repeated."""
+    """Give every weight random numbers of its shape that take next to no memory."""
     saved = []
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                zeros = torch.zeros((), dtype=dtype).expand(parameter.shape)
-                saved.append((module, name, parameter))
-                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in tensors:
+            for name, weight in list(own.items()):
+                if weight is not None and name not in module._non_persistent_buffers_set:
+                    saved.append((own, name, weight))
+                    own[name] = _stand_in(weight, dtype)
     try:
         yield
     finally:
-        for module, name, parameter in saved:
-            module._parameters[name] = parameter
+        for own, name, weight in saved:
+            own[name] = weight
+
+
+def _stand_in(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor like `weight` whose rows overlap in memory, each one number further on.
+
+    No two rows or columns are alike, so that nothing looks repeated or constant that is not.
+    """
+    count = 1 + sum(size - 1 for size in weight.shape)
+    generator = torch.Generator().manual_seed(count)
+    numbers = torch.empty(count).uniform_(0.05, 0.15, generator=generator).to(dtype)
+    strided = numbers.as_strided(weight.shape, [1] * weight.ndim)
+    if isinstance(weight, nn.Parameter):
+        return nn.Parameter(strided, requires_grad=False)
+    return strided
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from sedac_export.engines import (
 from sedac_export.errors import SedacError
 from sedac_export.operators import AttentionRouter
 from sedac_export.skeleton import Skeleton
+from sedac_export.weights import weights_of
 
 OPSET = 24
 _TOKENS, _CACHE = 4, 8
@@ -33,7 +34,7 @@ _TOKENS, _CACHE = 4, 8
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced graph. `weights` maps initialiser names to the traced module's parameters."""
+    """A traced graph. `weights` maps initialiser names to the traced module's weights."""
 
     model: onnx.ModelProto
     weights: dict[str, str]
@@ -57,8 +58,8 @@ class Tracer:
 
     def embed(self) -> Graph:
         """input_ids, position_ids -> x and one output per context."""
-        tokens = torch.zeros(self.plan.batch, _TOKENS, dtype=torch.int64)
-        inputs = {"input_ids": tokens, "position_ids": tokens + torch.arange(_TOKENS)}
+        positions = torch.arange(_TOKENS).repeat(self.plan.batch, 1)
+        inputs = {"input_ids": positions + 2, "position_ids": positions}
         outputs = ["x", *(context.name for context in self.plan.contexts if context.used)]
         dynamic = dict.fromkeys(inputs, self._rows)
         return trace(EmbedEngine(self.skeleton, self.plan), inputs, outputs, dynamic)
@@ -105,9 +106,7 @@ class Tracer:
     def shared_inputs(self) -> dict[str, Any]:
         """What every engine of a layer takes: the residual stream and the contexts."""
         contexts = [
-            torch.zeros(
-                tuple(_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)), dtype=c.dtype
-            )
+            _stand_in([_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)], c.dtype)
             for c in self.plan.contexts
         ]
         return {"x": self.hidden(), "contexts": contexts}
@@ -115,7 +114,7 @@ class Tracer:
     def past(self, index: int) -> dict[str, Tensor]:
         """The caches of layer `index`."""
         heads = self.plan.heads[index]
-        past = torch.zeros(self.plan.batch, heads.count, _CACHE, heads.size, dtype=self.dtype)
+        past = _stand_in([self.plan.batch, heads.count, _CACHE, heads.size], self.dtype)
         return {"past_key_0": past, "past_value_0": past.clone()}
 
     def dynamic(self) -> dict[str, Any]:
@@ -137,7 +136,7 @@ class Tracer:
     def hidden(self) -> Tensor:
         """A residual stream."""
         size = self.skeleton.config.hidden_size
-        return torch.zeros(self.plan.batch, _TOKENS, size, dtype=self.dtype)
+        return _stand_in([self.plan.batch, _TOKENS, size], self.dtype)
 
     @property
     def _batch(self) -> dict[int, str]:
@@ -146,6 +145,14 @@ class Tracer:
     @property
     def _rows(self) -> dict[int, str]:
         return self._batch | {1: "tokens"}
+
+
+def _stand_in(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Numbers that look like nothing in particular: none is zero or one."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.empty(shape).uniform_(0.05, 0.95, generator=generator).to(dtype)
+    return torch.randint(2, 100, shape, generator=generator).to(dtype)
 
 
 def trace(
@@ -182,10 +189,10 @@ def _to_graph(model: ir.Model, module: nn.Module) -> Graph:
         )
     _fix_reshapes(model.graph)
     RemoveUnusedNodesPass()(model)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    known = dict(weights_of(module))
     weights = {}
     for name, value in model.graph.initializers.items():
-        if name in parameters:
+        if name in known:
             weights[name] = name
             value.const_value = _placeholder(name, value)
     proto = ir.to_proto(model)

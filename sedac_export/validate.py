@@ -1,7 +1,6 @@
 """Compare every engine of a bundle, and the whole chain, with the original model."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,16 @@ import torch
 
 from sedac_export.errors import SedacError
 from sedac_export.manifest import LayerEngineEntry, Manifest
-from sedac_export.reference import Reference, run_reference
+from sedac_export.reference import run_reference
 from sedac_export.skeleton import Skeleton
+from sedac_export.support import boundaries
 
 Array = npt.NDArray[Any]
 
-# prefill, a chunk on top of a filled cache, and decode
-CHUNKS = (64, 7, 1)
+# a prefill of at least so many tokens, and of as many beyond every boundary that the model
+# declares; then a chunk on top of a filled cache, and a token alone
+_PREFILL, _BEYOND = 256, 16
+_REST = (7, 1)
 
 
 @dataclass
@@ -75,42 +77,63 @@ class Validation:
 def validate(
     skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float
 ) -> Validation:
-    """Run the bundle in `directory` against the streamed original."""
-    chunks = list(_chunks(manifest.max_cache_length))
-    length = chunks[-1].stop
+    """Run the bundle in `directory` against what transformers makes of the same model.
+
+    The text crosses every length at which the model's attention or rotary tables change, as far as
+    the bundle has room.
+    """
+    chunks = text_chunks(manifest.max_cache_length, boundaries(skeleton.config))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, manifest.model.vocab_size, (1, length), generator=generator)
-    reference = run_reference(skeleton, tokens, manifest.precision)
-    return _Comparison(directory, manifest, reference, tokens.numpy(), chunks).run(tolerance)
+    shape = (1, chunks[-1].stop)
+    tokens = torch.randint(0, manifest.model.vocab_size, shape, generator=generator)
+    comparison = _Comparison(directory, manifest, tokens.numpy(), chunks)
+    kept = _PREFILL + sum(_REST)
+    logits = run_reference(skeleton, tokens, manifest.precision, kept, comparison.observe)
+    return comparison.finish(logits.numpy(), tolerance)
 
 
-def _chunks(max_cache_length: int) -> Iterator[slice]:
-    start = 0
-    for size in CHUNKS:
-        if start + size <= max_cache_length:
-            yield slice(start, start + size)
-            start += size
+def text_chunks(length: int, changes: list[int]) -> list[slice]:
+    """The passes of a text past every one of `changes` that a cache of `length` has room for."""
+    room = length - sum(_REST)
+    furthest = max((b + _BEYOND for b in changes if b < length), default=0)
+    sizes = (min(max(_PREFILL, furthest), room), *_REST) if room > 0 else (1,) * length
+    ends = np.cumsum(sizes).tolist()
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 @dataclass
 class _Comparison:
+    """Follows the original through its layers: each engine runs once its own are done."""
+
     directory: Path
     manifest: Manifest
-    reference: Reference
     tokens: Array
     chunks: list[slice]
     rows: list[Row] = field(default_factory=list)
+    # residual streams from before the engine that is next, one per layer boundary
+    hidden: list[Array] = field(default_factory=list)
+    contexts: list[dict[str, Array]] = field(default_factory=list)
+    chained: list[Array] = field(default_factory=list)
 
-    def run(self, tolerance: float) -> Validation:
-        contexts, chained = self._embed()
-        for entry in self.manifest.engines.layers:
-            chained = self._layer(entry, contexts, chained)
-        end_to_end = self._head(chained)
-        return Validation(tolerance, self.rows, end_to_end)
+    def observe(self, depth: int, hidden: torch.Tensor) -> None:
+        """Take the original's residual stream [1, tokens, hidden] after `depth` layers."""
+        self.hidden.append(hidden.numpy())
+        if depth == 0:
+            self.contexts, self.chained = self._embed()
+            return
+        engines = self.manifest.engines.layers
+        entry = next((e for e in engines if e.first_layer + e.num_layers == depth), None)
+        if entry is not None:
+            self.chained = self._layer(entry)
+            del self.hidden[:-1]
+
+    def finish(self, logits: Array, tolerance: float) -> Validation:
+        """Compare the newest positions' `logits`."""
+        return Validation(tolerance, self.rows, self._head(logits))
 
     def _expected(self, layer: int) -> list[Array]:
-        hidden = self.reference.hidden[layer].numpy()
-        return [hidden[:, chunk] for chunk in self.chunks]
+        """The stream `layer` layers on from the start of the next engine."""
+        return [self.hidden[layer][:, chunk] for chunk in self.chunks]
 
     def _embed(self) -> tuple[list[dict[str, Array]], list[Array]]:
         """Check the embed engine; its context tensors and residual streams, one per chunk."""
@@ -128,19 +151,19 @@ class _Comparison:
         self.rows.append(row)
         return contexts, embedded
 
-    def _layer(
-        self, entry: LayerEngineEntry, contexts: list[dict[str, Array]], chained: list[Array]
-    ) -> list[Array]:
+    def _layer(self, entry: LayerEngineEntry) -> list[Array]:
         """Check one layer engine and its kv engines; the chained hidden states after it."""
-        name = Path(entry.file).stem
         session = open_session(self.directory / entry.file)
-        after = self._expected(entry.first_layer + entry.num_layers)
-        row = Row(name)
+        row = Row(Path(entry.file).stem)
         cache, chain_cache = self._empty(entry), self._empty(entry)
         outputs = []
-        before = self._expected(entry.first_layer)
         for chunk, x, expected, link, context in zip(
-            self.chunks, before, after, chained, contexts, strict=True
+            self.chunks,
+            self._expected(0),
+            self._expected(-1),
+            self.chained,
+            self.contexts,
+            strict=True,
         ):
             y, cache = _step(session, x, chunk, context, cache)
             row.add(x.shape[1], y, expected)
@@ -148,18 +171,17 @@ class _Comparison:
             outputs.append(link)
         self.rows.append(row)
         for index in range(entry.num_layers):
-            self._key_value(entry.first_layer + index, contexts, cache, index)
+            self._key_value(entry.first_layer + index, cache, index)
         return outputs
 
-    def _key_value(
-        self, layer: int, contexts: list[dict[str, Array]], cache: dict[str, Array], index: int
-    ) -> None:
+    def _key_value(self, layer: int, cache: dict[str, Array], index: int) -> None:
         """Check that a layer's kv engine fills its cache as the layer engine does."""
         entry = self.manifest.engines.key_value[layer]
         session = open_session(self.directory / entry.file)
         expected = [cache[f"past_{kind}_{index}"] for kind in ("key", "value")]
         present = [np.zeros_like(array) for array in expected]
-        for chunk, x, context in zip(self.chunks, self._expected(layer), contexts, strict=True):
+        states = zip(self.chunks, self._expected(index), self.contexts, strict=True)
+        for chunk, x, context in states:
             feeds = {"x": x, "write_index": np.array([chunk.start], dtype=np.int64)}
             feeds |= {"past_key_0": present[0], "past_value_0": present[1]}
             present = _run(session, feeds | context)
@@ -168,14 +190,15 @@ class _Comparison:
             row.add(self.chunks[-1].stop, got, wanted)
         self.rows.append(row)
 
-    def _head(self, chained: list[Array]) -> Row:
+    def _head(self, logits: Array) -> Row:
         session = open_session(self.directory / self.manifest.engines.head)
         own, end_to_end = Row("head"), Row("end to end")
-        last = self._expected(self.manifest.model.num_layers)
-        for chunk, x, link in zip(self.chunks, last, chained, strict=True):
-            expected = self.reference.logits[:, chunk].numpy()
-            own.add(x.shape[1], _run(session, {"x": x})[0], expected)
-            end_to_end.add(x.shape[1], _run(session, {"x": link})[0], expected)
+        first = self.chunks[-1].stop - logits.shape[1]
+        for chunk, x, link in zip(self.chunks, self._expected(-1), self.chained, strict=True):
+            left_out = max(0, first - chunk.start)
+            expected = logits[:, max(chunk.start, first) - first : chunk.stop - first]
+            for row, states in ((own, x), (end_to_end, link)):
+                row.add(x.shape[1], _run(session, {"x": states[:, left_out:]})[0], expected)
         self.rows.append(own)
         return end_to_end
 

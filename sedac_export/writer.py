@@ -31,7 +31,7 @@ class EngineWriter:
     def stamp(self, graph: Graph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
         sources = {
-            initializer: self.skeleton.sources[prefix + parameter.split(".", 1)[1]]
+            initializer: self.skeleton.sources.names[prefix + parameter.split(".", 1)[1]]
             for initializer, parameter in graph.weights.items()
         }
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
@@ -77,12 +77,14 @@ def write_engines(
         attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )
     heads = graphs.plan.heads
+    read = writer.store.places.keys()
     return {
         "precision": precision,
         "layers_per_engine": layers_per_engine,
         "key_value_heads": [bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in heads],
         "contexts": [_context(context) for context in graphs.plan.contexts if context.used],
         "engines": engines,
+        "unread_tensors": skeleton.sources.unread(skeleton.checkpoint, read),
         "tool_versions": _tool_versions(),
     }
 

@@ -19,6 +19,7 @@ from sedac_runtime.bench import bench as run_bench
 from sedac_runtime.model import GenerationStream
 from sedac_runtime.policy import PolicyName
 from sedac_runtime.terminal import visible
+from sedac_runtime.tolerance import tolerance_note
 
 app = typer.Typer(
     help="Run SEDAC bundles: per-layer engines with early exit.",
@@ -192,6 +193,7 @@ def generate(
         verify=verify.value,
         memory_limit=_bytes(memory_limit),
     )
+    _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
     chosen = _method() if policy is None else policy.value
     generation = model.stream(
@@ -358,6 +360,12 @@ def _bytes(text: str | None) -> int | None:
 def _write(text: str) -> None:
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def _print_tolerance(model: SedacModel) -> None:
+    note = tolerance_note(model.tolerance)
+    if note is not None:
+        print(f"warning: {model.bundle} was {note}", file=sys.stderr)
 
 
 def _print_statistics(generation: GenerationStream) -> None:

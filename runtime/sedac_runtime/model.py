@@ -203,6 +203,12 @@ class SedacModel:
         return self._core.num_layers
 
     @property
+    def tolerance(self) -> float:
+        """The largest difference from the original model that the build allowed; see
+        `sedac_runtime.tolerance`."""
+        return self._core.tolerance
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """Tokens that end a text."""
         return self._core.eos_token_ids

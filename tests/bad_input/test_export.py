@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import sedac_export.cli
@@ -75,6 +76,10 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
         configure(model_type="own", auto_map={"AutoConfig": "own.Config"}),
         ["config.json", "custom code"],
     ),
+    "code beside a known type": (
+        configure(auto_map={"AutoModelForCausalLM": "own.Model"}),
+        ["config.json", "custom code", "auto_map", "llama"],
+    ),
     "quantized": (configure(quantization_config={"quant_method": "fp8"}), ["quantized"]),
     "config no JSON": (write("config.json", '{"model_type":'), ["config.json", "JSON"]),
     "config of wrong type": (configure(hidden_size="big"), ["config.json", "hidden_size"]),
@@ -90,6 +95,18 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
         [WEIGHT, "[95, 64]", "[96, 64]"],
     ),
     "shape of another config": (configure(vocab_size=100), ["embed_tokens", "[100, 64]"]),
+    "scale of a quantizer": (
+        change_weights(lambda w: w.update({f"{WEIGHT}_scale": w[WEIGHT][:1].clone()})),
+        [f"{WEIGHT}_scale", "no place", "quantize"],
+    ),
+    "numbers of a quantizer": (
+        change_weights(lambda w: w.update({WEIGHT: w[WEIGHT].to(torch.int8)})),
+        [WEIGHT, "I8", "quantize"],
+    ),
+    "bare and prefixed": (
+        change_weights(lambda w: w.update({WEIGHT.removeprefix("model."): w[WEIGHT].clone()})),
+        [WEIGHT, "twice"],
+    ),
     "cut in the tensors": (cut(WEIGHTS, 300_000), [WEIGHTS, "whole"]),
     "cut in the header": (cut(WEIGHTS, 20), [WEIGHTS, "whole"]),
     "empty weights": (cut(WEIGHTS, 0), [WEIGHTS, "whole"]),
@@ -99,6 +116,10 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
     "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), [INDEX]),
     "tokenizer no JSON": (write("tokenizer.json", '{"version":'), ["tokenizer"]),
     "tokenizer empty": (write("tokenizer.json", "{}"), ["tokenizer"]),
+    "negative end of text": (
+        write("generation_config.json", '{"eos_token_id": [2, -1]}'),
+        ["eos_token_id -1", "generation_config.json"],
+    ),
     "generation config no JSON": (write("generation_config.json", "{"), ["generation_config.json"]),
 }
 
@@ -150,10 +171,11 @@ def test_model_that_the_hub_does_not_give_is_refused(
         (["--layers-per-engine", "5"], ["--layers-per-engine 5", "1..4"]),
         (["--max-cache-length", "0"], ["--max-cache-length 0"]),
         (["--max-cache-length", "-1"], ["--max-cache-length -1"]),
-        (["--max-cache-length", "257"], ["--max-cache-length 257", "1..256"]),
+        (["--max-cache-length", "321"], ["--max-cache-length 321", "1..320"]),
         (["--atol", "-1"], ["--atol -1"]),
         (["--atol", "nan"], ["--atol nan"]),
         (["--atol", "inf"], ["--atol inf"]),
+        (["--atol", "0.011"], ["--atol 0.011", "0.01"]),
     ],
     ids=lambda texts: " ".join(texts) if texts[0].startswith("--") and len(texts) > 1 else "",
 )

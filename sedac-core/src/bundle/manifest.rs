@@ -197,6 +197,9 @@ pub struct Manifest {
     pub engines: Engines,
     /// Whether the bundle holds a tokenizer.
     pub tokenizer: bool,
+    /// The largest difference from the original model that the build allowed.
+    #[serde(default = "default_tolerance")]
+    pub tolerance: f64,
     /// The graphs that TensorRT plans are built from, where the bundle has some.
     pub portable: Option<PortableGraphs>,
     /// TensorRT plans by target.
@@ -204,6 +207,11 @@ pub struct Manifest {
     pub plans: BTreeMap<String, PlanSet>,
     /// Size and digest of every file but bundle.json, its digest and sedac_config.json.
     pub files: BTreeMap<PathBuf, FileEntry>,
+}
+
+/// What builds allow that say nothing else, older bundles' among them.
+fn default_tolerance() -> f64 {
+    1e-4
 }
 
 impl Manifest {

@@ -126,6 +126,11 @@ impl Model {
     }
 
     #[getter]
+    fn tolerance(&self) -> f64 {
+        self.bundle.manifest.tolerance
+    }
+
+    #[getter]
     fn exit_layers(&self) -> Vec<usize> {
         self.bundle.manifest.exit_layers.clone()
     }

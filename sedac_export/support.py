@@ -1,0 +1,112 @@
+"""What a model may not be: refused by name, before any of it is traced."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from sedac_export.errors import SedacError
+
+_EXPERTS = re.compile("expert|moe(?![a-z])", re.IGNORECASE)
+_BOUNDARY = re.compile("window|chunk|original_max_position")
+
+
+def check_no_code(directory: Path) -> None:
+    """Raise SedacError when the model in `directory` comes with code of its own.
+
+    transformers would take its own class where it has one of that type, which may be another model.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        kind, code = config["model_type"], config["auto_map"]
+    except (ValueError, KeyError, TypeError):
+        return  # no JSON and no type are transformers' to report
+    if not code:
+        return
+    known = kind in CONFIG_MAPPING
+    remedy = (
+        f"if transformers' own {kind} is the same model, remove auto_map from config.json"
+        if known
+        else "export a model whose type transformers knows"
+    )
+    raise SedacError(
+        f"{directory}/config.json brings custom code (auto_map), which is not run; {remedy}"
+    )
+
+
+def check_config(config: PretrainedConfig, directory: Path) -> None:
+    """Raise SedacError when the text model's `config` declares what engines cannot express."""
+    refuse = _Refusal(directory, config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        raise refuse(
+            "its rotary tables change with every length (rope_type dynamic)",
+            "set rope_type to default in config.json, which is the same up to"
+            f" {rope['original_max_position_embeddings']} positions",
+        )
+    for layer_type, parameters in rope.items():
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind in ("dynamic", "longrope"):
+            raise refuse(
+                f"the rotary tables of its {layer_type} layers change with the length"
+                f" (rope_parameters: {kind})",
+                "export one whose rope_parameters are the same for all layers",
+            )
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise refuse(
+            "it has per-layer embeddings (hidden_size_per_layer_input), which no engine carries",
+            "export one without",
+        )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise refuse(
+            "layers share keys and values (num_kv_shared_layers), and each engine has its own",
+            "export one whose every layer has its own",
+        )
+
+
+def check_modules(model: nn.Module, directory: Path) -> None:
+    """Raise SedacError when `model` is a mixture of experts."""
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if path and _EXPERTS.search(name.replace("ForCausalLM", "")):
+            config = model.config
+            raise _Refusal(directory, config)(  # type: ignore[arg-type]
+                f"it is a mixture of experts ({path} is {name}), and engines compute every weight"
+                " for every token",
+                "export a dense one",
+            )
+
+
+def check_stops(stops: list[Any], directory: Path) -> None:
+    """Raise SedacError when an id that ends texts is no token."""
+    for token in stops:
+        if not isinstance(token, int) or token < 0:
+            raise SedacError(
+                f"{directory}: eos_token_id {token} is no token; correct it in config.json and"
+                " generation_config.json"
+            )
+
+
+def boundaries(config: PretrainedConfig) -> list[int]:
+    """Every length at which `config` says that attention or rotary tables change, ascending."""
+    return sorted(set(_declared(config.to_dict())))
+
+
+def _declared(settings: dict[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _declared(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and _BOUNDARY.search(str(name)):
+            yield value
+
+
+class _Refusal:
+    def __init__(self, directory: Path, config: PretrainedConfig) -> None:
+        self.start = f"{directory} is a {config.model_type} model that SEDAC cannot export"
+
+    def __call__(self, reason: str, remedy: str) -> SedacError:
+        return SedacError(f"{self.start}: {reason}; {remedy}")
