@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sedac_export import Request, build
+from sedac_export.bundle import Bundle
 from sedac_export.documents import read_documents
-from sedac_export.manifest import read_manifest
 from sedac_export.training import train_probes
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def build_bundle(work: Path) -> None:
     save_tokenizer(work / "model")
     build(Request(model=str(work / "model"), output=BUNDLE, force=True))
     texts = [Path(__file__), HERE / "fuzz_targets" / "first_token.rs"]
-    documents = read_documents(BUNDLE, read_manifest(BUNDLE), texts)
+    documents = read_documents(Bundle.open(BUNDLE), texts)
     train_probes(BUNDLE, documents, [1], [1], with_lenses=True)
 
 

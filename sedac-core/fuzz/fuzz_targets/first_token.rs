@@ -123,7 +123,7 @@ fn digest(bytes: &[u8]) -> String {
 fn first_tokens(directory: &Path) -> Result<()> {
     let library = std::env::var_os("ORT_DYLIB_PATH").expect("ORT_DYLIB_PATH is set");
     let bundle = Bundle::open(directory)?;
-    let codec = TextCodec::load(&directory.join("tokenizer.json"))?;
+    let codec = TextCodec::new(&bundle.gate.read(Path::new("tokenizer.json"))?)?;
     let mut chain = Chain::load(&bundle, Layout::Engines, Path::new(&library), 1)?;
     let settings = bundle.exit_config.policy.clone();
     bundle.manifest.check_policy(&settings)?;

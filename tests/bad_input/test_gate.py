@@ -1,0 +1,156 @@
+"""Nothing outside of a bundle is opened, nothing unlisted, and no size is believed unchecked."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from bad_input.command import (
+    Command,
+    Result,
+    assert_one_line_error,
+    parse_only_json,
+    rewrite_manifest,
+)
+from sedac_runtime import BundleError, SedacModel
+
+Reader = Callable[[Path], Result]
+LAYER = "onnx/layer_001.onnx"
+
+
+@pytest.fixture(params=["generate", "inspect", "train-probes", "engines", "sign"])
+def read(request: pytest.FixtureRequest, export: Command, runtime: Command) -> Reader:
+    """A command that reads a bundle, or writes into one."""
+    readers: dict[str, Reader] = {
+        "generate": lambda bundle: runtime("generate", "--engines", bundle, "--prompt", "def f"),
+        "inspect": lambda bundle: export("inspect", bundle),
+        "train-probes": lambda bundle: export("train-probes", bundle, "--data", __file__),
+        "engines": lambda bundle: export("engines", bundle, "--target", "tensorrt-rtx"),
+        "sign": lambda bundle: export("sign", bundle, "--private-key", bundle.parent / "key"),
+    }
+    return readers[request.param]
+
+
+def reseal(bundle: Path, name: str, contents: bytes) -> None:
+    """Write a file of the bundle, and the digests to it."""
+    (bundle / name).write_bytes(contents)
+    files = json.loads((bundle / "bundle.json").read_bytes())["files"]
+    digest = hashlib.sha256(contents).hexdigest()
+    rewrite_manifest(bundle, files=files | {name: {"bytes": len(contents), "sha256": digest}})
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "onnx/layer_001.data", "sedac_config.json"])
+def test_a_link_that_leads_out_is_refused(
+    read: Reader, bundle: Path, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    shutil.move(bundle / name, outside)
+    (bundle / name).symlink_to(outside)
+    if name == "sedac_config.json" and read(bundle).code != 2:
+        pytest.skip("this command has no use for the exit configuration")
+    assert_one_line_error(read(bundle), str(bundle / name), "not a regular file inside")
+
+
+def test_a_pipe_is_not_waited_for(read: Reader, bundle: Path) -> None:
+    (bundle / LAYER).unlink()
+    os.mkfifo(bundle / LAYER)
+    assert_one_line_error(read(bundle), str(bundle / LAYER), "not a regular file inside")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "onnx/../../secret"])
+def test_a_name_that_leads_out_is_refused(
+    read: Reader, bundle: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    files = json.loads((bundle / "bundle.json").read_bytes())["files"]
+    entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    rewrite_manifest(bundle, files=files | {name: entry})
+    assert_one_line_error(read(bundle), name, "not a regular file inside")
+
+
+@pytest.mark.parametrize("location", ["../../secret", "/dev/zero", "unlisted.data"])
+def test_weights_elsewhere_are_refused(read: Reader, bundle: Path, location: str) -> None:
+    (bundle / "onnx" / "unlisted.data").write_bytes(b"\0" * 65536)
+    model = onnx.load(bundle / LAYER, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    reseal(bundle, LAYER, model.SerializeToString())
+    assert_one_line_error(read(bundle), str(bundle / LAYER), location, "does not list")
+
+
+def test_engines_that_change_places_are_refused(read: Reader, bundle: Path) -> None:
+    first, second = (bundle / "onnx/layer_000.onnx").read_bytes(), (bundle / LAYER).read_bytes()
+    reseal(bundle, "onnx/layer_000.onnx", second)
+    reseal(bundle, LAYER, first)
+    assert_one_line_error(read(bundle), '"layer_001" where bundle.json means "layer_000"')
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**34])
+def test_a_cache_that_no_memory_holds_is_refused(
+    runtime: Command, bundle: Path, length: int
+) -> None:
+    rewrite_manifest(bundle, max_cache_length=length)
+    assert_one_line_error(runtime("generate", "--engines", bundle, "--prompt", "def f"))
+
+
+def test_memory_has_a_limit(runtime: Command, bundle: Path) -> None:
+    command = ("generate", "--engines", bundle, "--prompt", "def f", "--max-new-tokens", 2)
+    refused = runtime(*command, "--memory-limit", "1M")
+    assert_one_line_error(refused, str(bundle), "may take 1 MiB", "--max-cache-length")
+    assert runtime(*command, "--memory-limit", "1G").code == 0
+    for size in ("much", "-1", "1g", "1 G", ""):
+        assert_one_line_error(runtime(*command, "--memory-limit", size), "--memory-limit")
+
+
+def test_a_chat_template_that_is_not_listed_is_not_read(runtime: Command, bundle: Path) -> None:
+    (bundle / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    result = runtime("generate", "--engines", bundle, "--prompt", "def f", "--chat")
+    assert_one_line_error(result, "no chat template")
+
+
+def test_a_relative_bundle_survives_another_working_directory(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reseal(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
+    monkeypatch.chdir(bundle.parent)
+    model = SedacModel.from_pretrained(bundle.name, threads=2)
+    monkeypatch.chdir("/")
+    assert model.encode_chat([{"role": "user", "content": "def f"}]) == model.encode("def f")
+    # the monolith is opened now
+    cases = [("chain", False, None, None), ("monolith", True, None, None)]
+    assert model.measure(cases, [1, 2], 2, 1, 1)[0]["agreement"] == 1.0
+
+
+def test_what_changes_after_its_check_is_not_opened(bundle: Path) -> None:
+    reseal(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
+    model = SedacModel.from_pretrained(bundle, threads=2)
+    (bundle / "chat_template.jinja").write_text("{{ 'something else' }}")
+    with pytest.raises(BundleError, match=r"chat_template.jinja is altered"):
+        model.encode_chat([{"role": "user", "content": "def f"}])
+
+
+def test_inspect_says_what_it_hashed(
+    export: Command, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    count = len(json.loads((bundle / "bundle.json").read_bytes())["files"])
+
+    def files(*options: str) -> dict[str, int]:
+        facts = parse_only_json(export("inspect", bundle, "--json", *options))
+        return dict(facts["files"])
+
+    assert files() == {"hashed": count, "unchanged": 0}
+    assert files("--verify", "changed") == {"hashed": count, "unchanged": 0}
+    assert files("--verify", "changed") == {"hashed": 0, "unchanged": count}
+    (bundle / "validation.json").touch()
+    assert files("--verify", "changed") == {"hashed": 1, "unchanged": count - 1}
+    assert files() == {"hashed": count, "unchanged": 0}
+    (bundle / "onnx/head.data").write_bytes(b"\0" * (bundle / "onnx/head.data").stat().st_size)
+    result = export("inspect", bundle, "--verify", "changed")
+    assert_one_line_error(result, str(bundle / "onnx/head.data"), "altered")
