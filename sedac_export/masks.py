@@ -26,6 +26,7 @@ class KnownMasks:
 
     positions: int
     made: list[tuple[Tensor, MaskFunction]] = field(default_factory=list)
+    compared: dict[tuple[int, int | None], bool] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -42,15 +43,20 @@ class KnownMasks:
 
     def is_causal(self, mask: Tensor, window: int | None) -> bool:
         """Whether `mask` shows each position the last `window`, or all, up to itself."""
-        functions = [function for made, function in self.made if made is mask]
-        if not functions:
+        place = next((i for i, (made, _) in enumerate(self.made) if made is mask), None)
+        if place is None:
             return False
+        if (place, window) not in self.compared:  # layers share masks
+            self.compared[place, window] = self._shows(self.made[place][1], window)
+        return self.compared[place, window]
+
+    def _shows(self, function: MaskFunction, window: int | None) -> bool:
         queries, keys = self._queries()[:, None], torch.arange(self.positions)[None]
         expected = keys <= queries
         if window is not None:
             expected &= keys > queries - window
         zero = torch.zeros((), dtype=torch.int64)
-        seen = functions[0](zero, zero, queries, keys)
+        seen = function(zero, zero, queries, keys)
         return torch.equal(seen.expand(expected.shape), expected)
 
     def _queries(self) -> Tensor:

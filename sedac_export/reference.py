@@ -46,7 +46,7 @@ def run_reference(
 
 def _load(directory: Path, folder: str) -> PreTrainedModel:
     """The model of `directory` with its weights left on disk until they are used."""
-    with _quiet():
+    with _quiet(), _loading_errors(directory):
         loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore
             directory,
             dtype=torch.float32,
@@ -65,6 +65,18 @@ def _load(directory: Path, folder: str) -> PreTrainedModel:
             )
     original: PreTrainedModel = model.eval()
     return original
+
+
+@contextlib.contextmanager
+def _loading_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever transformers and accelerate stumble over
+        reason = next(iter(str(error).splitlines()), "")
+        raise SedacError(
+            f"{directory}: transformers cannot load the model ({type(error).__name__}: {reason}),"
+            " and engines are compared with what it loads; save_pretrained() it anew"
+        ) from error
 
 
 @contextlib.contextmanager

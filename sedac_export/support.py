@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from sedac_export.errors import SedacError
 
@@ -68,13 +67,12 @@ def check_config(config: PretrainedConfig, directory: Path) -> None:
         )
 
 
-def check_modules(model: nn.Module, directory: Path) -> None:
+def check_modules(model: PreTrainedModel, directory: Path) -> None:
     """Raise SedacError when `model` is a mixture of experts."""
     for path, module in model.named_modules():
         name = type(module).__name__
-        if path and _EXPERTS.search(name.replace("ForCausalLM", "")):
-            config = model.config
-            raise _Refusal(directory, config)(  # type: ignore[arg-type]
+        if path and _EXPERTS.search(name):
+            raise _Refusal(directory, model.config)(
                 f"it is a mixture of experts ({path} is {name}), and engines compute every weight"
                 " for every token",
                 "export a dense one",

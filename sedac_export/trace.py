@@ -101,12 +101,12 @@ class Tracer:
 
     def write_index(self) -> dict[str, Tensor]:
         """Where in the cache a pass writes."""
-        return {"write_index": torch.zeros(self.plan.batch, dtype=torch.int64)}
+        return {"write_index": torch.full((self.plan.batch,), 3)}
 
     def shared_inputs(self) -> dict[str, Any]:
         """What every engine of a layer takes: the residual stream and the contexts."""
         contexts = [
-            _stand_in([_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)], c.dtype)
+            stand_in([_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)], c.dtype)
             for c in self.plan.contexts
         ]
         return {"x": self.hidden(), "contexts": contexts}
@@ -114,7 +114,7 @@ class Tracer:
     def past(self, index: int) -> dict[str, Tensor]:
         """The caches of layer `index`."""
         heads = self.plan.heads[index]
-        past = _stand_in([self.plan.batch, heads.count, _CACHE, heads.size], self.dtype)
+        past = stand_in([self.plan.batch, heads.count, _CACHE, heads.size], self.dtype)
         return {"past_key_0": past, "past_value_0": past.clone()}
 
     def dynamic(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Tracer:
     def hidden(self) -> Tensor:
         """A residual stream."""
         size = self.skeleton.config.hidden_size
-        return _stand_in([self.plan.batch, _TOKENS, size], self.dtype)
+        return stand_in([self.plan.batch, _TOKENS, size], self.dtype)
 
     @property
     def _batch(self) -> dict[int, str]:
@@ -147,12 +147,13 @@ class Tracer:
         return self._batch | {1: "tokens"}
 
 
-def _stand_in(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Numbers that look like nothing in particular: none is zero or one."""
+def stand_in(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Numbers that look like nothing in particular: none is zero or one, truth values aside."""
     generator = torch.Generator().manual_seed(0)
     if dtype.is_floating_point:
         return torch.empty(shape).uniform_(0.05, 0.95, generator=generator).to(dtype)
-    return torch.randint(2, 100, shape, generator=generator).to(dtype)
+    least, end = (0, 2) if dtype == torch.bool else (2, 100)
+    return torch.randint(least, end, shape, generator=generator).to(dtype)
 
 
 def trace(

@@ -141,16 +141,18 @@ def _source(
     As transformers does, weights that are stored apart are tied only where they are equal.
     """
     first = tied.get(weight, weight)
-    group = [first, *(name for name, other in tied.items() if other == first)]
-    own = stored.get(weight)
-    held = [stored[name] for name in group if name in stored]
-    if own is None and not held:
-        raise SedacError(
-            f"{checkpoint.directory} holds no weight {weight}; is the download complete?"
+    source = stored.get(first)
+    if source is None:
+        copies = [name for name, other in tied.items() if other == first and name in stored]
+        remedy = (
+            f", only {copies[0]}, which is tied to it; load the model with transformers and"
+            " save_pretrained() it once"
+            if copies
+            else "; is the download complete?"
         )
-    if own is None or _equal(checkpoint, own, held[0]):
-        return held[0]
-    return own
+        raise SedacError(f"{checkpoint.directory} holds no weight {first}{remedy}")
+    own = stored.get(weight, source)
+    return source if _equal(checkpoint, own, source) else own
 
 
 def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:

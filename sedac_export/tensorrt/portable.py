@@ -7,12 +7,13 @@ of ONNX's own opset 24. Nothing in them knows a sequence's length but the mask.
 from typing import Any
 
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from sedac_export.engines import HeadEngine, OfOneLayer, RecordingCache, run_layer, stability, whole
 from sedac_export.operators import masked_attention, scatter
-from sedac_export.trace import Graph, Tracer, trace
+from sedac_export.trace import Graph, Tracer, stand_in, trace
 
 # traced with more than one sequence, so that no axis is taken for the constant 1
 BATCH = 2
@@ -75,7 +76,7 @@ class PortableTracer(Tracer):
         """x, contexts, mask, write_index and past -> y, present and stability."""
         past = self.past(index)
         tokens, length = self.hidden().shape[1], past["past_key_0"].shape[2]
-        mask = self.hidden().new_ones((BATCH, 1, tokens, length)).bool()
+        mask = stand_in([BATCH, 1, tokens, length], torch.bool)
         inputs = self.shared_inputs() | {MASK: mask} | self.write_index() | past
         dynamic = self.dynamic() | {MASK: {0: "batch", 2: "tokens", 3: "cache_length"}}
         module = PortableLayerEngine(self.skeleton, self.plan, index, self.router)

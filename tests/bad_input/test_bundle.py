@@ -199,3 +199,16 @@ def test_forced_build_replaces_a_damaged_bundle(
     assert result.code == 0, result
     parse_only_json(export("inspect", bundle, "--json"))
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "model"]
+
+
+def test_a_bundle_above_the_default_tolerance_says_so(
+    export: Command, runtime: Command, bundle: Path
+) -> None:
+    generate = ("generate", "--engines", bundle, "--prompt", "x", "--max-new-tokens", "2")
+    assert "--atol" not in export("inspect", bundle).out + runtime(*generate).err
+    rewrite_manifest(bundle, tolerance=1e-3, unread_tensors=["rotary_emb.inv_freq"])
+    shown = " ".join(export("inspect", bundle).out.split())
+    assert "--atol 0.001" in shown
+    assert "rotary_emb.inv_freq" in shown
+    assert "--atol 0.001" in parse_only_json(export("inspect", bundle, "--json"))["tolerance_note"]
+    assert "--atol 0.001" in runtime(*generate).err

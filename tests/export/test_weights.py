@@ -10,6 +10,7 @@ from conftest import TinyBundle
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from sedac_export import SedacError
 from sedac_export.engines import learn_plan
@@ -73,13 +74,16 @@ def test_tied_weights_that_differ_are_both_read(tmp_path: Path) -> None:
     assert Skeleton.load(tmp_path).sources.names["lm_head.weight"] == "lm_head.weight"
 
 
-def test_a_tied_weight_may_lie_under_either_name(tmp_path: Path) -> None:
+def test_a_tied_weight_under_the_other_name_is_put_right_by_transformers(tmp_path: Path) -> None:
     save_tiny_model("qwen2", tmp_path)
     weights = load_file(tmp_path / WEIGHTS)
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    names = Skeleton.load(tmp_path).sources.names
-    assert names["model.embed_tokens.weight"] == names["lm_head.weight"] == "lm_head.weight"
+    with pytest.raises(SedacError, match=r"model.embed_tokens.weight.*save_pretrained"):
+        Skeleton.load(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    names = Skeleton.load(tmp_path / "again").sources.names
+    assert names["lm_head.weight"] == "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("kind", ["buffer", "tensor", "list"])
