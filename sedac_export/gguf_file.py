@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -50,27 +51,18 @@ def convert(file: Path, directory: Path) -> PreTrainedTokenizerBase | None:
     All weights are in memory meanwhile, about twice as fp32.
 
     Raises SedacError when a package is missing, and when the file is damaged, of an architecture
-    that transformers does not read, or holds something that would be lost.
+    that transformers does not read, or holds something that would be lost; OSError when the
+    weights cannot be written.
     """
     _require_packages(file)
-    with _quiet(), _damage(file):
-        metadata, names = read_gguf_metadata(str(file))
-        _check_kind(file, metadata)
-        _check_extent(file, metadata)
-        _check_depth(file, metadata, names)
-        where: dict[str, Any] = {
-            "pretrained_model_name_or_path": file.parent,
-            "gguf_file": file.name,
-            "local_files_only": True,
-        }
-        config = AutoConfig.from_pretrained(**where)
-        _check_metadata(file, metadata, config)
-        _check_names(file, metadata["general.architecture"], names, config)
-        _load(where, config).save_pretrained(directory)
-        if "tokenizer.ggml.model" not in metadata:
-            return None
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
-        return tokenizer
+    with _quiet():
+        with _damage(file):
+            model, tokenizer = _read(file, directory)
+        try:
+            model.save_pretrained(directory)
+        except SafetensorError as error:  # also for a full disk
+            raise OSError(str(error)) from error
+    return tokenizer
 
 
 def tokenizer_note(file: Path) -> str | None:
@@ -83,6 +75,26 @@ def tokenizer_note(file: Path) -> str | None:
         f"the file's tokenizer splits text by the rule {split or 'of no name'}, which transformers"
         " does not know and takes GPT-2's for: some texts become other tokens than in training"
     )
+
+
+def _read(file: Path, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    metadata, names = read_gguf_metadata(str(file))
+    _check_kind(file, metadata)
+    _check_extent(file, metadata)
+    _check_depth(metadata, names)
+    # a tokenizer.json beside the file would be taken in place of what the file holds
+    (directory / file.name).symlink_to(file.resolve())
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": directory,
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
+    config = AutoConfig.from_pretrained(**where)
+    _check_metadata(file, metadata, config)
+    _check_names(file, metadata["general.architecture"], names, config)
+    has_tokenizer = "tokenizer.ggml.model" in metadata
+    tokenizer = AutoTokenizer.from_pretrained(**where) if has_tokenizer else None
+    return _load(where, config), tokenizer
 
 
 def _require_packages(file: Path) -> None:
@@ -120,7 +132,7 @@ def _check_extent(file: Path, metadata: dict[str, Any]) -> None:
             raise ValueError(f"it ends within {tensor.name}")
 
 
-def _check_depth(file: Path, metadata: dict[str, Any], names: tuple[str, ...]) -> None:
+def _check_depth(metadata: dict[str, Any], names: tuple[str, ...]) -> None:
     layers = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     said = metadata[f"{metadata['general.architecture']}.block_count"]
     if layers != set(range(len(layers))) or len(layers) != said:

@@ -12,7 +12,7 @@ import pytest
 from gguf_files import save_tiny_gguf_model, write_gguf
 from transformers import PreTrainedModel
 
-from bad_input.command import Command, assert_one_line_error, snapshot
+from bad_input.command import Command, assert_one_line_error, mounted_tmpfs, snapshot
 
 HEADER = 100_000
 
@@ -133,6 +133,15 @@ def test_flipped_bits_end_in_one_line_or_a_bundle(
             assert list(directory.iterdir()) == [file]
             refused += 1
     assert refused > 0
+
+
+def test_full_disk_is_named(export: Command, whole: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(whole)
+    with mounted_tmpfs(tmp_path / "disk", "size=400k") as disk:
+        result = export("build", "--model", file, "--output", disk / "bundle")
+        assert_one_line_error(result, str(disk / "bundle"), "cannot be written", "No space left")
+        assert not list(disk.iterdir())
 
 
 def test_tensors_that_overlap_are_refused(export: Command, whole: bytes, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from conftest import THREADS
 from eager import greedy
 from gguf_files import CHAT_TEMPLATE, save_tiny_gguf_model, write_gguf
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from sedac_export import Request, build
@@ -52,6 +52,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 def test_nothing_changes_on_the_way(name: str, tmp_path: Path) -> None:
     random = save_tiny_gguf_model(name, tmp_path / "model")
     file = write_gguf(random, tmp_path / "tiny.gguf")
+    (tmp_path / "converted").mkdir()
     tokenizer = convert(file, tmp_path / "converted")
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").state_dict()
     expected = reference(file).state_dict()
@@ -65,6 +66,23 @@ def test_nothing_changes_on_the_way(name: str, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert stored.encode(TEXT).ids == direct(TEXT)["input_ids"]
+
+
+def test_files_beside_it_do_not_matter(tmp_path: Path) -> None:
+    random = save_tiny_gguf_model("llama", tmp_path / "model")
+    file = write_gguf(random, tmp_path / "files" / "tiny.gguf")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    alone = convert(file, tmp_path / "a")
+    other = Tokenizer(models.WordLevel({"x": 0, "?": 1}, unk_token="?"))
+    other.save(str(file.with_name("tokenizer.json")))
+    file.with_name("config.json").write_text("{")
+    file.with_name("tokenizer_config.json").write_text('{"chat_template": "other"}')
+    beside = convert(file, tmp_path / "b")
+    assert alone is not None
+    assert beside is not None
+    assert beside(TEXT)["input_ids"] == alone(TEXT)["input_ids"]
+    assert beside.chat_template == alone.chat_template == CHAT_TEMPLATE
 
 
 def test_a_tokenizer_that_transformers_does_not_know_is_noted(tmp_path: Path) -> None:
