@@ -176,10 +176,21 @@ impl Caches {
     pub(super) fn new(device: &mut impl Device, manifest: &Manifest, sizes: Sizes) -> Result<Self> {
         let caches = manifest.key_value_heads.iter().map(|kv| {
             let shape = [1, kv.heads, sizes.length, kv.head_size];
-            let bytes = shape.iter().product::<usize>() * sizes.precision.bytes();
+            let bytes = bytes(shape, sizes);
             Ok((shape, [device.allocate(bytes)?, device.allocate(bytes)?]))
         });
         Ok(Self(caches.collect::<Result<_>>()?))
+    }
+
+    /// Fill all with zeros.
+    pub(super) fn clear(&self, device: &mut impl Device, sizes: Sizes) -> Result<()> {
+        for (shape, buffers) in &self.0 {
+            let zeros = vec![0; bytes(*shape, sizes)];
+            for &buffer in buffers {
+                device.write(buffer, 0, &zeros)?;
+            }
+        }
+        Ok(())
     }
 
     /// The caches of `layers` as an engine's inputs and outputs, in the same memory.
@@ -194,6 +205,11 @@ impl Caches {
         }
         tensors
     }
+}
+
+/// Bytes of a tensor of `shape`.
+fn bytes(shape: [usize; 4], sizes: Sizes) -> usize {
+    shape.iter().product::<usize>() * sizes.precision.bytes()
 }
 
 /// The masks that layers attend through, bool [1, 1, tokens, length] each.
