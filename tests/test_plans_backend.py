@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bad_input.command import spoil
 from certificates import certificate_of, write_certified
 from conftest import DEMO_MODEL, THREADS, TinyBundle
 from eager import Forced, greedy, greedy_deferred
@@ -63,6 +64,21 @@ def test_every_architecture_equals_transformers(
     greedy(reference, prompt, 24, Forced(exits)).assert_same(output.tokens)
     output = model.generate(prompt, forced_exit=exits, kv_fill="defer", max_new_tokens=24)
     greedy_deferred(reference, prompt, 24, exits).assert_same(output.tokens)
+
+
+def test_numbers_that_are_none_leave_nothing_behind(
+    tiny_bundle: Callable[[str], TinyBundle], tmp_path: Path
+) -> None:
+    """Attention over masks multiplies what it masks out by zero."""
+    _, built = tiny_bundle("llama")
+    directory = Path(shutil.copytree(built, tmp_path / "bundle"))
+    add_stand_ins(directory, built.parent / "model", RTX, max_prefill_chunk=20)
+    sound = rehearse(directory, RTX, THREADS)[0].generate([1, 2], max_new_tokens=8)
+    spoil(directory, "embed", float("nan"))  # of token 0
+    model = rehearse(directory, RTX, THREADS)[0]
+    with pytest.raises(EngineError, match="position 31 are not finite: the embed engine"):
+        model.generate([0] * 32, max_new_tokens=8)
+    assert model.generate([1, 2], max_new_tokens=8).tokens == sound.tokens
 
 
 @pytest.mark.parametrize("kv_fill", ["propagate", "defer"])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 
@@ -88,6 +90,20 @@ def rewrite_file(bundle: Path, name: str, data: bytes) -> None:
     files = json.loads((bundle / "bundle.json").read_text())["files"]
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     rewrite_manifest(bundle, files=files | {name: entry})
+
+
+def spoil(bundle: Path, engine: str, number: float) -> None:
+    """Put `number` into a weight of `engine`, as whoever builds bundles could."""
+    graph = bundle / "onnx" / f"{engine}.onnx"
+    for weight in onnx.load(graph, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in weight.external_data}
+        if place:
+            break
+    file = graph.parent / place["location"]
+    data = bytearray(file.read_bytes())
+    offset = int(place.get("offset", 0))
+    data[offset : offset + 4] = np.float32(number).tobytes()
+    rewrite_file(bundle, str(file.relative_to(bundle)), bytes(data))
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 
-from bad_input.command import Command, assert_one_line_error, rewrite_file
+from bad_input.command import Command, assert_one_line_error, spoil
 from sedac_runtime import EngineError, SedacModel
 
 ENGINES = {
@@ -21,20 +19,6 @@ MODES = {
     "early": {"forced_exit": [3]},
     "lossless": {"mode": "lossless"},
 }
-
-
-def spoil(bundle: Path, engine: str, number: float) -> None:
-    """Put `number` into a weight of `engine`, as whoever builds bundles could."""
-    graph = bundle / "onnx" / f"{engine}.onnx"
-    for weight in onnx.load(graph, load_external_data=False).graph.initializer:
-        place = {entry.key: entry.value for entry in weight.external_data}
-        if place:
-            break
-    file = graph.parent / place["location"]
-    data = bytearray(file.read_bytes())
-    offset = int(place.get("offset", 0))
-    data[offset : offset + 4] = np.float32(number).tobytes()
-    rewrite_file(bundle, str(file.relative_to(bundle)), bytes(data))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -127,9 +127,11 @@ impl<E: Engines> HostDecided<E> {
         }
         let rows = logits.chunks_exact(logits.len() / tokens);
         let finite = rows.take_while(|row| all_finite(row)).count();
+        let engine = self.origin(tokens, depth, interrupt)?;
+        self.engines.clear()?;
         Err(Error::NotFinite {
             position: self.kv.length() - tokens + finite,
-            engine: self.origin(tokens, depth, interrupt)?,
+            engine,
         })
     }
 

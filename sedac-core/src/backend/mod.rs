@@ -112,6 +112,12 @@ pub trait Engines: Send {
     /// to find out where a failure comes from.
     fn residual(&mut self, tokens: usize) -> Result<Vec<f32>>;
 
+    /// Overwrite what caches hold, of which something is not finite. Engines that read entries which
+    /// they mask out must: even zero times NaN is NaN.
+    fn clear(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Stability after each layer of `engine`, for the newest token of the last
     /// [`run`](Self::run).
     fn stability(&self, engine: usize) -> &[f32];

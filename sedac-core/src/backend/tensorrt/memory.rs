@@ -238,6 +238,17 @@ impl Caches {
         })
     }
 
+    /// Fill all with zeros.
+    pub(super) fn clear(&self, device: &mut impl Device) -> Result<()> {
+        for (shape, buffers) in &self.layers {
+            let zeros = vec![0; shape.iter().product::<usize>() * self.precision.bytes()];
+            for &buffer in buffers {
+                device.write(buffer, 0, &zeros)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The caches of `layers` as an engine's inputs and outputs, in the same memory.
     pub(super) fn tensors(&self, layers: Range<usize>) -> Vec<Bound> {
         let mut tensors = Vec::new();

@@ -304,6 +304,10 @@ impl<D: Device> Engines for TensorRt<D> {
         Ok(self.sizes.precision.decode(&bytes))
     }
 
+    fn clear(&mut self) -> Result<()> {
+        self.caches.clear(&mut self.device)
+    }
+
     fn risk(&self, _: usize) -> Option<f32> {
         None
     }
