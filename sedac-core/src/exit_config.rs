@@ -13,7 +13,8 @@ use crate::draft::DrafterKind;
 use crate::error::{Error, Result};
 use crate::policy::PolicySettings;
 
-const EXIT_CONFIG: &str = "sedac_config.json";
+/// Its file in a bundle.
+pub(crate) const EXIT_CONFIG: &str = "sedac_config.json";
 
 /// sedac_config.json: when tokens exit by default. What it leaves out has its default value.
 #[derive(Debug, Clone, PartialEq)]
