@@ -63,8 +63,11 @@ class Reference:
 
     def generate(self, prompt: list[int]) -> Greedy:
         """`generate`'s own greedy tokens, past the end of the answer, and each one's lead."""
+        ids = torch.tensor([prompt])
         output = self.model.generate(
-            torch.tensor([prompt]),
+            ids,
+            # otherwise the ends of turns, which are also what this model pads with, are not seen
+            attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
             return_dict_in_generate=True,
