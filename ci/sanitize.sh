@@ -20,5 +20,7 @@ rm -rf "$packages"
 mkdir "$packages"
 cp -r runtime/sedac_runtime "$packages"
 cp "$CARGO_TARGET_DIR/$target/debug/libsedac_core.so" "$packages/sedac_runtime/_core.abi3.so"
-# the sanitizer's own library has to come first; Python is not linked with it
-LD_PRELOAD="$(cc -print-file-name=libasan.so)" PYTHONPATH="$packages" .venv/bin/pytest "${tests[@]}"
+# Python is not linked with the sanitizer's library, which has to come first and wants C++'s with it.
+# What it has to say must not be caught with the tests' own output.
+preload="$(cc -print-file-name=libasan.so):$(cc -print-file-name=libstdc++.so)"
+LD_PRELOAD="$preload" PYTHONPATH="$packages" .venv/bin/pytest --capture=sys "${tests[@]}"
