@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from bad_input.command import rewrite_file
 from conftest import THREADS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -182,7 +183,7 @@ def test_chat_renders_as_transformers_does(demo_bundle: Path, tmp_path: Path) ->
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {{ {'a': 'é'} | tojson }}{% endif %}"
     )
-    (bundle / "chat_template.jinja").write_text(template)
+    rewrite_file(bundle, "chat_template.jinja", template.encode())
     messages = [{"role": "user", "content": "write a stack"}]
     expected = AutoTokenizer.from_pretrained(bundle).apply_chat_template(
         messages, add_generation_prompt=True

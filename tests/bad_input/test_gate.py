@@ -15,6 +15,7 @@ from bad_input.command import (
     Result,
     assert_one_line_error,
     parse_only_json,
+    rewrite_file,
     rewrite_manifest,
 )
 from sedac_runtime import BundleError, SedacModel
@@ -34,14 +35,6 @@ def read(request: pytest.FixtureRequest, export: Command, runtime: Command) -> R
         "sign": lambda bundle: export("sign", bundle, "--private-key", bundle.parent / "key"),
     }
     return readers[request.param]
-
-
-def reseal(bundle: Path, name: str, contents: bytes) -> None:
-    """Write a file of the bundle, and the digests to it."""
-    (bundle / name).write_bytes(contents)
-    files = json.loads((bundle / "bundle.json").read_bytes())["files"]
-    digest = hashlib.sha256(contents).hexdigest()
-    rewrite_manifest(bundle, files=files | {name: {"bytes": len(contents), "sha256": digest}})
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "onnx/layer_001.data", "sedac_config.json"])
@@ -78,14 +71,14 @@ def test_weights_elsewhere_are_refused(read: Reader, bundle: Path, location: str
     for entry in model.graph.initializer[0].external_data:
         if entry.key == "location":
             entry.value = location
-    reseal(bundle, LAYER, model.SerializeToString())
+    rewrite_file(bundle, LAYER, model.SerializeToString())
     assert_one_line_error(read(bundle), str(bundle / LAYER), location, "does not list")
 
 
 def test_engines_that_change_places_are_refused(read: Reader, bundle: Path) -> None:
     first, second = (bundle / "onnx/layer_000.onnx").read_bytes(), (bundle / LAYER).read_bytes()
-    reseal(bundle, "onnx/layer_000.onnx", second)
-    reseal(bundle, LAYER, first)
+    rewrite_file(bundle, "onnx/layer_000.onnx", second)
+    rewrite_file(bundle, LAYER, first)
     assert_one_line_error(read(bundle), '"layer_001" where bundle.json means "layer_000"')
 
 
@@ -115,7 +108,7 @@ def test_a_chat_template_that_is_not_listed_is_not_read(runtime: Command, bundle
 def test_a_relative_bundle_survives_another_working_directory(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reseal(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
+    rewrite_file(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
     monkeypatch.chdir(bundle.parent)
     model = SedacModel.from_pretrained(bundle.name, threads=2)
     monkeypatch.chdir("/")
@@ -126,7 +119,7 @@ def test_a_relative_bundle_survives_another_working_directory(
 
 
 def test_what_changes_after_its_check_is_not_opened(bundle: Path) -> None:
-    reseal(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
+    rewrite_file(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
     model = SedacModel.from_pretrained(bundle, threads=2)
     (bundle / "chat_template.jinja").write_text("{{ 'something else' }}")
     with pytest.raises(BundleError, match=r"chat_template.jinja is altered"):

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from bad_input.command import Command, assert_one_line_error, parse_only_json
+from bad_input.command import (
+    Command,
+    assert_one_line_error,
+    parse_only_json,
+    rewrite_file,
+)
 from bad_input.conftest import SHORT_CACHE
 from sedac_runtime import InputError, SedacModel
 
@@ -217,7 +222,7 @@ def test_chat_template_that_fails_is_named(
     runtime: Command, long_bundle: Path, tmp_path: Path, template: str
 ) -> None:
     bundle = shutil.copytree(long_bundle, tmp_path / "bundle")
-    (bundle / "chat_template.jinja").write_text(template)
+    rewrite_file(bundle, "chat_template.jinja", template.encode())
     result = runtime("generate", "--engines", bundle, "--prompt", "hello", "--chat")
     assert_one_line_error(result, str(bundle), "chat template")
 
