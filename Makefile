@@ -57,7 +57,7 @@ audit: $(BIN)/uv
 sbom: $(BIN)/uv
 	mkdir -p dist
 	$(BIN)/uv export --locked --quiet --all-packages --all-extras --no-dev --format cyclonedx1.5 --output-file dist/sedac.cdx.json
-	cargo cyclonedx --quiet --manifest-path sedac-core/Cargo.toml --all-features --format json
+	cargo cyclonedx --quiet --manifest-path sedac-core/Cargo.toml --all-features --format json --override-filename sedac-core.cdx
 	mv sedac-core/sedac-core.cdx.json dist/
 
 $(DEMO)/bundle.json: $(INSTALLED) $(EXPORTER) $(wildcard demo/model/*)
