@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from test_parity import random_prompts
 from tiny_models import ARCHITECTURES
 from transformers import PreTrainedModel
 
-from sedac_runtime import BundleError, EngineError, InputError, SedacModel
+from sedac_runtime import BundleError, EngineError, InputError, SedacModel, _core
+from sedac_runtime.library import find_onnxruntime
 
 RTX = "tensorrt-rtx"
 PROMPT = "class Stack:\n    def push(self, item):\n"
@@ -64,6 +66,14 @@ def test_every_architecture_equals_transformers(
     greedy(reference, prompt, 24, Forced(exits)).assert_same(output.tokens)
     output = model.generate(prompt, forced_exit=exits, kv_fill="defer", max_new_tokens=24)
     greedy_deferred(reference, prompt, 24, exits).assert_same(output.tokens)
+
+
+def test_plans_and_caches_fit_into_the_memory_limit(stand_in_demo: Path) -> None:
+    plans = (RTX, Rehearsal(stand_in_demo, RTX), True)
+    for limit, fits in ((1 << 20, False), (1 << 30, True)):
+        with nullcontext() if fits else pytest.raises(BundleError, match="may take 1 MiB"):
+            library = find_onnxruntime()
+            _core.Model(stand_in_demo, library, THREADS, plans, memory_limit=limit)
 
 
 def test_numbers_that_are_none_leave_nothing_behind(

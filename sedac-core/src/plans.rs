@@ -163,6 +163,15 @@ pub struct Plans {
     pub head: PathBuf,
 }
 
+impl Plans {
+    /// All of them.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        let ends = [&self.embed, &self.head].into_iter();
+        let files = ends.chain(&self.layers).chain(&self.key_value);
+        files.map(PathBuf::as_path)
+    }
+}
+
 impl Manifest {
     /// Whether portable graphs and plans are among the checked files.
     pub(crate) fn plan_references_hold(&self) -> bool {

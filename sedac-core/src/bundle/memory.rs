@@ -23,10 +23,20 @@ impl Bundle {
     /// # Errors
     /// [`Error::Memory`] with what is needed and what there is.
     pub(crate) fn check_memory<'a>(&self, graphs: impl Iterator<Item = &'a Path>) -> Result<()> {
-        self.hold(
-            self.weight_bytes(graphs)
-                .saturating_add(self.sequence_bytes()),
-        )
+        let sequence = self.sequence_bytes(FLOAT);
+        self.hold(self.weight_bytes(graphs).saturating_add(sequence), None)
+    }
+
+    /// As [`check_memory`](Self::check_memory), for `plans` on a device with `free` bytes; None
+    /// stands for the host's memory.
+    pub(crate) fn check_device_memory<'a>(
+        &self,
+        plans: impl Iterator<Item = &'a Path>,
+        free: Option<u64>,
+    ) -> Result<()> {
+        let plans = plans.filter_map(|plan| self.gate.bytes(plan));
+        let sequence = self.sequence_bytes(self.manifest.precision.bytes() as u64);
+        self.hold(plans.fold(sequence, u64::saturating_add), free)
     }
 
     /// As [`check_memory`](Self::check_memory), for engines that join a sequence under way.
@@ -34,11 +44,11 @@ impl Bundle {
         &self,
         graphs: impl Iterator<Item = &'a Path>,
     ) -> Result<()> {
-        self.hold(self.weight_bytes(graphs))
+        self.hold(self.weight_bytes(graphs), None)
     }
 
-    fn hold(&self, needed: u64) -> Result<()> {
-        match self.memory_limit.or_else(available) {
+    fn hold(&self, needed: u64, free: Option<u64>) -> Result<()> {
+        match self.memory_limit.or(free).or_else(available) {
             Some(limit) if needed > limit => Err(Error::Memory {
                 path: self.gate.shown(""),
                 needed,
@@ -53,8 +63,9 @@ impl Bundle {
         bytes.fold(0, |sum, graph| sum.saturating_add(graph.bytes))
     }
 
-    /// Caches, kept hidden states, and the buffers of the longest pass.
-    fn sequence_bytes(&self) -> u64 {
+    /// Caches, kept hidden states, and the buffers of the longest pass, of numbers of `element`
+    /// bytes.
+    fn sequence_bytes(&self, element: u64) -> u64 {
         let manifest = &self.manifest;
         let product = |sizes: &[u64]| {
             sizes
@@ -76,7 +87,8 @@ impl Bundle {
             product(&[manifest.model.vocab_size as u64, LOGIT_ROWS]),
         ];
         let numbers = caches.chain(contexts).chain(rows);
-        numbers.fold(0, u64::saturating_add).saturating_mul(FLOAT)
+        let numbers = numbers.fold(0, u64::saturating_add);
+        numbers.saturating_mul(element)
     }
 }
 

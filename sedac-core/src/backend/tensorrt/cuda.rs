@@ -75,6 +75,15 @@ impl Cuda {
 impl Device for Cuda {
     type Captured = Captured;
 
+    fn free_memory(&self) -> Result<Option<u64>> {
+        let (free, _) = self
+            .stream
+            .context()
+            .mem_get_info()
+            .map_err(failed("the GPU"))?;
+        Ok(Some(free as u64))
+    }
+
     fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
         let slice = self
             .stream

@@ -101,6 +101,9 @@ pub trait Device: Send {
     /// Work that can be launched again.
     type Captured: Send;
 
+    /// Bytes that are free; None where its memory is the host's.
+    fn free_memory(&self) -> Result<Option<u64>>;
+
     /// `bytes` bytes of zeros.
     ///
     /// # Errors

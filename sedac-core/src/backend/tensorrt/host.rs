@@ -29,6 +29,10 @@ impl Host {
 impl Device for Host {
     type Captured = Work;
 
+    fn free_memory(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
     fn allocate(&mut self, bytes: usize) -> Result<Buffer> {
         let count = bytes.div_ceil(size_of::<u64>()).max(1);
         let mut words = Vec::new();

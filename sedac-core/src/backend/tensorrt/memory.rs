@@ -46,7 +46,7 @@ impl Sizes {
 
 impl Precision {
     /// Bytes of a number.
-    pub(super) fn bytes(self) -> usize {
+    pub(crate) fn bytes(self) -> usize {
         match self {
             Self::Fp32 => 4,
             Self::Fp16 | Self::Bf16 => 2,

@@ -91,6 +91,7 @@ impl<D: Device> TensorRt<D> {
         let (portable, plans) = manifest
             .plans_for(target)
             .ok_or_else(|| missing_plans(&bundle.gate.shown(""), target))?;
+        bundle.check_device_memory(plans.files(), device.free_memory()?)?;
         let length = manifest.max_cache_length;
         let sizes = Sizes {
             precision: manifest.precision,
