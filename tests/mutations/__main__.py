@@ -18,7 +18,8 @@ def main() -> None:
     for verdict in judge(arguments.bundle, arguments.count, arguments.seed):
         verdicts.append(verdict)
         if verdict.is_bad:
-            print(verdict.outcome, verdict.mutation.what, verdict.message[:200], flush=True)
+            told = (verdict.number, verdict.outcome, verdict.mutation.what, verdict.message[:200])
+            print(*told, flush=True)
     print(dict(counts(verdicts)))
     sys.exit(any(verdict.is_bad for verdict in verdicts))
 

@@ -16,13 +16,16 @@ from sedac_runtime import SedacError, SedacModel
 PROMPT = [5, 9, 2, 7, 5, 9, 2, 7]
 NEW_TOKENS = 6
 SECONDS = 10.0
+# for what was late: a machine under load starves processes that are well
+MORE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a bundle ended: "refused", "right", or what must not be: "wrong", "crash", "hang" and
-    "traceback". "forged" is other tokens where the digests vouch for them."""
+    """How mutation `number` ended: "refused", "right", or what must not be: "wrong", "crash",
+    "hang" and "traceback". "forged" is other tokens where the digests vouch for them."""
 
+    number: int
     outcome: str
     mutation: Mutation
     message: str
@@ -53,7 +56,9 @@ def judge(bundle: Path, count: int, seed: int) -> Iterator[Verdict]:
             bring(bundle, copy)
             mutation = mutate(copy, outside, draw)
             outcome, message = _in_a_child(copy)
-        yield Verdict(_verdict(outcome, message == right, mutation), mutation, message)
+            if outcome == "hang":
+                outcome, message = _in_a_child(copy, MORE_SECONDS)
+        yield Verdict(number, _verdict(outcome, message == right, mutation), mutation, message)
 
 
 def counts(verdicts: list[Verdict]) -> Counter[str]:
@@ -69,7 +74,7 @@ def _verdict(outcome: str, right: bool, mutation: Mutation) -> str:
     return "forged" if mutation.forged else "wrong"
 
 
-def _in_a_child(bundle: Path) -> tuple[str, str]:
+def _in_a_child(bundle: Path, seconds: float = SECONDS) -> tuple[str, str]:
     """Run the bundle in a child: "ran" and its tokens, or how it ended and why."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -79,7 +84,7 @@ def _in_a_child(bundle: Path) -> tuple[str, str]:
         os._exit(0)
     os.close(writing)
     try:
-        ready, _, _ = select.select([reading], [], [], SECONDS)
+        ready, _, _ = select.select([reading], [], [], seconds)
         if not ready:
             os.kill(child, signal.SIGKILL)
         said = os.read(reading, 65536).decode("utf-8", "replace") if ready else ""
