@@ -23,7 +23,7 @@ def refusal(*arguments: str) -> str:
 
 @pytest.mark.parametrize("command", ["engines", "validate"])
 def test_no_bundle(command: str, tmp_path: Path) -> None:
-    assert "is no bundle" in refusal(command, str(tmp_path), *RTX)
+    assert "not a bundle" in refusal(command, str(tmp_path), *RTX)
 
 
 def test_engines_of_a_damaged_bundle(demo_bundle: Path, tmp_path: Path) -> None:
