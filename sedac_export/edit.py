@@ -51,6 +51,6 @@ def _bring(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == _WEIGHTS:
         with contextlib.suppress(OSError):
-            os.link(path, target)
+            os.link(path.resolve(), target)
             return
     shutil.copy2(path, target)

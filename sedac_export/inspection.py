@@ -1,17 +1,34 @@
 """What `sedac-export inspect` shows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from onnx import ModelProto
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sedac_export.bundle import Bundle
 from sedac_export.certification import read_certification
+from sedac_export.errors import SedacError
 from sedac_export.exit_config import read_exit_config
 from sedac_export.manifest import VALIDATION, Manifest
 from sedac_runtime.model import Verify
 from sedac_runtime.tolerance import tolerance_note
+
+
+class _Row(BaseModel):
+    """What `inspect` shows of a row of validation.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    engine: str
+    error: float
+    cosine: float
+    agreement: float
+
+
+class _Validation(BaseModel):
+    engines: list[_Row]
+    end_to_end: _Row
 
 
 def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]:
@@ -22,20 +39,20 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
     bundle = Bundle.open(directory, verify=verify)
     hashed, unchanged = bundle.files.hashed_and_skipped
     manifest = bundle.manifest
-    validation = json.loads(bundle.read(VALIDATION))
-    rows = {row["engine"]: row for row in validation["engines"]}
+    validation = _validation(bundle)
+    rows = {row.engine: row for row in validation.engines}
     certification = read_certification(bundle)
     engines = []
     for file, layers in _engine_files(manifest):
         name = Path(file).stem
-        row = rows.get(name, {"error": None, "cosine": None})
+        row = rows.get(name)
         engines.append(
             {
                 "name": name,
                 "layers": layers,
                 "bytes": _weight_bytes(bundle.graph(file)),
-                "error": row["error"],
-                "cosine": row["cosine"],
+                "error": row and row.error,
+                "cosine": row and row.cosine,
             }
         )
     return {
@@ -53,13 +70,24 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
         "certification": certification.sentence,
         "engines": engines,
         "validation": {
-            "end_to_end": validation["end_to_end"],
+            "end_to_end": validation.end_to_end.model_dump(),
         },
         "tolerance": manifest.tolerance,
         "tolerance_note": tolerance_note(manifest.tolerance),
         "unread_tensors": manifest.unread_tensors,
         "tool_versions": manifest.tool_versions,
     }
+
+
+def _validation(bundle: Bundle) -> _Validation:
+    try:
+        return _Validation.model_validate_json(bundle.read(VALIDATION))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or VALIDATION
+        raise SedacError(
+            f"{bundle.directory / VALIDATION}: {field}: {first['msg']}; build the bundle again"
+        ) from error
 
 
 def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:

@@ -33,6 +33,8 @@ class Engine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
+        # what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         if weights is not None:
             options.add_session_config_entry(_WEIGHTS_DIRECTORY, str(weights))
         self.session = onnxruntime.InferenceSession(

@@ -14,6 +14,7 @@ from typing import Any
 from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
 from sedac_export.signature import SIGNATURE
+from sedac_runtime._core import read_unlisted
 
 
 def sign_bundle(directory: Path, private_key: Path) -> None:
@@ -55,7 +56,7 @@ def verify_bundle(directory: Path, public_key: Path) -> None:
             " ec -in PRIVATE_KEY -pubout -out KEY"
         ) from error
     signature = directory / SIGNATURE
-    if not signature.exists():
+    if read_unlisted(directory, SIGNATURE) is None:
         raise SedacError(f"{directory} is not signed: it holds no {SIGNATURE}; sign it")
     try:
         verifying.verify(directory, signature)

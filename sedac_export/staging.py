@@ -86,8 +86,10 @@ class Claim:
         if old.exists() and not self.place.exists():
             old.rename(self.place)
         for path in (old, self._hidden("building"), self._hidden("scratch")):
-            if path.exists():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _hidden(self, purpose: str) -> Path:
         return self.place.with_name(f".{self.place.name}.{purpose}")

@@ -173,14 +173,14 @@ impl Plans {
 }
 
 impl Manifest {
-    /// Whether portable graphs and plans are among the checked files.
+    /// Whether portable graphs and plans are among the checked files, and the graphs are graphs by
+    /// their names.
     pub(crate) fn plan_references_hold(&self) -> bool {
         let plans = self.plans.values().flat_map(|set| &set.plans);
         let plans = plans.flat_map(|entry| [&entry.file, &entry.graph]);
         let graphs = self.portable.iter().flat_map(PortableGraphs::files);
-        plans
-            .chain(graphs)
-            .all(|file| self.files.contains_key(file))
+        plans.into_iter().all(|file| self.files.contains_key(file))
+            && graphs.into_iter().all(|file| self.is_graph(file))
     }
 
     /// Whether `file` is there for TensorRT only.

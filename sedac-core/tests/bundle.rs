@@ -68,7 +68,12 @@ fn a_newer_schema_is_not_called_damaged() {
 fn engines_that_do_not_add_up_are_refused() {
     let scratch = Scratch::new("sum");
     let sound = whole(&scratch);
-    let changes: [(&str, Value); 6] = [
+    let changes: [(&str, Value); 11] = [
+        ("/engines/head", json!("onnx/head.data")),
+        ("/exit_layers", json!([2, 1])),
+        ("/exit_layers", json!([1])),
+        ("/tolerance", json!(1.0)),
+        ("/tolerance", json!(-1.0)),
         ("/engines/layers/1/first_layer", json!(0)),
         ("/engines/layers/1/contexts/0", json!("context_9")),
         ("/engines/head", json!("onnx/unlisted.onnx")),
@@ -245,12 +250,15 @@ fn plans_are_found_for_their_target_and_only_whole() {
         );
     }
     for (pointer, name) in [
-        ("plans/3/graph", "onnx/other.onnx"),
-        ("plans/3/file", "../a.plan"),
+        ("/plans/tensorrt-rtx/plans/3/graph", "onnx/other.onnx"),
+        ("/plans/tensorrt-rtx/plans/3/file", "../a.plan"),
+        // what is there for TensorRT only is no part of what certificates are about
+        ("/portable/embed", "onnx/embed.data"),
+        ("/portable/embed", "onnx/embed.onnx"),
+        ("/engines/head", "onnx/portable_head.onnx"),
     ] {
         let mut broken = manifest.clone();
-        let pointer = format!("/plans/tensorrt-rtx/{pointer}");
-        *broken.pointer_mut(&pointer).unwrap() = json!(name);
+        *broken.pointer_mut(pointer).unwrap() = json!(name);
         scratch.write_manifest(broken.to_string().as_bytes());
         assert!(scratch.reason().contains("do not add up"), "{pointer}");
     }

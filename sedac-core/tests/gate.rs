@@ -4,7 +4,8 @@
 
 mod tiny;
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::mpsc::channel;
@@ -256,6 +257,9 @@ fn a_file_that_changes_after_its_check_is_not_opened() {
     whole(&scratch);
     let bundle = Bundle::open(&scratch.0).unwrap();
     let data = Path::new("onnx/layer_001.data");
+    // copies by hard links, and modes, are none of its contents
+    fs::hard_link(scratch.0.join(data), scratch.0.join("link")).unwrap();
+    fs::set_permissions(scratch.0.join(data), Permissions::from_mode(0o600)).unwrap();
     bundle.gate.path(data).unwrap();
     fs::write(scratch.0.join("new"), [1; WEIGHT_BYTES]).unwrap();
     fs::rename(scratch.0.join("new"), scratch.0.join(data)).unwrap();

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from bad_input.command import (
     Command,
@@ -97,6 +99,48 @@ def test_memory_has_a_limit(runtime: Command, bundle: Path) -> None:
     assert runtime(*command, "--memory-limit", "1G").code == 0
     for size in ("much", "-1", "1g", "1 G", ""):
         assert_one_line_error(runtime(*command, "--memory-limit", size), "--memory-limit")
+
+
+def test_a_graph_that_no_memory_holds_is_not_read(runtime: Command, bundle: Path) -> None:
+    graph = bundle / "onnx" / "z.onnx"
+    graph.touch()
+    os.truncate(graph, 1 << 28)
+    files = json.loads((bundle / "bundle.json").read_bytes())["files"]
+    digest = hashlib.sha256(graph.read_bytes()).hexdigest()
+    entry = {"bytes": 1 << 28, "sha256": digest}
+    rewrite_manifest(bundle, files=files | {"onnx/z.onnx": entry})
+    command = ("generate", "--engines", bundle, "--prompt", "def f", "--memory-limit", "100M")
+    assert_one_line_error(runtime(*command), "may take 100 MiB")
+
+
+def test_a_graph_is_run_as_it_was_checked(bundle: Path) -> None:
+    """Bytes 4 to 8 would make it a graph in ONNX Runtime's own format, a skipped field to ONNX."""
+    expected = SedacModel.from_pretrained(bundle, threads=2).generate("def f", max_new_tokens=4)
+    graph = (bundle / LAYER).read_bytes()
+    rewrite_file(bundle, LAYER, b"\x08\x00\x09\x00ORTM\x00\x00\x00" + graph)
+    found = SedacModel.from_pretrained(bundle, threads=2).generate("def f", max_new_tokens=4)
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"engines": [{}], "end_to_end": 1}', "[" * 9999]
+)
+def test_inspect_refuses_a_validation_that_is_none(
+    export: Command, bundle: Path, text: str
+) -> None:
+    rewrite_file(bundle, "validation.json", text.encode())
+    assert_one_line_error(export("inspect", bundle), str(bundle / "validation.json"))
+
+
+def test_a_signature_that_is_a_pipe_is_not_waited_for(
+    export: Command, bundle: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(bundle / "model.sig")
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    (tmp_path / "key").write_bytes(key.public_bytes(*form))
+    result = export("verify", bundle, "--public-key", tmp_path / "key")
+    assert_one_line_error(result, "model.sig", "not a regular file inside")
 
 
 def test_a_chat_template_that_is_not_listed_is_not_read(runtime: Command, bundle: Path) -> None:

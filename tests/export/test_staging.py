@@ -228,6 +228,19 @@ def test_an_edit_waits_for_nobody_and_carries_no_debris(demo_bundle: Path, tmp_p
     assert snapshot(output) == snapshot(demo_bundle)
 
 
+def test_an_opened_bundle_can_be_edited_again_and_again(demo_bundle: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    head = output / "onnx" / "head.data"
+    inside = head if head.exists() else output / "onnx" / "embed.data"
+    inside.rename(output / "blob")
+    inside.symlink_to("../blob")
+    opened = Bundle.open(output)
+    for _ in range(3):
+        with edited_bundle(opened, keep=False) as copy:
+            assert (copy / inside.relative_to(output)).read_bytes() == inside.read_bytes()
+            assert Bundle.open(copy).manifest == opened.manifest
+
+
 def test_an_edit_takes_nothing_that_was_replaced_since_its_check(
     demo_bundle: Path, tmp_path: Path
 ) -> None:

@@ -37,14 +37,13 @@ pub struct FileEntry {
     pub sha256: String,
 }
 
-/// What changes when a file is written or replaced.
+/// What changes when a file is written or replaced, and not when it gets another link or mode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
     bytes: u64,
     modified: (i64, i64),
-    changed: (i64, i64),
 }
 
 impl Identity {
@@ -54,7 +53,6 @@ impl Identity {
             inode: metadata.ino(),
             bytes: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
 }

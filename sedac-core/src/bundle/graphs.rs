@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 
 use super::gate::Gate;
-use super::manifest::{ContextTensor, KeyValueEntry, LayerEntry, Manifest};
+use super::manifest::{ContextTensor, KeyValueEntry, LayerEntry, Manifest, is_graph_name};
 use super::onnx::{Model, Tensor, ValueInfo};
 use crate::error::{Error, Result};
 
@@ -39,11 +39,7 @@ pub(super) fn check(gate: &Gate, manifest: &Manifest) -> Result<Graphs> {
         graphs: Graphs::new(),
     };
     for file in manifest.files.keys() {
-        if file
-            .extension()
-            .is_some_and(|extension| extension == "onnx")
-            && gate.lists(file)
-        {
+        if is_graph_name(file) && gate.lists(file) {
             check.weights(file)?;
         }
     }
@@ -219,7 +215,8 @@ impl Check<'_> {
             return Err(graph.wrong(&format!("weight {name} has no place or no size")));
         };
         let data = file.with_file_name(location);
-        let (Some(bytes), true) = (self.gate.bytes(&data), location_is_name(location)) else {
+        let is_weights = location_is_name(location) && !self.manifest.is_of_plans(&data);
+        let (Some(bytes), true) = (self.gate.bytes(&data), is_weights) else {
             let reason =
                 format!("weight {name} is in {location:?}, which bundle.json does not list");
             return Err(graph.wrong(&reason));

@@ -16,6 +16,9 @@ pub const SCHEMA_VERSION: u64 = 1;
 /// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
 pub(crate) const LARGEST_BUFFER: usize = 1 << 40;
 
+/// The largest tolerance that a build takes.
+const MOST_TOLERANCE: f64 = 1e-2;
+
 /// What the chain must know of the model.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelFacts {
@@ -142,7 +145,8 @@ pub struct Engines {
 }
 
 impl Engines {
-    /// Whether every graph is among the checked files and every context is one that embed gives.
+    /// Whether every graph is a checked graph of ONNX Runtime's and every context is one that embed
+    /// gives.
     fn references_hold(&self, manifest: &Manifest) -> bool {
         let layers = self
             .layers
@@ -159,12 +163,11 @@ impl Engines {
                 .any(|context| context.name == *name)
         };
         let mut references = layers.chain(fills);
-        references
-            .all(|(file, contexts)| manifest.files.contains_key(file) && contexts.iter().all(known))
+        references.all(|(file, contexts)| manifest.is_engine(file) && contexts.iter().all(known))
             && [&self.embed, &self.head]
                 .into_iter()
                 .chain(self.exits.iter().flat_map(ExitEntry::files))
-                .all(|file| manifest.files.contains_key(file))
+                .all(|file| manifest.is_engine(file))
     }
 }
 
@@ -209,6 +212,12 @@ pub struct Manifest {
     pub files: BTreeMap<PathBuf, FileEntry>,
 }
 
+/// Whether `file` is a graph by its name.
+pub(super) fn is_graph_name(file: &Path) -> bool {
+    file.extension()
+        .is_some_and(|extension| extension == "onnx")
+}
+
 /// What builds allow that say nothing else, older bundles' among them.
 fn default_tolerance() -> f64 {
     1e-4
@@ -226,6 +235,16 @@ impl Manifest {
         }
         let reason = "its engines do not add up to the model; build the bundle again";
         Err(Error::bundle(path, reason))
+    }
+
+    /// Whether `file` is a listed graph, and none that is there for TensorRT.
+    fn is_engine(&self, file: &Path) -> bool {
+        self.is_graph(file) && !self.is_of_plans(file)
+    }
+
+    /// Whether `file` is listed and a graph by its name.
+    pub(crate) fn is_graph(&self, file: &Path) -> bool {
+        is_graph_name(file) && self.files.contains_key(file)
     }
 
     fn engines_add_up(&self) -> bool {
@@ -249,6 +268,8 @@ impl Manifest {
             && engines.key_value.len() == layers
             && self.key_value_heads.len() == layers
             && self.exit_layers.iter().all(|depth| exits.contains(depth))
+            && self.exit_layers.is_sorted_by(|depth, next| depth < next)
+            && self.exit_layers.last() == Some(&layers)
     }
 
     fn sizes_are_sound(&self) -> bool {
@@ -264,6 +285,7 @@ impl Manifest {
                 .map(|kv| kv.heads.saturating_mul(kv.head_size))
                 .all(row)
             && self.contexts.iter().all(ContextTensor::is_sound)
+            && (0.0..=MOST_TOLERANCE).contains(&self.tolerance)
     }
 
     /// The digest of each file, by path.

@@ -1,10 +1,11 @@
 //! What a loaded bundle takes, held against what there is before anything of it is allocated.
 
+use std::ffi::OsStr;
 use std::path::Path;
 
 use sysinfo::System;
 
-use super::Bundle;
+use super::{Bundle, Gate, Manifest};
 use crate::error::{Error, Result};
 
 /// Tokens of the longest pass, whose buffers are the largest.
@@ -12,6 +13,9 @@ const MOST_TOKENS: u64 = 256;
 
 /// Rows of logits that are kept.
 const LOGIT_ROWS: u64 = 16;
+
+/// A file that is read whole, what it is decoded to, and what ONNX Runtime makes of it.
+const COPIES: u64 = 3;
 
 /// Bytes of a number where engines compute.
 const FLOAT: u64 = size_of::<f32>() as u64;
@@ -48,14 +52,7 @@ impl Bundle {
     }
 
     fn hold(&self, needed: u64, free: Option<u64>) -> Result<()> {
-        match self.memory_limit.or(free).or_else(available) {
-            Some(limit) if needed > limit => Err(Error::Memory {
-                path: self.gate.shown(""),
-                needed,
-                limit,
-            }),
-            _ => Ok(()),
-        }
+        hold(&self.gate, needed, self.memory_limit.or(free))
     }
 
     fn weight_bytes<'a>(&self, graphs: impl Iterator<Item = &'a Path>) -> u64 {
@@ -89,6 +86,30 @@ impl Bundle {
         let numbers = caches.chain(contexts).chain(rows);
         let numbers = numbers.fold(0, u64::saturating_add);
         numbers.saturating_mul(element)
+    }
+}
+
+/// Check that there is memory to read each graph and text of `files` whole, and for what is made of
+/// it.
+pub(super) fn check_reading(gate: &Gate, manifest: &Manifest, limit: Option<u64>) -> Result<()> {
+    let files = manifest.files.iter();
+    let whole = files.filter(|(name, _)| {
+        let extension = name.extension().and_then(OsStr::to_str);
+        matches!(extension, Some("onnx" | "json" | "jinja"))
+    });
+    let largest = whole.map(|(_, file)| file.bytes).max().unwrap_or(0);
+    hold(gate, largest.saturating_mul(COPIES), limit)
+}
+
+/// `limit` None stands for the memory that is free.
+fn hold(gate: &Gate, needed: u64, limit: Option<u64>) -> Result<()> {
+    match limit.or_else(available) {
+        Some(limit) if needed > limit => Err(Error::Memory {
+            path: gate.shown(""),
+            needed,
+            limit,
+        }),
+        _ => Ok(()),
     }
 }
 

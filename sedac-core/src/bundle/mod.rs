@@ -135,6 +135,7 @@ pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> 
     })?;
     let digest = hex(&Sha256::digest(&text));
     pool.install(|| gate.check(files, &digest, opening.verify, &opening.interrupt))?;
+    memory::check_reading(&gate, &manifest, opening.memory_limit)?;
     // no digest covers it, but a file of the bundle it must be for those who copy or sign all
     gate.read_unlisted(Path::new(EXIT_CONFIG), MAX_TEXT)?;
     Ok(Files {

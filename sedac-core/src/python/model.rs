@@ -485,6 +485,10 @@ fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {
     if !bundle.manifest.tokenizer {
         return Ok(None);
     }
-    let contents = bundle.gate.read(Path::new("tokenizer.json"))?;
-    TextCodec::new(&contents).map(Some)
+    let file = Path::new("tokenizer.json");
+    let codec = TextCodec::new(&bundle.gate.read(file)?);
+    codec.map(Some).map_err(|error| {
+        let reason = format!("{error}; build or copy the bundle again");
+        Error::bundle(&bundle.gate.shown(file), reason)
+    })
 }

@@ -212,6 +212,7 @@ pub(crate) fn whole(scratch: &Scratch) -> Value {
             "monolith": layer("onnx/monolith.onnx", 0, 2)
         },
         "tokenizer": false,
+        "tolerance": 1e-4,
         "files": files
     });
     scratch.write_manifest(manifest.to_string().as_bytes());

@@ -87,6 +87,8 @@ pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -
             .with_memory_pattern(false)?
             .with_execution_providers([CPU::default().with_arena_allocator(false).build()])?
             .with_config_entry(WEIGHTS_DIRECTORY, directory.to_string_lossy())?
+            // what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
+            .with_config_entry("session.load_model_format", "ONNX")?
             .commit_from_memory(&graph)
     };
     let what = || format!("{} cannot be loaded", bundle.gate.shown(file).display());
