@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 import sedac_export.cli
+from sedac_export.bundle import Bundle
 from sedac_export.edit import edited_bundle, write_config
 from sedac_export.manifest import list_files, read_manifest, write_manifest
 from sedac_export.stamp import sha256
@@ -187,7 +188,7 @@ def test_a_change_removes_the_signature(
 ) -> None:
     signature = signed / "model.sig"
     assert "model.sig" not in list_files(signed)
-    with edited_bundle(signed, keep=False) as copy:
+    with edited_bundle(Bundle.open(signed), keep=False) as copy:
         write_config(copy, "{}")
     assert signature.exists()
     assert "removed" not in capfd.readouterr().err
@@ -195,7 +196,7 @@ def test_a_change_removes_the_signature(
     assert not signature.exists()
     assert "model.sig was removed" in capfd.readouterr().err
     assert export("sign", signed, "--private-key", keys[0]).code == 0
-    with edited_bundle(signed) as copy:
+    with edited_bundle(Bundle.open(signed)) as copy:
         write_manifest(copy, read_manifest(copy))
     assert not signature.exists()
     assert "model.sig was removed" in capfd.readouterr().err
