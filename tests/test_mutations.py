@@ -37,7 +37,13 @@ def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProces
     """Judge `count` mutations under strace; also every file that a child opened."""
     command = [sys.executable, "-m", "mutations", str(bundle), "--count", str(count)]
     traced = ["strace", "-f", "-y", "-qq", "-e", "trace=open,openat,openat2", "-o", str(log)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONDONTWRITEBYTECODE": "1"}
+    temporary = log.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    environment = os.environ | {
+        "PYTHONPATH": str(TESTS),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": str(temporary),
+    }
     ended = subprocess.run(
         [*traced, *command], capture_output=True, text=True, env=environment, check=False
     )
@@ -59,10 +65,13 @@ def test_mutated_bundles_are_refused_or_right_and_open_nothing_outside(
     ended, opened = run(bundle, COUNT, tmp_path / "mutated")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"'refused': \d+", ended.stdout), ended.stdout
-    # modules that only an error needs are Python's and the packages' own
+    # modules that only an error needs are Python's and the packages' own, and temporary files ours
     installed = (sys.prefix, sys.base_prefix, str(TESTS.parent / "runtime"), "/proc/", "/sys/")
+    temporary = str(tmp_path / "temporary")
     inside = re.compile(re.escape(str(bundle.parent)) + r"/[^/]+/bundle(/|$)")
     outside = {
-        path for path in opened - usual if not inside.match(path) and not path.startswith(installed)
+        path
+        for path in opened - usual
+        if not inside.match(path) and not path.startswith((*installed, temporary))
     }
     assert not outside
