@@ -183,7 +183,8 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from sedac_export import Request, build\n"
-        "build(Request(model=sys.argv[1], output=Path(sys.argv[2])))\n"
+        # random layers so wide and many multiply rounding differences
+        "build(Request(model=sys.argv[1], output=Path(sys.argv[2]), tolerance=1e-3))\n"
         "status = dict(line.split(':') for line in open('/proc/self/status'))\n"
         "print(int(status['VmHWM'].split()[0]) * 1024)\n"
     )
