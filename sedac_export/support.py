@@ -42,10 +42,10 @@ def check_config(config: PretrainedConfig, directory: Path) -> None:
     refuse = _Refusal(directory, config)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic":
+        length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         raise refuse(
             "its rotary tables change with every length (rope_type dynamic)",
-            "set rope_type to default in config.json, which is the same up to"
-            f" {rope['original_max_position_embeddings']} positions",
+            f"set rope_type to default in config.json, which is the same up to {length} positions",
         )
     for layer_type, parameters in rope.items():
         kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
