@@ -1,7 +1,6 @@
 """What puts plans on a stream, with a TensorRT that only records; the real one's names."""
 
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from bad_input.command import rewrite_manifest
 
 import sedac_runtime.tensorrt as module
 from sedac_runtime import EngineError, SedacModel
@@ -124,7 +124,8 @@ def bundle(tmp_path: Path) -> Path:
         "compute_capabilities": ["8.9"],
         "options": {"version_compatible": False, "hardware_compatible": False},
     }
-    (tmp_path / "bundle.json").write_text(json.dumps({"plans": {"tensorrt-rtx": plans}}))
+    (tmp_path / "bundle.json").write_text("{}")
+    rewrite_manifest(tmp_path, schema_version=1, plans={"tensorrt-rtx": plans})
     (tmp_path / "a.plan").write_bytes(b"plan")
     return tmp_path
 
