@@ -1,7 +1,8 @@
 """transformers as the reference: greedy decoding at full depth and with forced exits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +16,24 @@ TIE = 1e-4
 
 @dataclass(frozen=True)
 class Greedy:
-    """Tokens, by how much each one's logit leads the second, and the layers it ran."""
+    """Tokens, by how much each one's logit leads all others', and the layers it ran.
+
+    along: the same decoding where other tokens are chosen, whose leads may then be negative.
+    """
 
     tokens: list[int]
     leads: list[float]
     exit_layers: list[int]
+    along: Callable[[Sequence[int]], "Greedy"]
 
     def assert_same(self, tokens: Sequence[int]) -> None:
-        """Fail unless `tokens` are the same, or differ first where two logits are tied."""
+        """Fail unless each token, after those before it, has the largest logit or ties with it."""
         assert len(tokens) == len(self.tokens)
-        for index, (got, expected) in enumerate(zip(tokens, self.tokens, strict=True)):
-            if got != expected:
-                lead = self.leads[index]
-                assert lead < TIE, f"token {index} is {got}, not {expected} which leads by {lead}"
-                return
+        # of logits that are all tied, any token would do
+        assert sum(lead > TIE for lead in self.leads) > len(self.leads) / 2
+        chosen = self if list(tokens) == self.tokens else self.along(tokens)
+        for index, (token, lead) in enumerate(zip(tokens, chosen.leads, strict=True)):
+            assert lead > -TIE, f"token {index} is {token}, whose logit is behind by {-lead}"
 
 
 class Forced:
@@ -64,51 +69,60 @@ def greedy(
     prompt: Sequence[int],
     count: int,
     policy: Forced | Stable | None = None,
+    text: Sequence[int] | None = None,
 ) -> Greedy:
-    """Decode `count` tokens after `prompt`, exits decided by `policy`.
+    """Decode `count` tokens after `prompt`, exits decided by `policy`; those of `text` if given.
 
     Skipped layers still put the keys and values of the exit hidden state into their caches: that
     is the propagate rule, computed by the model's own layers.
     """
     cache = DynamicCache(config=model.config)
-    layers = decoder_layers(model)
+    layers, deciding = decoder_layers(model), copy(policy)
     logits = model(torch.tensor([list(prompt)]), past_key_values=cache, use_cache=True).logits
-    result = Greedy([], [], [])
+    result = Greedy([], [], [], lambda text: greedy(model, prompt, count, policy, text))
     depth = len(layers)
     while True:
-        top = logits[0, -1].topk(2)
-        result.tokens.append(int(top.indices[0]))
-        result.leads.append(float(top.values[0] - top.values[1]))
-        result.exit_layers.append(depth)
+        _choose(result, logits[0, -1], depth, text)
         if len(result.tokens) == count:
             return result
         step = torch.tensor([[result.tokens[-1]]])
-        with exiting(layers, policy) as token:
+        with exiting(layers, deciding) as token:
             logits = model(step, past_key_values=cache, use_cache=True).logits
         depth = token.depth
 
 
 @torch.no_grad()
 def greedy_deferred(
-    model: PreTrainedModel, prompt: Sequence[int], count: int, exits: Sequence[int]
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    count: int,
+    exits: Sequence[int],
+    text: Sequence[int] | None = None,
 ) -> Greedy:
-    """Decode with exits whose caches hold what full depth computes.
+    """Decode with exits whose caches hold what full depth computes; as `greedy` otherwise.
 
     Without a cache: at each step all tokens run to the depth of the newest one's exit, so the
     exits of earlier ones leave no trace.
     """
     layers = decoder_layers(model)
-    result = Greedy([], [], [])
+    result = Greedy([], [], [], lambda text: greedy_deferred(model, prompt, count, exits, text))
     for index in range(count):
         depth = exits[(index - 1) % len(exits)] if index else len(layers)
         tokens = torch.tensor([[*prompt, *result.tokens]])
         with exiting(layers, Forced([depth])):
             logits = model(tokens, use_cache=False).logits
-        top = logits[0, -1].topk(2)
-        result.tokens.append(int(top.indices[0]))
-        result.leads.append(float(top.values[0] - top.values[1]))
-        result.exit_layers.append(depth)
+        _choose(result, logits[0, -1], depth, text)
     return result
+
+
+def _choose(result: Greedy, logits: torch.Tensor, depth: int, text: Sequence[int] | None) -> None:
+    """Add the next token of `text`, or the one with the largest logit."""
+    token = int(logits.argmax()) if text is None else text[len(result.tokens)]
+    others = logits.clone()
+    others[token] = -torch.inf
+    result.tokens.append(token)
+    result.leads.append(float(logits[token] - others.max()))
+    result.exit_layers.append(depth)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
