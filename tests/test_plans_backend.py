@@ -9,7 +9,7 @@ import pytest
 from bad_input.command import spoil
 from certificates import certificate_of, write_certified
 from conftest import DEMO_MODEL, THREADS, TinyBundle
-from eager import Forced, greedy, greedy_deferred
+from eager import Forced, assert_decoded
 from rehearsal import Rehearsal, add_stand_ins, rehearse
 from test_parity import random_prompts
 from tiny_models import ARCHITECTURES
@@ -57,15 +57,17 @@ def test_every_architecture_equals_transformers(
 ) -> None:
     """At full depth, with propagated and deferred exits, and lossless. Prompts run in pieces."""
     reference, model = rehearsed_tiny(name)
+    settings = {"max_new_tokens": 24}
     for prompt in random_prompts(256, 2):
-        full = greedy(reference, prompt, 24)
-        full.assert_same(model.generate(prompt, mode="full", max_new_tokens=24).tokens)
-        full.assert_same(model.generate(prompt, mode="lossless", max_new_tokens=24).tokens)
+        for mode in ("full", "lossless"):
+            tokens = model.generate(prompt, mode=mode, **settings).tokens
+            assert len(tokens) == 24
+            assert_decoded(reference, prompt, tokens)
     exits = [1, 4, 3, 1, 1, 2]
-    output = model.generate(prompt, forced_exit=exits, max_new_tokens=24)
-    greedy(reference, prompt, 24, Forced(exits)).assert_same(output.tokens)
-    output = model.generate(prompt, forced_exit=exits, kv_fill="defer", max_new_tokens=24)
-    greedy_deferred(reference, prompt, 24, exits).assert_same(output.tokens)
+    for kv_fill in ("propagate", "defer"):
+        output = model.generate(prompt, forced_exit=exits, kv_fill=kv_fill, **settings)
+        depths = assert_decoded(reference, prompt, output.tokens, Forced(exits), kv_fill)
+        assert output.exit_layers == depths
 
 
 def test_plans_and_caches_fit_into_the_memory_limit(stand_in_demo: Path) -> None:

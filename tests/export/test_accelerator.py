@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import THREADS
-from eager import Stable, greedy
+from eager import Stable, assert_decoded, greedy
 from tiny_models import ARCHITECTURES, save_tiny_model
 from transformers import PreTrainedModel
 
