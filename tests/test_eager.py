@@ -1,4 +1,4 @@
-"""The reference that judges a text in one pass against decoding token by token, and its failures."""
+"""Judging a text in one pass agrees with decoding token by token, and fails where it should."""
 
 from collections.abc import Callable
 
