@@ -1,5 +1,6 @@
 """Bundles that many tests share, built once."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from sedac_export import Request, exporter
 from sedac_runtime import SedacModel
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
-THREADS = 2
+# threads of several workers that spin for the same cores hold each other up
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
 
 TinyBundle = tuple[PreTrainedModel, Path]
 
