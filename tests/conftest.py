@@ -8,7 +8,7 @@ import torch
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sedac_export import Request, build
+from sedac_export import BuildRequest, build_bundle
 from sedac_runtime import SedacModel
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
@@ -26,7 +26,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tin
         if name not in built:
             directory = tmp_path_factory.mktemp(name)
             model = save_tiny_model(name, directory / "model")
-            build(Request(model=str(directory / "model"), output=directory / "bundle"))
+            build_bundle(BuildRequest(model=str(directory / "model"), output=directory / "bundle"))
             built[name] = (model, directory / "bundle")
         return built[name]
 
@@ -37,7 +37,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tin
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's bundle, weights stored in fp16."""
     output = tmp_path_factory.mktemp("demo") / "bundle"
-    build(Request(model=str(DEMO_MODEL), output=output, precision="fp16"))
+    build_bundle(BuildRequest(model=str(DEMO_MODEL), output=output, precision="fp16"))
     return output
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny_model
 
-from sedac_export import Request, build
+from sedac_export import BuildRequest, build_bundle
 
 COUNT = 300
 TESTS = Path(__file__).parent
@@ -29,7 +29,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     (directory / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    build(Request(str(directory / "model"), directory / "bundle"))
+    build_bundle(BuildRequest(str(directory / "model"), directory / "bundle"))
     return directory / "bundle"
 
 

@@ -11,9 +11,10 @@ from tiny_models import save_tiny_model
 import sedac_export.cli
 import sedac_runtime.cli
 from bad_input.command import Command, call, rewrite_manifest
-from sedac_export import Request, build, exporter
-from sedac_export.graphs import Progress
-from sedac_export.skeleton import Skeleton
+from sedac_export import BuildRequest, build_bundle
+from sedac_export.build import exporter
+from sedac_export.console import StageProgress
+from sedac_export.model.skeleton import Skeleton
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 LONG_CACHE = 32768
@@ -52,7 +53,7 @@ def remembering_trace() -> Callable[..., Any]:
     trace = exporter.trace_graphs
     known: dict[tuple[int, int], Any] = {}
 
-    def remember(skeleton: Skeleton, progress: Progress) -> Any:
+    def remember(skeleton: Skeleton, progress: StageProgress) -> Any:
         key = (skeleton.config.vocab_size, skeleton.config.max_position_embeddings)
         if key not in known:
             known[key] = trace(skeleton, progress)
@@ -83,10 +84,10 @@ def long_bundle(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     output = directory / "bundle"
-    request = Request(str(directory / "model"), output, max_cache_length=LONG_CACHE)
+    request = BuildRequest(str(directory / "model"), output, max_cache_length=LONG_CACHE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "trace_graphs", remembering_trace)
-        build(request)
+        build_bundle(request)
     return output
 
 

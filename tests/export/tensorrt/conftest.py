@@ -11,13 +11,13 @@ import pytest
 from conftest import DEMO_MODEL
 from tiny_models import save_tiny_model
 
-from sedac_export import Request, build
-from sedac_export import manifest as bundle
-from sedac_export.skeleton import Skeleton
+from sedac_export import BuildRequest, build_bundle
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import BuildOptions
+from sedac_export.model.skeleton import Skeleton
 from sedac_export.tensorrt.add import add_target
-from sedac_export.tensorrt.entries import BuildOptions
-from sedac_export.tensorrt.graphs import add_portable_graphs
-from sedac_export.tensorrt.plans import fingerprint
+from sedac_export.tensorrt.build_plans import fingerprint
+from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
 RTX = "tensorrt-rtx"
 
@@ -45,13 +45,13 @@ def portable_tiny(tmp_path_factory: pytest.TempPathFactory) -> PortableTiny:
         directory = tmp_path_factory.mktemp(f"{name}_{precision}")
         depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
         save_tiny_model(name, directory / "model", **{depth: 2})
-        request = Request(
+        request = BuildRequest(
             model=str(directory / "model"),
             output=directory / "bundle",
             precision=precision,  # type: ignore[arg-type]
             layers_per_engine=layers_per_engine,
         )
-        manifest = build(request).manifest
+        manifest = build_bundle(request).manifest
         skeleton = Skeleton.load(directory / "model")
         output = directory / "bundle"
         return output, add_portable_graphs(output, manifest, skeleton, lambda *_: None)
