@@ -12,11 +12,11 @@ from pathlib import Path
 
 from lossless import prompts
 
-from sedac_export import generation
 from sedac_export.bundle import Bundle
-from sedac_export.exit_config import read_exit_config
-from sedac_export.generation import FULL, agreement, time_ways, ways_of
-from sedac_export.replay import Replay
+from sedac_export.bundle.exit_config import read_exit_config
+from sedac_export.exits.calibration import generation_speed as generation
+from sedac_export.exits.calibration.generation_speed import FULL, agreement, time_ways, ways_of
+from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
 
 

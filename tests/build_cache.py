@@ -22,10 +22,11 @@ from filelock import FileLock
 
 import sedac_export
 import sedac_runtime
-from sedac_export import Request, build
-from sedac_export.graphs import Graphs, Progress
-from sedac_export.skeleton import Skeleton
-from sedac_export.trace import Tracer
+from sedac_export import BuildRequest, build_bundle
+from sedac_export.console import StageProgress
+from sedac_export.graph.trace import Tracer
+from sedac_export.graph.trace_model import Graphs
+from sedac_export.model.skeleton import Skeleton
 
 TESTS = Path(__file__).parent
 EXPORTER, RUNTIME = (Path(module.__file__ or "").parent for module in (sedac_export, sedac_runtime))
@@ -87,11 +88,13 @@ class BuildCache:
                 partial.rename(entry)
         return entry
 
-    def bundle(self, request: Request) -> Path:
-        """A bundle as `build` makes it, at the request's output; a copy that may be changed."""
+    def bundle(self, request: BuildRequest) -> Path:
+        """What `build_bundle` makes, at the request's output; a copy that may be changed."""
         fields = vars(request) | {"output": None, "model": Path(request.model).name}
         key = digest("build", fields, Path(request.model))
-        built = self.made(key, lambda partial: build(replace(request, output=partial / "bundle")))
+        built = self.made(
+            key, lambda partial: build_bundle(replace(request, output=partial / "bundle"))
+        )
         shutil.copytree(built / "bundle", request.output)
         return request.output
 
@@ -104,7 +107,7 @@ class BuildCache:
 
         def cached(
             skeleton: Skeleton,
-            progress: Progress,
+            progress: StageProgress,
             tracer: type[Tracer] = Tracer,
             dtype: torch.dtype = torch.float32,
             batch: int = 1,

@@ -10,8 +10,9 @@ from build_cache import BuildCache
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import sedac_export.tensorrt.graphs
-from sedac_export import Request, exporter
+from sedac_export import BuildRequest
+from sedac_export.build import exporter
+from sedac_export.tensorrt import portable_writer
 from sedac_runtime import SedacModel
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
@@ -44,7 +45,7 @@ def build_cache(pytestconfig: pytest.Config) -> BuildCache:
 def cached_traces(build_cache: BuildCache) -> Iterator[None]:
     """Trace each model once: that is most of the time that a build takes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporter, sedac_export.tensorrt.graphs):
+        for module in (exporter, portable_writer):
             patch.setattr(module, "trace_graphs", build_cache.tracing(module.trace_graphs))
         yield
 
@@ -60,7 +61,7 @@ def tiny_bundle(
         if name not in built:
             directory = tmp_path_factory.mktemp(name)
             model = save_tiny_model(name, directory / "model")
-            request = Request(model=str(directory / "model"), output=directory / "bundle")
+            request = BuildRequest(model=str(directory / "model"), output=directory / "bundle")
             built[name] = (model, build_cache.bundle(request))
         return built[name]
 
@@ -71,7 +72,7 @@ def tiny_bundle(
 def demo_bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's bundle, weights stored in fp16."""
     output = tmp_path_factory.mktemp("demo") / "bundle"
-    return build_cache.bundle(Request(model=str(DEMO_MODEL), output=output, precision="fp16"))
+    return build_cache.bundle(BuildRequest(model=str(DEMO_MODEL), output=output, precision="fp16"))
 
 
 @pytest.fixture(scope="session")

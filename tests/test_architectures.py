@@ -13,7 +13,8 @@ from conftest import THREADS, TinyBundle
 from eager import assert_decoded
 from tiny_models import ARCHITECTURES, OTHERS, REFUSED, save_tiny_model
 
-from sedac_export import Request, SedacError, build, exporter
+from sedac_export import BuildRequest, SedacError, build_bundle
+from sedac_export.build import exporter
 from sedac_runtime import InputError, SedacModel
 
 PAGE = Path(__file__).parents[1] / "ARCHITECTURES.md"
@@ -44,7 +45,7 @@ def test_what_engines_cannot_express_is_refused_before_tracing(
     save_tiny_model(name, tmp_path / "model")
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("it was traced"))
     with pytest.raises(SedacError) as refused:
-        build(Request(model=str(tmp_path / "model"), output=tmp_path / "bundle"))
+        build_bundle(BuildRequest(model=str(tmp_path / "model"), output=tmp_path / "bundle"))
     assert "\n" not in str(refused.value)
     for word in REFUSED[name][2]:
         assert word in str(refused.value)

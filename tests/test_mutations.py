@@ -11,7 +11,7 @@ import pytest
 from build_cache import BuildCache
 from tiny_models import save_tiny_model
 
-from sedac_export import Request
+from sedac_export import BuildRequest
 
 COUNT = 300
 TESTS = Path(__file__).parent
@@ -30,7 +30,7 @@ def bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory) ->
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     (directory / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    return build_cache.bundle(Request(str(directory / "model"), directory / "bundle"))
+    return build_cache.bundle(BuildRequest(str(directory / "model"), directory / "bundle"))
 
 
 def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:

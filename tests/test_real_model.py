@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sedac_export import Request, build
+from sedac_export import BuildRequest, build_bundle
 from sedac_runtime import SedacModel
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -102,7 +102,7 @@ def expected(reference: Reference) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def smollm2(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> SedacModel:
     output = tmp_path_factory.mktemp("smollm2") / "bundle"
-    manifest = build(Request(str(checkpoint), output, max_cache_length=512)).manifest
+    manifest = build_bundle(BuildRequest(str(checkpoint), output, max_cache_length=512)).manifest
     assert manifest.model.name == "SmolLM2-135M-Instruct.Q4_1"
     assert manifest.model.eos_token_ids == [2]
     return SedacModel.from_pretrained(output, threads=THREADS)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from sedac_export.manifest import Manifest
-from sedac_export.tensorrt.entries import PortableGraphs
-from sedac_export.validate import Array, open_session
+from sedac_export.arrays import Array
+from sedac_export.bundle.manifest import Manifest
+from sedac_export.bundle.plan_entries import PortableGraphs
+from sedac_export.bundle.sessions import open_session
 
 # runs the engine of a portable graph on arrays whose fp32 it casts to what the engine takes
 Run = Callable[[str, dict[str, Array]], dict[str, Array]]

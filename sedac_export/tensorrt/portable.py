@@ -11,9 +11,16 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from sedac_export.engines import HeadEngine, OfOneLayer, RecordingCache, run_layer, stability, whole
-from sedac_export.operators import masked_attention, scatter
-from sedac_export.trace import Graph, Tracer, stand_in, trace
+from sedac_export.graph.modules import (
+    HeadEngine,
+    OfOneLayer,
+    RecordingCache,
+    run_layer,
+    stability,
+    whole,
+)
+from sedac_export.graph.operators import masked_attention, scatter
+from sedac_export.graph.trace import Graph, Tracer, stand_in, trace
 
 # traced with more than one sequence, so that no axis is taken for the constant 1
 BATCH = 2

@@ -9,12 +9,13 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, numpy_helper
 
-from sedac_export import manifest as bundle
+from sedac_export.arrays import Array
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import PlanSet, PortableGraphs
+from sedac_export.bundle.sessions import open_session
 from sedac_export.tensorrt.agreement import run_session
-from sedac_export.tensorrt.entries import PlanSet, PortableGraphs
 from sedac_export.tensorrt.profiles import most_tokens
 from sedac_export.tensorrt.worker import Worker
-from sedac_export.validate import Array, open_session
 
 _HALF = "tensor(float16)"
 

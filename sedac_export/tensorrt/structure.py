@@ -7,8 +7,8 @@ from typing import Any
 
 import onnx
 
-from sedac_export.manifest import Manifest
-from sedac_export.tensorrt.entries import PortableGraphs, PortableLayers
+from sedac_export.bundle.manifest import Manifest
+from sedac_export.bundle.plan_entries import PortableGraphs, PortableLayers
 
 _FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

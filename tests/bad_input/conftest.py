@@ -11,7 +11,7 @@ from tiny_models import save_tiny_model
 import sedac_export.cli
 import sedac_runtime.cli
 from bad_input.command import Command, call, rewrite_manifest
-from sedac_export import Request
+from sedac_export import BuildRequest
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 LONG_CACHE = 32768
@@ -59,7 +59,7 @@ def long_bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactor
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     output = directory / "bundle"
     return build_cache.bundle(
-        Request(str(directory / "model"), output, max_cache_length=LONG_CACHE)
+        BuildRequest(str(directory / "model"), output, max_cache_length=LONG_CACHE)
     )
 
 

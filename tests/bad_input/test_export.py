@@ -331,7 +331,7 @@ def test_failed_rename_puts_the_old_bundle_back(
 def processes() -> ForkServerContext:
     """Starts processes that need not import torch again: that takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sedac_export.exporter"])
+    context.set_forkserver_preload(["sedac_export.build.exporter"])
     return context
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from build_cache import BuildCache, load, save
 
-from sedac_export import training
 from sedac_export.bundle import Bundle
-from sedac_export.documents import Document, read_documents
-from sedac_export.head_torch import TorchHead
-from sedac_export.lens import LensRow, identity, judge
-from sedac_export.training import Trained, train_probes
+from sedac_export.exits.replay.documents import Document, read_documents
+from sedac_export.exits.training import train_probes as training
+from sedac_export.exits.training.head_torch import TorchHead
+from sedac_export.exits.training.lens import LensRow, identity, judge
+from sedac_export.exits.training.train_probes import Trained, train_probes
 
 # never seen by the demo model; about a thousand tokens are kept of each
 MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect", "json/decoder")

@@ -12,13 +12,13 @@ from build_cache import BuildCache
 from conftest import DEMO_MODEL
 from tiny_models import save_tiny_model
 
-from sedac_export import Request
-from sedac_export import manifest as bundle
-from sedac_export.skeleton import Skeleton
+from sedac_export import BuildRequest
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import BuildOptions
+from sedac_export.model.skeleton import Skeleton
 from sedac_export.tensorrt.add import add_target
-from sedac_export.tensorrt.entries import BuildOptions
-from sedac_export.tensorrt.graphs import add_portable_graphs
-from sedac_export.tensorrt.plans import fingerprint
+from sedac_export.tensorrt.build_plans import fingerprint
+from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
 RTX = "tensorrt-rtx"
 
@@ -52,7 +52,7 @@ def portable_tiny(
         directory = tmp_path_factory.mktemp(f"{name}_{precision}")
         depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
         save_tiny_model(name, directory / "model", **{depth: 2})
-        request = Request(
+        request = BuildRequest(
             model=str(directory / "model"),
             output=directory / "bundle",
             precision=precision,  # type: ignore[arg-type]

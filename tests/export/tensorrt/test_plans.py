@@ -12,11 +12,11 @@ from tiny_models import ARCHITECTURES
 
 from sedac_export import SedacError
 from sedac_export.bundle import Bundle
-from sedac_export.manifest import read_manifest
+from sedac_export.bundle.manifest import read_manifest
+from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.tensorrt.add import add_target
-from sedac_export.tensorrt.entries import BuildOptions
-from sedac_export.tensorrt.flavour import check_compatible
-from sedac_export.tensorrt.plans import check_options
+from sedac_export.tensorrt.build_plans import check_options
+from sedac_export.tensorrt.installed import check_compatible
 from sedac_export.tensorrt.profiles import graph_profiles
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import Gpu

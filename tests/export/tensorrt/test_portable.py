@@ -11,10 +11,10 @@ from onnx import TensorProto
 from tiny_models import ARCHITECTURES
 
 from sedac_export import SedacError
-from sedac_export.manifest import Manifest, read_manifest
-from sedac_export.skeleton import Skeleton
+from sedac_export.bundle.manifest import Manifest, read_manifest
+from sedac_export.model.skeleton import Skeleton
 from sedac_export.tensorrt.agreement import GATES, compare, visible
-from sedac_export.tensorrt.graphs import add_portable_graphs
+from sedac_export.tensorrt.portable_writer import add_portable_graphs
 from sedac_export.tensorrt.runners import PortableRunner
 from sedac_export.tensorrt.structure import expectations
 from sedac_export.tensorrt.worker import Worker
