@@ -99,6 +99,7 @@ def test_half_precision_exits_where_onnxruntime_does(
 ) -> None:
     """fp16 keys, values and residual stream against fp32 ones, on a text both are given."""
     text = demo_model.generate(PROMPT, mode="full", max_new_tokens=100).tokens
+    assert len(text) == 100
     got = rehearsed_demo[0].follow(text, tau=0.98, kv_fill=kv_fill)
     wanted = demo_model.follow(text, tau=0.98, kv_fill=kv_fill)
     for ours, theirs in zip(got, wanted, strict=True):
