@@ -1,13 +1,14 @@
-"""Bundles that many tests share, built once."""
+"""Which tests a quick run leaves out, and bundles that many tests share, built once."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 from build_cache import BuildCache
-from tiny_models import save_tiny_model
+from tiny_models import ARCHITECTURES, OTHERS, save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sedac_export import BuildRequest
@@ -20,7 +21,57 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 
+# architectures of each list that a quick run takes for the tests marked `rotating`
+ROTATED = 3
+
 TinyBundle = tuple[PreTrainedModel, Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sedac")
+    group.addoption("--quick", action="store_true", help="only three architectures where marked")
+    group.addoption("--day", type=int, help="which three --quick takes; by default today's")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers are given the options that result here, so that all of them collect the same."""
+    if config.option.day is None:
+        config.option.day = date.today().toordinal()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not config.option.quick:
+        return None
+    names = ", ".join(sorted(in_rotation(config)))
+    return f"quick run: rotating tests with --day {config.option.day}: {names}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.quick:
+        return
+    wanted = in_rotation(config)
+    left_out = [item for item in items if is_left_out(item, wanted)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def is_left_out(item: pytest.Item, wanted: set[str]) -> bool:
+    """Whether a quick run goes without this test."""
+    if item.get_closest_marker("rotating"):
+        assert isinstance(item, pytest.Function)
+        return item.callspec.params["name"] not in wanted
+    return item.get_closest_marker("slow") is not None
+
+
+def in_rotation(config: pytest.Config) -> set[str]:
+    """The architectures of the day. Every one has its turn within so many days as there are."""
+
+    def chosen(names: Iterable[str]) -> list[str]:
+        listed = list(names)
+        first = ROTATED * config.option.day
+        return [listed[(first + n) % len(listed)] for n in range(ROTATED)]
+
+    return {*chosen(ARCHITECTURES), *chosen(OTHERS)}
 
 
 def open_build_cache(config: pytest.Config) -> BuildCache:

@@ -26,7 +26,9 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(0, 256, (PROMPT,), generator=generator).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES | OTHERS)
+@pytest.mark.parametrize(
+    "name", [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.rotating) for name in OTHERS)]
+)
 def test_long_prompts_equal_transformers(
     name: str, tiny_bundle: Callable[[str], TinyBundle]
 ) -> None:

@@ -50,7 +50,7 @@ def rehearsed_demo(stand_in_demo: Path) -> Rehearsed:
     return rehearse(stand_in_demo, RTX, THREADS)
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_equals_transformers(
     name: str, rehearsed_tiny: Callable[[str], tuple[PreTrainedModel, SedacModel]]

@@ -33,7 +33,7 @@ def disagreements(directory: Path, manifest: Manifest) -> list[object]:
     return [row for row in rows if not row["passed"]]
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_parses_and_agrees(name: str, portable_tiny: PortableTiny) -> None:
     """In fp16; what TensorRT drops silently or does not know is in no graph."""
