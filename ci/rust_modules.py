@@ -21,7 +21,8 @@ ALLOWED = {
     "chain": "error interrupt sampler kv policy bundle backend draft",
     "certification": "error sampler policy bundle chain",
     "bench": "error interrupt sampler policy bundle backend draft chain",
-    "python": "error interrupt sampler text kv policy bundle backend draft chain certification bench",
+    "python": "error interrupt sampler text kv policy bundle backend draft chain"
+    " certification bench",
 }
 
 _COMMENT = re.compile(r"//.*")
