@@ -10,8 +10,8 @@ use proptest::prelude::*;
 use prost::Message;
 use sedac_core::Error;
 use sedac_core::bundle::Bundle;
-use sedac_core::exit_config::KvFill;
-use sedac_core::policy::PolicySettings;
+use sedac_core::kv::KvFill;
+use sedac_core::policy::{PolicySettings, Stability};
 use serde_json::{Value, json};
 use tiny::{Scratch, whole};
 
@@ -96,11 +96,11 @@ fn an_exit_configuration_may_leave_things_out_but_not_add() {
     let path = scratch.0.join("sedac_config.json");
     fs::write(&path, r#"{"tau": 0.5}"#).unwrap();
     let config = Bundle::open(&scratch.0).unwrap().exit_config;
-    let expected = PolicySettings::Stability {
+    let expected = PolicySettings::Stability(Stability {
         tau: 0.5,
         consecutive_k: 2,
         min_layer_ratio: 0.2,
-    };
+    });
     assert_eq!(config.policy, expected);
     fs::write(&path, r#"{"taw": 0.5}"#).unwrap();
     assert!(scratch.reason().contains("unknown field `taw`"));

@@ -1,14 +1,15 @@
 //! bundle.json: what a bundle says of its model and engines.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::gate::FileEntry;
+use super::plans::{PlanSet, PortableGraphs, Precision};
 use crate::error::{Error, Result};
-use crate::plans::{PlanSet, PortableGraphs, Precision};
-use crate::policy::{PolicySettings, Source};
+use crate::policy::{ExitRule, PolicySettings, Signal};
 
 /// The newest schema of bundle.json that this crate reads.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -89,6 +90,11 @@ pub struct LayerEntry {
 }
 
 impl LayerEntry {
+    /// Its layers.
+    pub fn range(&self) -> Range<usize> {
+        self.first_layer..self.end()
+    }
+
     /// The depth after its last layer.
     pub fn end(&self) -> usize {
         self.first_layer.saturating_add(self.num_layers)
@@ -125,7 +131,7 @@ pub struct KeyValueEntry {
 
 /// All engines of a bundle.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Engines {
+pub struct EngineFiles {
     /// Token and position ids to the residual stream and contexts.
     pub embed: PathBuf,
     /// Layer engines, shallowest first.
@@ -144,7 +150,7 @@ pub struct Engines {
     pub attention: Vec<LayerEntry>,
 }
 
-impl Engines {
+impl EngineFiles {
     /// Whether every graph is a checked graph of ONNX Runtime's and every context is one that embed
     /// gives.
     fn references_hold(&self, manifest: &Manifest) -> bool {
@@ -197,7 +203,7 @@ pub struct Manifest {
     /// What embed hands to the layers.
     pub contexts: Vec<ContextTensor>,
     /// The engines.
-    pub engines: Engines,
+    pub engines: EngineFiles,
     /// Whether the bundle holds a tokenizer.
     pub tokenizer: bool,
     /// The largest difference from the original model that the build allowed.
@@ -294,55 +300,64 @@ impl Manifest {
         files.map(|(file, entry)| (file.as_path(), entry.sha256.as_str()))
     }
 
-    /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.
-    pub fn trained_depths(&self, source: Source) -> Vec<usize> {
-        let has_source = |depth: &usize| match source {
-            Source::Risk => {
+    /// The depths at which tokens may exit and an engine gives `signal`, ascending.
+    pub fn trained_depths(&self, signal: Signal) -> Vec<usize> {
+        let has_signal = |depth: &usize| match signal {
+            Signal::None | Signal::Stability => true,
+            Signal::Risk => {
                 let mut layers = self.engines.layers.iter();
                 layers.any(|entry| entry.risk && entry.end() == *depth)
             }
-            Source::Exit => self.engines.exits.iter().any(|exit| exit.depth == *depth),
+            Signal::Margin | Signal::Learned => {
+                self.engines.exits.iter().any(|exit| exit.depth == *depth)
+            }
         };
         let exits = self.exit_layers.iter().copied();
         exits
             .filter(|&depth| depth < self.model.num_layers)
-            .filter(has_source)
+            .filter(has_signal)
             .collect()
     }
 
-    /// Check that tokens may exit where `policy` decides, and that there is an engine there which
-    /// tells what it reads.
+    /// The rule that `policy` compiles to, of which every signal exists in this bundle.
     ///
     /// # Errors
-    /// [`Error::Setting`] naming the depth.
-    pub fn check_policy(&self, policy: &PolicySettings) -> Result<()> {
-        if policy.is_soft() && self.engines.attention.is_empty() {
+    /// [`Error::Setting`] when a setting is out of range, or naming the depth that lacks a signal.
+    pub fn compile(&self, policy: &PolicySettings) -> Result<ExitRule> {
+        let layers = self.model.num_layers;
+        let rule = policy.compile(layers)?;
+        if rule.is_soft() && self.engines.attention.is_empty() {
             let range = "hard; this bundle has no attention engines, build it again";
             return Err(Error::setting("exit_kind", "soft", range));
         }
-        let Some((source, thresholds)) = policy.reads() else {
-            return Ok(());
-        };
-        let known = self.trained_depths(source);
-        match thresholds.keys().find(|depth| !known.contains(depth)) {
-            Some(depth) => {
-                let known: Vec<_> = known.iter().map(usize::to_string).collect();
-                let range = format!(
-                    "this bundle was trained for depths {}; train others with sedac-export \
-                     train-probes",
-                    if known.is_empty() {
-                        "none".into()
-                    } else {
-                        known.join(", ")
-                    },
-                );
-                Err(Error::setting(
-                    "thresholds",
-                    format!("at depth {depth}"),
-                    range,
-                ))
+        for depth in 1..=layers {
+            for signal in rule.signals(depth) {
+                if matches!(signal, Signal::Risk | Signal::Margin | Signal::Learned) {
+                    self.check_trained(signal, depth)?;
+                }
             }
-            None => Ok(()),
         }
+        Ok(rule)
+    }
+
+    fn check_trained(&self, signal: Signal, depth: usize) -> Result<()> {
+        let known = self.trained_depths(signal);
+        if known.contains(&depth) {
+            return Ok(());
+        }
+        let known: Vec<_> = known.iter().map(usize::to_string).collect();
+        let known = match known.len() {
+            0 => "none".into(),
+            _ => known.join(", "),
+        };
+        let range = format!(
+            "this bundle was trained for depths {known}; train others with sedac-export \
+             train-probes"
+        );
+        Err(Error::setting(
+            "thresholds",
+            format!("at depth {depth}"),
+            range,
+        ))
     }
 }

@@ -1,10 +1,13 @@
 //! A bundle on disk: its files, its manifest and its exit configuration, checked before use.
 
+mod certificate;
+mod exit_config;
 mod gate;
 mod graphs;
 mod manifest;
 mod memory;
 pub mod onnx;
+mod plans;
 mod verified;
 
 use std::path::{Path, PathBuf};
@@ -13,16 +16,25 @@ use std::sync::Arc;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+#[cfg(test)]
+pub(crate) use self::certificate::tests::certificate as test_certificate;
+pub use self::certificate::{
+    CalibrationMode, Certificate, CertifiedSetting, GenerationSpeeds, TokenChoice, drafter_name,
+};
+pub(crate) use self::exit_config::EXIT_CONFIG;
+pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
 use self::graphs::Graphs;
 pub(crate) use self::manifest::LARGEST_BUFFER;
 pub use self::manifest::{
-    ContextTensor, Engines, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
+    ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
     ModelFacts, SCHEMA_VERSION, Target,
 };
+pub use self::plans::{
+    ElementType, PlanFiles, PlanSet, PortableContext, PortableGraphs, PortableLayers, Precision,
+};
 use crate::error::{Error, Result};
-use crate::exit_config::{EXIT_CONFIG, ExitConfig};
 use crate::interrupt::Interrupt;
 
 const MANIFEST: &str = "bundle.json";

@@ -8,9 +8,8 @@ use pyo3::types::PyBytes;
 use super::certification::{Spoken, spoken};
 use super::door;
 use super::model::named;
-use crate::bundle::{self, Files, Gate, MAX_TEXT, Opening, Verify};
+use crate::bundle::{self, ExitConfig, Files, Gate, MAX_TEXT, Opening, Verify};
 use crate::error::Result;
-use crate::exit_config::ExitConfig;
 
 /// A bundle's files, checked.
 #[pyclass(frozen)]

@@ -180,7 +180,7 @@ impl Generation {
         result.set_item("prefill_ms", summary.prefill.as_secs_f64() * 1e3)?;
         result.set_item("decode_ms", summary.decode.as_secs_f64() * 1e3)?;
         result.set_item("rest", rest)?;
-        let drafting = &summary.drafting;
+        let drafting = &summary.drafts;
         result.set_item("drafted", drafting.drafted)?;
         result.set_item("accepted", drafting.accepted)?;
         result.set_item("verify_passes", drafting.verify_passes)?;
@@ -254,6 +254,6 @@ fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<(Summ
 }
 
 fn piece(token: Token, text: String) -> Piece {
-    let Token { id, step } = token;
-    (id, text, step.exit_layer, step.reason.name())
+    let Token { id, exit } = token;
+    (id, text, exit.layer, exit.reason.name())
 }

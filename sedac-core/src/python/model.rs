@@ -17,15 +17,14 @@ use super::process::ProcessLocal;
 use super::turns::Turns;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
-use crate::bench::{Case, Row};
-use crate::bundle::{Bundle, Opening};
-use crate::certification::{Certification, Way};
-use crate::chain::{Chain, Exit, Request};
-use crate::draft::DrafterKind;
+use crate::bench::{BenchCase, BenchRow};
+use crate::bundle::{Bundle, DrafterKind, Opening};
+use crate::certification::{Certification, GenerationSetting};
+use crate::chain::{Chain, DecodingMode, Request};
 use crate::error::{Error, Result};
-use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
-use crate::policy::{PolicySettings, Source};
+use crate::kv::KvFill;
+use crate::policy::{PolicySettings, Signal};
 use crate::sampler::Sampling;
 use crate::text::{StopStrings, TextCodec};
 
@@ -167,7 +166,7 @@ impl Model {
         forced_exit: Option<Vec<usize>>,
         kv_fill: &str,
     ) -> PyResult<(Vec<u32>, Vec<usize>)> {
-        let exit = self.exit(policy, forced_exit, None)?;
+        let mode = self.mode(policy, forced_exit, None)?;
         let kv_fill = kv_fill_named(kv_fill)?;
         let turns = self.turns.get()?.clone();
         let interrupt = Interrupt::default();
@@ -175,9 +174,9 @@ impl Model {
         door::run(py, &interrupt, move || {
             let mut chain = turns.take();
             let mut followed = (Vec::new(), Vec::new());
-            chain.follow(&tokens, &exit, kv_fill, &raised, |token| {
+            chain.follow(&tokens, &mode, kv_fill, &raised, |token| {
                 followed.0.push(token.id);
-                followed.1.push(token.step.exit_layer);
+                followed.1.push(token.exit.layer);
             })?;
             Ok(followed)
         })
@@ -187,7 +186,7 @@ impl Model {
     #[getter]
     fn trained_depths(&self) -> HashMap<&'static str, Vec<usize>> {
         let manifest = &self.bundle.manifest;
-        let (risk, exit) = (Source::Risk, Source::Exit);
+        let (risk, exit) = (Signal::Risk, Signal::Learned);
         [
             ("probe", risk),
             ("cascade", risk),
@@ -243,7 +242,7 @@ impl Model {
             prompt,
             max_new_tokens,
             stop_tokens,
-            exit: self.exit(policy, forced_exit, drafter)?,
+            mode: self.mode(policy, forced_exit, drafter)?,
             kv_fill: kv_fill_named(kv_fill)?,
             sampling: Sampling {
                 temperature,
@@ -314,28 +313,25 @@ impl Model {
 }
 
 impl Model {
-    fn exit(
+    fn mode(
         &self,
         policy: Option<&str>,
         forced: Option<Vec<usize>>,
         drafter: Option<&str>,
-    ) -> Result<Exit> {
+    ) -> Result<DecodingMode> {
         let Some(json) = policy.filter(|_| forced.is_none()) else {
-            return exit(forced, drafter);
+            return mode(forced, drafter);
         };
-        let settings: PolicySettings = serde_json::from_str(json)
+        let policy: PolicySettings = serde_json::from_str(json)
             .map_err(|error| Error::setting("policy", json, error.to_string()))?;
-        self.bundle.manifest.check_policy(&settings)?;
-        if self.plans {
-            check_plans_policy(&settings)?;
-        }
+        self.bundle.manifest.compile(&policy)?;
         let drafter = drafter.map(drafter_kind).transpose()?;
-        Ok(Exit::Policy { settings, drafter })
+        Ok(DecodingMode::Exit { policy, drafter })
     }
 
     fn certification(&self, request: &Request) -> Option<Certification> {
-        let way = Way {
-            exit: &request.exit,
+        let generation = GenerationSetting {
+            mode: &request.mode,
             kv_fill: request.kv_fill,
             sampling: &request.sampling,
             plans: self.plans,
@@ -345,7 +341,7 @@ impl Model {
             exit_config,
             ..
         } = &self.bundle;
-        exit_config.certification(manifest, way)
+        exit_config.certification(manifest, generation)
     }
 
     /// What loads all layers in one engine.
@@ -417,29 +413,17 @@ fn load_plans(bundle: &Bundle, library: &Library, runner: PlanRunner) -> Result<
     })
 }
 
-/// Plans have neither entropy probes nor attention without MLPs.
-fn check_plans_policy(settings: &PolicySettings) -> Result<()> {
-    match settings.reads() {
-        Some((Source::Risk, _)) => Err(Error::setting(
-            "policy",
-            settings.name(),
-            "stability, margin or learned; TensorRT plans have no entropy probes",
-        )),
-        _ => Ok(()),
-    }
-}
-
 fn bench_case(
     (name, monolith, depth, drafter): (String, bool, Option<usize>, Option<String>),
-) -> Result<Case> {
-    Ok(Case {
+) -> Result<BenchCase> {
+    Ok(BenchCase {
         name,
         chain: usize::from(monolith),
-        exit: exit(depth.map(|depth| vec![depth]), drafter.as_deref())?,
+        mode: mode(depth.map(|depth| vec![depth]), drafter.as_deref())?,
     })
 }
 
-fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
+fn to_dict<'py>(py: Python<'py>, row: &BenchRow) -> PyResult<Bound<'py, PyDict>> {
     let result = PyDict::new(py);
     result.set_item("name", &row.name)?;
     result.set_item("ms_per_token", row.ms_per_token)?;
@@ -452,13 +436,13 @@ fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
     Ok(result)
 }
 
-fn exit(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<Exit> {
+fn mode(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<DecodingMode> {
     Ok(match (forced, drafter) {
-        (Some(depths), _) => Exit::Forced { depths },
-        (None, Some(name)) => Exit::Lossless {
+        (Some(depths), _) => DecodingMode::Forced { depths },
+        (None, Some(name)) => DecodingMode::Lossless {
             drafter: drafter_kind(name)?,
         },
-        (None, None) => Exit::Never,
+        (None, None) => DecodingMode::Full,
     })
 }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use super::MOST_POSITIONS_KEPT_READY;
+use super::MAX_REUSED_TOKENS;
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
@@ -247,12 +247,11 @@ impl Passes {
         self.ready.contains_key(&tokens)
     }
 
-    /// Keep `pass` ready; of the long ones only the newest stays.
-    pub(super) fn keep(&mut self, pass: Pass) {
+    /// Add `pass` for reuse; of the long ones only the newest stays.
+    pub(super) fn insert(&mut self, pass: Pass) {
         let tokens = pass.embedding.tokens();
-        if tokens > MOST_POSITIONS_KEPT_READY {
-            self.ready
-                .retain(|&tokens, _| tokens <= MOST_POSITIONS_KEPT_READY);
+        if tokens > MAX_REUSED_TOKENS {
+            self.ready.retain(|&tokens, _| tokens <= MAX_REUSED_TOKENS);
         }
         self.ready.insert(tokens, pass);
     }

@@ -4,6 +4,7 @@
 //! driver's calls: tests hold it to the tokens of ONNX Runtime's backend this way.
 
 use std::cell::UnsafeCell;
+use std::time::{Duration, Instant};
 
 use super::device::{Buffer, Device, Work, check_inside};
 use crate::error::{Error, Result};
@@ -28,6 +29,7 @@ impl Host {
 
 impl Device for Host {
     type Captured = Work;
+    type Mark = Instant;
 
     fn free_memory(&self) -> Result<Option<u64>> {
         Ok(None)
@@ -38,7 +40,7 @@ impl Device for Host {
         let mut words = Vec::new();
         words.try_reserve_exact(count).map_err(|_| Error::Device {
             what: format!("{bytes} bytes of memory"),
-            reason: "this host has not so much".into(),
+            reason: "this host has not enough".into(),
         })?;
         words.resize_with(count, || UnsafeCell::new(0));
         let address = words.as_ptr().expose_provenance() as u64;
@@ -85,6 +87,14 @@ impl Device for Host {
 
     fn launch(&mut self, captured: &Work) -> Result<()> {
         self.run(captured)
+    }
+
+    fn mark(&mut self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn elapsed(&self, from: &Instant, to: &Instant) -> Result<Duration> {
+        Ok(to.duration_since(*from))
     }
 }
 

@@ -6,9 +6,8 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::device::{Bound, Buffer, Device, check_inside};
-use crate::bundle::Manifest;
+use crate::bundle::{Manifest, PortableContext, Precision};
 use crate::error::Result;
-use crate::plans::{PortableContext, Precision};
 
 /// Sizes that all passes share.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +18,7 @@ pub(super) struct Sizes {
     /// Positions that caches hold.
     pub(super) length: usize,
     /// Tokens that one pass may have.
-    pub(super) most_tokens: usize,
+    pub(super) max_tokens: usize,
 }
 
 impl Sizes {
@@ -148,7 +147,7 @@ impl Frame {
         contexts: &BTreeMap<String, PortableContext>,
         sizes: Sizes,
     ) -> Result<Self> {
-        let most = sizes.most_tokens;
+        let most = sizes.max_tokens;
         let mut ids = || allocate(device, &[1, most], size_of::<i64>());
         let (input_ids, position_ids) = (ids()?, ids()?);
         let contexts = contexts
@@ -276,11 +275,7 @@ impl Masks {
         sizes: Sizes,
     ) -> Result<Self> {
         let masks = windows.into_iter().map(|(name, &window)| {
-            let buffer = allocate(
-                device,
-                &[sizes.most_tokens, sizes.length],
-                size_of::<bool>(),
-            )?;
+            let buffer = allocate(device, &[sizes.max_tokens, sizes.length], size_of::<bool>())?;
             Ok((name.clone(), window, buffer))
         });
         Ok(Self(masks.collect::<Result<_>>()?))
@@ -325,7 +320,7 @@ mod tests {
         hidden: 4,
         vocabulary: 8,
         length: 6,
-        most_tokens: 2,
+        max_tokens: 2,
     };
 
     #[test]
@@ -365,7 +360,7 @@ mod tests {
     #[should_panic(expected = "bytes 0 to Some(24) of a buffer of 16")]
     fn no_engine_is_given_more_than_a_buffer() {
         let mut device = Host::default();
-        let buffer = SIZES.rows(&mut device, SIZES.most_tokens).unwrap();
+        let buffer = SIZES.rows(&mut device, SIZES.max_tokens).unwrap();
         assert_eq!(SIZES.bound("x", buffer, 2).bytes, 16);
         SIZES.bound("x", buffer, 3);
     }

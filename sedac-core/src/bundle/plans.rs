@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::bundle::{LARGEST_BUFFER, LayerEntry, Manifest};
+use super::{LARGEST_BUFFER, LayerEntry, Manifest};
 
 /// How a bundle's graphs store and, on a device, compute numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -150,7 +150,7 @@ struct PlanEntry {
 
 /// The files of a target's plans, relative to the bundle.
 #[derive(Debug, Clone)]
-pub struct Plans {
+pub struct PlanFiles {
     /// Tokens that a pass may have, 1 or more.
     pub max_prefill_chunk: usize,
     /// Token and position ids to the residual stream and contexts.
@@ -163,7 +163,7 @@ pub struct Plans {
     pub head: PathBuf,
 }
 
-impl Plans {
+impl PlanFiles {
     /// All of them.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         let ends = [&self.embed, &self.head].into_iter();
@@ -191,7 +191,7 @@ impl Manifest {
 
     /// The portable graphs and the plans of `target`, such as `tensorrt-rtx`. None where one of
     /// them is missing or of other engines than the bundle's.
-    pub fn plans_for(&self, target: &str) -> Option<(&PortableGraphs, Plans)> {
+    pub fn plans_for(&self, target: &str) -> Option<(&PortableGraphs, PlanFiles)> {
         let portable = self.portable.as_ref()?;
         let set = self.plans.get(target)?;
         let plan = |graph: &PathBuf| {
@@ -201,7 +201,7 @@ impl Manifest {
                 .map(|entry| entry.file.clone())
         };
         let layers = portable.layers.iter().map(|entry| plan(&entry.file));
-        let plans = Plans {
+        let plans = PlanFiles {
             max_prefill_chunk: set.options.max_prefill_chunk.max(1),
             embed: plan(&portable.embed)?,
             layers: layers.collect::<Option<_>>()?,

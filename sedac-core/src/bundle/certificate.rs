@@ -7,8 +7,8 @@ use serde::de::{Error as _, IntoDeserializer};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
-use crate::draft::DrafterKind;
-use crate::exit_config::KvFill;
+use super::DrafterKind;
+use crate::kv::KvFill;
 use crate::policy::PolicySettings;
 
 /// With `confidence`, the risk of `setting` is at most `risk_bound`.
@@ -20,7 +20,7 @@ use crate::policy::PolicySettings;
 #[serde(deny_unknown_fields)]
 pub struct Certificate {
     /// What it is about. Of anything else it says nothing.
-    pub setting: Setting,
+    pub setting: CertifiedSetting,
     /// The bound that was asked for, between 0 and 1.
     pub max_risk: f64,
     /// How sure the bound is, between 0 and 1.
@@ -40,7 +40,7 @@ pub struct Certificate {
     /// Layers over the mean number of layers run.
     pub layer_ratio: f64,
     /// What was asked for.
-    pub mode: Mode,
+    pub mode: CalibrationMode,
     /// Speeds of generating.
     pub generation: GenerationSpeeds,
 }
@@ -48,25 +48,25 @@ pub struct Certificate {
 /// All that decides which tokens come after a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Setting {
+pub struct CertifiedSetting {
     /// What lets tokens exit, with all of its settings.
     #[serde(deserialize_with = "complete")]
     pub policy: PolicySettings,
     /// What the caches of skipped layers get.
     pub kv_fill: KvFill,
-    /// What guesses between exits, `"none"` for None.
+    /// What drafts the tokens between exits, `"none"` for None.
     #[serde(serialize_with = "write_drafter", deserialize_with = "read_drafter")]
     pub drafter: Option<DrafterKind>,
     /// How tokens are chosen.
-    pub decoding: Decoding,
-    /// [`engines_sha256`](crate::bundle::Manifest::engines_sha256) of the bundle.
+    pub decoding: TokenChoice,
+    /// [`engines_sha256`](super::Manifest::engines_sha256) of the bundle.
     pub engines_sha256: String,
 }
 
 /// How tokens are chosen from logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Decoding {
+pub enum TokenChoice {
     /// The likeliest one.
     Argmax,
 }
@@ -74,7 +74,7 @@ pub enum Decoding {
 /// What a calibration was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Mode {
+pub enum CalibrationMode {
     /// The least risk.
     Quality,
     /// The best speed times the share of tokens that are full depth's.
@@ -111,7 +111,7 @@ impl Certificate {
     }
 
     fn check(&self, layers: usize) -> std::result::Result<(), String> {
-        let policy = self.setting.policy.policy(layers);
+        let policy = self.setting.policy.compile(layers);
         policy.map_err(|error| error.to_string())?;
         for (name, digest) in [
             ("data_sha256", &self.data_sha256),
@@ -180,7 +180,7 @@ impl fmt::Display for Certificate {
 const NO_DRAFTER: &str = "none";
 
 /// The drafter's name in a certificate.
-pub(crate) fn drafter_name(drafter: Option<DrafterKind>) -> &'static str {
+pub fn drafter_name(drafter: Option<DrafterKind>) -> &'static str {
     drafter.map_or(NO_DRAFTER, DrafterKind::name)
 }
 

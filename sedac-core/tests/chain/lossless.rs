@@ -1,19 +1,15 @@
 //! Whatever is drafted and however much of it is right: the tokens are those of full depth, and
 //! they end where full depth's end.
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod toy;
-
 use std::ops::{ControlFlow, Range};
 
+use super::toy::{CAPACITY, Decides, VOCABULARY, chain};
 use proptest::prelude::*;
-use sedac_core::chain::{Chain, Drafting, Exit, FinishReason, Request, Summary};
-use sedac_core::draft::DrafterKind;
-use sedac_core::exit_config::KvFill;
+use sedac_core::bundle::DrafterKind;
+use sedac_core::chain::{Chain, DecodingMode, DraftSummary, FinishReason, Request, Summary};
 use sedac_core::interrupt::Interrupt;
+use sedac_core::kv::KvFill;
 use sedac_core::sampler::Sampling;
-use toy::{CAPACITY, VOCABULARY, chain};
 
 /// Generate; the consumer wants no more after `wanted` tokens.
 fn generate(chain: &mut Chain, request: &Request, wanted: usize) -> (Vec<u32>, Summary) {
@@ -37,7 +33,7 @@ fn requests() -> impl Strategy<Value = Request> {
             prompt,
             max_new_tokens,
             stop_tokens,
-            exit: Exit::Never,
+            mode: DecodingMode::Full,
             kv_fill: KvFill::default(),
             sampling: Sampling {
                 temperature,
@@ -51,6 +47,7 @@ fn requests() -> impl Strategy<Value = Request> {
 proptest! {
     #[test]
     fn drafts_change_neither_the_tokens_nor_their_end(
+        decides in prop::sample::select(vec![Decides::Host, Decides::Device]),
         engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
@@ -58,14 +55,14 @@ proptest! {
         requests in prop::collection::vec((requests(), 1..100_usize), 1..6),
     ) {
         // one chain for all: nothing of a request may survive into the next
-        let mut chain = chain(&engine_sizes, agreement, per_token).0;
+        let mut chain = chain(decides, &engine_sizes, agreement, per_token).0;
         for (mut request, wanted) in requests {
             let (expected, full) = generate(&mut chain, &request, wanted);
-            request.exit = Exit::Lossless { drafter };
+            request.mode = DecodingMode::Lossless { drafter };
             let (tokens, lossless) = generate(&mut chain, &request, wanted);
             prop_assert_eq!(tokens, expected);
             prop_assert_eq!(lossless.finish_reason, full.finish_reason);
-            let drafting = lossless.drafting;
+            let drafting = lossless.drafts;
             prop_assert!(drafting.accepted <= drafting.drafted);
             prop_assert_eq!(
                 drafting.verify_passes,
@@ -79,12 +76,12 @@ proptest! {
     }
 }
 
-fn request(exit: Exit, temperature: f32, seed: u64) -> Request {
+fn request(mode: DecodingMode, temperature: f32, seed: u64) -> Request {
     Request {
         prompt: vec![1, 2, 3, 1, 2],
         max_new_tokens: 70,
         stop_tokens: Vec::new(),
-        exit,
+        mode,
         kv_fill: KvFill::default(),
         sampling: Sampling {
             temperature,
@@ -95,12 +92,12 @@ fn request(exit: Exit, temperature: f32, seed: u64) -> Request {
 }
 
 /// Drafting over twenty texts of a machine where further tokens are nearly free.
-fn drafting(drafter: DrafterKind, agreement: u64) -> Drafting {
-    let mut chain = chain(&[1; 6], agreement, 0.05).0;
-    let mut all = Drafting::default();
+fn drafting(drafter: DrafterKind, agreement: u64) -> DraftSummary {
+    let mut chain = chain(Decides::Host, &[1; 6], agreement, 0.05).0;
+    let mut all = DraftSummary::default();
     for seed in 0..20 {
-        let request = request(Exit::Lossless { drafter }, 0.3, seed);
-        let drafting = generate(&mut chain, &request, 100).1.drafting;
+        let request = request(DecodingMode::Lossless { drafter }, 0.3, seed);
+        let drafting = generate(&mut chain, &request, 100).1.drafts;
         all.drafted += drafting.drafted;
         all.accepted += drafting.accepted;
         all.verify_passes += drafting.verify_passes;
@@ -129,19 +126,19 @@ fn drafts_grow_with_their_success() {
 /// pass a chi-squared test.
 #[test]
 fn sampled_tokens_are_distributed_as_at_full_depth() {
-    let count = |exit: &Exit, seeds: Range<u64>| {
-        let mut chain = chain(&[1, 1, 1, 1], 160, 0.05).0;
+    let count = |mode: &DecodingMode, seeds: Range<u64>| {
+        let mut chain = chain(Decides::Host, &[1, 1, 1, 1], 160, 0.05).0;
         let mut counts = [0_f64; VOCABULARY];
         for seed in seeds {
-            let request = request(exit.clone(), 1.0, seed);
+            let request = request(mode.clone(), 1.0, seed);
             let (tokens, _) = generate(&mut chain, &request, 40);
             counts[tokens[tokens.len() - 1] as usize] += 1.0;
         }
         counts
     };
     let drafter = DrafterKind::Auto;
-    let drafted = count(&Exit::Lossless { drafter }, 0..3000);
-    let full = count(&Exit::Never, 3000..6000);
+    let drafted = count(&DecodingMode::Lossless { drafter }, 0..3000);
+    let full = count(&DecodingMode::Full, 3000..6000);
     let pairs = drafted.iter().zip(&full);
     let chi_squared: f64 = pairs.map(|(a, b)| (a - b).powi(2) / (a + b)).sum();
     // 0.999 quantile for 5 degrees of freedom

@@ -7,11 +7,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::bundle::{Gate, MAX_TEXT, Manifest};
-use crate::certificate::Certificate;
-use crate::draft::DrafterKind;
+use super::{Certificate, Gate, MAX_TEXT, Manifest};
 use crate::error::{Error, Result};
-use crate::policy::PolicySettings;
+use crate::kv::KvFill;
+use crate::policy::{ExitRule, PolicySettings};
 
 /// Its file in a bundle.
 pub(crate) const EXIT_CONFIG: &str = "sedac_config.json";
@@ -23,35 +22,52 @@ pub struct ExitConfig {
     pub policy: PolicySettings,
     /// What the caches of skipped layers get.
     pub kv_fill: KvFill,
-    /// What guesses between exits; see [`Exit::Policy`](crate::chain::Exit::Policy).
+    /// What drafts the tokens between exits.
     pub drafter: Option<DrafterKind>,
     /// What `sedac-export calibrate` certified; of these settings only if they are its own.
     pub certificate: Option<Certificate>,
 }
 
-/// What the caches of skipped layers get.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum KvFill {
-    /// Each skipped layer's keys and values, computed from the exit hidden state (CALM, Schuster
-    /// et al. 2022, <https://arxiv.org/abs/2207.07061>).
-    #[default]
-    Propagate,
-    /// What the layers themselves compute: the token waits at its exit, and joins the pass of the
-    /// next token that goes deeper (as Bae et al. 2023 do, <https://arxiv.org/abs/2310.05424>).
-    Defer,
+/// Which drafter proposes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DrafterKind {
+    /// The model's own shallow layers.
+    EarlyExit,
+    /// What followed the newest tokens where they occurred before
+    /// (<https://github.com/apoorvumang/prompt-lookup-decoding>).
+    PromptLookup,
+    /// The one of the others with the higher expected speedup.
+    Auto,
 }
 
-impl KvFill {
+impl DrafterKind {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Propagate, Self::Defer];
+    pub const ALL: [Self; 3] = [Self::EarlyExit, Self::PromptLookup, Self::Auto];
 
     /// The name used in settings.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Propagate => "propagate",
-            Self::Defer => "defer",
+            Self::EarlyExit => "early-exit",
+            Self::PromptLookup => "prompt-lookup",
+            Self::Auto => "auto",
         }
+    }
+
+    /// Check that it can draft between the exits of `rule`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where tokens that exited do not wait to be continued: nothing could
+    /// verify a draft in one pass with them then.
+    pub fn check_exits(self, rule: &ExitRule, kv_fill: KvFill) -> Result<()> {
+        let range = if kv_fill == KvFill::Propagate {
+            "none with kv_fill propagate; set kv_fill defer, or drafter none"
+        } else if rule.is_soft() {
+            "none with soft exits; set exit_kind hard, or drafter none"
+        } else {
+            return Ok(());
+        };
+        Err(Error::setting("drafter", self.name(), range))
     }
 }
 
@@ -74,7 +90,7 @@ impl ExitConfig {
         let config = ExitConfig::parse(&text, manifest.model.num_layers)
             .map_err(|reason| Error::bundle(&path, reason))?;
         manifest
-            .check_policy(&config.policy)
+            .compile(&config.policy)
             .map_err(|error| Error::bundle(&path, with_remedy(error)))?;
         Ok(config)
     }
@@ -102,9 +118,9 @@ impl ExitConfig {
         fields.entry("policy").or_insert("stability".into());
         let policy: PolicySettings =
             serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
-        policy.policy(layers).map_err(|error| error.to_string())?;
+        let rule = policy.compile(layers).map_err(|error| error.to_string())?;
         if let Some(drafter) = drafter {
-            let checked = drafter.check_exits(&policy, kv_fill);
+            let checked = drafter.check_exits(&rule, kv_fill);
             checked.map_err(|error| error.to_string())?;
         }
         Ok(Self {
