@@ -15,14 +15,14 @@ ALLOWED = {
     "text": "error",
     "kv": "error",
     "policy": "error",
+    "sequence": "error kv",
     "bundle": "error interrupt kv policy",
-    "backend": "error interrupt kv policy bundle",
-    "draft": "error interrupt kv policy bundle backend",
-    "chain": "error interrupt sampler kv policy bundle backend draft",
-    "certification": "error sampler policy bundle chain",
-    "bench": "error interrupt sampler policy bundle backend draft chain",
-    "python": "error interrupt sampler text kv policy bundle backend draft chain"
-    " certification bench",
+    "backend": "error interrupt sampler kv policy sequence bundle",
+    "draft": "error interrupt policy sequence bundle backend",
+    "chain": "error interrupt sampler kv policy sequence bundle backend draft",
+    "certification": "error sampler kv policy bundle chain",
+    "bench": "error interrupt sampler kv chain",
+    "python": "error interrupt sampler text kv policy bundle backend chain certification bench",
 }
 
 _COMMENT = re.compile(r"//.*")
