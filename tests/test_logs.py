@@ -27,7 +27,7 @@ def generate(bundle: Path, *arguments: str, before: tuple[str, ...] = ()) -> str
             ["sedac_core.step: tokens=1 depth=", "no draft: it would not pay speedup="],
             ["sedac_core.engine"],
         ),
-        ("trace", ['sedac_core.engine: engine=layer 0 tokens=1'], []),
+        ("trace", ["sedac_core.engine: engine=layer 0 tokens=1"], []),
     ],
 )
 def test_a_level_shows_its_events(
