@@ -286,8 +286,8 @@ class SedacModel:
         "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
         exits at the first exit from the given depths on, taken in turn, whatever the policy says.
         temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
-        end-of-text tokens) or with the token that completes one of `stop_strings`. With `profile` the
-        stream's `profile` is a Chrome trace of what ran.
+        end-of-text tokens) or with the token that completes one of `stop_strings`. With `profile`
+        the stream's `profile` is a Chrome trace of what ran.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
