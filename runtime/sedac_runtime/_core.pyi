@@ -129,6 +129,7 @@ class Model:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        profile: bool = False,
     ) -> Generation: ...
     def bench(
         self,

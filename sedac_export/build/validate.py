@@ -22,7 +22,7 @@ _REST = (7, 1)
 
 
 @dataclass
-class Row:
+class ValidationRow:
     """How far one engine is from the original, over all chunks.
 
     error is the largest absolute difference divided by the larger of 1 and the largest reference
@@ -50,14 +50,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Validation:
+class BundleValidation:
     """Per-engine rows on the original's own hidden states, and the chain end to end."""
 
     tolerance: float
-    engines: list[Row]
-    end_to_end: Row
+    engines: list[ValidationRow]
+    end_to_end: ValidationRow
 
-    def worst(self) -> Row:
+    def worst(self) -> ValidationRow:
         """The row furthest over the tolerance, or nearest to it."""
         return max([*self.engines, self.end_to_end], key=lambda row: row.error)
 
@@ -73,7 +73,7 @@ class Validation:
 
 def validate(
     skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float
-) -> Validation:
+) -> BundleValidation:
     """Run the bundle in `directory` against what transformers makes of the same model.
 
     The text crosses every length at which the model's attention or rotary tables change, as far as
@@ -83,7 +83,7 @@ def validate(
     generator = torch.Generator().manual_seed(0)
     shape = (1, chunks[-1].stop)
     tokens = torch.randint(0, manifest.model.vocab_size, shape, generator=generator)
-    comparison = _Comparison(directory, manifest, tokens.numpy(), chunks)
+    comparison = _BundleComparison(directory, manifest, tokens.numpy(), chunks)
     kept = _PREFILL + sum(_REST)
     logits = run_reference(skeleton, tokens, manifest.precision, kept, comparison.observe)
     return comparison.finish(logits.numpy(), tolerance)
@@ -99,14 +99,14 @@ def text_chunks(length: int, changes: list[int]) -> list[slice]:
 
 
 @dataclass
-class _Comparison:
+class _BundleComparison:
     """Follows the original through its layers: each engine runs once its own are done."""
 
     directory: Path
     manifest: Manifest
     tokens: Array
     chunks: list[slice]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ValidationRow] = field(default_factory=list)
     # residual streams from before the engine that is next, one per layer boundary
     hidden: list[Array] = field(default_factory=list)
     contexts: list[dict[str, Array]] = field(default_factory=list)
@@ -124,9 +124,9 @@ class _Comparison:
             self.chained = self._layer(entry)
             del self.hidden[:-1]
 
-    def finish(self, logits: Array, tolerance: float) -> Validation:
+    def finish(self, logits: Array, tolerance: float) -> BundleValidation:
         """Compare the newest positions' `logits`."""
-        return Validation(tolerance, self.rows, self._head(logits))
+        return BundleValidation(tolerance, self.rows, self._head(logits))
 
     def _expected(self, layer: int) -> list[Array]:
         """The stream `layer` layers on from the start of the next engine."""
@@ -136,7 +136,7 @@ class _Comparison:
         """Check the embed engine; its context tensors and residual streams, one per chunk."""
         session = open_session(self.directory / self.manifest.engines.embed)
         names = [output.name for output in session.get_outputs()]
-        row = Row("embed")
+        row = ValidationRow("embed")
         contexts, embedded = [], []
         for chunk, expected in zip(self.chunks, self._expected(0), strict=True):
             positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
@@ -151,7 +151,7 @@ class _Comparison:
     def _layer(self, entry: LayerEngineEntry) -> list[Array]:
         """Check one layer engine and its kv engines; the chained hidden states after it."""
         session = open_session(self.directory / entry.file)
-        row = Row(Path(entry.file).stem)
+        row = ValidationRow(Path(entry.file).stem)
         cache, chain_cache = self._empty(entry), self._empty(entry)
         outputs = []
         for chunk, x, expected, link, context in zip(
@@ -182,14 +182,14 @@ class _Comparison:
             feeds = {"x": x, "write_index": np.array([chunk.start], dtype=np.int64)}
             feeds |= {"past_key_0": present[0], "past_value_0": present[1]}
             present = _run(session, feeds | context)
-        row = Row(Path(entry.file).stem)
+        row = ValidationRow(Path(entry.file).stem)
         for got, wanted in zip(present, expected, strict=True):
             row.add(self.chunks[-1].stop, got, wanted)
         self.rows.append(row)
 
-    def _head(self, logits: Array) -> Row:
+    def _head(self, logits: Array) -> ValidationRow:
         session = open_session(self.directory / self.manifest.engines.head)
-        own, end_to_end = Row("head"), Row("end to end")
+        own, end_to_end = ValidationRow("head"), ValidationRow("end to end")
         first = self.chunks[-1].stop - logits.shape[1]
         for chunk, x, link in zip(self.chunks, self._expected(-1), self.chained, strict=True):
             left_out = max(0, first - chunk.start)

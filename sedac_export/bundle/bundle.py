@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import onnx
-from onnx import ModelProto
+from typing import TYPE_CHECKING
 
 from sedac_export.bundle.manifest import Manifest, parse_manifest
 from sedac_runtime._core import BundleFiles
 from sedac_runtime.model import Verify
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Bundle:
         """Where the file `name` lies, for libraries that open files themselves."""
         return self.files.path(name)
 
-    def graph(self, name: str) -> ModelProto:
+    def graph(self, name: str) -> "ModelProto":
         """The graph in the file `name`, its external weights left where they are."""
+        # commands that read no graph start without onnx
+        import onnx
+
         return onnx.load_model_from_string(self.read(name))

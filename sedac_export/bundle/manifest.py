@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from sedac_export.bundle.hashing import sha256
 from sedac_export.bundle.plan_entries import PlanSet, PortableGraphs
+from sedac_export.bundle.schema import StrictModel
 from sedac_export.bundle.signature import SIGNATURE, withdraw_signature
 from sedac_export.bundle.staging import sync
 from sedac_export.errors import SedacError
@@ -23,11 +24,7 @@ VALIDATION = "validation.json"
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelFacts(_Strict):
+class ModelFacts(StrictModel):
     """What the runtime must know of the model."""
 
     name: str
@@ -38,7 +35,7 @@ class ModelFacts(_Strict):
     eos_token_ids: list[int]
 
 
-class ContextTensor(_Strict):
+class ContextTensor(StrictModel):
     """An embed output that layers take, of shape [1, tokens, ...]: -1 stands for tokens."""
 
     name: str
@@ -46,14 +43,14 @@ class ContextTensor(_Strict):
     dtype: Literal["float32", "int64", "int32", "bool"]
 
 
-class KeyValueHeads(_Strict):
+class KeyValueHeads(StrictModel):
     """Cache geometry of one layer."""
 
     heads: int
     head_size: int
 
 
-class LayerEngineEntry(_Strict):
+class LayerEngineEntry(StrictModel):
     """One engine of consecutive decoder layers, counted from 0."""
 
     file: str
@@ -63,14 +60,14 @@ class LayerEngineEntry(_Strict):
     risk: bool = False
 
 
-class KeyValueEngineEntry(_Strict):
+class KeyValueEngineEntry(StrictModel):
     """The engine that fills one layer's cache when the layer is skipped."""
 
     file: str
     contexts: list[str]
 
 
-class ExitEngineEntry(_Strict):
+class ExitEngineEntry(StrictModel):
     """The engine that gives an exit depth's signals, and the lens before the head there."""
 
     depth: int
@@ -78,7 +75,7 @@ class ExitEngineEntry(_Strict):
     lens: str | None = None
 
 
-class Engines(_Strict):
+class EngineFiles(StrictModel):
     """Every engine of the bundle. `monolith` runs all layers at once and is for comparison."""
 
     embed: str
@@ -90,14 +87,14 @@ class Engines(_Strict):
     attention: list[LayerEngineEntry] = Field(default_factory=list)
 
 
-class FileEntry(_Strict):
+class FileEntry(StrictModel):
     """Size in bytes and SHA-256 of a file."""
 
     bytes: int
     sha256: str
 
 
-class Manifest(_Strict):
+class Manifest(StrictModel):
     """bundle.json. engines/README.md describes each field."""
 
     schema_version: int = SCHEMA_VERSION
@@ -109,7 +106,7 @@ class Manifest(_Strict):
     max_cache_length: int
     key_value_heads: list[KeyValueHeads]
     contexts: list[ContextTensor]
-    engines: Engines
+    engines: EngineFiles
     tokenizer: bool
     tolerance: float = DEFAULT_TOLERANCE
     unread_tensors: list[str] = Field(default_factory=list)

@@ -17,6 +17,7 @@ from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.console import console
 from sedac_export.errors import SedacError
+from sedac_runtime.logs import configure
 from sedac_runtime.terminal import visible
 from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(configure)
 
 
 class PrecisionName(StrEnum):

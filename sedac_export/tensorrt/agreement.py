@@ -18,7 +18,7 @@ from sedac_export.bundle.plan_entries import PortableGraphs
 from sedac_export.bundle.sessions import open_session
 
 # runs the engine of a portable graph on arrays whose fp32 it casts to what the engine takes
-Run = Callable[[str, dict[str, Array]], dict[str, Array]]
+RunGraph = Callable[[str, dict[str, Array]], dict[str, Array]]
 
 # prefill, verification of a draft on a filled cache, decoding
 _CHUNKS = (200, 7, 1)
@@ -48,7 +48,7 @@ GATES = {
 
 
 @dataclass
-class Row:
+class AgreementRow:
     """Agreement of one engine, or of the chain, with what it stands for."""
 
     engine: str
@@ -98,7 +98,7 @@ class Row:
 
 
 def compare(
-    directory: Path, manifest: Manifest, portable: PortableGraphs, run: Run, gates: Gates
+    directory: Path, manifest: Manifest, portable: PortableGraphs, run: RunGraph, gates: Gates
 ) -> list[dict[str, Any]]:
     """Each engine on the reference's own hidden states, then the chain: a report of each.
 
@@ -107,7 +107,9 @@ def compare(
     rng = np.random.default_rng(0)
     chunks = list(_chunks(manifest.max_cache_length, manifest))
     tokens = rng.integers(0, manifest.model.vocab_size, (1, chunks[-1].stop))
-    comparison = _Comparison(directory, manifest, portable, run, chunks, tokens, rng, gates.epsilon)
+    comparison = _GraphComparison(
+        directory, manifest, portable, run, chunks, tokens, rng, gates.epsilon
+    )
     return [row.report(gates) for row in comparison.rows()]
 
 
@@ -122,23 +124,23 @@ def _chunks(length: int, manifest: Manifest) -> Iterator[slice]:
 
 
 @dataclass
-class _Comparison:
+class _GraphComparison:
     directory: Path
     manifest: Manifest
     portable: PortableGraphs
-    run: Run
+    run: RunGraph
     chunks: list[slice]
     tokens: Array
     rng: np.random.Generator
     epsilon: float
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[AgreementRow]:
         expected, contexts = self._reference_embed()
         row, chained, own_contexts = self._embed(expected)
         yield row
         for index, entry in enumerate(self.portable.layers):
             after = self._reference_layers(index, expected, contexts)
-            row = Row(Path(self.manifest.engines.layers[index].file).stem)
+            row = AgreementRow(Path(self.manifest.engines.layers[index].file).stem)
             own = self._layers(index, expected, own_contexts)
             for got, wanted in zip(own, after, strict=True):
                 row.add(got["y"], wanted["y"])
@@ -159,8 +161,10 @@ class _Comparison:
         positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
         return {"input_ids": self.tokens[:, chunk], "position_ids": positions}
 
-    def _embed(self, expected: list[Array]) -> tuple[Row, list[Array], list[dict[str, Array]]]:
-        row = Row("embed")
+    def _embed(
+        self, expected: list[Array]
+    ) -> tuple[AgreementRow, list[Array], list[dict[str, Array]]]:
+        row = AgreementRow("embed")
         outputs = [self.run(self.portable.embed, self._inputs(chunk)) for chunk in self.chunks]
         embedded = [output.pop("x") for output in outputs]
         for got, wanted in zip(embedded, expected, strict=True):
@@ -208,7 +212,7 @@ class _Comparison:
         before: list[Array],
         contexts: list[dict[str, Array]],
         own_contexts: list[dict[str, Array]],
-    ) -> Row:
+    ) -> AgreementRow:
         """Compare what two kv engines of a layer fill its cache with."""
         reference = self.manifest.engines.key_value[layer].file
         engine = open_session(self.directory / reference)
@@ -218,15 +222,15 @@ class _Comparison:
             file = self.portable.key_value[layer]
             own = _carried(self.run(file, feeds | own_contexts[place] | own))
             expected = _carried(run_session(engine, feeds | contexts[place] | expected))
-        row = Row(Path(reference).stem)
+        row = AgreementRow(Path(reference).stem)
         length = self.chunks[-1].stop
         for name, wanted in expected.items():
             row.add(_flat(own[name][:, :, :length]), _flat(wanted[:, :, :length]))
         return row
 
-    def _head(self, expected: list[Array], chained: list[Array]) -> Iterator[Row]:
+    def _head(self, expected: list[Array], chained: list[Array]) -> Iterator[AgreementRow]:
         engine = open_session(self.directory / self.manifest.engines.head)
-        own, chain = Row("head"), Row("end to end")
+        own, chain = AgreementRow("head"), AgreementRow("end to end")
         for x, link in zip(expected, chained, strict=True):
             for start in range(0, x.shape[1], 16):  # as many as the head is built for
                 part = slice(start, start + 16)

@@ -52,7 +52,7 @@ class PortableRunner:
             return open_session(wide)
 
 
-class PlanRunner:
+class GpuPlanRunner:
     """Runs a target's plans on the GPU."""
 
     def __init__(

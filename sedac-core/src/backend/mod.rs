@@ -9,6 +9,7 @@ mod costs;
 mod host;
 mod not_finite;
 mod onnxruntime;
+pub mod profile;
 mod step;
 pub mod tensorrt;
 mod timing;

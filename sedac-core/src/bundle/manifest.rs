@@ -15,10 +15,10 @@ use crate::policy::{ExitRule, PolicySettings, Signal};
 pub const SCHEMA_VERSION: u64 = 1;
 
 /// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
-pub(crate) const LARGEST_BUFFER: usize = 1 << 40;
+pub(crate) const MAX_BUFFER: usize = 1 << 40;
 
 /// The largest tolerance that a build takes.
-const MOST_TOLERANCE: f64 = 1e-2;
+const MAX_TOLERANCE: f64 = 1e-2;
 
 /// What the chain must know of the model.
 #[derive(Debug, Clone, Deserialize)]
@@ -55,7 +55,7 @@ impl ContextTensor {
         let sizes = self.shape.iter();
         let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(tokens));
         let numbers = sizes.into_iter().try_fold(1, usize::checked_mul);
-        numbers.filter(|&numbers| numbers < LARGEST_BUFFER)
+        numbers.filter(|&numbers| numbers < MAX_BUFFER)
     }
 
     /// Whether its only open axis can be the tokens, and it has no more numbers than any model's.
@@ -282,16 +282,16 @@ impl Manifest {
         let length = self.max_cache_length;
         // positions and lengths are int32 in the graphs
         let positions = 1..=i32::MAX as usize;
-        let row = |numbers: usize| (1..LARGEST_BUFFER).contains(&numbers.saturating_mul(length));
+        let row = |numbers: usize| (1..MAX_BUFFER).contains(&numbers.saturating_mul(length));
         let caches = self.key_value_heads.iter();
         positions.contains(&length)
             && row(self.model.hidden_size)
-            && (1..LARGEST_BUFFER).contains(&self.model.vocab_size)
+            && (1..MAX_BUFFER).contains(&self.model.vocab_size)
             && caches
                 .map(|kv| kv.heads.saturating_mul(kv.head_size))
                 .all(row)
             && self.contexts.iter().all(ContextTensor::is_sound)
-            && (0.0..=MOST_TOLERANCE).contains(&self.tolerance)
+            && (0.0..=MAX_TOLERANCE).contains(&self.tolerance)
     }
 
     /// The digest of each file, by path.

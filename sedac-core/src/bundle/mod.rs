@@ -26,7 +26,7 @@ pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
 use self::graphs::Graphs;
-pub(crate) use self::manifest::LARGEST_BUFFER;
+pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
     ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
     ModelFacts, SCHEMA_VERSION, Target,
@@ -62,7 +62,7 @@ pub struct Opening {
 /// A bundle whose files have been checked.
 #[derive(Debug, Clone)]
 pub struct Bundle {
-    /// The door to its files.
+    /// Access to its files.
     pub gate: Arc<Gate>,
     /// Its manifest.
     pub manifest: Manifest,
@@ -81,7 +81,7 @@ impl Bundle {
         Self::open_with(directory, &Opening::default())
     }
 
-    /// As [`open`](Self::open), in the way that `opening` says.
+    /// As [`open`](Self::open), as `opening` says.
     ///
     /// # Errors
     /// [`Error::Bundle`] when it is no bundle, of another schema or inconsistent, or when one of

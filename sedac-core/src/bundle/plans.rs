@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{LARGEST_BUFFER, LayerEntry, Manifest};
+use super::{LayerEntry, MAX_BUFFER, Manifest};
 
 /// How a bundle's graphs store and, on a device, compute numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -65,8 +65,7 @@ impl PortableContext {
             .shape_for(1)
             .into_iter()
             .try_fold(1, usize::checked_mul);
-        self.shape.len() >= 2
-            && numbers.is_some_and(|numbers| (1..LARGEST_BUFFER).contains(&numbers))
+        self.shape.len() >= 2 && numbers.is_some_and(|numbers| (1..MAX_BUFFER).contains(&numbers))
     }
 
     /// Its shape for one sequence of `tokens` tokens.

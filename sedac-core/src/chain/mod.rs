@@ -8,6 +8,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use tracing::{debug_span, info};
+
 use self::decoding::{Decoding, Drafting, Text};
 pub use self::mode::DecodingMode;
 use self::mode::ExitSchedule;
@@ -207,12 +209,14 @@ impl Chain {
         let (finish_reason, drafts) = (decoding.text.finished, decoding.drafts);
         self.drafting.extend(drafting);
         decoded?;
-        Ok(Summary {
+        let summary = Summary {
             finish_reason: finish_reason.unwrap_or(FinishReason::Length),
             prefill,
             decode: started.elapsed() - prefill,
             drafts,
-        })
+        };
+        info!(prompt_tokens = request.prompt.len(), ?summary, "generated");
+        Ok(summary)
     }
 
     /// Run a given text token by token and hand to `emit`, for each token but the first, the most
@@ -260,6 +264,7 @@ impl Chain {
         logits: LogitsRequest,
         interrupt: &Interrupt,
     ) -> Result<StepOutcome> {
+        let _span = debug_span!("prefill").entered();
         let max_depth = self.num_layers();
         let step = SequenceStep {
             sequence,
@@ -345,6 +350,7 @@ fn complete(
     sequence: &mut Sequence,
     interrupt: &Interrupt,
 ) -> Result<()> {
+    let _span = debug_span!("complete").entered();
     let step = SequenceStep {
         tokens: &[],
         rule: None,

@@ -214,11 +214,12 @@ impl Model {
 
     /// Generate as the result is iterated over. Without `policy` (JSON, as sedac_config.json has
     /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
-    /// guesses several to verify at once, with a policy those that it does not let exit.
+    /// guesses several to verify at once, with a policy those that it does not let exit. With
+    /// `profile` the summary has a Chrome trace, as JSON.
     #[pyo3(signature = (
         prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], policy = None,
         forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
-        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
+        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0, profile = false
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
@@ -237,6 +238,7 @@ impl Model {
         min_p: f32,
         repetition_penalty: f32,
         seed: u64,
+        profile: bool,
     ) -> PyResult<Generation> {
         let request = Request {
             prompt,
@@ -262,6 +264,7 @@ impl Model {
             codec: self.codec.get()?.clone(),
             request,
             stops: StopStrings::new(stop_strings)?,
+            profiled: profile,
         };
         Ok(Generation::new(work, certification))
     }

@@ -16,7 +16,7 @@ _REPEATS = 100
 
 
 @dataclass(frozen=True)
-class Costs:
+class EngineTimes:
     """Milliseconds for one token: of one layer, kv, exit engine, head and embed.
 
     waiting: how much longer a layer takes with one more token in its pass.
@@ -51,7 +51,7 @@ class Costs:
         return total
 
 
-def measure_costs(replay: Replay) -> Costs:
+def measure_engine_times(replay: Replay) -> EngineTimes:
     """Time a bundle's engines on one token, with a cache that is partly filled.
 
     Each is the least of several runs, which other load on the machine disturbs least.
@@ -67,7 +67,7 @@ def measure_costs(replay: Replay) -> Costs:
     fill = replay.load(manifest.engines.key_value[0].file)
     layer = _least(replay.layers[0], shared, caches)
     stability = {"x": hidden, "stability": np.ones((1, 1, 3), dtype=np.float32)}
-    return Costs(
+    return EngineTimes(
         manifest.model.num_layers,
         layer=layer,
         fill=_least(fill, shared, caches),

@@ -52,7 +52,7 @@ class Observations:
         return [sum(len(w.tokens) - 1 for w in d.windows(window)) for d in documents]
 
 
-class _Recorder(Policy):
+class _SignalRecorder(Policy):
     """Exits nowhere and notes every signal."""
 
     def __init__(self, exits: Sequence[int]) -> None:
@@ -149,7 +149,7 @@ def full_tokens(
 
 
 def _window(replay: Replay, window: Document) -> tuple[Observations, Trace]:
-    recorder = _Recorder(list(replay.exits))
+    recorder = _SignalRecorder(list(replay.exits))
     tokens: dict[int, list[npt.NDArray[np.int64]]] = {depth: [] for depth in replay.early}
 
     def watch(depth: int, _: int, x: Floats, __: Floats) -> None:
