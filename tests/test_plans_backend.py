@@ -159,8 +159,8 @@ def test_certificates_are_not_of_plans(stand_in_demo: Path, tmp_path: Path) -> N
     certificate = certificate_of(bundle)
     write_certified(bundle, certificate)
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
-    assert model.generate([1], max_new_tokens=1).certificate == certificate
+    assert model.generate([1], mode="exit", max_new_tokens=1).certificate == certificate
     model, _ = rehearse(bundle, RTX, THREADS)
-    output = model.generate([1], max_new_tokens=1)
+    output = model.generate([1], mode="exit", max_new_tokens=1)
     assert output.certificate is None
     assert "TensorRT plans" in (output.certification or "")
