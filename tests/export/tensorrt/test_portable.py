@@ -33,7 +33,7 @@ def disagreements(directory: Path, manifest: Manifest) -> list[object]:
     return [row for row in rows if not row["passed"]]
 
 
-@pytest.mark.slow
+@pytest.mark.rotating
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_parses_and_agrees(name: str, portable_tiny: PortableTiny) -> None:
     """In fp16; what TensorRT drops silently or does not know is in no graph."""
@@ -44,7 +44,8 @@ def test_every_architecture_parses_and_agrees(name: str, portable_tiny: Portable
         graph = onnx.load(directory / file, load_external_data=False).graph
         assert {node.domain for node in graph.node} <= {""}
         # the seventh input of Attention is nonpad_kv_seqlen, the fifth and sixth past and present
-        assert all(len(n.input) == 4 for n in graph.node if n.op_type == "Attention")
+        inputs = [len(node.input) for node in graph.node if node.op_type == "Attention"]
+        assert inputs == [4] * ("layer_" in file)
     with Worker(RTX) as worker:
         for file, expected in expectations(directory, manifest, portable).items():
             assert expected.problems(worker.call("describe", graph=str(directory / file))) == []

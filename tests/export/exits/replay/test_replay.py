@@ -46,7 +46,7 @@ def test_exits_are_those_of_decoding_token_by_token(
     prompt = demo_model.encode(PROMPT)
     count = 300
     output = demo_model.generate(
-        prompt, tau=tau, consecutive_k=k, max_new_tokens=count, stop_tokens=[]
+        prompt, mode="exit", tau=tau, consecutive_k=k, max_new_tokens=count, stop_tokens=[]
     )
     tokens = np.array(prompt + output.tokens[:-1])
     policy = make_policy(ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=0.2), 12)
