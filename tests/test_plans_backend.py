@@ -114,8 +114,8 @@ def test_only_passes_that_verify_are_replayed(rehearsed_demo: Rehearsed) -> None
     # on the host captured work calls again; whatever is longer is put on the stream anew
     assert executor.calls[False] == before[False]
     model.generate([7] * 33, mode="full", max_new_tokens=1)
-    # embed and 12 layers over 32 tokens; the last token's pass is captured
-    assert executor.calls[False] == before[False] + 13
+    # embed, contexts and 12 layers over 32 tokens; the last token's pass is captured
+    assert executor.calls[False] == before[False] + 14
 
 
 def test_long_waits_are_caught_up_in_pieces(rehearsed_demo: Rehearsed) -> None:

@@ -86,13 +86,14 @@ def test_chunks_cover_every_position_once() -> None:
 def test_activations_that_are_not_numbers_are_refused(
     replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replay.layers[3].run
+    layer = replay.runner.load(replay.manifest.engines.layers[3].file)
+    run = layer.run
 
     def damaged(*args: object) -> dict[str, np.ndarray]:
         outputs = run(*args)  # type: ignore[arg-type]
         outputs["y"][0, 5] = np.nan
         return outputs
 
-    monkeypatch.setattr(replay.layers[3], "run", damaged)
+    monkeypatch.setattr(layer, "run", damaged)
     with pytest.raises(SedacError, match="activations are NaN"):
         replay.run(np.arange(20))
