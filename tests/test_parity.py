@@ -137,7 +137,13 @@ def test_demo_exits_where_the_eager_policy_exits(
 ) -> None:
     tokens = demo_model.encode(DEMO_PROMPTS[2])
     output = demo_model.generate(
-        tokens, tau=tau, consecutive_k=k, min_layer_ratio=0.2, max_new_tokens=64, stop_tokens=[]
+        tokens,
+        mode="exit",
+        tau=tau,
+        consecutive_k=k,
+        min_layer_ratio=0.2,
+        max_new_tokens=64,
+        stop_tokens=[],
     )
     depths = assert_decoded(demo_reference, tokens, output.tokens, Stable(tau, k, min_depth=3))
     assert output.exit_layers == depths

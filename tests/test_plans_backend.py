@@ -114,8 +114,8 @@ def test_only_passes_that_verify_are_replayed(rehearsed_demo: Rehearsed) -> None
     # on the host captured work calls again; whatever is longer is put on the stream anew
     assert executor.calls[False] == before[False]
     model.generate([7] * 33, mode="full", max_new_tokens=1)
-    # embed and 12 layers over 32 tokens; the last token's pass is captured
-    assert executor.calls[False] == before[False] + 13
+    # embed, contexts and 12 layers over 32 tokens; the last token's pass is captured
+    assert executor.calls[False] == before[False] + 14
 
 
 def test_long_waits_are_caught_up_in_pieces(rehearsed_demo: Rehearsed) -> None:
@@ -159,8 +159,8 @@ def test_certificates_are_not_of_plans(stand_in_demo: Path, tmp_path: Path) -> N
     certificate = certificate_of(bundle)
     write_certified(bundle, certificate)
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
-    assert model.generate([1], max_new_tokens=1).certificate == certificate
+    assert model.generate([1], mode="exit", max_new_tokens=1).certificate == certificate
     model, _ = rehearse(bundle, RTX, THREADS)
-    output = model.generate([1], max_new_tokens=1)
+    output = model.generate([1], mode="exit", max_new_tokens=1)
     assert output.certificate is None
     assert "TensorRT plans" in (output.certification or "")

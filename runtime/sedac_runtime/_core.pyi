@@ -51,6 +51,7 @@ class BundleFiles:
         verify: str = "always",
         threads: int = 0,
         replaced: str | os.PathLike[str] | None = None,
+        older: bool = False,
     ) -> BundleFiles: ...
     @property
     def manifest(self) -> bytes: ...

@@ -252,7 +252,7 @@ class SedacModel:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 128,
-        mode: Mode = "exit",
+        mode: Mode = "lossless",
         policy: PolicyName | None = None,
         threshold: float | None = None,
         tau: float | None = None,
@@ -300,6 +300,8 @@ class SedacModel:
             if value is not None and value not in get_args(known):
                 choices = " or ".join(get_args(known))
                 raise _core.InputError(f"{name} {value} is out of range: {choices}")
+        if mode != "exit":
+            _refuse_policy(mode, policy, threshold, tau, consecutive_k, min_layer_ratio)
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
         settings, fill = self._exits(
@@ -411,6 +413,27 @@ class SedacModel:
         }
         settings = choose_policy(own, policy, threshold, stability, self._core.trained_depths)
         return settings, bundle_fill if kv_fill is None else kv_fill
+
+
+def _refuse_policy(
+    mode: Mode,
+    policy: PolicyName | None,
+    threshold: float | None,
+    tau: float | None,
+    consecutive_k: int | None,
+    min_layer_ratio: float | None,
+) -> None:
+    """Raise InputError for an exit policy in a mode that takes no exits: it would do nothing."""
+    exits = {
+        "policy": policy,
+        "threshold": threshold,
+        "tau": tau,
+        "consecutive_k": consecutive_k,
+        "min_layer_ratio": min_layer_ratio,
+    }
+    for name, value in exits.items():
+        if value is not None:
+            raise _core.InputError(f"{name} belongs to mode exit, not to {mode}; set mode exit")
 
 
 def _plans(backend: Backend, bundle: Path) -> tuple[str, Executor, bool] | None:

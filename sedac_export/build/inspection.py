@@ -102,8 +102,9 @@ def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
         if file is not None
     ]
     attention = [(e.file, str(e.first_layer)) for e in manifest.engines.attention]
-    ends = (manifest.engines.embed, ""), (manifest.engines.head, "")
-    return [ends[0], *layers, *fills, *attention, *exits, ends[1]]
+    engines = manifest.engines
+    first = [(file, "") for file in (engines.embed, engines.contexts) if file is not None]
+    return [*first, *layers, *fills, *attention, *exits, (engines.head, "")]
 
 
 def _weight_bytes(model: ModelProto) -> int:

@@ -38,6 +38,10 @@ class EngineWriter:
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
         return stamp(graph, sources, self.store)
 
+    def engine(self, graph: TracedGraph, name: str) -> str:
+        """Write the engine `name`, which is of no layer, and its weights; its path."""
+        return self.save(self.stamp(self.stored(graph), name), name)
+
     def save(self, model: onnx.ModelProto, name: str) -> str:
         """Write `model` as onnx/`name`.onnx; its path in the bundle."""
         save_engine(model, self.directory / f"{name}.onnx")
@@ -66,14 +70,16 @@ def write_engines(
 ) -> dict[str, Any]:
     """Write every engine into `staging`; the fields of the manifest that are about them."""
     writer = EngineWriter(skeleton, staging, precision)
-    embed = writer.save(writer.stamp(writer.stored(graphs.embed), "embed"), "embed")
+    embed = writer.engine(graphs.embed, "embed")
+    contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
     layers, key_value = _write_layers(writer, graphs, progress)
     attention = _stamp_attention(writer, graphs)
     engines = bundle.EngineFiles(
         embed=embed,
+        contexts=contexts,
         layers=_write_blocks(writer, layers, layers_per_engine, "layer", "block"),
         key_value=key_value,
-        head=writer.save(writer.stamp(writer.stored(graphs.head), "head"), "head"),
+        head=writer.engine(graphs.head, "head"),
         monolith=writer.save_layers(layers, 0, "monolith"),
         attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )

@@ -26,15 +26,20 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, directory: Path, replaced: str | None = None, verify: Verify = "always"
+        cls,
+        directory: Path,
+        replaced: str | None = None,
+        verify: Verify = "always",
+        older: bool = False,
     ) -> "Bundle":
         """Check the bundle in `directory`, except files below its directory `replaced`.
 
-        verify "changed" hashes only files that changed since they were last found whole.
+        verify "changed" hashes only files that changed since they were last found whole. older
+        takes bundles of an older schema too, to upgrade them.
 
         Raises SedacError when it is none or damaged, or when one of its files lies outside of it.
         """
-        files = BundleFiles(directory, replaced=replaced, verify=verify)
+        files = BundleFiles(directory, replaced=replaced, verify=verify, older=older)
         return cls(directory, parse_manifest(directory, files.manifest), files)
 
     def lists(self, name: str) -> bool:

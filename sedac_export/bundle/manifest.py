@@ -1,9 +1,14 @@
 """The bundle's manifest, bundle.json."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from sedac_export.bundle.hashing import sha256
 from sedac_export.bundle.plan_entries import PlanSet, PortableGraphs
@@ -36,7 +41,7 @@ class ModelFacts(StrictModel):
 
 
 class ContextTensor(StrictModel):
-    """An embed output that layers take, of shape [1, tokens, ...]: -1 stands for tokens."""
+    """A tensor that contexts gives and layers take, [1, tokens, ...]: -1 stands for tokens."""
 
     name: str
     shape: list[int]
@@ -76,15 +81,27 @@ class ExitEngineEntry(StrictModel):
 
 
 class EngineFiles(StrictModel):
-    """Every engine of the bundle. `monolith` runs all layers at once and is for comparison."""
+    """Every engine of the bundle. `monolith` runs all layers at once and is for comparison.
+
+    contexts is None where no layer takes a context tensor.
+    """
 
     embed: str
+    contexts: str | None = None
     layers: list[LayerEngineEntry]
     key_value: list[KeyValueEngineEntry]
     head: str
     monolith: LayerEngineEntry
     exits: list[ExitEngineEntry] = Field(default_factory=list)
     attention: list[LayerEngineEntry] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As the digest of the engines is taken: without contexts where there is no such engine."""
+        fields: dict[str, Any] = handler(self)
+        if self.contexts is None:
+            del fields["contexts"]
+        return fields
 
 
 class FileEntry(StrictModel):

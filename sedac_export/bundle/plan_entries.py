@@ -26,10 +26,12 @@ class PortableLayers(StrictModel):
 class PortableGraphs(StrictModel):
     """The graphs that TensorRT builds from, in the order of the bundle's own engines.
 
+    contexts are tensors, which the graph contexts_graph gives; it is None where there are none.
     masks gives for each mask input the positions that a token sees through it, 0 for all.
     """
 
     embed: str
+    contexts_graph: str | None = None
     layers: list[PortableLayers]
     key_value: list[str]
     head: str
@@ -38,7 +40,9 @@ class PortableGraphs(StrictModel):
 
     def files(self) -> list[str]:
         """Every graph, in the order a token passes them, kv graphs before the head."""
-        return [self.embed, *(entry.file for entry in self.layers), *self.key_value, self.head]
+        contexts = [] if self.contexts_graph is None else [self.contexts_graph]
+        layers = [entry.file for entry in self.layers]
+        return [self.embed, *contexts, *layers, *self.key_value, self.head]
 
 
 class BuildOptions(StrictModel):

@@ -43,6 +43,11 @@ class TracedGraph:
         """Names of the graph's inputs, in order."""
         return [value.name for value in self.model.graph.input]
 
+    def of_part(self, part: onnx.ModelProto) -> "TracedGraph":
+        """The graph `part`, some of whose initialisers may be this one's weights."""
+        held = {initializer.name for initializer in part.graph.initializer}
+        return TracedGraph(part, {n: w for n, w in self.weights.items() if n in held})
+
 
 @dataclass(frozen=True)
 class Tracer:
@@ -57,7 +62,7 @@ class Tracer:
     dtype: torch.dtype = torch.float32
 
     def embed(self) -> TracedGraph:
-        """input_ids, position_ids -> x and one output per context."""
+        """input_ids, position_ids -> x and each context, for `split_embed` to take apart."""
         positions = torch.arange(_TOKENS).repeat(self.interface.batch, 1)
         inputs = {"input_ids": positions + 2, "position_ids": positions}
         outputs = ["x", *(context.name for context in self.interface.contexts if context.used)]

@@ -1,4 +1,4 @@
-"""Trace every graph that a bundle needs: one layer and one kv graph per kind, embed and head."""
+"""Trace every graph that a bundle needs, the layers' graphs once for each kind of layer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,16 +12,21 @@ from sedac_export.graph.kernels import refusal
 from sedac_export.graph.masks import known_masks
 from sedac_export.graph.modules import LayerInterface, learn_interface
 from sedac_export.graph.operators import ATTENTION_NAME, AttentionRouter, fused_operators
+from sedac_export.graph.split import split_embed
 from sedac_export.graph.trace import TracedGraph, Tracer
 from sedac_export.model.skeleton import Skeleton, kind_of, stand_in_weights
 
 
 @dataclass(frozen=True)
 class TracedGraphs:
-    """The traced graphs: layers and kv graphs by kind, and each layer's kind."""
+    """The traced graphs: layers and kv graphs by kind, and each layer's kind.
+
+    contexts is None where the layers take the hidden states alone.
+    """
 
     interface: LayerInterface
     embed: TracedGraph
+    contexts: TracedGraph | None
     head: TracedGraph
     layers: list[TracedGraph]
     key_value: list[TracedGraph]
@@ -78,8 +83,15 @@ def trace_graphs(
         key_value = [count(tracer.key_value(index)) for index in first]
         attention = [count(tracer.attention(index)) for index in first]
         _mark_used_contexts(interface, [*layers, *key_value])
-        embed, head = count(tracer.embed()), count(tracer.head())
-    return TracedGraphs(interface, embed, head, layers, key_value, attention, kinds)
+        embed, contexts = _split(count(tracer.embed()))
+        head = count(tracer.head())
+    return TracedGraphs(interface, embed, contexts, head, layers, key_value, attention, kinds)
+
+
+def _split(whole: TracedGraph) -> tuple[TracedGraph, TracedGraph | None]:
+    """The graphs of embed and contexts."""
+    embed, contexts = split_embed(whole.model)
+    return whole.of_part(embed), None if contexts is None else whole.of_part(contexts)
 
 
 class _Counter:

@@ -41,6 +41,7 @@ def add_portable_graphs(
     writer = _Writer(directory, manifest, graphs)
     portable = PortableGraphs(
         embed=writer.save("embed", writer.engine(graphs.embed, manifest.engines.embed)),
+        contexts_graph=writer.contexts(),
         layers=[writer.layers(entry) for entry in manifest.engines.layers],
         key_value=[writer.key_value(index) for index in range(len(graphs.kinds))],
         head=writer.save("head", writer.engine(graphs.head, manifest.engines.head)),
@@ -78,6 +79,13 @@ class _Writer:
     def engine(self, graph: TracedGraph, twin: str) -> onnx.ModelProto:
         """`graph` with the weights of the engine `twin`."""
         return self._point(graph, self._weights(twin), "")
+
+    def contexts(self) -> str | None:
+        """The portable form of the contexts engine, where there is one."""
+        graph, twin = self.graphs.contexts, self.manifest.engines.contexts
+        if graph is None or twin is None:
+            return None
+        return self.save("contexts", self.engine(graph, twin))
 
     def layers(self, entry: bundle.LayerEngineEntry) -> PortableLayers:
         """The portable form of a layer engine."""

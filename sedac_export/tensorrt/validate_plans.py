@@ -10,13 +10,14 @@ import onnx
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.plan_entries import PlanEntry, PlanSet, PortableGraphs
+from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.tensorrt.agreement import GATES, Gates, compare
 from sedac_export.tensorrt.build_plans import fingerprint
 from sedac_export.tensorrt.installed import check_compatible
+from sedac_export.tensorrt.plan_runner import GpuPlanRunner
 from sedac_export.tensorrt.profiles import graph_profiles
-from sedac_export.tensorrt.runners import GpuPlanRunner, PortableRunner
 from sedac_export.tensorrt.structure import Expected, expectations
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu

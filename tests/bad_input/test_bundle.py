@@ -91,8 +91,8 @@ def test_manifest_with_one_number_changed_is_refused(read: Reader, bundle: Path)
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "fp4", "adapters": ["lora"]}])
 def test_newer_schema_is_called_newer(read: Reader, bundle: Path, changes: dict[str, Any]) -> None:
-    rewrite_manifest(bundle, schema_version=2, **changes)
-    assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 2", "newer", "update")
+    rewrite_manifest(bundle, schema_version=3, **changes)
+    assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 3", "newer", "update")
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,15 @@ def test_setting_out_of_range_is_refused(
     runtime: Command, bundle: Path, option: str, value: str, output: str
 ) -> None:
     result = runtime(
-        *("generate", "--engines", bundle, "--prompt", "def f"), *(option, value, output)
+        *("generate", "--engines", bundle, "--prompt", "def f", "--mode", "exit"),
+        *(option, value, output),
     )
     assert_one_line_error(result, option.removeprefix("--").replace("-", "_"), "out of range")
 
 
 def test_drafts_between_exits_that_do_not_wait_are_refused(runtime: Command, bundle: Path) -> None:
-    arguments = ["generate", "--engines", bundle, "--prompt", "def f", "--drafter", "auto"]
+    arguments = ["generate", "--engines", bundle, "--prompt", "def f", "--mode", "exit"]
+    arguments += ["--drafter", "auto"]
     result = runtime(*arguments, "--kv-fill", "propagate")
     assert_one_line_error(result, "drafter auto", "kv_fill defer", "drafter none")
     assert runtime(*arguments, "--kv-fill", "defer", "--max-new-tokens", 2).code == 0
@@ -245,7 +247,7 @@ def test_python_refuses_what_the_command_refuses(mute_bundle: Path) -> None:
         {"prompt": [1], "forced_exit": [-1]},
         {"prompt": [1], "forced_exit": [5]},
         {"prompt": [1], "forced_exit": []},
-        {"prompt": [1], "consecutive_k": -1},
+        {"prompt": [1], "mode": "exit", "consecutive_k": -1},
         {"prompt": [1], "max_new_tokens": 0},
     ):
         with pytest.raises(InputError):

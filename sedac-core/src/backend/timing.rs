@@ -11,6 +11,8 @@ use crate::error::Result;
 pub enum EnginePart {
     /// Hidden states of tokens.
     Embed,
+    /// What layers take of positions.
+    Contexts,
     /// Consecutive layers.
     Layers(Range<usize>),
     /// Consecutive layers without their MLPs.
@@ -29,6 +31,7 @@ impl fmt::Display for EnginePart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Embed => f.write_str("embed"),
+            Self::Contexts => f.write_str("contexts"),
             Self::Layers(layers) if layers.len() == 1 => write!(f, "layer {}", layers.start),
             Self::Layers(layers) => write!(f, "layers {}-{}", layers.start, layers.end - 1),
             Self::Attention(layers) if layers.len() == 1 => write!(f, "attention {}", layers.start),

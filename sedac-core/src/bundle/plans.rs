@@ -101,11 +101,13 @@ impl PortableLayers {
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortableGraphs {
     embed: PathBuf,
+    /// What gives the contexts, where there are any.
+    contexts_graph: Option<PathBuf>,
     /// Shallowest first.
     pub layers: Vec<PortableLayers>,
     key_value: Vec<PathBuf>,
     head: PathBuf,
-    /// What embed hands to the layers, by name.
+    /// What layers take beside the residual stream, by name.
     pub contexts: BTreeMap<String, PortableContext>,
     /// By name of the mask input: positions that a token sees through it, 0 for all.
     pub masks: BTreeMap<String, usize>,
@@ -116,6 +118,7 @@ impl PortableGraphs {
     fn files(&self) -> impl Iterator<Item = &PathBuf> {
         let layers = self.layers.iter().map(|entry| &entry.file);
         let ends = [&self.embed, &self.head].into_iter();
+        let ends = ends.chain(&self.contexts_graph);
         ends.chain(layers).chain(&self.key_value)
     }
 
@@ -125,6 +128,7 @@ impl PortableGraphs {
         let engines = manifest.engines.layers.iter();
         own.eq(engines.map(|entry: &LayerEntry| entry.first_layer..entry.end()))
             && self.key_value.len() == manifest.model.num_layers
+            && self.contexts_graph.is_some() != self.contexts.is_empty()
             && self.contexts.values().all(PortableContext::is_sound)
     }
 }
@@ -152,8 +156,10 @@ struct PlanEntry {
 pub struct PlanFiles {
     /// Tokens that a pass may have, 1 or more.
     pub max_prefill_chunk: usize,
-    /// Token and position ids to the residual stream and contexts.
+    /// Token ids, and position ids where the model embeds positions, to the residual stream.
     pub embed: PathBuf,
+    /// Position ids to context tensors, where layers take any.
+    pub contexts: Option<PathBuf>,
     /// Layer engines, shallowest first.
     pub layers: Vec<PathBuf>,
     /// One per layer.
@@ -166,6 +172,7 @@ impl PlanFiles {
     /// All of them.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         let ends = [&self.embed, &self.head].into_iter();
+        let ends = ends.chain(&self.contexts);
         let files = ends.chain(&self.layers).chain(&self.key_value);
         files.map(PathBuf::as_path)
     }
@@ -203,6 +210,10 @@ impl Manifest {
         let plans = PlanFiles {
             max_prefill_chunk: set.options.max_prefill_chunk.max(1),
             embed: plan(&portable.embed)?,
+            contexts: match &portable.contexts_graph {
+                Some(graph) => Some(plan(graph)?),
+                None => None,
+            },
             layers: layers.collect::<Option<_>>()?,
             key_value: portable.key_value.iter().map(plan).collect::<Option<_>>()?,
             head: plan(&portable.head)?,

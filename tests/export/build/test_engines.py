@@ -87,10 +87,10 @@ def test_a_block_is_its_layers(tmp_path: Path, tiny_bundle: Callable[[str], Tiny
         "total_sequence_length": np.array(5, np.int32),
     }
     cache = np.zeros((1, 2, 16, 16), np.float32)
-    session = onnxruntime.InferenceSession(single / "onnx" / "embed.onnx")
-    ids = {"input_ids": np.arange(5)[None], "position_ids": np.arange(5)[None]}
+    session = onnxruntime.InferenceSession(single / "onnx" / "contexts.onnx")
     names = [output.name for output in session.get_outputs()]
-    feeds |= dict(zip(names, session.run(None, ids), strict=True)) | {"x": feeds["x"]}
+    tensors = session.run(None, {"position_ids": np.arange(5)[None]})
+    feeds |= dict(zip(names, tensors, strict=True))
     block = run_engine(tmp_path / "blocks" / files[0], feeds, cache, 3)
     x, stabilities = feeds["x"], []
     for layer in range(3):

@@ -12,10 +12,10 @@ from tiny_models import ARCHITECTURES
 
 from sedac_export import SedacError
 from sedac_export.bundle.manifest import Manifest, read_manifest
+from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.tensorrt.agreement import GATES, compare, visible
 from sedac_export.tensorrt.portable_writer import add_portable_graphs
-from sedac_export.tensorrt.runners import PortableRunner
 from sedac_export.tensorrt.structure import expectations
 from sedac_export.tensorrt.worker import Worker
 
@@ -88,11 +88,8 @@ def test_sequences_of_a_batch_do_not_mix(portable_tiny: PortableTiny) -> None:
     feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
     positions = np.stack([np.arange(start, start + tokens) for start in starts])
     assert manifest.portable is not None
-    contexts = run(
-        manifest.portable.embed,
-        {"input_ids": np.zeros((2, tokens), np.int64), "position_ids": positions},
-    )
-    feeds |= {name: array for name, array in contexts.items() if name != "x"}
+    assert manifest.portable.contexts_graph is not None
+    feeds |= run(manifest.portable.contexts_graph, {"position_ids": positions})
     masks = [visible(slice(start, start + tokens), length, 0) for start in starts]
     feeds |= {"mask": np.concatenate(masks), "write_index": np.array(starts, np.int64)}
     together = run(LAYER, feeds)

@@ -117,7 +117,7 @@ def test_a_certified_setting_is_written(
     assert (written.drafter, certificate.generation) == ("early-exit", GENERATION)
     assert read_certification(Bundle.open(bundle)).certified
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
-    output = model.generate("def push(self, item):\n", max_new_tokens=8)
+    output = model.generate("def push(self, item):\n", mode="exit", max_new_tokens=8)
     assert (output.drafter, output.kv_fill) == ("early-exit", "defer")
     assert output.certificate is not None
 
