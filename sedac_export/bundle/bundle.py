@@ -8,7 +8,7 @@ from onnx import ModelProto
 
 from sedac_export.bundle.manifest import Manifest, parse_manifest
 from sedac_runtime._core import BundleFiles
-from sedac_runtime.model import Verify
+from sedac_runtime.choices import Verify
 
 
 @dataclass(frozen=True)

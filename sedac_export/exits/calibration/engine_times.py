@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sedac_export.bundle.exit_config import KvFill
 from sedac_export.bundle.sessions import Engine, empty_cache
 from sedac_export.exits.replay.replay import Replay
+from sedac_runtime.choices import KvFill
 
 _FILLED = 512
 _REPEATS = 100
