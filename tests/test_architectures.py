@@ -1,6 +1,6 @@
 """Each architecture gives transformers' tokens after long prompts, or is refused in one true line.
 
-ARCHITECTURES.md lists the outcomes.
+docs/architectures.md lists the outcomes.
 """
 
 import re
@@ -16,7 +16,7 @@ from tiny_models import ARCHITECTURES, OTHERS, REFUSED, save_tiny_model
 from sedac_export import Request, SedacError, build, exporter
 from sedac_runtime import InputError, SedacModel
 
-PAGE = Path(__file__).parents[1] / "ARCHITECTURES.md"
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 PROMPT = 300
 
 
