@@ -6,7 +6,7 @@
 
 mod capabilities;
 mod costs;
-mod host;
+mod host_decided;
 mod not_finite;
 mod onnxruntime;
 pub mod profile;
@@ -18,7 +18,7 @@ use std::ops::Range;
 
 pub use capabilities::Capabilities;
 pub use costs::Costs;
-pub use host::HostDecided;
+pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, Layout, OnnxRuntime};
 pub use step::{Logits, LogitsRequest, SequenceStep, StepExit, StepOutcome};
 pub use timing::{EnginePart, EngineTiming, Stopwatch};

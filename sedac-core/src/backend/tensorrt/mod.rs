@@ -6,10 +6,10 @@
 //! work, a few bytes written before a pass and the stability read after each engine. The graphs
 //! behind the plans are the portable ones of `sedac_export/tensorrt/portable.py`.
 
+mod buffers;
 mod cuda;
 mod device;
-mod host;
-mod memory;
+mod host_device;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -18,9 +18,9 @@ use std::sync::Arc;
 
 pub use cuda::Cuda;
 pub use device::{Bound, Buffer, Device, Executor, Work};
-pub use host::Host;
+pub use host_device::Host;
 
-use self::memory::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
+use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
 use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
 use crate::bundle::{Bundle, Gate, PlanFiles, PortableLayers};

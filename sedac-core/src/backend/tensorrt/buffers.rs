@@ -320,7 +320,7 @@ impl Masks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::host::Host;
+    use super::super::host_device::Host;
     use super::*;
 
     const SIZES: Sizes = Sizes {
