@@ -25,7 +25,7 @@ import sedac_runtime
 from sedac_export import BuildRequest, build_bundle
 from sedac_export.console import StageProgress
 from sedac_export.graph.trace import Tracer
-from sedac_export.graph.trace_model import Graphs
+from sedac_export.graph.trace_model import TracedGraphs
 from sedac_export.model.skeleton import Skeleton
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ EXPORTER, RUNTIME = (Path(module.__file__ or "").parent for module in (sedac_exp
 # of each kind: the current sources' entries and those of the last change
 GENERATIONS = 2
 
-TraceGraphs = Callable[..., Graphs]
+TraceGraphs = Callable[..., TracedGraphs]
 
 
 def digest(*parts: object) -> str:
@@ -111,17 +111,17 @@ class BuildCache:
             tracer: type[Tracer] = Tracer,
             dtype: torch.dtype = torch.float32,
             batch: int = 1,
-        ) -> Graphs:
+        ) -> TracedGraphs:
             def make(partial: Path) -> None:
                 graphs = trace(skeleton, progress, tracer, dtype, batch)
                 # the recorded calls hold the model's own modules and serve only to trace
-                graphs = replace(graphs, plan=replace(graphs.plan, calls=[]))
+                graphs = replace(graphs, interface=replace(graphs.interface, calls=[]))
                 (partial / "graphs").write_bytes(pickle.dumps(graphs))
 
             config = skeleton.model.config.to_dict() | {"_name_or_path": None}
             key = digest(json.dumps(config, sort_keys=True, default=str), tracer, dtype, batch)
             entry = self.fetch(f"graphs-{exporter_digest()}", key, make)
-            graphs: Graphs = pickle.loads((entry / "graphs").read_bytes())
+            graphs: TracedGraphs = pickle.loads((entry / "graphs").read_bytes())
             return graphs
 
         return cached

@@ -138,9 +138,7 @@ def test_a_full_cache_ends_the_text(demo_model: SedacModel) -> None:
 
 
 def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
-    output = demo_model.generate(
-        PROMPT, mode="exit", tau=0.97, max_new_tokens=32, stop_tokens=[]
-    )
+    output = demo_model.generate(PROMPT, mode="exit", tau=0.97, max_new_tokens=32, stop_tokens=[])
     fields = asdict(output)
     assert list(fields) == [
         *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),

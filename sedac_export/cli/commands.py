@@ -179,6 +179,36 @@ def inspect(
 
 
 @app.command()
+def upgrade(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the upgraded bundle here, and leave the old one.")
+    ] = None,
+) -> None:
+    """Bring a bundle of an older schema to the current one, without its model.
+
+    The embed engine is taken apart into two. Old and new engines are run with the same inputs and
+    must give the same bits: that is why a certificate of the old engines is carried over to the new
+    ones. The exit configuration stays, a signature goes, and TensorRT plans of the embed engine are
+    to be built again.
+    """
+    from sedac_export.build.upgrade import upgrade_bundle
+
+    upgraded = upgrade_bundle(bundle, output)
+    console.print(f"{upgraded.output} is upgraded", highlight=False, soft_wrap=True)
+    if upgraded.certified:
+        console.print("the certificate was carried over: the engines give the same bits")
+    for target, options in upgraded.incomplete.items():
+        console.print(
+            f"{target}: the plan of the embed engine was removed; build the two in its place with"
+            f" sedac-export engines {upgraded.output} --target {target}"
+            f"{tensorrt.flags(options)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
 def sign(
     bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
     private_key: Annotated[

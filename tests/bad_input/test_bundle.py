@@ -95,6 +95,12 @@ def test_newer_schema_is_called_newer(read: Reader, bundle: Path, changes: dict[
     assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 3", "newer", "update")
 
 
+def test_older_schema_names_the_upgrade(read: Reader, bundle: Path) -> None:
+    rewrite_manifest(bundle, schema_version=1)
+    remedy = f"sedac-export upgrade {bundle}"
+    assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 1", "older", remedy)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -191,7 +191,8 @@ fn check_schema(gate: &Gate, text: &[u8], oldest: u64) -> Result<u64> {
     struct Schema {
         schema_version: u64,
     }
-    let refused = |reason: String| Error::bundle(&gate.shown(MANIFEST), reason);
+    let path = gate.shown(MANIFEST);
+    let refused = |reason: String| Error::bundle(&path, reason);
     let Schema { schema_version } = serde_json::from_slice(text)
         .map_err(|error| refused(format!("not a manifest ({error}); build the bundle again")))?;
     match schema_version {
@@ -202,7 +203,7 @@ fn check_schema(gate: &Gate, text: &[u8], oldest: u64) -> Result<u64> {
         older if older < oldest => Err(refused(format!(
             "schema {older} is older than {SCHEMA_VERSION}, which this runtime reads; run \
              sedac-export upgrade {}",
-            gate.shown("").display()
+            path.parent().unwrap_or(&path).display()
         ))),
         known => Ok(known),
     }
