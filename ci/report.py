@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
+from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.errors import SedacError
-from sedac_export.tensorrt.entries import BuildOptions
-from sedac_export.tensorrt.plans import check_options
+from sedac_export.tensorrt.build_plans import check_options
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu, this_platform
 
 # of the tokens that both chains generate; after a tie texts may part for good

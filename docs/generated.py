@@ -9,8 +9,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
-from sedac_export.exit_config import ExitConfig
-from sedac_export.manifest import Manifest
+from sedac_export.bundle.exit_config import ExitConfig
+from sedac_export.bundle.manifest import Manifest
 
 COMMANDS = {"sedac-runtime": "sedac_runtime.cli", "sedac-export": "sedac_export.cli"}
 SCHEMAS: dict[str, type[BaseModel]] = {"bundle": Manifest, "sedac_config": ExitConfig}

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from sedac_export import manifest as bundle
-from sedac_export.sessions import Engine
-from sedac_export.skeleton import Skeleton
-from sedac_export.tensorrt.entries import BuildOptions, PlanEntry, PlanSet
-from sedac_export.tensorrt.graphs import add_portable_graphs
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import BuildOptions, PlanEntry, PlanSet
+from sedac_export.bundle.sessions import Engine
+from sedac_export.model.skeleton import Skeleton
+from sedac_export.tensorrt.portable_writer import add_portable_graphs
 from sedac_runtime import SedacModel, _core
 from sedac_runtime.flavour import Target, Tensor
 from sedac_runtime.library import find_onnxruntime

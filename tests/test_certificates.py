@@ -14,8 +14,8 @@ from conftest import THREADS
 import sedac_export.cli
 import sedac_runtime.cli
 from sedac_export.bundle import Bundle
-from sedac_export.certification import read_certification
-from sedac_export.stamp import sha256
+from sedac_export.bundle.certified import read_certification
+from sedac_export.bundle.hashing import sha256
 from sedac_runtime import GenerationOutput, SedacModel
 
 PROMPT = "class Stack:\n    def push(self, item):\n"

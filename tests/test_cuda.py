@@ -8,8 +8,8 @@ import torch
 from conftest import DEMO_MODEL, THREADS
 from rehearsal import add_stand_ins
 
+from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.tensorrt.add import add_target
-from sedac_export.tensorrt.entries import BuildOptions
 from sedac_runtime import SedacModel, _core
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
 from sedac_runtime.library import find_onnxruntime

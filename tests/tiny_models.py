@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sedac_export.weights import weights_of
+from sedac_export.model.weights import weights_of
 
 _COMMON = {
     "vocab_size": 256,

@@ -51,6 +51,7 @@ class BundleFiles:
         verify: str = "always",
         threads: int = 0,
         replaced: str | os.PathLike[str] | None = None,
+        older: bool = False,
     ) -> BundleFiles: ...
     @property
     def manifest(self) -> bytes: ...
@@ -129,6 +130,7 @@ class Model:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        profile: bool = False,
     ) -> Generation: ...
     def bench(
         self,

@@ -16,9 +16,11 @@ from rich.table import Column, Table
 
 from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
+from sedac_runtime.logs import configure
 from sedac_runtime.model import GenerationStream
 from sedac_runtime.policy import PolicyName
 from sedac_runtime.terminal import visible
+from sedac_runtime.text_file import replace_text
 from sedac_runtime.tolerance import tolerance_note
 
 app = typer.Typer(
@@ -27,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(configure)
 console = Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
@@ -185,10 +188,16 @@ def generate(
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write a Chrome trace of every step and engine run to this file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
+    if profile is not None and not profile.absolute().parent.is_dir():
+        raise ValueError(f"--profile {profile} is in no directory; create {profile.parent} first")
     model = SedacModel.from_pretrained(
         engines,
         threads=threads,
@@ -222,10 +231,17 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop_strings=stop or (),
+        profile=profile is not None,
     )
     if as_json:
         print(json.dumps(asdict(generation.output)))
-        return
+    else:
+        _print_text(generation, stream)
+    if profile is not None:
+        replace_text(profile, generation.profile or "")
+
+
+def _print_text(generation: GenerationStream, stream: bool) -> None:
     if stream:
         for token in generation:
             _write(token.text)

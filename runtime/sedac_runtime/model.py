@@ -124,6 +124,13 @@ class GenerationStream:
         rest: str = self._generation.summary()["rest"]
         return rest
 
+    @property
+    def profile(self) -> str | None:
+        """A Chrome trace of every step and engine run, as JSON; None unless it was asked for."""
+        _ = self.output
+        profile: str | None = self._generation.summary()["profile"]
+        return profile
+
     def _collect(self) -> GenerationOutput:
         summary = self._generation.summary()
         tokens = [TokenOutput(*token) for token in summary["tokens"]]
@@ -262,6 +269,7 @@ class SedacModel:
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
+        profile: bool = False,
     ) -> GenerationStream:
         """Generate token by token after `prompt`, a text or token ids, as the stream is read.
 
@@ -278,7 +286,8 @@ class SedacModel:
         "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
         exits at the first exit from the given depths on, taken in turn, whatever the policy says.
         temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
-        end-of-text tokens) or with the token that completes one of `stop_strings`.
+        end-of-text tokens) or with the token that completes one of `stop_strings`. With `profile`
+        the stream's `profile` is a Chrome trace of what ran.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
@@ -322,6 +331,7 @@ class SedacModel:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
+            profile=profile,
         )
         if forced_exit is not None:
             mode = "exit"

@@ -16,7 +16,7 @@ fn decisions(criterion: &mut Criterion) {
         .map(|n| 0.9 + (n.wrapping_mul(2_654_435_761) >> 7) as u16 as f32 / 655_360.0)
         .collect();
     let mut exits = vec![0; TOKENS];
-    let policy = Stability::new(0.98, 2, 0.2, LAYERS).expect("settings in range");
+    let policy = Stability::default();
     group.bench_function("stability", |bench| {
         bench.iter(|| exits_by_stability(black_box(&stability), LAYERS, &policy, &mut exits));
     });

@@ -13,10 +13,10 @@ from tiny_models import save_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sedac_export import Request, build
+from sedac_export import BuildRequest, build_bundle
 from sedac_export.bundle import Bundle
-from sedac_export.documents import read_documents
-from sedac_export.training import train_probes
+from sedac_export.exits.replay.documents import read_documents
+from sedac_export.exits.training.train_probes import train_probes
 
 HERE = Path(__file__).parent
 BUNDLE, CORPUS = HERE / "bundle", HERE / "corpus" / "first_token"
@@ -40,11 +40,11 @@ def save_tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
-def build_bundle(work: Path) -> None:
+def build_fuzzed_bundle(work: Path) -> None:
     """With probes and a lens, so that exits are fuzzed too."""
     save_tiny_model("llama", work / "model", **SIZES)
     save_tokenizer(work / "model")
-    build(Request(model=str(work / "model"), output=BUNDLE, force=True))
+    build_bundle(BuildRequest(model=str(work / "model"), output=BUNDLE, force=True))
     texts = [Path(__file__), HERE / "fuzz_targets" / "first_token.rs"]
     documents = read_documents(Bundle.open(BUNDLE), texts)
     train_probes(BUNDLE, documents, [1], [1], with_lenses=True)
@@ -53,7 +53,7 @@ def build_bundle(work: Path) -> None:
 def main() -> None:
     """Entry point."""
     with TemporaryDirectory() as work:
-        build_bundle(Path(work))
+        build_fuzzed_bundle(Path(work))
     shutil.rmtree(CORPUS, ignore_errors=True)
     CORPUS.mkdir(parents=True)
     files = sorted(path for path in BUNDLE.rglob("*") if path.is_file())

@@ -1,27 +1,27 @@
-//! Wall-clock comparison of ways to run the same prompt: interleaved, warm-up excluded.
+//! Wall-clock comparison of modes on the same prompt: interleaved, warm-up excluded.
 
 use std::ops::ControlFlow;
 
-use crate::chain::{Chain, Exit, Request, Token};
+use crate::chain::{Chain, DecodingMode, Request, Token};
 use crate::error::{Error, Result};
-use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
+use crate::kv::KvFill;
 use crate::sampler::Sampling;
 
-/// One way to run the prompt.
+/// One mode to run the prompt in.
 #[derive(Debug, Clone)]
-pub struct Case {
+pub struct BenchCase {
     /// The row's name.
     pub name: String,
     /// Which of the chains runs it.
     pub chain: usize,
     /// When tokens exit.
-    pub exit: Exit,
+    pub mode: DecodingMode,
 }
 
-/// One way's measurements, per decoded token.
+/// The measurements of one case, per decoded token.
 #[derive(Debug, Clone)]
-pub struct Row {
+pub struct BenchRow {
     /// The case's name.
     pub name: String,
     /// Median over the repeats, in milliseconds.
@@ -40,7 +40,7 @@ pub struct Row {
 
 /// What the repeats of one case gave.
 #[derive(Debug, Clone, Default)]
-struct Runs {
+struct BenchRuns {
     ms: Vec<f64>,
     tokens: Vec<Token>,
 }
@@ -54,27 +54,27 @@ struct Runs {
 /// [`Chain::generate`] reports.
 pub fn run(
     chains: &mut [&mut Chain],
-    cases: &[Case],
+    cases: &[BenchCase],
     prompt: &[u32],
     new_tokens: usize,
     repeat: usize,
     against: usize,
     interrupt: &Interrupt,
-) -> Result<Vec<Row>> {
+) -> Result<Vec<BenchRow>> {
     if against >= cases.len() {
         return Err(Error::setting("against", against, "the index of a case"));
     }
-    for chain in chains.iter_mut() {
+    for chain in chains.iter() {
         check_room(chain, prompt.len(), new_tokens)?;
     }
-    let mut runs = vec![Runs::default(); cases.len()];
+    let mut runs = vec![BenchRuns::default(); cases.len()];
     for round in 0..=repeat {
         for (case, runs) in cases.iter().zip(&mut runs) {
             let request = Request {
                 prompt: prompt.to_vec(),
                 max_new_tokens: new_tokens,
                 stop_tokens: Vec::new(),
-                exit: case.exit.clone(),
+                mode: case.mode.clone(),
                 kv_fill: KvFill::default(),
                 sampling: Sampling::default(),
             };
@@ -92,7 +92,7 @@ pub fn run(
 }
 
 /// A generation that the cache cuts short would not be comparable.
-fn check_room(chain: &mut Chain, prompt_tokens: usize, new_tokens: usize) -> Result<()> {
+fn check_room(chain: &Chain, prompt_tokens: usize, new_tokens: usize) -> Result<()> {
     let capacity = chain.capacity();
     // the last token is never run through the model
     if new_tokens < 2 || prompt_tokens + new_tokens - 1 > capacity {
@@ -121,9 +121,9 @@ fn measure(
     Ok((ms, decoded))
 }
 
-fn summarise(name: &str, runs: &Runs, against: &Runs) -> Row {
+fn summarise(name: &str, runs: &BenchRuns, against: &BenchRuns) -> BenchRow {
     let count = runs.tokens.len() as f64;
-    let layers: usize = runs.tokens.iter().map(|token| token.step.exit_layer).sum();
+    let layers: usize = runs.tokens.iter().map(|token| token.exit.layer).sum();
     let pairs = runs.tokens.iter().zip(&against.tokens);
     let same = pairs.filter(|(ours, theirs)| ours.id == theirs.id).count();
     let ratios = against
@@ -131,7 +131,7 @@ fn summarise(name: &str, runs: &Runs, against: &Runs) -> Row {
         .iter()
         .zip(&runs.ms)
         .map(|(theirs, ours)| theirs / ours);
-    Row {
+    BenchRow {
         name: name.to_owned(),
         ms_per_token: median(runs.ms.iter().copied()),
         min_ms: runs.ms.iter().copied().fold(f64::INFINITY, f64::min),

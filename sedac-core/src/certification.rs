@@ -7,17 +7,16 @@ use std::path::Path;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::bundle::{Manifest, hex};
-use crate::certificate::{Certificate, Setting, drafter_name};
-use crate::chain::Exit;
-use crate::exit_config::{ExitConfig, KvFill};
+use crate::bundle::{Certificate, CertifiedSetting, ExitConfig, Manifest, drafter_name, hex};
+use crate::chain::DecodingMode;
+use crate::kv::KvFill;
 use crate::sampler::Sampling;
 
-/// A way to generate from a bundle.
+/// All of a generation that a certificate depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct Way<'a> {
+pub struct GenerationSetting<'a> {
     /// When tokens exit.
-    pub exit: &'a Exit,
+    pub mode: &'a DecodingMode,
     /// What the caches of skipped layers get.
     pub kv_fill: KvFill,
     /// How tokens are chosen.
@@ -29,69 +28,79 @@ pub struct Way<'a> {
 /// What may be said of tokens that exit; shown as one sentence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Certification {
-    /// The bundle's certificate is about the way they are generated.
+    /// The bundle's certificate is about this generation.
     Certified(Box<Certificate>),
     /// Nothing is certified, for this reason.
     Uncertified(String),
 }
 
 impl ExitConfig {
-    /// What is certified of the bundle of this configuration and `manifest`, generating by `way`.
-    /// None where tokens only come from full depth.
-    pub fn certification(&self, manifest: &Manifest, way: Way<'_>) -> Option<Certification> {
-        let from_exits = !matches!(way.exit, Exit::Never | Exit::Lossless { .. });
-        from_exits.then(|| self.of_exits(manifest, way))
+    /// What is certified of a generation from the bundle of this configuration and `manifest`. None where tokens only come from full depth.
+    pub fn certification(
+        &self,
+        manifest: &Manifest,
+        generation: GenerationSetting<'_>,
+    ) -> Option<Certification> {
+        let from_exits = !matches!(
+            generation.mode,
+            DecodingMode::Full | DecodingMode::Lossless { .. }
+        );
+        from_exits.then(|| self.of_exits(manifest, generation))
     }
 
     /// The same of what the configuration itself says, by argmax.
     pub fn own_certification(&self, manifest: &Manifest) -> Certification {
-        let exit = Exit::Policy {
-            settings: self.policy.clone(),
+        let mode = DecodingMode::Exit {
+            policy: self.policy.clone(),
             drafter: self.drafter,
         };
-        let way = Way {
-            exit: &exit,
+        let generation = GenerationSetting {
+            mode: &mode,
             kv_fill: self.kv_fill,
             sampling: &Sampling::default(),
             plans: false,
         };
-        self.of_exits(manifest, way)
+        self.of_exits(manifest, generation)
     }
 
-    fn of_exits(&self, manifest: &Manifest, way: Way<'_>) -> Certification {
+    fn of_exits(&self, manifest: &Manifest, generation: GenerationSetting<'_>) -> Certification {
         let Some(certificate) = &self.certificate else {
             let reason = "the bundle has no certificate, run sedac-export calibrate";
             return Certification::Uncertified(reason.into());
         };
-        match certificate.setting.difference(manifest, way) {
+        match certificate.setting.difference(manifest, generation) {
             None => Certification::Certified(Box::new(certificate.clone())),
             Some(reason) => Certification::Uncertified(reason),
         }
     }
 }
 
-impl Setting {
-    /// The first thing in which generating from the bundle of `manifest` by `way` is another.
-    fn difference(&self, manifest: &Manifest, way: Way<'_>) -> Option<String> {
-        let Exit::Policy { settings, drafter } = way.exit else {
+impl CertifiedSetting {
+    /// The first thing in which a generation from the bundle of `manifest` differs.
+    fn difference(&self, manifest: &Manifest, generation: GenerationSetting<'_>) -> Option<String> {
+        let DecodingMode::Exit { policy, drafter } = generation.mode else {
             return Some("exits are forced".into());
         };
         let other = |what, is, certified| format!("{what} {is}, certified with {certified}");
-        if way.plans {
+        if generation.plans {
             Some("ONNX Runtime's engines were certified, TensorRT plans run".into())
         } else if self.engines_sha256 != manifest.engines_sha256() {
             Some("the engines have changed since, run sedac-export calibrate again".into())
-        } else if self.policy != *settings {
+        } else if self.policy != *policy {
             Some("the policy's settings are not those certified".into())
-        } else if self.kv_fill != way.kv_fill {
-            Some(other("kv_fill", way.kv_fill.name(), self.kv_fill.name()))
+        } else if self.kv_fill != generation.kv_fill {
+            Some(other(
+                "kv_fill",
+                generation.kv_fill.name(),
+                self.kv_fill.name(),
+            ))
         } else if self.drafter != *drafter {
             Some(other(
                 "drafter",
                 drafter_name(*drafter),
                 drafter_name(self.drafter),
             ))
-        } else if !way.sampling.is_argmax() {
+        } else if !generation.sampling.is_argmax() {
             Some("tokens are sampled or penalised, certified with argmax".into())
         } else {
             None
@@ -132,7 +141,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::certificate::tests::certificate;
+    use crate::bundle::test_certificate;
     use crate::policy::PolicySettings;
 
     fn manifest() -> Value {
@@ -160,7 +169,7 @@ mod tests {
     }
 
     fn own_certificate() -> Value {
-        certificate(&read(&manifest()).engines_sha256())
+        test_certificate(&read(&manifest()).engines_sha256())
     }
 
     fn config() -> ExitConfig {
@@ -173,14 +182,19 @@ mod tests {
         }
     }
 
-    fn said(exit: &Exit, kv_fill: KvFill, sampling: &Sampling, plans: bool) -> Option<String> {
-        let way = Way {
-            exit,
+    fn said(
+        mode: &DecodingMode,
+        kv_fill: KvFill,
+        sampling: &Sampling,
+        plans: bool,
+    ) -> Option<String> {
+        let generation = GenerationSetting {
+            mode,
             kv_fill,
             sampling,
             plans,
         };
-        let said = config().certification(&read(&manifest()), way);
+        let said = config().certification(&read(&manifest()), generation);
         said.map(|certification| certification.to_string())
     }
 
@@ -202,18 +216,18 @@ mod tests {
     }
 
     #[test]
-    fn any_other_way_to_generate_is_not_certified() {
+    fn any_other_generation_is_not_certified() {
         let own = config();
-        let exit = |drafter| Exit::Policy {
-            settings: own.policy.clone(),
+        let exit = |drafter| DecodingMode::Exit {
+            policy: own.policy.clone(),
             drafter,
         };
         let (auto, plain) = (exit(own.drafter), exit(None));
-        let other = Exit::Policy {
-            settings: PolicySettings::for_layers(2),
+        let other = DecodingMode::Exit {
+            policy: PolicySettings::for_layers(2),
             drafter: own.drafter,
         };
-        let forced = Exit::Forced { depths: vec![1] };
+        let forced = DecodingMode::Forced { depths: vec![1] };
         let argmax = Sampling {
             seed: 7,
             ..Sampling::default()
@@ -229,7 +243,7 @@ mod tests {
             ..argmax
         };
         let filtered = Sampling { top_k: 5, ..argmax };
-        for (exit, kv_fill, sampling, plans, reason) in [
+        for (mode, kv_fill, sampling, plans, reason) in [
             (&other, KvFill::Defer, &argmax, false, "policy's settings"),
             (
                 &auto,
@@ -245,11 +259,14 @@ mod tests {
             (&auto, KvFill::Defer, &argmax, true, "TensorRT"),
             (&forced, KvFill::Defer, &argmax, false, "forced"),
         ] {
-            let sentence = said(exit, kv_fill, sampling, plans).unwrap();
+            let sentence = said(mode, kv_fill, sampling, plans).unwrap();
             assert!(sentence.starts_with("exits not certified ("), "{sentence}");
             assert!(sentence.contains(reason), "{sentence}");
         }
-        assert_eq!(said(&Exit::Never, KvFill::Defer, &argmax, false), None);
+        assert_eq!(
+            said(&DecodingMode::Full, KvFill::Defer, &argmax, false),
+            None
+        );
     }
 
     #[test]

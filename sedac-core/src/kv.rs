@@ -8,12 +8,54 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
+
+/// What the KV caches of skipped layers get.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvFill {
+    /// Each skipped layer's keys and values, computed from the exit hidden state (CALM, Schuster
+    /// et al. 2022, <https://arxiv.org/abs/2207.07061>).
+    #[default]
+    Propagate,
+    /// What the layers themselves compute: the token waits at its exit, and joins the pass of the
+    /// next token that goes deeper (as Bae et al. 2023 do, <https://arxiv.org/abs/2310.05424>).
+    Defer,
+}
+
+impl KvFill {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Propagate, Self::Defer];
+
+    /// The name used in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Propagate => "propagate",
+            Self::Defer => "defer",
+        }
+    }
+}
 
 /// How far each layer's cache is filled, for one sequence.
 ///
 /// Layer l holds exactly one entry for each of the positions `0..filled(l)`, and none beyond;
 /// `filled` never grows with depth.
+///
+/// ```
+/// use sedac_core::kv::KvState;
+///
+/// # fn main() -> sedac_core::Result<()> {
+/// let mut kv = KvState::new(2, 8);
+/// let token = kv.begin(1)?;
+/// kv.fill(0, token.end); // exits after one layer
+/// let next = kv.begin(1)?;
+/// kv.fill(0, next.end);
+/// assert_eq!(kv.pending(1, next.end), 0..2); // the second layer lacks both
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct KvState {
     filled: Vec<usize>,

@@ -7,11 +7,14 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use sedac_core::Result;
-use sedac_core::backend::{Backend, Engines, HostDecided};
-use sedac_core::exit_config::KvFill;
+use sedac_core::backend::{
+    Backend, Capabilities, EngineTiming, Engines, HostDecided, LogitsRequest, SequenceStep,
+    StepExit,
+};
 use sedac_core::interrupt::Interrupt;
-use sedac_core::kv::KvState;
-use sedac_core::policy::{ExitReason, ExitSignals, Forced};
+use sedac_core::kv::{KvFill, KvState};
+use sedac_core::policy::{ExitReason, ExitSignals};
+use sedac_core::sequence::Sequence;
 
 const CAPACITY: usize = 600;
 
@@ -28,16 +31,15 @@ type Caches = Arc<Mutex<Vec<Vec<Option<Source>>>>>;
 /// Engines that compute nothing and complain about every wrong access.
 struct Recorder {
     layers: Vec<Range<usize>>,
-    most_tokens: usize,
+    max_tokens: usize,
     caches: Caches,
-    kept: Vec<Option<usize>>,
+    saved: Vec<Option<usize>>,
     pass: Range<usize>,
     depth: usize,
-    stability: Vec<f32>,
 }
 
 impl Recorder {
-    fn new(engine_sizes: &[usize], most_tokens: usize, caches: Caches) -> Self {
+    fn new(engine_sizes: &[usize], max_tokens: usize, caches: Caches) -> Self {
         let mut layers = Vec::new();
         let mut next = 0;
         for &size in engine_sizes {
@@ -47,12 +49,11 @@ impl Recorder {
         *caches.lock().unwrap() = vec![vec![None; CAPACITY]; next];
         Self {
             layers,
-            most_tokens,
+            max_tokens,
             caches,
-            kept: vec![None; CAPACITY],
+            saved: vec![None; CAPACITY],
             pass: 0..0,
             depth: 0,
-            stability: vec![1.0; next],
         }
     }
 
@@ -71,8 +72,12 @@ impl Engines for Recorder {
         self.layers.clone()
     }
 
-    fn most_tokens(&self) -> usize {
-        self.most_tokens
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+
+    fn max_tokens(&self) -> usize {
+        self.max_tokens
     }
 
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
@@ -82,12 +87,12 @@ impl Engines for Recorder {
         for cache in self.caches.lock().unwrap().iter_mut() {
             cache[start..].fill(None);
         }
-        self.kept[start..].fill(None);
+        self.saved[start..].fill(None);
         Ok(())
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
-        assert!(self.pass.len() <= self.most_tokens, "a pass too long");
+        assert!(self.pass.len() <= self.max_tokens, "a pass too long");
         for layer in self.layers[engine].clone() {
             assert_eq!(layer, self.depth, "engines run in order");
             for position in 0..self.pass.start {
@@ -105,10 +110,6 @@ impl Engines for Recorder {
         Ok(())
     }
 
-    fn run_attention(&mut self, engine: usize) -> Result<()> {
-        self.run(engine)
-    }
-
     fn residual(&mut self, _: usize) -> Result<Vec<f32>> {
         unreachable!("there are no logits that could be wrong")
     }
@@ -121,35 +122,32 @@ impl Engines for Recorder {
         Ok(None)
     }
 
-    fn stability(&self, engine: usize) -> &[f32] {
-        &self.stability[self.layers[engine].clone()]
+    fn stability(&mut self, _: usize) -> Result<Vec<f32>> {
+        unreachable!("no rule decides")
     }
 
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
         self.depth = self.layers[engine].start;
         for position in positions.clone() {
-            let depth = self.kept[position].expect("resumed from a kept hidden state");
+            let depth = self.saved[position].expect("resumed from a saved hidden state");
             assert_eq!(depth, self.depth, "position {position} waits elsewhere");
         }
         self.pass = positions;
         Ok(())
     }
 
-    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
-        if positions.is_empty() {
-            return Ok(());
-        }
-        assert_eq!(positions, self.pass, "the whole pass is kept");
+    fn save(&mut self, positions: Range<usize>) -> Result<()> {
+        assert_eq!(positions, self.pass, "the whole pass is saved");
         for position in positions {
-            self.kept[position] = Some(self.depth);
+            self.saved[position] = Some(self.depth);
         }
         Ok(())
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
-        assert!((1..=self.most_tokens).contains(&positions.len()));
+        assert!((1..=self.max_tokens).contains(&positions.len()));
         for position in positions {
-            let exit_layer = self.kept[position].expect("filled from a kept hidden state");
+            let exit_layer = self.saved[position].expect("filled from a saved hidden state");
             assert!(exit_layer <= layer, "a layer that ran is filled");
             self.write(layer, position, Source::Fill { exit_layer });
         }
@@ -166,6 +164,10 @@ impl Engines for Recorder {
 
     fn logits(&self) -> &[f32] {
         &[]
+    }
+
+    fn take_timings(&mut self) -> Vec<EngineTiming> {
+        Vec::new()
     }
 }
 
@@ -193,17 +195,39 @@ fn engine_sizes() -> impl Strategy<Value = Vec<usize>> {
     prop::collection::vec(1..=3_usize, 1..6)
 }
 
-/// The depth that a token forced to `wanted` really exits at, and why.
+/// The depth that a token limited to `wanted` layers exits at, and why.
 fn expected_exit(sizes: &[usize], allowed: &[usize], wanted: usize) -> (usize, ExitReason) {
     let total: usize = sizes.iter().sum();
     let mut end = 0;
     for size in sizes {
         end += size;
         if end >= wanted && end < total && allowed.contains(&end) {
-            return (end, ExitReason::Forced);
+            return (end, ExitReason::DepthLimit);
         }
     }
     (total, ExitReason::FullDepth)
+}
+
+/// One step; the recorder has no logits, but complains where one is not in the pass.
+fn step(
+    backend: &mut HostDecided<Recorder>,
+    sequence: &mut Sequence,
+    tokens: usize,
+    max_depth: usize,
+    rows: usize,
+) -> Result<StepExit> {
+    let step = SequenceStep {
+        sequence,
+        tokens: &vec![0; tokens],
+        rule: None,
+        max_depth,
+        logits: match rows {
+            0 => LogitsRequest::None,
+            rows => LogitsRequest::Rows(rows),
+        },
+    };
+    let outcomes = backend.step(&mut [step], &Interrupt::default())?;
+    Ok(outcomes[0].exit)
 }
 
 fn kv_fills() -> impl Strategy<Value = KvFill> {
@@ -215,7 +239,7 @@ proptest! {
     fn every_layer_holds_one_entry_per_position(
         sizes in engine_sizes(),
         // at least what a verification has
-        most_tokens in 5..20_usize,
+        max_tokens in 5..20_usize,
         forbidden in 1..16_usize,
         kv_fill in kv_fills(),
         events in events(),
@@ -223,45 +247,45 @@ proptest! {
         let caches = Caches::default();
         let total: usize = sizes.iter().sum();
         let allowed: Vec<usize> = (1..=total).filter(|&depth| depth != forbidden).collect();
-        let engines = Recorder::new(&sizes, most_tokens, caches.clone());
+        let engines = Recorder::new(&sizes, max_tokens, caches.clone());
         let mut backend = HostDecided::new(engines, &allowed, CAPACITY);
-        backend.reset(kv_fill);
-        let interrupt = Interrupt::default();
+        let mut sequence = backend.open(kv_fill)?;
         // the depth each position exited at
         let mut exits = Vec::new();
         for event in events {
             match event {
-                Event::Prompt(tokens) if tokens <= backend.room() => {
-                    backend.prefill(&vec![0; tokens], &interrupt)?;
+                Event::Prompt(tokens) if tokens <= sequence.room() => {
+                    step(&mut backend, &mut sequence, tokens, total, 1)?;
                     exits.extend(vec![total; tokens]);
                 }
-                Event::Decode(wanted) if backend.room() > 0 => {
-                    let mut policy = Forced::new(vec![wanted]);
-                    let step = backend.decode(0, &mut policy, &interrupt)?;
-                    let expected = expected_exit(&sizes, &allowed, wanted);
-                    prop_assert_eq!((step.exit_layer, step.reason), expected);
-                    exits.push(step.exit_layer);
+                Event::Decode(limit) if sequence.room() > 0 => {
+                    let exit = step(&mut backend, &mut sequence, 1, limit, 1)?;
+                    let expected = expected_exit(&sizes, &allowed, limit);
+                    prop_assert_eq!((exit.layer, exit.reason), expected);
+                    exits.push(exit.layer);
                 }
-                Event::Verify(tokens) if tokens <= backend.room() => {
-                    backend.verify(&vec![0; tokens], tokens, &interrupt)?;
+                Event::Verify(tokens) if tokens <= sequence.room() => {
+                    step(&mut backend, &mut sequence, tokens, total, tokens)?;
                     exits.extend(vec![total; tokens]);
                 }
                 Event::Truncate(tokens) => {
                     exits.truncate(exits.len().saturating_sub(tokens));
-                    backend.truncate(exits.len());
+                    sequence.truncate(exits.len());
                 }
-                Event::Complete => backend.complete(&interrupt)?,
+                Event::Complete => {
+                    step(&mut backend, &mut sequence, 0, total, 0)?;
+                }
                 Event::Prompt(tokens) | Event::Verify(tokens) => {
-                    prop_assert!(backend.prefill(&vec![0; tokens], &interrupt).is_err());
+                    prop_assert!(step(&mut backend, &mut sequence, tokens, total, 1).is_err());
                 }
-                Event::Decode(wanted) => {
-                    let mut policy = Forced::new(vec![wanted]);
-                    prop_assert!(backend.decode(0, &mut policy, &interrupt).is_err());
+                Event::Decode(limit) => {
+                    prop_assert!(step(&mut backend, &mut sequence, 1, limit, 1).is_err());
                 }
             }
-            prop_assert_eq!(backend.kv().length(), exits.len());
+            prop_assert_eq!(sequence.kv().length(), exits.len());
+            prop_assert_eq!(sequence.tokens().len(), exits.len());
         }
-        backend.complete(&interrupt)?;
+        step(&mut backend, &mut sequence, 0, total, 0)?;
         for (layer, cache) in caches.lock().unwrap().iter().enumerate() {
             for (position, &exit_layer) in exits.iter().enumerate() {
                 let ran = layer < exit_layer || kv_fill == KvFill::Defer;
@@ -297,13 +321,22 @@ proptest! {
 #[test]
 fn an_interrupt_stops_between_engines() {
     let mut backend = HostDecided::new(Recorder::new(&[1, 1], 256, Caches::default()), &[1, 2], 8);
+    let mut sequence = backend.open(KvFill::Propagate).unwrap();
+    step(&mut backend, &mut sequence, 1, 2, 1).unwrap();
     let interrupt = Interrupt::default();
-    backend.prefill(&[0], &interrupt).unwrap();
     interrupt.raise();
-    let mut policy = Forced::new(vec![2]);
-    assert!(backend.decode(0, &mut policy, &interrupt).is_err());
-    backend.reset(KvFill::Propagate);
-    assert_eq!(backend.room(), 8);
+    let interrupted = SequenceStep {
+        sequence: &mut sequence,
+        tokens: &[0],
+        rule: None,
+        max_depth: 2,
+        logits: LogitsRequest::Rows(1),
+    };
+    assert!(backend.step(&mut [interrupted], &interrupt).is_err());
+    // the only slot is taken until the sequence is dropped
+    assert!(backend.open(KvFill::Propagate).is_err());
+    drop(sequence);
+    assert_eq!(backend.open(KvFill::Propagate).unwrap().room(), 8);
 }
 
 #[test]
@@ -311,14 +344,12 @@ fn a_verification_of_what_waits_ends_with_the_newest() {
     for waiting in [16, 17, 20, 33, 40] {
         let engines = Recorder::new(&[1, 1, 1], 16, Caches::default());
         let mut backend = HostDecided::new(engines, &[1, 2, 3], 64);
-        backend.reset(KvFill::Defer);
-        let interrupt = Interrupt::default();
-        let mut policy = Forced::new(vec![1, 2, 1]);
-        for _ in 0..waiting {
-            backend.decode(0, &mut policy, &interrupt).unwrap();
+        let mut sequence = backend.open(KvFill::Defer).unwrap();
+        for limit in [1, 2, 1].into_iter().cycle().take(waiting) {
+            step(&mut backend, &mut sequence, 1, limit, 1).unwrap();
         }
         // as many logits as a pass can have; the engines complain where one is not in it
-        backend.verify(&[], 16, &interrupt).unwrap();
-        assert_eq!(backend.kv().filled(2), waiting);
+        step(&mut backend, &mut sequence, 0, 3, 16).unwrap();
+        assert_eq!(sequence.kv().filled(2), waiting);
     }
 }

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from sedac_export.bundle import Bundle
-from sedac_export.graphs import Progress
-from sedac_export.manifest import settle_manifest
-from sedac_export.source import opened_model
-from sedac_export.staging import claimed
-from sedac_export.tensorrt.entries import BuildOptions, PlanSet
-from sedac_export.tensorrt.plans import build_plans, check_options
+from sedac_export.bundle.manifest import settle_manifest
+from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
+from sedac_export.bundle.staging import claimed
+from sedac_export.console import StageProgress
+from sedac_export.model.source import opened_model
+from sedac_export.tensorrt.build_plans import build_plans, check_options
 from sedac_runtime.flavour import Target
 
 
@@ -17,7 +17,7 @@ def add_target(
     target: Target,
     options: BuildOptions,
     model: str | None = None,
-    progress: Progress = lambda *_: None,
+    progress: StageProgress = lambda *_: None,
 ) -> PlanSet:
     """Build the plans of `target` for the bundle in `directory`.
 
@@ -30,10 +30,10 @@ def add_target(
         # what is wrong with this target's own plans is put right by building them
         manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
         if manifest.portable is None and model is not None:
-            from sedac_export.skeleton import Skeleton
-            from sedac_export.tensorrt.graphs import add_portable_graphs
+            from sedac_export.model.skeleton import Skeleton
+            from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
-            with opened_model(model, claim) as source:
+            with opened_model(model, claim.scratch) as source:
                 skeleton = Skeleton.load(source.directory)
                 add_portable_graphs(directory, manifest, skeleton, progress)
         return build_plans(directory, target, options, progress)

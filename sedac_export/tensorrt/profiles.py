@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx
 
-from sedac_export.tensorrt.entries import BuildOptions
+from sedac_export.bundle.plan_entries import BuildOptions
 
 # tokens that one verification pass of a draft may have
 VERIFIED_TOKENS = 16

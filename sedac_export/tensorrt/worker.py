@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from sedac_export.errors import SedacError
-from sedac_export.tensorrt.flavour import require
+from sedac_export.tensorrt.installed import require
 from sedac_runtime.flavour import FLAVOURS, Target
 
 

@@ -135,7 +135,7 @@ def test_probes_of_another_model_are_refused(
     probes = bundle / name
     save_file(load_file(probes), probes, {"model": "x", "head_sha256": "0", "median_risk": "{}"})
     files = json.loads((bundle / "bundle.json").read_text())["files"]
-    from sedac_export.stamp import sha256
+    from sedac_export.bundle.hashing import sha256
 
     files[name] = {"bytes": probes.stat().st_size, "sha256": sha256(probes)}
     rewrite_manifest(bundle, files=files)

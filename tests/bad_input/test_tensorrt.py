@@ -8,8 +8,8 @@ from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 from sedac_export import SedacError
+from sedac_export.bundle.manifest import read_manifest
 from sedac_export.cli import app
-from sedac_export.manifest import read_manifest
 
 RTX = ["--target", "tensorrt-rtx"]
 

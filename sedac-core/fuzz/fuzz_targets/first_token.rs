@@ -18,7 +18,7 @@ use libfuzzer_sys::fuzz_target;
 use sedac_core::Result;
 use sedac_core::backend::Layout;
 use sedac_core::bundle::Bundle;
-use sedac_core::chain::{Chain, Exit, Request};
+use sedac_core::chain::{Chain, DecodingMode, Request};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::sampler::Sampling;
 use sedac_core::text::TextCodec;
@@ -125,14 +125,14 @@ fn first_tokens(directory: &Path) -> Result<()> {
     let bundle = Bundle::open(directory)?;
     let codec = TextCodec::new(&bundle.gate.read(Path::new("tokenizer.json"))?)?;
     let mut chain = Chain::load(&bundle, Layout::Engines, Path::new(&library), 1)?;
-    let settings = bundle.exit_config.policy.clone();
-    bundle.manifest.check_policy(&settings)?;
+    let policy = bundle.exit_config.policy.clone();
+    bundle.manifest.compile(&policy)?;
     let request = Request {
         prompt: codec.encode("a prompt", true)?,
         max_new_tokens: 2,
         stop_tokens: bundle.manifest.model.eos_token_ids.clone(),
-        exit: Exit::Policy {
-            settings,
+        mode: DecodingMode::Exit {
+            policy,
             drafter: None,
         },
         kv_fill: bundle.exit_config.kv_fill,

@@ -16,8 +16,8 @@ pub(super) fn all_finite(values: &[f32]) -> bool {
     values.chunks(BLOCK).all(block_is_finite)
 }
 
-/// The first engine whose output is not finite when `tokens` run at full depth as a sequence of
-/// their own, whose entries replace the caches'. None where all outputs up to the head are finite.
+/// The first engine whose output is not finite when `tokens` run at full depth from an empty cache,
+/// whose entries are replaced. None where all outputs up to the head are finite.
 ///
 /// # Errors
 /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted, and what the engines report.
@@ -26,10 +26,10 @@ pub(super) fn origin(
     tokens: &[u32],
     interrupt: &Interrupt,
 ) -> Result<Option<String>> {
-    let most = engines.most_tokens();
+    let max = engines.max_tokens();
     let layers = engines.layers();
-    for (index, piece) in tokens.chunks(most).enumerate() {
-        engines.embed(piece, index * most)?;
+    for (index, piece) in tokens.chunks(max).enumerate() {
+        engines.embed(piece, index * max)?;
         if !all_finite(&engines.residual(piece.len())?) {
             return Ok(Some("the embed engine".into()));
         }

@@ -1,23 +1,24 @@
 //! bundle.json: what a bundle says of its model and engines.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::gate::FileEntry;
+use super::plans::{PlanSet, PortableGraphs, Precision};
 use crate::error::{Error, Result};
-use crate::plans::{PlanSet, PortableGraphs, Precision};
-use crate::policy::{PolicySettings, Source};
+use crate::policy::{ExitRule, PolicySettings, Signal};
 
-/// The newest schema of bundle.json that this crate reads.
-pub const SCHEMA_VERSION: u64 = 1;
+/// The schema of bundle.json that this crate reads.
+pub const SCHEMA_VERSION: u64 = 2;
 
 /// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
-pub(crate) const LARGEST_BUFFER: usize = 1 << 40;
+pub(crate) const MAX_BUFFER: usize = 1 << 40;
 
 /// The largest tolerance that a build takes.
-const MOST_TOLERANCE: f64 = 1e-2;
+const MAX_TOLERANCE: f64 = 1e-2;
 
 /// What the chain must know of the model.
 #[derive(Debug, Clone, Deserialize)]
@@ -37,7 +38,7 @@ pub struct ModelFacts {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// An embed output that layers take, of shape [1, tokens, ...]; -1 stands for tokens.
+/// A tensor that the contexts engine gives and layers take, [1, tokens, ...]; -1 stands for tokens.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ContextTensor {
     /// Its name in the graphs.
@@ -54,7 +55,7 @@ impl ContextTensor {
         let sizes = self.shape.iter();
         let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(tokens));
         let numbers = sizes.into_iter().try_fold(1, usize::checked_mul);
-        numbers.filter(|&numbers| numbers < LARGEST_BUFFER)
+        numbers.filter(|&numbers| numbers < MAX_BUFFER)
     }
 
     /// Whether its only open axis can be the tokens, and it has no more numbers than any model's.
@@ -89,6 +90,11 @@ pub struct LayerEntry {
 }
 
 impl LayerEntry {
+    /// Its layers.
+    pub fn range(&self) -> Range<usize> {
+        self.first_layer..self.end()
+    }
+
     /// The depth after its last layer.
     pub fn end(&self) -> usize {
         self.first_layer.saturating_add(self.num_layers)
@@ -125,9 +131,12 @@ pub struct KeyValueEntry {
 
 /// All engines of a bundle.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Engines {
-    /// Token and position ids to the residual stream and contexts.
+pub struct EngineFiles {
+    /// Token ids, and position ids where the model embeds positions, to the residual stream.
     pub embed: PathBuf,
+    /// Position ids to context tensors, where layers take any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<PathBuf>,
     /// Layer engines, shallowest first.
     pub layers: Vec<LayerEntry>,
     /// One per layer.
@@ -144,9 +153,9 @@ pub struct Engines {
     pub attention: Vec<LayerEntry>,
 }
 
-impl Engines {
-    /// Whether every graph is a checked graph of ONNX Runtime's and every context is one that embed
-    /// gives.
+impl EngineFiles {
+    /// Whether every graph is a checked graph of ONNX Runtime's and every context is one that the
+    /// contexts engine gives.
     fn references_hold(&self, manifest: &Manifest) -> bool {
         let layers = self
             .layers
@@ -166,6 +175,7 @@ impl Engines {
         references.all(|(file, contexts)| manifest.is_engine(file) && contexts.iter().all(known))
             && [&self.embed, &self.head]
                 .into_iter()
+                .chain(&self.contexts)
                 .chain(self.exits.iter().flat_map(ExitEntry::files))
                 .all(|file| manifest.is_engine(file))
     }
@@ -194,10 +204,10 @@ pub struct Manifest {
     pub max_cache_length: usize,
     /// Cache geometry by layer.
     pub key_value_heads: Vec<KeyValueHeads>,
-    /// What embed hands to the layers.
+    /// What the contexts engine hands to the layers.
     pub contexts: Vec<ContextTensor>,
     /// The engines.
-    pub engines: Engines,
+    pub engines: EngineFiles,
     /// Whether the bundle holds a tokenizer.
     pub tokenizer: bool,
     /// The largest difference from the original model that the build allowed.
@@ -265,6 +275,7 @@ impl Manifest {
             && covers(std::slice::from_ref(&engines.monolith))
             && (engines.attention.is_empty()
                 || covers(&engines.attention) && ends(&engines.attention) == exits)
+            && engines.contexts.is_some() != self.contexts.is_empty()
             && engines.key_value.len() == layers
             && self.key_value_heads.len() == layers
             && self.exit_layers.iter().all(|depth| exits.contains(depth))
@@ -276,16 +287,16 @@ impl Manifest {
         let length = self.max_cache_length;
         // positions and lengths are int32 in the graphs
         let positions = 1..=i32::MAX as usize;
-        let row = |numbers: usize| (1..LARGEST_BUFFER).contains(&numbers.saturating_mul(length));
+        let row = |numbers: usize| (1..MAX_BUFFER).contains(&numbers.saturating_mul(length));
         let caches = self.key_value_heads.iter();
         positions.contains(&length)
             && row(self.model.hidden_size)
-            && (1..LARGEST_BUFFER).contains(&self.model.vocab_size)
+            && (1..MAX_BUFFER).contains(&self.model.vocab_size)
             && caches
                 .map(|kv| kv.heads.saturating_mul(kv.head_size))
                 .all(row)
             && self.contexts.iter().all(ContextTensor::is_sound)
-            && (0.0..=MOST_TOLERANCE).contains(&self.tolerance)
+            && (0.0..=MAX_TOLERANCE).contains(&self.tolerance)
     }
 
     /// The digest of each file, by path.
@@ -294,55 +305,64 @@ impl Manifest {
         files.map(|(file, entry)| (file.as_path(), entry.sha256.as_str()))
     }
 
-    /// The depths at which tokens may exit and an engine tells what a policy reads, ascending.
-    pub fn trained_depths(&self, source: Source) -> Vec<usize> {
-        let has_source = |depth: &usize| match source {
-            Source::Risk => {
+    /// The depths at which tokens may exit and an engine gives `signal`, ascending.
+    pub fn trained_depths(&self, signal: Signal) -> Vec<usize> {
+        let has_signal = |depth: &usize| match signal {
+            Signal::None | Signal::Stability => true,
+            Signal::Risk => {
                 let mut layers = self.engines.layers.iter();
                 layers.any(|entry| entry.risk && entry.end() == *depth)
             }
-            Source::Exit => self.engines.exits.iter().any(|exit| exit.depth == *depth),
+            Signal::Margin | Signal::Learned => {
+                self.engines.exits.iter().any(|exit| exit.depth == *depth)
+            }
         };
         let exits = self.exit_layers.iter().copied();
         exits
             .filter(|&depth| depth < self.model.num_layers)
-            .filter(has_source)
+            .filter(has_signal)
             .collect()
     }
 
-    /// Check that tokens may exit where `policy` decides, and that there is an engine there which
-    /// tells what it reads.
+    /// The rule that `policy` compiles to, of which every signal exists in this bundle.
     ///
     /// # Errors
-    /// [`Error::Setting`] naming the depth.
-    pub fn check_policy(&self, policy: &PolicySettings) -> Result<()> {
-        if policy.is_soft() && self.engines.attention.is_empty() {
+    /// [`Error::Setting`] when a setting is out of range, or naming the depth that lacks a signal.
+    pub fn compile(&self, policy: &PolicySettings) -> Result<ExitRule> {
+        let layers = self.model.num_layers;
+        let rule = policy.compile(layers)?;
+        if rule.is_soft() && self.engines.attention.is_empty() {
             let range = "hard; this bundle has no attention engines, build it again";
             return Err(Error::setting("exit_kind", "soft", range));
         }
-        let Some((source, thresholds)) = policy.reads() else {
-            return Ok(());
-        };
-        let known = self.trained_depths(source);
-        match thresholds.keys().find(|depth| !known.contains(depth)) {
-            Some(depth) => {
-                let known: Vec<_> = known.iter().map(usize::to_string).collect();
-                let range = format!(
-                    "this bundle was trained for depths {}; train others with sedac-export \
-                     train-probes",
-                    if known.is_empty() {
-                        "none".into()
-                    } else {
-                        known.join(", ")
-                    },
-                );
-                Err(Error::setting(
-                    "thresholds",
-                    format!("at depth {depth}"),
-                    range,
-                ))
+        for depth in 1..=layers {
+            for signal in rule.signals(depth) {
+                if matches!(signal, Signal::Risk | Signal::Margin | Signal::Learned) {
+                    self.check_trained(signal, depth)?;
+                }
             }
-            None => Ok(()),
         }
+        Ok(rule)
+    }
+
+    fn check_trained(&self, signal: Signal, depth: usize) -> Result<()> {
+        let known = self.trained_depths(signal);
+        if known.contains(&depth) {
+            return Ok(());
+        }
+        let known: Vec<_> = known.iter().map(usize::to_string).collect();
+        let known = match known.len() {
+            0 => "none".into(),
+            _ => known.join(", "),
+        };
+        let range = format!(
+            "this bundle was trained for depths {known}; train others with sedac-export \
+             train-probes"
+        );
+        Err(Error::setting(
+            "thresholds",
+            format!("at depth {depth}"),
+            range,
+        ))
     }
 }

@@ -2,26 +2,29 @@
 
 use std::ops::ControlFlow;
 
-use super::{Drafting, FinishReason, Request, Token};
-use crate::backend::{Backend, Step};
-use crate::draft::{Draft, Drafter, Plain, Tools};
+use tracing::{debug, debug_span};
+
+use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
+use crate::backend::{Backend, LogitsRequest, SequenceStep, StepExit};
+use crate::draft::{BaselineCost, Draft, DraftContext, Drafter};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::policy::{ExitReason, Policy};
+use crate::policy::ExitReason;
 use crate::sampler::Sampler;
+use crate::sequence::Sequence;
 
 /// A drafter, and what tokens cost without it.
-pub(super) struct Drafts {
+pub(super) struct Drafting {
     drafter: Box<dyn Drafter>,
-    plain: Plain,
+    baseline: BaselineCost,
 }
 
-impl Drafts {
+impl Drafting {
     /// For a model of `layers` layers.
     pub(super) fn new(drafter: Box<dyn Drafter>, layers: usize) -> Self {
         Self {
             drafter,
-            plain: Plain::new(layers),
+            baseline: BaselineCost::new(layers),
         }
     }
 }
@@ -30,87 +33,136 @@ impl Drafts {
 pub(super) struct Decoding<'a, F> {
     pub(super) backend: &'a mut dyn Backend,
     pub(super) vocab_size: usize,
-    pub(super) policy: &'a mut dyn Policy,
+    pub(super) sequence: Sequence,
+    pub(super) exits: ExitSchedule,
     pub(super) interrupt: &'a Interrupt,
     pub(super) text: Text<'a, F>,
-    pub(super) drafting: Drafting,
+    pub(super) drafts: DraftSummary,
 }
 
 impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
-    /// One token, which exits where the policy says so.
-    pub(super) fn step(&mut self) -> Result<Step> {
-        let newest = self.text.newest();
-        let step = self.backend.decode(newest, self.policy, self.interrupt)?;
-        self.text.take(self.backend.logits(), step);
-        Ok(step)
+    /// Decode until the text ends, and complete the caches.
+    pub(super) fn run(&mut self, mut drafting: Option<&mut Drafting>) -> Result<()> {
+        while self.text.finished.is_none() {
+            match &mut drafting {
+                Some(drafting) => self.round(drafting)?,
+                None => self.decode().map(|_| ())?,
+            }
+        }
+        complete(self.backend, &mut self.sequence, self.interrupt)
     }
 
-    /// Draft where that pays, verify at full depth what the policy is not sure of, and take tokens
-    /// as long as they confirm the draft; what was drafted beyond is forgotten.
-    ///
-    /// Guesses have no distribution of their own, so that speculative sampling's rule comes down
-    /// to this: sample from full depth's, and go on if that is the guess. The same seed hence
-    /// gives the same tokens as without drafts.
-    pub(super) fn round(&mut self, drafts: &mut Drafts) -> Result<()> {
-        let most = self.text.room() - 1;
-        let costs = self.backend.costs();
-        let plain = drafts.plain.seconds(costs);
-        let promise = match most {
-            0 => 0.0,
-            _ => drafts
-                .drafter
-                .promise(&self.text.tokens, most, costs, plain),
+    /// One token, which exits where the rule says so.
+    fn decode(&mut self) -> Result<StepExit> {
+        let _span = debug_span!("decode").entered();
+        let newest = self.text.newest();
+        let (rule, max_depth) = self.exits.advance();
+        let step = SequenceStep {
+            sequence: &mut self.sequence,
+            tokens: &[newest],
+            rule,
+            max_depth,
+            logits: LogitsRequest::Rows(1),
         };
-        if promise <= 1.0 || promise.is_nan() {
-            let step = self.step()?;
-            drafts.plain.note(step.exit_layer, self.backend.costs());
+        let outcome = step_one(self.backend, step, self.interrupt)?;
+        self.text.take(outcome.logits.rows(), outcome.exit);
+        Ok(outcome.exit)
+    }
+
+    /// Draft where that pays, verify at full depth what the rule did not let exit, and take tokens
+    /// as long as they are those drafted; what was drafted beyond is forgotten.
+    ///
+    /// Drafts have no distribution to sample from, so that speculative sampling's rule comes down
+    /// to this: sample from full depth's, and go on if that is the drafted token. The same seed
+    /// hence gives the same tokens as without drafts.
+    fn round(&mut self, drafting: &mut Drafting) -> Result<()> {
+        let max_tokens = self.text.room() - 1;
+        let costs = self.backend.costs();
+        let baseline = drafting.baseline.seconds(costs);
+        let speedup = match max_tokens {
+            0 => 0.0,
+            _ => drafting
+                .drafter
+                .expected_speedup(&self.text.tokens, max_tokens, costs, baseline),
+        };
+        if speedup <= 1.0 || speedup.is_nan() {
+            debug!(speedup, max_tokens, "no draft: it would not pay");
+            let exit = self.decode()?;
+            drafting.baseline.observe(exit.layer, self.backend.costs());
             return Ok(());
         }
-        let draft = self.draft(drafts.drafter.as_mut(), most)?;
+        let draft = self.propose(drafting.drafter.as_mut(), max_tokens)?;
         let before = self.text.tokens.len();
-        self.confirm(&draft)?;
+        self.verify(&draft)?;
         let tokens = &self.text.tokens[before..];
-        self.drafting.count(&draft, tokens);
-        drafts.drafter.learn(tokens, self.backend.costs());
-        for exit in &draft.exits {
-            let depth = exit
+        debug!(
+            speedup,
+            drafted = draft.tokens.len(),
+            depth = draft.depth,
+            tokens = tokens.len(),
+            "draft"
+        );
+        self.drafts.count(&draft, tokens);
+        drafting.drafter.observe(tokens, self.backend.costs());
+        for taken in &draft.exits {
+            let depth = taken
                 .as_ref()
-                .map_or(self.backend.num_layers(), |exit| exit.step.exit_layer);
-            drafts.plain.note(depth, self.backend.costs());
+                .map_or(self.backend.num_layers(), |taken| taken.exit.layer);
+            drafting.baseline.observe(depth, self.backend.costs());
         }
         Ok(())
     }
 
-    fn draft(&mut self, drafter: &mut dyn Drafter, most: usize) -> Result<Draft> {
+    fn propose(&mut self, drafter: &mut dyn Drafter, max_tokens: usize) -> Result<Draft> {
+        let _span = debug_span!("draft").entered();
         let history = &self.text.tokens;
-        let mut tools = Tools {
+        let mut context = DraftContext {
             backend: self.backend,
-            policy: self.policy,
+            sequence: &mut self.sequence,
+            rule: self.exits.rule(),
             choose: &mut ahead(&mut self.text.sampler, history),
             interrupt: self.interrupt,
         };
-        drafter.draft(history, most, &mut tools)
+        drafter.propose(history, max_tokens, &mut context)
     }
 
-    /// Verify the positions of `draft` that have to be, and take the tokens.
-    fn confirm(&mut self, draft: &Draft) -> Result<()> {
-        if !(draft.verified || draft.is_certain()) {
-            let mut new = Vec::new();
-            if draft.depth == 0 {
-                new.push(self.text.newest());
-                new.extend(&draft.tokens);
-            }
-            let rows = draft.tokens.len() + 1;
-            self.backend.verify(&new, rows, self.interrupt)?;
+    /// Full depth's logits for the positions of `draft` that need them, a row each.
+    fn verification(&mut self, draft: &Draft) -> Result<Vec<f32>> {
+        if let Some(logits) = &draft.verified {
+            return Ok(logits.rows().to_vec());
         }
-        let full_depth = Step {
-            exit_layer: self.backend.num_layers(),
+        if draft.is_certain() {
+            return Ok(Vec::new());
+        }
+        let _span = debug_span!("verify").entered();
+        let mut tokens = Vec::new();
+        if draft.depth == 0 {
+            tokens.push(self.text.newest());
+            tokens.extend(&draft.tokens);
+        }
+        let step = SequenceStep {
+            sequence: &mut self.sequence,
+            tokens: &tokens,
+            rule: None,
+            max_depth: self.backend.num_layers(),
+            logits: LogitsRequest::Rows(draft.tokens.len() + 1),
+        };
+        let outcome = step_one(self.backend, step, self.interrupt)?;
+        Ok(outcome.logits.rows().to_vec())
+    }
+
+    /// Verify `draft` and take the tokens.
+    fn verify(&mut self, draft: &Draft) -> Result<()> {
+        let full_depth = StepExit {
+            layer: self.backend.num_layers(),
             reason: ExitReason::FullDepth,
         };
-        let logits = self.backend.logits();
-        for (index, row) in logits.chunks_exact(self.vocab_size).enumerate() {
+        let verified = self.verification(draft)?;
+        let mut rows = verified.chunks_exact(self.vocab_size);
+        for index in 0..=draft.tokens.len() {
+            let row = rows.next().unwrap_or_default();
             let id = match draft.exits.get(index) {
-                Some(Some(exit)) => self.text.take(&exit.logits, exit.step),
+                Some(Some(taken)) => self.text.take(taken.logits.rows(), taken.exit),
                 _ => self.text.take(row, full_depth),
             };
             if self.text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
@@ -118,7 +170,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             }
         }
         // the newest token is never run yet
-        self.backend.truncate(self.text.tokens.len() - 1);
+        self.sequence.truncate(self.text.tokens.len() - 1);
         Ok(())
     }
 }
@@ -130,8 +182,8 @@ pub(super) struct Text<'a, F> {
     emit: F,
     /// Prompt and output so far.
     pub(super) tokens: Vec<u32>,
-    /// The text's length at which it ends: max_new_tokens or the cache allows no more.
-    longest: usize,
+    /// The length at which the text ends: max_new_tokens or the cache allows no more.
+    max_length: usize,
     pub(super) finished: Option<FinishReason>,
 }
 
@@ -139,30 +191,30 @@ impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
     /// The prompt, with cache positions for `room` tokens after it.
     pub(super) fn new(request: &'a Request, sampler: Sampler, room: usize, emit: F) -> Self {
         // the last token is not run, so it needs no position
-        let most = request.max_new_tokens.min(room + 1);
+        let max_new_tokens = request.max_new_tokens.min(room + 1);
         Self {
             request,
             sampler,
             emit,
             tokens: request.prompt.clone(),
-            longest: request.prompt.len() + most,
+            max_length: request.prompt.len() + max_new_tokens,
             finished: None,
         }
     }
 
     /// Tokens that may still follow.
     fn room(&self) -> usize {
-        self.longest - self.tokens.len()
+        self.max_length - self.tokens.len()
     }
 
     fn newest(&self) -> u32 {
         self.tokens[self.tokens.len() - 1]
     }
 
-    /// Sample a token from `logits`, which `step` gave, and hand it to `emit`.
-    pub(super) fn take(&mut self, logits: &[f32], step: Step) -> u32 {
+    /// Sample a token from `logits`, which `exit` gave, and hand it to `emit`.
+    pub(super) fn take(&mut self, logits: &[f32], exit: StepExit) -> u32 {
         let id = self.sampler.sample(logits, &self.tokens);
-        let flow = (self.emit)(Token { id, step });
+        let flow = (self.emit)(Token { id, exit });
         self.tokens.push(id);
         if flow.is_break() || self.request.stop_tokens.contains(&id) {
             self.finished = Some(FinishReason::Stop);

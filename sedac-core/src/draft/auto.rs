@@ -1,10 +1,10 @@
-//! The drafter that promises most at each point of the text.
+//! Takes the drafter with the higher expected speedup at each point of the text.
 
-use super::{Draft, Drafter, Tools};
+use super::{Draft, DraftContext, Drafter};
 use crate::backend::Costs;
 use crate::error::Result;
 
-/// Drafts with the one of two drafters that promises more tokens a second.
+/// Drafts with the one of two drafters that has the higher expected speedup.
 #[derive(Debug)]
 pub(super) struct Auto<A, B> {
     first: A,
@@ -31,18 +31,30 @@ impl<A: Drafter, B: Drafter> Auto<A, B> {
 }
 
 impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
-    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs, plain: f64) -> f64 {
-        let first = self.first.promise(history, most, costs, plain);
-        let second = self.second.promise(history, most, costs, plain);
+    fn expected_speedup(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        costs: &Costs,
+        baseline: f64,
+    ) -> f64 {
+        let (first, second) = (&mut self.first, &mut self.second);
+        let first = first.expected_speedup(history, max_tokens, costs, baseline);
+        let second = second.expected_speedup(history, max_tokens, costs, baseline);
         self.second_drafts = second > first;
         first.max(second)
     }
 
-    fn draft(&mut self, history: &[u32], most: usize, tools: &mut Tools<'_>) -> Result<Draft> {
-        self.current().draft(history, most, tools)
+    fn propose(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        context: &mut DraftContext<'_>,
+    ) -> Result<Draft> {
+        self.current().propose(history, max_tokens, context)
     }
 
-    fn learn(&mut self, tokens: &[u32], costs: &Costs) {
-        self.current().learn(tokens, costs);
+    fn observe(&mut self, tokens: &[u32], costs: &Costs) {
+        self.current().observe(tokens, costs);
     }
 }

@@ -1,41 +1,40 @@
 //! Drafts by the model's own shallow layers.
 
-use super::plain::plain;
-use super::up_to::{UpTo, step};
-use super::{Draft, Drafter, Exited, Share, Tools, full_depth};
-use crate::backend::Costs;
+use super::baseline::baseline_cost;
+use super::{AcceptanceRate, Draft, DraftContext, Drafter, TakenExit, full_depth_cost};
+use crate::backend::{Costs, LogitsRequest, SequenceStep, StepOutcome};
 use crate::error::Result;
-use crate::policy::ExitReason;
+use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
 
 /// Longer drafts are seldom accepted whole.
-const LONGEST: usize = 8;
-/// Shares of the layers that drafts go through, each at the nearest exit; the surest first.
+const MAX_DRAFTED: usize = 8;
+/// Shares of the layers that drafts go through, each at the nearest exit; the deepest first.
 const DEPTH_SHARES: [f64; 5] = [0.5, 0.375, 0.25, 0.1875, 0.125];
-/// Guesses are told apart by an exit engine's probability that they are right, or else by the lead
-/// of the likeliest token, in so many steps.
-const STEPS: usize = 8;
-/// What is believed of the deepest drafts at first, as a speed relative to none,
-const HOPE: f64 = 1.2;
+/// Drafted tokens are binned by an exit head's probability that they are full depth's, or else by
+/// the margin of the most probable token.
+const BINS: usize = 8;
+/// The prior speedup of the deepest drafts,
+const PRIOR_SPEEDUP: f64 = 1.2;
 /// and of shallower ones relative to the next deeper.
-const SHALLOWER_HOPE: f64 = 1.1;
-/// These count as much as so many rounds without drafts.
-const HOPE_WEIGHT: f64 = 3.0;
+const SHALLOWER_SPEEDUP: f64 = 1.1;
+/// These count as much as this number of rounds without drafts.
+const PRIOR_WEIGHT: f64 = 3.0;
 /// Rounds count less with every newer one.
-const MEMORY: f64 = 0.98;
-/// What is known of depths that are not used fades more slowly.
-const IDLE_MEMORY: f64 = 0.999;
+const DECAY: f64 = 0.98;
+/// Observations of depths that are not used decay more slowly.
+const IDLE_DECAY: f64 = 0.999;
 
-/// Decodes to an exit layer and takes the token there as the guess, again and again, for as long
-/// as the next guess is worth what it costs. The tokens' hidden states at the exit are kept, so
-/// that verification starts there. Where the policy takes an exit on the way, the token is right.
+/// Decodes to an exit layer and drafts the token there, again and again, for as long as the next
+/// token is worth what it costs. The tokens' hidden states at the exit are saved, so that
+/// verification starts there. Where the rule takes an exit on the way, the token stands.
 #[derive(Debug)]
 pub(super) struct EarlyExit {
     layers: usize,
     depths: Vec<Depth>,
     current: usize,
-    promised: f64,
+    expected_speedup: f64,
     /// Seconds that a token takes without drafts.
-    plain: f64,
+    baseline: f64,
     /// The positions of the last draft.
     runs: Vec<Run>,
 }
@@ -51,81 +50,92 @@ struct Run {
 /// What is known of the next token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Next {
-    /// The policy is sure of this one.
-    Certain(u32),
-    /// A guess, and its step of probability.
-    Guess(u32, usize),
-    /// Full depth's logits.
+    /// The token of an exit that the rule took.
+    Exited(u32),
+    /// A drafted token, and its bin of probability.
+    Drafted(u32, usize),
+    /// Full depth's logits are there.
     Verified,
 }
 
-/// What is known of drafts to one depth.
+/// What was observed of drafts to one depth.
 #[derive(Debug)]
 struct Depth {
     depth: usize,
-    /// Mean of the layers that positions ran, fewer where the policy let them exit.
+    /// Mean of the layers that positions ran, fewer where the rule let them exit.
     ran: f64,
     /// What the tokens that rounds gave cost without drafts, and what they cost, relative to full
     /// depth.
-    plain: f64,
+    baseline: f64,
     cost: f64,
-    /// By step: how often a guess after right ones was right.
-    shares: Vec<Share>,
+    /// By bin, of tokens drafted after accepted ones.
+    rates: Vec<AcceptanceRate>,
 }
 
 impl Depth {
     fn new(depth: usize) -> Self {
-        let prior = |step| (step as f64 + 0.5) / STEPS as f64;
+        let middle = |bin| (bin as f64 + 0.5) / BINS as f64;
         Self {
             depth,
             ran: depth as f64,
-            plain: 0.0,
+            baseline: 0.0,
             cost: 0.0,
             // a token that leads clearly is mostly right, and others are often
-            shares: (0..STEPS)
-                .map(|step| Share::new(0.5 + 0.5 * prior(step)))
+            rates: (0..BINS)
+                .map(|bin| AcceptanceRate::new(0.5 + 0.5 * middle(bin)))
                 .collect(),
         }
     }
 
-    fn speedup(&self, hope: f64) -> f64 {
-        (self.plain + hope * HOPE_WEIGHT) / (self.cost + HOPE_WEIGHT)
+    fn speedup(&self, prior: f64) -> f64 {
+        (self.baseline + prior * PRIOR_WEIGHT) / (self.cost + PRIOR_WEIGHT)
     }
 
-    fn fade(&mut self, memory: f64) {
-        self.plain *= memory;
-        self.cost *= memory;
+    fn decay(&mut self, factor: f64) {
+        self.baseline *= factor;
+        self.cost *= factor;
+    }
+
+    /// The lower edge of the bins from which on every acceptance rate is at least `min_rate`;
+    /// infinite where there are none.
+    fn min_probability(&self, min_rate: f64) -> f32 {
+        let rates = self.rates.iter().rev();
+        let bins = rates.take_while(|rate| rate.estimate() >= min_rate).count();
+        match bins {
+            0 => f32::INFINITY,
+            bins => (BINS - bins) as f32 / BINS as f32,
+        }
     }
 }
 
 impl EarlyExit {
-    pub(super) fn new(exit_layers: &[usize], layers: usize, least_depth: usize) -> Self {
+    pub(super) fn new(exit_layers: &[usize], layers: usize, min_depth: usize) -> Self {
         let mut depths: Vec<usize> = DEPTH_SHARES
             .iter()
             .filter_map(|share| nearest(exit_layers, layers, share * layers as f64))
-            .filter(|&depth| depth >= least_depth)
+            .filter(|&depth| depth >= min_depth)
             .collect();
         depths.dedup();
         Self {
             layers,
             depths: depths.into_iter().map(Depth::new).collect(),
             current: 0,
-            promised: 1.0,
-            plain: 0.0,
+            expected_speedup: 1.0,
+            baseline: 0.0,
             runs: Vec::new(),
         }
     }
 
     /// What it costs to run one more token to where drafts exit, and to verify it after `drafted`
     /// others.
-    fn price(&self, drafted: usize, costs: &Costs) -> f64 {
+    fn cost_of_next(&self, drafted: usize, costs: &Costs) -> f64 {
         let Depth { depth, ran, .. } = self.depths[self.current];
         let verify = |tokens| costs.layers(self.layers - depth, tokens) + costs.head(tokens);
         ran * costs.layers(1, 1) + costs.head(1) + verify(drafted + 2) - verify(drafted + 1)
     }
 
     /// What the last round cost.
-    fn round(&self, costs: &Costs) -> f64 {
+    fn cost_of_round(&self, costs: &Costs) -> f64 {
         let alone = |run: &Run| {
             let head = if run.next == Next::Verified {
                 0.0
@@ -141,124 +151,174 @@ impl EarlyExit {
     }
 
     /// What the token of a position costs without drafts.
-    fn without(&self, run: &Run, costs: &Costs) -> f64 {
+    fn baseline_of(&self, run: &Run, costs: &Costs) -> f64 {
         let depth = match run.next {
-            Next::Certain(_) => run.depth,
+            Next::Exited(_) => run.depth,
             _ => self.layers,
         };
-        plain(costs, self.layers, depth)
+        baseline_cost(costs, self.layers, depth)
     }
 
-    /// Run `newest`, as a guess if that is right with a probability of `least`.
-    fn run(&mut self, newest: u32, least: f64, tools: &mut Tools<'_>) -> Result<Option<Exited>> {
-        let Depth { depth, shares, .. } = &self.depths[self.current];
-        let mut policy = UpTo {
-            depth: *depth,
-            policy: tools.policy,
-            shares,
-            least,
-            waiting: self.runs.len(),
-            step: None,
+    /// Run `newest` up to the draft's depth, and further where its acceptance rate there would be
+    /// below `min_rate`: the positions that wait then run with it.
+    fn run(
+        &mut self,
+        newest: u32,
+        min_rate: f64,
+        context: &mut DraftContext<'_>,
+    ) -> Result<StepOutcome> {
+        let current = &self.depths[self.current];
+        let (rule, max_depth) = current.rule(context.rule, self.runs.len(), min_rate, self.layers);
+        let step = SequenceStep {
+            sequence: context.sequence,
+            tokens: &[newest],
+            rule: rule.as_ref(),
+            max_depth,
+            logits: LogitsRequest::Rows(self.runs.len() + 1),
         };
-        let step = tools.backend.decode(newest, &mut policy, tools.interrupt)?;
-        let logits = tools.backend.logits();
-        let next = match step.reason {
+        let mut outcomes = context.backend.step(&mut [step], context.interrupt)?;
+        Ok(outcomes.swap_remove(0))
+    }
+
+    /// What `outcome` of the newest token says of the next.
+    fn next(&self, outcome: &StepOutcome, choose: &mut dyn FnMut(&[f32]) -> u32) -> Next {
+        let logits = outcome.logits.rows();
+        match outcome.exit.reason {
             ExitReason::FullDepth => Next::Verified,
-            ExitReason::Forced => {
-                let step = policy.step.unwrap_or_else(|| margin_step(logits));
-                Next::Guess((tools.choose)(logits), step)
+            ExitReason::DepthLimit | ExitReason::Draft => {
+                let probability = outcome.exit_signals.map(|signals| signals.learned);
+                let bin = bin(probability.unwrap_or_else(|| margin(logits)));
+                Next::Drafted(choose(logits), bin)
             }
-            _ => Next::Certain((tools.choose)(logits)),
+            _ => Next::Exited(choose(logits)),
+        }
+    }
+}
+
+impl Depth {
+    /// The rule and the depth limit of a token after `waiting` others of the draft. Where the
+    /// `policy` reads the exit head at the draft's depth, tokens below `min_rate` go on to full
+    /// depth; elsewhere only the head's logits tell how probable a token is, and it is drafted.
+    fn rule(
+        &self,
+        policy: Option<&ExitRule>,
+        waiting: usize,
+        min_rate: f64,
+        layers: usize,
+    ) -> (Option<ExitRule>, usize) {
+        let Some(policy) = policy else {
+            return (None, self.depth);
         };
-        self.runs.push(Run {
-            depth: match next {
-                Next::Verified => *depth,
-                _ => step.exit_layer,
-            },
-            next,
-        });
-        let certain = matches!(next, Next::Certain(_));
-        Ok(certain.then(|| Exited {
-            step,
-            logits: logits.to_vec(),
-        }))
+        let mut rule = policy.clone();
+        if waiting > 0 {
+            // positions that wait would have to run beyond an exit deeper than theirs
+            rule = rule.up_to(self.depth);
+        }
+        if !policy.reads_exit_head(self.depth) {
+            return (Some(rule), self.depth);
+        }
+        let threshold = self.min_probability(min_rate);
+        let (reason, signal) = (ExitReason::Draft, Signal::Learned);
+        let draft = Criterion::at_depth(reason, layers, self.depth, signal, threshold);
+        (Some(rule.or(draft)), layers)
     }
 }
 
 impl Drafter for EarlyExit {
-    fn promise(&mut self, _: &[u32], _: usize, _: &Costs, plain: f64) -> f64 {
-        let (mut best, mut hope) = (0.0, HOPE);
+    fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
+        let (mut best, mut prior) = (0.0, PRIOR_SPEEDUP);
         for (index, depth) in self.depths.iter_mut().enumerate() {
-            depth.fade(IDLE_MEMORY);
-            depth.shares.iter_mut().for_each(Share::fade);
-            let speedup = depth.speedup(hope);
+            depth.decay(IDLE_DECAY);
+            depth.rates.iter_mut().for_each(AcceptanceRate::decay);
+            let speedup = depth.speedup(prior);
             if speedup > best {
                 (best, self.current) = (speedup, index);
             }
-            hope = speedup * SHALLOWER_HOPE;
+            prior = speedup * SHALLOWER_SPEEDUP;
         }
-        self.promised = best.max(1.0);
-        self.plain = plain;
+        self.expected_speedup = best.max(1.0);
+        self.baseline = baseline;
         best
     }
 
-    fn draft(&mut self, history: &[u32], most: usize, tools: &mut Tools<'_>) -> Result<Draft> {
+    fn propose(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        context: &mut DraftContext<'_>,
+    ) -> Result<Draft> {
         let mut draft = Draft {
             depth: self.depths[self.current].depth,
             ..Draft::default()
         };
+        let max_tokens = max_tokens.min(MAX_DRAFTED);
         // a token is worth what it would cost otherwise
-        let per_token = self.plain / self.promised;
+        let worth = self.baseline / self.expected_speedup;
         let mut newest = history[history.len() - 1];
-        let mut all_right = 1.0;
+        let mut all_accepted = 1.0;
         self.runs.clear();
         loop {
             let drafted = draft.tokens.len();
-            let least = match most.min(LONGEST) {
-                longest if drafted == longest => f64::INFINITY,
-                _ => self.price(drafted, tools.backend.costs()) / (all_right * per_token),
+            let min_rate = if drafted == max_tokens {
+                f64::INFINITY
+            } else {
+                self.cost_of_next(drafted, context.backend.costs()) / (all_accepted * worth)
             };
-            draft.exits.push(self.run(newest, least, tools)?);
-            match self.runs[drafted].next {
-                Next::Certain(token) => newest = token,
-                Next::Guess(token, step) => {
-                    let share = self.depths[self.current].shares[step].estimate();
-                    if share < least {
+            let outcome = self.run(newest, min_rate, context)?;
+            let next = self.next(&outcome, context.choose);
+            let depth = match next {
+                Next::Verified => draft.depth,
+                _ => outcome.exit.layer,
+            };
+            self.runs.push(Run { depth, next });
+            draft.exits.push(match next {
+                Next::Exited(_) => Some(TakenExit {
+                    exit: outcome.exit,
+                    logits: outcome.logits.clone(),
+                }),
+                _ => None,
+            });
+            match next {
+                Next::Exited(token) => newest = token,
+                Next::Drafted(token, bin) => {
+                    let rate = self.depths[self.current].rates[bin].estimate();
+                    if rate < min_rate {
                         return Ok(draft);
                     }
-                    all_right *= share;
+                    all_accepted *= rate;
                     newest = token;
                 }
-                Next::Verified => draft.verified = true,
+                Next::Verified => draft.verified = Some(outcome.logits),
             }
-            // before the first guess there is nothing that a token would have to wait for
-            if draft.is_certain() || draft.verified || drafted == most.min(LONGEST) {
+            // before the first drafted token there is nothing that a token would have to wait for
+            if draft.is_certain() || draft.verified.is_some() || drafted == max_tokens {
                 return Ok(draft);
             }
             draft.tokens.push(newest);
         }
     }
 
-    fn learn(&mut self, tokens: &[u32], costs: &Costs) {
-        let full = full_depth(costs, self.layers, 1);
+    fn observe(&mut self, tokens: &[u32], costs: &Costs) {
+        let full = full_depth_cost(costs, self.layers, 1);
         let came = &self.runs[..tokens.len()];
-        let without: f64 = came.iter().map(|run| self.without(run, costs)).sum();
-        let guessed = self
-            .runs
-            .iter()
-            .any(|run| matches!(run.next, Next::Guess(..)));
-        let cost = if guessed { self.round(costs) } else { without };
+        let baseline: f64 = came.iter().map(|run| self.baseline_of(run, costs)).sum();
+        let drafted = |run: &Run| matches!(run.next, Next::Drafted(..));
+        let cost = if self.runs.iter().any(drafted) {
+            self.cost_of_round(costs)
+        } else {
+            baseline
+        };
         let depth = &mut self.depths[self.current];
         for (token, run) in tokens.iter().zip(&self.runs) {
-            if let Next::Guess(guess, step) = run.next {
-                depth.shares[step].note(*token == guess);
+            if let Next::Drafted(drafted, bin) = run.next {
+                depth.rates[bin].observe(*token == drafted);
             }
         }
         for run in &self.runs {
-            depth.ran = MEMORY * depth.ran + (1.0 - MEMORY) * run.depth as f64;
+            depth.ran = DECAY * depth.ran + (1.0 - DECAY) * run.depth as f64;
         }
-        depth.fade(MEMORY);
-        depth.plain += without / full;
+        depth.decay(DECAY);
+        depth.baseline += baseline / full;
         depth.cost += cost / full;
     }
 }
@@ -273,11 +333,12 @@ fn nearest(exit_layers: &[usize], layers: usize, depth: f64) -> Option<usize> {
         .min_by(|&a, &b| distance(a).total_cmp(&distance(b)))
 }
 
-fn margin_step(logits: &[f32]) -> usize {
-    step(margin(logits), STEPS)
+/// Which of [`BINS`] equal bins of 0..=1 a probability falls into.
+fn bin(probability: f32) -> usize {
+    ((probability * BINS as f32) as usize).min(BINS - 1)
 }
 
-/// The probability of the likeliest token less that of the second.
+/// The probability of the most probable token less that of the second.
 fn margin(logits: &[f32]) -> f32 {
     let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
     for &logit in logits {
@@ -300,6 +361,19 @@ mod tests {
         let logits = [0.2_f32.ln(), 0.7_f32.ln(), 0.1_f32.ln()];
         assert!((margin(&logits) - 0.5).abs() < 1e-6);
         assert_eq!(margin(&[1.0, 1.0]), 0.0);
+    }
+
+    #[test]
+    fn drafts_continue_below_the_bins_that_pay() {
+        let mut depth = Depth::new(4);
+        assert_eq!(depth.min_probability(0.0), 0.0);
+        assert_eq!(depth.min_probability(f64::INFINITY), f32::INFINITY);
+        // priors rise from 0.53 to 0.97
+        assert_eq!(depth.min_probability(0.7), 3.0 / BINS as f32);
+        for _ in 0..100 {
+            depth.rates[6].observe(false);
+        }
+        assert_eq!(depth.min_probability(0.7), 7.0 / BINS as f32);
     }
 
     #[test]

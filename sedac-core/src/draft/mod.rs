@@ -1,158 +1,128 @@
-//! What guesses the next tokens, for the lossless mode and beside exits. Each drafter is one file.
+//! Drafters propose the next tokens, in lossless mode and between exits. Each drafter is one file,
+//! a [`DrafterKind`] and a row in [`new_drafter`].
 //!
-//! Full depth verifies every guess in one pass over several tokens, which costs little more than
-//! a pass over one as long as decoding waits for memory. A guess only costs time: tokens always
+//! Full depth verifies all drafted tokens in one pass, which costs little more than a pass over one
+//! token as long as decoding is bound by memory. A rejected draft only costs time: tokens always
 //! come from full-depth logits (speculative decoding, Leviathan et al. 2023,
 //! <https://arxiv.org/abs/2211.17192>; drafts by early exit, LayerSkip, Elhoushi et al. 2024,
-//! <https://arxiv.org/abs/2404.16710>). Where a policy lets tokens exit, those that it takes on the
-//! way to a draft's depth are no guesses: their tokens stand as they are.
+//! <https://arxiv.org/abs/2404.16710>). Where an exit rule lets tokens exit, those that it takes on
+//! the way to a draft's depth need no verification: they stand as they are.
 
+mod acceptance;
 mod auto;
+mod baseline;
 mod early_exit;
-mod plain;
 mod prompt_lookup;
-mod share;
-mod up_to;
 
-use serde::Deserialize;
-
+use self::acceptance::AcceptanceRate;
 use self::auto::Auto;
+pub(crate) use self::baseline::BaselineCost;
 use self::early_exit::EarlyExit;
-pub(crate) use self::plain::Plain;
 use self::prompt_lookup::PromptLookup;
-use self::share::Share;
-use crate::backend::{Backend, Costs, Step};
-use crate::error::{Error, Result};
-use crate::exit_config::KvFill;
+use crate::backend::{Backend, Costs, Logits, StepExit};
+use crate::bundle::DrafterKind;
+use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::policy::{Policy, PolicySettings};
+use crate::policy::ExitRule;
+use crate::sequence::Sequence;
 
-/// Which drafter to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DrafterKind {
-    /// The model's own shallow layers.
-    EarlyExit,
-    /// What followed the newest tokens when they occurred before
-    /// (<https://github.com/apoorvumang/prompt-lookup-decoding>).
-    PromptLookup,
-    /// Prompt lookup where it finds something, early exit otherwise.
-    Auto,
-}
-
-impl DrafterKind {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::EarlyExit, Self::PromptLookup, Self::Auto];
-
-    /// The name used in settings.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::EarlyExit => "early-exit",
-            Self::PromptLookup => "prompt-lookup",
-            Self::Auto => "auto",
-        }
-    }
-
-    /// A drafter for a model of `layers` layers with exits after the depths `exit_layers`, of which
-    /// it uses those from `least_depth` on.
-    pub fn drafter(
-        self,
-        exit_layers: &[usize],
-        layers: usize,
-        least_depth: usize,
-    ) -> Box<dyn Drafter> {
-        let early_exit = || EarlyExit::new(exit_layers, layers, least_depth);
-        match self {
-            Self::EarlyExit => Box::new(early_exit()),
-            Self::PromptLookup => Box::new(PromptLookup::new(layers)),
-            Self::Auto => Box::new(Auto::new(PromptLookup::new(layers), early_exit())),
-        }
-    }
-
-    /// Check that it can draft between the exits of `policy`.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] where tokens that exited do not wait to be continued: nothing could
-    /// verify a guess in one pass with them then.
-    pub fn check_exits(self, policy: &PolicySettings, kv_fill: KvFill) -> Result<()> {
-        let range = if kv_fill == KvFill::Propagate {
-            "none with kv_fill propagate; set kv_fill defer, or drafter none"
-        } else if policy.is_soft() {
-            "none with soft exits; set exit_kind hard, or drafter none"
-        } else {
-            return Ok(());
-        };
-        Err(Error::setting("drafter", self.name(), range))
+/// A drafter for a model of `layers` layers with exits after the depths `exit_layers`, of which it
+/// uses those from `min_depth` on.
+pub fn new_drafter(
+    kind: DrafterKind,
+    exit_layers: &[usize],
+    layers: usize,
+    min_depth: usize,
+) -> Box<dyn Drafter> {
+    let early_exit = || EarlyExit::new(exit_layers, layers, min_depth);
+    match kind {
+        DrafterKind::EarlyExit => Box::new(early_exit()),
+        DrafterKind::PromptLookup => Box::new(PromptLookup::new(layers)),
+        DrafterKind::Auto => Box::new(Auto::new(PromptLookup::new(layers), early_exit())),
     }
 }
 
-/// Guesses at the tokens after the newest one.
+/// Proposed tokens after the newest one.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Draft {
-    /// The guesses, at most as many as asked for; tokens of certain positions among them.
+    /// The tokens, at most as many as asked for; those that exits gave among them.
     pub tokens: Vec<u32>,
-    /// Layers that the newest token and all guesses went through, fewer where they are certain; 0
-    /// when the backend has not seen them yet.
+    /// Layers that the newest token and all drafted ones ran, fewer where the rule let them exit; 0
+    /// when the backend has not run them yet.
     pub depth: usize,
-    /// For the newest token and each of `tokens` in turn, the exit that the policy took. Empty
-    /// when `depth` is 0.
-    pub exits: Vec<Option<Exited>>,
-    /// Whether the last position ran every layer, and those that waited with it: the backend's
-    /// logits are full depth's, a row for each position.
-    pub verified: bool,
+    /// For the newest token and each of `tokens` in turn, the exit that the rule took. Empty when
+    /// `depth` is 0.
+    pub exits: Vec<Option<TakenExit>>,
+    /// Full depth's logits, a row for each position, where the last position ran every layer and
+    /// those that waited ran with it.
+    pub verified: Option<Logits>,
 }
 
 impl Draft {
-    /// Whether there is no guess in it.
+    /// Whether no token in it needs verification.
     pub fn is_certain(&self) -> bool {
-        self.depth > 0 && self.tokens.is_empty() && (self.verified || self.exits[0].is_some())
+        let exited = || self.exits[0].is_some();
+        self.depth > 0 && self.tokens.is_empty() && (self.verified.is_some() || exited())
     }
 }
 
-/// An exit that the policy took: the next token comes from here.
+/// An exit that the rule took: the next token comes from here.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Exited {
+pub struct TakenExit {
     /// Where, and why there.
-    pub step: Step,
-    /// The logits there.
-    pub logits: Vec<f32>,
+    pub exit: StepExit,
+    /// The logits there, one row.
+    pub logits: Logits,
 }
 
 /// What a draft is made with.
-pub struct Tools<'a> {
+pub struct DraftContext<'a> {
     /// Runs the layers.
     pub backend: &'a mut dyn Backend,
-    /// What lets tokens exit.
-    pub policy: &'a mut dyn Policy,
+    /// The sequence.
+    pub sequence: &'a mut Sequence,
+    /// What lets tokens exit; None in lossless mode.
+    pub rule: Option<&'a ExitRule>,
     /// Chooses the next token of the draft by its logits, as the token itself will be chosen.
     pub choose: &'a mut dyn FnMut(&[f32]) -> u32,
     /// Stops it.
     pub interrupt: &'a Interrupt,
 }
 
-/// Guesses tokens, and learns from what became of its guesses.
+/// Proposes tokens, and observes which of them were accepted.
 ///
-/// Whether, how deep and how far to draft is decided by the [`Costs`] of passes on this machine
-/// and by how often guesses were right so far.
+/// Whether, how deep and how far to draft is decided by the measured [`Costs`] of passes and by
+/// acceptance rates so far.
 pub trait Drafter: Send {
-    /// How many times as many tokens a second a round with a draft promises as one without, where
-    /// a token takes `plain` seconds. At most `most` tokens, 1 or more, may be guessed after
+    /// The expected speedup of a round with a draft, in tokens a second, over one without, where a
+    /// token costs `baseline` seconds. At most `max_tokens` tokens, 1 or more, may be drafted after
     /// `history`.
-    fn promise(&mut self, history: &[u32], most: usize, costs: &Costs, plain: f64) -> f64;
+    fn expected_speedup(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        costs: &Costs,
+        baseline: f64,
+    ) -> f64;
 
-    /// Make the draft that was promised last, after `history`, whose last token the backend has
-    /// not run yet.
+    /// Make the draft whose speedup was asked for last, after `history`, whose last token the
+    /// backend has not run yet.
     ///
     /// # Errors
     /// What the backend reports.
-    fn draft(&mut self, history: &[u32], most: usize, tools: &mut Tools<'_>) -> Result<Draft>;
+    fn propose(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        context: &mut DraftContext<'_>,
+    ) -> Result<Draft>;
 
-    /// `tokens` came instead of the last draft: what was right of it and one more, or fewer where
-    /// the text ended.
-    fn learn(&mut self, tokens: &[u32], costs: &Costs);
+    /// `tokens` came after the last draft: the accepted ones and one more, or fewer where the text
+    /// ended.
+    fn observe(&mut self, tokens: &[u32], costs: &Costs);
 }
 
 /// Seconds for `tokens` tokens at full depth.
-fn full_depth(costs: &Costs, layers: usize, tokens: usize) -> f64 {
+fn full_depth_cost(costs: &Costs, layers: usize, tokens: usize) -> f64 {
     costs.layers(layers, tokens) + costs.head(tokens)
 }

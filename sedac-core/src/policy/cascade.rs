@@ -1,71 +1,110 @@
-//! V6.1: stop when confidence has gathered over the probes.
+//! Stop when confidence has accumulated over the probes. V6.1 of the original project.
 
-use super::{ByDepth, ExitReason, Policy, Signals, Thresholds};
+use serde::{Deserialize, Serialize};
+
+use super::by_depth::{self, ByDepth};
+use super::rule::{Comparison, Condition, Criterion, ExitRule, Signal};
+use super::{ExitPolicy, ExitReason};
+use crate::error::{Error, Result};
 
 /// Stops a token where the confidence C reaches the depth's target. At each probe,
 /// C = C * decay + clamp((threshold - risk) / threshold, 0, 1) * weight.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Cascade {
-    decay: f32,
-    thresholds: Thresholds,
-    weights: ByDepth,
-    targets: ByDepth,
-    soft: bool,
-    confidence: f32,
+    /// Risk from which on nothing is gained, by depth, each above 0.
+    #[serde(deserialize_with = "by_depth::deserialize")]
+    pub thresholds: ByDepth,
+    /// What is left of the confidence at the next depth, 0 to 1.
+    #[serde(default = "default_decay")]
+    pub decay: f32,
+    /// Confidence that no risk at all gives, by depth.
+    #[serde(deserialize_with = "by_depth::deserialize")]
+    pub weights: ByDepth,
+    /// Confidence at which a token stops, by depth.
+    #[serde(deserialize_with = "by_depth::deserialize")]
+    pub targets: ByDepth,
+    /// What a token does that stops.
+    #[serde(default)]
+    pub exit_kind: ExitKind,
+}
+
+/// What a token does that stops.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitKind {
+    /// It leaves.
+    #[default]
+    Hard,
+    /// It goes on, but skips the MLPs of the last layers; see
+    /// [`Decision::skipped_mlps`](super::Decision::skipped_mlps).
+    Soft,
+}
+
+fn default_decay() -> f32 {
+    0.9
 }
 
 impl Cascade {
-    /// Thresholds (above 0), weights and targets are those of the same depths. A `soft` exit skips
-    /// MLPs only.
-    pub fn new(
-        decay: f32,
-        thresholds: Thresholds,
-        weights: ByDepth,
-        targets: ByDepth,
-        soft: bool,
-    ) -> Self {
-        Self {
-            decay,
-            thresholds,
-            weights,
-            targets,
-            soft,
-            confidence: 0.0,
+    fn check(&self) -> Result<()> {
+        by_depth::check_risks(&self.thresholds)?;
+        if !(0.0..=1.0).contains(&self.decay) {
+            return Err(Error::setting("decay", self.decay, "0 to 1"));
         }
+        for (name, values) in [("weights", &self.weights), ("targets", &self.targets)] {
+            let sound = |value: f32| value >= 0.0 && value.is_finite();
+            by_depth::check_values(name, values, sound, "0 or more")?;
+            if !values.keys().eq(self.thresholds.keys()) {
+                let depths: Vec<_> = values.keys().map(usize::to_string).collect();
+                let range = "the depths of thresholds";
+                return Err(Error::setting(name, depths.join(", "), range));
+            }
+        }
+        Ok(())
+    }
+
+    fn condition(&self, depth: usize) -> Option<Condition> {
+        Some(Condition {
+            signal: Signal::Risk,
+            comparison: Comparison::Accumulated,
+            threshold: *self.thresholds.get(&depth)?,
+            run_length: 1,
+            decay: self.decay,
+            weight: *self.weights.get(&depth)?,
+            target: *self.targets.get(&depth)?,
+            may_exit: 1,
+        })
     }
 }
 
-impl Policy for Cascade {
-    fn begin(&mut self) {
-        self.confidence = 0.0;
-    }
-
-    fn skipped_share(&self) -> Option<f32> {
-        self.soft
-            .then(|| (2.0 * self.confidence - 1.0).tanh() / 2.0 + 0.5)
-    }
-
-    fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let threshold = self.thresholds.get(depth)?;
-        let gained = ((threshold - signals.risk?) / threshold).clamp(0.0, 1.0);
-        self.confidence = self.confidence * self.decay + gained * self.weights.get(&depth)?;
-        (self.confidence >= *self.targets.get(&depth)?).then_some(ExitReason::Cascade)
+impl ExitPolicy for Cascade {
+    fn compile(&self, layers: usize) -> Result<ExitRule> {
+        self.check()?;
+        let rule = ExitRule::new(Criterion::new(ExitReason::Cascade, layers, |depth| {
+            self.condition(depth).unwrap_or_default()
+        }));
+        Ok(match self.exit_kind {
+            ExitKind::Hard => rule,
+            ExitKind::Soft => rule.soft(),
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Signals;
     use super::*;
 
-    fn cascade() -> Cascade {
+    fn rule() -> ExitRule {
         let by_depth = |low, high| ByDepth::from([(2, low), (4, high)]);
-        Cascade::new(
-            0.5,
-            Thresholds::new(&by_depth(1.0, 2.0)),
-            by_depth(1.0, 0.5),
-            by_depth(0.9, 0.6),
-            true,
-        )
+        let policy = Cascade {
+            thresholds: by_depth(1.0, 2.0),
+            decay: 0.5,
+            weights: by_depth(1.0, 0.5),
+            targets: by_depth(0.9, 0.6),
+            exit_kind: ExitKind::Soft,
+        };
+        policy.compile(6).unwrap()
     }
 
     fn risky(risk: f32) -> Signals {
@@ -76,26 +115,26 @@ mod tests {
     }
 
     #[test]
-    fn confidence_decays_and_gathers() {
-        let mut policy = cascade();
-        policy.begin();
-        assert_eq!(policy.observe(2, risky(0.2)), None);
-        assert_eq!(policy.confidence, 0.8);
-        assert_eq!(policy.observe(3, risky(0.0)), None);
-        // 0.8 * 0.5 + 1 / 2 * 0.5
-        assert_eq!(policy.observe(4, risky(1.0)), Some(ExitReason::Cascade));
-        // tanh(2 * 0.65 - 1) / 2 + 1 / 2
-        assert!((policy.skipped_share().unwrap() - 0.645_656).abs() < 1e-5);
-        policy.begin();
-        assert_eq!(policy.observe(4, risky(1.0)), None);
+    fn confidence_decays_and_accumulates() {
+        let rule = rule();
+        let mut state = rule.start();
+        assert_eq!(state.observe(&rule, 2, &risky(0.2)), None);
+        assert_eq!(state.observe(&rule, 3, &risky(0.0)), None);
+        let decision = state.observe(&rule, 4, &risky(1.0)).unwrap();
+        assert_eq!(decision.reason, ExitReason::Cascade);
+        // C = 0.8 * 0.5 + 1 / 2 * 0.5, tanh(2C - 1) / 2 + 1 / 2
+        assert!((decision.skipped_mlps.unwrap() - 0.645_656).abs() < 1e-5);
+        assert_eq!(rule.start().observe(&rule, 4, &risky(1.0)), None);
     }
 
     #[test]
     fn nothing_is_gained_from_much_risk_or_nan() {
-        let mut policy = cascade();
-        policy.begin();
-        assert_eq!(policy.observe(2, risky(9.0)), None);
-        assert_eq!(policy.confidence, 0.0);
-        assert_eq!(policy.observe(4, risky(f32::NAN)), None);
+        let rule = rule();
+        for risk in [9.0, f32::NAN] {
+            let mut state = rule.start();
+            assert_eq!(state.observe(&rule, 2, &risky(risk)), None);
+            // without the first probe's gain the second does not suffice
+            assert_eq!(state.observe(&rule, 4, &risky(0.0)), None);
+        }
     }
 }

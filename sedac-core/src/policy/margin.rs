@@ -1,29 +1,32 @@
-//! Stop where the likeliest token leads clearly.
+//! Stop where the most probable token leads clearly.
 
-use super::{ExitReason, Policy, Signals, Thresholds};
+use serde::{Deserialize, Serialize};
 
-/// Stops a token where the exit engine's margin reaches the depth's threshold.
-#[derive(Debug)]
+use super::by_depth::{self, ByDepth};
+use super::rule::{Comparison, ExitRule, Signal};
+use super::{ExitPolicy, ExitReason};
+use crate::error::Result;
+
+/// Stops a token where the exit head's margin reaches the depth's threshold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Margin {
-    thresholds: Thresholds,
+    /// Margin at which a token stops, by depth, each 0 to 1.
+    #[serde(deserialize_with = "by_depth::deserialize")]
+    pub thresholds: ByDepth,
 }
 
-impl Margin {
-    /// Stop after the depths of `thresholds`, which the margin must reach.
-    pub fn new(thresholds: Thresholds) -> Self {
-        Self { thresholds }
-    }
-}
-
-impl Policy for Margin {
-    fn begin(&mut self) {}
-
-    fn reads_exit(&self, depth: usize) -> bool {
-        self.thresholds.get(depth).is_some()
-    }
-
-    fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let threshold = self.thresholds.get(depth)?;
-        (signals.exit?.margin >= threshold).then_some(ExitReason::Margin)
+impl ExitPolicy for Margin {
+    fn compile(&self, layers: usize) -> Result<ExitRule> {
+        by_depth::check_probabilities(&self.thresholds)?;
+        let (reason, signal) = (ExitReason::Margin, Signal::Margin);
+        let comparison = Comparison::AtLeast;
+        Ok(by_depth::rule(
+            reason,
+            signal,
+            comparison,
+            &self.thresholds,
+            layers,
+        ))
     }
 }

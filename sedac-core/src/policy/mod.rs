@@ -1,45 +1,63 @@
-//! What decides that a token may stop. Each policy is one file.
+//! What decides that a token may stop: policies, which compile to [`ExitRule`]s. Each policy is one
+//! file, and one row in the table of `settings.rs`.
+//!
+//! ```
+//! use sedac_core::policy::{ExitPolicy, ExitReason, Signals, Stability};
+//!
+//! # fn main() -> sedac_core::Result<()> {
+//! let policy = Stability { tau: 0.9, consecutive_k: 2, min_layer_ratio: 0.0 };
+//! let rule = policy.compile(4)?;
+//! let mut token = rule.start();
+//! let stabilities = [0.95, 0.8, 0.92, 0.97];
+//! let exit = (1..).zip(stabilities).find_map(|(depth, stability)| {
+//!     let signals = Signals { stability, ..Signals::default() };
+//!     let decision = token.observe(&rule, depth, &signals)?;
+//!     Some((depth, decision.reason))
+//! });
+//! assert_eq!(exit, Some((4, ExitReason::Stability)));
+//! # Ok(())
+//! # }
+//! ```
 
 mod batch;
+mod by_depth;
 mod cascade;
-mod forced;
 mod learned;
 mod margin;
 mod probe;
+mod rule;
 mod settings;
 mod stability;
 mod thresholds;
 
-use std::collections::BTreeMap;
-
-pub use batch::{exits_by_risk, exits_by_stability};
-pub use cascade::Cascade;
-pub use forced::Forced;
+pub use batch::{BatchDecision, BatchSignals, exits_by_risk, exits_by_stability};
+pub use by_depth::ByDepth;
+pub use cascade::{Cascade, ExitKind};
 pub use learned::Learned;
 pub use margin::Margin;
 pub use probe::Probe;
-pub use settings::{ExitKind, PolicySettings, Source};
+pub use rule::{Comparison, Condition, Criterion, Decision, ExitRule, RuleState, Signal};
+pub use settings::PolicySettings;
 pub use stability::Stability;
 pub use thresholds::Thresholds;
 
-/// Numbers by depth, which is the layers run.
-pub type ByDepth = BTreeMap<usize, f32>;
+use crate::error::Result;
 
-/// What a layer tells about a token.
+/// What is known of a token after a layer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Signals {
     /// (cos(h_l, h_{l-1}) + 1) / 2 of the residual stream after and before the layer.
     pub stability: f32,
     /// The entropy probe's risk, where the layer has a probe.
     pub risk: Option<f32>,
-    /// What the exit engine says, where the policy [asked](Policy::reads_exit) for it.
+    /// What the exit head gives, where the rule [reads](ExitRule::reads_exit_head) it.
     pub exit: Option<ExitSignals>,
 }
 
-/// What an exit engine tells about the token that would come of exiting here.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// What an exit head gives for the token that would come of exiting here.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct ExitSignals {
-    /// Probability of the likeliest token less that of the second, among the frequent tokens.
+    /// Probability of the most probable token less that of the second, among the frequent tokens.
     pub margin: f32,
     /// Entropy of the frequent tokens' probabilities, in nats.
     pub entropy: f32,
@@ -52,61 +70,55 @@ pub struct ExitSignals {
 pub enum ExitReason {
     /// All layers ran.
     FullDepth,
+    /// The step was limited to this depth.
+    DepthLimit,
+    /// Good enough for a draft that full depth verifies.
+    Draft,
     /// Enough consecutive layers were stable.
     Stability,
     /// The entropy probe saw little risk.
     Probe,
-    /// Confidence gathered over the entropy probes.
+    /// Confidence accumulated over the entropy probes.
     Cascade,
-    /// The likeliest token leads clearly.
+    /// The most probable token leads clearly.
     Margin,
     /// The learned probe expects full depth's token.
     Learned,
-    /// The depth was prescribed.
-    Forced,
 }
 
 impl ExitReason {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::FullDepth,
+        Self::DepthLimit,
+        Self::Draft,
+        Self::Stability,
+        Self::Probe,
+        Self::Cascade,
+        Self::Margin,
+        Self::Learned,
+    ];
+
     /// The name used in output.
     pub fn name(self) -> &'static str {
         match self {
             Self::FullDepth => "full_depth",
+            Self::DepthLimit => "depth_limit",
+            Self::Draft => "draft",
             Self::Stability => "stability",
             Self::Probe => "probe",
             Self::Cascade => "cascade",
             Self::Margin => "margin",
             Self::Learned => "learned",
-            Self::Forced => "forced",
         }
     }
 }
 
-/// Decides, layer by layer, whether a token may stop.
-pub trait Policy: Send {
-    /// A new token starts at the first layer.
-    fn begin(&mut self);
-
-    /// Whether the decision after `depth` layers depends on the exit engine there.
-    fn reads_exit(&self, depth: usize) -> bool {
-        let _ = depth;
-        false
-    }
-
-    /// `depth` layers have run (1 to the number of layers); `signals` are the last one's.
+/// The settings of a policy, which compile to what backends interpret.
+pub trait ExitPolicy {
+    /// The rule, for a model of `layers` layers.
     ///
-    /// Returns the reason if the token may stop here. It is asked after every layer, also where
-    /// the bundle allows no exit, so that a run of layers is counted whole.
-    fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason>;
-
-    /// Of how many of the newest positions the logits are wanted when the token has run every layer;
-    /// those before its own waited, and ran with it.
-    fn rows(&self) -> usize {
-        1
-    }
-
-    /// Where exits are soft, the share of the remaining layers whose MLPs the token that just
-    /// stopped skips, the last ones; their attention always runs. None where tokens leave.
-    fn skipped_share(&self) -> Option<f32> {
-        None
-    }
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) when a setting is out of range.
+    fn compile(&self, layers: usize) -> Result<ExitRule>;
 }

@@ -1,48 +1,32 @@
-//! V6: stop where a trained probe sees little risk.
+//! Stop where a trained probe sees little risk. V6 of the original project.
 
-use super::{ExitReason, Policy, Signals, Thresholds};
+use serde::{Deserialize, Serialize};
+
+use super::by_depth::{self, ByDepth};
+use super::rule::{Comparison, ExitRule, Signal};
+use super::{ExitPolicy, ExitReason};
+use crate::error::Result;
 
 /// Stops a token where the entropy probe's risk is below the depth's threshold.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Probe {
-    thresholds: Thresholds,
+    /// Risk below which a token stops, by depth, each above 0.
+    #[serde(deserialize_with = "by_depth::deserialize")]
+    pub thresholds: ByDepth,
 }
 
-impl Probe {
-    /// Stop after the depths of `thresholds`, below which the risk must be.
-    pub fn new(thresholds: Thresholds) -> Self {
-        Self { thresholds }
-    }
-}
-
-impl Policy for Probe {
-    fn begin(&mut self) {}
-
-    fn observe(&mut self, depth: usize, signals: Signals) -> Option<ExitReason> {
-        let threshold = self.thresholds.get(depth)?;
-        (signals.risk? < threshold).then_some(ExitReason::Probe)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::ByDepth;
-    use super::*;
-
-    #[test]
-    fn only_a_risk_below_the_threshold_of_its_depth_stops() {
-        let mut policy = Probe::new(Thresholds::new(&ByDepth::from([(2, 0.5)])));
-        let mut stops = |depth, risk| {
-            let signals = Signals {
-                risk,
-                ..Signals::default()
-            };
-            policy.observe(depth, signals).is_some()
-        };
-        assert!(stops(2, Some(0.4)));
-        assert!(!stops(2, Some(0.5)));
-        assert!(!stops(3, Some(0.4)));
-        assert!(!stops(2, None));
-        assert!(!stops(2, Some(f32::NAN)));
+impl ExitPolicy for Probe {
+    fn compile(&self, layers: usize) -> Result<ExitRule> {
+        by_depth::check_risks(&self.thresholds)?;
+        let (reason, signal) = (ExitReason::Probe, Signal::Risk);
+        let comparison = Comparison::Below;
+        Ok(by_depth::rule(
+            reason,
+            signal,
+            comparison,
+            &self.thresholds,
+            layers,
+        ))
     }
 }

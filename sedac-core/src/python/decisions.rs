@@ -60,17 +60,20 @@ pub(super) fn exits_by_stability(
     stability: PyBuffer<f32>,
     tau: f32,
     consecutive_k: usize,
-    min_layer_ratio: f32,
+    min_layer_ratio: f64,
 ) -> PyResult<Vec<u32>> {
     process::check()?;
     let (tokens, layers) = rows("stability", &stability)?;
-    let policy = Stability::new(tau, consecutive_k, min_layer_ratio, layers)?;
+    let policy = Stability {
+        tau,
+        consecutive_k,
+        min_layer_ratio,
+    };
     let stability = stability.to_vec(py)?;
     Ok(py.detach(|| {
         let mut exits = vec![0; tokens];
-        policy::exits_by_stability(&stability, layers, &policy, &mut exits);
-        exits
-    }))
+        policy::exits_by_stability(&stability, layers, &policy, &mut exits).map(|()| exits)
+    })?)
 }
 
 /// The depth after which each token exits by risk; `layers` where no risk is below its threshold.
@@ -98,9 +101,8 @@ pub(super) fn exits_by_risk(
     let risks = risks.to_vec(py)?;
     Ok(py.detach(|| {
         let mut exits = vec![0; tokens];
-        policy::exits_by_risk(&risks, &thresholds.0, layers, &mut exits);
-        exits
-    }))
+        policy::exits_by_risk(&risks, &thresholds.0, layers, &mut exits).map(|()| exits)
+    })?)
 }
 
 fn rows(name: &str, buffer: &PyBuffer<f32>) -> PyResult<(usize, usize)> {

@@ -8,9 +8,8 @@ use pyo3::types::PyBytes;
 use super::certification::{Spoken, spoken};
 use super::door;
 use super::model::named;
-use crate::bundle::{self, Files, Gate, MAX_TEXT, Opening, Verify};
+use crate::bundle::{self, ExitConfig, Files, Gate, MAX_TEXT, Opening, Verify};
 use crate::error::Result;
-use crate::exit_config::ExitConfig;
 
 /// A bundle's files, checked.
 #[pyclass(frozen)]
@@ -20,19 +19,22 @@ pub(super) struct BundleFiles(Files);
 impl BundleFiles {
     /// Check the files of the bundle in `directory`, except those below the directory `replaced`
     /// of it, which are about to be written anew. `verify` and `threads` are as Model has them.
+    /// With `older` the bundle may be of an older schema, to upgrade it.
     #[new]
-    #[pyo3(signature = (directory, *, verify = "always", threads = 0, replaced = None))]
+    #[pyo3(signature = (directory, *, verify = "always", threads = 0, replaced = None, older = false))]
     fn new(
         py: Python<'_>,
         directory: PathBuf,
         verify: &str,
         threads: usize,
         replaced: Option<PathBuf>,
+        older: bool,
     ) -> PyResult<Self> {
         let opening = Opening {
             verify: verify_named(verify)?,
             threads,
             replaced,
+            older,
             ..Opening::default()
         };
         let interrupt = opening.interrupt.clone();

@@ -16,6 +16,7 @@ use super::certification::{Spoken, spoken};
 use super::door::{Inbox, POLL, receive};
 use super::process::ProcessLocal;
 use super::turns::Turns;
+use crate::backend::profile::record;
 use crate::certification::Certification;
 use crate::chain::{Request, Summary, Token};
 use crate::error::{Error, Result};
@@ -30,7 +31,16 @@ type Piece = (u32, String, usize, &'static str);
 
 enum Event {
     Token(Piece),
-    End(Result<(Summary, String)>),
+    End(Result<Ended>),
+}
+
+/// What a generation leaves.
+struct Ended {
+    summary: Summary,
+    /// Text that no token has given yet.
+    rest: String,
+    /// A Chrome trace, if asked for.
+    profile: Option<String>,
 }
 
 /// What to generate, and with what.
@@ -39,6 +49,8 @@ pub(super) struct Work {
     pub(super) codec: Arc<Option<TextCodec>>,
     pub(super) request: Request,
     pub(super) stops: StopStrings,
+    /// Whether to record a Chrome trace.
+    pub(super) profiled: bool,
 }
 
 /// Yields (token id, text, exit layer, exit reason) for each token as it is generated, from when the
@@ -58,7 +70,7 @@ struct Reader {
     /// From then on, until the generation is over.
     running: Option<Running>,
     pieces: Vec<Piece>,
-    end: Option<(Summary, String)>,
+    end: Option<Ended>,
 }
 
 struct Running {
@@ -169,7 +181,12 @@ impl Generation {
     /// drafting went, once the iterator ended.
     fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
         let reader = self.lock(py)?;
-        let Some((summary, rest)) = &reader.end else {
+        let Some(Ended {
+            summary,
+            rest,
+            profile,
+        }) = &reader.end
+        else {
             return Err(PyRuntimeError::new_err(
                 "the generation did not finish: it failed, or was closed or interrupted before",
             ));
@@ -180,11 +197,12 @@ impl Generation {
         result.set_item("prefill_ms", summary.prefill.as_secs_f64() * 1e3)?;
         result.set_item("decode_ms", summary.decode.as_secs_f64() * 1e3)?;
         result.set_item("rest", rest)?;
-        let drafting = &summary.drafting;
+        let drafting = &summary.drafts;
         result.set_item("drafted", drafting.drafted)?;
         result.set_item("accepted", drafting.accepted)?;
         result.set_item("verify_passes", drafting.verify_passes)?;
         result.set_item("draft_depths", &drafting.draft_depths)?;
+        result.set_item("profile", profile)?;
         Ok(result.unbind())
     }
 }
@@ -219,17 +237,18 @@ impl Pace {
     }
 }
 
-fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<(Summary, String)> {
+fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended> {
     let Work {
         turns,
         codec,
         request,
         mut stops,
+        profiled,
     } = work;
     let mut chain = turns.take();
     let mut stream = codec.as_ref().as_ref().map(TextCodec::stream);
     let interrupt = pace.interrupt.clone();
-    let mut summary = chain.generate(&request, &interrupt, |token| {
+    let emit = |token: Token| {
         let text = stream
             .as_mut()
             .map(|s| s.push(token.id))
@@ -244,16 +263,28 @@ fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<(Summ
         } else {
             ControlFlow::Continue(())
         }
-    })?;
+    };
+    let run = || chain.generate(&request, &interrupt, emit);
+    let (summary, profile) = if profiled {
+        let (summary, profile) = record(run);
+        (summary, Some(profile))
+    } else {
+        (run(), None)
+    };
+    let mut summary = summary?;
     summary.decode = summary.decode.saturating_sub(pace.waited);
     let rest = match &stream {
         Some(stream) => stream.finish()?,
         None => String::new(),
     };
-    Ok((summary, rest))
+    Ok(Ended {
+        summary,
+        rest,
+        profile,
+    })
 }
 
 fn piece(token: Token, text: String) -> Piece {
-    let Token { id, step } = token;
-    (id, text, step.exit_layer, step.reason.name())
+    let Token { id, exit } = token;
+    (id, text, exit.layer, exit.reason.name())
 }

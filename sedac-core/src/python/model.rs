@@ -17,15 +17,14 @@ use super::process::ProcessLocal;
 use super::turns::Turns;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
-use crate::bench::{Case, Row};
-use crate::bundle::{Bundle, Opening};
-use crate::certification::{Certification, Way};
-use crate::chain::{Chain, Exit, Request};
-use crate::draft::DrafterKind;
+use crate::bench::{BenchCase, BenchRow};
+use crate::bundle::{Bundle, DrafterKind, Opening};
+use crate::certification::{Certification, GenerationSetting};
+use crate::chain::{Chain, DecodingMode, Request};
 use crate::error::{Error, Result};
-use crate::exit_config::KvFill;
 use crate::interrupt::Interrupt;
-use crate::policy::{PolicySettings, Source};
+use crate::kv::KvFill;
+use crate::policy::{PolicySettings, Signal};
 use crate::sampler::Sampling;
 use crate::text::{StopStrings, TextCodec};
 
@@ -167,7 +166,7 @@ impl Model {
         forced_exit: Option<Vec<usize>>,
         kv_fill: &str,
     ) -> PyResult<(Vec<u32>, Vec<usize>)> {
-        let exit = self.exit(policy, forced_exit, None)?;
+        let mode = self.mode(policy, forced_exit, None)?;
         let kv_fill = kv_fill_named(kv_fill)?;
         let turns = self.turns.get()?.clone();
         let interrupt = Interrupt::default();
@@ -175,9 +174,9 @@ impl Model {
         door::run(py, &interrupt, move || {
             let mut chain = turns.take();
             let mut followed = (Vec::new(), Vec::new());
-            chain.follow(&tokens, &exit, kv_fill, &raised, |token| {
+            chain.follow(&tokens, &mode, kv_fill, &raised, |token| {
                 followed.0.push(token.id);
-                followed.1.push(token.step.exit_layer);
+                followed.1.push(token.exit.layer);
             })?;
             Ok(followed)
         })
@@ -187,7 +186,7 @@ impl Model {
     #[getter]
     fn trained_depths(&self) -> HashMap<&'static str, Vec<usize>> {
         let manifest = &self.bundle.manifest;
-        let (risk, exit) = (Source::Risk, Source::Exit);
+        let (risk, exit) = (Signal::Risk, Signal::Learned);
         [
             ("probe", risk),
             ("cascade", risk),
@@ -215,11 +214,12 @@ impl Model {
 
     /// Generate as the result is iterated over. Without `policy` (JSON, as sedac_config.json has
     /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
-    /// guesses several to verify at once, with a policy those that it does not let exit.
+    /// guesses several to verify at once, with a policy those that it does not let exit. With
+    /// `profile` the summary has a Chrome trace, as JSON.
     #[pyo3(signature = (
         prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], policy = None,
         forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
-        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0
+        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0, profile = false
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
@@ -238,12 +238,13 @@ impl Model {
         min_p: f32,
         repetition_penalty: f32,
         seed: u64,
+        profile: bool,
     ) -> PyResult<Generation> {
         let request = Request {
             prompt,
             max_new_tokens,
             stop_tokens,
-            exit: self.exit(policy, forced_exit, drafter)?,
+            mode: self.mode(policy, forced_exit, drafter)?,
             kv_fill: kv_fill_named(kv_fill)?,
             sampling: Sampling {
                 temperature,
@@ -263,6 +264,7 @@ impl Model {
             codec: self.codec.get()?.clone(),
             request,
             stops: StopStrings::new(stop_strings)?,
+            profiled: profile,
         };
         Ok(Generation::new(work, certification))
     }
@@ -314,28 +316,25 @@ impl Model {
 }
 
 impl Model {
-    fn exit(
+    fn mode(
         &self,
         policy: Option<&str>,
         forced: Option<Vec<usize>>,
         drafter: Option<&str>,
-    ) -> Result<Exit> {
+    ) -> Result<DecodingMode> {
         let Some(json) = policy.filter(|_| forced.is_none()) else {
-            return exit(forced, drafter);
+            return mode(forced, drafter);
         };
-        let settings: PolicySettings = serde_json::from_str(json)
+        let policy: PolicySettings = serde_json::from_str(json)
             .map_err(|error| Error::setting("policy", json, error.to_string()))?;
-        self.bundle.manifest.check_policy(&settings)?;
-        if self.plans {
-            check_plans_policy(&settings)?;
-        }
+        self.bundle.manifest.compile(&policy)?;
         let drafter = drafter.map(drafter_kind).transpose()?;
-        Ok(Exit::Policy { settings, drafter })
+        Ok(DecodingMode::Exit { policy, drafter })
     }
 
     fn certification(&self, request: &Request) -> Option<Certification> {
-        let way = Way {
-            exit: &request.exit,
+        let generation = GenerationSetting {
+            mode: &request.mode,
             kv_fill: request.kv_fill,
             sampling: &request.sampling,
             plans: self.plans,
@@ -345,7 +344,7 @@ impl Model {
             exit_config,
             ..
         } = &self.bundle;
-        exit_config.certification(manifest, way)
+        exit_config.certification(manifest, generation)
     }
 
     /// What loads all layers in one engine.
@@ -417,29 +416,17 @@ fn load_plans(bundle: &Bundle, library: &Library, runner: PlanRunner) -> Result<
     })
 }
 
-/// Plans have neither entropy probes nor attention without MLPs.
-fn check_plans_policy(settings: &PolicySettings) -> Result<()> {
-    match settings.reads() {
-        Some((Source::Risk, _)) => Err(Error::setting(
-            "policy",
-            settings.name(),
-            "stability, margin or learned; TensorRT plans have no entropy probes",
-        )),
-        _ => Ok(()),
-    }
-}
-
 fn bench_case(
     (name, monolith, depth, drafter): (String, bool, Option<usize>, Option<String>),
-) -> Result<Case> {
-    Ok(Case {
+) -> Result<BenchCase> {
+    Ok(BenchCase {
         name,
         chain: usize::from(monolith),
-        exit: exit(depth.map(|depth| vec![depth]), drafter.as_deref())?,
+        mode: mode(depth.map(|depth| vec![depth]), drafter.as_deref())?,
     })
 }
 
-fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
+fn to_dict<'py>(py: Python<'py>, row: &BenchRow) -> PyResult<Bound<'py, PyDict>> {
     let result = PyDict::new(py);
     result.set_item("name", &row.name)?;
     result.set_item("ms_per_token", row.ms_per_token)?;
@@ -452,13 +439,13 @@ fn to_dict<'py>(py: Python<'py>, row: &Row) -> PyResult<Bound<'py, PyDict>> {
     Ok(result)
 }
 
-fn exit(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<Exit> {
+fn mode(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<DecodingMode> {
     Ok(match (forced, drafter) {
-        (Some(depths), _) => Exit::Forced { depths },
-        (None, Some(name)) => Exit::Lossless {
+        (Some(depths), _) => DecodingMode::Forced { depths },
+        (None, Some(name)) => DecodingMode::Lossless {
             drafter: drafter_kind(name)?,
         },
-        (None, None) => Exit::Never,
+        (None, None) => DecodingMode::Full,
     })
 }
 

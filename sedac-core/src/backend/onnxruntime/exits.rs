@@ -74,6 +74,13 @@ impl Exits {
         })
     }
 
+    /// The depths with an exit head, ascending.
+    pub(in crate::backend) fn depths(&self) -> Vec<usize> {
+        let mut depths: Vec<_> = self.engines.keys().copied().collect();
+        depths.sort_unstable();
+        depths
+    }
+
     /// Whether there is a lens at `depth`.
     pub(in crate::backend) fn has_lens(&self, depth: usize) -> bool {
         self.lenses.contains_key(&depth)

@@ -14,17 +14,17 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 pub use self::exits::Exits;
-use self::pass::{Embedding, Pass, Passes, Shared};
+use self::pass::{Contexts, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
-use super::Engines;
+use super::{AttentionOnly, Capabilities, EnginePart, EngineTiming, Engines, Stopwatch};
 use crate::bundle::{Bundle, ExitEntry, LayerEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
 
-/// Buffers for up to so many positions stay ready; longer passes are rare and large.
-const MOST_POSITIONS_KEPT_READY: usize = 16;
+/// Buffers of passes up to this length are reused; longer passes are rare and large.
+const MAX_REUSED_TOKENS: usize = 16;
 
 /// Which of a bundle's layer engines to load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +39,7 @@ pub enum Layout {
 pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
     embed: Session,
+    contexts: Option<Session>,
     layers: Vec<Session>,
     /// Loaded when the first soft exit wants them.
     attention: Vec<Session>,
@@ -55,16 +56,18 @@ pub struct OnnxRuntime {
     logit_rows: usize,
     shared: Shared,
     passes: Passes,
-    /// The kept hidden states being filled in, by the number of their positions.
+    /// The saved hidden states that caches are filled from, by the number of their positions.
     fillings: HashMap<usize, Filling>,
     /// Hidden states by position, `hidden_size` numbers each.
-    kept: Vec<f32>,
+    saved: Vec<f32>,
+    stopwatch: Stopwatch,
 }
 
 /// Exit hidden states and contexts of consecutive positions, as kv engines read them.
 struct Filling {
     positions: Range<usize>,
-    embedding: Embedding,
+    hidden: Tensor<f32>,
+    contexts: Contexts,
 }
 
 struct KeyValueEngine {
@@ -102,12 +105,14 @@ impl OnnxRuntime {
         };
         let engines = &manifest.engines;
         let parts = [&engines.embed, &engines.head].into_iter();
+        let parts = parts.chain(&engines.contexts);
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
         let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
         let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
         bundle.check_memory(parts.map(PathBuf::as_path))?;
         let open = |file: &Path| session(&environment, bundle, file);
-        let embed = open(&manifest.engines.embed)?;
+        let embed = open(&engines.embed)?;
+        let contexts = engines.contexts.as_deref().map(open).transpose()?;
         let layers = entries
             .iter()
             .map(|entry| open(&entry.file))
@@ -125,14 +130,16 @@ impl OnnxRuntime {
             .collect::<Result<Vec<_>>>()?;
         let head = open(&manifest.engines.head)?;
         let mut shared = Shared::new(manifest)?;
-        let decode = Pass::new(1, &mut shared, &embed, &layers, &entries)?;
+        let ends = (&embed, contexts.as_ref());
+        let decode = Pass::new(1, &mut shared, ends, &layers, &entries)?;
         Ok(Self {
             vocab_size: manifest.model.vocab_size,
-            kept: vec![0.0; manifest.max_cache_length * shared.hidden_size],
+            saved: vec![0.0; manifest.max_cache_length * shared.hidden_size],
             passes: Passes::new(decode),
             head_passes: HashMap::new(),
             logit_rows: 1,
             fillings: HashMap::new(),
+            stopwatch: Stopwatch::default(),
             exits: Exits::load(exits, shared.hidden_size, open)?,
             attention: Vec::new(),
             attention_entries,
@@ -140,6 +147,7 @@ impl OnnxRuntime {
             environment,
             entries,
             embed,
+            contexts,
             layers,
             key_value,
             head,
@@ -151,7 +159,7 @@ impl OnnxRuntime {
         Pass::new(
             tokens,
             &mut self.shared,
-            &self.embed,
+            (&self.embed, self.contexts.as_ref()),
             &self.layers,
             &self.entries,
         )
@@ -173,87 +181,100 @@ impl OnnxRuntime {
 
     /// Make the filling of `positions` ready.
     ///
-    /// Consecutive layers mostly lack the same positions, so it is made once for all of them. The
-    /// embed engine runs for the sake of its context tensors alone.
+    /// Consecutive layers mostly lack the same positions, so it is made once for all of them.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
         let count = positions.len();
         if !self.fillings.contains_key(&count) {
-            if count > MOST_POSITIONS_KEPT_READY {
-                self.fillings
-                    .retain(|&count, _| count <= MOST_POSITIONS_KEPT_READY);
+            if count > MAX_REUSED_TOKENS {
+                self.fillings.retain(|&count, _| count <= MAX_REUSED_TOKENS);
             }
             let filling = Filling {
                 positions: 0..0,
-                embedding: Embedding::new(count, &self.shared, &self.embed)?,
+                hidden: tensor(&[1, count, self.shared.hidden_size])?,
+                contexts: Contexts::new(count, &self.shared, self.contexts.as_ref())?,
             };
             self.fillings.insert(count, filling);
         }
         let filling = self.fillings.get_mut(&count).expect("inserted above");
         if filling.positions != *positions {
-            let embedding = &mut filling.embedding;
-            embedding.run(&mut self.embed, &vec![0; count], positions.start)?;
+            let session = self.contexts.as_mut();
+            filling
+                .contexts
+                .run(session, positions.start, &mut self.stopwatch)?;
             let size = self.shared.hidden_size;
-            let rows = &self.kept[positions.start * size..positions.end * size];
-            write(&mut embedding.hidden, rows);
+            let rows = &self.saved[positions.start * size..positions.end * size];
+            write(&mut filling.hidden, rows);
             filling.positions = positions.clone();
         }
         write(&mut self.shared.write_index, &[positions.start as i64]);
         Ok(())
     }
-}
 
-impl Engines for OnnxRuntime {
-    fn layers(&self) -> Vec<Range<usize>> {
-        self.entries
-            .iter()
-            .map(|entry| entry.first_layer..entry.first_layer + entry.num_layers)
-            .collect()
-    }
-
-    fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
-        if !self.passes.has(tokens.len()) {
-            let pass = self.new_pass(tokens.len())?;
-            self.passes.keep(pass);
+    /// Make a pass of `tokens` positions from `start` on the current one.
+    fn begin(&mut self, tokens: usize, start: usize) -> Result<()> {
+        if !self.passes.has(tokens) {
+            let pass = self.new_pass(tokens)?;
+            self.passes.insert(pass);
         }
-        self.shared.set_length(start + tokens.len());
+        self.shared.set_length(start + tokens);
         // exit hidden states at these positions are about to change
         for filling in self.fillings.values_mut() {
             if filling.positions.end > start {
                 filling.positions = 0..0;
             }
         }
-        let pass = self.passes.begin(tokens.len());
-        pass.embedding.run(&mut self.embed, tokens, start)
+        let pass = self.passes.begin(tokens);
+        let session = self.contexts.as_mut();
+        pass.contexts.run(session, start, &mut self.stopwatch)
+    }
+}
+
+impl Engines for OnnxRuntime {
+    fn layers(&self) -> Vec<Range<usize>> {
+        self.entries.iter().map(LayerEntry::range).collect()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let probes = self.entries.iter().filter(|entry| entry.risk);
+        Capabilities {
+            probes: probes.map(LayerEntry::end).collect(),
+            exit_heads: self.exits.depths(),
+            attention_only: !self.attention_entries.is_empty(),
+            ..Capabilities::default()
+        }
+    }
+
+    fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
+        self.begin(tokens.len(), start)?;
+        let pass = self.passes.current_mut();
+        self.stopwatch.time(EnginePart::Embed, tokens.len(), || {
+            pass.embed(&mut self.embed, tokens)
+        })
     }
 
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
-        // the embed engine runs for the contexts of these positions
-        self.embed(&vec![0; positions.len()], positions.start)?;
+        self.begin(positions.len(), positions.start)?;
         let size = self.shared.hidden_size;
-        let rows = &self.kept[positions.start * size..positions.end * size];
+        let rows = &self.saved[positions.start * size..positions.end * size];
         self.passes.resume(engine, rows);
         Ok(())
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
-        let bound = &self.passes.current().layers[engine];
-        run(&mut self.layers[engine], bound, || {
-            format!("layer engine {}", self.entries[engine].file.display())
+        let pass = self.passes.current();
+        let entry = &self.entries[engine];
+        let part = EnginePart::Layers(entry.range());
+        self.stopwatch.time(part, pass.contexts.tokens(), || {
+            run(&mut self.layers[engine], &pass.layers[engine], || {
+                format!("layer engine {}", entry.file.display())
+            })
         })?;
         self.passes.engines_run = engine + 1;
         Ok(())
     }
 
-    fn run_attention(&mut self, engine: usize) -> Result<()> {
-        self.load_attention()?;
-        let pass = self.passes.current_mut();
-        pass.bind_attention(&self.attention, &self.attention_entries, &mut self.shared)?;
-        run(&mut self.attention[engine], &pass.attention[engine], || {
-            let file = &self.attention_entries[engine].file;
-            format!("attention engine {}", file.display())
-        })?;
-        self.passes.engines_run = engine + 1;
-        Ok(())
+    fn attention_only(&mut self) -> Option<&mut dyn AttentionOnly> {
+        (!self.attention_entries.is_empty()).then_some(self)
     }
 
     fn residual(&mut self, tokens: usize) -> Result<Vec<f32>> {
@@ -268,32 +289,37 @@ impl Engines for OnnxRuntime {
 
     fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>> {
         let row = self.passes.newest(1, self.shared.hidden_size);
-        self.exits.signals(depth, row, stability)
+        self.stopwatch.time(EnginePart::ExitHead(depth), 1, || {
+            self.exits.signals(depth, row, stability)
+        })
     }
 
-    fn stability(&self, engine: usize) -> &[f32] {
+    fn stability(&mut self, engine: usize) -> Result<Vec<f32>> {
         let rows = read(&self.passes.current().stability[engine]);
-        &rows[rows.len() - self.entries[engine].num_layers..]
+        Ok(rows[rows.len() - self.entries[engine].num_layers..].to_vec())
     }
 
-    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
+    fn save(&mut self, positions: Range<usize>) -> Result<()> {
         let size = self.shared.hidden_size;
         let rows = self.passes.newest(positions.len(), size);
-        self.kept[positions.start * size..positions.end * size].copy_from_slice(rows);
+        self.saved[positions.start * size..positions.end * size].copy_from_slice(rows);
         Ok(())
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
         self.prepare_filling(&positions)?;
-        let embedding = &self.fillings[&positions.len()].embedding;
+        let filling = &self.fillings[&positions.len()];
         let engine = &mut self.key_value[layer];
         let mut bound = binding(&engine.session)?;
-        bind_input(&mut bound, "x", &embedding.hidden)?;
-        embedding.bind_contexts(&mut bound, &engine.contexts)?;
+        bind_input(&mut bound, "x", &filling.hidden)?;
+        filling.contexts.bind(&mut bound, &engine.contexts)?;
         bind_input(&mut bound, "write_index", &self.shared.write_index)?;
         self.shared.bind_cache(&mut bound, layer, 0)?;
-        run(&mut engine.session, &bound, || {
-            format!("kv engine of layer {layer}")
+        let part = EnginePart::KeyValue(layer);
+        self.stopwatch.time(part, positions.len(), || {
+            run(&mut engine.session, &bound, || {
+                format!("kv engine of layer {layer}")
+            })
         })
     }
 
@@ -307,18 +333,45 @@ impl Engines for OnnxRuntime {
         let depth = self.entries[self.passes.engines_run - 1].end();
         // lenses are for exits, which are of one token
         let seen = match tokens {
-            1 => self.exits.through_lens(depth, rows)?,
+            1 if self.exits.has_lens(depth) => {
+                self.stopwatch.time(EnginePart::Lens(depth), 1, || {
+                    self.exits.through_lens(depth, rows)
+                })?
+            }
             _ => None,
         };
         write(&mut pass.input, seen.unwrap_or(rows));
         self.logit_rows = tokens;
-        run(&mut self.head, &pass.binding, || "head engine".into())
+        self.stopwatch.time(EnginePart::Head, tokens, || {
+            run(&mut self.head, &pass.binding, || "head engine".into())
+        })
     }
 
     fn logits(&self) -> &[f32] {
         self.head_passes
             .get(&self.logit_rows)
             .map_or(&[], |pass| read(&pass.logits))
+    }
+
+    fn take_timings(&mut self) -> Vec<EngineTiming> {
+        self.stopwatch.take()
+    }
+}
+
+impl AttentionOnly for OnnxRuntime {
+    fn run_attention(&mut self, engine: usize) -> Result<()> {
+        self.load_attention()?;
+        let pass = self.passes.current_mut();
+        pass.bind_attention(&self.attention, &self.attention_entries, &mut self.shared)?;
+        let entry = &self.attention_entries[engine];
+        let part = EnginePart::Attention(entry.range());
+        self.stopwatch.time(part, pass.contexts.tokens(), || {
+            run(&mut self.attention[engine], &pass.attention[engine], || {
+                format!("attention engine {}", entry.file.display())
+            })
+        })?;
+        self.passes.engines_run = engine + 1;
+        Ok(())
     }
 }
 

@@ -1,10 +1,11 @@
 //! The first NVIDIA GPU, through its driver.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{self, CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{
-    CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result,
+    CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result,
 };
 
 use super::device::{Buffer, Device, Work, check_inside};
@@ -74,6 +75,7 @@ impl Cuda {
 
 impl Device for Cuda {
     type Captured = Captured;
+    type Mark = CudaEvent;
 
     fn free_memory(&self) -> Result<Option<u64>> {
         let (free, _) = self
@@ -155,6 +157,17 @@ impl Device for Cuda {
 
     fn launch(&mut self, captured: &Captured) -> Result<()> {
         captured.0.launch().map_err(failed("a captured engine"))
+    }
+
+    fn mark(&mut self) -> Result<CudaEvent> {
+        let timed = CUevent_flags::CU_EVENT_DEFAULT;
+        let event = self.stream.record_event(Some(timed));
+        event.map_err(failed("an event"))
+    }
+
+    fn elapsed(&self, from: &CudaEvent, to: &CudaEvent) -> Result<Duration> {
+        let ms = from.elapsed_ms(to).map_err(failed("an event"))?;
+        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
     }
 }
 

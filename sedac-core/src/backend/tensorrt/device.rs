@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::Result;
 
@@ -100,6 +101,8 @@ pub(super) fn check_inside(size: usize, offset: usize, bytes: usize) {
 pub trait Device: Send {
     /// Work that can be launched again.
     type Captured: Send;
+    /// A point between two pieces of work.
+    type Mark: Send;
 
     /// Bytes that are free; None where its memory is the host's.
     fn free_memory(&self) -> Result<Option<u64>>;
@@ -127,4 +130,10 @@ pub trait Device: Send {
 
     /// Do captured work again.
     fn launch(&mut self, captured: &Self::Captured) -> Result<()>;
+
+    /// Mark the point after all work so far.
+    fn mark(&mut self) -> Result<Self::Mark>;
+
+    /// The time from one mark to a later one. Waits until the work before them is done.
+    fn elapsed(&self, from: &Self::Mark, to: &Self::Mark) -> Result<Duration>;
 }

@@ -6,10 +6,10 @@
 //! work, a few bytes written before a pass and the stability read after each engine. The graphs
 //! behind the plans are the portable ones of `sedac_export/tensorrt/portable.py`.
 
+mod buffers;
 mod cuda;
 mod device;
-mod host;
-mod memory;
+mod host_device;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -18,29 +18,34 @@ use std::sync::Arc;
 
 pub use cuda::Cuda;
 pub use device::{Bound, Buffer, Device, Executor, Work};
-pub use host::Host;
+pub use host_device::Host;
 
-use self::memory::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
+use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
-use super::{Engines, MOST_TOKENS};
-use crate::bundle::{Bundle, Gate};
+use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
+use crate::bundle::{Bundle, Gate, PlanFiles, PortableLayers};
 use crate::error::{Error, Result};
-use crate::plans::{Plans, PortableLayers};
 use crate::policy::ExitSignals;
 
-/// Passes of up to so many tokens, those that verify a draft, are captured. It is what the plans'
+/// Passes of up to this many tokens, those that verify a draft, are captured. It is what the plans'
 /// profiles call verifying, and as many logits as the head gives at once.
-const MOST_CAPTURED: usize = 16;
+const MAX_CAPTURED: usize = 16;
 
 /// A plan and the tensors it runs over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Plan {
+enum PlanKind {
     Embed,
-    /// Embed for the contexts of positions that a kv engine fills.
-    EmbedFilling,
+    Contexts(FrameKind),
     Layers(usize),
     KeyValue(usize),
     Head,
+}
+
+/// One of the two frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum FrameKind {
+    Pass,
+    Filling,
 }
 
 /// A bundle's plans of one target and the caches of one sequence.
@@ -49,10 +54,10 @@ pub struct TensorRt<D: Device> {
     device: D,
     executor: Arc<dyn Executor>,
     gate: Arc<Gate>,
-    plans: Plans,
+    plans: PlanFiles,
     layers: Vec<PortableLayers>,
     sizes: Sizes,
-    captured: HashMap<(Plan, usize), D::Captured>,
+    captured: HashMap<(PlanKind, usize), D::Captured>,
     pass: Frame,
     /// Apart from the pass, whose residual stream and contexts stay while a cache is filled.
     filling: Frame,
@@ -63,14 +68,25 @@ pub struct TensorRt<D: Device> {
     /// [1, tokens, layers of the engine] of the engine that ran last, fp32.
     stabilities: Buffer,
     /// Hidden states by position.
-    kept: Buffer,
+    saved: Buffer,
     head_input: Buffer,
     head_output: Buffer,
     exits: Exits,
     tokens: usize,
     engines_run: usize,
-    stability: Vec<f32>,
     logits: Vec<f32>,
+    loaded: D::Mark,
+    /// What was launched since the host last waited for the device.
+    launched: Vec<Launched<D::Mark>>,
+    timings: Vec<EngineTiming>,
+}
+
+/// A launched plan, between two points of the device's work.
+struct Launched<Mark> {
+    part: EnginePart,
+    tokens: usize,
+    start: Mark,
+    end: Mark,
 }
 
 impl<D: Device> TensorRt<D> {
@@ -98,14 +114,15 @@ impl<D: Device> TensorRt<D> {
             hidden: manifest.model.hidden_size,
             vocabulary: manifest.model.vocab_size,
             length,
-            most_tokens: MOST_TOKENS
-                .min(plans.max_prefill_chunk.max(MOST_CAPTURED))
+            max_tokens: MAX_TOKENS
+                .min(plans.max_prefill_chunk.max(MAX_CAPTURED))
                 .min(length),
         };
+        let loaded = device.mark()?;
         let contexts = &portable.contexts;
-        let most_layers = portable.layers.iter().map(|entry| entry.num_layers).max();
-        let stabilities = [sizes.most_tokens, most_layers.unwrap_or(1)];
-        let logits = [MOST_CAPTURED, sizes.vocabulary];
+        let max_layers = portable.layers.iter().map(|entry| entry.num_layers).max();
+        let stabilities = [sizes.max_tokens, max_layers.unwrap_or(1)];
+        let logits = [MAX_CAPTURED, sizes.vocabulary];
         let mut engines = Self {
             pass: Frame::new(&mut device, contexts, sizes)?,
             filling: Frame::new(&mut device, contexts, sizes)?,
@@ -113,8 +130,8 @@ impl<D: Device> TensorRt<D> {
             caches: Caches::new(&mut device, manifest, sizes)?,
             masks: Masks::new(&mut device, &portable.masks, sizes)?,
             stabilities: allocate(&mut device, &stabilities, size_of::<f32>())?,
-            kept: sizes.rows(&mut device, length)?,
-            head_input: sizes.rows(&mut device, MOST_CAPTURED)?,
+            saved: sizes.rows(&mut device, length)?,
+            head_input: sizes.rows(&mut device, MAX_CAPTURED)?,
             head_output: allocate(&mut device, &logits, sizes.precision.bytes())?,
             gate: bundle.gate.clone(),
             layers: portable.layers.clone(),
@@ -126,8 +143,10 @@ impl<D: Device> TensorRt<D> {
             captured: HashMap::new(),
             tokens: 0,
             engines_run: 0,
-            stability: Vec::new(),
             logits: Vec::new(),
+            loaded,
+            launched: Vec::new(),
+            timings: Vec::new(),
         };
         engines.prepare()?;
         Ok(engines)
@@ -140,12 +159,48 @@ impl<D: Device> TensorRt<D> {
             self.run(engine)?;
         }
         self.head(1)?;
-        self.keep(0..1)?;
+        self.save(0..1)?;
         (0..self.plans.key_value.len()).try_for_each(|layer| self.fill(layer, 0..1))
     }
 
-    fn launch(&mut self, plan: Plan, tokens: usize) -> Result<()> {
-        if tokens > MOST_CAPTURED {
+    fn launch(&mut self, plan: PlanKind, tokens: usize) -> Result<()> {
+        let start = self.device.mark()?;
+        self.launch_untimed(plan, tokens)?;
+        let end = self.device.mark()?;
+        self.launched.push(Launched {
+            part: self.part(plan),
+            tokens,
+            start,
+            end,
+        });
+        Ok(())
+    }
+
+    fn part(&self, plan: PlanKind) -> EnginePart {
+        match plan {
+            PlanKind::Embed => EnginePart::Embed,
+            PlanKind::Contexts(_) => EnginePart::Contexts,
+            PlanKind::Layers(engine) => EnginePart::Layers(self.layers[engine].range()),
+            PlanKind::KeyValue(layer) => EnginePart::KeyValue(layer),
+            PlanKind::Head => EnginePart::Head,
+        }
+    }
+
+    /// Note how long the launched plans took, which the host has waited for.
+    fn note_timings(&mut self) -> Result<()> {
+        for launched in self.launched.drain(..) {
+            self.timings.push(EngineTiming {
+                start: self.device.elapsed(&self.loaded, &launched.start)?,
+                elapsed: self.device.elapsed(&launched.start, &launched.end)?,
+                part: launched.part,
+                tokens: launched.tokens,
+            });
+        }
+        Ok(())
+    }
+
+    fn launch_untimed(&mut self, plan: PlanKind, tokens: usize) -> Result<()> {
+        if tokens > MAX_CAPTURED {
             let work = self.work(plan, tokens)?;
             return self.device.run(&work);
         }
@@ -157,30 +212,35 @@ impl<D: Device> TensorRt<D> {
         Ok(())
     }
 
-    fn work(&self, plan: Plan, tokens: usize) -> Result<Work> {
+    fn work(&self, plan: PlanKind, tokens: usize) -> Result<Work> {
         Ok(Work {
             executor: self.executor.clone(),
             plan: self.gate.path(self.path(plan))?,
             tensors: self.tensors(plan, tokens),
-            replayed: tokens <= MOST_CAPTURED,
+            replayed: tokens <= MAX_CAPTURED,
         })
     }
 
-    fn path(&self, plan: Plan) -> &Path {
+    fn path(&self, plan: PlanKind) -> &Path {
         match plan {
-            Plan::Embed | Plan::EmbedFilling => &self.plans.embed,
-            Plan::Layers(engine) => &self.plans.layers[engine],
-            Plan::KeyValue(layer) => &self.plans.key_value[layer],
-            Plan::Head => &self.plans.head,
+            PlanKind::Embed => &self.plans.embed,
+            PlanKind::Contexts(_) => {
+                let contexts = self.plans.contexts.as_deref();
+                contexts.expect("launched where there is one")
+            }
+            PlanKind::Layers(engine) => &self.plans.layers[engine],
+            PlanKind::KeyValue(layer) => &self.plans.key_value[layer],
+            PlanKind::Head => &self.plans.head,
         }
     }
 
-    fn tensors(&self, plan: Plan, tokens: usize) -> Vec<Bound> {
+    fn tensors(&self, plan: PlanKind, tokens: usize) -> Vec<Bound> {
         let sizes = self.sizes;
         match plan {
-            Plan::Embed => self.pass.embed(tokens, sizes),
-            Plan::EmbedFilling => self.filling.embed(tokens, sizes),
-            Plan::Layers(engine) => {
+            PlanKind::Embed => self.pass.embed(tokens, sizes),
+            PlanKind::Contexts(FrameKind::Pass) => self.pass.positions(tokens),
+            PlanKind::Contexts(FrameKind::Filling) => self.filling.positions(tokens),
+            PlanKind::Layers(engine) => {
                 let layers = self.layers[engine].range();
                 let stability = [1, tokens, layers.len()];
                 let mut tensors = self.pass.shared(tokens);
@@ -192,13 +252,13 @@ impl<D: Device> TensorRt<D> {
                 tensors.extend(self.caches.tensors(layers));
                 tensors
             }
-            Plan::KeyValue(layer) => {
+            PlanKind::KeyValue(layer) => {
                 let mut tensors = self.filling.shared(tokens);
                 tensors.push(sizes.bound("x", self.filling.hidden[0], tokens));
                 tensors.extend(self.caches.tensors(layer..layer + 1));
                 tensors
             }
-            Plan::Head => {
+            PlanKind::Head => {
                 let logits = [1, tokens, sizes.vocabulary];
                 let element = sizes.precision.bytes();
                 vec![
@@ -215,17 +275,37 @@ impl<D: Device> TensorRt<D> {
         (self.pass.hidden[self.engines_run % 2], offset)
     }
 
-    /// Make the filling frame ready for `positions`. The embed engine runs for its contexts alone.
+    /// Make the pass at `positions` the current one.
+    fn begin(&mut self, positions: Range<usize>) -> Result<()> {
+        let (tokens, start) = (positions.len(), positions.start);
+        self.tokens = tokens;
+        self.engines_run = 0;
+        if self.filled.end > start {
+            // exit hidden states at these positions are about to change
+            self.filled = 0..0;
+        }
+        self.pass.write_positions(&mut self.device, &positions)?;
+        self.masks.write(&mut self.device, positions, self.sizes)?;
+        self.launch_contexts(FrameKind::Pass, tokens)
+    }
+
+    fn launch_contexts(&mut self, frame: FrameKind, tokens: usize) -> Result<()> {
+        match self.plans.contexts {
+            Some(_) => self.launch(PlanKind::Contexts(frame), tokens),
+            None => Ok(()),
+        }
+    }
+
+    /// Make the filling frame ready for `positions`.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
         if self.filled == *positions {
             return Ok(());
         }
         let tokens = positions.len();
         let start = positions.start;
-        self.filling
-            .write(&mut self.device, &vec![0; tokens], start)?;
-        self.launch(Plan::EmbedFilling, tokens)?;
-        let from = (self.kept, start * self.sizes.row());
+        self.filling.write_positions(&mut self.device, positions)?;
+        self.launch_contexts(FrameKind::Filling, tokens)?;
+        let from = (self.saved, start * self.sizes.row());
         let to = (self.filling.hidden[0], 0);
         self.device.copy(from, to, tokens * self.sizes.row())?;
         self.filled = positions.clone();
@@ -254,48 +334,36 @@ impl<D: Device> Engines for TensorRt<D> {
         self.layers.iter().map(PortableLayers::range).collect()
     }
 
-    fn most_tokens(&self) -> usize {
-        self.sizes.most_tokens
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            exit_heads: self.exits.depths(),
+            ..Capabilities::default()
+        }
+    }
+
+    fn max_tokens(&self) -> usize {
+        self.sizes.max_tokens
     }
 
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
-        self.tokens = tokens.len();
-        self.engines_run = 0;
-        if self.filled.end > start {
-            // exit hidden states at these positions are about to change
-            self.filled = 0..0;
-        }
-        let positions = start..start + tokens.len();
-        self.pass.write(&mut self.device, tokens, start)?;
-        self.masks.write(&mut self.device, positions, self.sizes)?;
-        self.launch(Plan::Embed, tokens.len())
+        self.begin(start..start + tokens.len())?;
+        self.pass.write_tokens(&mut self.device, tokens)?;
+        self.launch(PlanKind::Embed, tokens.len())
     }
 
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
-        // the embed engine runs for the contexts of these positions
-        self.embed(&vec![0; positions.len()], positions.start)?;
+        self.begin(positions.clone())?;
         self.engines_run = engine;
-        let from = (self.kept, positions.start * self.sizes.row());
+        let from = (self.saved, positions.start * self.sizes.row());
         let to = self.newest(positions.len());
         self.device
             .copy(from, to, positions.len() * self.sizes.row())
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
-        self.launch(Plan::Layers(engine), self.tokens)?;
+        self.launch(PlanKind::Layers(engine), self.tokens)?;
         self.engines_run = engine + 1;
-        // waits for the engine, so that the time it took is the time it takes
-        let newest = self.layers[engine].num_layers * size_of::<f32>();
-        let mut bytes = vec![0; newest];
-        let offset = (self.tokens - 1) * newest;
-        self.device.read(self.stabilities, offset, &mut bytes)?;
-        self.stability = decode_f32(&bytes);
         Ok(())
-    }
-
-    fn run_attention(&mut self, _: usize) -> Result<()> {
-        let range = "hard; there are no TensorRT plans of attention alone";
-        Err(Error::setting("exit_kind", "soft", range))
     }
 
     fn residual(&mut self, tokens: usize) -> Result<Vec<f32>> {
@@ -318,36 +386,44 @@ impl<D: Device> Engines for TensorRt<D> {
         self.exits.signals(depth, &row, stability)
     }
 
-    fn stability(&self, _: usize) -> &[f32] {
-        &self.stability
+    fn stability(&mut self, engine: usize) -> Result<Vec<f32>> {
+        let newest = self.layers[engine].num_layers * size_of::<f32>();
+        let mut bytes = vec![0; newest];
+        let offset = (self.tokens - 1) * newest;
+        self.device.read(self.stabilities, offset, &mut bytes)?;
+        Ok(decode_f32(&bytes))
     }
 
-    fn keep(&mut self, positions: Range<usize>) -> Result<()> {
+    fn save(&mut self, positions: Range<usize>) -> Result<()> {
         if positions.is_empty() {
             return Ok(());
         }
-        let to = (self.kept, positions.start * self.sizes.row());
+        let to = (self.saved, positions.start * self.sizes.row());
         let bytes = positions.len() * self.sizes.row();
         self.device.copy(self.newest(positions.len()), to, bytes)
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
         self.prepare_filling(&positions)?;
-        self.launch(Plan::KeyValue(layer), positions.len())
+        self.launch(PlanKind::KeyValue(layer), positions.len())
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
         self.write_head_input(tokens)?;
-        self.launch(Plan::Head, tokens)?;
+        self.launch(PlanKind::Head, tokens)?;
         let bytes = tokens * self.sizes.vocabulary * self.sizes.precision.bytes();
         let mut read = vec![0; bytes];
         self.device.read(self.head_output, 0, &mut read)?;
         self.logits = self.sizes.precision.decode(&read);
-        Ok(())
+        self.note_timings()
     }
 
     fn logits(&self) -> &[f32] {
         &self.logits
+    }
+
+    fn take_timings(&mut self) -> Vec<EngineTiming> {
+        std::mem::take(&mut self.timings)
     }
 }
 

@@ -1,0 +1,59 @@
+//! What engines can do beyond running layers.
+
+use crate::error::{Error, Result};
+use crate::policy::{ExitRule, Signal};
+
+/// What a set of engines can do beyond running layers; known once it is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Sequences that can be under way at once.
+    pub sequences: usize,
+    /// Depths after which an entropy probe gives a risk.
+    pub probes: Vec<usize>,
+    /// Depths with an exit head.
+    pub exit_heads: Vec<usize>,
+    /// Whether layers can run without their MLPs.
+    pub attention_only: bool,
+}
+
+impl Default for Capabilities {
+    /// Layers alone, for one sequence.
+    fn default() -> Self {
+        Self {
+            sequences: 1,
+            probes: Vec::new(),
+            exit_heads: Vec::new(),
+            attention_only: false,
+        }
+    }
+}
+
+impl Capabilities {
+    /// Check that every signal that `rule` reads exists; `policy` names it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] naming what is missing.
+    pub fn check(&self, rule: &ExitRule, policy: &str, layers: usize) -> Result<()> {
+        if rule.is_soft() && !self.attention_only {
+            let range = "hard; this backend has no engines of attention alone";
+            return Err(Error::setting("exit_kind", "soft", range));
+        }
+        for depth in 1..layers {
+            for signal in rule.signals(depth) {
+                let (known, missing) = match signal {
+                    Signal::None | Signal::Stability => continue,
+                    Signal::Risk => (&self.probes, "entropy probe"),
+                    Signal::Margin | Signal::Learned => (&self.exit_heads, "exit head"),
+                };
+                if !known.contains(&depth) {
+                    let range = format!(
+                        "a policy that this backend's engines support; they have no {missing} at \
+                         depth {depth}"
+                    );
+                    return Err(Error::setting("policy", policy, range));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,362 @@
+//! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
+
+mod decoding;
+mod mode;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tracing::{debug_span, info};
+
+use self::decoding::{Decoding, Drafting, Text};
+pub use self::mode::DecodingMode;
+use self::mode::ExitSchedule;
+use crate::backend::{
+    Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep, StepExit,
+    StepOutcome,
+};
+use crate::bundle::{Bundle, DrafterKind};
+use crate::draft::{Draft, new_drafter};
+use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
+use crate::kv::KvFill;
+use crate::sampler::{Sampler, Sampling};
+use crate::sequence::Sequence;
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Token ids to continue; at least one.
+    pub prompt: Vec<u32>,
+    /// The most new tokens.
+    pub max_new_tokens: usize,
+    /// Tokens that end the text.
+    pub stop_tokens: Vec<u32>,
+    /// When tokens exit.
+    pub mode: DecodingMode,
+    /// What the KV caches of layers that tokens skip get.
+    pub kv_fill: KvFill,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was generated, or whoever takes the tokens wants no more.
+    Stop,
+    /// max_new_tokens were generated or the cache is full.
+    Length,
+}
+
+impl FinishReason {
+    /// The name used in output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// One generated token.
+#[derive(Debug, Clone, Copy)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// The depth whose logits it was chosen from, and why no deeper. The first token comes from
+    /// the prompt's last position, which always runs at full depth.
+    pub exit: StepExit,
+}
+
+/// How a generation went.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Time for the prompt, until the first token's logits.
+    pub prefill: Duration,
+    /// Time for all other tokens, and for filling the caches at the end.
+    pub decode: Duration,
+    /// How drafts went; all zero when nothing was drafted.
+    pub drafts: DraftSummary,
+}
+
+/// How the drafts of a generation went.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DraftSummary {
+    /// Tokens drafted, and between them those of exits that the rule took.
+    pub drafted: usize,
+    /// Those that full depth accepted.
+    pub accepted: usize,
+    /// Passes that verified drafts.
+    pub verify_passes: usize,
+    /// Drafts by the layers they ran; 0 for those that ran none.
+    pub draft_depths: BTreeMap<usize, usize>,
+}
+
+impl DraftSummary {
+    /// `tokens` came instead of `draft`.
+    fn count(&mut self, draft: &Draft, tokens: &[u32]) {
+        if draft.is_certain() {
+            return;
+        }
+        self.drafted += draft.tokens.len();
+        let pairs = tokens.iter().zip(&draft.tokens);
+        let accepted = pairs.take_while(|(token, drafted)| token == drafted);
+        self.accepted += accepted.count();
+        self.verify_passes += 1;
+        *self.draft_depths.entry(draft.depth).or_default() += 1;
+    }
+}
+
+/// Generates with one backend.
+pub struct Chain {
+    backend: Box<dyn Backend>,
+    exit_layers: Vec<usize>,
+    capacity: usize,
+    vocab_size: usize,
+    /// Kept between generations, since they learn what pays on this machine; by the fewest layers
+    /// that drafts run, None in lossless mode.
+    drafting: HashMap<(DrafterKind, Option<usize>), Drafting>,
+}
+
+impl Chain {
+    /// A chain over ONNX Runtime engines of `bundle`; see [`OnnxRuntime::load`].
+    ///
+    /// # Errors
+    /// What [`OnnxRuntime::load`] reports.
+    pub fn load(bundle: &Bundle, layout: Layout, library: &Path, threads: usize) -> Result<Self> {
+        let engines = OnnxRuntime::load(bundle, layout, library, threads)?;
+        Ok(Self::over(bundle, engines))
+    }
+
+    /// A chain over any engines of `bundle`.
+    pub fn over(bundle: &Bundle, engines: impl Engines + 'static) -> Self {
+        let manifest = &bundle.manifest;
+        let capacity = manifest.max_cache_length;
+        let backend = HostDecided::new(engines, &manifest.exit_layers, capacity);
+        let exit_layers = manifest.exit_layers.clone();
+        let vocab_size = manifest.model.vocab_size;
+        Self::new(Box::new(backend), exit_layers, capacity, vocab_size)
+    }
+
+    /// A chain over any backend whose sequences have `capacity` positions and whose logits are
+    /// `vocab_size` numbers a token, with exits allowed after the depths `exit_layers`.
+    pub fn new(
+        backend: Box<dyn Backend>,
+        exit_layers: Vec<usize>,
+        capacity: usize,
+        vocab_size: usize,
+    ) -> Self {
+        Self {
+            backend,
+            exit_layers,
+            capacity,
+            vocab_size,
+            drafting: HashMap::new(),
+        }
+    }
+
+    /// Decoder layers of the model.
+    pub fn num_layers(&self) -> usize {
+        self.backend.num_layers()
+    }
+
+    /// Positions that a sequence may have.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Generate, handing each token to `emit` as it comes; the text ends where that breaks.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] and [`Error::Prompt`] before anything runs, [`Error::Cancelled`] when
+    /// interrupted, and what the backend reports.
+    pub fn generate(
+        &mut self,
+        request: &Request,
+        interrupt: &Interrupt,
+        emit: impl FnMut(Token) -> ControlFlow<()>,
+    ) -> Result<Summary> {
+        let exits = self.exit_schedule(&request.mode, request.kv_fill)?;
+        let sampler = Sampler::new(request.sampling)?;
+        self.check_prompt(request)?;
+        let mut sequence = self.backend.open(request.mode.kv_fill(request.kv_fill))?;
+        let started = Instant::now();
+        let outcome = self.prefill(
+            &mut sequence,
+            &request.prompt,
+            LogitsRequest::Rows(1),
+            interrupt,
+        )?;
+        let prefill = started.elapsed();
+        let mut text = Text::new(request, sampler, sequence.room(), emit);
+        text.take(outcome.logits.rows(), outcome.exit);
+        let mut drafting = self.take_drafting(&request.mode, &exits);
+        let mut decoding = Decoding {
+            backend: self.backend.as_mut(),
+            vocab_size: self.vocab_size,
+            sequence,
+            exits,
+            interrupt,
+            text,
+            drafts: DraftSummary::default(),
+        };
+        let decoded = decoding.run(drafting.as_mut().map(|(_, drafting)| drafting));
+        let (finish_reason, drafts) = (decoding.text.finished, decoding.drafts);
+        self.drafting.extend(drafting);
+        decoded?;
+        let summary = Summary {
+            finish_reason: finish_reason.unwrap_or(FinishReason::Length),
+            prefill,
+            decode: started.elapsed() - prefill,
+            drafts,
+        };
+        info!(prompt_tokens = request.prompt.len(), ?summary, "generated");
+        Ok(summary)
+    }
+
+    /// Run a given text token by token and hand to `emit`, for each token but the first, the most
+    /// probable next one and where it exited. The first runs at full depth, as prompts do. Ends with
+    /// complete caches.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn follow(
+        &mut self,
+        tokens: &[u32],
+        mode: &DecodingMode,
+        kv_fill: KvFill,
+        interrupt: &Interrupt,
+        mut emit: impl FnMut(Token),
+    ) -> Result<()> {
+        let mut exits = self.exit_schedule(mode, kv_fill)?;
+        self.check_tokens(tokens)?;
+        let mut sequence = self.backend.open(kv_fill)?;
+        let (first, rest) = tokens.split_at(1);
+        self.prefill(&mut sequence, first, LogitsRequest::None, interrupt)?;
+        for token in rest {
+            let (rule, max_depth) = exits.advance();
+            let step = SequenceStep {
+                sequence: &mut sequence,
+                tokens: std::slice::from_ref(token),
+                rule,
+                max_depth,
+                logits: LogitsRequest::Top(1),
+            };
+            let outcome = step_one(self.backend.as_mut(), step, interrupt)?;
+            if let Some(id) = outcome.logits.top_token() {
+                let exit = outcome.exit;
+                emit(Token { id, exit });
+            }
+        }
+        // what the last tokens left open is part of what exits cost
+        complete(self.backend.as_mut(), &mut sequence, interrupt)
+    }
+
+    fn prefill(
+        &mut self,
+        sequence: &mut Sequence,
+        prompt: &[u32],
+        logits: LogitsRequest,
+        interrupt: &Interrupt,
+    ) -> Result<StepOutcome> {
+        let _span = debug_span!("prefill").entered();
+        let max_depth = self.num_layers();
+        let step = SequenceStep {
+            sequence,
+            tokens: prompt,
+            rule: None,
+            max_depth,
+            logits,
+        };
+        step_one(self.backend.as_mut(), step, interrupt)
+    }
+
+    /// When the tokens of `mode` exit.
+    fn exit_schedule(&self, mode: &DecodingMode, kv_fill: KvFill) -> Result<ExitSchedule> {
+        let layers = self.num_layers();
+        let schedule = ExitSchedule::new(mode, kv_fill, layers)?;
+        if let (DecodingMode::Exit { policy, .. }, Some(rule)) = (mode, schedule.rule()) {
+            let capabilities = self.backend.capabilities();
+            capabilities.check(rule, policy.name(), layers)?;
+        }
+        Ok(schedule)
+    }
+
+    /// The drafter of `mode`, with what it has learned so far.
+    fn take_drafting(
+        &mut self,
+        mode: &DecodingMode,
+        exits: &ExitSchedule,
+    ) -> Option<((DrafterKind, Option<usize>), Drafting)> {
+        let kind = mode.drafter()?;
+        let layers = self.num_layers();
+        let min_depth = exits.min_draft_depth(&self.exit_layers, layers);
+        let key = (kind, min_depth);
+        let known = self.drafting.remove(&key);
+        let drafting = known.unwrap_or_else(|| {
+            let drafter = new_drafter(kind, &self.exit_layers, layers, min_depth.unwrap_or(0));
+            Drafting::new(drafter, layers)
+        });
+        Some((key, drafting))
+    }
+
+    fn check_prompt(&self, request: &Request) -> Result<()> {
+        if request.max_new_tokens == 0 {
+            return Err(Error::setting("max_new_tokens", 0, "1 or more"));
+        }
+        self.check_tokens(&request.prompt)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::Prompt("holds no token; give some text".into()));
+        }
+        let capacity = self.capacity;
+        if tokens.len() > capacity {
+            return Err(Error::Prompt(format!(
+                "of {} tokens is longer than the cache of {capacity} positions; shorten it or \
+                 build the bundle with a larger --max-cache-length",
+                tokens.len()
+            )));
+        }
+        let vocabulary = self.vocab_size;
+        if let Some(token) = tokens.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::Prompt(format!(
+                "holds token {token}, but the model knows {vocabulary} tokens only"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Run a step of one sequence.
+fn step_one(
+    backend: &mut dyn Backend,
+    step: SequenceStep<'_>,
+    interrupt: &Interrupt,
+) -> Result<StepOutcome> {
+    let mut outcomes = backend.step(&mut [step], interrupt)?;
+    Ok(outcomes.swap_remove(0))
+}
+
+/// Run what exits left open, so that every layer's cache holds every position.
+fn complete(
+    backend: &mut dyn Backend,
+    sequence: &mut Sequence,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let _span = debug_span!("complete").entered();
+    let step = SequenceStep {
+        tokens: &[],
+        rule: None,
+        max_depth: backend.num_layers(),
+        logits: LogitsRequest::None,
+        sequence,
+    };
+    step_one(backend, step, interrupt).map(|_| ())
+}

@@ -1,0 +1,125 @@
+//! When tokens exit, as requests say it.
+
+use crate::bundle::DrafterKind;
+use crate::error::{Error, Result};
+use crate::kv::KvFill;
+use crate::policy::{ExitRule, PolicySettings};
+
+/// When tokens exit.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DecodingMode {
+    /// Never: every token runs at full depth.
+    Full,
+    /// When a policy says so.
+    Exit {
+        /// The policy.
+        policy: PolicySettings,
+        /// Drafts the tokens that the policy does not let exit, for full depth to verify several
+        /// at once. Requires [`KvFill::Defer`] and exits that are not soft.
+        drafter: Option<DrafterKind>,
+    },
+    /// Only to draft: tokens come from full depth, which verifies several drafted ones at once.
+    Lossless {
+        /// What drafts.
+        drafter: DrafterKind,
+    },
+    /// The n-th decoded token after `depths[n % depths.len()]` layers, whatever the model says:
+    /// measures the machinery.
+    Forced {
+        /// Depths, each 1 to the number of layers.
+        depths: Vec<usize>,
+    },
+}
+
+impl DecodingMode {
+    /// What the caches of skipped layers get; lossless drafts always wait for the pass that verifies
+    /// them.
+    pub(super) fn kv_fill(&self, requested: KvFill) -> KvFill {
+        match self {
+            Self::Lossless { .. } => KvFill::Defer,
+            _ => requested,
+        }
+    }
+
+    pub(super) fn drafter(&self) -> Option<DrafterKind> {
+        match self {
+            Self::Lossless { drafter } => Some(*drafter),
+            Self::Exit { drafter, .. } => *drafter,
+            _ => None,
+        }
+    }
+}
+
+/// The exit rule of a generation, and the depth limits of its tokens in turn.
+#[derive(Debug)]
+pub(super) struct ExitSchedule {
+    rule: Option<ExitRule>,
+    depths: Vec<usize>,
+    next: usize,
+}
+
+impl ExitSchedule {
+    /// For a model of `layers` layers.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] when a setting is out of range, or the drafter cannot draft between the
+    /// exits.
+    pub(super) fn new(mode: &DecodingMode, kv_fill: KvFill, layers: usize) -> Result<Self> {
+        let (rule, depths) = match mode {
+            DecodingMode::Full | DecodingMode::Lossless { .. } => (None, vec![layers]),
+            DecodingMode::Exit { policy, drafter } => {
+                let rule = policy.compile(layers)?;
+                if let Some(drafter) = drafter {
+                    drafter.check_exits(&rule, kv_fill)?;
+                }
+                (Some(rule), vec![layers])
+            }
+            DecodingMode::Forced { depths } => {
+                check_depths(depths, layers)?;
+                (None, depths.clone())
+            }
+        };
+        Ok(Self {
+            rule,
+            depths,
+            next: 0,
+        })
+    }
+
+    pub(super) fn rule(&self) -> Option<&ExitRule> {
+        self.rule.as_ref()
+    }
+
+    /// The rule and the depth limit of the next token.
+    pub(super) fn advance(&mut self) -> (Option<&ExitRule>, usize) {
+        let max_depth = self.depths[self.next];
+        self.next = (self.next + 1) % self.depths.len();
+        (self.rule.as_ref(), max_depth)
+    }
+
+    /// The fewest layers that drafts run, of the depths `exit_layers` up to half of `layers`: to
+    /// pass over an exit that the rule takes would lose what it saves. None without a rule.
+    pub(super) fn min_draft_depth(&self, exit_layers: &[usize], layers: usize) -> Option<usize> {
+        let rule = self.rule()?;
+        let exits = exit_layers.iter().copied();
+        let taken = exits.filter(|&depth| depth <= layers / 2 && rule.may_exit(depth));
+        Some(taken.max().unwrap_or(0))
+    }
+}
+
+fn check_depths(depths: &[usize], layers: usize) -> Result<()> {
+    if depths.is_empty() {
+        return Err(Error::setting(
+            "forced_exit",
+            "(none)",
+            "at least one depth",
+        ));
+    }
+    match depths.iter().find(|depth| !(1..=layers).contains(depth)) {
+        Some(depth) => {
+            let range = format!("1 to {layers}, the model's layers");
+            Err(Error::setting("forced_exit", depth, range))
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,9 @@
+//! The decode loop over a toy model, by backends that decide on the host and on a device.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod batch;
+mod exit_drafts;
+mod lossless;
+mod not_finite;
+mod toy;

@@ -1,0 +1,1 @@
+"""Build a bundle from a model, and validate it against the original."""

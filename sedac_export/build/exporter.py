@@ -1,0 +1,187 @@
+"""model -> graphs -> bundle: the whole of `sedac-export build`."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from sedac_export.build.validate import BundleValidation, validate
+from sedac_export.build.writer import write_engines
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.exit_config import ExitConfig
+from sedac_export.bundle.staging import Claim, claimed
+from sedac_export.console import StageProgress
+from sedac_export.errors import SedacError
+from sedac_export.graph.trace_model import check_attention, trace_graphs
+from sedac_export.model.skeleton import Skeleton
+from sedac_export.model.source import ModelSource, opened_model
+from sedac_export.model.support import check_stops
+from sedac_export.model.tokenizer import load_tokenizer, save_tokenizer
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE
+
+DEFAULT_CACHE_LENGTH = 4096
+# engines that are further off than this compute something else
+MOST_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build. exit_layers None means all; max_cache_length None means the default cap."""
+
+    model: str
+    output: Path
+    precision: bundle.Precision = "fp32"
+    layers_per_engine: int = 1
+    max_cache_length: int | None = None
+    exit_layers: list[int] | None = None
+    tolerance: float = DEFAULT_TOLERANCE
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuiltBundle:
+    """What a build wrote, how long it took in seconds, and what the user should know of it."""
+
+    output: Path
+    manifest: bundle.Manifest
+    validation: BundleValidation
+    seconds: float
+    note: str | None = None
+
+
+def build_bundle(request: BuildRequest, progress: StageProgress = lambda *_: None) -> BuiltBundle:
+    """Build a bundle. It appears under its final name whole and validated, or not at all.
+
+    progress is called with a stage's name, the steps done and their number.
+    Raises SedacError for everything that is wrong with the request or the model.
+    """
+    started = time.monotonic()
+    with claimed(request.output) as claim, torch.no_grad():
+        _check_request(request)
+        with opened_model(request.model, claim.scratch) as source:
+            manifest, validation = _build(request, source, claim, progress)
+    seconds = time.monotonic() - started
+    return BuiltBundle(request.output, manifest, validation, seconds, source.note)
+
+
+def _build(
+    request: BuildRequest, source: ModelSource, claim: Claim, progress: StageProgress
+) -> tuple[bundle.Manifest, BundleValidation]:
+    skeleton = Skeleton.load(source.directory)
+    tokenizer = source.tokenizer or load_tokenizer(source.directory)
+    length = _cache_length(skeleton, request)
+    exits = _exit_layers(skeleton, request)
+    facts = _facts(source, skeleton, tokenizer)
+    check_attention(skeleton, length)
+    with claim.staging() as staging:
+        graphs = trace_graphs(skeleton, progress)
+        manifest = bundle.Manifest(
+            model=facts,
+            max_cache_length=length,
+            exit_layers=exits,
+            tokenizer=tokenizer is not None,
+            tolerance=request.tolerance,
+            **write_engines(
+                skeleton, graphs, staging, request.precision, request.layers_per_engine, progress
+            ),
+        )
+        progress("validate", 0, 1)
+        validation = validate(skeleton, staging, manifest, request.tolerance)
+        validation.check()
+        progress("validate", 1, 1)
+        manifest = _finish(staging, manifest, validation, tokenizer)
+        claim.publish(staging, replace=request.force)
+    return manifest, validation
+
+
+def _check_request(request: BuildRequest) -> None:
+    output = request.output
+    if not 0 <= request.tolerance <= MOST_TOLERANCE:
+        raise SedacError(f"--atol {request.tolerance} is out of range: 0 to {MOST_TOLERANCE}")
+    if output.exists() and not request.force:
+        raise SedacError(f"{output} exists; choose another --output or replace it with --force")
+    if output.exists() and not (output / bundle.MANIFEST).exists():
+        raise SedacError(
+            f"{output} is not a bundle, so --force does not replace it; remove it first"
+        )
+
+
+def _cache_length(skeleton: Skeleton, request: BuildRequest) -> int:
+    limit = skeleton.max_positions()
+    length = request.max_cache_length
+    if length is None:
+        return min(limit or DEFAULT_CACHE_LENGTH, DEFAULT_CACHE_LENGTH)
+    if length < 1:
+        raise SedacError(f"--max-cache-length {length} is out of range: 1 or more")
+    if limit is not None and length > limit:
+        raise SedacError(
+            f"--max-cache-length {length} is outside 1..{limit}, the positions this model is"
+            " defined for"
+        )
+    return length
+
+
+def _exit_layers(skeleton: Skeleton, request: BuildRequest) -> list[int]:
+    """Depths at which a token may stop: all ends of engines, or the requested ones among them."""
+    count, step = len(skeleton.layers), request.layers_per_engine
+    if not 1 <= step <= count:
+        raise SedacError(f"--layers-per-engine {step} is outside 1..{count}, this model's layers")
+    ends = sorted({*range(step, count, step), count})
+    if request.exit_layers is None:
+        return ends
+    wrong = sorted(set(request.exit_layers) - set(ends))
+    if wrong:
+        raise SedacError(
+            f"--exit-layers {wrong[0]} is not the end of an engine; with {step} layers per engine"
+            f" tokens can exit after {', '.join(map(str, ends))}"
+        )
+    return sorted({*request.exit_layers, count})
+
+
+def _facts(
+    source: ModelSource, skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
+) -> bundle.ModelFacts:
+    config = skeleton.config
+    generation = skeleton.model.generation_config
+    path = source.directory / "generation_config.json"
+    if path.exists():
+        try:
+            generation = GenerationConfig.from_pretrained(source.directory)
+        except (OSError, ValueError) as error:
+            raise SedacError(f"{path} cannot be read; download it again") from error
+    stops = getattr(generation, "eos_token_id", None)
+    if stops is None:
+        stops = getattr(config, "eos_token_id", None)
+    if stops is None and tokenizer is not None:
+        stops = tokenizer.eos_token_id
+    stops = [] if stops is None else list(stops) if isinstance(stops, list | tuple) else [stops]
+    check_stops(stops, source.directory)
+    return bundle.ModelFacts(
+        name=source.name,
+        type=config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=len(skeleton.layers),
+        vocab_size=config.vocab_size,
+        eos_token_ids=stops,
+    )
+
+
+def _finish(
+    staging: Path,
+    manifest: bundle.Manifest,
+    validation: BundleValidation,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> bundle.Manifest:
+    """Write everything but the engines, the manifest last."""
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, staging)
+    (staging / bundle.VALIDATION).write_text(json.dumps(asdict(validation), indent=1) + "\n")
+    (staging / bundle.EXIT_CONFIG).write_text(
+        ExitConfig.for_layers(manifest.model.num_layers).to_json()
+    )
+    whole = manifest.model_copy(update={"files": bundle.list_files(staging)})
+    bundle.write_manifest(staging, whole)
+    return whole

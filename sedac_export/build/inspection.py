@@ -1,0 +1,118 @@
+"""What `sedac-export inspect` shows."""
+
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sedac_export.bundle import Bundle
+from sedac_export.bundle.certified import read_certification
+from sedac_export.bundle.exit_config import read_exit_config
+from sedac_export.bundle.manifest import VALIDATION, Manifest
+from sedac_export.errors import SedacError
+from sedac_runtime.model import Verify
+from sedac_runtime.tolerance import tolerance_note
+
+
+class _InspectedRow(BaseModel):
+    """What `inspect` shows of a row of validation.json."""
+
+    model_config = ConfigDict(extra="allow")
+
+    engine: str
+    error: float
+    cosine: float
+    agreement: float
+
+
+class _InspectedValidation(BaseModel):
+    engines: list[_InspectedRow]
+    end_to_end: _InspectedRow
+
+
+def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]:
+    """The bundle's facts as one JSON-able object; `verify` is as `Bundle.open` has it.
+
+    Raises SedacError when `directory` is no bundle or a file of it is damaged.
+    """
+    bundle = Bundle.open(directory, verify=verify)
+    hashed, unchanged = bundle.files.hashed_and_skipped
+    manifest = bundle.manifest
+    validation = _validation(bundle)
+    rows = {row.engine: row for row in validation.engines}
+    certification = read_certification(bundle)
+    engines = []
+    for file, layers in _engine_files(manifest):
+        name = Path(file).stem
+        row = rows.get(name)
+        engines.append(
+            {
+                "name": name,
+                "layers": layers,
+                "bytes": _weight_bytes(bundle.graph(file)),
+                "error": row and row.error,
+                "cosine": row and row.cosine,
+            }
+        )
+    return {
+        "model": manifest.model.model_dump(),
+        "precision": manifest.precision,
+        "target": manifest.target,
+        "plans": {target: plans.version for target, plans in manifest.plans.items()},
+        "files": {"hashed": hashed, "unchanged": unchanged},
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "max_cache_length": manifest.max_cache_length,
+        "cache_bytes": manifest.cache_bytes(),
+        "exit_layers": manifest.exit_layers,
+        "exit_config": read_exit_config(directory).model_dump(exclude_none=True),
+        "certified": certification.certified,
+        "certification": certification.sentence,
+        "engines": engines,
+        "validation": {
+            "end_to_end": validation.end_to_end.model_dump(),
+        },
+        "tolerance": manifest.tolerance,
+        "tolerance_note": tolerance_note(manifest.tolerance),
+        "unread_tensors": manifest.unread_tensors,
+        "tool_versions": manifest.tool_versions,
+    }
+
+
+def _validation(bundle: Bundle) -> _InspectedValidation:
+    try:
+        return _InspectedValidation.model_validate_json(bundle.read(VALIDATION))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or VALIDATION
+        raise SedacError(
+            f"{bundle.directory / VALIDATION}: {field}: {first['msg']}; build the bundle again"
+        ) from error
+
+
+def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
+    """(file, layers as text) of every engine, in the order a token passes them."""
+    entries = [*manifest.engines.layers, manifest.engines.monolith]
+    layers = [(e.file, f"{e.first_layer}..{e.first_layer + e.num_layers - 1}") for e in entries]
+    fills = [(e.file, str(layer)) for layer, e in enumerate(manifest.engines.key_value)]
+    exits = [
+        (file, f"..{e.depth - 1}")
+        for e in manifest.engines.exits
+        for file in (e.file, e.lens)
+        if file is not None
+    ]
+    attention = [(e.file, str(e.first_layer)) for e in manifest.engines.attention]
+    engines = manifest.engines
+    first = [(file, "") for file in (engines.embed, engines.contexts) if file is not None]
+    return [*first, *layers, *fills, *attention, *exits, (engines.head, "")]
+
+
+def _weight_bytes(model: ModelProto) -> int:
+    """Bytes of the weights that an engine reads; engines may share them."""
+    lengths = [
+        int(entry.value)
+        for initializer in model.graph.initializer
+        for entry in initializer.external_data
+        if entry.key == "length"
+    ]
+    return sum(lengths)

@@ -1,0 +1,153 @@
+"""Write a bundle's engines: each weight once, and graphs that point at it."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sedac_export.bundle import manifest as bundle
+from sedac_export.console import StageProgress
+from sedac_export.graph.block import compose
+from sedac_export.graph.modules import Context
+from sedac_export.graph.stamp import WeightStore, save_engine, stamp, with_precision
+from sedac_export.graph.trace import TracedGraph
+from sedac_export.graph.trace_model import TracedGraphs
+from sedac_export.model.skeleton import Skeleton
+
+
+class EngineWriter:
+    """Writes engines of one bundle: weights first, each once, then graphs that point at them."""
+
+    def __init__(self, skeleton: Skeleton, staging: Path, precision: str) -> None:
+        self.skeleton, self.precision = skeleton, precision
+        self.directory = staging / "onnx"
+        self.directory.mkdir()
+        self.store = WeightStore(self.directory, precision)
+
+    def stored(self, graph: TracedGraph) -> TracedGraph:
+        """`graph` with its weights in the bundle's precision."""
+        return with_precision(graph, self.precision)
+
+    def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
+        """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
+        sources = {
+            initializer: self.skeleton.sources.names[prefix + parameter.split(".", 1)[1]]
+            for initializer, parameter in graph.weights.items()
+        }
+        self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
+        return stamp(graph, sources, self.store)
+
+    def engine(self, graph: TracedGraph, name: str) -> str:
+        """Write the engine `name`, which is of no layer, and its weights; its path."""
+        return self.save(self.stamp(self.stored(graph), name), name)
+
+    def save(self, model: onnx.ModelProto, name: str) -> str:
+        """Write `model` as onnx/`name`.onnx; its path in the bundle."""
+        save_engine(model, self.directory / f"{name}.onnx")
+        return f"onnx/{name}.onnx"
+
+    def save_layers(
+        self, layers: list[onnx.ModelProto], first: int, name: str
+    ) -> bundle.LayerEngineEntry:
+        """Write consecutive layers from `first` on as one engine."""
+        model = compose(layers)
+        return bundle.LayerEngineEntry(
+            file=self.save(model, name),
+            first_layer=first,
+            num_layers=len(layers),
+            contexts=_contexts(model),
+        )
+
+
+def write_engines(
+    skeleton: Skeleton,
+    graphs: TracedGraphs,
+    staging: Path,
+    precision: str,
+    layers_per_engine: int,
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """Write every engine into `staging`; the fields of the manifest that are about them."""
+    writer = EngineWriter(skeleton, staging, precision)
+    embed = writer.engine(graphs.embed, "embed")
+    contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
+    layers, key_value = _write_layers(writer, graphs, progress)
+    attention = _stamp_attention(writer, graphs)
+    engines = bundle.EngineFiles(
+        embed=embed,
+        contexts=contexts,
+        layers=_write_blocks(writer, layers, layers_per_engine, "layer", "block"),
+        key_value=key_value,
+        head=writer.engine(graphs.head, "head"),
+        monolith=writer.save_layers(layers, 0, "monolith"),
+        attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
+    )
+    heads = graphs.interface.heads
+    read = writer.store.places.keys()
+    return {
+        "precision": precision,
+        "layers_per_engine": layers_per_engine,
+        "key_value_heads": [bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in heads],
+        "contexts": [_context(context) for context in graphs.interface.contexts if context.used],
+        "engines": engines,
+        "unread_tensors": skeleton.sources.unread(skeleton.checkpoint, read),
+        "tool_versions": _tool_versions(),
+    }
+
+
+def _write_layers(
+    writer: EngineWriter, graphs: TracedGraphs, progress: StageProgress
+) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
+    """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
+    layers = [writer.stored(graph) for graph in graphs.layers]
+    fills = [writer.stored(graph) for graph in graphs.key_value]
+    stamped, entries = [], []
+    progress("write", 0, len(graphs.kinds))
+    for index, kind in enumerate(graphs.kinds):
+        name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
+        stamped.append(writer.stamp(layers[kind], name, prefix))
+        fill = writer.stamp(fills[kind], name, prefix)
+        file = writer.save(fill, f"kv_{index:03}")
+        entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
+        progress("write", index + 1, len(graphs.kinds))
+    return stamped, entries
+
+
+def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
+    """Each layer's graph without its MLP; the weights are the layer's, written before."""
+    stored = [writer.stored(graph) for graph in graphs.attention]
+    return [
+        writer.stamp(stored[kind], f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}.")
+        for index, kind in enumerate(graphs.kinds)
+    ]
+
+
+def _write_blocks(
+    writer: EngineWriter, layers: list[onnx.ModelProto], size: int, one: str, several: str
+) -> list[bundle.LayerEngineEntry]:
+    """Write engines of `size` layers, files named `one` or `several` and the layers."""
+    entries = []
+    for first in range(0, len(layers), size):
+        block = layers[first : first + size]
+        last = first + len(block) - 1
+        name = f"{one}_{first:03}" if len(block) == 1 else f"{several}_{first:03}_{last:03}"
+        entries.append(writer.save_layers(block, first, name))
+    return entries
+
+
+def _contexts(model: onnx.ModelProto) -> list[str]:
+    return [v.name for v in model.graph.input if v.name.startswith("context_")]
+
+
+def _context(context: Context) -> bundle.ContextTensor:
+    return bundle.ContextTensor(
+        name=context.name,
+        shape=[-1 if axis == 1 else size for axis, size in enumerate(context.shape)],
+        dtype=str(context.dtype).removeprefix("torch."),
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    names = ("sedac", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    return {name: importlib.metadata.version(name) for name in names}

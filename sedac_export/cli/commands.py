@@ -1,0 +1,273 @@
+"""The command sedac-export."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sedac_export.bundle.signature import SIGNATURE
+from sedac_export.cli import tensorrt_commands as tensorrt
+from sedac_export.cli.exit_commands import register_exit_commands, spread_data
+from sedac_export.cli.progress import progress_bar
+from sedac_export.cli.quiet import silence_libraries
+from sedac_export.console import console
+from sedac_export.errors import SedacError
+from sedac_runtime.logs import configure
+from sedac_runtime.terminal import visible
+from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
+
+app = typer.Typer(
+    help="Build and inspect SEDAC bundles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.callback()(configure)
+
+
+class PrecisionName(StrEnum):
+    """What --precision takes."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class VerifyName(StrEnum):
+    """What --verify takes."""
+
+    ALWAYS = "always"
+    CHANGED = "changed"
+
+
+@app.command()
+def build(
+    model: Annotated[
+        str, typer.Option(help="A model directory, a .gguf file or a hub id (owner/name).")
+    ],
+    output: Annotated[Path, typer.Option(help="The bundle to write.")],
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(help="How weights are stored; the CPU computes in fp32 whatever it is."),
+    ] = PrecisionName.FP32,
+    layers_per_engine: Annotated[
+        int, typer.Option(help="Layers in one engine; tokens exit between engines.")
+    ] = 1,
+    max_cache_length: Annotated[
+        int | None,
+        typer.Option(help="Positions a sequence may have. [default: the model's, to 4096]"),
+    ] = None,
+    exit_layers: Annotated[
+        str, typer.Option(help="Depths at which tokens may exit: all, or such as 6,12,18.")
+    ] = "all",
+    atol: Annotated[
+        float,
+        typer.Option(help="Largest difference from the original that is allowed, to 1e-2."),
+    ] = DEFAULT_TOLERANCE,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
+    max_batch_size: tensorrt.MaxBatchSize = 1,
+    max_prefill_chunk: tensorrt.MaxPrefillChunk = 512,
+    compute_capabilities: tensorrt.ComputeCapabilities = "",
+    version_compatible: tensorrt.VersionCompatible = False,
+    hardware_compatible: tensorrt.HardwareCompatible = False,
+) -> None:
+    """Split a model into engines, check them against the original, write a bundle."""
+    silence_libraries()
+    from sedac_export.build.exporter import BuildRequest
+    from sedac_export.build.exporter import build_bundle as run
+
+    request = BuildRequest(
+        model=model,
+        output=output,
+        precision=precision.value,
+        layers_per_engine=layers_per_engine,
+        max_cache_length=max_cache_length,
+        exit_layers=_depths(exit_layers),
+        tolerance=atol,
+        force=force,
+    )
+    options = tensorrt.build_options(
+        max_batch_size,
+        max_prefill_chunk,
+        compute_capabilities,
+        version_compatible,
+        hardware_compatible,
+    )
+    targets = tensorrt.check_targets(target, options)
+    with progress_bar("trace", "write", "validate") as progress:
+        built = run(request, progress)
+    manifest, validation = built.manifest, built.validation
+    size = sum(entry.bytes for entry in manifest.files.values())
+    console.print(
+        f"wrote {built.output}: {len(manifest.engines.layers)} layer engines of"
+        f" {manifest.model.num_layers} layers, {size / 1e6:.1f} MB, {built.seconds:.1f} s\n"
+        f"largest difference from the original {validation.worst().error:.1e}"
+        f" ({validation.worst().engine}), allowed {validation.tolerance:.0e}\n"
+        f"KV cache {manifest.cache_bytes() / 1e6:.1f} MB per sequence of"
+        f" {manifest.max_cache_length} positions (--max-cache-length)",
+        highlight=False,
+    )
+    if built.note is not None:
+        console.print(built.note, highlight=False, soft_wrap=True)
+    note = tolerance_note(manifest.tolerance)
+    if note is not None:
+        console.print(f"warning: the bundle is {note}", highlight=False)
+    if not manifest.tokenizer:
+        console.print("the model has no tokenizer: the bundle generates from token ids only")
+    try:
+        tensorrt.add_targets(output, targets, options, model)
+    except SedacError as error:
+        raise SedacError(f"{error}; {output} is whole for ONNX Runtime") from error
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    verify: Annotated[
+        VerifyName, typer.Option(help="Hash all files, or only those changed since they were.")
+    ] = VerifyName.ALWAYS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a bundle's model, engines, sizes, tolerances met and exit configuration."""
+    from sedac_export.build.inspection import inspect_bundle
+
+    facts = inspect_bundle(bundle, verify.value)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    # the bundle's words are shown as they are: neither as markup nor as control characters
+    out = Console(markup=False, emoji=False, highlight=False)
+    facts = _visible(facts)
+    model, validation = facts["model"], facts["validation"]
+    exits = {name: value for name, value in facts["exit_config"].items() if name != "certificate"}
+    out.print(
+        f"{model['name']}: {model['type']}, {model['num_layers']} layers, hidden"
+        f" {model['hidden_size']}, vocabulary {model['vocab_size']}\n"
+        f"weights {facts['precision']}, {facts['bytes'] / 1e6:.1f} MB; KV cache"
+        f" {facts['cache_bytes'] / 1e6:.1f} MB per sequence of {facts['max_cache_length']}\n"
+        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {exits}\n"
+        f"{facts['certification']}\n"
+        f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
+        f" {validation['end_to_end']['cosine']:.7f}, agreement"
+        f" {validation['end_to_end']['agreement']:.3f}; allowed {facts['tolerance']:.0e}\n"
+        f"{facts['files']['hashed']} files hashed and whole, {facts['files']['unchanged']}"
+        " unchanged since they were"
+    )
+    if facts["tolerance_note"] is not None:
+        out.print(f"warning: {facts['tolerance_note']}")
+    if facts["unread_tensors"]:
+        names = ", ".join(facts["unread_tensors"])
+        out.print(f"tensors of the checkpoint that no engine needs: {names}")
+    for flavour, version in facts["plans"].items():
+        out.print(f"{flavour} engines of version {version}")
+    table = Table("engine", "layers", "weights MB", "error", "cosine")
+    for engine in facts["engines"]:
+        table.add_row(
+            engine["name"],
+            engine["layers"],
+            f"{engine['bytes'] / 1e6:.2f}",
+            "" if engine["error"] is None else f"{engine['error']:.1e}",
+            "" if engine["cosine"] is None else f"{engine['cosine']:.7f}",
+        )
+    out.print(table)
+
+
+@app.command()
+def upgrade(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the upgraded bundle here, and leave the old one.")
+    ] = None,
+) -> None:
+    """Bring a bundle of an older schema to the current one, without its model.
+
+    The embed engine is taken apart into two. Old and new engines are run with the same inputs and
+    must give the same bits: that is why a certificate of the old engines is carried over to the new
+    ones. The exit configuration stays, a signature goes, and TensorRT plans of the embed engine are
+    to be built again.
+    """
+    from sedac_export.build.upgrade import upgrade_bundle
+
+    upgraded = upgrade_bundle(bundle, output)
+    console.print(f"{upgraded.output} is upgraded", highlight=False, soft_wrap=True)
+    if upgraded.certified:
+        console.print("the certificate was carried over: the engines give the same bits")
+    for target, options in upgraded.incomplete.items():
+        console.print(
+            f"{target}: the plan of the embed engine was removed; build the two in its place with"
+            f" sedac-export engines {upgraded.output} --target {target}"
+            f"{tensorrt.flags(options)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    private_key: Annotated[
+        Path, typer.Option(help="PEM file with an elliptic curve private key, unencrypted.")
+    ],
+) -> None:
+    """Sign a bundle as it is, its exit configuration and certificate included."""
+    from sedac_export.bundle.signing import sign_bundle
+
+    sign_bundle(bundle, private_key)
+    console.print(f"{bundle} is signed: {SIGNATURE}", highlight=False)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    public_key: Annotated[Path, typer.Option(help="PEM file with the signer's public key.")],
+) -> None:
+    """Check that a bundle is whole, and what the holder of a key signed."""
+    from sedac_export.bundle.signing import verify_bundle
+
+    verify_bundle(bundle, public_key)
+    console.print(f"{bundle} is what the holder of {public_key} signed", highlight=False)
+
+
+register_exit_commands(app)
+tensorrt.register(app)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
+    try:
+        app(args=spread_data(sys.argv[1:]))
+    except (SedacError, OSError) as error:
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _visible(facts: Any) -> Any:
+    """Facts with every text on one line of characters that a terminal does not obey."""
+    match facts:
+        case str():
+            return visible(facts).replace("\n", "\\n")
+        case dict():
+            return {_visible(name): _visible(value) for name, value in facts.items()}
+        case list():
+            return [_visible(value) for value in facts]
+    return facts
+
+
+def _depths(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SedacError(
+            f"--exit-layers {text} is neither all nor a list such as 6,12,18"
+        ) from error

@@ -1,0 +1,268 @@
+"""The commands about exits: collect, train-probes, calibrate, report."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sedac_export.bundle.staging import claimed
+from sedac_export.cli.progress import progress_bar
+from sedac_export.console import console
+from sedac_export.errors import SedacError
+
+DATA = "--data"
+
+BundleArgument = Annotated[Path, typer.Argument(help="The bundle's directory.")]
+Data = Annotated[
+    list[Path], typer.Option(DATA, help="UTF-8 texts, or directories of them; several may follow.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ExitLayers = Annotated[
+    str | None,
+    typer.Option(help="Depths with exit engines, such as 3,6,9. [default: up to 8, evenly spread]"),
+]
+ProbeLayers = Annotated[
+    str | None,
+    typer.Option(help="Depths with V6 probes. [default: SEDAC_V6_LAYERS, or 1/6, 1/3 and 1/2]"),
+]
+
+
+class KvFillName(StrEnum):
+    """What --kv-fill takes."""
+
+    PROPAGATE = "propagate"
+    DEFER = "defer"
+
+
+class ModeName(StrEnum):
+    """What --mode takes."""
+
+    QUALITY = "quality"
+    BALANCED = "balanced"
+    SPEED = "speed"
+
+
+def register_exit_commands(app: typer.Typer) -> None:
+    """Add the commands to sedac-export."""
+    app.command()(collect)
+    app.command("train-probes")(train_probes)
+    app.command()(calibrate)
+    app.command()(report)
+
+
+def spread_data(arguments: list[str]) -> list[str]:
+    """Arguments with --data before each of the files that follow one --data."""
+    spread: list[str] = []
+    inside = False
+    for argument in arguments:
+        if inside and not argument.startswith("-") and spread[-1] != DATA:
+            spread.append(DATA)
+        elif argument.startswith("-"):
+            inside = argument == DATA
+        spread.append(argument)
+    return spread
+
+
+def collect(
+    bundle: BundleArgument,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="The collection; an interrupted one goes on.")],
+    exit_layers: ExitLayers = None,
+    max_bytes: Annotated[int, typer.Option(help="End before it is larger.")] = 4_000_000_000,
+) -> None:
+    """Run the chain over texts and store what the trainers need, per token and depth."""
+    from sedac_export.exits.replay.replay import Replay
+    from sedac_export.exits.training.collect import collect as run
+    from sedac_export.exits.training.train_probes import exit_depths
+
+    opened, documents = _read(bundle, data)
+    depths = exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers))
+    with progress_bar("collect") as update:
+        collection = run(
+            Replay(opened),
+            documents,
+            output,
+            depths,
+            max_bytes,
+            lambda done, total: update("collect", done, total),
+        )
+    left = len(documents) - len(collection.documents)
+    console.print(
+        f"{output}: {collection.tokens} tokens of {len(collection.documents)} documents,"
+        f" {collection.tokens * collection.bytes_per_token / 1e6:.0f} MB"
+        + (f"; {left} documents left out (--max-bytes)" if left > 0 else ""),
+        highlight=False,
+    )
+
+
+def train_probes(
+    bundle: BundleArgument,
+    data: Data,
+    exit_layers: ExitLayers = None,
+    probe_layers: ProbeLayers = None,
+    collection: Annotated[
+        Path | None, typer.Option(help="Keep what is collected here, or go on with it.")
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(help="Largest collection.")] = 4_000_000_000,
+    lens: Annotated[
+        bool, typer.Option("--lens", help="Fit a tuned lens for each depth with an exit engine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the V6 probes, the learned probe and the lens, and write them into the bundle."""
+    from sedac_export.exits.training import train_probes as training
+
+    asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
+    with claimed(bundle), progress_bar("collect", "train") as update:
+        opened, documents = _read(bundle, data)
+        trained = training.train_probes(
+            bundle,
+            documents,
+            training.exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers)),
+            training.probe_depths(opened.manifest, parse_depths("--probe-layers", asked)),
+            collection,
+            max_bytes,
+            update,
+            lens,
+        )
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in trained.rows]}))
+        return
+    _print_trained(trained.rows, lens)
+    console.print(
+        f"{bundle}: exit engines with {len(trained.tokens)} frequent tokens; figures are of"
+        " documents that were held out; calibrate to set thresholds",
+        highlight=False,
+    )
+
+
+def _print_trained(rows: Sequence[Any], lens: bool) -> None:
+    """The trained rows as tables, the lens in one of its own."""
+    table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
+    lenses = Table("depth", "KL", "with lens", "agreement", "with lens", "lens")
+    for row in rows:
+        numbers = [f"{value:.3f}" for value in (row.agreement, row.margin, row.learned)]
+        loss = "" if row.risk_loss is None else f"{row.risk_loss:.4f}"
+        table.add_row(str(row.depth), *numbers, loss)
+        if lens:
+            found = row.lens
+            values = (found.kl, found.lens_kl, found.agreement, found.lens_agreement)
+            state = "kept" if found.kept else "no better, none kept"
+            lenses.add_row(str(row.depth), *(f"{value:.3f}" for value in values), state)
+    for shown in (lenses, table) if lens else (table,):
+        Console().print(shown)
+
+
+def calibrate(
+    bundle: BundleArgument,
+    data: Data,
+    mode: Annotated[
+        ModeName, typer.Option(help="Least risk; best speed x (1 - risk); most speed.")
+    ] = ModeName.BALANCED,
+    max_risk: Annotated[
+        float, typer.Option(help="Share of tokens that may differ from full depth's.")
+    ] = 0.01,
+    confidence: Annotated[float, typer.Option(help="How sure the bound must be.")] = 0.95,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Refuse exits that are slower along given text.")
+    ] = None,
+    kv_fill: Annotated[
+        KvFillName, typer.Option(help="What skipped layers' caches get; deferred ones are exact.")
+    ] = KvFillName.DEFER,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a policy and thresholds, certify their risk, write sedac_config.json."""
+    from sedac_export.bundle.certified import read_certification
+    from sedac_export.exits.calibration import calibrate as calibration
+
+    with claimed(bundle), progress_bar("search", "certify", "time") as update:
+        opened, documents = _read(bundle, data)
+        request = calibration.CalibrationRequest(
+            bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
+        )
+        result = calibration.calibrate(request, update)
+    if as_json:
+        print(json.dumps(result.config.model_dump(exclude_none=True)))
+        return
+    certificate = result.config.certificate
+    assert certificate is not None
+    generation = certificate.generation
+    console.print(
+        f"{bundle}: policy {result.config.policy}, {result.config.settings()}, drafter"
+        f" {certificate.setting.drafter}\n"
+        f"{read_certification(opened).sentence}\n"
+        f"observed risk {certificate.observed_risk:.4f}, layer ratio"
+        f" {certificate.layer_ratio:.3f}, wall-clock speed {certificate.speedup:.2f}x full depth"
+        " along given text\n"
+        f"generating {generation.speedup:.2f}x full depth,"
+        f" {generation.speedup_without_drafter:.2f}x without drafter; lossless mode"
+        f" {generation.lossless_speedup:.2f}x; {generation.agreement:.2%} of {generation.tokens}"
+        " generated tokens are full depth's",
+        highlight=False,
+    )
+
+
+def report(
+    bundle: BundleArgument,
+    data: Data,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole grid of policies, not only the bundle's own.")
+    ] = False,
+    kv_fill: Annotated[
+        KvFillName, typer.Option(help="With --full: what skipped layers' caches get in the grid.")
+    ] = KvFillName.DEFER,
+    output: Annotated[
+        Path | None, typer.Option(help="Where report.html and PNGs go. [default: BUNDLE-report]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure exits on texts: speed, agreement, perplexity, where tokens exit."""
+    from sedac_export.exits.calibration.exit_report import make_report
+    from sedac_export.exits.calibration.exit_report_page import write_report
+
+    _, documents = _read(bundle, data)
+    place = output or bundle.with_name(f"{bundle.resolve().name}-report")
+    with progress_bar("report") as update:
+        result = make_report(bundle, documents, full, kv_fill.value, update)
+    write_report(result, bundle, place)
+    if as_json:
+        print(result.to_json())
+        return
+    table = Table("policy", "exit layer", "layer ratio", "speed", "agreement", "perplexity")
+    for row in result.rows:
+        table.add_row(
+            row.policy,
+            f"{row.mean_exit_layer:.2f}",
+            f"{row.layer_ratio:.3f}",
+            f"{row.speedup:.2f}x",
+            f"{100 * row.agreement:.2f} %",
+            f"{100 * row.perplexity_change:+.1f} %",
+        )
+    Console().print(table)
+    console.print(f"{result.certification}\nwrote {place / 'report.html'}", highlight=False)
+
+
+def parse_depths(option: str, text: str | None) -> list[int] | None:
+    """Depths such as 3,6,9; None for None. Raises SedacError for anything else."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SedacError(f"{option} {text} is no list of depths such as 3,6,9") from error
+
+
+def _read(bundle: Path, data: list[Path]) -> tuple[Any, Any]:
+    """The bundle and the documents."""
+    from sedac_export.bundle import Bundle
+    from sedac_export.exits.replay.documents import read_documents
+
+    opened = Bundle.open(bundle)
+    return opened, read_documents(opened, data)

@@ -1,0 +1,191 @@
+"""The part of the command sedac-export that is about TensorRT."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
+from sedac_export.cli.progress import progress_bar
+from sedac_export.cli.quiet import silence_libraries
+from sedac_export.console import console
+from sedac_export.errors import SedacError
+from sedac_runtime.flavour import FLAVOURS, Target
+from sedac_runtime.terminal import visible
+
+_OTHERS = " or ".join(FLAVOURS)
+
+
+class TargetName(StrEnum):
+    """What --target takes."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+Targets = Annotated[
+    list[TargetName],
+    typer.Option("--target", help="What to build for; repeatable. ONNX Runtime always is."),
+]
+MaxBatchSize = Annotated[int, typer.Option(help="TensorRT: sequences in one pass, at most.")]
+MaxPrefillChunk = Annotated[
+    int, typer.Option(help="TensorRT: tokens of a prompt in one pass, at most.")
+]
+ComputeCapabilities = Annotated[
+    str, typer.Option(help="TensorRT-RTX: GPUs to build for, such as 8.6,12.0. [default: all]")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="TensorRT: plans for later versions too.")
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="TensorRT: plans for all GPUs from Ampere on.")
+]
+
+
+def engines(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    target: Targets,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The bundle's model, for a bundle built without a TensorRT target."),
+    ] = None,
+    max_batch_size: MaxBatchSize = 1,
+    max_prefill_chunk: MaxPrefillChunk = 512,
+    compute_capabilities: ComputeCapabilities = "",
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
+) -> None:
+    """Add TensorRT engines to a bundle. Run again, a build that was stopped goes on."""
+    options = build_options(
+        max_batch_size,
+        max_prefill_chunk,
+        compute_capabilities,
+        version_compatible,
+        hardware_compatible,
+    )
+    targets = check_targets(target, options)
+    if not targets:
+        raise SedacError(f"every bundle has its ONNX Runtime engines; name {_OTHERS} as --target")
+    add_targets(bundle, targets, options, model)
+
+
+def validate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    target: Annotated[
+        TargetName | None, typer.Option(help="Whose engines to check. [default: all it has]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a bundle's TensorRT engines as far as this host can.
+
+    The exit code is 0 when all that could be checked held, 3 when an engine's structure did not, 4
+    when a graph disagrees with ONNX Runtime's engines, 5 when an engine does on the GPU.
+    """
+    from sedac_export.tensorrt.validate_plans import summary
+    from sedac_export.tensorrt.validate_plans import validate as run
+
+    silence_libraries()
+    results = []
+    for flavour in _validated(bundle, target):
+        with progress_bar("validate") as progress:
+            results.append(run(bundle, flavour, progress))
+    if as_json:
+        targets = {result.target: result.as_json() for result in results}
+        passed = all(result.exit_code() == 0 for result in results)
+        print(json.dumps({"bundle": str(bundle), "passed": passed, "targets": targets}))
+    else:
+        for result in results:
+            print(visible(summary(result)))
+    raise typer.Exit(next((code for result in results if (code := result.exit_code())), 0))
+
+
+def _validated(directory: Path, target: TargetName | None) -> list[Target]:
+    from sedac_export.bundle.manifest import read_manifest
+
+    if target is TargetName.ONNXRUNTIME:
+        raise SedacError(
+            "--target onnxruntime: the build has compared those engines with the original;"
+            " sedac-export inspect shows by how much they differ"
+        )
+    held = list(read_manifest(directory).plans)
+    chosen = [flavour for flavour in FLAVOURS if target == TargetName(flavour)]
+    if not chosen and not held:
+        raise SedacError(
+            f"{directory} holds no TensorRT engines; add them with"
+            f" sedac-export engines {directory} and {_OTHERS} as --target"
+        )
+    return chosen or held
+
+
+def build_options(
+    max_batch_size: int,
+    max_prefill_chunk: int,
+    compute_capabilities: str,
+    version_compatible: bool,
+    hardware_compatible: bool,
+) -> BuildOptions:
+    """The options as the builder takes them."""
+    return BuildOptions(
+        max_batch_size=max_batch_size,
+        max_prefill_chunk=max_prefill_chunk,
+        compute_capabilities=[c.strip() for c in compute_capabilities.split(",") if c.strip()],
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+
+
+def flags(options: BuildOptions) -> str:
+    """Those of `options` that are not the defaults, as on the command line."""
+    words = []
+    for name, value in options.model_dump(exclude_defaults=True).items():
+        words.append(f" --{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words.append(f" {','.join(value)}")
+        elif value is not True:
+            words.append(f" {value}")
+    return "".join(words)
+
+
+def check_targets(targets: list[TargetName], options: BuildOptions) -> list[Target]:
+    """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
+    from sedac_export.tensorrt.build_plans import check_options
+
+    chosen = [flavour for flavour in FLAVOURS if TargetName(flavour) in targets]
+    for flavour in chosen:
+        check_options(flavour, options)
+    return chosen
+
+
+def add_targets(
+    directory: Path, targets: list[Target], options: BuildOptions, model: str | None
+) -> None:
+    """Build the plans of `targets` into a bundle, its portable graphs first if it has none."""
+    from sedac_export.tensorrt.add import add_target
+
+    silence_libraries()
+    for target in targets:
+        with progress_bar("trace", target) as progress:
+            plans = add_target(directory, target, options, model, progress)
+        console.print(_summary(directory, target, plans), highlight=False, soft_wrap=True)
+
+
+def _summary(directory: Path, target: Target, plans: PlanSet) -> str:
+    seconds = [plan.seconds for plan in plans.plans]
+    sizes = [(directory / plan.file).stat().st_size for plan in plans.plans]
+    capabilities = ", ".join(plans.compute_capabilities)
+    layers = [plan for plan in plans.plans if Path(plan.file).stem.startswith(("layer_", "block_"))]
+    per_layer = sum(plan.seconds for plan in layers) / len(layers)
+    return (
+        f"{FLAVOURS[target].title} {plans.version}: {len(seconds)} plans,"
+        f" {sum(sizes) / 1e6:.1f} MB, built in {sum(seconds):.1f} s, {per_layer:.2f} s per layer"
+        f" engine; for compute capability {capabilities}"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command()(engines)
+    app.command()(validate)

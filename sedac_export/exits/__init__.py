@@ -1,0 +1,1 @@
+"""Early exits: replayed over texts, trained, calibrated."""

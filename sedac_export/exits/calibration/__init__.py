@@ -1,0 +1,1 @@
+"""Choose a bundle's exit setting, certify it and report on it."""

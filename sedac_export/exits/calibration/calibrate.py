@@ -1,0 +1,269 @@
+"""Choose an exit setting on some documents and certify it on others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sedac_export.bundle import Bundle
+from sedac_export.bundle.edit import edited_bundle, write_config
+from sedac_export.bundle.exit_config import Certificate, ExitConfig, KvFill, Mode
+from sedac_export.console import StageProgress
+from sedac_export.errors import SedacError
+from sedac_export.exits.calibration.engine_times import EngineTimes, measure_engine_times
+from sedac_export.exits.calibration.generation_speed import measure_generation
+from sedac_export.exits.calibration.learn_then_test import Losses, check_enough, count_certified
+from sedac_export.exits.calibration.observe import count_losses, full_tokens, observe
+from sedac_export.exits.calibration.search import (
+    Candidate,
+    Depths,
+    count_checks,
+    losses_of,
+    pareto,
+    search,
+)
+from sedac_export.exits.calibration.wall_clock import measure_speedup
+from sedac_export.exits.replay.documents import (
+    Document,
+    data_digest,
+    split_documents,
+    window_length,
+)
+from sedac_export.exits.replay.policies import Policy, make_policy
+from sedac_export.exits.replay.replay import Replay
+
+# what part of the risk the settings to certify spend where they were searched, safest first; few
+# where each takes a replay
+_LADDERS: dict[KvFill, Sequence[float]] = {
+    "propagate": (0.1, 0.5, 0.65, 0.8, 0.9, 0.97),
+    "defer": tuple(step / 20 for step in range(2, 25)),
+}
+# a setting that gains less than this is no exit worth the name
+_LEAST_GAIN = 1.01
+_SEARCH_SHARE = 0.45
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate. Risks, confidence and min_speedup as numbers, not percent."""
+
+    directory: Path
+    documents: Sequence[Document]
+    mode: Mode = "balanced"
+    max_risk: float = 0.01
+    confidence: float = 0.95
+    min_speedup: float | None = None
+    kv_fill: KvFill = "defer"
+
+
+@dataclass(frozen=True)
+class CalibrationStep:
+    """One setting of the sequence on the certifying documents."""
+
+    candidate: Candidate
+    losses: Losses
+    layer_ratio: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was tested, in order, and the configuration that was written."""
+
+    config: ExitConfig
+    steps: list[CalibrationStep]
+
+
+def calibrate(request: CalibrationRequest, progress: StageProgress = lambda *_: None) -> Calibrated:
+    """Search, certify, time, and write sedac_config.json. Nothing is written unless certified.
+
+    Raises SedacError when the data are too few, and when no setting is certified: it says how
+    close the best came.
+    """
+    _check(request)
+    bundle = Bundle.open(request.directory)
+    searched, certifying = split_documents(request.documents, (_SEARCH_SHARE, 1 - _SEARCH_SHARE))
+    _check_size(request, certifying)
+    replay = Replay(bundle)
+    engine_times = measure_engine_times(replay)
+    ladder = _choose(request, replay, engine_times, searched, progress)
+    steps = _test(request, replay, engine_times, certifying, ladder, progress)
+    certified = count_certified(
+        [step.losses for step in steps], request.max_risk, request.confidence
+    )
+    if certified == 0:
+        raise SedacError(_refusal(request, steps))
+    step = _best(request, steps[:certified])
+    config = _certify(request, replay, step, certifying, progress)
+    write_config(request.directory, config.to_json())
+    return Calibrated(config, steps)
+
+
+def _choose(
+    request: CalibrationRequest,
+    replay: Replay,
+    engine_times: EngineTimes,
+    documents: Sequence[Document],
+    progress: StageProgress,
+) -> list[Candidate]:
+    """The settings to certify, safest first, all of the policy that is fastest at the risk.
+
+    Signals are observed with full depth's caches, which deferred tokens leave too. Propagated ones
+    change what later tokens see and with it the risk: one replay tells by how much, and settings
+    are taken for the corrected risk.
+    """
+    seen = observe(replay, documents, lambda *done: progress("search", *done))
+    front = pareto(search(seen, engine_times, request.kv_fill))
+    front = [c for c in front if c.speedup >= _LEAST_GAIN and c.risk > 0]
+    if not front:
+        raise SedacError(
+            "no setting of any policy is faster than full depth; train probes with more data, or"
+            " use a model trained for early exits"
+        )
+    trial = max((c for c in front if c.risk <= request.max_risk), key=_speed, default=front[0])
+    inflation = 1.0
+    if request.kv_fill == "propagate":
+        full = seen.full_by_document(documents, window_length(replay.manifest))
+        losses, _ = count_losses(replay, documents, full, _policy(trial, replay))
+        inflation = max(1.0, losses.risk / trial.risk)
+    same = [c for c in front if c.config.policy == trial.config.policy]
+    chosen: list[Candidate] = []
+    for share in _LADDERS[request.kv_fill]:
+        within = [c for c in same if c.risk * inflation <= share * request.max_risk]
+        best = max(within, key=_speed, default=same[0])
+        if best not in chosen:
+            chosen.append(best)
+    return sorted(chosen, key=lambda c: c.risk)
+
+
+def _test(
+    request: CalibrationRequest,
+    replay: Replay,
+    engine_times: EngineTimes,
+    documents: Sequence[Document],
+    ladder: Sequence[Candidate],
+    progress: StageProgress,
+) -> list[CalibrationStep]:
+    """The ladder on the certifying documents, up to the first that fails."""
+    measure = _measurer(request, replay, documents, progress)
+    steps: list[CalibrationStep] = []
+    for candidate in ladder:
+        losses, depths = measure(candidate)
+        checks = count_checks(candidate.config, depths)
+        ratio = replay.num_layers / float(depths.mean())
+        speedup = engine_times.full / float(engine_times.of(depths, checks, request.kv_fill).mean())
+        steps.append(CalibrationStep(candidate, losses, ratio, speedup))
+        if not count_certified([losses], request.max_risk, request.confidence):
+            break
+    return steps
+
+
+def _measurer(
+    request: CalibrationRequest,
+    replay: Replay,
+    documents: Sequence[Document],
+    progress: StageProgress,
+) -> Callable[[Candidate], tuple[Losses, Depths]]:
+    """What gives a candidate's losses and depths on `documents`.
+
+    Deferred tokens leave full depth's caches, so one observation serves all candidates; with
+    propagated ones each has to be replayed.
+    """
+    if request.kv_fill == "defer":
+        seen = observe(replay, documents, lambda *done: progress("certify", *done))
+        counts = seen.counts(documents, window_length(replay.manifest))
+        return lambda candidate: losses_of(seen, counts, candidate.config)
+    full = full_tokens(replay, documents, lambda *done: progress("certify", *done))
+    return lambda candidate: count_losses(replay, documents, full, _policy(candidate, replay))
+
+
+def _best(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> CalibrationStep:
+    """The certified step that the mode asks for."""
+    if request.mode == "quality":
+        wanted = request.min_speedup or _LEAST_GAIN
+        fast = [step for step in steps if step.speedup >= wanted]
+        return min(fast or steps[-1:], key=lambda step: step.losses.risk)
+    if request.mode == "speed":
+        return max(steps, key=lambda step: step.speedup)
+    return max(steps, key=lambda step: step.speedup * (1 - step.losses.risk))
+
+
+def _certify(
+    request: CalibrationRequest,
+    replay: Replay,
+    step: CalibrationStep,
+    documents: Sequence[Document],
+    progress: StageProgress,
+) -> ExitConfig:
+    """The configuration with its certificate. Raises SedacError when it is too slow.
+
+    A drafter changes nothing about the risk: tokens come from full depth instead of from an exit,
+    never the other way round.
+    """
+    config = step.candidate.config
+    speedup = time_config(replay.bundle, config, documents)
+    if request.min_speedup is not None and speedup < request.min_speedup:
+        raise SedacError(
+            f"the fastest certified setting is {speedup:.2f}x full depth along given text, below"
+            f" --min-speedup {request.min_speedup:g}; nothing was written"
+        )
+    drafter, timed = measure_generation(
+        replay, config, documents, lambda *done: progress("time", *done)
+    )
+    config = config.model_copy(update={"drafter": drafter})
+    certificate = Certificate(
+        setting=config.certifiable(replay.bundle.files.engines_sha256),
+        max_risk=request.max_risk,
+        confidence=request.confidence,
+        risk_bound=min(step.losses.upper_bound(request.confidence), request.max_risk),
+        observed_risk=step.losses.risk,
+        tokens=int(step.losses.tokens.sum()),
+        documents=len(step.losses.tokens),
+        data_sha256=data_digest(documents),
+        speedup=speedup,
+        layer_ratio=step.layer_ratio,
+        mode=request.mode,
+        generation=timed,
+    )
+    return config.model_copy(update={"certificate": certificate})
+
+
+def time_config(bundle: Bundle, config: ExitConfig, documents: Sequence[Document]) -> float:
+    """Wall-clock speed of `config` against full depth, timed on a copy of the bundle."""
+    with edited_bundle(bundle, keep=False) as copy:
+        write_config(copy, config.to_json())
+        return measure_speedup(copy, documents)
+
+
+def _refusal(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> str:
+    losses = steps[0].losses
+    bound = losses.upper_bound(request.confidence)
+    return (
+        f"no setting could be certified at --max-risk {request.max_risk:g}: the closest,"
+        f" policy {steps[0].candidate.config.policy} at layer ratio {steps[0].layer_ratio:.3f}, has"
+        f" risk {losses.risk:.4f} on {int(losses.tokens.sum())} tokens, bounded by {bound:.4f};"
+        " nothing was written, give more --data or a higher --max-risk"
+    )
+
+
+def _check(request: CalibrationRequest) -> None:
+    for name, value in (("--max-risk", request.max_risk), ("--confidence", request.confidence)):
+        if not 0 < value < 1:
+            raise SedacError(f"{name} {value} is out of range: above 0 and below 1")
+    if request.min_speedup is not None and not 0 < request.min_speedup < float("inf"):
+        raise SedacError(f"--min-speedup {request.min_speedup} is out of range: above 0")
+
+
+def _check_size(request: CalibrationRequest, documents: Sequence[Document]) -> None:
+    """Raise SedacError before the work when the data cannot certify anything."""
+    counts = np.array([len(document.tokens) for document in documents])
+    check_enough(Losses(np.zeros_like(counts), counts), request.max_risk, request.confidence)
+
+
+def _policy(candidate: Candidate, replay: Replay) -> Policy:
+    return make_policy(candidate.config, replay.num_layers)
+
+
+def _speed(candidate: Candidate) -> float:
+    return candidate.speedup

@@ -1,0 +1,1 @@
+"""Run a bundle over texts with exits, many tokens in one pass."""

@@ -1,0 +1,1 @@
+"""Train the probes, lenses and heads of a bundle's exits."""

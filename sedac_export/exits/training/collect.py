@@ -1,0 +1,219 @@
+"""Run the chain over texts and store, per token and depth, what the trainers need.
+
+A collection is a directory of flat arrays, one file for each field, that are appended to document
+by document and read memory-mapped. collection.json names what is complete; bytes beyond that are
+what an interrupted run left, and the next run cuts them off.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sedac_export.arrays import Array, Floats
+from sedac_export.bundle.manifest import Manifest
+from sedac_export.console import CountProgress
+from sedac_export.errors import SedacError
+from sedac_export.exits.replay.documents import Document, window_length
+from sedac_export.exits.replay.replay import Replay, statistics
+
+INDEX = "collection.json"
+DEFAULT_BYTES = 4_000_000_000
+
+_HALF_LIMIT = float(np.finfo(np.float16).max)
+
+
+def layout(manifest: Manifest, depths: Sequence[int]) -> dict[str, tuple[str, int]]:
+    """dtype and numbers per token of each field.
+
+    token, next_token (-1 at the end of a window), first (1 at its beginning), full_token,
+    full_entropy (nats), full_margin; stability of each layer; and for each depth hidden_DDD,
+    exit_token_DDD, exit_margin_DDD and exit_entropy_DDD of the full head.
+    """
+    fields = {
+        "token": ("<i4", 1),
+        "next_token": ("<i4", 1),
+        "first": ("|u1", 1),
+        "full_token": ("<i4", 1),
+        "full_entropy": ("<f4", 1),
+        "full_margin": ("<f4", 1),
+        "stability": ("<f4", manifest.model.num_layers),
+    }
+    for depth in depths:
+        fields[f"hidden_{depth:03}"] = ("<f2", manifest.model.hidden_size)
+        fields[f"exit_token_{depth:03}"] = ("<i4", 1)
+        fields[f"exit_margin_{depth:03}"] = ("<f4", 1)
+        fields[f"exit_entropy_{depth:03}"] = ("<f4", 1)
+    fields[f"hidden_{manifest.model.num_layers:03}"] = ("<f2", manifest.model.hidden_size)
+    return fields
+
+
+@dataclass
+class Collection:
+    """A collection in `directory`: its layout and the documents that are complete."""
+
+    directory: Path
+    fingerprint: str
+    depths: list[int]
+    fields: dict[str, tuple[str, int]]
+    documents: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all complete documents."""
+        return sum(int(document["tokens"]) for document in self.documents)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of all fields of one token."""
+        return sum(np.dtype(kind).itemsize * size for kind, size in self.fields.values())
+
+    def read(self, name: str) -> Array:
+        """A field of all tokens, memory-mapped, [tokens] or [tokens, size]."""
+        kind, size = self.fields[name]
+        shape = (self.tokens,) if size == 1 else (self.tokens, size)
+        result: Array = np.memmap(self.directory / name, dtype=kind, mode="r", shape=shape)
+        return result
+
+    def document_ids(self) -> npt.NDArray[np.int64]:
+        """The index of each token's document, int64 [tokens]."""
+        counts = [document["tokens"] for document in self.documents]
+        return np.repeat(np.arange(len(counts)), counts)
+
+    def append(self, document: Document, values: dict[str, Array]) -> None:
+        """Add a document's fields, then commit it to the index."""
+        for name, (kind, size) in self.fields.items():
+            with (self.directory / name).open("ab") as file:
+                file.truncate(self.tokens * size * np.dtype(kind).itemsize)
+                file.write(np.ascontiguousarray(values[name], dtype=kind).data)
+        entry = {"name": document.name, "sha256": document.sha256}
+        self.documents.append(entry | {"tokens": len(values["token"])})
+        self._commit()
+
+    def _commit(self) -> None:
+        facts = {key: value for key, value in vars(self).items() if key != "directory"}
+        staged = self.directory / f".{INDEX}"
+        staged.write_text(json.dumps(facts, indent=1) + "\n")
+        staged.rename(self.directory / INDEX)
+
+
+def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) -> Collection:
+    """The collection in `directory`, a new one where there is none.
+
+    Raises SedacError when it is another model's or has other depths.
+    """
+    fresh = Collection(directory, manifest.fingerprint(), list(depths), layout(manifest, depths))
+    index = directory / INDEX
+    if not index.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise SedacError(f"{directory} is no collection and not empty; choose another --output")
+        directory.mkdir(parents=True, exist_ok=True)
+        return fresh
+    try:
+        facts = json.loads(index.read_text())
+        fields = {name: (str(kind), int(size)) for name, (kind, size) in facts["fields"].items()}
+        found = Collection(directory, **(facts | {"fields": fields}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SedacError(f"{index} cannot be read; remove {directory} and collect again") from error
+    if found.fingerprint != fresh.fingerprint:
+        raise SedacError(f"{directory} was collected from another model; choose another --output")
+    if found.fields != fresh.fields:
+        raise SedacError(
+            f"{directory} was collected at depths {found.depths}, not {fresh.depths}; choose"
+            " another --output"
+        )
+    return found
+
+
+def collect(
+    replay: Replay,
+    documents: Sequence[Document],
+    directory: Path,
+    depths: Sequence[int],
+    max_bytes: int = DEFAULT_BYTES,
+    progress: CountProgress = lambda *_: None,
+) -> Collection:
+    """Collect `documents` at `depths` into `directory`; those it already holds are skipped.
+
+    It ends before the document that would take it beyond `max_bytes`. progress gets the tokens
+    done and their number.
+
+    Raises SedacError when not even one document fits, or the disk is full.
+    """
+    collection = open_collection(directory, replay.manifest, depths)
+    held = {document["sha256"] for document in collection.documents}
+    total = sum(len(document.tokens) for document in documents)
+    for document in documents:
+        if document.sha256 in held:
+            continue
+        size = len(document.tokens) * collection.bytes_per_token
+        if collection.tokens * collection.bytes_per_token + size > max_bytes:
+            break
+        if size > shutil.disk_usage(directory).free:
+            raise SedacError(f"{directory}: no room for {size / 1e6:.0f} MB more; free some space")
+        values = _document(replay, document, collection)
+        if values is not None:
+            collection.append(document, values)
+        progress(collection.tokens, total)
+    if not collection.documents:
+        raise SedacError(f"no document fits into {max_bytes} bytes; raise --max-bytes")
+    return collection
+
+
+def _document(
+    replay: Replay, document: Document, collection: Collection
+) -> dict[str, Array] | None:
+    """All fields of a document, None when it has one token only."""
+    length = window_length(replay.manifest)
+    windows = [_window(replay, window, collection.depths) for window in document.windows(length)]
+    if not windows:
+        return None
+    return {name: np.concatenate([w[name] for w in windows]) for name in collection.fields}
+
+
+def _window(replay: Replay, window: Document, depths: Sequence[int]) -> dict[str, Array]:
+    """All fields of one window."""
+    stored = {*depths, replay.num_layers}
+    hidden: dict[int, list[Floats]] = {depth: [] for depth in stored}
+    stabilities: list[list[Floats]] = [[] for _ in range(replay.num_layers)]
+
+    def watch(depth: int, _: int, x: Floats, stability: Floats) -> None:
+        if depth in stored:
+            hidden[depth].append(x.copy())
+        if depth:
+            stabilities[depth - 1].append(stability.copy())
+
+    trace = replay.run(window.tokens, watch=watch)
+    values: dict[str, Array] = {
+        "token": window.tokens,
+        "next_token": np.append(window.tokens[1:], -1),
+        "first": np.arange(len(window.tokens)) == 0,
+        "full_token": trace.tokens,
+        "full_entropy": trace.entropies,
+        "full_margin": trace.margins,
+        "stability": np.stack([np.concatenate(layer) for layer in stabilities], axis=1),
+    }
+    for depth in stored:
+        whole = np.concatenate(hidden[depth])
+        values[f"hidden_{depth:03}"] = np.clip(whole, -_HALF_LIMIT, _HALF_LIMIT)
+        if depth < replay.num_layers:
+            values |= _exit_fields(replay, depth, hidden[depth])
+    return values
+
+
+def _exit_fields(replay: Replay, depth: int, parts: list[Floats]) -> dict[str, Array]:
+    """What the full head says of the hidden states at `depth`, some of them at a time."""
+    rows: Iterator[tuple[Array, ...]] = (
+        statistics(replay.plain_logits(part), part[:0, 0].astype(np.int64)) for part in parts
+    )
+    tokens, entropies, margins, _ = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return {
+        f"exit_token_{depth:03}": tokens,
+        f"exit_margin_{depth:03}": margins,
+        f"exit_entropy_{depth:03}": entropies,
+    }

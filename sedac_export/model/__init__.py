@@ -1,0 +1,1 @@
+"""The Hugging Face model that is exported: all that knows transformers."""

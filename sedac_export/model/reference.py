@@ -1,0 +1,145 @@
+"""Run the original model as transformers loads it, to compare engines against."""
+
+import contextlib
+import inspect
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sedac_export.errors import SedacError
+from sedac_export.model.precision import stored
+from sedac_export.model.skeleton import Skeleton
+from sedac_export.model.weights import weights_of
+
+# called with a number of layers and the residual stream [1, tokens, hidden] after so many
+Observer = Callable[[int, Tensor], None]
+
+
+@torch.no_grad()
+def run_reference(
+    skeleton: Skeleton, input_ids: Tensor, precision: str, kept: int, observe: Observer
+) -> Tensor:
+    """Logits of `input_ids` [1, tokens] by transformers' own loading, masks and eager attention.
+
+    At most the newest `kept` positions' logits come back, [1, positions, vocabulary], where the
+    model can leave out the others. Of `skeleton` only names are used: the model is what
+    from_pretrained gives. Weights are rounded to `precision` as they are in the bundle and computed
+    with in fp32; each module's are in memory only while it runs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = _load(skeleton.directory, folder)
+        _round_weights(model, precision)
+        wanted = inspect.signature(model.forward).parameters
+        few = {"logits_to_keep": kept} if "logits_to_keep" in wanted else {}
+        with _observed(model.get_submodule(skeleton.layers_path), observe):
+            logits: Tensor = model(input_ids=input_ids, use_cache=False, **few).logits
+    return logits
+
+
+def _load(directory: Path, folder: str) -> PreTrainedModel:
+    """The model of `directory` with its weights left on disk until they are used."""
+    with _quiet(), _loading_errors(directory):
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            device_map={"": "disk"},
+            offload_folder=folder,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info[kind]:
+            raise SedacError(
+                f"{directory}: transformers reports {kind.replace('_', ' ')} while loading:"
+                f" {sorted(map(str, info[kind]))[0]}; is the download complete?"
+            )
+    original: PreTrainedModel = model.eval()
+    return original
+
+
+@contextlib.contextmanager
+def _loading_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever transformers and accelerate stumble over
+        reason = next(iter(str(error).splitlines()), "")
+        raise SedacError(
+            f"{directory}: transformers cannot load the model ({type(error).__name__}: {reason}),"
+            " and engines are compared with what it loads; save_pretrained() it anew"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What loading has to say is in the loading information; the rest is about disks."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class _Rounding(ModelHook):  # type: ignore[misc]
+    """Rounds a module's weights once they are in memory, before it runs."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                weight.data = _rounded(weight.data, self.precision, name)
+        return args, kwargs
+
+
+def _round_weights(model: nn.Module, precision: str) -> None:
+    for module in model.modules():
+        if module._parameters:
+            add_hook_to_module(module, _Rounding(precision), append=True)
+    for name, weight in weights_of(model):
+        if not isinstance(weight, nn.Parameter):
+            weight.copy_(_rounded(weight, precision, name))
+
+
+def _rounded(weight: Tensor, precision: str, name: str) -> Tensor:
+    return stored(weight, precision, name).to(weight.dtype)
+
+
+@contextlib.contextmanager
+def _observed(layers: nn.Module, observe: Observer) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observe(0, (args[0] if args else kwargs["hidden_states"]).clone())
+
+    def after(depth: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            # the next layer may write into it
+            observe(depth, (output[0] if isinstance(output, tuple) else output).clone())
+
+        return hook
+
+    modules = list(layers.children())
+    handles = [modules[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after(i + 1)) for i, layer in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Early exit inside a Hugging Face model in PyTorch."""

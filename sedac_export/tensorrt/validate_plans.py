@@ -1,0 +1,234 @@
+"""`sedac-export validate`: what can be known of a bundle's plans on this host."""
+
+import mmap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from sedac_export.bundle import Bundle
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import PlanEntry, PlanSet, PortableGraphs
+from sedac_export.bundle.portable_runner import PortableRunner
+from sedac_export.console import StageProgress
+from sedac_export.errors import SedacError
+from sedac_export.tensorrt.agreement import GATES, Gates, compare
+from sedac_export.tensorrt.build_plans import fingerprint
+from sedac_export.tensorrt.installed import check_compatible
+from sedac_export.tensorrt.plan_runner import GpuPlanRunner
+from sedac_export.tensorrt.profiles import graph_profiles
+from sedac_export.tensorrt.structure import Expected, expectations
+from sedac_export.tensorrt.worker import Worker
+from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
+
+# exit codes of the command, by the first check that failed
+FAILED = {"structure": 3, "onnxruntime": 4, "execution": 5}
+
+
+@dataclass
+class PlanCheck:
+    """One of the three checks; without `checked` the problems are empty and the reason is given."""
+
+    name: Literal["structure", "onnxruntime", "execution"]
+    checked: bool = True
+    reason: str = ""
+    problems: list[str] = field(default_factory=list)
+    engines: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """What --json prints of it."""
+        passed = not self.problems if self.checked else None
+        report: dict[str, Any] = {"checked": self.checked, "passed": passed}
+        if not self.checked:
+            report["reason"] = self.reason
+        return report | {"problems": self.problems, "engines": self.engines}
+
+
+@dataclass(frozen=True)
+class PlanValidation:
+    """The checks of one target's plans, in the order in which they were made."""
+
+    target: Target
+    plans: PlanSet
+    checks: list[PlanCheck]
+
+    def exit_code(self) -> int:
+        """0, or that of the first check that failed."""
+        return next((FAILED[check.name] for check in self.checks if check.problems), 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that --json prints of this target."""
+        facts = self.plans.model_dump(exclude={"plans"})
+        seconds = {Path(plan.file).stem: plan.seconds for plan in self.plans.plans}
+        checks = {check.name: check.as_json() for check in self.checks}
+        passed = self.exit_code() == 0
+        return facts | {"build_seconds": seconds, "checks": checks, "passed": passed}
+
+
+def validate(
+    directory: Path, target: Target, progress: StageProgress = lambda *_: None
+) -> PlanValidation:
+    """Check the plans of `target` in the bundle `directory`, as far as this host allows.
+
+    structure: each plan is of the graph beside it and holds its layers, and the network that
+    TensorRT parses from that has the inputs, outputs, dtypes, shapes, cache updates in place and
+    attention that the bundle needs. onnxruntime: those graphs agree with the engines that the
+    build compared with the original. execution: the plans themselves do, on this host's GPU.
+
+    Raises SedacError when a file is damaged, there are no such plans or the flavour is missing.
+    """
+    manifest = Bundle.open(directory).manifest
+    plans, portable = manifest.plans.get(target), manifest.portable
+    if plans is None or portable is None:
+        raise SedacError(
+            f"{directory} holds no {target} engines; add them with"
+            f" sedac-export engines {directory} --target {target}"
+        )
+    with Worker(target) as worker:
+        run = _PlanValidator(directory, manifest, portable, target, plans, worker)
+        checks = []
+        for count, check in enumerate((run.structure, run.onnxruntime, run.execution)):
+            progress("validate", count, 3)
+            checks.append(check())
+        progress("validate", 3, 3)
+    return PlanValidation(target, plans, checks)
+
+
+@dataclass
+class _PlanValidator:
+    directory: Path
+    manifest: bundle.Manifest
+    portable: PortableGraphs
+    target: Target
+    plans: PlanSet
+    worker: Worker
+
+    def __post_init__(self) -> None:
+        self.expected = expectations(self.directory, self.manifest, self.portable)
+
+    def structure(self) -> PlanCheck:
+        check = PlanCheck("structure")
+        built = {plan.graph: plan for plan in self.plans.plans}
+        for graph, expected in self.expected.items():
+            problems = self._graph_problems(graph, expected)
+            problems += self._plan_problems(graph, built.get(graph))
+            check.problems += [f"{Path(graph).stem}: {problem}" for problem in problems]
+            check.engines.append({"engine": Path(graph).stem, "passed": not problems})
+        return check
+
+    def onnxruntime(self) -> PlanCheck:
+        runner = PortableRunner(self.directory, self.manifest.precision)
+        return self._agreement("onnxruntime", runner, GATES[runner.computes])
+
+    def execution(self) -> PlanCheck:
+        """Load each plan and run it, where there is a GPU that can."""
+        gpu = find_gpu()
+        if gpu is None:
+            return _unchecked("no NVIDIA GPU with its driver is found on this host")
+        try:
+            check_compatible(self.target, self.plans, self.worker.call("version"), gpu)
+        except SedacError as error:
+            return _unchecked(str(error))
+        problems = [problem for plan in self.plans.plans for problem in self._engine_problems(plan)]
+        if problems:
+            return PlanCheck("execution", problems=problems)
+        length = self.manifest.max_cache_length
+        runner = GpuPlanRunner(self.directory, self.portable, self.plans, length, self.worker)
+        return self._agreement("execution", runner, GATES[self.manifest.precision])
+
+    def _agreement(
+        self,
+        name: Literal["onnxruntime", "execution"],
+        runner: PortableRunner | GpuPlanRunner,
+        gates: Gates,
+    ) -> PlanCheck:
+        try:
+            rows = compare(self.directory, self.manifest, self.portable, runner, gates)
+        except Exception as error:  # a graph broken so that it does not even run
+            reason = " ".join(str(error).split())
+            return PlanCheck(name, problems=[f"the engines do not run: {reason}"])
+        failed = [row for row in rows if not row["passed"]]
+        problems = [
+            f"{row['engine']}: cosine {row['cosine_p5']:.5f}, relative L2"
+            f" {row['relative_l2_p95']:.4f}, stability off by {row['stability_difference']:.4f},"
+            f" argmax agreement {row['argmax_agreement']}"
+            for row in failed
+        ]
+        return PlanCheck(name, problems=problems, engines=rows)
+
+    def _graph_problems(self, graph: str, expected: Expected) -> list[str]:
+        try:
+            network = self.worker.call("describe", graph=str(self.directory / graph))
+        except SedacError as error:
+            return [str(error)]
+        return expected.problems(network)
+
+    def _plan_problems(self, graph: str, plan: PlanEntry | None) -> list[str]:
+        if plan is None:
+            return ["it has no plan; run sedac-export engines again"]
+        options, version = self.plans.options, self.plans.version
+        present = fingerprint(self.directory, self.manifest, graph, version, options)
+        if plan.fingerprint != present:
+            return ["its plan is of another graph or other weights; run sedac-export engines again"]
+        return self._missing_layers(graph, plan) if self.target == "tensorrt-rtx" else []
+
+    def _missing_layers(self, graph: str, plan: PlanEntry) -> list[str]:
+        """Layers that the file of a plan does not name."""
+        with (
+            (self.directory / plan.file).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            return [
+                f"its plan lacks the layer {layer}"
+                for layer in self._cache_layers(graph)
+                if data.find(layer.encode()) < 0
+            ]
+
+    def _cache_layers(self, graph: str) -> list[str]:
+        """How engines name the layers that update caches and attend."""
+        model = onnx.load(self.directory / graph, load_external_data=False)
+        kinds = ("TensorScatter", "Attention")
+        return [f"[ONNX Layer: {n.name}]" for n in model.graph.node if n.op_type in kinds]
+
+    def _engine_problems(self, plan: PlanEntry) -> list[str]:
+        """What the engine itself, asked on a GPU, says otherwise than it should."""
+        try:
+            engine = self.worker.call("inspect", plan=str(self.directory / plan.file))
+        except SedacError as error:
+            return [str(error)]
+        problems = self.expected[plan.graph].problems(engine)
+        problems += [
+            f"its engine lacks the layer {layer}"
+            for layer in self._cache_layers(plan.graph)
+            if layer not in engine["information"]
+        ]
+        length = self.manifest.max_cache_length
+        head = plan.graph == self.portable.head
+        wanted = graph_profiles(self.directory / plan.graph, self.plans.options, length, head)
+        for number, (shapes, found) in enumerate(zip(wanted, engine["profiles"], strict=False)):
+            problems += [
+                f"profile {number} takes {name} of {found.get(name)} instead of {shape}"
+                for name, shape in shapes.items()
+                if found.get(name) != shape
+            ]
+        if len(wanted) != len(engine["profiles"]):
+            problems.append(f"{len(engine['profiles'])} profiles instead of {len(wanted)}")
+        return [f"{Path(plan.file).stem}: {problem}" for problem in problems]
+
+
+def _unchecked(reason: str) -> PlanCheck:
+    return PlanCheck("execution", checked=False, reason=f"no supported GPU: {reason}")
+
+
+def summary(validation: PlanValidation) -> str:
+    """What the command prints: a line for each check, and what is wrong."""
+    lines = [f"{FLAVOURS[validation.target].title} {validation.plans.version}"]
+    for check in validation.checks:
+        if not check.checked:
+            lines.append(f"{check.name} not checked: {check.reason}")
+        elif check.problems:
+            lines += [f"{check.name} failed:", *(f"  {problem}" for problem in check.problems)]
+        else:
+            lines.append(f"{check.name} passed: {len(check.engines)} engines")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""The core's chain exits where a replay of the same bundle exits, under every policy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import THREADS
+
+from sedac_export.bundle import Bundle
+from sedac_export.bundle.edit import write_config
+from sedac_export.bundle.exit_config import ExitConfig
+from sedac_export.exits.calibration.observe import Observations, observe
+from sedac_export.exits.replay.documents import Document
+from sedac_export.exits.replay.policies import make_policy
+from sedac_export.exits.replay.replay import Replay
+from sedac_runtime import SedacModel
+
+
+@pytest.fixture(scope="module", params=["trained_bundle", "lens_bundle"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    directory: Path
+    directory, _ = request.getfixturevalue(request.param)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def seen(bundle: Path, documents: list[Document]) -> Observations:
+    return observe(Replay(Bundle.open(bundle), THREADS), documents, lambda *_: None)
+
+
+def medians(signal: dict[int, npt.NDArray[np.float32]]) -> dict[int, float]:
+    """Thresholds at which about half of the tokens exit at each depth."""
+    return {depth: float(np.median(values)) for depth, values in signal.items()}
+
+
+def settings(seen: Observations) -> Iterator[dict[str, Any]]:
+    risk = medians(seen.risk)
+    # the signals of probes rise with risk; those of exits with confidence
+    yield {"policy": "stability", "tau": 0.98, "consecutive_k": 2}
+    yield {"policy": "probe", "thresholds": risk}
+    yield {"policy": "margin", "thresholds": medians(seen.margin)}
+    yield {"policy": "learned", "thresholds": medians(seen.learned)}
+    doubled = {depth: 2 * threshold for depth, threshold in risk.items()}
+    for kind in ("hard", "soft"):
+        yield {
+            "policy": "cascade",
+            "thresholds": doubled,
+            "weights": dict.fromkeys(risk, 1.0),
+            "targets": dict.fromkeys(risk, 0.6),
+            "exit_kind": kind,
+        }
+
+
+@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+def test_the_chain_exits_where_the_replay_exits(
+    kv_fill: str,
+    bundle: Path,
+    documents: list[Document],
+    seen: Observations,
+) -> None:
+    replay = Replay(Bundle.open(bundle), THREADS)
+    texts = [document.tokens[:300] for document in documents]
+    for fields in settings(seen):
+        config = ExitConfig(**fields, kv_fill=kv_fill)
+        write_config(bundle, config.to_json())
+        model = SedacModel.from_pretrained(bundle, threads=THREADS)
+        exits = []
+        for text in texts:
+            trace = replay.run(text, make_policy(config, 12), kv_fill=kv_fill)
+            tokens, depths = model.follow(text.tolist())
+            assert depths == trace.exits[1:].tolist(), fields
+            assert tokens == trace.tokens[1:].tolist(), fields
+            exits += depths
+        assert len(exits) >= 2000
+        # early and at full depth
+        assert min(exits) < 12 and exits.count(12) > 0, fields

@@ -1,0 +1,188 @@
+"""Probes in a bundle compute what was trained, and the bundle stays one that the runtime loads."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import THREADS
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from export.conftest import EXITS, PROBES, TrainedBundle
+from sedac_export.bundle import Bundle
+from sedac_export.bundle.exit_config import ExitConfig
+from sedac_export.exits.replay.documents import Document
+from sedac_export.exits.replay.policies import make_policy
+from sedac_export.exits.replay.probes_file import risk_probes
+from sedac_export.exits.replay.replay import Replay
+from sedac_export.exits.training.collect import collect, open_collection
+from sedac_export.exits.training.fit_probes import ranking, risk_target
+from sedac_export.exits.training.train_probes import train_probes
+from sedac_export.pytorch.accelerator import create_universal_accelerator
+from sedac_runtime import SedacModel
+
+
+@pytest.fixture(scope="module")
+def replay(trained_bundle: TrainedBundle) -> Replay:
+    bundle, _ = trained_bundle
+    return Replay(Bundle.open(bundle), THREADS)
+
+
+def test_the_runtime_loads_it_and_generates_as_before(
+    trained_bundle: TrainedBundle, demo_model: SedacModel
+) -> None:
+    bundle, trained = trained_bundle
+    manifest = Bundle.open(bundle).manifest
+    assert [entry.depth for entry in manifest.engines.exits] == list(EXITS)
+    with_risk = [e.first_layer + e.num_layers for e in manifest.engines.layers if e.risk]
+    assert with_risk == list(PROBES)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    prompt = "def main():\n"
+    expected = demo_model.generate(prompt, mode="full", max_new_tokens=40)
+    assert model.generate(prompt, mode="full", max_new_tokens=40).tokens == expected.tokens
+    assert [row.depth for row in trained.rows] == list(EXITS)
+
+
+def test_the_risk_output_is_the_probes(
+    trained_bundle: TrainedBundle, replay: Replay, documents: list[Document]
+) -> None:
+    bundle, _ = trained_bundle
+    probes = risk_probes(Bundle.open(bundle))
+    assert sorted(probes) == list(PROBES)
+    tokens = documents[0].tokens[:100]
+    hidden: dict[int, np.ndarray] = {}
+    risks: dict[int, np.ndarray] = {}
+
+    class Watching:
+        def begin(self, tokens: int) -> None:
+            self.tokens = tokens
+
+        def observe(self, signals: object) -> np.ndarray:
+            if signals.risk is not None:
+                risks[signals.depth] = signals.risk
+            return np.zeros(self.tokens, dtype=bool)
+
+        def soft_ratio(self) -> None:
+            return None
+
+    replay.run(tokens, Watching(), lambda depth, _, x, __: hidden.__setitem__(depth, x.copy()))
+    for depth, probe in probes.items():
+        with torch.no_grad():
+            expected = probe(torch.from_numpy(hidden[depth])).squeeze(-1).numpy()
+        assert risks[depth] == pytest.approx(expected, abs=1e-5)
+        assert expected.std() > 0.01
+
+
+def test_exit_signals_are_the_pruned_heads(
+    trained_bundle: TrainedBundle, replay: Replay, documents: list[Document]
+) -> None:
+    _, trained = trained_bundle
+    hidden: dict[int, np.ndarray] = {}
+    replay.run(
+        documents[0].tokens[:200],
+        watch=lambda depth, _, x, __: hidden.__setitem__(depth, x.copy()),
+    )
+    x = hidden[8]
+    signals = replay.exit_signals(8, x, np.ones((len(x), 3), dtype=np.float32))
+    logits = torch.from_numpy(replay.plain_logits(x)[:, trained.tokens])
+    probabilities = torch.softmax(logits, -1)
+    top = probabilities.topk(2, -1).values
+    entropy = -(probabilities * probabilities.log()).sum(-1)
+    # the product is rounded to 8 bits
+    assert signals[:, 0] == pytest.approx((top[:, 0] - top[:, 1]).numpy(), abs=0.05)
+    assert signals[:, 1] == pytest.approx(entropy.numpy(), abs=0.1)
+    assert ((signals[:, 2] > 0) & (signals[:, 2] < 1)).all()
+    assert signals[:, 2].std() > 0.05
+
+
+def policies(medians: dict[int, float]) -> list[ExitConfig]:
+    ones = dict.fromkeys(medians, 1.0)
+    cascade = {"thresholds": {d: 1.5 * m for d, m in medians.items()}, "weights": ones}
+    targets = dict.fromkeys(medians, 0.4)
+    return [
+        ExitConfig(tau=0.98, consecutive_k=2),
+        ExitConfig(policy="probe", thresholds=medians),
+        ExitConfig(policy="cascade", targets=targets, **cascade),
+        ExitConfig(policy="cascade", targets=targets, exit_kind="soft", **cascade),
+        ExitConfig(policy="margin", thresholds=dict.fromkeys(EXITS, 0.7)),
+        ExitConfig(policy="learned", thresholds=dict.fromkeys(EXITS, 0.8)),
+        ExitConfig(policy="learned", thresholds=dict.fromkeys(EXITS, 0.8), kv_fill="defer"),
+        ExitConfig(tau=0.98, consecutive_k=2, kv_fill="defer"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_chain_exits_where_the_accelerator_exits(
+    number: int,
+    trained_bundle: TrainedBundle,
+    replay: Replay,
+    documents: list[Document],
+    demo_reference: PreTrainedModel,
+) -> None:
+    bundle, trained = trained_bundle
+    config = policies(trained.medians)[number]
+    tokens = documents[1].tokens[:800]
+    trace = replay.run(tokens, make_policy(config, 12), kv_fill=config.kv_fill)
+    exits = create_universal_accelerator(demo_reference, config=config, bundle=bundle)
+    with torch.no_grad(), exits:
+        logits = demo_reference(torch.from_numpy(tokens)[None]).logits[0]
+    same = (trace.depths == exits.stats().last_depths) & (trace.tokens == logits.argmax(-1).numpy())
+    # a signal next to its threshold may fall on either side, and 8 bits round more than 32
+    assert same.mean() > 0.99
+    assert len(set(trace.depths)) > 1
+
+
+def test_training_again_replaces(
+    trained_bundle: TrainedBundle, documents: list[Document], tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(trained_bundle[0], tmp_path / "bundle")
+    train_probes(bundle, documents, [6], [8])
+    manifest = Bundle.open(bundle).manifest
+    assert [entry.depth for entry in manifest.engines.exits] == [6]
+    assert [e.first_layer for e in manifest.engines.layers if e.risk] == [7]
+    assert not (bundle / "onnx" / "exit_004.onnx").exists()
+    with safe_open(bundle / "probes.safetensors", framework="np") as handle:
+        assert handle.metadata()["model"] == manifest.model.name
+        assert not any(name.startswith(("risk.4", "learned.4")) for name in handle.keys())  # noqa: SIM118
+
+
+def test_collecting_goes_on_where_it_was_interrupted(
+    demo_bundle: Path, documents: list[Document], tmp_path: Path
+) -> None:
+    replay = Replay(Bundle.open(demo_bundle), THREADS)
+    manifest = replay.manifest
+    whole = collect(replay, documents[:3], tmp_path / "whole", [6])
+    collect(replay, documents[:1], tmp_path / "parts", [6])
+    # an interrupted run leaves bytes that no document owns
+    with (tmp_path / "parts" / "hidden_006").open("ab") as file:
+        file.write(b"half a token")
+    collect(replay, documents[:3], tmp_path / "parts", [6])
+    parts = open_collection(tmp_path / "parts", manifest, [6])
+    assert parts.tokens == whole.tokens == sum(len(d.tokens) for d in documents[:3])
+    for name in whole.fields:
+        assert np.array_equal(parts.read(name), whole.read(name)), name
+
+
+def test_a_collection_keeps_its_limit(
+    demo_bundle: Path, documents: list[Document], tmp_path: Path
+) -> None:
+    replay = Replay(Bundle.open(demo_bundle), THREADS)
+    manifest = replay.manifest
+    first = open_collection(tmp_path / "limited", manifest, [6])
+    limit = first.bytes_per_token * len(documents[0].tokens)
+    limited = collect(replay, documents, tmp_path / "limited", [6], max_bytes=limit)
+    assert len(limited.documents) == 1
+    assert sum(f.stat().st_size for f in (tmp_path / "limited").glob("*_*")) <= limit
+
+
+def test_risk_targets_are_clamped_logarithms() -> None:
+    target = risk_target(torch.arange(101, dtype=torch.float32))
+    assert float(target.min()) == pytest.approx(np.log1p(1))
+    assert float(target.max()) == pytest.approx(np.log1p(99))
+
+
+def test_ranking_is_the_area_under_the_curve() -> None:
+    scores, right = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])
+    assert ranking(scores, right) == pytest.approx(0.75)
