@@ -94,7 +94,7 @@ class Certificate(_FiniteModel):
 class ExitConfig(_FiniteModel):
     """When tokens exit, and what skipped layers' caches get. None stands for absent.
 
-    thresholds, weights and targets are by depth, the layers run. engines/README.md describes each
+    thresholds, weights and targets are by depth, the layers run. docs/reference/bundle.md describes each
     field; those of other policies than `policy` are refused.
     """
 
