@@ -207,7 +207,7 @@ def generate(
     )
     _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
-    chosen = None if policy is None else policy.value
+    chosen: PolicyName | None = None if policy is None else policy.value
     if mode is GenerationMode.EXIT:  # the variables are about exits
         chosen = chosen or _method()
         tau = _variable("SEDAC_V7_TAU", float, chosen) if tau is None else tau
