@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 target=x86_64-unknown-linux-gnu
-tests=(-m "not slow" tests/test_runtime.py tests/test_plans_backend.py tests/test_decisions.py)
+tests=(-m "not rotating" tests/test_runtime.py tests/test_plans_backend.py tests/test_decisions.py)
 (($#)) && tests=("$@")
 [[ -x .venv/bin/pytest ]] || { echo "error: .venv/bin/pytest is missing, make install brings it" >&2; exit 2; }
 

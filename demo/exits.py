@@ -1,8 +1,9 @@
 """Wall-clock speed and agreement of exits, with and without drafters, and of lossless mode.
 
-Prompts are those of demo/lossless.py. The ways to run take turns on each prompt, in random order,
-greedily. Speeds are full depth's decoding time over a way's, of all prompts together. Agreement is
-the share of generated tokens that full depth would have chosen after the same text.
+Prompts are those of demo/lossless.py. Setups of mode and drafter take turns on each prompt, in
+random order, greedily. Speeds are full depth's decoding time over a setup's, of all prompts
+together. Agreement is the share of generated tokens that full depth would have chosen after the
+same text.
 
     python demo/exits.py --engines engines/demo
 """
@@ -15,7 +16,12 @@ from lossless import prompts
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import read_exit_config
 from sedac_export.exits.calibration import generation_speed as generation
-from sedac_export.exits.calibration.generation_speed import FULL, agreement, time_ways, ways_of
+from sedac_export.exits.calibration.generation_speed import (
+    FULL,
+    agreement,
+    decoding_setups,
+    time_setups,
+)
 from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
 
@@ -28,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = SedacModel.from_pretrained(arguments.engines, threads=generation.THREADS)
     cut = prompts(model, arguments.prompts, arguments.prompt_tokens)
-    runs = time_ways(arguments.engines, ways_of(read_exit_config(arguments.engines)), cut)
+    runs = time_setups(arguments.engines, decoding_setups(read_exit_config(arguments.engines)), cut)
     replay = Replay(Bundle.open(arguments.engines))
     full = runs[FULL].milliseconds
     per_token = full / len(cut) / (generation.NEW_TOKENS - 1)

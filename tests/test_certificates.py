@@ -35,7 +35,7 @@ def generate(bundle: Path) -> Callable[..., GenerationOutput]:
 
     def run(**settings: Any) -> GenerationOutput:
         model = SedacModel.from_pretrained(bundle, threads=THREADS)
-        return model.generate(PROMPT, max_new_tokens=4, **settings)
+        return model.generate(PROMPT, max_new_tokens=4, **{"mode": "exit", **settings})
 
     return run
 
@@ -99,6 +99,7 @@ def test_the_same_words_are_shown_everywhere(
     sentence = read_certification(Bundle.open(bundle)).sentence
     assert "at most 0.99% of tokens" in sentence
     words = ["generate", "--engines", str(bundle), "--prompt", PROMPT, "--max-new-tokens", "2"]
+    words += ["--mode", "exit"]
     shown = call(sedac_runtime.cli.main, words, capfd)
     assert shown.err.splitlines()[-1] == sentence
     warned = call(sedac_runtime.cli.main, [*words, "--temperature", "1"], capfd)

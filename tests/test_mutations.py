@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from build_cache import BuildCache
 from tiny_models import save_tiny_model
 
-from sedac_export import BuildRequest, build_bundle
+from sedac_export import BuildRequest
 
 COUNT = 300
 TESTS = Path(__file__).parent
@@ -22,15 +23,14 @@ _OPENED = re.compile(r"^(\d+) +open(?:at2?)?\(.*\) = \d+<(.*?)>(?:\(deleted\))?$
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small bundle with a tokenizer and a chat template."""
     directory = tmp_path_factory.mktemp("mutations")
     save_tiny_model("llama", directory / "model", vocab_size=4096)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     (directory / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    build_bundle(BuildRequest(str(directory / "model"), directory / "bundle"))
-    return directory / "bundle"
+    return build_cache.bundle(BuildRequest(str(directory / "model"), directory / "bundle"))
 
 
 def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import THREADS, TinyBundle
-from eager import Forced, Stable, greedy, greedy_deferred
+from eager import Forced, Stable, assert_decoded
 from tiny_models import ARCHITECTURES
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -40,8 +40,8 @@ def test_full_depth_equals_transformers(
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
     for prompt in random_prompts(256, 8):
         output = model.generate(prompt, mode="full", max_new_tokens=NEW_TOKENS)
-        greedy(reference, prompt, NEW_TOKENS).assert_same(output.tokens)
-        assert output.exit_layers == [4] * NEW_TOKENS
+        assert len(output.tokens) == NEW_TOKENS
+        assert output.exit_layers == assert_decoded(reference, prompt, output.tokens)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -53,9 +53,9 @@ def test_forced_exits_equal_eager_with_the_same_fill(
     prompt = random_prompts(256, 2)[1]
     for exits in ([1], [2], [3], [1, 4, 3, 1, 1, 2]):
         output = model.generate(prompt, forced_exit=exits, max_new_tokens=64)
-        greedy(reference, prompt, 64, Forced(exits)).assert_same(output.tokens)
-        expected = [4, *(exits[n % len(exits)] for n in range(63))]
-        assert output.exit_layers == expected
+        depths = assert_decoded(reference, prompt, output.tokens, Forced(exits))
+        assert output.exit_layers == depths
+        assert depths == [4, *(exits[n % len(exits)] for n in range(63))]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -67,8 +67,9 @@ def test_deferred_exits_leave_the_caches_of_full_depth(
     prompt = random_prompts(256, 2)[1]
     for exits in ([2], [1, 4, 3, 1, 1, 2]):
         output = model.generate(prompt, forced_exit=exits, kv_fill="defer", max_new_tokens=32)
-        greedy_deferred(reference, prompt, 32, exits).assert_same(output.tokens)
-        assert output.kv_fill == "defer"
+        assert len(output.tokens) == 32
+        depths = assert_decoded(reference, prompt, output.tokens, Forced(exits), "defer")
+        assert (output.exit_layers, output.kv_fill) == (depths, "defer")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -82,7 +83,7 @@ def test_lossless_equals_transformers(
         # a text with something to look up
         prompt = prompt[:30] * 3
         output = model.generate(prompt, mode="lossless", drafter=drafter, max_new_tokens=64)
-        greedy(reference, prompt, 64).assert_same(output.tokens)
+        assert_decoded(reference, prompt, output.tokens)
         assert output.exit_layers == [4] * 64
 
 
@@ -124,8 +125,10 @@ def test_demo_equals_transformers(
         output = demo_model.generate(
             tokens, mode="full", forced_exit=exits, max_new_tokens=NEW_TOKENS, stop_tokens=[]
         )
-        policy = Forced(exits) if exits else None
-        greedy(demo_reference, tokens, NEW_TOKENS, policy).assert_same(output.tokens)
+        rule = Forced(exits) if exits else None
+        depths = assert_decoded(demo_reference, tokens, output.tokens, rule)
+        assert output.exit_layers == depths
+        assert len(depths) == NEW_TOKENS
 
 
 @pytest.mark.parametrize(("tau", "k"), [(0.99, 3), (0.98, 2), (0.95, 1)])
@@ -134,11 +137,17 @@ def test_demo_exits_where_the_eager_policy_exits(
 ) -> None:
     tokens = demo_model.encode(DEMO_PROMPTS[2])
     output = demo_model.generate(
-        tokens, tau=tau, consecutive_k=k, min_layer_ratio=0.2, max_new_tokens=64, stop_tokens=[]
+        tokens,
+        mode="exit",
+        tau=tau,
+        consecutive_k=k,
+        min_layer_ratio=0.2,
+        max_new_tokens=64,
+        stop_tokens=[],
     )
-    expected = greedy(demo_reference, tokens, 64, Stable(tau, k, min_depth=3))
-    assert output.tokens == expected.tokens
-    assert output.exit_layers == expected.exit_layers
+    depths = assert_decoded(demo_reference, tokens, output.tokens, Stable(tau, k, min_depth=3))
+    assert output.exit_layers == depths
+    assert len(depths) == 64
     assert len(set(output.exit_layers)) > 2
 
 

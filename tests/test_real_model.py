@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import THREADS
-from eager import Greedy
+from eager import assert_decoded
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,8 +61,8 @@ class Reference:
         ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         return list(ids)
 
-    def generate(self, prompt: list[int]) -> Greedy:
-        """`generate`'s own greedy tokens, past the end of the answer, and each one's lead."""
+    def generate(self, prompt: list[int]) -> list[int]:
+        """`generate`'s own greedy tokens, past the end of the answer."""
         ids = torch.tensor([prompt])
         output = self.model.generate(
             ids,
@@ -70,12 +70,9 @@ class Reference:
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
-            return_dict_in_generate=True,
-            output_logits=True,
         )
-        tokens = output.sequences[0, len(prompt) :].tolist()
-        top = torch.cat(output.logits).topk(2).values
-        return Greedy(tokens, (top[:, 0] - top[:, 1]).tolist(), [])
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +95,7 @@ def reference(checkpoint: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Reference) -> list[Greedy]:
+def expected(reference: Reference) -> list[list[int]]:
     return [reference.generate(reference.prompt(text)) for text in PROMPTS]
 
 
@@ -119,9 +116,14 @@ def test_chats_are_encoded_alike(smollm2: SedacModel, reference: Reference) -> N
 
 @pytest.mark.parametrize("mode", ["full", "lossless"])
 def test_answers_are_those_of_transformers(
-    mode: str, smollm2: SedacModel, reference: Reference, expected: list[Greedy]
+    mode: str, smollm2: SedacModel, reference: Reference, expected: list[list[int]]
 ) -> None:
-    for text, greedy in zip(PROMPTS, expected, strict=True):
+    same = 0
+    for text, generated in zip(PROMPTS, expected, strict=True):
         prompt = reference.prompt(text)
         output = smollm2.generate(prompt, mode=mode, max_new_tokens=NEW_TOKENS, stop_tokens=[])
-        greedy.assert_same(output.tokens)
+        assert len(output.tokens) == NEW_TOKENS
+        assert_decoded(reference.model, prompt, output.tokens)
+        same += output.tokens == generated
+    # the others differ from a tie on
+    assert same >= len(PROMPTS) - 2

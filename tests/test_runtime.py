@@ -25,13 +25,18 @@ PROMPT = "class Stack:\n    def push(self, item):\n"
 
 def test_streamed_pieces_are_the_text(demo_model: SedacModel) -> None:
     # at this temperature tokens are nearly random bytes: characters begin, break off and finish
+    unfinished = 0
     for seed in range(8):
         stream = demo_model.stream(
             PROMPT, temperature=3.0, seed=seed, max_new_tokens=60, stop_tokens=[]
         )
         pieces = [token.text for token in stream]
+        assert len(stream.output.tokens) == len(pieces) == 60
         assert "".join(pieces) + stream.rest == stream.output.text
         assert demo_model.decode(stream.output.tokens) == stream.output.text
+        unfinished += pieces.count("")
+    # of characters whose other bytes come with later tokens
+    assert unfinished > 0
 
 
 def test_a_generation_that_failed_says_so_again(demo_model: SedacModel) -> None:
@@ -52,7 +57,10 @@ def test_unknown_modes_are_refused(demo_model: SedacModel) -> None:
     with pytest.raises(InputError, match="drafter none is out of range"):
         demo_model.generate(PROMPT, mode="lossless", drafter="none")
     with pytest.raises(InputError, match="none with kv_fill propagate; set kv_fill defer"):
-        demo_model.generate(PROMPT, drafter="auto", kv_fill="propagate")
+        demo_model.generate(PROMPT, mode="exit", drafter="auto", kv_fill="propagate")
+    for mode in ("full", "lossless"):
+        with pytest.raises(InputError, match=f"tau belongs to mode exit, not to {mode}"):
+            demo_model.generate(PROMPT, mode=mode, tau=0.9)
 
 
 @pytest.mark.parametrize("drafter", ["early-exit", "prompt-lookup", "auto"])
@@ -65,7 +73,7 @@ def test_with_drafts_tokens_are_full_depths_or_the_exits(
     drafted = early = deep = 0
     for _ in range(4):
         output = demo_model.generate(
-            prompt, drafter=drafter, max_new_tokens=100, stop_tokens=[], **exits
+            prompt, mode="exit", drafter=drafter, max_new_tokens=100, stop_tokens=[], **exits
         )
         assert (output.mode, output.drafter) == ("exit", drafter)
         text = prompt + output.tokens[:-1]
@@ -87,11 +95,12 @@ def test_exits_are_drafted_between_as_the_bundle_says(demo_bundle: Path, tmp_pat
     config = {"kv_fill": "defer", "drafter": "early-exit"}
     (bundle / "sedac_config.json").write_text(json.dumps(config))
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
-    assert model.generate(PROMPT, max_new_tokens=32).drafter == "early-exit"
+    exits = {"mode": "exit", "max_new_tokens": 32}
+    assert model.generate(PROMPT, **exits).drafter == "early-exit"
     assert model.generate(PROMPT, max_new_tokens=2, mode="full").drafter == "none"
-    assert model.generate(PROMPT, max_new_tokens=32, drafter="none").drafted == 0
+    assert model.generate(PROMPT, drafter="none", **exits).drafted == 0
     # the bundle's drafter goes with caches that it can use
-    assert model.generate(PROMPT, max_new_tokens=8, kv_fill="propagate").drafter == "none"
+    assert model.generate(PROMPT, kv_fill="propagate", **exits).drafter == "none"
 
 
 def test_generation_stops_at_a_stop_token(demo_model: SedacModel) -> None:
@@ -131,7 +140,7 @@ def test_a_full_cache_ends_the_text(demo_model: SedacModel) -> None:
 
 
 def test_the_output_counts_what_happened(demo_model: SedacModel) -> None:
-    output = demo_model.generate(PROMPT, tau=0.97, max_new_tokens=32, stop_tokens=[])
+    output = demo_model.generate(PROMPT, mode="exit", tau=0.97, max_new_tokens=32, stop_tokens=[])
     fields = asdict(output)
     assert list(fields) == [
         *("text", "tokens", "exit_layers", "num_layers", "mean_exit_layer", "exit_reasons"),
@@ -207,9 +216,21 @@ def test_bench_rows_are_named_and_sound(demo_bundle: Path) -> None:
     assert [row["name"] for row in rows] == names
     assert [row["mean_exit_layer"] for row in rows] == [12, 3, 12, 12, 12]
     assert [row["agreement"] for row in rows if row["name"] != "exit@3"] == [1.0] * 4
-    assert rows[-1]["speedup"] == 1.0
     for row in rows:
-        assert 0 < row["min_ms"] <= row["ms_per_token"] <= row["max_ms"]
+        # the median of two
+        assert row["ms_per_token"] == pytest.approx((row["min_ms"] + row["max_ms"]) / 2)
+
+
+def test_bench_compares_with_the_case_asked_for(demo_bundle: Path) -> None:
+    settings = {"prompt_tokens": 8, "new_tokens": 6, "repeat": 1, "threads": THREADS}
+    for against, name in (("monolith", "monolith"), ("full", "chain")):
+        rows = bench(demo_bundle, forced_exit=[3, 12], against=against, **settings)
+        milliseconds = {row["name"]: row["ms_per_token"] for row in rows}
+        assert len(rows) > 2
+        for row in rows:
+            times = milliseconds[name] / row["ms_per_token"]
+            assert row["speedup"] == pytest.approx(times)
+            assert row["min_ms"] == row["max_ms"] == row["ms_per_token"] > 0
 
 
 def test_bench_refuses_what_the_cache_would_cut_short(demo_bundle: Path) -> None:
@@ -234,16 +255,21 @@ def test_the_policy_may_come_from_the_environment(
     demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["generate", "--engines", str(demo_bundle), "--prompt", PROMPT, "--json"]
+    exits = [*arguments, "--mode", "exit", "--max-new-tokens", "16"]
 
     def run(method: str, **variables: str) -> Result:
         for name, value in {"SEDAC_METHOD": method, **variables}.items():
             monkeypatch.setenv(name, value)
-        return CliRunner().invoke(app, [*arguments, "--max-new-tokens", "16"])
+        return CliRunner().invoke(app, exits)
 
     shallow = json.loads(run("v7", SEDAC_V7_TAU="0", SEDAC_V7_K="1").stdout)
+    assert len(shallow["tokens"]) > 2
     assert shallow["exit_layers"][1:] == [3] * (len(shallow["tokens"]) - 1)
     assert shallow["certificate"] is None
     assert "SEDAC_METHOD v9 is unknown" in str(run("v9").exception)
     assert "policy margin has no thresholds" in str(
-        CliRunner().invoke(app, [*arguments, "--policy", "margin"]).exception
+        CliRunner().invoke(app, [*exits, "--policy", "margin"]).exception
     )
+    # the variables are about exits, which the default mode does not take
+    lossless = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert lossless["mode"] == "lossless"

@@ -13,7 +13,7 @@ from bad_input.command import rewrite_manifest
 
 import sedac_runtime.tensorrt as module
 from sedac_runtime import EngineError, SedacModel
-from sedac_runtime._core import PlanTensor
+from sedac_runtime._core import SCHEMA_VERSION, PlanTensor
 from sedac_runtime.flavour import Gpu, this_platform
 from sedac_runtime.tensorrt import PlanExecutor
 
@@ -126,7 +126,7 @@ def bundle(tmp_path: Path) -> Path:
         "options": {"version_compatible": False, "hardware_compatible": False},
     }
     (tmp_path / "bundle.json").write_text("{}")
-    rewrite_manifest(tmp_path, schema_version=1, plans={"tensorrt-rtx": plans})
+    rewrite_manifest(tmp_path, schema_version=SCHEMA_VERSION, plans={"tensorrt-rtx": plans})
     (tmp_path / "a.plan").write_bytes(b"plan")
     return tmp_path
 

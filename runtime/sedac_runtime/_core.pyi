@@ -83,6 +83,7 @@ class BundleFiles:
         verify: Verify = ...,
         threads: int = 0,
         replaced: _Path | None = None,
+        older: bool = False,
     ) -> BundleFiles: ...
     @property
     def manifest(self) -> bytes: ...
@@ -237,6 +238,7 @@ class Model:
         max_new_tokens: int,
         stop_tokens: list[int],
         stop_strings: list[str] = ...,
+        profile: bool = False,
     ) -> Generation: ...
     def bench(
         self,
@@ -294,6 +296,8 @@ class GenerationSummary:
     def decode_ms(self) -> float: ...
     @property
     def rest(self) -> str: ...
+    @property
+    def profile(self) -> str | None: ...
     @property
     def drafts(self) -> DraftSummary: ...
 

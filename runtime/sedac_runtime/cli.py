@@ -17,8 +17,10 @@ from rich.table import Column, Table
 from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
 from sedac_runtime.choices import PolicyName
+from sedac_runtime.logs import configure
 from sedac_runtime.model import GenerationStream
 from sedac_runtime.terminal import visible
+from sedac_runtime.text_file import replace_text
 from sedac_runtime.tolerance import tolerance_note
 
 app = typer.Typer(
@@ -27,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(configure)
 console = Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
@@ -135,8 +138,11 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most so many.")] = 128,
     mode: Annotated[
         GenerationMode,
-        typer.Option(help="Every layer; exits of stable tokens; drafts that full depth verifies."),
-    ] = GenerationMode.EXIT,
+        typer.Option(
+            help="full runs every layer, lossless verifies drafts at full depth for the same"
+            " tokens, exit stops tokens early and may change them."
+        ),
+    ] = GenerationMode.LOSSLESS,
     policy: Annotated[
         Policy | None, typer.Option(help="What decides about exits. [default: the bundle's]")
     ] = None,
@@ -182,10 +188,16 @@ def generate(
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write a Chrome trace of every step and engine run to this file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
+    if profile is not None and not profile.absolute().parent.is_dir():
+        raise ValueError(f"--profile {profile} is in no directory; create {profile.parent} first")
     model = SedacModel.from_pretrained(
         engines,
         threads=threads,
@@ -195,17 +207,20 @@ def generate(
     )
     _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
-    chosen = _method() if policy is None else policy.value
+    chosen: PolicyName | None = None if policy is None else policy.value
+    if mode is GenerationMode.EXIT:  # the variables are about exits
+        chosen = chosen or _method()
+        tau = _variable("SEDAC_V7_TAU", float, chosen) if tau is None else tau
+        if consecutive_k is None:
+            consecutive_k = _variable("SEDAC_V7_K", int, chosen)
     generation = model.stream(
         tokens,
         max_new_tokens=max_new_tokens,
         mode=mode.value,
         policy=chosen,
         threshold=threshold,
-        tau=tau if tau is not None else _variable("SEDAC_V7_TAU", float, chosen),
-        consecutive_k=(
-            consecutive_k if consecutive_k is not None else _variable("SEDAC_V7_K", int, chosen)
-        ),
+        tau=tau,
+        consecutive_k=consecutive_k,
         min_layer_ratio=min_layer_ratio,
         kv_fill=None if kv_fill is None else kv_fill.value,
         drafter=None if drafter is None else drafter.value,
@@ -216,10 +231,17 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop_strings=stop or (),
+        profile=profile is not None,
     )
     if as_json:
         print(json.dumps(asdict(generation.output)))
-        return
+    else:
+        _print_text(generation, stream)
+    if profile is not None:
+        replace_text(profile, generation.profile or "")
+
+
+def _print_text(generation: GenerationStream, stream: bool) -> None:
     if stream:
         for token in generation:
             _write(token.text)
@@ -370,9 +392,10 @@ def _print_tolerance(model: SedacModel) -> None:
 
 def _print_statistics(generation: GenerationStream) -> None:
     output = generation.output
+    drafts = f" {output.accepted} of {output.drafted} drafts accepted," if output.drafted else ""
     print(
         f"{len(output.tokens)} tokens, {output.decode_tokens_per_second:.1f} tokens/s,"
-        f" mean exit layer {output.mean_exit_layer:.1f} of {output.num_layers},"
+        f" mean exit layer {output.mean_exit_layer:.1f} of {output.num_layers},{drafts}"
         f" prefill {output.prefill_ms:.0f} ms, finished by {output.finish_reason}",
         file=sys.stderr,
     )

@@ -119,6 +119,12 @@ class GenerationStream:
         _ = self.output
         return self._generation.summary().rest
 
+    @property
+    def profile(self) -> str | None:
+        """A Chrome trace of every step and engine run, as JSON; None unless it was asked for."""
+        _ = self.output
+        return self._generation.summary().profile
+
     def _collect(self) -> GenerationOutput:
         summary, decoding = self._generation.summary(), self._decoding
         tokens, drafts = summary.tokens, summary.drafts
@@ -240,7 +246,7 @@ class SedacModel:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 128,
-        mode: Mode = "exit",
+        mode: Mode = "lossless",
         policy: PolicyName | None = None,
         threshold: float | None = None,
         tau: float | None = None,
@@ -257,6 +263,7 @@ class SedacModel:
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
+        profile: bool = False,
     ) -> GenerationStream:
         """Generate token by token after `prompt`, a text or token ids, as the stream is read.
 
@@ -273,7 +280,8 @@ class SedacModel:
         "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
         exits at the first exit from the given depths on, taken in turn, whatever the policy says.
         temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
-        end-of-text tokens) or with the token that completes one of `stop_strings`.
+        end-of-text tokens) or with the token that completes one of `stop_strings`. With `profile`
+        the stream's `profile` is a Chrome trace of what ran.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
@@ -315,6 +323,7 @@ class SedacModel:
             max_new_tokens=max_new_tokens,
             stop_tokens=stops,
             stop_strings=list(stop_strings),
+            profile=profile,
         )
         return GenerationStream(generation, decoding, len(tokens), self.num_layers)
 

@@ -42,6 +42,20 @@ impl KvFill {
 ///
 /// Layer l holds exactly one entry for each of the positions `0..filled(l)`, and none beyond;
 /// `filled` never grows with depth.
+///
+/// ```
+/// use sedac_core::kv::KvState;
+///
+/// # fn main() -> sedac_core::Result<()> {
+/// let mut kv = KvState::new(2, 8);
+/// let token = kv.begin(1)?;
+/// kv.fill(0, token.end); // exits after one layer
+/// let next = kv.begin(1)?;
+/// kv.fill(0, next.end);
+/// assert_eq!(kv.pending(1, next.end), 0..2); // the second layer lacks both
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct KvState {
     filled: Vec<usize>,

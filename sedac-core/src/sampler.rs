@@ -41,7 +41,7 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Whether the likeliest token is taken, and nothing else is set that could change that.
+    /// Whether the most likely token is taken, and nothing else is set that could change that.
     pub fn is_argmax(self) -> bool {
         let Self { seed, .. } = self;
         self == Self {

@@ -9,7 +9,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use prost::Message;
 use sedac_core::Error;
-use sedac_core::bundle::Bundle;
+use sedac_core::bundle::{Bundle, Opening};
 use sedac_core::kv::KvFill;
 use sedac_core::policy::{PolicySettings, Stability};
 use serde_json::{Value, json};
@@ -58,17 +58,41 @@ fn a_manifest_must_match_its_digest() {
 fn a_newer_schema_is_not_called_damaged() {
     let scratch = Scratch::new("schema");
     let mut manifest = whole(&scratch);
-    manifest["schema_version"] = json!(2);
+    manifest["schema_version"] = json!(3);
     manifest["engines"] = json!("something else");
     fs::write(scratch.0.join("bundle.json"), manifest.to_string()).unwrap();
-    assert!(scratch.reason().contains("schema 2 is newer than 1"));
+    assert!(scratch.reason().contains("schema 3 is newer than 2"));
+}
+
+#[test]
+fn an_older_schema_opens_for_an_upgrade_only() {
+    let scratch = Scratch::new("older");
+    let mut manifest = whole(&scratch);
+    manifest["schema_version"] = json!(1);
+    let engines = manifest["engines"].as_object_mut().unwrap();
+    engines.remove("contexts");
+    scratch.write_manifest(manifest.to_string().as_bytes());
+    let reason = scratch.reason();
+    assert!(reason.contains("schema 1 is older than 2"), "{reason}");
+    assert!(reason.contains("sedac-export upgrade"), "{reason}");
+    let upgrade = Opening {
+        older: true,
+        ..Opening::default()
+    };
+    assert!(Bundle::open_with(&scratch.0, &upgrade).is_ok());
+    fs::write(scratch.0.join("onnx/head.onnx"), "graph").unwrap();
+    let damaged = Bundle::open_with(&scratch.0, &upgrade).unwrap_err();
+    assert!(damaged.to_string().contains("head.onnx is truncated"));
 }
 
 #[test]
 fn engines_that_do_not_add_up_are_refused() {
     let scratch = Scratch::new("sum");
     let sound = whole(&scratch);
-    let changes: [(&str, Value); 11] = [
+    let changes: [(&str, Value); 14] = [
+        ("/engines/contexts", Value::Null),
+        ("/engines/contexts", json!("onnx/unlisted.onnx")),
+        ("/contexts", json!([])),
         ("/engines/head", json!("onnx/head.data")),
         ("/exit_layers", json!([2, 1])),
         ("/exit_layers", json!([1])),
@@ -203,6 +227,7 @@ fn plans_are_found_for_their_target_and_only_whole() {
     let mut manifest = whole(&scratch);
     let graphs = [
         "embed",
+        "contexts",
         "layer_000",
         "layer_001",
         "kv_000",
@@ -214,9 +239,9 @@ fn plans_are_found_for_their_target_and_only_whole() {
         let stand_in = tiny::graph(name).encode_to_vec();
         scratch.list(&mut manifest, &graph(name), &stand_in);
     }
-    let layers = |first: usize| json!({"file": graph(graphs[1 + first]), "first_layer": first, "num_layers": 1, "masks": ["mask"]});
+    let layers = |first: usize| json!({"file": graph(graphs[2 + first]), "first_layer": first, "num_layers": 1, "masks": ["mask"]});
     manifest["portable"] = json!({
-        "embed": graph("embed"), "layers": [layers(0), layers(1)],
+        "embed": graph("embed"), "contexts_graph": graph("contexts"), "layers": [layers(0), layers(1)],
         "key_value": [graph("kv_000"), graph("kv_001")], "head": graph("head"),
         "contexts": {"context_0": {"dtype": "float16", "shape": [-1, -1, 2]}},
         "masks": {"mask": 0}
@@ -238,6 +263,8 @@ fn plans_are_found_for_their_target_and_only_whole() {
     assert!(sound.plans_for("tensorrt").is_none());
     for (pointer, value) in [
         ("/plans/tensorrt-rtx/plans/3/graph", json!("onnx/head.onnx")),
+        ("/plans/tensorrt-rtx/plans/1/graph", json!("onnx/head.onnx")),
+        ("/portable/contexts_graph", Value::Null),
         ("/portable/layers/1/first_layer", json!(0)),
         ("/portable/contexts/context_0/shape/2", json!(1_u64 << 62)),
         ("/portable/contexts/context_0/shape/2", json!(0)),

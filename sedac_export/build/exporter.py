@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sedac_export.build.validate import Validation, validate
+from sedac_export.build.validate import BundleValidation, validate
 from sedac_export.build.writer import write_engines
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.exit_config import ExitConfig
@@ -17,7 +17,7 @@ from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.graph.trace_model import check_attention, trace_graphs
 from sedac_export.model.skeleton import Skeleton
-from sedac_export.model.source import Source, opened_model
+from sedac_export.model.source import ModelSource, opened_model
 from sedac_export.model.support import check_stops
 from sedac_export.model.tokenizer import load_tokenizer, save_tokenizer
 from sedac_runtime.tolerance import DEFAULT_TOLERANCE
@@ -47,7 +47,7 @@ class BuiltBundle:
 
     output: Path
     manifest: bundle.Manifest
-    validation: Validation
+    validation: BundleValidation
     seconds: float
     note: str | None = None
 
@@ -68,8 +68,8 @@ def build_bundle(request: BuildRequest, progress: StageProgress = lambda *_: Non
 
 
 def _build(
-    request: BuildRequest, source: Source, claim: Claim, progress: StageProgress
-) -> tuple[bundle.Manifest, Validation]:
+    request: BuildRequest, source: ModelSource, claim: Claim, progress: StageProgress
+) -> tuple[bundle.Manifest, BundleValidation]:
     skeleton = Skeleton.load(source.directory)
     tokenizer = source.tokenizer or load_tokenizer(source.directory)
     length = _cache_length(skeleton, request)
@@ -142,7 +142,7 @@ def _exit_layers(skeleton: Skeleton, request: BuildRequest) -> list[int]:
 
 
 def _facts(
-    source: Source, skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
+    source: ModelSource, skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
 ) -> bundle.ModelFacts:
     config = skeleton.config
     generation = skeleton.model.generation_config
@@ -172,7 +172,7 @@ def _facts(
 def _finish(
     staging: Path,
     manifest: bundle.Manifest,
-    validation: Validation,
+    validation: BundleValidation,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> bundle.Manifest:
     """Write everything but the engines, the manifest last."""

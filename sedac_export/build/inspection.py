@@ -15,7 +15,7 @@ from sedac_runtime.choices import Verify
 from sedac_runtime.tolerance import tolerance_note
 
 
-class _Row(BaseModel):
+class _InspectedRow(BaseModel):
     """What `inspect` shows of a row of validation.json."""
 
     model_config = ConfigDict(extra="allow")
@@ -26,9 +26,9 @@ class _Row(BaseModel):
     agreement: float
 
 
-class _Validation(BaseModel):
-    engines: list[_Row]
-    end_to_end: _Row
+class _InspectedValidation(BaseModel):
+    engines: list[_InspectedRow]
+    end_to_end: _InspectedRow
 
 
 def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]:
@@ -79,9 +79,9 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
     }
 
 
-def _validation(bundle: Bundle) -> _Validation:
+def _validation(bundle: Bundle) -> _InspectedValidation:
     try:
-        return _Validation.model_validate_json(bundle.read(VALIDATION))
+        return _InspectedValidation.model_validate_json(bundle.read(VALIDATION))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or VALIDATION
@@ -102,8 +102,9 @@ def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
         if file is not None
     ]
     attention = [(e.file, str(e.first_layer)) for e in manifest.engines.attention]
-    ends = (manifest.engines.embed, ""), (manifest.engines.head, "")
-    return [ends[0], *layers, *fills, *attention, *exits, ends[1]]
+    engines = manifest.engines
+    first = [(file, "") for file in (engines.embed, engines.contexts) if file is not None]
+    return [*first, *layers, *fills, *attention, *exits, (engines.head, "")]
 
 
 def _weight_bytes(model: ModelProto) -> int:

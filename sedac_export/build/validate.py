@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 
 from sedac_export.arrays import Array
 from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
-from sedac_export.bundle.sessions import open_session
+from sedac_export.bundle.runner import BundleRunner, PassInputs
+from sedac_export.bundle.sessions import Caches
 from sedac_export.errors import SedacError
 from sedac_export.model.reference import run_reference
 from sedac_export.model.skeleton import Skeleton
@@ -22,7 +22,7 @@ _REST = (7, 1)
 
 
 @dataclass
-class Row:
+class ValidationRow:
     """How far one engine is from the original, over all chunks.
 
     error is the largest absolute difference divided by the larger of 1 and the largest reference
@@ -50,14 +50,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Validation:
+class BundleValidation:
     """Per-engine rows on the original's own hidden states, and the chain end to end."""
 
     tolerance: float
-    engines: list[Row]
-    end_to_end: Row
+    engines: list[ValidationRow]
+    end_to_end: ValidationRow
 
-    def worst(self) -> Row:
+    def worst(self) -> ValidationRow:
         """The row furthest over the tolerance, or nearest to it."""
         return max([*self.engines, self.end_to_end], key=lambda row: row.error)
 
@@ -73,7 +73,7 @@ class Validation:
 
 def validate(
     skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float
-) -> Validation:
+) -> BundleValidation:
     """Run the bundle in `directory` against what transformers makes of the same model.
 
     The text crosses every length at which the model's attention or rotary tables change, as far as
@@ -83,7 +83,8 @@ def validate(
     generator = torch.Generator().manual_seed(0)
     shape = (1, chunks[-1].stop)
     tokens = torch.randint(0, manifest.model.vocab_size, shape, generator=generator)
-    comparison = _Comparison(directory, manifest, tokens.numpy(), chunks)
+    runner = BundleRunner.engine_by_engine(directory, manifest)
+    comparison = _BundleComparison(runner, tokens[0].numpy(), chunks)
     kept = _PREFILL + sum(_REST)
     logits = run_reference(skeleton, tokens, manifest.precision, kept, comparison.observe)
     return comparison.finish(logits.numpy(), tolerance)
@@ -99,141 +100,87 @@ def text_chunks(length: int, changes: list[int]) -> list[slice]:
 
 
 @dataclass
-class _Comparison:
+class _BundleComparison:
     """Follows the original through its layers: each engine runs once its own are done."""
 
-    directory: Path
-    manifest: Manifest
+    runner: BundleRunner
     tokens: Array
     chunks: list[slice]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ValidationRow] = field(default_factory=list)
     # residual streams from before the engine that is next, one per layer boundary
     hidden: list[Array] = field(default_factory=list)
-    contexts: list[dict[str, Array]] = field(default_factory=list)
+    inputs: list[PassInputs] = field(default_factory=list)
     chained: list[Array] = field(default_factory=list)
 
     def observe(self, depth: int, hidden: torch.Tensor) -> None:
         """Take the original's residual stream [1, tokens, hidden] after `depth` layers."""
         self.hidden.append(hidden.numpy())
         if depth == 0:
-            self.contexts, self.chained = self._embed()
+            self.inputs = [self.runner.begin(chunk) for chunk in self.chunks]
+            self.chained = self._embed()
             return
-        engines = self.manifest.engines.layers
+        engines = self.runner.manifest.engines.layers
         entry = next((e for e in engines if e.first_layer + e.num_layers == depth), None)
         if entry is not None:
             self.chained = self._layer(entry)
             del self.hidden[:-1]
 
-    def finish(self, logits: Array, tolerance: float) -> Validation:
+    def finish(self, logits: Array, tolerance: float) -> BundleValidation:
         """Compare the newest positions' `logits`."""
-        return Validation(tolerance, self.rows, self._head(logits))
+        return BundleValidation(tolerance, self.rows, self._head(logits))
 
     def _expected(self, layer: int) -> list[Array]:
         """The stream `layer` layers on from the start of the next engine."""
         return [self.hidden[layer][:, chunk] for chunk in self.chunks]
 
-    def _embed(self) -> tuple[list[dict[str, Array]], list[Array]]:
-        """Check the embed engine; its context tensors and residual streams, one per chunk."""
-        session = open_session(self.directory / self.manifest.engines.embed)
-        names = [output.name for output in session.get_outputs()]
-        row = Row("embed")
-        contexts, embedded = [], []
-        for chunk, expected in zip(self.chunks, self._expected(0), strict=True):
-            positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
-            feeds = {"input_ids": self.tokens[:, chunk], "position_ids": positions}
-            outputs = dict(zip(names, _run(session, feeds), strict=True))
-            embedded.append(outputs.pop("x"))
-            row.add(len(positions[0]), embedded[-1], expected)
-            contexts.append(outputs)
+    def _embed(self) -> list[Array]:
+        """Check the embed engine; the residual streams that it starts, one per chunk."""
+        row = ValidationRow("embed")
+        embedded = []
+        for inputs, expected in zip(self.inputs, self._expected(0), strict=True):
+            x = self.runner.embed(self.tokens[inputs.positions], inputs)
+            row.add(x.shape[1], x, expected)
+            embedded.append(x)
         self.rows.append(row)
-        return contexts, embedded
+        return embedded
 
     def _layer(self, entry: LayerEngineEntry) -> list[Array]:
         """Check one layer engine and its kv engines; the chained hidden states after it."""
-        session = open_session(self.directory / entry.file)
-        row = Row(Path(entry.file).stem)
-        cache, chain_cache = self._empty(entry), self._empty(entry)
+        row = ValidationRow(Path(entry.file).stem)
+        caches, chain_caches = self._empty(entry), self._empty(entry)
         outputs = []
-        for chunk, x, expected, link, context in zip(
-            self.chunks,
-            self._expected(0),
-            self._expected(-1),
-            self.chained,
-            self.contexts,
-            strict=True,
+        for inputs, x, expected, link in zip(
+            self.inputs, self._expected(0), self._expected(-1), self.chained, strict=True
         ):
-            y, cache = _step(session, x, chunk, context, cache)
-            row.add(x.shape[1], y, expected)
-            link, chain_cache = _step(session, link, chunk, context, chain_cache)
-            outputs.append(link)
+            row.add(x.shape[1], self.runner.layers(entry, x, inputs, caches)["y"], expected)
+            outputs.append(self.runner.layers(entry, link, inputs, chain_caches)["y"])
         self.rows.append(row)
         for index in range(entry.num_layers):
-            self._key_value(entry.first_layer + index, cache, index)
+            filled = [caches[f"past_{kind}_{index}"].numpy() for kind in ("key", "value")]
+            self._key_value(entry.first_layer + index, filled, index)
         return outputs
 
-    def _key_value(self, layer: int, cache: dict[str, Array], index: int) -> None:
-        """Check that a layer's kv engine fills its cache as the layer engine does."""
-        entry = self.manifest.engines.key_value[layer]
-        session = open_session(self.directory / entry.file)
-        expected = [cache[f"past_{kind}_{index}"] for kind in ("key", "value")]
-        present = [np.zeros_like(array) for array in expected]
-        states = zip(self.chunks, self._expected(index), self.contexts, strict=True)
-        for chunk, x, context in states:
-            feeds = {"x": x, "write_index": np.array([chunk.start], dtype=np.int64)}
-            feeds |= {"past_key_0": present[0], "past_value_0": present[1]}
-            present = _run(session, feeds | context)
-        row = Row(Path(entry.file).stem)
-        for got, wanted in zip(present, expected, strict=True):
-            row.add(self.chunks[-1].stop, got, wanted)
+    def _key_value(self, layer: int, expected: list[Array], index: int) -> None:
+        """Check that a layer's kv engine fills its caches as the layer engine did."""
+        length = self.chunks[-1].stop
+        caches = self.runner.empty_caches(layer, 1, length)
+        for inputs, x in zip(self.inputs, self._expected(index), strict=True):
+            self.runner.key_value(layer, x, inputs, caches)
+        row = ValidationRow(Path(self.runner.manifest.engines.key_value[layer].file).stem)
+        for kind, wanted in zip(("key", "value"), expected, strict=True):
+            row.add(length, caches[f"past_{kind}_0"].numpy(), wanted)
         self.rows.append(row)
 
-    def _head(self, logits: Array) -> Row:
-        session = open_session(self.directory / self.manifest.engines.head)
-        own, end_to_end = Row("head"), Row("end to end")
+    def _head(self, logits: Array) -> ValidationRow:
+        own, end_to_end = ValidationRow("head"), ValidationRow("end to end")
         first = self.chunks[-1].stop - logits.shape[1]
         for chunk, x, link in zip(self.chunks, self._expected(-1), self.chained, strict=True):
             left_out = max(0, first - chunk.start)
             expected = logits[:, max(chunk.start, first) - first : chunk.stop - first]
             for row, states in ((own, x), (end_to_end, link)):
-                row.add(x.shape[1], _run(session, {"x": states[:, left_out:]})[0], expected)
+                row.add(x.shape[1], self.runner.head(states[:, left_out:]), expected)
         self.rows.append(own)
         return end_to_end
 
-    def _empty(self, entry: LayerEngineEntry) -> dict[str, Array]:
-        length = self.chunks[-1].stop
-        cache = {}
-        for index in range(entry.num_layers):
-            kv = self.manifest.key_value_heads[entry.first_layer + index]
-            for kind in ("key", "value"):
-                shape = (1, kv.heads, length, kv.head_size)
-                cache[f"past_{kind}_{index}"] = np.zeros(shape, dtype=np.float32)
-        return cache
-
-
-def _step(
-    session: onnxruntime.InferenceSession,
-    x: Array,
-    chunk: slice,
-    context: dict[str, Array],
-    cache: dict[str, Array],
-) -> tuple[Array, dict[str, Array]]:
-    """Run a layer engine on one chunk: its y and the cache for the next chunk."""
-    lengths = {
-        "seqlens_k": np.array([chunk.stop - 1], dtype=np.int32),
-        "total_sequence_length": np.array(chunk.stop, dtype=np.int32),
-    }
-    outputs = dict(
-        zip(
-            [output.name for output in session.get_outputs()],
-            _run(session, {"x": x} | lengths | cache | context),
-            strict=True,
-        )
-    )
-    present = {name: outputs[name.replace("past", "present")] for name in cache}
-    return outputs["y"], present
-
-
-def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Array]) -> list[Array]:
-    known = {value.name for value in session.get_inputs()}
-    outputs: list[Array] = session.run(None, {k: v for k, v in feeds.items() if k in known})
-    return outputs
+    def _empty(self, entry: LayerEngineEntry) -> Caches:
+        return self.runner.empty_caches(entry.first_layer, entry.num_layers, self.chunks[-1].stop)

@@ -11,8 +11,8 @@ from sedac_export.console import StageProgress
 from sedac_export.graph.block import compose
 from sedac_export.graph.modules import Context
 from sedac_export.graph.stamp import WeightStore, save_engine, stamp, with_precision
-from sedac_export.graph.trace import Graph
-from sedac_export.graph.trace_model import Graphs
+from sedac_export.graph.trace import TracedGraph
+from sedac_export.graph.trace_model import TracedGraphs
 from sedac_export.model.skeleton import Skeleton
 
 
@@ -25,11 +25,11 @@ class EngineWriter:
         self.directory.mkdir()
         self.store = WeightStore(self.directory, precision)
 
-    def stored(self, graph: Graph) -> Graph:
+    def stored(self, graph: TracedGraph) -> TracedGraph:
         """`graph` with its weights in the bundle's precision."""
         return with_precision(graph, self.precision)
 
-    def stamp(self, graph: Graph, name: str, prefix: str = "") -> onnx.ModelProto:
+    def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
         sources = {
             initializer: self.skeleton.sources.names[prefix + parameter.split(".", 1)[1]]
@@ -37,6 +37,10 @@ class EngineWriter:
         }
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
         return stamp(graph, sources, self.store)
+
+    def engine(self, graph: TracedGraph, name: str) -> str:
+        """Write the engine `name`, which is of no layer, and its weights; its path."""
+        return self.save(self.stamp(self.stored(graph), name), name)
 
     def save(self, model: onnx.ModelProto, name: str) -> str:
         """Write `model` as onnx/`name`.onnx; its path in the bundle."""
@@ -58,7 +62,7 @@ class EngineWriter:
 
 def write_engines(
     skeleton: Skeleton,
-    graphs: Graphs,
+    graphs: TracedGraphs,
     staging: Path,
     precision: str,
     layers_per_engine: int,
@@ -66,24 +70,26 @@ def write_engines(
 ) -> dict[str, Any]:
     """Write every engine into `staging`; the fields of the manifest that are about them."""
     writer = EngineWriter(skeleton, staging, precision)
-    embed = writer.save(writer.stamp(writer.stored(graphs.embed), "embed"), "embed")
+    embed = writer.engine(graphs.embed, "embed")
+    contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
     layers, key_value = _write_layers(writer, graphs, progress)
     attention = _stamp_attention(writer, graphs)
-    engines = bundle.Engines(
+    engines = bundle.EngineFiles(
         embed=embed,
+        contexts=contexts,
         layers=_write_blocks(writer, layers, layers_per_engine, "layer", "block"),
         key_value=key_value,
-        head=writer.save(writer.stamp(writer.stored(graphs.head), "head"), "head"),
+        head=writer.engine(graphs.head, "head"),
         monolith=writer.save_layers(layers, 0, "monolith"),
         attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )
-    heads = graphs.plan.heads
+    heads = graphs.interface.heads
     read = writer.store.places.keys()
     return {
         "precision": precision,
         "layers_per_engine": layers_per_engine,
         "key_value_heads": [bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in heads],
-        "contexts": [_context(context) for context in graphs.plan.contexts if context.used],
+        "contexts": [_context(context) for context in graphs.interface.contexts if context.used],
         "engines": engines,
         "unread_tensors": skeleton.sources.unread(skeleton.checkpoint, read),
         "tool_versions": _tool_versions(),
@@ -91,7 +97,7 @@ def write_engines(
 
 
 def _write_layers(
-    writer: EngineWriter, graphs: Graphs, progress: StageProgress
+    writer: EngineWriter, graphs: TracedGraphs, progress: StageProgress
 ) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
     """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
     layers = [writer.stored(graph) for graph in graphs.layers]
@@ -108,7 +114,7 @@ def _write_layers(
     return stamped, entries
 
 
-def _stamp_attention(writer: EngineWriter, graphs: Graphs) -> list[onnx.ModelProto]:
+def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
     stored = [writer.stored(graph) for graph in graphs.attention]
     return [

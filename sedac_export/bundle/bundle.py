@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import onnx
-from onnx import ModelProto
+from typing import TYPE_CHECKING
 
 from sedac_export.bundle.manifest import Manifest, parse_manifest
 from sedac_runtime._core import BundleFiles
 from sedac_runtime.choices import Verify
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,20 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, directory: Path, replaced: str | None = None, verify: Verify = "always"
+        cls,
+        directory: Path,
+        replaced: str | None = None,
+        verify: Verify = "always",
+        older: bool = False,
     ) -> "Bundle":
         """Check the bundle in `directory`, except files below its directory `replaced`.
 
-        verify "changed" hashes only files that changed since they were last found whole.
+        verify "changed" hashes only files that changed since they were last found whole. older
+        takes bundles of an older schema too, to upgrade them.
 
         Raises SedacError when it is none or damaged, or when one of its files lies outside of it.
         """
-        files = BundleFiles(directory, replaced=replaced, verify=verify)
+        files = BundleFiles(directory, replaced=replaced, verify=verify, older=older)
         return cls(directory, parse_manifest(directory, files.manifest), files)
 
     def lists(self, name: str) -> bool:
@@ -48,6 +54,9 @@ class Bundle:
         """Where the file `name` lies, for libraries that open files themselves."""
         return self.files.path(name)
 
-    def graph(self, name: str) -> ModelProto:
+    def graph(self, name: str) -> "ModelProto":
         """The graph in the file `name`, its external weights left where they are."""
+        # commands that read no graph start without onnx
+        import onnx
+
         return onnx.load_model_from_string(self.read(name))

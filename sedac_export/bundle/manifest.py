@@ -1,12 +1,18 @@
 """The bundle's manifest, bundle.json."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from sedac_export.bundle.hashing import sha256
 from sedac_export.bundle.plan_entries import PlanSet, PortableGraphs
+from sedac_export.bundle.schema import StrictModel
 from sedac_export.bundle.signature import SIGNATURE, withdraw_signature
 from sedac_export.bundle.staging import sync
 from sedac_export.errors import SedacError
@@ -23,11 +29,7 @@ VALIDATION = "validation.json"
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelFacts(_Strict):
+class ModelFacts(StrictModel):
     """What the runtime must know of the model."""
 
     name: str
@@ -38,22 +40,22 @@ class ModelFacts(_Strict):
     eos_token_ids: list[int]
 
 
-class ContextTensor(_Strict):
-    """An embed output that layers take, of shape [1, tokens, ...]: -1 stands for tokens."""
+class ContextTensor(StrictModel):
+    """A tensor that contexts gives and layers take, [1, tokens, ...]: -1 stands for tokens."""
 
     name: str
     shape: list[int]
     dtype: Literal["float32", "int64", "int32", "bool"]
 
 
-class KeyValueHeads(_Strict):
+class KeyValueHeads(StrictModel):
     """Cache geometry of one layer."""
 
     heads: int
     head_size: int
 
 
-class LayerEngineEntry(_Strict):
+class LayerEngineEntry(StrictModel):
     """One engine of consecutive decoder layers, counted from 0."""
 
     file: str
@@ -63,14 +65,14 @@ class LayerEngineEntry(_Strict):
     risk: bool = False
 
 
-class KeyValueEngineEntry(_Strict):
+class KeyValueEngineEntry(StrictModel):
     """The engine that fills one layer's cache when the layer is skipped."""
 
     file: str
     contexts: list[str]
 
 
-class ExitEngineEntry(_Strict):
+class ExitEngineEntry(StrictModel):
     """The engine that gives an exit depth's signals, and the lens before the head there."""
 
     depth: int
@@ -78,10 +80,14 @@ class ExitEngineEntry(_Strict):
     lens: str | None = None
 
 
-class Engines(_Strict):
-    """Every engine of the bundle. `monolith` runs all layers at once and is for comparison."""
+class EngineFiles(StrictModel):
+    """Every engine of the bundle. `monolith` runs all layers at once and is for comparison.
+
+    contexts is None where no layer takes a context tensor.
+    """
 
     embed: str
+    contexts: str | None = None
     layers: list[LayerEngineEntry]
     key_value: list[KeyValueEngineEntry]
     head: str
@@ -89,16 +95,24 @@ class Engines(_Strict):
     exits: list[ExitEngineEntry] = Field(default_factory=list)
     attention: list[LayerEngineEntry] = Field(default_factory=list)
 
+    @model_serializer(mode="wrap")
+    def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As the digest of the engines is taken: without contexts where there is no such engine."""
+        fields: dict[str, Any] = handler(self)
+        if self.contexts is None:
+            del fields["contexts"]
+        return fields
 
-class FileEntry(_Strict):
+
+class FileEntry(StrictModel):
     """Size in bytes and SHA-256 of a file."""
 
     bytes: int
     sha256: str
 
 
-class Manifest(_Strict):
-    """bundle.json. engines/README.md describes each field."""
+class Manifest(StrictModel):
+    """bundle.json. docs/reference/bundle.md describes each field."""
 
     schema_version: int = SCHEMA_VERSION
     model: ModelFacts
@@ -109,7 +123,7 @@ class Manifest(_Strict):
     max_cache_length: int
     key_value_heads: list[KeyValueHeads]
     contexts: list[ContextTensor]
-    engines: Engines
+    engines: EngineFiles
     tokenizer: bool
     tolerance: float = DEFAULT_TOLERANCE
     unread_tensors: list[str] = Field(default_factory=list)

@@ -2,21 +2,19 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from sedac_export.bundle.schema import StrictModel
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class PortableContext(_Strict):
+class PortableContext(StrictModel):
     """A context tensor as portable graphs have it; -1 stands for the sequences and tokens."""
 
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
     shape: list[int]
 
 
-class PortableLayers(_Strict):
+class PortableLayers(StrictModel):
     """A portable graph of consecutive decoder layers, counted from 0, and its mask inputs."""
 
     file: str
@@ -25,13 +23,15 @@ class PortableLayers(_Strict):
     masks: list[str]
 
 
-class PortableGraphs(_Strict):
+class PortableGraphs(StrictModel):
     """The graphs that TensorRT builds from, in the order of the bundle's own engines.
 
+    contexts are tensors, which the graph contexts_graph gives; it is None where there are none.
     masks gives for each mask input the positions that a token sees through it, 0 for all.
     """
 
     embed: str
+    contexts_graph: str | None = None
     layers: list[PortableLayers]
     key_value: list[str]
     head: str
@@ -40,10 +40,12 @@ class PortableGraphs(_Strict):
 
     def files(self) -> list[str]:
         """Every graph, in the order a token passes them, kv graphs before the head."""
-        return [self.embed, *(entry.file for entry in self.layers), *self.key_value, self.head]
+        contexts = [] if self.contexts_graph is None else [self.contexts_graph]
+        layers = [entry.file for entry in self.layers]
+        return [self.embed, *contexts, *layers, *self.key_value, self.head]
 
 
-class BuildOptions(_Strict):
+class BuildOptions(StrictModel):
     """How plans are built.
 
     compute_capabilities such as "8.6" are those of the GPUs that run the plans, and TensorRT-RTX's
@@ -53,12 +55,12 @@ class BuildOptions(_Strict):
 
     max_batch_size: int = 1
     max_prefill_chunk: int = 512
-    compute_capabilities: list[str] = []
+    compute_capabilities: list[str] = Field(default_factory=list)
     version_compatible: bool = False
     hardware_compatible: bool = False
 
 
-class PlanEntry(_Strict):
+class PlanEntry(StrictModel):
     """One plan. fingerprint is of all that went into it, aliases give each output's input."""
 
     file: str
@@ -68,7 +70,7 @@ class PlanEntry(_Strict):
     aliases: dict[str, str]
 
 
-class PlanSet(_Strict):
+class PlanSet(StrictModel):
     """A target's plans and what runs them."""
 
     version: str

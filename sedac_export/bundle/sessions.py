@@ -1,6 +1,5 @@
 """ONNX Runtime sessions over a bundle's engines, for passes of many tokens."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,9 @@ from sedac_export.bundle import Bundle
 
 THREADS = 2
 
+# caches by the names of the inputs that they are, such as past_key_0
+Caches = Mapping[str, onnxruntime.OrtValue]
+
 # kOrtSessionOptionsModelExternalInitializersFileFolderPath
 _WEIGHTS_DIRECTORY = "session.model_external_initializers_file_folder_path"
 
@@ -19,13 +21,22 @@ _WEIGHTS_DIRECTORY = "session.model_external_initializers_file_folder_path"
 class Engine:
     """One graph, loaded, its external weights from the directory `weights`.
 
-    Caches are updated in place.
+    Caches are updated in place. optimized False is for graphs that run a handful of times: it
+    spends neither time nor memory on speed.
     """
 
     def __init__(
-        self, model: Path | bytes, threads: int = THREADS, weights: Path | None = None
+        self,
+        model: Path | bytes,
+        threads: int = THREADS,
+        weights: Path | None = None,
+        optimized: bool = True,
     ) -> None:
         options = onnxruntime.SessionOptions()
+        if not optimized:
+            disabled = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = disabled
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = threads
         # many sessions take turns: threads that spin for one keep the next from working
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -39,32 +50,36 @@ class Engine:
             model, options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {value.name for value in self.session.get_inputs()}
-        outputs = [value.name for value in self.session.get_outputs()]
-        self._wanted = [name for name in outputs if not name.startswith("present_")]
+        self.outputs = [value.name for value in self.session.get_outputs()]
 
-    def run(
-        self, feeds: Mapping[str, Array], caches: Mapping[str, onnxruntime.OrtValue] | None = None
-    ) -> dict[str, Array]:
-        """The outputs by name, caches aside; of `feeds` what the graph does not take is ignored."""
+    def run(self, feeds: Mapping[str, Array], caches: Caches | None = None) -> dict[str, Array]:
+        """The outputs by name but those in `caches`; what the graph does not take is ignored."""
         binding = self.bind(feeds, caches)
         self.session.run_with_iobinding(binding)
-        values = binding.get_outputs()
-        return {name: values[index].numpy() for index, name in enumerate(self._wanted)}
+        values = zip(binding.get_outputs(), self.outputs, strict=True)
+        return {name: value.numpy() for value, name in values if _past(name) not in (caches or {})}
 
     def bind(
-        self, feeds: Mapping[str, Array], caches: Mapping[str, onnxruntime.OrtValue] | None = None
+        self, feeds: Mapping[str, Array], caches: Caches | None = None
     ) -> onnxruntime.IOBinding:
         """What `run` runs."""
         binding = self.session.io_binding()
         for name, array in feeds.items():
             if name in self.inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name in self._wanted:
-            binding.bind_output(name, "cpu")
         for name, cache in (caches or {}).items():
             binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past", "present"), cache)
+        for name in self.outputs:
+            cache = (caches or {}).get(_past(name))
+            if cache is None:
+                binding.bind_output(name, "cpu")
+            else:
+                binding.bind_ortvalue_output(name, cache)
         return binding
+
+
+def _past(present: str) -> str:
+    return present.replace("present_", "past_")
 
 
 def load_engine(bundle: Bundle, file: str, threads: int = THREADS) -> Engine:
@@ -78,14 +93,3 @@ def empty_cache(heads: int, length: int, size: int) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy(
         np.zeros((1, heads, length, size), dtype=np.float32)
     )
-
-
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session that spends no memory on speed: each engine runs a handful of times."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count() or 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3  # the caches are copied here on purpose
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

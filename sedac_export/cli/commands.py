@@ -17,6 +17,7 @@ from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.console import console
 from sedac_export.errors import SedacError
+from sedac_runtime.logs import configure
 from sedac_runtime.terminal import visible
 from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(configure)
 
 
 class PrecisionName(StrEnum):
@@ -174,6 +176,36 @@ def inspect(
             "" if engine["cosine"] is None else f"{engine['cosine']:.7f}",
         )
     out.print(table)
+
+
+@app.command()
+def upgrade(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the upgraded bundle here, and leave the old one.")
+    ] = None,
+) -> None:
+    """Bring a bundle of an older schema to the current one, without its model.
+
+    The embed engine is taken apart into two. Old and new engines are run with the same inputs and
+    must give the same bits: that is why a certificate of the old engines is carried over to the new
+    ones. The exit configuration stays, a signature goes, and TensorRT plans of the embed engine are
+    to be built again.
+    """
+    from sedac_export.build.upgrade import upgrade_bundle
+
+    upgraded = upgrade_bundle(bundle, output)
+    console.print(f"{upgraded.output} is upgraded", highlight=False, soft_wrap=True)
+    if upgraded.certified:
+        console.print("the certificate was carried over: the engines give the same bits")
+    for target, options in upgraded.incomplete.items():
+        console.print(
+            f"{target}: the plan of the embed engine was removed; build the two in its place with"
+            f" sedac-export engines {upgraded.output} --target {target}"
+            f"{tensorrt.flags(options)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

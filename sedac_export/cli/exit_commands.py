@@ -19,7 +19,7 @@ from sedac_export.errors import SedacError
 
 DATA = "--data"
 
-Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.")]
+BundleArgument = Annotated[Path, typer.Argument(help="The bundle's directory.")]
 Data = Annotated[
     list[Path], typer.Option(DATA, help="UTF-8 texts, or directories of them; several may follow.")
 ]
@@ -71,7 +71,7 @@ def spread_data(arguments: list[str]) -> list[str]:
 
 
 def collect(
-    bundle: Bundle,
+    bundle: BundleArgument,
     data: Data,
     output: Annotated[Path, typer.Option(help="The collection; an interrupted one goes on.")],
     exit_layers: ExitLayers = None,
@@ -103,7 +103,7 @@ def collect(
 
 
 def train_probes(
-    bundle: Bundle,
+    bundle: BundleArgument,
     data: Data,
     exit_layers: ExitLayers = None,
     probe_layers: ProbeLayers = None,
@@ -161,7 +161,7 @@ def _print_trained(rows: Sequence[Any], lens: bool) -> None:
 
 
 def calibrate(
-    bundle: Bundle,
+    bundle: BundleArgument,
     data: Data,
     mode: Annotated[
         ModeName, typer.Option(help="Least risk; best speed x (1 - risk); most speed.")
@@ -184,7 +184,7 @@ def calibrate(
 
     with claimed(bundle), progress_bar("search", "certify", "time") as update:
         opened, documents = _read(bundle, data)
-        request = calibration.Request(
+        request = calibration.CalibrationRequest(
             bundle, documents, mode.value, max_risk, confidence, min_speedup, kv_fill.value
         )
         result = calibration.calibrate(request, update)
@@ -210,7 +210,7 @@ def calibrate(
 
 
 def report(
-    bundle: Bundle,
+    bundle: BundleArgument,
     data: Data,
     full: Annotated[
         bool, typer.Option("--full", help="The whole grid of policies, not only the bundle's own.")

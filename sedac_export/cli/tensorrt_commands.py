@@ -137,6 +137,18 @@ def build_options(
     )
 
 
+def flags(options: BuildOptions) -> str:
+    """Those of `options` that are not the defaults, as on the command line."""
+    words = []
+    for name, value in options.model_dump(exclude_defaults=True).items():
+        words.append(f" --{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words.append(f" {','.join(value)}")
+        elif value is not True:
+            words.append(f" {value}")
+    return "".join(words)
+
+
 def check_targets(targets: list[TargetName], options: BuildOptions) -> list[Target]:
     """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
     from sedac_export.tensorrt.build_plans import check_options

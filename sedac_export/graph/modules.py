@@ -74,7 +74,7 @@ class LayerCall:
 
 
 @dataclass
-class Plan:
+class LayerInterface:
     """What was learned from running the model once over stand-ins for its layers.
 
     batch is the number of sequences that it ran; the traced graphs take any number if it is over 1.
@@ -87,19 +87,19 @@ class Plan:
     returns_tuple: bool = False
 
 
-class EmbedEngine(nn.Module):
+class EmbedModule(nn.Module):
     """input_ids, position_ids [batch, tokens] int64 -> x [batch, tokens, hidden] and contexts."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
+    def __init__(self, skeleton: Skeleton, interface: LayerInterface) -> None:
         super().__init__()
         self.model = skeleton.model
-        self.skeleton, self.plan = skeleton, plan
+        self.skeleton, self.interface = skeleton, interface
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        recorder = _Recorder(self.plan.returns_tuple)
+        recorder = _LayerRecorder(self.interface.returns_tuple)
         with _replaced_layers(self.skeleton, recorder):
             _run_model(self.model, input_ids, position_ids)
-        pairs = zip(recorder.distinct_tensors(), self.plan.contexts, strict=True)
+        pairs = zip(recorder.distinct_tensors(), self.interface.contexts, strict=True)
         return recorder.hidden, *(
             tensor[..., : tensor.shape[-1] // 2] if context.halved else tensor.clone()
             for tensor, context in pairs
@@ -107,32 +107,34 @@ class EmbedEngine(nn.Module):
         )
 
 
-class HeadEngine(nn.Module):
+class HeadModule(nn.Module):
     """x [batch, tokens, hidden] -> logits [batch, tokens, vocabulary], final norm included."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan) -> None:
+    def __init__(self, skeleton: Skeleton, interface: LayerInterface) -> None:
         super().__init__()
         self.model = skeleton.model
-        self.skeleton, self.plan = skeleton, plan
+        self.skeleton, self.interface = skeleton, interface
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.full(x.shape[:2], 2)
         positions = torch.arange(x.shape[1])[None]
-        with _replaced_layers(self.skeleton, _Recorder(self.plan.returns_tuple, x)):
+        with _replaced_layers(self.skeleton, _LayerRecorder(self.interface.returns_tuple, x)):
             logits: Tensor = _run_model(self.model, tokens, positions).logits
         return logits
 
 
-class OfOneLayer(nn.Module):
+class SingleLayerModule(nn.Module):
     """What is traced of the layer `index` and of how the model calls it."""
 
-    def __init__(self, skeleton: Skeleton, plan: Plan, index: int, router: AttentionRouter) -> None:
+    def __init__(
+        self, skeleton: Skeleton, interface: LayerInterface, index: int, router: AttentionRouter
+    ) -> None:
         super().__init__()
         self.layer = skeleton.layers[index]
-        self.plan, self.call, self.router = plan, plan.calls[index], router
+        self.interface, self.call, self.router = interface, interface.calls[index], router
 
 
-class LayerEngine(OfOneLayer):
+class LayerModule(SingleLayerModule):
     """One decoder layer with its cache and stability output.
 
     x [batch, tokens, hidden], contexts, seqlens_k int32 [batch], total_sequence_length int32
@@ -150,11 +152,11 @@ class LayerEngine(OfOneLayer):
         past_value_0: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cache = _GroupQueryCache((past_key_0, past_value_0), (seqlens_k, total_sequence_length))
-        y = run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
+        y = run_layer(self.layer, self.call, x, whole(self.interface, contexts), cache, self.router)
         return y, *cache.present, stability(x, y)
 
 
-class KeyValueEngine(OfOneLayer):
+class KeyValueModule(SingleLayerModule):
     """The part of a layer that fills its cache: norm, key and value projection, rotary.
 
     x [batch, tokens, hidden], contexts, write_index int64 [batch], past_key, past_value ->
@@ -170,7 +172,7 @@ class KeyValueEngine(OfOneLayer):
         past_value_0: Tensor,
     ) -> tuple[Tensor, Tensor]:
         cache = RecordingCache()
-        run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
+        run_layer(self.layer, self.call, x, whole(self.interface, contexts), cache, self.router)
         present_key = scatter(past_key_0, cache.key, write_index)
         return present_key, scatter(past_value_0, cache.value, write_index)
 
@@ -202,7 +204,7 @@ def run_layer(
     return hidden
 
 
-def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> Plan:
+def learn_interface(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> LayerInterface:
     """Run `batch` sequences with recorders for layers, then each layer once for its heads.
 
     The weights may be stand-ins: only structure and positions are looked at.
@@ -214,26 +216,28 @@ def learn_plan(skeleton: Skeleton, router: AttentionRouter, batch: int = 1) -> P
         # the model took the first sequence for the first of a layer's results
         recorder = _record(skeleton, batch, returns_tuple=True)
     tensors = recorder.distinct_tensors()
-    plan = Plan(batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)])
+    interface = LayerInterface(
+        batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)]
+    )
     for index, layer in enumerate(layers):
         bound = inspect.signature(layer.forward).bind(
             *recorder.args[index], **recorder.kwargs[index]
         )
         leaves = pytree.tree_leaves(_as_dict(bound))
-        plan.calls.append(LayerCall(bound, [_index_of(leaf, tensors) for leaf in leaves]))
+        interface.calls.append(LayerCall(bound, [_index_of(leaf, tensors) for leaf in leaves]))
         cache = RecordingCache()
         router.cache = cache
-        filled = plan.calls[index].fill(recorder.hidden, tensors, cache)
+        filled = interface.calls[index].fill(recorder.hidden, tensors, cache)
         with torch.no_grad():
             output = layer(*filled.args, **filled.kwargs)
-        plan.returns_tuple = isinstance(output, tuple)
-        plan.heads.append(cache.heads(layer))
-    return plan
+        interface.returns_tuple = isinstance(output, tuple)
+        interface.heads.append(cache.heads(layer))
+    return interface
 
 
-def _record(skeleton: Skeleton, batch: int, returns_tuple: bool) -> "_Recorder":
+def _record(skeleton: Skeleton, batch: int, returns_tuple: bool) -> "_LayerRecorder":
     """How the model calls its layers, if those return a tuple or not."""
-    recorder = _Recorder(returns_tuple)
+    recorder = _LayerRecorder(returns_tuple)
     with _replaced_layers(skeleton, recorder), torch.no_grad():
         # far from zero, near which a table may repeat its half by accident, and without gaps,
         # which transformers takes for the start of another sequence
@@ -291,7 +295,7 @@ class _GroupQueryCache(RecordingCache):
         return output
 
 
-class _Recorder(nn.Module):
+class _LayerRecorder(nn.Module):
     """Stands for every layer: records the call and passes the hidden state on.
 
     Gives `output` instead, where one is set.
@@ -336,7 +340,7 @@ class _Recorder(nn.Module):
 
 
 @contextlib.contextmanager
-def _replaced_layers(skeleton: Skeleton, recorder: _Recorder) -> Iterator[None]:
+def _replaced_layers(skeleton: Skeleton, recorder: _LayerRecorder) -> Iterator[None]:
     layers = skeleton.layers
     originals = list(layers)
     recorder.__dict__["originals"] = originals
@@ -369,10 +373,10 @@ def _context(index: int, tensor: Tensor) -> Context:
     return Context(f"context_{index}", shape, tensor.dtype, halved)
 
 
-def whole(plan: Plan, contexts: list[Tensor]) -> list[Tensor]:
+def whole(interface: LayerInterface, contexts: list[Tensor]) -> list[Tensor]:
     """Contexts as the layer expects them; a repeated table remembers its half for the operator."""
     whole = []
-    for tensor, context in zip(contexts, plan.contexts, strict=True):
+    for tensor, context in zip(contexts, interface.contexts, strict=True):
         if context.halved:
             table = torch.cat((tensor, tensor), dim=-1)
             setattr(table, HALF, tensor)

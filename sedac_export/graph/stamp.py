@@ -8,13 +8,13 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from sedac_export.graph.trace import Graph
+from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.precision import stored
 
 # ONNX Runtime maps external data from page-aligned offsets without copying
 _ALIGNMENT = 4096
 
-Reader = Callable[[str], Iterator[torch.Tensor]]
+WeightReader = Callable[[str], Iterator[torch.Tensor]]
 
 _DATA_TYPES = {
     "fp32": TensorProto.FLOAT,
@@ -40,7 +40,7 @@ class WeightStore:
     precision: str
     places: dict[str, Place] = field(default_factory=dict)
 
-    def write(self, location: str, names: Iterable[str], read: Reader) -> None:
+    def write(self, location: str, names: Iterable[str], read: WeightReader) -> None:
         """Write those weights of `names` that have no place yet to the new file `location`.
 
         read gives a weight's rows some at a time. Raises SedacError when a weight overflows the
@@ -59,7 +59,7 @@ class WeightStore:
                 self.places[name] = Place(location, start, file.tell() - start)
 
 
-def with_precision(graph: Graph, precision: str) -> Graph:
+def with_precision(graph: TracedGraph, precision: str) -> TracedGraph:
     """`graph` with weights stored in `precision` and cast to fp32 where they are used.
 
     ONNX Runtime folds the casts when it loads the engine; a table that is only gathered from is
@@ -73,7 +73,7 @@ def with_precision(graph: Graph, precision: str) -> Graph:
         if initializer.name in graph.weights:
             initializer.data_type = _DATA_TYPES[precision]
             _cast_uses(model.graph, initializer.name)
-    return Graph(model, graph.weights)
+    return TracedGraph(model, graph.weights)
 
 
 def _cast_uses(graph: onnx.GraphProto, weight: str) -> None:
@@ -93,7 +93,7 @@ def _cast_uses(graph: onnx.GraphProto, weight: str) -> None:
     graph.node.insert(0, helper.make_node("Cast", [weight], [used], to=TensorProto.FLOAT))
 
 
-def stamp(graph: Graph, sources: dict[str, str], store: WeightStore) -> onnx.ModelProto:
+def stamp(graph: TracedGraph, sources: dict[str, str], store: WeightStore) -> onnx.ModelProto:
     """A copy of `graph` that reads its weights from `store`.
 
     sources: initialiser name -> name under which the weight was stored.

@@ -16,7 +16,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from sedac_export.errors import SedacError
-from sedac_export.graph.modules import EmbedEngine, HeadEngine, KeyValueEngine, LayerEngine, Plan
+from sedac_export.graph.modules import (
+    EmbedModule,
+    HeadModule,
+    KeyValueModule,
+    LayerInterface,
+    LayerModule,
+)
 from sedac_export.graph.operators import AttentionRouter
 from sedac_export.model.decoder import find_mlp, replaced
 from sedac_export.model.skeleton import Skeleton
@@ -27,7 +33,7 @@ _TOKENS, _CACHE = 4, 8
 
 
 @dataclass(frozen=True)
-class Graph:
+class TracedGraph:
     """A traced graph. `weights` maps initialiser names to the traced module's weights."""
 
     model: onnx.ModelProto
@@ -36,6 +42,11 @@ class Graph:
     def inputs(self) -> list[str]:
         """Names of the graph's inputs, in order."""
         return [value.name for value in self.model.graph.input]
+
+    def of_part(self, part: onnx.ModelProto) -> "TracedGraph":
+        """The graph `part`, some of whose initialisers may be this one's weights."""
+        held = {initializer.name for initializer in part.graph.initializer}
+        return TracedGraph(part, {n: w for n, w in self.weights.items() if n in held})
 
 
 @dataclass(frozen=True)
@@ -46,27 +57,27 @@ class Tracer:
     """
 
     skeleton: Skeleton
-    plan: Plan
+    interface: LayerInterface
     router: AttentionRouter
     dtype: torch.dtype = torch.float32
 
-    def embed(self) -> Graph:
-        """input_ids, position_ids -> x and one output per context."""
-        positions = torch.arange(_TOKENS).repeat(self.plan.batch, 1)
+    def embed(self) -> TracedGraph:
+        """input_ids, position_ids -> x and each context, for `split_embed` to take apart."""
+        positions = torch.arange(_TOKENS).repeat(self.interface.batch, 1)
         inputs = {"input_ids": positions + 2, "position_ids": positions}
-        outputs = ["x", *(context.name for context in self.plan.contexts if context.used)]
+        outputs = ["x", *(context.name for context in self.interface.contexts if context.used)]
         dynamic = dict.fromkeys(inputs, self._rows)
-        return trace(EmbedEngine(self.skeleton, self.plan), inputs, outputs, dynamic)
+        return trace(EmbedModule(self.skeleton, self.interface), inputs, outputs, dynamic)
 
-    def head(self) -> Graph:
+    def head(self) -> TracedGraph:
         """x -> logits."""
         inputs = {"x": self.hidden()}
         dynamic = {"x": self._rows}
-        graph = trace(HeadEngine(self.skeleton, self.plan), inputs, ["logits"], dynamic)
+        graph = trace(HeadModule(self.skeleton, self.interface), inputs, ["logits"], dynamic)
         _untranspose(graph.model.graph)
         return graph
 
-    def layer(self, index: int) -> Graph:
+    def layer(self, index: int) -> TracedGraph:
         """x, contexts, lengths and past -> y, present and stability."""
         lengths = {
             "seqlens_k": torch.tensor([_TOKENS - 1], dtype=torch.int32),
@@ -74,10 +85,10 @@ class Tracer:
         }
         inputs = self.shared_inputs() | lengths | self.past(index)
         outputs = ["y", "present_key_0", "present_value_0", "stability"]
-        module = LayerEngine(self.skeleton, self.plan, index, self.router)
+        module = LayerModule(self.skeleton, self.interface, index, self.router)
         return trace(module, inputs, outputs, self.dynamic())
 
-    def attention(self, index: int) -> Graph:
+    def attention(self, index: int) -> TracedGraph:
         """As `layer`, but the MLP contributes nothing."""
         hidden = self.skeleton.config.hidden_size
 
@@ -87,36 +98,36 @@ class Tracer:
         with replaced(find_mlp(self.skeleton.layers[index]), nothing):
             return self.layer(index)
 
-    def key_value(self, index: int) -> Graph:
+    def key_value(self, index: int) -> TracedGraph:
         """x, contexts, write_index and past -> present."""
         inputs = self.shared_inputs() | self.write_index() | self.past(index)
-        module = KeyValueEngine(self.skeleton, self.plan, index, self.router)
+        module = KeyValueModule(self.skeleton, self.interface, index, self.router)
         return trace(module, inputs, ["present_key_0", "present_value_0"], self.dynamic())
 
     def write_index(self) -> dict[str, Tensor]:
         """Where in the cache a pass writes."""
-        return {"write_index": torch.full((self.plan.batch,), 3)}
+        return {"write_index": torch.full((self.interface.batch,), 3)}
 
     def shared_inputs(self) -> dict[str, Any]:
         """What every engine of a layer takes: the residual stream and the contexts."""
         contexts = [
             stand_in([_TOKENS if axis == 1 else n for axis, n in enumerate(c.shape)], c.dtype)
-            for c in self.plan.contexts
+            for c in self.interface.contexts
         ]
         return {"x": self.hidden(), "contexts": contexts}
 
     def past(self, index: int) -> dict[str, Tensor]:
         """The caches of layer `index`."""
-        heads = self.plan.heads[index]
-        past = stand_in([self.plan.batch, heads.count, _CACHE, heads.size], self.dtype)
+        heads = self.interface.heads[index]
+        past = stand_in([self.interface.batch, heads.count, _CACHE, heads.size], self.dtype)
         return {"past_key_0": past, "past_value_0": past.clone()}
 
     def dynamic(self) -> dict[str, Any]:
         """The open axes of what every engine of a layer takes."""
         # a context that is the same for all sequences keeps its one row
         contexts = [
-            self._rows if c.shape[:1] == (self.plan.batch,) else {1: "tokens"}
-            for c in self.plan.contexts
+            self._rows if c.shape[:1] == (self.interface.batch,) else {1: "tokens"}
+            for c in self.interface.contexts
         ]
         past = self._batch | {2: "cache_length"}
         return {
@@ -130,11 +141,11 @@ class Tracer:
     def hidden(self) -> Tensor:
         """A residual stream."""
         size = self.skeleton.config.hidden_size
-        return stand_in([self.plan.batch, _TOKENS, size], self.dtype)
+        return stand_in([self.interface.batch, _TOKENS, size], self.dtype)
 
     @property
     def _batch(self) -> dict[int, str]:
-        return {0: "batch"} if self.plan.batch > 1 else {}
+        return {0: "batch"} if self.interface.batch > 1 else {}
 
     @property
     def _rows(self) -> dict[int, str]:
@@ -152,7 +163,7 @@ def stand_in(shape: list[int], dtype: torch.dtype) -> Tensor:
 
 def trace(
     module: nn.Module, inputs: dict[str, Any], outputs: list[str], dynamic: dict[str, Any]
-) -> Graph:
+) -> TracedGraph:
     """Trace `module` called with `inputs`; dynamic gives the open axes of each, by number."""
     auto = torch.export.Dim.AUTO
     shapes = {
@@ -175,7 +186,7 @@ def trace(
     return _to_graph(program.model, module)
 
 
-def _to_graph(model: ir.Model, module: nn.Module) -> Graph:
+def _to_graph(model: ir.Model, module: nn.Module) -> TracedGraph:
     version = model.graph.opset_imports.get("")
     if version != OPSET:
         raise SedacError(
@@ -193,7 +204,7 @@ def _to_graph(model: ir.Model, module: nn.Module) -> Graph:
     proto = ir.to_proto(model)
     _drop_unused_inputs(proto.graph)
     _name_axes(proto)
-    return Graph(proto, weights)
+    return TracedGraph(proto, weights)
 
 
 def _placeholder(name: str, value: ir.Value) -> ir.ExternalTensor:

@@ -1,4 +1,4 @@
-"""Trace every graph that a bundle needs: one layer and one kv graph per kind, embed and head."""
+"""Trace every graph that a bundle needs, the layers' graphs once for each kind of layer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,22 +10,27 @@ from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.graph.kernels import refusal
 from sedac_export.graph.masks import known_masks
-from sedac_export.graph.modules import Plan, learn_plan
+from sedac_export.graph.modules import LayerInterface, learn_interface
 from sedac_export.graph.operators import ATTENTION_NAME, AttentionRouter, fused_operators
-from sedac_export.graph.trace import Graph, Tracer
+from sedac_export.graph.split import split_embed
+from sedac_export.graph.trace import TracedGraph, Tracer
 from sedac_export.model.skeleton import Skeleton, kind_of, stand_in_weights
 
 
 @dataclass(frozen=True)
-class Graphs:
-    """The traced graphs: layers and kv graphs by kind, and each layer's kind."""
+class TracedGraphs:
+    """The traced graphs: layers and kv graphs by kind, and each layer's kind.
 
-    plan: Plan
-    embed: Graph
-    head: Graph
-    layers: list[Graph]
-    key_value: list[Graph]
-    attention: list[Graph]
+    contexts is None where the layers take the hidden states alone.
+    """
+
+    interface: LayerInterface
+    embed: TracedGraph
+    contexts: TracedGraph | None
+    head: TracedGraph
+    layers: list[TracedGraph]
+    key_value: list[TracedGraph]
+    attention: list[TracedGraph]
     kinds: list[int]
 
 
@@ -41,8 +46,8 @@ def check_attention(skeleton: Skeleton, positions: int) -> None:
     ):
         router = AttentionRouter(masks)
         with fused_operators(skeleton.model, router), torch.no_grad():
-            plan = learn_plan(skeleton, router)
-    for heads in dict.fromkeys(plan.heads):
+            interface = learn_interface(skeleton, router)
+    for heads in dict.fromkeys(interface.heads):
         reason = refusal(heads)
         if reason is not None:
             raise SedacError(
@@ -58,7 +63,7 @@ def trace_graphs(
     tracer_type: type[Tracer] = Tracer,
     dtype: torch.dtype = torch.float32,
     batch: int = 1,
-) -> Graphs:
+) -> TracedGraphs:
     """Trace each kind of engine once, with stand-ins of `dtype` for weights.
 
     With a batch over 1 the graphs take any number of sequences. Raises SedacError when the model
@@ -70,16 +75,23 @@ def trace_graphs(
         stand_in_weights(skeleton.model, dtype),
         fused_operators(skeleton.model, router),
     ):
-        plan = learn_plan(skeleton, router, batch)
-        tracer = tracer_type(skeleton, plan, router, dtype)
-        kinds, first = _kinds(skeleton, plan)
+        interface = learn_interface(skeleton, router, batch)
+        tracer = tracer_type(skeleton, interface, router, dtype)
+        kinds, first = _kinds(skeleton, interface)
         count = _Counter(progress, steps=3 * len(first) + 2)
         layers = [count(tracer.layer(index)) for index in first]
         key_value = [count(tracer.key_value(index)) for index in first]
         attention = [count(tracer.attention(index)) for index in first]
-        _mark_used_contexts(plan, [*layers, *key_value])
-        embed, head = count(tracer.embed()), count(tracer.head())
-    return Graphs(plan, embed, head, layers, key_value, attention, kinds)
+        _mark_used_contexts(interface, [*layers, *key_value])
+        embed, contexts = _split(count(tracer.embed()))
+        head = count(tracer.head())
+    return TracedGraphs(interface, embed, contexts, head, layers, key_value, attention, kinds)
+
+
+def _split(whole: TracedGraph) -> tuple[TracedGraph, TracedGraph | None]:
+    """The graphs of embed and contexts."""
+    embed, contexts = split_embed(whole.model)
+    return whole.of_part(embed), None if contexts is None else whole.of_part(contexts)
 
 
 class _Counter:
@@ -89,16 +101,17 @@ class _Counter:
         self.progress, self.steps, self.done = progress, steps, 0
         progress("trace", 0, steps)
 
-    def __call__(self, graph: Graph) -> Graph:
+    def __call__(self, graph: TracedGraph) -> TracedGraph:
         self.done += 1
         self.progress("trace", self.done, self.steps)
         return graph
 
 
-def _kinds(skeleton: Skeleton, plan: Plan) -> tuple[list[int], list[int]]:
+def _kinds(skeleton: Skeleton, interface: LayerInterface) -> tuple[list[int], list[int]]:
     """Each layer's kind, numbered from 0, and the first layer of each kind."""
     signatures = [
-        (kind_of(layer), heads) for layer, heads in zip(skeleton.layers, plan.heads, strict=True)
+        (kind_of(layer), heads)
+        for layer, heads in zip(skeleton.layers, interface.heads, strict=True)
     ]
     first: list[int] = []
     kinds = []
@@ -110,12 +123,12 @@ def _kinds(skeleton: Skeleton, plan: Plan) -> tuple[list[int], list[int]]:
     return kinds, first
 
 
-def _mark_used_contexts(plan: Plan, graphs: list[Graph]) -> None:
+def _mark_used_contexts(interface: LayerInterface, graphs: list[TracedGraph]) -> None:
     used = {name for graph in graphs for name in graph.inputs()}
-    plan.contexts = [replace(c, used=c.name in used) for c in plan.contexts]
-    for context in plan.contexts:
+    interface.contexts = [replace(c, used=c.name in used) for c in interface.contexts]
+    for context in interface.contexts:
         if context.used:
-            context.check(plan.batch)
+            context.check(interface.batch)
 
 
 @contextlib.contextmanager

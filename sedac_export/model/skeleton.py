@@ -20,7 +20,7 @@ from transformers import (
 from sedac_export.errors import SedacError
 from sedac_export.model.checkpoint import Checkpoint
 from sedac_export.model.support import check_config, check_modules, check_no_code
-from sedac_export.model.weights import Sources, find_sources, weights_of
+from sedac_export.model.weights import WeightSources, find_sources, weights_of
 
 # what a layer is told of its own place; a layer that computes with it fails validation
 _OWN_INDEX = ("layer_idx", "layer_id", "layer_number")
@@ -38,7 +38,7 @@ class Skeleton:
     directory: Path
     checkpoint: Checkpoint
     layers_path: str
-    sources: Sources
+    sources: WeightSources
 
     @classmethod
     def load(cls, directory: Path) -> "Skeleton":

@@ -14,7 +14,7 @@ _GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model's directory, what the model is called, and its tokenizer if it is not in there.
 
     note: what the user should know of it.
@@ -29,7 +29,7 @@ class Source:
 @contextlib.contextmanager
 def opened_model(
     name: str, scratch: Callable[[], AbstractContextManager[Path]]
-) -> Iterator[Source]:
+) -> Iterator[ModelSource]:
     """The model `name`: a directory, a GGUF file, or a hub id that is downloaded.
 
     A GGUF file is converted in a directory of `scratch`, which removes it afterwards.
@@ -37,14 +37,14 @@ def opened_model(
     """
     path = Path(name)
     if path.is_dir():
-        yield Source(path, path.resolve().name)
+        yield ModelSource(path, path.resolve().name)
     elif path.suffix == _GGUF and path.is_file():
         from sedac_export.model.gguf_file import convert, tokenizer_note
 
         with scratch() as directory:
-            yield Source(directory, path.stem, convert(path, directory), tokenizer_note(path))
+            yield ModelSource(directory, path.stem, convert(path, directory), tokenizer_note(path))
     else:
-        yield Source(_download(name), name)
+        yield ModelSource(_download(name), name)
 
 
 def _download(name: str) -> Path:

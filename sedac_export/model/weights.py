@@ -21,7 +21,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Sources:
+class WeightSources:
     """The checkpoint's name of every weight, and its tensors that may go unread by rule.
 
     Those are copies of tied weights, and rotary inverse frequencies.
@@ -54,7 +54,7 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> Sources:
+def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightSources:
     """Where `checkpoint` holds each weight of `model`.
 
     Raises SedacError when it lacks one, holds one of another shape or of a quantized type, or holds
@@ -68,7 +68,7 @@ def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> Sources:
         names[weight] = _source(weight, stored, _tied(model), checkpoint)
         _check_stored(weight, value, names[weight], checkpoint)
     copies = set(stored.values()) - set(names.values())
-    return Sources(names, frozenset(spare | copies))
+    return WeightSources(names, frozenset(spare | copies))
 
 
 def _renamed(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

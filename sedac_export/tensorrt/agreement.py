@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
-from sedac_export.arrays import Array
+from sedac_export.arrays import Array, Floats
 from sedac_export.bundle.manifest import Manifest
 from sedac_export.bundle.plan_entries import PortableGraphs
-from sedac_export.bundle.sessions import open_session
+from sedac_export.bundle.runner import BundleRunner, PassInputs
+from sedac_export.bundle.sessions import Caches
 
 # runs the engine of a portable graph on arrays whose fp32 it casts to what the engine takes
-Run = Callable[[str, dict[str, Array]], dict[str, Array]]
+RunGraph = Callable[[str, dict[str, Array]], dict[str, Array]]
 
 # prefill, verification of a draft on a filled cache, decoding
 _CHUNKS = (200, 7, 1)
@@ -48,7 +48,7 @@ GATES = {
 
 
 @dataclass
-class Row:
+class AgreementRow:
     """Agreement of one engine, or of the chain, with what it stands for."""
 
     engine: str
@@ -98,7 +98,7 @@ class Row:
 
 
 def compare(
-    directory: Path, manifest: Manifest, portable: PortableGraphs, run: Run, gates: Gates
+    directory: Path, manifest: Manifest, portable: PortableGraphs, run: RunGraph, gates: Gates
 ) -> list[dict[str, Any]]:
     """Each engine on the reference's own hidden states, then the chain: a report of each.
 
@@ -106,8 +106,9 @@ def compare(
     """
     rng = np.random.default_rng(0)
     chunks = list(_chunks(manifest.max_cache_length, manifest))
-    tokens = rng.integers(0, manifest.model.vocab_size, (1, chunks[-1].stop))
-    comparison = _Comparison(directory, manifest, portable, run, chunks, tokens, rng, gates.epsilon)
+    tokens = rng.integers(0, manifest.model.vocab_size, chunks[-1].stop)
+    reference = BundleRunner.engine_by_engine(directory, manifest)
+    comparison = _GraphComparison(reference, portable, run, chunks, tokens, rng, gates.epsilon)
     return [row.report(gates) for row in comparison.rows()]
 
 
@@ -122,74 +123,81 @@ def _chunks(length: int, manifest: Manifest) -> Iterator[slice]:
 
 
 @dataclass
-class _Comparison:
-    directory: Path
-    manifest: Manifest
+class _GraphComparison:
+    reference: BundleRunner
     portable: PortableGraphs
-    run: Run
+    run: RunGraph
     chunks: list[slice]
     tokens: Array
     rng: np.random.Generator
     epsilon: float
 
-    def rows(self) -> Iterator[Row]:
-        expected, contexts = self._reference_embed()
-        row, chained, own_contexts = self._embed(expected)
+    @property
+    def manifest(self) -> Manifest:
+        return self.reference.manifest
+
+    def rows(self) -> Iterator[AgreementRow]:
+        inputs = [self.reference.begin(chunk) for chunk in self.chunks]
+        expected = [self.reference.embed(self.tokens[i.positions], i) for i in inputs]
+        row, chained = self._embed(expected)
         yield row
+        own_contexts = [self._contexts(i) for i in inputs]
+        if self.portable.contexts_graph is not None:
+            yield self._contexts_row(own_contexts, inputs)
         for index, entry in enumerate(self.portable.layers):
-            after = self._reference_layers(index, expected, contexts)
-            row = Row(Path(self.manifest.engines.layers[index].file).stem)
+            after = self._reference_layers(index, expected, inputs)
+            row = AgreementRow(Path(self.manifest.engines.layers[index].file).stem)
             own = self._layers(index, expected, own_contexts)
             for got, wanted in zip(own, after, strict=True):
                 row.add(got["y"], wanted["y"])
                 row.add_stability(got["stability"], wanted["stability"])
             yield row
             for layer in range(entry.first_layer, entry.first_layer + entry.num_layers):
-                yield self._key_value(layer, expected, contexts, own_contexts)
+                yield self._key_value(layer, expected, inputs, own_contexts)
             chained = [out["y"] for out in self._layers(index, chained, own_contexts)]
             expected = [out["y"] for out in after]
         yield from self._head(expected, chained)
 
-    def _reference_embed(self) -> tuple[list[Array], list[dict[str, Array]]]:
-        engine = open_session(self.directory / self.manifest.engines.embed)
-        outputs = [run_session(engine, self._inputs(chunk)) for chunk in self.chunks]
-        return [output.pop("x") for output in outputs], outputs
+    def _embed(self, expected: list[Floats]) -> tuple[AgreementRow, list[Array]]:
+        row = AgreementRow("embed")
+        embedded = []
+        for chunk, wanted in zip(self.chunks, expected, strict=True):
+            feeds = {"input_ids": self.tokens[None, chunk], "position_ids": _ids(chunk)}
+            embedded.append(self.run(self.portable.embed, feeds)["x"])
+            row.add(embedded[-1], wanted)
+        return row, embedded
 
-    def _inputs(self, chunk: slice) -> dict[str, Array]:
-        positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
-        return {"input_ids": self.tokens[:, chunk], "position_ids": positions}
+    def _contexts(self, inputs: PassInputs) -> dict[str, Array]:
+        """What the contexts engine under test gives."""
+        graph = self.portable.contexts_graph
+        return {} if graph is None else self.run(graph, {"position_ids": _ids(inputs.positions)})
 
-    def _embed(self, expected: list[Array]) -> tuple[Row, list[Array], list[dict[str, Array]]]:
-        row = Row("embed")
-        outputs = [self.run(self.portable.embed, self._inputs(chunk)) for chunk in self.chunks]
-        embedded = [output.pop("x") for output in outputs]
-        for got, wanted in zip(embedded, expected, strict=True):
-            row.add(got, wanted)
-        return row, embedded, outputs
+    def _contexts_row(
+        self, own_contexts: list[dict[str, Array]], inputs: list[PassInputs]
+    ) -> AgreementRow:
+        """Compare the numbers of all contexts of a position: single ones may be all zeros."""
+        row = AgreementRow("contexts")
+        for own, wanted in zip(own_contexts, inputs, strict=True):
+            names = sorted(own)
+            row.add(_joined(own, names), _joined(wanted.arrays, names))
+        return row
 
     def _reference_layers(
-        self, index: int, before: list[Array], contexts: list[dict[str, Array]]
+        self, index: int, before: list[Floats], inputs: list[PassInputs]
     ) -> list[dict[str, Array]]:
         """What ONNX Runtime's engine gives for each chunk."""
         entry = self.manifest.engines.layers[index]
-        engine = open_session(self.directory / entry.file)
-        caches = self._caches(entry.first_layer, entry.num_layers, noise=False)
-        outputs = []
-        for chunk, x, context in zip(self.chunks, before, contexts, strict=True):
-            lengths = {
-                "seqlens_k": np.array([chunk.stop - 1], dtype=np.int32),
-                "total_sequence_length": np.array(chunk.stop, dtype=np.int32),
-            }
-            outputs.append(run_session(engine, {"x": x} | lengths | context | caches))
-            caches = _carried(outputs[-1])
-        return outputs
+        caches = self._empty(entry.first_layer, entry.num_layers)
+        return [
+            self.reference.layers(entry, x, i, caches) for i, x in zip(inputs, before, strict=True)
+        ]
 
     def _layers(
         self, index: int, before: list[Array], contexts: list[dict[str, Array]]
     ) -> Iterator[dict[str, Array]]:
         """What the engine under test gives for each chunk."""
         entry = self.portable.layers[index]
-        caches = self._caches(entry.first_layer, entry.num_layers, noise=True)
+        caches = self._noise(entry.first_layer, entry.num_layers)
         for chunk, x, context in zip(self.chunks, before, contexts, strict=True):
             feeds = {"x": x, "write_index": np.array([chunk.start], dtype=np.int64)}
             output = self.run(entry.file, feeds | self._masks(chunk) | context | caches)
@@ -205,32 +213,27 @@ class _Comparison:
     def _key_value(
         self,
         layer: int,
-        before: list[Array],
-        contexts: list[dict[str, Array]],
+        before: list[Floats],
+        inputs: list[PassInputs],
         own_contexts: list[dict[str, Array]],
-    ) -> Row:
+    ) -> AgreementRow:
         """Compare what two kv engines of a layer fill its cache with."""
-        reference = self.manifest.engines.key_value[layer].file
-        engine = open_session(self.directory / reference)
-        own, expected = self._caches(layer, 1, noise=True), self._caches(layer, 1, noise=False)
-        for place, (chunk, x) in enumerate(zip(self.chunks, before, strict=True)):
-            feeds = {"x": x, "write_index": np.array([chunk.start], dtype=np.int64)}
-            file = self.portable.key_value[layer]
-            own = _carried(self.run(file, feeds | own_contexts[place] | own))
-            expected = _carried(run_session(engine, feeds | contexts[place] | expected))
-        row = Row(Path(reference).stem)
-        length = self.chunks[-1].stop
+        own, expected = self._noise(layer, 1), self._empty(layer, 1)
+        for x, i, context in zip(before, inputs, own_contexts, strict=True):
+            feeds: dict[str, Array] = {"x": x, "write_index": i.arrays["write_index"]}
+            own = _carried(self.run(self.portable.key_value[layer], feeds | context | own))
+            self.reference.key_value(layer, x, i, expected)
+        row = AgreementRow(Path(self.manifest.engines.key_value[layer].file).stem)
         for name, wanted in expected.items():
-            row.add(_flat(own[name][:, :, :length]), _flat(wanted[:, :, :length]))
+            row.add(_flat(own[name][:, :, : self.chunks[-1].stop]), _flat(wanted.numpy()))
         return row
 
-    def _head(self, expected: list[Array], chained: list[Array]) -> Iterator[Row]:
-        engine = open_session(self.directory / self.manifest.engines.head)
-        own, chain = Row("head"), Row("end to end")
+    def _head(self, expected: list[Array], chained: list[Array]) -> Iterator[AgreementRow]:
+        own, chain = AgreementRow("head"), AgreementRow("end to end")
         for x, link in zip(expected, chained, strict=True):
             for start in range(0, x.shape[1], 16):  # as many as the head is built for
                 part = slice(start, start + 16)
-                wanted = run_session(engine, {"x": x[:, part]})["logits"]
+                wanted = self.reference.head(x[:, part])
                 own.add_logits(self._logits(x[:, part]), wanted, self.epsilon)
                 chain.add_logits(self._logits(link[:, part]), wanted, self.epsilon)
         yield own
@@ -239,23 +242,20 @@ class _Comparison:
     def _logits(self, x: Array) -> Array:
         return self.run(self.portable.head, {"x": x})["logits"]
 
-    def _caches(self, first: int, count: int, noise: bool) -> dict[str, Array]:
+    def _empty(self, first: int, count: int) -> Caches:
+        """Caches for the reference."""
+        return self.reference.empty_caches(first, count, self.chunks[-1].stop)
+
+    def _noise(self, first: int, count: int) -> dict[str, Array]:
+        """Caches for the engine under test, as long as it is built for."""
         caches = {}
         for place in range(count):
             kv = self.manifest.key_value_heads[first + place]
             shape = (1, kv.heads, self.manifest.max_cache_length, kv.head_size)
             for kind in ("key", "value"):
-                fill = self.rng.standard_normal(shape) if noise else np.zeros(shape)
-                caches[f"past_{kind}_{place}"] = fill.astype(np.float32)
+                noise = self.rng.standard_normal(shape).astype(np.float32)
+                caches[f"past_{kind}_{place}"] = noise
         return caches
-
-
-def run_session(engine: onnxruntime.InferenceSession, feeds: dict[str, Array]) -> dict[str, Array]:
-    """Outputs by name; of `feeds` the engine gets those that it knows."""
-    known = {value.name for value in engine.get_inputs()}
-    names = [output.name for output in engine.get_outputs()]
-    given = {name: array for name, array in feeds.items() if name in known}
-    return dict(zip(names, engine.run(None, given), strict=True))
 
 
 def visible(chunk: slice, length: int, window: int) -> Array:
@@ -269,6 +269,16 @@ def visible(chunk: slice, length: int, window: int) -> Array:
     if window:
         mask &= seen > positions - window
     return mask[None, None]
+
+
+def _ids(positions: slice) -> Array:
+    return np.arange(positions.start, positions.stop, dtype=np.int64)[None]
+
+
+def _joined(contexts: dict[str, Array], names: list[str]) -> Array:
+    """The named tensors [1, tokens, ...] side by side, [1, tokens, n]."""
+    tensors = [contexts[name] for name in names]
+    return np.concatenate([t.reshape(*t.shape[:2], -1) for t in tensors], axis=-1)
 
 
 def _carried(outputs: dict[str, Array]) -> dict[str, Array]:

@@ -12,15 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from sedac_export.graph.modules import (
-    HeadEngine,
-    OfOneLayer,
+    HeadModule,
     RecordingCache,
+    SingleLayerModule,
     run_layer,
     stability,
     whole,
 )
 from sedac_export.graph.operators import masked_attention, scatter
-from sedac_export.graph.trace import Graph, Tracer, stand_in, trace
+from sedac_export.graph.trace import TracedGraph, Tracer, stand_in, trace
 
 # traced with more than one sequence, so that no axis is taken for the constant 1
 BATCH = 2
@@ -29,7 +29,7 @@ MASK = "mask"
 _WINDOW_MASK = "mask_window_"
 
 
-class PortableLayerEngine(OfOneLayer):
+class PortableLayerModule(SingleLayerModule):
     """One decoder layer with its cache and stability output.
 
     x [batch, tokens, hidden], contexts, mask bool [batch, 1, tokens, cache length], write_index
@@ -50,7 +50,7 @@ class PortableLayerEngine(OfOneLayer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Trace this; `window` is then the number of positions that the layer sees, -1 for all."""
         cache = _ScatterCache((past_key_0, past_value_0), write_index, mask)
-        y = run_layer(self.layer, self.call, x, whole(self.plan, contexts), cache, self.router)
+        y = run_layer(self.layer, self.call, x, whole(self.interface, contexts), cache, self.router)
         self.window = cache.window
         return y, *cache.present, stability(x, y)
 
@@ -74,19 +74,19 @@ class _ScatterCache(RecordingCache):
 class PortableTracer(Tracer):
     """Traces the portable form of a skeleton's engines."""
 
-    def head(self) -> Graph:
+    def head(self) -> TracedGraph:
         """x -> logits."""
-        module = HeadEngine(self.skeleton, self.plan)
+        module = HeadModule(self.skeleton, self.interface)
         return trace(module, {"x": self.hidden()}, ["logits"], self.dynamic())
 
-    def layer(self, index: int) -> Graph:
+    def layer(self, index: int) -> TracedGraph:
         """x, contexts, mask, write_index and past -> y, present and stability."""
         past = self.past(index)
         tokens, length = self.hidden().shape[1], past["past_key_0"].shape[2]
         mask = stand_in([BATCH, 1, tokens, length], torch.bool)
         inputs = self.shared_inputs() | {MASK: mask} | self.write_index() | past
         dynamic = self.dynamic() | {MASK: {0: "batch", 2: "tokens", 3: "cache_length"}}
-        module = PortableLayerEngine(self.skeleton, self.plan, index, self.router)
+        module = PortableLayerModule(self.skeleton, self.interface, index, self.router)
         outputs = ["y", "present_key_0", "present_value_0", "stability"]
         graph = trace(module, inputs, outputs, dynamic)
         _slice_splits(graph.model.graph)
@@ -94,7 +94,7 @@ class PortableTracer(Tracer):
             _rename_input(graph.model.graph, MASK, f"{_WINDOW_MASK}{module.window}")
         return graph
 
-    def key_value(self, index: int) -> Graph:
+    def key_value(self, index: int) -> TracedGraph:
         """x, contexts, write_index and past -> present."""
         graph = super().key_value(index)
         _slice_splits(graph.model.graph)

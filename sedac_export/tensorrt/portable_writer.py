@@ -14,8 +14,8 @@ from sedac_export.errors import SedacError
 from sedac_export.graph.block import compose
 from sedac_export.graph.modules import Context
 from sedac_export.graph.stamp import save_engine
-from sedac_export.graph.trace import Graph
-from sedac_export.graph.trace_model import Graphs, trace_graphs
+from sedac_export.graph.trace import TracedGraph
+from sedac_export.graph.trace_model import TracedGraphs, trace_graphs
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.tensorrt.portable import (
     BATCH,
@@ -41,11 +41,12 @@ def add_portable_graphs(
     writer = _Writer(directory, manifest, graphs)
     portable = PortableGraphs(
         embed=writer.save("embed", writer.engine(graphs.embed, manifest.engines.embed)),
+        contexts_graph=writer.contexts(),
         layers=[writer.layers(entry) for entry in manifest.engines.layers],
         key_value=[writer.key_value(index) for index in range(len(graphs.kinds))],
         head=writer.save("head", writer.engine(graphs.head, manifest.engines.head)),
         contexts={
-            context.name: _context(context) for context in graphs.plan.contexts if context.used
+            context.name: _context(context) for context in graphs.interface.contexts if context.used
         },
         masks={name: window_of(name) for graph in graphs.layers for name in masks_of(graph.model)},
     )
@@ -65,7 +66,7 @@ def _context(context: Context) -> PortableContext:
 class _Writer:
     """Points portable graphs at the weights of a bundle's own engines, by their names there."""
 
-    def __init__(self, directory: Path, manifest: bundle.Manifest, graphs: Graphs) -> None:
+    def __init__(self, directory: Path, manifest: bundle.Manifest, graphs: TracedGraphs) -> None:
         self.directory, self.manifest, self.graphs = directory, manifest, graphs
         self.models: dict[str, onnx.ModelProto] = {}
         if len(graphs.kinds) != manifest.model.num_layers:
@@ -75,9 +76,16 @@ class _Writer:
             )
         self.monolith = self._weights(manifest.engines.monolith.file)
 
-    def engine(self, graph: Graph, twin: str) -> onnx.ModelProto:
+    def engine(self, graph: TracedGraph, twin: str) -> onnx.ModelProto:
         """`graph` with the weights of the engine `twin`."""
         return self._point(graph, self._weights(twin), "")
+
+    def contexts(self) -> str | None:
+        """The portable form of the contexts engine, where there is one."""
+        graph, twin = self.graphs.contexts, self.manifest.engines.contexts
+        if graph is None or twin is None:
+            return None
+        return self.save("contexts", self.engine(graph, twin))
 
     def layers(self, entry: bundle.LayerEngineEntry) -> PortableLayers:
         """The portable form of a layer engine."""
@@ -111,7 +119,9 @@ class _Writer:
         prefix = f"layer_{index}." if len(self.graphs.kinds) > 1 else ""
         return self._point(graph, self.monolith, prefix)
 
-    def _point(self, graph: Graph, weights: dict[str, TensorProto], prefix: str) -> onnx.ModelProto:
+    def _point(
+        self, graph: TracedGraph, weights: dict[str, TensorProto], prefix: str
+    ) -> onnx.ModelProto:
         model = onnx.ModelProto()
         model.CopyFrom(graph.model)
         for initializer in model.graph.initializer:

@@ -15,6 +15,7 @@ _FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # what stands for all positions of the batch and of the pass in a described shape
 _OPEN = -1
 
+_IDS: list[Any] = ["int64", [_OPEN, _OPEN]]
 _WRITE_INDEX: dict[str, list[Any]] = {"write_index": ["int64", [_OPEN]]}
 
 
@@ -86,6 +87,9 @@ class _Expectations:
     def all(self) -> dict[str, Expected]:
         portable, engines = self.portable, self.manifest.engines
         expected = {portable.embed: self._embed()}
+        if portable.contexts_graph is not None:
+            positions = {"position_ids": _IDS}
+            expected[portable.contexts_graph] = Expected(positions, self.contexts, {})
         for entry, engine in zip(portable.layers, engines.layers, strict=True):
             expected[entry.file] = self._layers(entry, engine.contexts)
         for layer, file in enumerate(portable.key_value):
@@ -99,8 +103,8 @@ class _Expectations:
 
     def _embed(self) -> Expected:
         model = onnx.load(self.directory / self.manifest.engines.embed, load_external_data=False)
-        inputs = {value.name: ["int64", [_OPEN, _OPEN]] for value in model.graph.input}
-        return Expected(inputs, {"x": self.hidden} | self.contexts, {})
+        inputs = {value.name: _IDS for value in model.graph.input}
+        return Expected(inputs, {"x": self.hidden}, {})
 
     def _layers(self, entry: PortableLayers, contexts: list[str]) -> Expected:
         layers = range(entry.first_layer, entry.first_layer + entry.num_layers)

@@ -10,13 +10,14 @@ import onnx
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.plan_entries import PlanEntry, PlanSet, PortableGraphs
+from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.tensorrt.agreement import GATES, Gates, compare
 from sedac_export.tensorrt.build_plans import fingerprint
 from sedac_export.tensorrt.installed import check_compatible
+from sedac_export.tensorrt.plan_runner import GpuPlanRunner
 from sedac_export.tensorrt.profiles import graph_profiles
-from sedac_export.tensorrt.runners import PlanRunner, PortableRunner
 from sedac_export.tensorrt.structure import Expected, expectations
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
@@ -26,7 +27,7 @@ FAILED = {"structure": 3, "onnxruntime": 4, "execution": 5}
 
 
 @dataclass
-class Check:
+class PlanCheck:
     """One of the three checks; without `checked` the problems are empty and the reason is given."""
 
     name: Literal["structure", "onnxruntime", "execution"]
@@ -45,12 +46,12 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Validation:
+class PlanValidation:
     """The checks of one target's plans, in the order in which they were made."""
 
     target: Target
     plans: PlanSet
-    checks: list[Check]
+    checks: list[PlanCheck]
 
     def exit_code(self) -> int:
         """0, or that of the first check that failed."""
@@ -67,7 +68,7 @@ class Validation:
 
 def validate(
     directory: Path, target: Target, progress: StageProgress = lambda *_: None
-) -> Validation:
+) -> PlanValidation:
     """Check the plans of `target` in the bundle `directory`, as far as this host allows.
 
     structure: each plan is of the graph beside it and holds its layers, and the network that
@@ -85,17 +86,17 @@ def validate(
             f" sedac-export engines {directory} --target {target}"
         )
     with Worker(target) as worker:
-        run = _Validation(directory, manifest, portable, target, plans, worker)
+        run = _PlanValidator(directory, manifest, portable, target, plans, worker)
         checks = []
         for count, check in enumerate((run.structure, run.onnxruntime, run.execution)):
             progress("validate", count, 3)
             checks.append(check())
         progress("validate", 3, 3)
-    return Validation(target, plans, checks)
+    return PlanValidation(target, plans, checks)
 
 
 @dataclass
-class _Validation:
+class _PlanValidator:
     directory: Path
     manifest: bundle.Manifest
     portable: PortableGraphs
@@ -106,8 +107,8 @@ class _Validation:
     def __post_init__(self) -> None:
         self.expected = expectations(self.directory, self.manifest, self.portable)
 
-    def structure(self) -> Check:
-        check = Check("structure")
+    def structure(self) -> PlanCheck:
+        check = PlanCheck("structure")
         built = {plan.graph: plan for plan in self.plans.plans}
         for graph, expected in self.expected.items():
             problems = self._graph_problems(graph, expected)
@@ -116,11 +117,11 @@ class _Validation:
             check.engines.append({"engine": Path(graph).stem, "passed": not problems})
         return check
 
-    def onnxruntime(self) -> Check:
+    def onnxruntime(self) -> PlanCheck:
         runner = PortableRunner(self.directory, self.manifest.precision)
         return self._agreement("onnxruntime", runner, GATES[runner.computes])
 
-    def execution(self) -> Check:
+    def execution(self) -> PlanCheck:
         """Load each plan and run it, where there is a GPU that can."""
         gpu = find_gpu()
         if gpu is None:
@@ -131,22 +132,22 @@ class _Validation:
             return _unchecked(str(error))
         problems = [problem for plan in self.plans.plans for problem in self._engine_problems(plan)]
         if problems:
-            return Check("execution", problems=problems)
+            return PlanCheck("execution", problems=problems)
         length = self.manifest.max_cache_length
-        runner = PlanRunner(self.directory, self.portable, self.plans, length, self.worker)
+        runner = GpuPlanRunner(self.directory, self.portable, self.plans, length, self.worker)
         return self._agreement("execution", runner, GATES[self.manifest.precision])
 
     def _agreement(
         self,
         name: Literal["onnxruntime", "execution"],
-        runner: PortableRunner | PlanRunner,
+        runner: PortableRunner | GpuPlanRunner,
         gates: Gates,
-    ) -> Check:
+    ) -> PlanCheck:
         try:
             rows = compare(self.directory, self.manifest, self.portable, runner, gates)
         except Exception as error:  # a graph broken so that it does not even run
             reason = " ".join(str(error).split())
-            return Check(name, problems=[f"the engines do not run: {reason}"])
+            return PlanCheck(name, problems=[f"the engines do not run: {reason}"])
         failed = [row for row in rows if not row["passed"]]
         problems = [
             f"{row['engine']}: cosine {row['cosine_p5']:.5f}, relative L2"
@@ -154,7 +155,7 @@ class _Validation:
             f" argmax agreement {row['argmax_agreement']}"
             for row in failed
         ]
-        return Check(name, problems=problems, engines=rows)
+        return PlanCheck(name, problems=problems, engines=rows)
 
     def _graph_problems(self, graph: str, expected: Expected) -> list[str]:
         try:
@@ -216,11 +217,11 @@ class _Validation:
         return [f"{Path(plan.file).stem}: {problem}" for problem in problems]
 
 
-def _unchecked(reason: str) -> Check:
-    return Check("execution", checked=False, reason=f"no supported GPU: {reason}")
+def _unchecked(reason: str) -> PlanCheck:
+    return PlanCheck("execution", checked=False, reason=f"no supported GPU: {reason}")
 
 
-def summary(validation: Validation) -> str:
+def summary(validation: PlanValidation) -> str:
     """What the command prints: a line for each check, and what is wrong."""
     lines = [f"{FLAVOURS[validation.target].title} {validation.plans.version}"]
     for check in validation.checks:

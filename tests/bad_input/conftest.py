@@ -3,18 +3,15 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from build_cache import BuildCache
 from tiny_models import save_tiny_model
 
 import sedac_export.cli
 import sedac_runtime.cli
 from bad_input.command import Command, call, rewrite_manifest
-from sedac_export import BuildRequest, build_bundle
-from sedac_export.build import exporter
-from sedac_export.console import StageProgress
-from sedac_export.model.skeleton import Skeleton
+from sedac_export import BuildRequest
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 LONG_CACHE = 32768
@@ -48,30 +45,7 @@ def mute_bundle(tiny_bundle: Callable[[str], tuple[object, Path]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def remembering_trace() -> Callable[..., Any]:
-    """The export's slowest step, taken once for each model."""
-    trace = exporter.trace_graphs
-    known: dict[tuple[int, int], Any] = {}
-
-    def remember(skeleton: Skeleton, progress: StageProgress) -> Any:
-        key = (skeleton.config.vocab_size, skeleton.config.max_position_embeddings)
-        if key not in known:
-            known[key] = trace(skeleton, progress)
-        return known[key]
-
-    return remember
-
-
-@pytest.fixture
-def traced_before(remembering_trace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what comes after tracing."""
-    monkeypatch.setattr(exporter, "trace_graphs", remembering_trace)
-
-
-@pytest.fixture(scope="session")
-def long_bundle(
-    tmp_path_factory: pytest.TempPathFactory, remembering_trace: Callable[..., Any]
-) -> Path:
+def long_bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the demo's tokenizer and room for many tokens; not to be changed."""
     directory = tmp_path_factory.mktemp("long")
     save_tiny_model(
@@ -84,11 +58,9 @@ def long_bundle(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory / "model" / name)
     output = directory / "bundle"
-    request = BuildRequest(str(directory / "model"), output, max_cache_length=LONG_CACHE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace_graphs", remembering_trace)
-        build_bundle(request)
-    return output
+    return build_cache.bundle(
+        BuildRequest(str(directory / "model"), output, max_cache_length=LONG_CACHE)
+    )
 
 
 @pytest.fixture

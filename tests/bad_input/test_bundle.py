@@ -91,8 +91,14 @@ def test_manifest_with_one_number_changed_is_refused(read: Reader, bundle: Path)
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "fp4", "adapters": ["lora"]}])
 def test_newer_schema_is_called_newer(read: Reader, bundle: Path, changes: dict[str, Any]) -> None:
-    rewrite_manifest(bundle, schema_version=2, **changes)
-    assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 2", "newer", "update")
+    rewrite_manifest(bundle, schema_version=3, **changes)
+    assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 3", "newer", "update")
+
+
+def test_older_schema_names_the_upgrade(read: Reader, bundle: Path) -> None:
+    rewrite_manifest(bundle, schema_version=1)
+    remedy = f"sedac-export upgrade {bundle}"
+    assert_one_line_error(read(bundle), str(bundle / "bundle.json"), "schema 1", "older", remedy)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,6 @@ def test_exit_configuration_may_be_edited_within_its_ranges(
     assert generated["exit_layers"][1:] == [1, 1]
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_forced_build_replaces_a_damaged_bundle(
     export: Command, bundle: Path, long_bundle: Path
 ) -> None:

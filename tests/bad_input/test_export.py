@@ -268,7 +268,6 @@ def test_output_on_a_read_only_disk_is_refused(export: Command, model: Path) -> 
         assert_one_line_error(result, str(disk / "bundle"), "Read-only file system")
 
 
-@pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize("full_at", ["weights", "tokenizer"])
 def test_full_disk_keeps_the_old_bundle_and_nothing_else(
     export: Command, long_bundle: Path, tmp_path: Path, full_at: str
@@ -290,7 +289,6 @@ def test_full_disk_keeps_the_old_bundle_and_nothing_else(
         assert snapshot(disk) == before
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_build_over_tolerance_names_the_engine_and_keeps_nothing(
     export: Command, model: Path
 ) -> None:
@@ -301,7 +299,6 @@ def test_build_over_tolerance_names_the_engine_and_keeps_nothing(
     assert snapshot(model.parent) == before
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_forced_build_over_tolerance_keeps_the_old_bundle(
     export: Command, model: Path, mute_bundle: Path
 ) -> None:
@@ -312,7 +309,6 @@ def test_forced_build_over_tolerance_keeps_the_old_bundle(
     assert snapshot(model.parent) == before
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_failed_rename_puts_the_old_bundle_back(
     export: Command, model: Path, mute_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +413,6 @@ def test_two_builds_of_one_bundle_do_not_meet(
     assert [path.name for path in output.parent.iterdir()] == ["bundle"]
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_a_link_is_built_where_it_points_to(
     export: Command, model: Path, mute_bundle: Path
 ) -> None:

@@ -112,7 +112,6 @@ def test_missing_package_is_named(
     refuse(export, file, f"package {package},", "pip install 'sedac[gguf]'")
 
 
-@pytest.mark.usefixtures("traced_before")
 def test_flipped_bits_end_in_one_line_or_a_bundle(
     export: Command, whole: bytes, tmp_path: Path
 ) -> None:

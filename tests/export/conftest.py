@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from build_cache import BuildCache, load, save
 
 from sedac_export.bundle import Bundle
 from sedac_export.exits.replay.documents import Document, read_documents
@@ -41,21 +42,38 @@ def documents(demo_bundle: Path, texts: list[Path]) -> list[Document]:
 
 @pytest.fixture(scope="session")
 def trained_bundle(
-    demo_bundle: Path, documents: list[Document], tmp_path_factory: pytest.TempPathFactory
+    demo_bundle: Path,
+    documents: list[Document],
+    build_cache: BuildCache,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> TrainedBundle:
-    bundle = shutil.copytree(demo_bundle, tmp_path_factory.mktemp("trained") / "bundle")
-    return bundle, train_probes(bundle, documents, EXITS, PROBES)
+    def train(directory: Path) -> None:
+        bundle = shutil.copytree(demo_bundle, directory / "bundle")
+        save(directory, train_probes(bundle, documents, EXITS, PROBES))
+
+    trained = build_cache.made("trained", train)
+    bundle = tmp_path_factory.mktemp("trained") / "bundle"
+    return shutil.copytree(trained / "bundle", bundle), load(trained)
 
 
 @pytest.fixture(scope="session")
 def lens_bundle(
-    demo_bundle: Path, documents: list[Document], tmp_path_factory: pytest.TempPathFactory
+    demo_bundle: Path,
+    documents: list[Document],
+    build_cache: BuildCache,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> TrainedBundle:
     """The same with lenses that change many tokens, which trained ones do too little."""
-    bundle = shutil.copytree(demo_bundle, tmp_path_factory.mktemp("lens") / "bundle")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train_lens", strong_lens)
-        return bundle, train_probes(bundle, documents, EXITS, PROBES, with_lenses=True)
+
+    def train(directory: Path) -> None:
+        bundle = shutil.copytree(demo_bundle, directory / "bundle")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "train_lens", strong_lens)
+            save(directory, train_probes(bundle, documents, EXITS, PROBES, with_lenses=True))
+
+    trained = build_cache.made("lens", train)
+    bundle = tmp_path_factory.mktemp("lens") / "bundle"
+    return shutil.copytree(trained / "bundle", bundle), load(trained)
 
 
 def some_lens(size: int) -> torch.nn.Linear:

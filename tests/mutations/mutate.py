@@ -20,7 +20,14 @@ FREE = "/exit_layers"
 VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 7, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 64, 0.5, 1e308),
     *("", ".", "..", "/", "/etc/passwd", "../outside/secret", "onnx/../../outside/secret"),
-    *("/dev/zero", "onnx/embed.onnx", "onnx/layer_000.onnx", "onnx/kv_001.onnx", "bundle.json"),
+    *(
+        "/dev/zero",
+        "onnx/embed.onnx",
+        "onnx/contexts.onnx",
+        "onnx/layer_000.onnx",
+        "onnx/kv_001.onnx",
+        "bundle.json",
+    ),
     *("\0", "\u202e", "x" * 4096, [], {}, [[]], [1, 2], {"heads": 1}, [-1, 0], ["context_0"] * 9),
 )
 
@@ -191,7 +198,9 @@ def _change_graph(bundle: Path, _: Path, draw: random.Random) -> Mutation:
 
 
 def _rename_graph(graph: onnx.GraphProto, draw: random.Random) -> str:
-    graph.name = draw.choice(("", "embed", "layer_000", "layer_001", "kv_000", "head", "monolith"))
+    graph.name = draw.choice(
+        ("", "embed", "contexts", "layer_000", "layer_001", "kv_000", "head", "monolith")
+    )
     return f"called {graph.name}"
 
 

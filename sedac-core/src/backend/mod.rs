@@ -6,9 +6,10 @@
 
 mod capabilities;
 mod costs;
-mod host;
+mod host_decided;
 mod not_finite;
 mod onnxruntime;
+pub mod profile;
 mod step;
 pub mod tensorrt;
 mod timing;
@@ -17,7 +18,7 @@ use std::ops::Range;
 
 pub use capabilities::Capabilities;
 pub use costs::Costs;
-pub use host::HostDecided;
+pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, Layout, OnnxRuntime};
 pub use step::{Logits, LogitsRequest, SequenceStep, StepExit, StepOutcome};
 pub use timing::{EnginePart, EngineTiming, Stopwatch};

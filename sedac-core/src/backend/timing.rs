@@ -1,5 +1,6 @@
 //! How long engines took.
 
+use std::fmt;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,8 @@ use crate::error::Result;
 pub enum EnginePart {
     /// Hidden states of tokens.
     Embed,
+    /// What layers take of positions.
+    Contexts,
     /// Consecutive layers.
     Layers(Range<usize>),
     /// Consecutive layers without their MLPs.
@@ -22,6 +25,23 @@ pub enum EnginePart {
     Lens(usize),
     /// Logits.
     Head,
+}
+
+impl fmt::Display for EnginePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embed => f.write_str("embed"),
+            Self::Contexts => f.write_str("contexts"),
+            Self::Layers(layers) if layers.len() == 1 => write!(f, "layer {}", layers.start),
+            Self::Layers(layers) => write!(f, "layers {}-{}", layers.start, layers.end - 1),
+            Self::Attention(layers) if layers.len() == 1 => write!(f, "attention {}", layers.start),
+            Self::Attention(layers) => write!(f, "attention {}-{}", layers.start, layers.end - 1),
+            Self::KeyValue(layer) => write!(f, "kv {layer}"),
+            Self::ExitHead(depth) => write!(f, "exit head {depth}"),
+            Self::Lens(depth) => write!(f, "lens {depth}"),
+            Self::Head => f.write_str("head"),
+        }
+    }
 }
 
 /// One run of one engine.

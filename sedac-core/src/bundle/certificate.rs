@@ -67,7 +67,7 @@ pub struct CertifiedSetting {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenChoice {
-    /// The likeliest one.
+    /// The most likely one.
     Argmax,
 }
 

@@ -1,4 +1,4 @@
-//! The one door to a bundle's files.
+//! The only access to a bundle's files.
 //!
 //! Whatever is opened is a regular file inside of the bundle's directory, named by a relative path
 //! of plain components: no link leads out, no pipe or device is waited for. What the manifest lists
@@ -95,7 +95,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// The door to `directory`, of which no file is listed yet.
+    /// Access to `directory`, of which no file is listed yet.
     ///
     /// # Errors
     /// [`Error::Bundle`] when it is no directory.
@@ -198,7 +198,7 @@ impl Gate {
         })
     }
 
-    /// The contents of `name`, for which no digest speaks; None when there is no such file.
+    /// The contents of `name`, which no digest covers; None when there is no such file.
     ///
     /// # Errors
     /// [`Error::Bundle`] when it is over `max` bytes or no regular file inside of the bundle,

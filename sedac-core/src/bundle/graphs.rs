@@ -28,11 +28,12 @@ pub(super) struct GraphFacts {
 }
 
 /// Check that every engine's graph is the one that the manifest means, takes and gives tensors of
-/// the manifest's sizes, and keeps its weights in checked files.
+/// the manifest's sizes, and keeps its weights in checked files. Of a bundle that is not
+/// `is_current`, but of an older schema, only the latter.
 ///
 /// # Errors
 /// [`Error::Bundle`] naming the graph and what is wrong with it.
-pub(super) fn check(gate: &Gate, manifest: &Manifest) -> Result<Graphs> {
+pub(super) fn check(gate: &Gate, manifest: &Manifest, is_current: bool) -> Result<Graphs> {
     let mut check = Check {
         gate,
         manifest,
@@ -43,25 +44,9 @@ pub(super) fn check(gate: &Gate, manifest: &Manifest) -> Result<Graphs> {
             check.weights(file)?;
         }
     }
-    let engines = &manifest.engines;
-    check.embed(&engines.embed)?;
-    for entry in &engines.layers {
-        check.layers(entry, &blocks("layer", "block", entry))?;
+    if is_current {
+        check.engines()?;
     }
-    for entry in &engines.attention {
-        check.layers(entry, &blocks("attention", "attention", entry))?;
-    }
-    check.layers(&engines.monolith, "monolith")?;
-    for (layer, entry) in engines.key_value.iter().enumerate() {
-        check.key_value(layer, entry)?;
-    }
-    for entry in &engines.exits {
-        check.exit(entry.depth, &entry.file)?;
-        if let Some(lens) = &entry.lens {
-            check.lens(entry.depth, lens)?;
-        }
-    }
-    check.head(&engines.head)?;
     Ok(check.graphs)
 }
 
@@ -87,6 +72,9 @@ fn blocks(one: &str, several: &str, entry: &LayerEntry) -> String {
 /// An axis: a size, or open.
 type Axis = Option<u64>;
 
+/// Token ids and position ids.
+const IDS: [Axis; 2] = [Some(1), None];
+
 struct Check<'a> {
     gate: &'a Gate,
     manifest: &'a Manifest,
@@ -94,9 +82,40 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
+    fn engines(&self) -> Result<()> {
+        let engines = &self.manifest.engines;
+        self.embed(&engines.embed)?;
+        if let Some(contexts) = &engines.contexts {
+            self.contexts(contexts)?;
+        }
+        for entry in &engines.layers {
+            self.layers(entry, &blocks("layer", "block", entry))?;
+        }
+        for entry in &engines.attention {
+            self.layers(entry, &blocks("attention", "attention", entry))?;
+        }
+        self.layers(&engines.monolith, "monolith")?;
+        for (layer, entry) in engines.key_value.iter().enumerate() {
+            self.key_value(layer, entry)?;
+        }
+        for entry in &engines.exits {
+            self.exit(entry.depth, &entry.file)?;
+            if let Some(lens) = &entry.lens {
+                self.lens(entry.depth, lens)?;
+            }
+        }
+        self.head(&engines.head)
+    }
+
     fn embed(&self, file: &Path) -> Result<()> {
         let graph = self.open(file, "embed")?;
-        graph.gives("x", FLOAT, &self.hidden())?;
+        graph.takes("input_ids", INT64, &IDS)?;
+        graph.gives("x", FLOAT, &self.hidden())
+    }
+
+    fn contexts(&self, file: &Path) -> Result<()> {
+        let graph = self.open(file, "contexts")?;
+        graph.takes("position_ids", INT64, &IDS)?;
         for context in &self.manifest.contexts {
             let (element, axes) = graph.context(context)?;
             graph.gives(&context.name, element, &axes)?;
@@ -109,7 +128,7 @@ impl Check<'_> {
         graph.takes("x", FLOAT, &self.hidden())?;
         graph.takes("seqlens_k", INT32, &[Some(1)])?;
         graph.takes("total_sequence_length", INT32, &[])?;
-        self.contexts(&graph, &entry.contexts)?;
+        self.takes_contexts(&graph, &entry.contexts)?;
         graph.gives("y", FLOAT, &self.hidden())?;
         let layers = entry.num_layers as u64;
         graph.gives("stability", FLOAT, &[Some(1), None, Some(layers)])?;
@@ -126,7 +145,7 @@ impl Check<'_> {
         let graph = self.open(&entry.file, &format!("kv_{layer:03}"))?;
         graph.takes("x", FLOAT, &self.hidden())?;
         graph.takes("write_index", INT64, &[Some(1)])?;
-        self.contexts(&graph, &entry.contexts)?;
+        self.takes_contexts(&graph, &entry.contexts)?;
         self.cache(&graph, layer, 0)
     }
 
@@ -154,7 +173,7 @@ impl Check<'_> {
         [Some(1), None, Some(self.manifest.model.hidden_size as u64)]
     }
 
-    fn contexts(&self, graph: &OpenGraph, names: &[String]) -> Result<()> {
+    fn takes_contexts(&self, graph: &OpenGraph, names: &[String]) -> Result<()> {
         let known = self.manifest.contexts.iter();
         for context in known.filter(|context| names.contains(&context.name)) {
             let (element, axes) = graph.context(context)?;

@@ -11,14 +11,14 @@ use super::plans::{PlanSet, PortableGraphs, Precision};
 use crate::error::{Error, Result};
 use crate::policy::{ExitRule, PolicySettings, Signal};
 
-/// The newest schema of bundle.json that this crate reads.
-pub const SCHEMA_VERSION: u64 = 1;
+/// The schema of bundle.json that this crate reads.
+pub const SCHEMA_VERSION: u64 = 2;
 
 /// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
-pub(crate) const LARGEST_BUFFER: usize = 1 << 40;
+pub(crate) const MAX_BUFFER: usize = 1 << 40;
 
 /// The largest tolerance that a build takes.
-const MOST_TOLERANCE: f64 = 1e-2;
+const MAX_TOLERANCE: f64 = 1e-2;
 
 /// What the chain must know of the model.
 #[derive(Debug, Clone, Deserialize)]
@@ -38,7 +38,7 @@ pub struct ModelFacts {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// An embed output that layers take, of shape [1, tokens, ...]; -1 stands for tokens.
+/// A tensor that the contexts engine gives and layers take, [1, tokens, ...]; -1 stands for tokens.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ContextTensor {
     /// Its name in the graphs.
@@ -55,7 +55,7 @@ impl ContextTensor {
         let sizes = self.shape.iter();
         let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(tokens));
         let numbers = sizes.into_iter().try_fold(1, usize::checked_mul);
-        numbers.filter(|&numbers| numbers < LARGEST_BUFFER)
+        numbers.filter(|&numbers| numbers < MAX_BUFFER)
     }
 
     /// Whether its only open axis can be the tokens, and it has no more numbers than any model's.
@@ -132,8 +132,11 @@ pub struct KeyValueEntry {
 /// All engines of a bundle.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EngineFiles {
-    /// Token and position ids to the residual stream and contexts.
+    /// Token ids, and position ids where the model embeds positions, to the residual stream.
     pub embed: PathBuf,
+    /// Position ids to context tensors, where layers take any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub contexts: Option<PathBuf>,
     /// Layer engines, shallowest first.
     pub layers: Vec<LayerEntry>,
     /// One per layer.
@@ -151,8 +154,8 @@ pub struct EngineFiles {
 }
 
 impl EngineFiles {
-    /// Whether every graph is a checked graph of ONNX Runtime's and every context is one that embed
-    /// gives.
+    /// Whether every graph is a checked graph of ONNX Runtime's and every context is one that the
+    /// contexts engine gives.
     fn references_hold(&self, manifest: &Manifest) -> bool {
         let layers = self
             .layers
@@ -172,6 +175,7 @@ impl EngineFiles {
         references.all(|(file, contexts)| manifest.is_engine(file) && contexts.iter().all(known))
             && [&self.embed, &self.head]
                 .into_iter()
+                .chain(&self.contexts)
                 .chain(self.exits.iter().flat_map(ExitEntry::files))
                 .all(|file| manifest.is_engine(file))
     }
@@ -209,7 +213,7 @@ pub struct Manifest {
     pub max_cache_length: usize,
     /// Cache geometry by layer.
     pub key_value_heads: Vec<KeyValueHeads>,
-    /// What embed hands to the layers.
+    /// What the contexts engine hands to the layers.
     pub contexts: Vec<ContextTensor>,
     /// The engines.
     pub engines: EngineFiles,
@@ -280,6 +284,7 @@ impl Manifest {
             && covers(std::slice::from_ref(&engines.monolith))
             && (engines.attention.is_empty()
                 || covers(&engines.attention) && ends(&engines.attention) == exits)
+            && engines.contexts.is_some() != self.contexts.is_empty()
             && engines.key_value.len() == layers
             && self.key_value_heads.len() == layers
             && self.exit_layers.iter().all(|depth| exits.contains(depth))
@@ -291,16 +296,16 @@ impl Manifest {
         let length = self.max_cache_length;
         // positions and lengths are int32 in the graphs
         let positions = 1..=i32::MAX as usize;
-        let row = |numbers: usize| (1..LARGEST_BUFFER).contains(&numbers.saturating_mul(length));
+        let row = |numbers: usize| (1..MAX_BUFFER).contains(&numbers.saturating_mul(length));
         let caches = self.key_value_heads.iter();
         positions.contains(&length)
             && row(self.model.hidden_size)
-            && (1..LARGEST_BUFFER).contains(&self.model.vocab_size)
+            && (1..MAX_BUFFER).contains(&self.model.vocab_size)
             && caches
                 .map(|kv| kv.heads.saturating_mul(kv.head_size))
                 .all(row)
             && self.contexts.iter().all(ContextTensor::is_sound)
-            && (0.0..=MOST_TOLERANCE).contains(&self.tolerance)
+            && (0.0..=MAX_TOLERANCE).contains(&self.tolerance)
     }
 
     /// The digest of each file, by path.

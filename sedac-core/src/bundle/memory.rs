@@ -9,9 +9,9 @@ use super::{Bundle, Gate, Manifest};
 use crate::error::{Error, Result};
 
 /// Tokens of the longest pass, whose buffers are the largest.
-const MOST_TOKENS: u64 = 256;
+const MAX_TOKENS: u64 = 256;
 
-/// Rows of logits that are kept.
+/// Rows of logits that are held.
 const LOGIT_ROWS: u64 = 16;
 
 /// A file that is read whole, what it is decoded to, and what ONNX Runtime makes of it.
@@ -60,7 +60,7 @@ impl Bundle {
         bytes.fold(0, |sum, graph| sum.saturating_add(graph.bytes))
     }
 
-    /// Caches, kept hidden states, and the buffers of the longest pass, of numbers of `element`
+    /// Caches, saved hidden states, and the buffers of the longest pass, of numbers of `element`
     /// bytes.
     fn sequence_bytes(&self, element: u64) -> u64 {
         let manifest = &self.manifest;
@@ -75,12 +75,12 @@ impl Bundle {
         let caches = caches.map(|kv| product(&[2, kv.heads as u64, length, kv.head_size as u64]));
         let contexts = manifest.contexts.iter();
         let contexts = contexts.map(|context| {
-            let numbers = context.numbers(MOST_TOKENS as usize);
+            let numbers = context.numbers(MAX_TOKENS as usize);
             numbers.map_or(u64::MAX, |numbers| numbers as u64)
         });
         let rows = [
             product(&[hidden, length]),
-            product(&[2, hidden, MOST_TOKENS]),
+            product(&[2, hidden, MAX_TOKENS]),
             product(&[manifest.model.vocab_size as u64, LOGIT_ROWS]),
         ];
         let numbers = caches.chain(contexts).chain(rows);
@@ -114,7 +114,7 @@ fn hold(gate: &Gate, needed: u64, limit: Option<u64>) -> Result<()> {
 }
 
 /// Bytes of memory that this process may still take, its control group's limit included; None where
-/// the system does not tell.
+/// the system does not say.
 fn available() -> Option<u64> {
     let mut system = System::new().ok()?;
     system.refresh_memory();

@@ -26,7 +26,7 @@ pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
 use self::graphs::Graphs;
-pub(crate) use self::manifest::LARGEST_BUFFER;
+pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
     ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
     ModelFacts, SCHEMA_VERSION, Target,
@@ -56,6 +56,9 @@ pub struct Opening {
     /// Where files below this directory of the bundle are about to be replaced, and are not looked
     /// at.
     pub replaced: Option<PathBuf>,
+    /// Whether a bundle of an older schema is opened too, to upgrade it: nothing here runs it. Its
+    /// files are checked, but its manifest and graphs are not held against each other.
+    pub older: bool,
     /// Ends the check of the files when raised.
     pub interrupt: Interrupt,
 }
@@ -63,7 +66,7 @@ pub struct Opening {
 /// A bundle whose files have been checked.
 #[derive(Debug, Clone)]
 pub struct Bundle {
-    /// The door to its files.
+    /// Access to its files.
     pub gate: Arc<Gate>,
     /// Its manifest.
     pub manifest: Manifest,
@@ -82,7 +85,7 @@ impl Bundle {
         Self::open_with(directory, &Opening::default())
     }
 
-    /// As [`open`](Self::open), in the way that `opening` says.
+    /// As [`open`](Self::open), as `opening` says.
     ///
     /// # Errors
     /// [`Error::Bundle`] when it is no bundle, of another schema or inconsistent, or when one of
@@ -131,12 +134,15 @@ impl Files {
 /// As [`Bundle::open_with`].
 pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> {
     let mut gate = Gate::open(directory)?;
-    let text = read_manifest(&gate)?;
+    let (text, schema) = read_schema(&gate, if opening.older { 1 } else { SCHEMA_VERSION })?;
+    let is_current = schema == SCHEMA_VERSION;
     let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| {
         let reason = format!("{error}; build the bundle again");
         Error::bundle(&gate.shown(MANIFEST), reason)
     })?;
-    manifest.check(&gate.shown(MANIFEST))?;
+    if is_current {
+        manifest.check(&gate.shown(MANIFEST))?;
+    }
     let mut files = manifest.files.clone();
     if let Some(replaced) = &opening.replaced {
         files.retain(|name, _| !name.starts_with(replaced));
@@ -152,51 +158,56 @@ pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> 
     // no digest covers it, but a file of the bundle it must be for those who copy or sign all
     gate.read_unlisted(Path::new(EXIT_CONFIG), MAX_TEXT)?;
     Ok(Files {
-        graphs: graphs::check(&gate, &manifest)?,
+        graphs: graphs::check(&gate, &manifest, is_current)?,
         gate,
         text,
         manifest,
     })
 }
 
-/// The text of bundle.json, which has its digest and a schema that is known.
+/// The text of bundle.json, which has its digest and the schema that is read.
 ///
 /// # Errors
-/// [`Error::Bundle`] when there is none or it is of a newer schema, [`Error::DamagedFile`] when it
+/// [`Error::Bundle`] when there is none or it is of another schema, [`Error::DamagedFile`] when it
 /// is not what its digest says, [`Error::Io`] when it cannot be read.
 pub(crate) fn read_manifest(gate: &Gate) -> Result<Vec<u8>> {
+    read_schema(gate, SCHEMA_VERSION).map(|(text, _)| text)
+}
+
+/// As [`read_manifest`], of a schema not before `oldest`; that too.
+fn read_schema(gate: &Gate, oldest: u64) -> Result<(Vec<u8>, u64)> {
     let text = gate.read_unlisted(Path::new(MANIFEST), MAX_TEXT)?;
     let text = text.ok_or_else(|| {
         let reason = "not a bundle (it holds no bundle.json); build one with sedac-export build";
         Error::bundle(&gate.shown(""), reason)
     })?;
-    check_schema(&gate.shown(MANIFEST), &text)?;
+    let schema = check_schema(gate, &text, oldest)?;
     check_manifest_digest(gate, &text)?;
-    Ok(text)
+    Ok((text, schema))
 }
 
 /// The schema comes first: a newer manifest need not parse, and must not be called damaged.
-fn check_schema(path: &Path, text: &[u8]) -> Result<()> {
+fn check_schema(gate: &Gate, text: &[u8], oldest: u64) -> Result<u64> {
     #[derive(Deserialize)]
     struct Schema {
         schema_version: u64,
     }
-    let Schema { schema_version } = serde_json::from_slice(text).map_err(|error| {
-        Error::bundle(
-            path,
-            format!("not a manifest ({error}); build the bundle again"),
-        )
-    })?;
-    if schema_version > SCHEMA_VERSION {
-        return Err(Error::bundle(
-            path,
-            format!(
-                "schema {schema_version} is newer than {SCHEMA_VERSION}, the newest this runtime \
-                 reads; update sedac-runtime"
-            ),
-        ));
+    let path = gate.shown(MANIFEST);
+    let refused = |reason: String| Error::bundle(&path, reason);
+    let Schema { schema_version } = serde_json::from_slice(text)
+        .map_err(|error| refused(format!("not a manifest ({error}); build the bundle again")))?;
+    match schema_version {
+        newer if newer > SCHEMA_VERSION => Err(refused(format!(
+            "schema {newer} is newer than {SCHEMA_VERSION}, the newest this runtime reads; update \
+             sedac-runtime"
+        ))),
+        older if older < oldest => Err(refused(format!(
+            "schema {older} is older than {SCHEMA_VERSION}, which this runtime reads; run \
+             sedac-export upgrade {}",
+            path.parent().unwrap_or(&path).display()
+        ))),
+        known => Ok(known),
     }
-    Ok(())
 }
 
 fn check_manifest_digest(gate: &Gate, text: &[u8]) -> Result<()> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{LARGEST_BUFFER, LayerEntry, Manifest};
+use super::{LayerEntry, MAX_BUFFER, Manifest};
 
 /// How a bundle's graphs store and, on a device, compute numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -87,8 +87,7 @@ impl PortableContext {
             .shape_for(1)
             .into_iter()
             .try_fold(1, usize::checked_mul);
-        self.shape.len() >= 2
-            && numbers.is_some_and(|numbers| (1..LARGEST_BUFFER).contains(&numbers))
+        self.shape.len() >= 2 && numbers.is_some_and(|numbers| (1..MAX_BUFFER).contains(&numbers))
     }
 
     /// Its shape for one sequence of `tokens` tokens.
@@ -124,11 +123,13 @@ impl PortableLayers {
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortableGraphs {
     embed: PathBuf,
+    /// What gives the contexts, where there are any.
+    contexts_graph: Option<PathBuf>,
     /// Shallowest first.
     pub layers: Vec<PortableLayers>,
     key_value: Vec<PathBuf>,
     head: PathBuf,
-    /// What embed hands to the layers, by name.
+    /// What layers take beside the residual stream, by name.
     pub contexts: BTreeMap<String, PortableContext>,
     /// By name of the mask input: positions that a token sees through it, 0 for all.
     pub masks: BTreeMap<String, usize>,
@@ -139,6 +140,7 @@ impl PortableGraphs {
     fn files(&self) -> impl Iterator<Item = &PathBuf> {
         let layers = self.layers.iter().map(|entry| &entry.file);
         let ends = [&self.embed, &self.head].into_iter();
+        let ends = ends.chain(&self.contexts_graph);
         ends.chain(layers).chain(&self.key_value)
     }
 
@@ -148,6 +150,7 @@ impl PortableGraphs {
         let engines = manifest.engines.layers.iter();
         own.eq(engines.map(|entry: &LayerEntry| entry.first_layer..entry.end()))
             && self.key_value.len() == manifest.model.num_layers
+            && self.contexts_graph.is_some() != self.contexts.is_empty()
             && self.contexts.values().all(PortableContext::is_sound)
     }
 }
@@ -175,8 +178,10 @@ struct PlanEntry {
 pub struct PlanFiles {
     /// Tokens that a pass may have, 1 or more.
     pub max_prefill_chunk: usize,
-    /// Token and position ids to the residual stream and contexts.
+    /// Token ids, and position ids where the model embeds positions, to the residual stream.
     pub embed: PathBuf,
+    /// Position ids to context tensors, where layers take any.
+    pub contexts: Option<PathBuf>,
     /// Layer engines, shallowest first.
     pub layers: Vec<PathBuf>,
     /// One per layer.
@@ -189,6 +194,7 @@ impl PlanFiles {
     /// All of them.
     pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
         let ends = [&self.embed, &self.head].into_iter();
+        let ends = ends.chain(&self.contexts);
         let files = ends.chain(&self.layers).chain(&self.key_value);
         files.map(PathBuf::as_path)
     }
@@ -226,6 +232,10 @@ impl Manifest {
         let plans = PlanFiles {
             max_prefill_chunk: set.options.max_prefill_chunk.max(1),
             embed: plan(&portable.embed)?,
+            contexts: match &portable.contexts_graph {
+                Some(graph) => Some(plan(graph)?),
+                None => None,
+            },
             layers: layers.collect::<Option<_>>()?,
             key_value: portable.key_value.iter().map(plan).collect::<Option<_>>()?,
             head: plan(&portable.head)?,

@@ -2,6 +2,8 @@
 
 use std::ops::ControlFlow;
 
+use tracing::{debug, debug_span};
+
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
 use crate::backend::{Backend, LogitsRequest, SequenceStep, StepExit};
 use crate::draft::{BaselineCost, Draft, DraftContext, Drafter};
@@ -52,6 +54,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
 
     /// One token, which exits where the rule says so.
     fn decode(&mut self) -> Result<StepExit> {
+        let _span = debug_span!("decode").entered();
         let newest = self.text.newest();
         let (rule, max_depth) = self.exits.advance();
         let step = SequenceStep {
@@ -83,6 +86,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
                 .expected_speedup(&self.text.tokens, max_tokens, costs, baseline),
         };
         if speedup <= 1.0 || speedup.is_nan() {
+            debug!(speedup, max_tokens, "no draft: it would not pay");
             let exit = self.decode()?;
             drafting.baseline.observe(exit.layer, self.backend.costs());
             return Ok(());
@@ -91,6 +95,13 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
         let before = self.text.tokens.len();
         self.verify(&draft)?;
         let tokens = &self.text.tokens[before..];
+        debug!(
+            speedup,
+            drafted = draft.tokens.len(),
+            depth = draft.depth,
+            tokens = tokens.len(),
+            "draft"
+        );
         self.drafts.count(&draft, tokens);
         drafting.drafter.observe(tokens, self.backend.costs());
         for taken in &draft.exits {
@@ -103,6 +114,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
     }
 
     fn propose(&mut self, drafter: &mut dyn Drafter, max_tokens: usize) -> Result<Draft> {
+        let _span = debug_span!("draft").entered();
         let history = &self.text.tokens;
         let mut context = DraftContext {
             backend: self.backend,
@@ -122,6 +134,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
         if draft.is_certain() {
             return Ok(Vec::new());
         }
+        let _span = debug_span!("verify").entered();
         let mut tokens = Vec::new();
         if draft.depth == 0 {
             tokens.push(self.text.newest());

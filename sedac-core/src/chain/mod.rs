@@ -8,6 +8,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use tracing::{debug_span, info};
+
 use self::decoding::{Decoding, Drafting, Text};
 use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
@@ -210,12 +212,14 @@ impl Chain {
         let (finish_reason, drafts) = (decoding.text.finished, decoding.drafts);
         self.drafting.extend(drafting);
         decoded?;
-        Ok(Summary {
+        let summary = Summary {
             finish_reason: finish_reason.unwrap_or(FinishReason::Length),
             prefill,
             decode: started.elapsed() - prefill,
             drafts,
-        })
+        };
+        info!(prompt_tokens = request.prompt.len(), ?summary, "generated");
+        Ok(summary)
     }
 
     /// Run a given text token by token and hand to `emit`, for each token but the first, the most
@@ -263,6 +267,7 @@ impl Chain {
         logits: LogitsRequest,
         interrupt: &Interrupt,
     ) -> Result<StepOutcome> {
+        let _span = debug_span!("prefill").entered();
         let max_depth = self.num_layers();
         let step = SequenceStep {
             sequence,
@@ -348,6 +353,7 @@ fn complete(
     sequence: &mut Sequence,
     interrupt: &Interrupt,
 ) -> Result<()> {
+    let _span = debug_span!("complete").entered();
     let step = SequenceStep {
         tokens: &[],
         rule: None,

@@ -94,8 +94,16 @@ impl DecodingChoice {
     /// How tokens are decoded in the bundle of `manifest` and `config`.
     ///
     /// # Errors
-    /// [`Error::Setting`] when settings do not belong together, or are out of range for the bundle.
+    /// [`Error::Misplaced`] when settings do not belong together, [`Error::Setting`] when one is out
+    /// of range for the bundle.
     pub fn resolve(self, config: &ExitConfig, manifest: &Manifest) -> Result<DecodingSetting> {
+        if let (Some(name), true) = (self.policy.first_set(), self.mode != ModeName::Exit) {
+            return Err(Error::Misplaced {
+                name,
+                owner: "mode exit",
+                place: format!("{}; set mode exit", self.mode.name()),
+            });
+        }
         let policy = self.policy.resolve(&config.policy, |policy| {
             manifest.trained_depths(policy.signal())
         })?;

@@ -5,9 +5,9 @@ use crate::backend::Costs;
 use crate::error::Result;
 
 /// The longest run of newest tokens that is looked for; longer matches are no surer.
-const LONGEST_MATCH: usize = 6;
+const MAX_MATCH: usize = 6;
 /// Shorter matches are accepted too rarely.
-const SHORTEST_MATCH: usize = 2;
+const MIN_MATCH: usize = 2;
 /// Numbers of tokens to draft; engines run best over powers of two, the newest token included.
 const LENGTHS: [usize; 4] = [1, 3, 7, 15];
 
@@ -27,7 +27,7 @@ impl PromptLookup {
         Self {
             layers,
             // the longer the match the surer
-            rates: (0..=LONGEST_MATCH)
+            rates: (0..=MAX_MATCH)
                 .map(|matched| AcceptanceRate::new(1.0 - 1.0 / matched.max(1) as f64))
                 .collect(),
             matched: 0,
@@ -85,18 +85,18 @@ impl Drafter for PromptLookup {
 /// The index after an earlier occurrence of the newest tokens of `history`, and how many match.
 fn find(history: &[u32]) -> Option<(usize, usize)> {
     let mut best = None;
-    let mut longest = SHORTEST_MATCH - 1;
-    for next in (SHORTEST_MATCH..history.len()).rev() {
+    let mut longest = MIN_MATCH - 1;
+    for next in (MIN_MATCH..history.len()).rev() {
         let before = history[..next].iter().rev();
         let same = before
             .zip(history.iter().rev())
-            .take(LONGEST_MATCH)
+            .take(MAX_MATCH)
             .take_while(|(a, b)| a == b)
             .count();
         if same > longest {
             (best, longest) = (Some((next, same)), same);
         }
-        if longest == LONGEST_MATCH {
+        if longest == MAX_MATCH {
             break;
         }
     }

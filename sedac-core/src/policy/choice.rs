@@ -26,7 +26,8 @@ impl PolicyChoice {
     /// same policy. `trained_depths` gives the depths that the bundle was trained for.
     ///
     /// # Errors
-    /// [`Error::Setting`] when a setting belongs to another policy, or a threshold is missing.
+    /// [`Error::Misplaced`] when a setting belongs to another policy, [`Error::Setting`] when
+    /// thresholds are missing.
     pub fn resolve(
         &self,
         own: &PolicySettings,
@@ -78,30 +79,38 @@ impl PolicyChoice {
         self.policy.or(implied).unwrap_or(own.kind())
     }
 
-    /// Name and value of the first setting of `stability`.
-    fn of_stability(&self) -> Option<(&'static str, String)> {
-        let tau = self.tau.map(|tau| ("tau", tau.to_string()));
-        let run = self.consecutive_k.map(|k| ("consecutive_k", k.to_string()));
-        let ratio = self.min_layer_ratio;
-        let ratio = ratio.map(|ratio| ("min_layer_ratio", ratio.to_string()));
-        tau.or(run).or(ratio)
+    /// The name of the first thing that is set.
+    pub fn first_set(&self) -> Option<&'static str> {
+        let policy = self.policy.map(|_| "policy");
+        let threshold = self.threshold.map(|_| "threshold");
+        policy.or(threshold).or_else(|| self.of_stability())
+    }
+
+    /// The name of the first setting of `stability`.
+    fn of_stability(&self) -> Option<&'static str> {
+        let tau = self.tau.map(|_| "tau");
+        let consecutive_k = self.consecutive_k.map(|_| "consecutive_k");
+        let min_layer_ratio = self.min_layer_ratio.map(|_| "min_layer_ratio");
+        tau.or(consecutive_k).or(min_layer_ratio)
     }
 
     fn check_belongs_to(&self, policy: PolicyKind) -> Result<()> {
-        let foreign = if policy == PolicyKind::Stability {
-            let range = "none with policy stability; set tau, or another policy";
-            let threshold = self.threshold.map(|value| ("threshold", value.to_string()));
-            threshold.map(|(name, value)| (name, value, range.to_owned()))
+        let (name, owner, place) = if policy == PolicyKind::Stability {
+            let place = "stability; set tau, or another policy".to_owned();
+            (
+                self.threshold.map(|_| "threshold"),
+                "the other policies",
+                place,
+            )
         } else {
-            let range = format!(
-                "none with policy {}; it belongs to policy stability",
-                policy.name()
-            );
-            self.of_stability()
-                .map(|(name, value)| (name, value, range))
+            (
+                self.of_stability(),
+                "policy stability",
+                policy.name().to_owned(),
+            )
         };
-        match foreign {
-            Some((name, value, range)) => Err(Error::setting(name, value, range)),
+        match name {
+            Some(name) => Err(Error::Misplaced { name, owner, place }),
             None => Ok(()),
         }
     }

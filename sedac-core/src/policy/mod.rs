@@ -1,5 +1,23 @@
 //! What decides that a token may stop: policies, which compile to [`ExitRule`]s. Each policy is one
 //! file, and one row in the table of `settings.rs`.
+//!
+//! ```
+//! use sedac_core::policy::{ExitPolicy, ExitReason, Signals, Stability};
+//!
+//! # fn main() -> sedac_core::Result<()> {
+//! let policy = Stability { tau: 0.9, consecutive_k: 2, min_layer_ratio: 0.0 };
+//! let rule = policy.compile(4)?;
+//! let mut token = rule.start();
+//! let stabilities = [0.95, 0.8, 0.92, 0.97];
+//! let exit = (1..).zip(stabilities).find_map(|(depth, stability)| {
+//!     let signals = Signals { stability, ..Signals::default() };
+//!     let decision = token.observe(&rule, depth, &signals)?;
+//!     Some((depth, decision.reason))
+//! });
+//! assert_eq!(exit, Some((4, ExitReason::Stability)));
+//! # Ok(())
+//! # }
+//! ```
 
 mod batch;
 mod by_depth;

@@ -18,19 +18,24 @@ pub(super) struct BundleFiles(Files);
 impl BundleFiles {
     /// Check the files of the bundle in `directory`, except those below the directory `replaced`
     /// of it, which are about to be written anew. `verify` and `threads` are as Model has them.
+    /// With `older` the bundle may be of an older schema, to upgrade it.
     #[new]
-    #[pyo3(signature = (directory, *, verify = Verify::Always, threads = 0, replaced = None))]
+    #[pyo3(signature = (
+        directory, *, verify = Verify::Always, threads = 0, replaced = None, older = false
+    ))]
     fn new(
         py: Python<'_>,
         directory: PathBuf,
         verify: Verify,
         threads: usize,
         replaced: Option<PathBuf>,
+        older: bool,
     ) -> PyResult<Self> {
         let opening = Opening {
             verify,
             threads,
             replaced,
+            older,
             ..Opening::default()
         };
         let interrupt = opening.interrupt.clone();

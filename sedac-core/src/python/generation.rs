@@ -15,8 +15,9 @@ use super::door::{Inbox, POLL, receive};
 use super::outcomes::{PyCertification, PyGenerationSummary, PyToken};
 use super::process::ProcessLocal;
 use super::turns::Turns;
+use crate::backend::profile::record;
 use crate::certification::Certification;
-use crate::chain::{Request, Summary};
+use crate::chain::{Request, Summary, Token};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::text::{StopStrings, TextCodec};
@@ -26,7 +27,16 @@ const MOST_AHEAD: usize = 16;
 
 enum Event {
     Token(PyToken),
-    End(Result<(Summary, String)>),
+    End(Result<Ended>),
+}
+
+/// What a generation leaves.
+struct Ended {
+    summary: Summary,
+    /// Text that no token has given yet.
+    rest: String,
+    /// A Chrome trace, if asked for.
+    profile: Option<String>,
 }
 
 /// What to generate, and with what.
@@ -35,6 +45,8 @@ pub(super) struct Work {
     pub(super) codec: Arc<Option<TextCodec>>,
     pub(super) request: Request,
     pub(super) stops: StopStrings,
+    /// Whether to record a Chrome trace.
+    pub(super) profiled: bool,
 }
 
 /// Yields tokens as they are generated, from when the first is asked for. Threads that read it take
@@ -54,7 +66,7 @@ struct Reader {
     /// From then on, until the generation is over.
     running: Option<Running>,
     tokens: Vec<Py<PyToken>>,
-    end: Option<(Summary, String)>,
+    end: Option<Ended>,
 }
 
 struct Running {
@@ -164,7 +176,12 @@ impl Generation {
     /// The whole, once the iterator ended.
     fn summary(&self, py: Python<'_>) -> PyResult<PyGenerationSummary> {
         let reader = self.lock(py)?;
-        let Some((summary, rest)) = &reader.end else {
+        let Some(Ended {
+            summary,
+            rest,
+            profile,
+        }) = &reader.end
+        else {
             return Err(PyRuntimeError::new_err(
                 "the generation did not finish: it failed, or was closed or interrupted before",
             ));
@@ -175,6 +192,7 @@ impl Generation {
             prefill_ms: summary.prefill.as_secs_f64() * 1e3,
             decode_ms: summary.decode.as_secs_f64() * 1e3,
             rest: rest.clone(),
+            profile: profile.clone(),
             drafts: (&summary.drafts).into(),
         })
     }
@@ -210,17 +228,18 @@ impl Pace {
     }
 }
 
-fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<(Summary, String)> {
+fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended> {
     let Work {
         turns,
         codec,
         request,
         mut stops,
+        profiled,
     } = work;
     let mut chain = turns.take();
     let mut stream = codec.as_ref().as_ref().map(TextCodec::stream);
     let interrupt = pace.interrupt.clone();
-    let mut summary = chain.generate(&request, &interrupt, |token| {
+    let emit = |token: Token| {
         let text = stream
             .as_mut()
             .map(|s| s.push(token.id))
@@ -236,11 +255,23 @@ fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<(Summ
         } else {
             ControlFlow::Continue(())
         }
-    })?;
+    };
+    let run = || chain.generate(&request, &interrupt, emit);
+    let (summary, profile) = if profiled {
+        let (summary, profile) = record(run);
+        (summary, Some(profile))
+    } else {
+        (run(), None)
+    };
+    let mut summary = summary?;
     summary.decode = summary.decode.saturating_sub(pace.waited);
     let rest = match &stream {
         Some(stream) => stream.finish()?,
         None => String::new(),
     };
-    Ok((summary, rest))
+    Ok(Ended {
+        summary,
+        rest,
+        profile,
+    })
 }

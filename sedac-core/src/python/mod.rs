@@ -15,12 +15,18 @@ mod process;
 mod spellings;
 mod turns;
 
+use log::LevelFilter;
 use pyo3::prelude::*;
+use pyo3_log::{Caching, Logger};
 
 use crate::bundle::SCHEMA_VERSION;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    // the core's events go to Python's logging, whose levels are read once for each logger
+    let logger = Logger::new(module.py(), Caching::LoggersAndLevels)?;
+    // fails where another module of the process has installed a logger before, which then stays
+    let _ = logger.filter(LevelFilter::Trace).install();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<model::Model>()?;
     module.add_class::<files::BundleFiles>()?;

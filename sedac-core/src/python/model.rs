@@ -222,10 +222,12 @@ impl Model {
         Ok(py.detach(|| codec.decode(&tokens))?)
     }
 
-    /// Generate as the result is iterated over.
+    /// Generate as the result is iterated over. With `profile` the summary has a Chrome trace.
     #[pyo3(signature = (
-        prompt, decoding, sampling, *, max_new_tokens, stop_tokens, stop_strings = vec![]
+        prompt, decoding, sampling, *, max_new_tokens, stop_tokens, stop_strings = vec![],
+        profile = false
     ))]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
         &self,
         prompt: Vec<u32>,
@@ -234,6 +236,7 @@ impl Model {
         max_new_tokens: usize,
         stop_tokens: Vec<u32>,
         stop_strings: Vec<String>,
+        profile: bool,
     ) -> PyResult<Generation> {
         let PyDecodingSetting(decoding) = decoding;
         self.check(&decoding.mode)?;
@@ -254,6 +257,7 @@ impl Model {
             codec: self.codec.get()?.clone(),
             request,
             stops: StopStrings::new(stop_strings)?,
+            profiled: profile,
         };
         Ok(Generation::new(work, certification))
     }

@@ -61,6 +61,8 @@ pub(super) struct PyGenerationSummary {
     pub(super) prefill_ms: f64,
     pub(super) decode_ms: f64,
     pub(super) rest: String,
+    /// A Chrome trace, as JSON, if asked for.
+    pub(super) profile: Option<String>,
     pub(super) drafts: PyDraftSummary,
 }
 

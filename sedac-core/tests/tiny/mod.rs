@@ -10,10 +10,10 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use prost::Message;
-use sedac_core::bundle::Bundle;
 use sedac_core::bundle::onnx::{
     Dimension, Graph, Model, Shape, StringEntry, Tensor, TensorType, Type, ValueInfo,
 };
+use sedac_core::bundle::{Bundle, SCHEMA_VERSION};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -132,7 +132,11 @@ pub(crate) fn graph(name: &str) -> Model {
     match name.split('_').next().unwrap() {
         "embed" => {
             graph.input.push(value("input_ids", INT64, &[1, -1]));
-            graph.output.extend([x(), context()]);
+            graph.output.push(x());
+        }
+        "contexts" => {
+            graph.input.push(value("position_ids", INT64, &[1, -1]));
+            graph.output.push(context());
         }
         "kv" => {
             graph
@@ -174,6 +178,7 @@ pub(crate) fn whole(scratch: &Scratch) -> Value {
     let mut files = serde_json::Map::new();
     for name in [
         "embed",
+        "contexts",
         "layer_000",
         "layer_001",
         "kv_000",
@@ -193,7 +198,7 @@ pub(crate) fn whole(scratch: &Scratch) -> Value {
     let layer = |file: &str, first: usize, count: usize| json!({"file": file, "first_layer": first, "num_layers": count, "contexts": ["context_0"]});
     let fill = |file: &str| json!({"file": file, "contexts": ["context_0"]});
     let manifest = json!({
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "model": {
             "name": "tiny", "type": "llama", "hidden_size": 8, "num_layers": 2, "vocab_size": 16,
             "eos_token_ids": [0]
@@ -206,6 +211,7 @@ pub(crate) fn whole(scratch: &Scratch) -> Value {
         "contexts": [{"name": "context_0", "shape": [1, -1, 2], "dtype": "float32"}],
         "engines": {
             "embed": "onnx/embed.onnx",
+            "contexts": "onnx/contexts.onnx",
             "layers": [layer("onnx/layer_000.onnx", 0, 1), layer("onnx/layer_001.onnx", 1, 1)],
             "key_value": [fill("onnx/kv_000.onnx"), fill("onnx/kv_001.onnx")],
             "head": "onnx/head.onnx",

@@ -11,7 +11,7 @@ from sedac_export.bundle.edit import edited_bundle, write_config
 from sedac_export.bundle.exit_config import Certificate, ExitConfig
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
-from sedac_export.exits.calibration.engine_times import Costs, measure_costs
+from sedac_export.exits.calibration.engine_times import EngineTimes, measure_engine_times
 from sedac_export.exits.calibration.generation_speed import measure_generation
 from sedac_export.exits.calibration.learn_then_test import Losses, check_enough, count_certified
 from sedac_export.exits.calibration.observe import count_losses, full_tokens, observe
@@ -45,7 +45,7 @@ _SEARCH_SHARE = 0.45
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationRequest:
     """What to calibrate. Risks, confidence and min_speedup as numbers, not percent."""
 
     directory: Path
@@ -58,7 +58,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Step:
+class CalibrationStep:
     """One setting of the sequence on the certifying documents."""
 
     candidate: Candidate
@@ -72,10 +72,10 @@ class Calibrated:
     """What was tested, in order, and the configuration that was written."""
 
     config: ExitConfig
-    steps: list[Step]
+    steps: list[CalibrationStep]
 
 
-def calibrate(request: Request, progress: StageProgress = lambda *_: None) -> Calibrated:
+def calibrate(request: CalibrationRequest, progress: StageProgress = lambda *_: None) -> Calibrated:
     """Search, certify, time, and write sedac_config.json. Nothing is written unless certified.
 
     Raises SedacError when the data are too few, and when no setting is certified: it says how
@@ -86,9 +86,9 @@ def calibrate(request: Request, progress: StageProgress = lambda *_: None) -> Ca
     searched, certifying = split_documents(request.documents, (_SEARCH_SHARE, 1 - _SEARCH_SHARE))
     _check_size(request, certifying)
     replay = Replay(bundle)
-    costs = measure_costs(replay)
-    ladder = _choose(request, replay, costs, searched, progress)
-    steps = _test(request, replay, costs, certifying, ladder, progress)
+    engine_times = measure_engine_times(replay)
+    ladder = _choose(request, replay, engine_times, searched, progress)
+    steps = _test(request, replay, engine_times, certifying, ladder, progress)
     certified = count_certified(
         [step.losses for step in steps], request.max_risk, request.confidence
     )
@@ -101,9 +101,9 @@ def calibrate(request: Request, progress: StageProgress = lambda *_: None) -> Ca
 
 
 def _choose(
-    request: Request,
+    request: CalibrationRequest,
     replay: Replay,
-    costs: Costs,
+    engine_times: EngineTimes,
     documents: Sequence[Document],
     progress: StageProgress,
 ) -> list[Candidate]:
@@ -114,7 +114,7 @@ def _choose(
     are taken for the corrected risk.
     """
     seen = observe(replay, documents, lambda *done: progress("search", *done))
-    front = pareto(search(seen, costs, request.kv_fill))
+    front = pareto(search(seen, engine_times, request.kv_fill))
     front = [c for c in front if c.speedup >= _LEAST_GAIN and c.risk > 0]
     if not front:
         raise SedacError(
@@ -138,29 +138,32 @@ def _choose(
 
 
 def _test(
-    request: Request,
+    request: CalibrationRequest,
     replay: Replay,
-    costs: Costs,
+    engine_times: EngineTimes,
     documents: Sequence[Document],
     ladder: Sequence[Candidate],
     progress: StageProgress,
-) -> list[Step]:
+) -> list[CalibrationStep]:
     """The ladder on the certifying documents, up to the first that fails."""
     measure = _measurer(request, replay, documents, progress)
-    steps: list[Step] = []
+    steps: list[CalibrationStep] = []
     for candidate in ladder:
         losses, depths = measure(candidate)
         checks = count_checks(candidate.config, depths)
         ratio = replay.num_layers / float(depths.mean())
-        speedup = costs.full / float(costs.of(depths, checks, request.kv_fill).mean())
-        steps.append(Step(candidate, losses, ratio, speedup))
+        speedup = engine_times.full / float(engine_times.of(depths, checks, request.kv_fill).mean())
+        steps.append(CalibrationStep(candidate, losses, ratio, speedup))
         if not count_certified([losses], request.max_risk, request.confidence):
             break
     return steps
 
 
 def _measurer(
-    request: Request, replay: Replay, documents: Sequence[Document], progress: StageProgress
+    request: CalibrationRequest,
+    replay: Replay,
+    documents: Sequence[Document],
+    progress: StageProgress,
 ) -> Callable[[Candidate], tuple[Losses, Depths]]:
     """What gives a candidate's losses and depths on `documents`.
 
@@ -177,7 +180,7 @@ def _measurer(
     )
 
 
-def _best(request: Request, steps: Sequence[Step]) -> Step:
+def _best(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> CalibrationStep:
     """The certified step that the mode asks for."""
     if request.mode == "quality":
         wanted = request.min_speedup or _LEAST_GAIN
@@ -189,9 +192,9 @@ def _best(request: Request, steps: Sequence[Step]) -> Step:
 
 
 def _certify(
-    request: Request,
+    request: CalibrationRequest,
     replay: Replay,
-    step: Step,
+    step: CalibrationStep,
     documents: Sequence[Document],
     progress: StageProgress,
 ) -> ExitConfig:
@@ -235,7 +238,7 @@ def time_config(bundle: Bundle, config: ExitConfig, documents: Sequence[Document
         return measure_speedup(copy, documents)
 
 
-def _refusal(request: Request, steps: Sequence[Step]) -> str:
+def _refusal(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> str:
     losses = steps[0].losses
     bound = losses.upper_bound(request.confidence)
     return (
@@ -246,7 +249,7 @@ def _refusal(request: Request, steps: Sequence[Step]) -> str:
     )
 
 
-def _check(request: Request) -> None:
+def _check(request: CalibrationRequest) -> None:
     for name, value in (("--max-risk", request.max_risk), ("--confidence", request.confidence)):
         if not 0 < value < 1:
             raise SedacError(f"{name} {value} is out of range: above 0 and below 1")
@@ -254,7 +257,7 @@ def _check(request: Request) -> None:
         raise SedacError(f"--min-speedup {request.min_speedup} is out of range: above 0")
 
 
-def _check_size(request: Request, documents: Sequence[Document]) -> None:
+def _check_size(request: CalibrationRequest, documents: Sequence[Document]) -> None:
     """Raise SedacError before the work when the data cannot certify anything."""
     counts = np.array([len(document.tokens) for document in documents])
     check_enough(Losses(np.zeros_like(counts), counts), request.max_risk, request.confidence)

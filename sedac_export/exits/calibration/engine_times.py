@@ -2,12 +2,13 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sedac_export.bundle.sessions import Engine, empty_cache
+from sedac_export.arrays import Array
+from sedac_export.bundle.runner import BundleRunner
+from sedac_export.bundle.sessions import Caches, Engine
 from sedac_export.exits.replay.replay import Replay
 from sedac_runtime.choices import KvFill
 
@@ -16,8 +17,8 @@ _REPEATS = 100
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Milliseconds for one token: of one layer, kv, exit engine, head and embed.
+class EngineTimes:
+    """Milliseconds for one token: of one layer, kv, exit engine, head, and embed with contexts.
 
     waiting: how much longer a layer takes with one more token in its pass.
     """
@@ -51,51 +52,40 @@ class Costs:
         return total
 
 
-def measure_costs(replay: Replay) -> Costs:
+def measure_engine_times(replay: Replay) -> EngineTimes:
     """Time a bundle's engines on one token, with a cache that is partly filled.
 
     Each is the least of several runs, which other load on the machine disturbs least.
     """
-    manifest = replay.manifest
+    runner, manifest = replay.runner, replay.manifest
+    engines = manifest.engines
     length = max(2, min(_FILLED, manifest.max_cache_length))
-    shared = _feeds(replay, length, 1)
-    hidden = shared["x"]
-    kv = manifest.key_value_heads[0]
-    caches = {
-        f"past_{kind}_0": empty_cache(kv.heads, length, kv.head_size) for kind in ("key", "value")
-    }
-    fill = replay.load(manifest.engines.key_value[0].file)
-    layer = _least(replay.layers[0], shared, caches)
-    stability = {"x": hidden, "stability": np.ones((1, 1, 3), dtype=np.float32)}
-    return Costs(
+    one, two = _feeds(runner, length, 1), _feeds(runner, length, 2)
+    caches = runner.empty_caches(0, 1, length)
+    layer = runner.load(engines.layers[0].file)
+    layer_time = _least(layer, one, caches)
+    return EngineTimes(
         manifest.model.num_layers,
-        layer=layer,
-        fill=_least(fill, shared, caches),
-        waiting=max(0.0, _least(replay.layers[0], _feeds(replay, length, 2), caches) - layer),
-        exit=max((_least(engine, stability) for engine in replay.exits.values()), default=0.0),
-        head=_least(replay.head, {"x": hidden}),
-        embed=_least(replay.embed, _newest(length, 1)),
+        layer=layer_time,
+        fill=_least(runner.load(engines.key_value[0].file), one, caches),
+        waiting=max(0.0, _least(layer, two, caches) - layer_time),
+        exit=max((_least(runner.load(e.file), one) for e in engines.exits), default=0.0),
+        head=_least(runner.load(engines.head), one),
+        embed=sum(_least(runner.load(f), one) for f in (engines.embed, engines.contexts) if f),
     )
 
 
-def _feeds(replay: Replay, length: int, tokens: int) -> dict[str, Any]:
-    """A layer's and a kv engine's inputs for the newest `tokens` of `length` positions."""
-    shared: dict[str, Any] = replay.embed.run(_newest(length, tokens))
-    hidden = replay.manifest.model.hidden_size
-    return shared | {
+def _feeds(runner: BundleRunner, length: int, tokens: int) -> dict[str, Array]:
+    """Every engine's inputs for the newest `tokens` of `length` positions."""
+    hidden = runner.manifest.model.hidden_size
+    return runner.begin(slice(length - tokens, length)).arrays | {
+        "input_ids": np.zeros((1, tokens), dtype=np.int64),
         "x": np.full((1, tokens, hidden), 0.1, dtype=np.float32),
-        "seqlens_k": np.array([length - 1], dtype=np.int32),
-        "total_sequence_length": np.array(length, dtype=np.int32),
-        "write_index": np.array([length - tokens], dtype=np.int64),
+        "stability": np.ones((1, tokens, 3), dtype=np.float32),
     }
 
 
-def _newest(length: int, tokens: int) -> dict[str, Any]:
-    positions = np.arange(length - tokens, length, dtype=np.int64)[None]
-    return {"input_ids": np.zeros((1, tokens), dtype=np.int64), "position_ids": positions}
-
-
-def _least(engine: Engine, feeds: dict[str, Any], caches: dict[str, Any] | None = None) -> float:
+def _least(engine: Engine, feeds: dict[str, Array], caches: Caches | None = None) -> float:
     """Milliseconds of the quickest of several runs, inputs and outputs bound before."""
     binding = engine.bind(feeds, caches)
     times = []

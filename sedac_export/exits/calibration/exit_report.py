@@ -30,7 +30,7 @@ HIGH_RISK_QUANTILE = 0.75
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One setting. speedup is wall-clock against full depth, layer_ratio the layers' ratio.
 
     agreement: share of tokens that are full depth's; perplexity_change: relative, 0 is none;
@@ -64,7 +64,7 @@ class Report:
     num_layers: int
     tokens: int
     certification: str
-    rows: list[Row]
+    rows: list[ReportRow]
     depths: npt.NDArray[np.int64]
     text: list[tuple[int, int]]
     tolerance_note: str | None
@@ -159,12 +159,12 @@ def _counted(trace: Trace) -> Trace:
 
 def _row(
     config: ExitConfig, trace: Trace, full: Trace, speedup: float, layers: int, certified: bool
-) -> Row:
+) -> ReportRow:
     early = trace.exits < layers
     threshold = np.quantile(full.entropies, HIGH_RISK_QUANTILE)
     loss, reference = np.nanmean(trace.losses), np.nanmean(full.losses)
     depth = float(trace.depths.mean())
-    return Row(
+    return ReportRow(
         policy=config.policy,
         settings=config.settings(),
         kv_fill=config.kv_fill,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from sedac_export.bundle.edit import edited_bundle, write_config
-from sedac_export.bundle.exit_config import ExitConfig, Generation
+from sedac_export.bundle.exit_config import ExitConfig, MeasuredGeneration
 from sedac_export.bundle.sessions import THREADS
 from sedac_export.console import CountProgress
 from sedac_export.errors import SedacError
@@ -22,14 +22,14 @@ PROMPTS = 16
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
 
-# mode and drafter
-Way = tuple[str, str]
-FULL: Way = ("full", "none")
-PLAIN: Way = ("exit", "none")
+# mode and drafter of a generation
+DecodingSetup = tuple[str, str]
+FULL: DecodingSetup = ("full", "none")
+PLAIN: DecodingSetup = ("exit", "none")
 
 
 @dataclass
-class Runs:
+class TimedRuns:
     """Decoding time after all prompts, in ms, and each prompt with the tokens that followed."""
 
     milliseconds: float = 0.0
@@ -41,7 +41,7 @@ def measure_generation(
     config: ExitConfig,
     documents: Sequence[Document],
     progress: CountProgress = lambda *_: None,
-) -> tuple[LosslessDrafter | None, Generation]:
+) -> tuple[LosslessDrafter | None, MeasuredGeneration]:
     """Generate under `config` after prompts cut from `documents`: its fastest drafter, and speeds.
 
     Raises SedacError when the runtime refuses the bundle.
@@ -49,27 +49,29 @@ def measure_generation(
     prompts = cut_prompts(documents, replay.manifest.max_cache_length)
     with edited_bundle(replay.bundle, keep=False) as copy:
         write_config(copy, config.to_json())
-        runs = time_ways(copy, ways_of(config), prompts, progress)
-    speeds = {way: runs[FULL].milliseconds / run.milliseconds for way, run in runs.items()}
-    fastest: Way = max((way for way in speeds if way[0] == "exit"), key=lambda way: speeds[way])
+        runs = time_setups(copy, decoding_setups(config), prompts, progress)
+    speeds = {setup: runs[FULL].milliseconds / run.milliseconds for setup, run in runs.items()}
+    fastest: DecodingSetup = max(
+        (setup for setup in speeds if setup[0] == "exit"), key=lambda setup: speeds[setup]
+    )
     drafter: Any = None if fastest == PLAIN else fastest[1]
     texts = runs[fastest].texts
-    return drafter, Generation(
+    return drafter, MeasuredGeneration(
         speedup=speeds[fastest],
         speedup_without_drafter=speeds[PLAIN],
-        lossless_speedup=max(speed for way, speed in speeds.items() if way[0] == "lossless"),
+        lossless_speedup=max(speed for setup, speed in speeds.items() if setup[0] == "lossless"),
         agreement=agreement(replay, texts),
         tokens=sum(len(tokens) for _, tokens in texts),
     )
 
 
-def time_ways(
+def time_setups(
     directory: Path,
-    ways: Sequence[Way],
+    setups: Sequence[DecodingSetup],
     prompts: Sequence[list[int]],
     progress: CountProgress = lambda *_: None,
-) -> dict[Way, Runs]:
-    """Generate after each prompt in each way, greedily, the ways taking turns in random order.
+) -> dict[DecodingSetup, TimedRuns]:
+    """Generate after each prompt under each setup, greedily, setups taking turns in random order.
 
     The first prompt is run once more before, to warm up. Raises SedacError when the runtime refuses
     the bundle.
@@ -78,18 +80,18 @@ def time_ways(
     from sedac_runtime import SedacError as RuntimeRefusal
     from sedac_runtime import SedacModel
 
-    runs = {way: Runs() for way in ways}
+    runs = {setup: TimedRuns() for setup in setups}
     order = random.Random(0)
     try:
         model = SedacModel.from_pretrained(directory, threads=THREADS)
         for number, prompt in enumerate([prompts[0], *prompts]):
-            for way in order.sample(ways, len(ways)):
-                mode, drafter = way
+            for setup in order.sample(setups, len(setups)):
+                mode, drafter = setup
                 settings: dict[str, Any] = {"mode": mode, "drafter": drafter, "stop_tokens": []}
                 output = model.generate(prompt, max_new_tokens=NEW_TOKENS, **settings)
                 if number > 0:
-                    runs[way].milliseconds += output.decode_ms
-                    runs[way].texts.append((prompt, output.tokens))
+                    runs[setup].milliseconds += output.decode_ms
+                    runs[setup].texts.append((prompt, output.tokens))
             progress(number, len(prompts))
     except RuntimeRefusal as error:
         raise SedacError(f"the runtime cannot be timed: {error}") from error
@@ -123,7 +125,7 @@ def cut_prompts(documents: Sequence[Document], cache_length: int) -> list[list[i
     return prompts[:PROMPTS]
 
 
-def ways_of(config: ExitConfig) -> list[Way]:
+def decoding_setups(config: ExitConfig) -> list[DecodingSetup]:
     """Full depth, lossless, and the exits of `config`, with drafters too if they can have some."""
     drafters = get_args(LosslessDrafter)
     lossless = [("lossless", drafter) for drafter in drafters]

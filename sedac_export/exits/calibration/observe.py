@@ -57,7 +57,7 @@ class Observations:
         return [sum(len(w.tokens) - 1 for w in d.windows(window)) for d in documents]
 
 
-class _Recorder:
+class _SignalRecorder:
     """Notes every signal of a text, and the token of every exit depth."""
 
     def __init__(self, replay: Replay) -> None:
@@ -153,7 +153,7 @@ def full_tokens(
 
 
 def _window(replay: Replay, window: Document) -> tuple[Observations, Trace]:
-    recorder = _Recorder(replay)
+    recorder = _SignalRecorder(replay)
     trace = replay.run(window.tokens, watch=recorder)
     signals = _without_first(recorder.signals)
     part = Observations(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sedac_export.arrays import Floats, Mask
 from sedac_export.bundle.exit_config import ExitConfig
-from sedac_export.exits.calibration.engine_times import Costs
+from sedac_export.exits.calibration.engine_times import EngineTimes
 from sedac_export.exits.calibration.learn_then_test import Losses
 from sedac_export.exits.calibration.observe import Observations
 from sedac_runtime._core import BatchDecision
@@ -41,15 +41,15 @@ class Candidate:
     speedup: float
 
 
-def search(seen: Observations, costs: Costs, kv_fill: KvFill) -> list[Candidate]:
+def search(seen: Observations, engine_times: EngineTimes, kv_fill: KvFill) -> list[Candidate]:
     """Candidates of every policy that the observations have signals for."""
     configs = [*_stability(seen)]
     for policy, scores in _scored(seen).items():
-        configs += _by_thresholds(seen, costs, kv_fill, policy, scores)
+        configs += _by_thresholds(seen, engine_times, kv_fill, policy, scores)
     if seen.risk:
         configs += _cascades(seen)
     filled = (config.model_copy(update={"kv_fill": kv_fill}) for config in configs)
-    return [judge(seen, costs, config) for config in filled]
+    return [judge(seen, engine_times, config) for config in filled]
 
 
 def exits_of(seen: Observations, config: ExitConfig) -> Depths:
@@ -100,12 +100,12 @@ def losses_of(
     return Losses(np.array(errors), np.array(tokens)), depths
 
 
-def judge(seen: Observations, costs: Costs, config: ExitConfig) -> Candidate:
+def judge(seen: Observations, engine_times: EngineTimes, config: ExitConfig) -> Candidate:
     """What the observations predict of `config`."""
     depths = exits_of(seen, config)
-    times = costs.of(depths, count_checks(config, depths), config.kv_fill)
+    times = engine_times.of(depths, count_checks(config, depths), config.kv_fill)
     risk = float(wrong_at(seen, depths).mean())
-    return Candidate(config, risk, costs.full / float(times.mean()))
+    return Candidate(config, risk, engine_times.full / float(times.mean()))
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -149,16 +149,16 @@ def _cascades(seen: Observations) -> Iterator[ExitConfig]:
 
 def _by_thresholds(
     seen: Observations,
-    costs: Costs,
+    engine_times: EngineTimes,
     kv_fill: KvFill,
     policy: PolicyName,
     scores: dict[int, Floats],
 ) -> Iterator[ExitConfig]:
     """For each price of an error the thresholds that make errors and time cheapest together."""
-    check = costs.exit if policy != "probe" else 0.0
-    step = costs.layer - costs.skipped(kv_fill)
+    check = engine_times.exit if policy != "probe" else 0.0
+    step = engine_times.layer - engine_times.skipped(kv_fill)
     for price in _PRICES:
-        thresholds = _optimize(seen, step, scores, check, float(price) * costs.full)
+        thresholds = _optimize(seen, step, scores, check, float(price) * engine_times.full)
         if not thresholds:
             continue
         for scale in _SCALES:

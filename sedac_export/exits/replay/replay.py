@@ -9,7 +9,6 @@ positions gives what decoding them one by one with exits gives.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ import numpy.typing as npt
 
 from sedac_export.arrays import Floats
 from sedac_export.bundle import Bundle
-from sedac_export.bundle.sessions import THREADS, Engine, empty_cache, load_engine
+from sedac_export.bundle.manifest import LayerEngineEntry
+from sedac_export.bundle.runner import BundleRunner, PassInputs
+from sedac_export.bundle.sessions import THREADS
 from sedac_export.errors import SedacError
 from sedac_export.exits.replay.pass_exits import PassExits
 from sedac_export.exits.replay.probes_file import check_probes
@@ -69,29 +70,22 @@ class Replay:
                 f"{bundle.directory} has {manifest.layers_per_engine} layers in an engine; exits"
                 " are replayed layer by layer, build with --layers-per-engine 1"
             )
-        engines = manifest.engines
         check_probes(bundle)
-        self.bundle, self.manifest, self.threads = bundle, manifest, threads
+        self.bundle, self.manifest = bundle, manifest
+        self.runner = BundleRunner.of(bundle, threads)
         self.num_layers = manifest.model.num_layers
-        self.embed, self.head = self.load(engines.embed), self.load(engines.head)
-        self.layers = [self.load(entry.file) for entry in engines.layers]
-        self.exits = {entry.depth: self.load(entry.file) for entry in engines.exits}
-        self.lenses = {e.depth: self.load(e.lens) for e in engines.exits if e.lens is not None}
+        self.exits = [entry.depth for entry in manifest.engines.exits]
         self.early = {depth for depth in manifest.exit_layers if depth < self.num_layers}
 
-    @cached_property
-    def attention(self) -> list[Engine]:
-        """The attention-only engines, loaded when the first soft exit asks for them."""
+    @property
+    def attention(self) -> list[LayerEngineEntry]:
+        """The attention-only engines, which soft exits need. Raises SedacError without them."""
         entries = self.manifest.engines.attention
         if not entries:
             raise SedacError(
                 "the bundle has no attention engines, which soft exits need; build it again"
             )
-        return [self.load(entry.file) for entry in entries]
-
-    def load(self, file: str) -> Engine:
-        """The engine in `file`."""
-        return load_engine(self.bundle, file, self.threads)
+        return entries
 
     def run(
         self,
@@ -123,24 +117,16 @@ class Replay:
         stabilities: fp32 [n, 3], of the depths up to `depth`. Raises SedacError where the bundle
         has no exit engine.
         """
-        if depth not in self.exits:
-            raise SedacError(
-                f"the bundle has no exit engine at depth {depth}; train with sedac-export"
-                " train-probes"
-            )
-        outputs = self.exits[depth].run({"x": x[None], "stability": stabilities[None]})
-        signals: Floats = outputs["signals"][0]
+        signals: Floats = self.runner.exit_signals(depth, x[None], stabilities[None])[0]
         return signals
 
     def logits(self, depth: int, x: Floats) -> Floats:
         """The head on hidden states [n, hidden] after `depth` layers, through the lens if any."""
-        if depth in self.lenses:
-            x = self.lenses[depth].run({"x": x[None]})["y"][0]
-        return self.plain_logits(x)
+        return self.plain_logits(self.runner.lens(depth, x[None])[0])
 
     def plain_logits(self, x: Floats) -> Floats:
         """The head on hidden states [n, hidden]: fp32 [n, vocabulary]."""
-        logits: Floats = self.head.run({"x": x[None]})["logits"][0]
+        logits: Floats = self.runner.head(x[None])[0]
         return logits
 
 
@@ -155,13 +141,8 @@ class _Sequence:
 
     def __init__(self, replay: Replay, tokens: npt.NDArray[np.int64], kv_fill: KvFill) -> None:
         self.replay, self.tokens, self.kv_fill = replay, tokens, kv_fill
-        length = len(tokens)
         self.caches = [
-            {
-                f"past_{kind}_0": empty_cache(kv.heads, length, kv.head_size)
-                for kind in ("key", "value")
-            }
-            for kv in replay.manifest.key_value_heads
+            replay.runner.empty_caches(layer, 1, len(tokens)) for layer in range(replay.num_layers)
         ]
 
     def chunk(
@@ -171,16 +152,13 @@ class _Sequence:
         replay = self.replay
         full = np.arange(len(tokens)) < full_depth
         exits = PassExits(policy, replay.num_layers, replay.early, full)
-        positions = np.arange(chunk.start, chunk.stop, dtype=np.int64)[None]
-        shared = replay.embed.run({"input_ids": tokens[None], "position_ids": positions})
-        x: Floats = shared.pop("x")[0]
-        shared["seqlens_k"] = np.array([chunk.stop - 1], dtype=np.int32)
-        shared["total_sequence_length"] = np.array(chunk.stop, dtype=np.int32)
+        inputs = replay.runner.begin(chunk)
+        x = replay.runner.embed(tokens, inputs)[0]
         if watch:
             watch(x, self._signals(0, x, {}, exits))
         predicting = np.zeros_like(x)
         for layer in range(replay.num_layers):
-            outputs = self._layer(layer, x, shared, exits)
+            outputs = self._layer(layer, x, inputs, exits)
             x = outputs["y"][0]
             exits.stabilities[:, layer] = outputs["stability"][0, :, 0]
             signals = self._signals(layer + 1, x, outputs, exits)
@@ -192,16 +170,15 @@ class _Sequence:
         x = np.where(exits.exited[:, None], predicting, x)
         return self._finish(x, exits, self.tokens[chunk.start + 1 : chunk.stop + 1])
 
-    def _layer(
-        self, layer: int, x: Floats, shared: dict[str, Any], exits: PassExits
-    ) -> dict[str, Any]:
+    def _layer(self, layer: int, x: Floats, inputs: PassInputs, exits: PassExits) -> dict[str, Any]:
         """The layer's outputs, those of exited tokens unchanged, of soft exits without its MLP."""
-        feeds = shared | {"x": x[None]}
-        outputs = self.replay.layers[layer].run(feeds, self.caches[layer])
+        runner, caches = self.replay.runner, self.caches[layer]
+        entry = self.replay.manifest.engines.layers[layer]
+        outputs = runner.layers(entry, x[None], inputs, caches)
         skipping = exits.skip_from <= layer
         if skipping.any():
             # keys and values come before the MLP, so both engines write the same ones
-            other = self.replay.attention[layer].run(feeds, self.caches[layer])
+            other = runner.layers(self.replay.attention[layer], x[None], inputs, caches)
             outputs["y"][0, skipping] = other["y"][0, skipping]
         if self.kv_fill == "propagate":
             outputs["y"][0, exits.exited] = x[exits.exited]

@@ -64,7 +64,7 @@ HEAD_SHARE = 0.16
 
 
 @dataclass
-class Row:
+class ProbeRow:
     """What one depth's probes reach on held-out documents.
 
     agreement: share of exit tokens that are full depth's. margin and learned: area under the ROC
@@ -89,7 +89,7 @@ class Trained:
     risks: dict[int, LREProbe] = field(default_factory=dict)
     medians: dict[int, float] = field(default_factory=dict)
     lenses: dict[int, torch.nn.Linear] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ProbeRow] = field(default_factory=list)
 
 
 def exit_depths(manifest: Manifest, asked: Sequence[int] | None) -> list[int]:
@@ -206,7 +206,7 @@ class _Trainer:
             if row is not None:
                 row.risk_loss = loss
 
-    def _fit_exit(self, depth: int, hidden: npt.NDArray[np.float16]) -> Row:
+    def _fit_exit(self, depth: int, hidden: npt.NDArray[np.float16]) -> ProbeRow:
         normed, scalars = self._features(depth, hidden)
         agrees = self._exit_tokens(depth, hidden) == self.full
         probe, _ = train_learned(normed, scalars, agrees, self.held_out)
@@ -214,7 +214,7 @@ class _Trainer:
         held = slice(len(agrees) - self.held_out, None)
         with torch.no_grad():
             scores = probe(normed[held].float(), scalars[held]).squeeze(-1)
-        row = Row(
+        row = ProbeRow(
             depth,
             float(agrees[held].float().mean()),
             ranking(scalars[held, 2] - scalars[held, 3], agrees[held]),

@@ -25,7 +25,7 @@ from sedac_export.bundle.staging import claimed
 BUILDER = """
 import os, shutil, signal, sys
 from pathlib import Path
-from sedac_export.staging import claimed
+from sedac_export.bundle.staging import claimed
 
 output, end = Path(sys.argv[1]), int(sys.argv[2])
 rename, renames = Path.rename, []

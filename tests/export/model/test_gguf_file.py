@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import THREADS
-from eager import greedy
+from eager import assert_decoded
 from gguf_files import CHAT_TEMPLATE, save_tiny_gguf_model, write_gguf
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -45,7 +45,8 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Why?"}]
     assert model.encode_chat(chat) == tokenizer.apply_chat_template(chat)["input_ids"]
     tokens = model.generate(prompt, mode="full", max_new_tokens=64, stop_tokens=[]).tokens
-    greedy(reference(file), prompt, 64).assert_same(tokens)
+    assert len(tokens) == 64
+    assert_decoded(reference(file), prompt, tokens)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sedac_export import SedacError
 from sedac_export.build.validate import text_chunks, validate
 from sedac_export.bundle.manifest import read_manifest
-from sedac_export.graph.modules import learn_plan
+from sedac_export.graph.modules import learn_interface
 from sedac_export.graph.operators import AttentionRouter
 from sedac_export.graph.trace import Tracer
 from sedac_export.graph.trace_model import fused_operators
@@ -106,8 +106,8 @@ def test_stand_ins_look_like_nothing_in_particular(tmp_path: Path) -> None:
     skeleton, router = Skeleton.load(tmp_path), AttentionRouter()
     with stand_in_weights(skeleton.model, torch.float32), fused_operators(skeleton.model, router):
         weights = dict(weights_of(skeleton.model))
-        plan = learn_plan(skeleton, router)
-        tracer = Tracer(skeleton, plan, router)
+        interface = learn_interface(skeleton, router)
+        tracer = Tracer(skeleton, interface, router)
         inputs = tracer.shared_inputs() | tracer.past(0)
     contexts = inputs.pop("contexts")
     for stand_in in [*weights.values(), *contexts, *inputs.values()]:

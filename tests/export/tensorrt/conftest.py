@@ -8,10 +8,11 @@ from typing import Protocol
 
 import onnx
 import pytest
+from build_cache import BuildCache
 from conftest import DEMO_MODEL
 from tiny_models import save_tiny_model
 
-from sedac_export import BuildRequest, build_bundle
+from sedac_export import BuildRequest
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.model.skeleton import Skeleton
@@ -23,11 +24,15 @@ RTX = "tensorrt-rtx"
 
 
 @pytest.fixture(scope="session")
-def planned_demo(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("planned") / "bundle"
-    shutil.copytree(demo_bundle, directory)
-    add_target(directory, RTX, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
-    return directory
+def planned_demo(
+    demo_bundle: Path, build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    def plan(directory: Path) -> None:
+        bundle = shutil.copytree(demo_bundle, directory / "bundle")
+        add_target(bundle, RTX, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
+
+    planned = build_cache.made("planned", plan)
+    return shutil.copytree(planned / "bundle", tmp_path_factory.mktemp("planned") / "bundle")
 
 
 class PortableTiny(Protocol):
@@ -37,7 +42,9 @@ class PortableTiny(Protocol):
 
 
 @pytest.fixture(scope="session")
-def portable_tiny(tmp_path_factory: pytest.TempPathFactory) -> PortableTiny:
+def portable_tiny(
+    build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
+) -> PortableTiny:
     """The bundle of a random model of two layers, with portable graphs."""
 
     @functools.cache
@@ -51,9 +58,9 @@ def portable_tiny(tmp_path_factory: pytest.TempPathFactory) -> PortableTiny:
             precision=precision,  # type: ignore[arg-type]
             layers_per_engine=layers_per_engine,
         )
-        manifest = build_bundle(request).manifest
+        output = build_cache.bundle(request)
+        manifest = bundle.read_manifest(output)
         skeleton = Skeleton.load(directory / "model")
-        output = directory / "bundle"
         return output, add_portable_graphs(output, manifest, skeleton, lambda *_: None)
 
     return get

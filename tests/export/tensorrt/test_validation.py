@@ -12,11 +12,11 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.cli import app
 from sedac_export.tensorrt import validate_plans as module
 from sedac_export.tensorrt.profiles import graph_profiles
-from sedac_export.tensorrt.runners import PortableRunner
-from sedac_export.tensorrt.validate_plans import FAILED, Validation, validate
+from sedac_export.tensorrt.validate_plans import FAILED, PlanValidation, validate
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import Gpu, find_gpu
 
@@ -25,7 +25,7 @@ from .conftest import RTX, rewrite
 LAYER = "onnx/portable_layer_003.onnx"
 
 
-def problems(validation: Validation) -> dict[str, list[str]]:
+def problems(validation: PlanValidation) -> dict[str, list[str]]:
     return {check.name: check.problems for check in validation.checks if check.problems}
 
 

@@ -14,7 +14,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 pub use self::exits::Exits;
-use self::pass::{Embedding, Pass, Passes, Shared};
+use self::pass::{Contexts, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
@@ -39,6 +39,7 @@ pub enum Layout {
 pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
     embed: Session,
+    contexts: Option<Session>,
     layers: Vec<Session>,
     /// Loaded when the first soft exit wants them.
     attention: Vec<Session>,
@@ -65,7 +66,8 @@ pub struct OnnxRuntime {
 /// Exit hidden states and contexts of consecutive positions, as kv engines read them.
 struct Filling {
     positions: Range<usize>,
-    embedding: Embedding,
+    hidden: Tensor<f32>,
+    contexts: Contexts,
 }
 
 struct KeyValueEngine {
@@ -103,12 +105,14 @@ impl OnnxRuntime {
         };
         let engines = &manifest.engines;
         let parts = [&engines.embed, &engines.head].into_iter();
+        let parts = parts.chain(&engines.contexts);
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
         let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
         let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
         bundle.check_memory(parts.map(PathBuf::as_path))?;
         let open = |file: &Path| session(&environment, bundle, file);
-        let embed = open(&manifest.engines.embed)?;
+        let embed = open(&engines.embed)?;
+        let contexts = engines.contexts.as_deref().map(open).transpose()?;
         let layers = entries
             .iter()
             .map(|entry| open(&entry.file))
@@ -126,7 +130,8 @@ impl OnnxRuntime {
             .collect::<Result<Vec<_>>>()?;
         let head = open(&manifest.engines.head)?;
         let mut shared = Shared::new(manifest)?;
-        let decode = Pass::new(1, &mut shared, &embed, &layers, &entries)?;
+        let ends = (&embed, contexts.as_ref());
+        let decode = Pass::new(1, &mut shared, ends, &layers, &entries)?;
         Ok(Self {
             vocab_size: manifest.model.vocab_size,
             saved: vec![0.0; manifest.max_cache_length * shared.hidden_size],
@@ -142,6 +147,7 @@ impl OnnxRuntime {
             environment,
             entries,
             embed,
+            contexts,
             layers,
             key_value,
             head,
@@ -153,7 +159,7 @@ impl OnnxRuntime {
         Pass::new(
             tokens,
             &mut self.shared,
-            &self.embed,
+            (&self.embed, self.contexts.as_ref()),
             &self.layers,
             &self.entries,
         )
@@ -175,8 +181,7 @@ impl OnnxRuntime {
 
     /// Make the filling of `positions` ready.
     ///
-    /// Consecutive layers mostly lack the same positions, so it is made once for all of them. The
-    /// embed engine runs for the sake of its context tensors alone.
+    /// Consecutive layers mostly lack the same positions, so it is made once for all of them.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
         let count = positions.len();
         if !self.fillings.contains_key(&count) {
@@ -185,21 +190,42 @@ impl OnnxRuntime {
             }
             let filling = Filling {
                 positions: 0..0,
-                embedding: Embedding::new(count, &self.shared, &self.embed)?,
+                hidden: tensor(&[1, count, self.shared.hidden_size])?,
+                contexts: Contexts::new(count, &self.shared, self.contexts.as_ref())?,
             };
             self.fillings.insert(count, filling);
         }
         let filling = self.fillings.get_mut(&count).expect("inserted above");
         if filling.positions != *positions {
-            let embedding = &mut filling.embedding;
-            embedding.run(&mut self.embed, &vec![0; count], positions.start)?;
+            let session = self.contexts.as_mut();
+            filling
+                .contexts
+                .run(session, positions.start, &mut self.stopwatch)?;
             let size = self.shared.hidden_size;
             let rows = &self.saved[positions.start * size..positions.end * size];
-            write(&mut embedding.hidden, rows);
+            write(&mut filling.hidden, rows);
             filling.positions = positions.clone();
         }
         write(&mut self.shared.write_index, &[positions.start as i64]);
         Ok(())
+    }
+
+    /// Make a pass of `tokens` positions from `start` on the current one.
+    fn begin(&mut self, tokens: usize, start: usize) -> Result<()> {
+        if !self.passes.has(tokens) {
+            let pass = self.new_pass(tokens)?;
+            self.passes.insert(pass);
+        }
+        self.shared.set_length(start + tokens);
+        // exit hidden states at these positions are about to change
+        for filling in self.fillings.values_mut() {
+            if filling.positions.end > start {
+                filling.positions = 0..0;
+            }
+        }
+        let pass = self.passes.begin(tokens);
+        let session = self.contexts.as_mut();
+        pass.contexts.run(session, start, &mut self.stopwatch)
     }
 }
 
@@ -219,26 +245,15 @@ impl Engines for OnnxRuntime {
     }
 
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
-        if !self.passes.has(tokens.len()) {
-            let pass = self.new_pass(tokens.len())?;
-            self.passes.insert(pass);
-        }
-        self.shared.set_length(start + tokens.len());
-        // exit hidden states at these positions are about to change
-        for filling in self.fillings.values_mut() {
-            if filling.positions.end > start {
-                filling.positions = 0..0;
-            }
-        }
-        let pass = self.passes.begin(tokens.len());
+        self.begin(tokens.len(), start)?;
+        let pass = self.passes.current_mut();
         self.stopwatch.time(EnginePart::Embed, tokens.len(), || {
-            pass.embedding.run(&mut self.embed, tokens, start)
+            pass.embed(&mut self.embed, tokens)
         })
     }
 
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
-        // the embed engine runs for the contexts of these positions
-        self.embed(&vec![0; positions.len()], positions.start)?;
+        self.begin(positions.len(), positions.start)?;
         let size = self.shared.hidden_size;
         let rows = &self.saved[positions.start * size..positions.end * size];
         self.passes.resume(engine, rows);
@@ -249,7 +264,7 @@ impl Engines for OnnxRuntime {
         let pass = self.passes.current();
         let entry = &self.entries[engine];
         let part = EnginePart::Layers(entry.range());
-        self.stopwatch.time(part, pass.embedding.tokens(), || {
+        self.stopwatch.time(part, pass.contexts.tokens(), || {
             run(&mut self.layers[engine], &pass.layers[engine], || {
                 format!("layer engine {}", entry.file.display())
             })
@@ -293,11 +308,11 @@ impl Engines for OnnxRuntime {
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
         self.prepare_filling(&positions)?;
-        let embedding = &self.fillings[&positions.len()].embedding;
+        let filling = &self.fillings[&positions.len()];
         let engine = &mut self.key_value[layer];
         let mut bound = binding(&engine.session)?;
-        bind_input(&mut bound, "x", &embedding.hidden)?;
-        embedding.bind_contexts(&mut bound, &engine.contexts)?;
+        bind_input(&mut bound, "x", &filling.hidden)?;
+        filling.contexts.bind(&mut bound, &engine.contexts)?;
         bind_input(&mut bound, "write_index", &self.shared.write_index)?;
         self.shared.bind_cache(&mut bound, layer, 0)?;
         let part = EnginePart::KeyValue(layer);
@@ -350,7 +365,7 @@ impl AttentionOnly for OnnxRuntime {
         pass.bind_attention(&self.attention, &self.attention_entries, &mut self.shared)?;
         let entry = &self.attention_entries[engine];
         let part = EnginePart::Attention(entry.range());
-        self.stopwatch.time(part, pass.embedding.tokens(), || {
+        self.stopwatch.time(part, pass.contexts.tokens(), || {
             run(&mut self.attention[engine], &pass.attention[engine], || {
                 format!("attention engine {}", entry.file.display())
             })

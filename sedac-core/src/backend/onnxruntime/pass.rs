@@ -7,6 +7,7 @@ use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::MAX_REUSED_TOKENS;
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
+use crate::backend::{EnginePart, Stopwatch};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
 
@@ -63,70 +64,62 @@ impl Shared {
     }
 }
 
-/// What the embed engine reads and writes for one number of tokens.
-pub(super) struct Embedding {
-    /// The residual stream before the first layer, [1, tokens, hidden_size].
-    pub(super) hidden: Tensor<f32>,
+/// Consecutive positions and what layers take of them, for one number of tokens.
+pub(super) struct Contexts {
     tokens: usize,
-    bound: IoBinding,
-    input_ids: Tensor<i64>,
     position_ids: Tensor<i64>,
-    contexts: HashMap<String, DynTensor>,
+    tensors: HashMap<String, DynTensor>,
+    /// None where layers take nothing of positions.
+    bound: Option<IoBinding>,
 }
 
-impl Embedding {
-    pub(super) fn new(tokens: usize, shared: &Shared, embed: &Session) -> Result<Self> {
-        let contexts = shared
+impl Contexts {
+    pub(super) fn new(tokens: usize, shared: &Shared, session: Option<&Session>) -> Result<Self> {
+        let tensors = shared
             .contexts
             .iter()
             .map(|context| Ok((context.name.clone(), context_tensor(context, tokens)?)))
             .collect::<Result<_>>()?;
-        let mut embedding = Self {
-            hidden: tensor(&[1, tokens, shared.hidden_size])?,
+        let mut contexts = Self {
             tokens,
-            bound: binding(embed)?,
-            input_ids: tensor(&[1, tokens])?,
             position_ids: tensor(&[1, tokens])?,
-            contexts,
+            tensors,
+            bound: session.map(binding).transpose()?,
         };
-        embedding.bind(embed)?;
-        Ok(embedding)
+        if let Some(bound) = &mut contexts.bound {
+            bind_input(bound, "position_ids", &contexts.position_ids)?;
+            for (name, context) in &mut contexts.tensors {
+                bind_output(bound, name, context)?;
+            }
+        }
+        Ok(contexts)
     }
 
     pub(super) fn tokens(&self) -> usize {
         self.tokens
     }
 
-    /// Embed `tokens` at positions from `start` on; `embed` is the session bound before.
-    pub(super) fn run(&mut self, embed: &mut Session, tokens: &[u32], start: usize) -> Result<()> {
-        let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
-        let positions: Vec<i64> = (start as i64..).take(tokens.len()).collect();
-        write(&mut self.input_ids, &ids);
+    /// Take positions from `start` on; `session` is the one bound before.
+    pub(super) fn run(
+        &mut self,
+        session: Option<&mut Session>,
+        start: usize,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<()> {
+        let positions: Vec<i64> = (start as i64..).take(self.tokens).collect();
         write(&mut self.position_ids, &positions);
-        run(embed, &self.bound, || "embed engine".into())
+        let Some((session, bound)) = session.zip(self.bound.as_ref()) else {
+            return Ok(());
+        };
+        stopwatch.time(EnginePart::Contexts, self.tokens, || {
+            run(session, bound, || "contexts engine".into())
+        })
     }
 
     /// Bind the named context tensors as inputs.
-    pub(super) fn bind_contexts(&self, bound: &mut IoBinding, names: &[String]) -> Result<()> {
+    pub(super) fn bind(&self, bound: &mut IoBinding, names: &[String]) -> Result<()> {
         for name in names {
-            bind_input(bound, name, &self.contexts[name])?;
-        }
-        Ok(())
-    }
-
-    fn bind(&mut self, session: &Session) -> Result<()> {
-        // a model without positions in its embedding or contexts drops that input
-        for (name, ids) in [
-            ("input_ids", &self.input_ids),
-            ("position_ids", &self.position_ids),
-        ] {
-            if session.inputs().iter().any(|input| input.name() == name) {
-                bind_input(&mut self.bound, name, ids)?;
-            }
-        }
-        bind_output(&mut self.bound, "x", &mut self.hidden)?;
-        for (name, context) in &mut self.contexts {
-            bind_output(&mut self.bound, name, context)?;
+            bind_input(bound, name, &self.tensors[name])?;
         }
         Ok(())
     }
@@ -134,7 +127,12 @@ impl Embedding {
 
 /// Buffers and bindings that take one number of tokens through all layers.
 pub(super) struct Pass {
-    pub(super) embedding: Embedding,
+    pub(super) contexts: Contexts,
+    embed: IoBinding,
+    input_ids: Tensor<i64>,
+    /// The residual stream, [1, tokens, hidden_size]. Engines take turns reading one and writing
+    /// the other; embed writes the first.
+    hidden: [Tensor<f32>; 2],
     /// [1, tokens, layers of the engine] by engine.
     pub(super) stability: Vec<Tensor<f32>>,
     /// [1, tokens, 1] by engine, of those with a probe.
@@ -142,20 +140,22 @@ pub(super) struct Pass {
     pub(super) layers: Vec<IoBinding>,
     /// The attention engines' bindings; none until one runs.
     pub(super) attention: Vec<IoBinding>,
-    /// Engines take turns reading the embedding's residual stream and this one, writing the other.
-    other: Tensor<f32>,
 }
 
 impl Pass {
     pub(super) fn new(
         tokens: usize,
         shared: &mut Shared,
-        embed: &Session,
+        (embed, contexts): (&Session, Option<&Session>),
         layers: &[Session],
         entries: &[LayerEntry],
     ) -> Result<Self> {
+        let hidden = || tensor(&[1, tokens, shared.hidden_size]);
         let mut pass = Self {
-            embedding: Embedding::new(tokens, shared, embed)?,
+            hidden: [hidden()?, hidden()?],
+            contexts: Contexts::new(tokens, shared, contexts)?,
+            embed: binding(embed)?,
+            input_ids: tensor(&[1, tokens])?,
             stability: entries
                 .iter()
                 .map(|entry| tensor(&[1, tokens, entry.num_layers]))
@@ -166,8 +166,8 @@ impl Pass {
                 .collect::<Result<_>>()?,
             layers: Vec::new(),
             attention: Vec::new(),
-            other: tensor(&[1, tokens, shared.hidden_size])?,
         };
+        pass.bind_embed(embed)?;
         for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
             let bound = pass.bind_layer(engine, session, entry, shared)?;
             pass.layers.push(bound);
@@ -177,14 +177,28 @@ impl Pass {
 
     /// The residual stream after `engines` engines.
     fn hidden(&self, engines: usize) -> &Tensor<f32> {
-        [&self.embedding.hidden, &self.other][engines % 2]
+        &self.hidden[engines % 2]
     }
 
     fn hidden_mut(&mut self, engines: usize) -> &mut Tensor<f32> {
-        match engines % 2 {
-            0 => &mut self.embedding.hidden,
-            _ => &mut self.other,
+        &mut self.hidden[engines % 2]
+    }
+
+    /// Embed `tokens` at the positions of the contexts; `embed` is the session bound before.
+    pub(super) fn embed(&mut self, embed: &mut Session, tokens: &[u32]) -> Result<()> {
+        let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+        write(&mut self.input_ids, &ids);
+        run(embed, &self.embed, || "embed engine".into())
+    }
+
+    fn bind_embed(&mut self, embed: &Session) -> Result<()> {
+        bind_input(&mut self.embed, "input_ids", &self.input_ids)?;
+        let mut inputs = embed.inputs().iter();
+        if inputs.any(|input| input.name() == "position_ids") {
+            let positions = &self.contexts.position_ids;
+            bind_input(&mut self.embed, "position_ids", positions)?;
         }
+        bind_output(&mut self.embed, "x", &mut self.hidden[0])
     }
 
     fn bind_layer(
@@ -196,7 +210,7 @@ impl Pass {
     ) -> Result<IoBinding> {
         let mut bound = binding(session)?;
         bind_input(&mut bound, "x", self.hidden(engine))?;
-        self.embedding.bind_contexts(&mut bound, &entry.contexts)?;
+        self.contexts.bind(&mut bound, &entry.contexts)?;
         bind_input(&mut bound, "seqlens_k", &shared.seqlens_k)?;
         let total = &shared.total_sequence_length;
         bind_input(&mut bound, "total_sequence_length", total)?;
@@ -237,8 +251,8 @@ impl Passes {
     pub(super) fn new(decode: Pass) -> Self {
         Self {
             engines_run: 0,
-            current: decode.embedding.tokens(),
-            ready: HashMap::from([(decode.embedding.tokens(), decode)]),
+            current: decode.contexts.tokens(),
+            ready: HashMap::from([(decode.contexts.tokens(), decode)]),
         }
     }
 
@@ -249,7 +263,7 @@ impl Passes {
 
     /// Add `pass` for reuse; of the long ones only the newest stays.
     pub(super) fn insert(&mut self, pass: Pass) {
-        let tokens = pass.embedding.tokens();
+        let tokens = pass.contexts.tokens();
         if tokens > MAX_REUSED_TOKENS {
             self.ready.retain(|&tokens, _| tokens <= MAX_REUSED_TOKENS);
         }

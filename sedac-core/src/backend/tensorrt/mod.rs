@@ -6,10 +6,10 @@
 //! work, a few bytes written before a pass and the stability read after each engine. The graphs
 //! behind the plans are the portable ones of `sedac_export/tensorrt/portable.py`.
 
+mod buffers;
 mod cuda;
 mod device;
-mod host;
-mod memory;
+mod host_device;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -18,9 +18,9 @@ use std::sync::Arc;
 
 pub use cuda::Cuda;
 pub use device::{Bound, Buffer, Device, Executor, Work};
-pub use host::Host;
+pub use host_device::Host;
 
-use self::memory::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
+use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
 use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
 use crate::bundle::{Bundle, Gate, PlanFiles, PortableLayers};
@@ -35,11 +35,17 @@ const MAX_CAPTURED: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum PlanKind {
     Embed,
-    /// Embed for the contexts of positions that a kv engine fills.
-    EmbedFilling,
+    Contexts(FrameKind),
     Layers(usize),
     KeyValue(usize),
     Head,
+}
+
+/// One of the two frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum FrameKind {
+    Pass,
+    Filling,
 }
 
 /// A bundle's plans of one target and the caches of one sequence.
@@ -172,7 +178,8 @@ impl<D: Device> TensorRt<D> {
 
     fn part(&self, plan: PlanKind) -> EnginePart {
         match plan {
-            PlanKind::Embed | PlanKind::EmbedFilling => EnginePart::Embed,
+            PlanKind::Embed => EnginePart::Embed,
+            PlanKind::Contexts(_) => EnginePart::Contexts,
             PlanKind::Layers(engine) => EnginePart::Layers(self.layers[engine].range()),
             PlanKind::KeyValue(layer) => EnginePart::KeyValue(layer),
             PlanKind::Head => EnginePart::Head,
@@ -216,7 +223,11 @@ impl<D: Device> TensorRt<D> {
 
     fn path(&self, plan: PlanKind) -> &Path {
         match plan {
-            PlanKind::Embed | PlanKind::EmbedFilling => &self.plans.embed,
+            PlanKind::Embed => &self.plans.embed,
+            PlanKind::Contexts(_) => {
+                let contexts = self.plans.contexts.as_deref();
+                contexts.expect("launched where there is one")
+            }
             PlanKind::Layers(engine) => &self.plans.layers[engine],
             PlanKind::KeyValue(layer) => &self.plans.key_value[layer],
             PlanKind::Head => &self.plans.head,
@@ -227,7 +238,8 @@ impl<D: Device> TensorRt<D> {
         let sizes = self.sizes;
         match plan {
             PlanKind::Embed => self.pass.embed(tokens, sizes),
-            PlanKind::EmbedFilling => self.filling.embed(tokens, sizes),
+            PlanKind::Contexts(FrameKind::Pass) => self.pass.positions(tokens),
+            PlanKind::Contexts(FrameKind::Filling) => self.filling.positions(tokens),
             PlanKind::Layers(engine) => {
                 let layers = self.layers[engine].range();
                 let stability = [1, tokens, layers.len()];
@@ -263,16 +275,36 @@ impl<D: Device> TensorRt<D> {
         (self.pass.hidden[self.engines_run % 2], offset)
     }
 
-    /// Make the filling frame ready for `positions`. The embed engine runs for its contexts alone.
+    /// Make the pass at `positions` the current one.
+    fn begin(&mut self, positions: Range<usize>) -> Result<()> {
+        let (tokens, start) = (positions.len(), positions.start);
+        self.tokens = tokens;
+        self.engines_run = 0;
+        if self.filled.end > start {
+            // exit hidden states at these positions are about to change
+            self.filled = 0..0;
+        }
+        self.pass.write_positions(&mut self.device, &positions)?;
+        self.masks.write(&mut self.device, positions, self.sizes)?;
+        self.launch_contexts(FrameKind::Pass, tokens)
+    }
+
+    fn launch_contexts(&mut self, frame: FrameKind, tokens: usize) -> Result<()> {
+        match self.plans.contexts {
+            Some(_) => self.launch(PlanKind::Contexts(frame), tokens),
+            None => Ok(()),
+        }
+    }
+
+    /// Make the filling frame ready for `positions`.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
         if self.filled == *positions {
             return Ok(());
         }
         let tokens = positions.len();
         let start = positions.start;
-        self.filling
-            .write(&mut self.device, &vec![0; tokens], start)?;
-        self.launch(PlanKind::EmbedFilling, tokens)?;
+        self.filling.write_positions(&mut self.device, positions)?;
+        self.launch_contexts(FrameKind::Filling, tokens)?;
         let from = (self.saved, start * self.sizes.row());
         let to = (self.filling.hidden[0], 0);
         self.device.copy(from, to, tokens * self.sizes.row())?;
@@ -314,21 +346,13 @@ impl<D: Device> Engines for TensorRt<D> {
     }
 
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
-        self.tokens = tokens.len();
-        self.engines_run = 0;
-        if self.filled.end > start {
-            // exit hidden states at these positions are about to change
-            self.filled = 0..0;
-        }
-        let positions = start..start + tokens.len();
-        self.pass.write(&mut self.device, tokens, start)?;
-        self.masks.write(&mut self.device, positions, self.sizes)?;
+        self.begin(start..start + tokens.len())?;
+        self.pass.write_tokens(&mut self.device, tokens)?;
         self.launch(PlanKind::Embed, tokens.len())
     }
 
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
-        // the embed engine runs for the contexts of these positions
-        self.embed(&vec![0; positions.len()], positions.start)?;
+        self.begin(positions.clone())?;
         self.engines_run = engine;
         let from = (self.saved, positions.start * self.sizes.row());
         let to = self.newest(positions.len());

@@ -11,13 +11,13 @@ from conftest import THREADS
 from export.conftest import TrainedBundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.certified import read_certification
-from sedac_export.bundle.exit_config import ExitConfig, Generation, read_exit_config
+from sedac_export.bundle.exit_config import ExitConfig, MeasuredGeneration, read_exit_config
 from sedac_export.errors import SedacError
 from sedac_export.exits.calibration import calibrate as calibration
 from sedac_export.exits.calibration import exit_report as reporting
 from sedac_export.exits.calibration import generation_speed as generation
-from sedac_export.exits.calibration.calibrate import Request, calibrate
-from sedac_export.exits.calibration.engine_times import Costs
+from sedac_export.exits.calibration.calibrate import CalibrationRequest, calibrate
+from sedac_export.exits.calibration.engine_times import EngineTimes
 from sedac_export.exits.calibration.exit_report import make_report
 from sedac_export.exits.calibration.exit_report_page import write_report
 from sedac_export.exits.calibration.observe import Observations
@@ -26,14 +26,14 @@ from sedac_export.exits.replay.documents import Document, split_documents
 from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
 
-GENERATION = Generation(
+GENERATION = MeasuredGeneration(
     speedup=1.5,
     speedup_without_drafter=1.2,
     lossless_speedup=1.4,
     agreement=0.99,
     tokens=2048,
 )
-COSTS = Costs(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
+COSTS = EngineTimes(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_certified_setting_is_written(
     (bundle / "sedac_config.json").write_text('{"certificate": {"risk_bound": 0.01}}')
     with pytest.raises(SedacError, match="run sedac-export calibrate again"):
         read_exit_config(bundle)
-    result = calibrate(Request(bundle, many, "speed", max_risk=0.4, confidence=0.8))
+    result = calibrate(CalibrationRequest(bundle, many, "speed", max_risk=0.4, confidence=0.8))
     written = read_exit_config(bundle)
     assert written == result.config
     certificate = written.certificate
@@ -117,7 +117,7 @@ def test_a_certified_setting_is_written(
     assert (written.drafter, certificate.generation) == ("early-exit", GENERATION)
     assert read_certification(Bundle.open(bundle)).certified
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
-    output = model.generate("def push(self, item):\n", max_new_tokens=8)
+    output = model.generate("def push(self, item):\n", mode="exit", max_new_tokens=8)
     assert (output.drafter, output.kv_fill) == ("early-exit", "defer")
     assert output.certificate is not None
 
@@ -149,10 +149,14 @@ def test_the_fastest_drafter_is_written_and_lossless_beside_it(
 ) -> None:
     times = {("exit", "none"): 80.0, ("exit", "auto"): 50.0, ("lossless", "prompt-lookup"): 40.0}
 
-    def timed(_: Path, ways: list[generation.Way], *__: object) -> dict[generation.Way, object]:
-        return {way: generation.Runs(times.get(way, 100.0), [([1], [2])]) for way in ways}
+    def timed(
+        _: Path, setups: list[generation.DecodingSetup], *__: object
+    ) -> dict[generation.DecodingSetup, object]:
+        return {
+            setup: generation.TimedRuns(times.get(setup, 100.0), [([1], [2])]) for setup in setups
+        }
 
-    monkeypatch.setattr(generation, "time_ways", timed)
+    monkeypatch.setattr(generation, "time_setups", timed)
     bundle, _ = trained_bundle
     replay = Replay(Bundle.open(bundle), THREADS)
     config = ExitConfig(kv_fill="defer")
@@ -171,11 +175,11 @@ def test_what_cannot_be_certified_is_not_written(
     before = (bundle / "sedac_config.json").read_bytes()
     many = [Document(d.name, d.tokens[k::2], f"{d.sha256}{k}") for d in documents for k in (0, 1)]
     with pytest.raises(SedacError, match="tokens cannot certify a risk of"):
-        calibrate(Request(bundle, many, max_risk=0.0005))
+        calibrate(CalibrationRequest(bundle, many, max_risk=0.0005))
     with pytest.raises(SedacError, match="below --min-speedup 9"):
-        calibrate(Request(bundle, many, max_risk=0.4, confidence=0.8, min_speedup=9))
+        calibrate(CalibrationRequest(bundle, many, max_risk=0.4, confidence=0.8, min_speedup=9))
     with pytest.raises(SedacError, match=r"--max-risk 1\.5 is out of range"):
-        calibrate(Request(bundle, many, max_risk=1.5))
+        calibrate(CalibrationRequest(bundle, many, max_risk=1.5))
     assert (bundle / "sedac_config.json").read_bytes() == before
 
 

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pytest
 from conftest import THREADS
 
-from export.conftest import EXITS, PROBES
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.edit import write_config
 from sedac_export.bundle.exit_config import ExitConfig
@@ -17,11 +16,6 @@ from sedac_export.exits.calibration.observe import Observations, observe
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
-
-# a signal this close to its threshold may fall on either side, as passes round differently
-TIE = 1e-4
-
-Depths = npt.NDArray[np.int64]
 
 
 @pytest.fixture(scope="module", params=["trained_bundle", "lens_bundle"])
@@ -79,6 +73,6 @@ def test_the_chain_exits_where_the_replay_exits(
             assert depths == trace.exits[1:].tolist(), fields
             assert tokens == trace.tokens[1:].tolist(), fields
             exits += depths
-        assert len(set(exits)) > 1, fields
-    assert len(texts) * 300 >= 2000
-    assert set(EXITS) | set(PROBES) == {4, 6, 8}
+        assert len(exits) >= 2000
+        # early and at full depth
+        assert min(exits) < 12 and exits.count(12) > 0, fields

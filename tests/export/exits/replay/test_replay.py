@@ -45,7 +45,7 @@ def test_exits_are_those_of_decoding_token_by_token(
     prompt = demo_model.encode(PROMPT)
     count = 300
     output = demo_model.generate(
-        prompt, tau=tau, consecutive_k=k, max_new_tokens=count, stop_tokens=[]
+        prompt, mode="exit", tau=tau, consecutive_k=k, max_new_tokens=count, stop_tokens=[]
     )
     tokens = np.array(prompt + output.tokens[:-1])
     policy = ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=0.2).policy_settings()
@@ -85,13 +85,14 @@ def test_chunks_cover_every_position_once() -> None:
 def test_activations_that_are_not_numbers_are_refused(
     replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replay.layers[3].run
+    layer = replay.runner.load(replay.manifest.engines.layers[3].file)
+    run = layer.run
 
     def damaged(*args: object) -> dict[str, np.ndarray]:
         outputs = run(*args)  # type: ignore[arg-type]
         outputs["y"][0, 5] = np.nan
         return outputs
 
-    monkeypatch.setattr(replay.layers[3], "run", damaged)
+    monkeypatch.setattr(layer, "run", damaged)
     with pytest.raises(SedacError, match="activations are NaN"):
         replay.run(np.arange(20))

@@ -139,6 +139,7 @@ def test_exits_are_observed_through_the_lens(
     for text in texts:
         replay.run(text.tokens, watch=watch)
     first = [0, 500]
+    assert sorted(trained.lenses) == list(EXITS)
     for depth, lens in trained.lenses.items():
         x = np.concatenate(hidden[depth])
         with torch.no_grad():

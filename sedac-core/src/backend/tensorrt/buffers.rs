@@ -130,7 +130,8 @@ pub(super) fn bound(
     }
 }
 
-/// What the embed engine reads and writes, and what goes on from there through the layers.
+/// What the embed and contexts engines read and write, and what goes on from there through the
+/// layers.
 pub(super) struct Frame {
     /// The residual stream [1, tokens, hidden]. Engines take turns reading one and writing the
     /// other; embed writes the first.
@@ -167,33 +168,35 @@ impl Frame {
         })
     }
 
-    /// Write what embed reads for `tokens` at positions from `start` on.
-    pub(super) fn write(
+    /// Write the ids of `positions` and where in the caches they begin.
+    pub(super) fn write_positions(
         &self,
         device: &mut impl Device,
-        tokens: &[u32],
-        start: usize,
+        positions: &Range<usize>,
     ) -> Result<()> {
-        let first = start as i64;
+        let ids = encode_i64(positions.clone().map(|position| position as i64));
+        device.write(self.position_ids, 0, &ids)?;
+        device.write(self.write_index, 0, &encode_i64([positions.start as i64]))
+    }
+
+    /// Write the ids of `tokens`.
+    pub(super) fn write_tokens(&self, device: &mut impl Device, tokens: &[u32]) -> Result<()> {
         let ids = encode_i64(tokens.iter().map(|&token| i64::from(token)));
-        device.write(self.input_ids, 0, &ids)?;
-        let positions = encode_i64((first..).take(tokens.len()));
-        device.write(self.position_ids, 0, &positions)?;
-        device.write(self.write_index, 0, &encode_i64([first]))
+        device.write(self.input_ids, 0, &ids)
     }
 
     /// The embed engine's tensors.
     pub(super) fn embed(&self, tokens: usize, sizes: Sizes) -> Vec<Bound> {
-        let mut tensors = vec![
-            bound("input_ids", self.input_ids, &[1, tokens], size_of::<i64>()),
-            bound(
-                "position_ids",
-                self.position_ids,
-                &[1, tokens],
-                size_of::<i64>(),
-            ),
+        vec![
+            ids("input_ids", self.input_ids, tokens),
+            ids("position_ids", self.position_ids, tokens),
             sizes.bound("x", self.hidden[0], tokens),
-        ];
+        ]
+    }
+
+    /// The contexts engine's tensors.
+    pub(super) fn positions(&self, tokens: usize) -> Vec<Bound> {
+        let mut tensors = vec![ids("position_ids", self.position_ids, tokens)];
         tensors.extend(self.contexts(tokens));
         tensors
     }
@@ -216,6 +219,11 @@ impl Frame {
             bound(name, *buffer, &shape, context.dtype.bytes())
         })
     }
+}
+
+/// Token or position ids, [1, tokens] int64.
+fn ids(name: &str, buffer: Buffer, tokens: usize) -> Bound {
+    bound(name, buffer, &[1, tokens], size_of::<i64>())
 }
 
 /// Key and value cache of each layer, [1, heads, length, head size].
@@ -312,7 +320,7 @@ impl Masks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::host::Host;
+    use super::super::host_device::Host;
     use super::*;
 
     const SIZES: Sizes = Sizes {

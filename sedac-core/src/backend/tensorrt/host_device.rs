@@ -103,8 +103,8 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
 
+    use super::super::buffers::bound;
     use super::super::device::{Bound, Executor};
-    use super::super::memory::bound;
     use super::*;
 
     /// Adds 1 to every byte of the one tensor.

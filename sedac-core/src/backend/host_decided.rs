@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
+use tracing::trace;
+
 use super::not_finite::{all_finite, origin};
+use super::profile;
 use super::{
     Backend, Capabilities, Costs, EnginePart, Engines, Logits, LogitsRequest, SequenceStep,
     StepExit, StepOutcome,
@@ -86,7 +89,7 @@ impl<E: Engines> HostDecided<E> {
             interrupt,
         )?;
         let logits = self.logits(step.sequence, step.logits, exit, interrupt)?;
-        self.note_costs();
+        self.note_costs(step.tokens.len(), exit);
         Ok(StepOutcome {
             exit,
             exit_signals: deciding.and_then(|deciding| deciding.exit_signals),
@@ -234,6 +237,7 @@ impl<E: Engines> HostDecided<E> {
             }
             deciding.exit_signals = signals.exit;
             decision = deciding.state.observe(deciding.rule, depth, &signals);
+            trace!(depth, exit_allowed, ?signals, ?decision, "exit rule");
         }
         Ok(decision.filter(|_| exit_allowed))
     }
@@ -314,8 +318,11 @@ impl<E: Engines> HostDecided<E> {
         }))
     }
 
-    fn note_costs(&mut self) {
-        for timing in self.engines.take_timings() {
+    /// Note what the step cost that took `tokens` tokens to `exit`.
+    fn note_costs(&mut self, tokens: usize, exit: StepExit) {
+        let timings = self.engines.take_timings();
+        profile::record_step(&timings, tokens, exit);
+        for timing in timings {
             match timing.part {
                 EnginePart::Layers(layers) => {
                     self.costs
