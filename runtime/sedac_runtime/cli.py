@@ -16,9 +16,9 @@ from rich.table import Column, Table
 
 from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
+from sedac_runtime.choices import PolicyName
 from sedac_runtime.logs import configure
 from sedac_runtime.model import GenerationStream
-from sedac_runtime.policy import PolicyName
 from sedac_runtime.terminal import visible
 from sedac_runtime.text_file import replace_text
 from sedac_runtime.tolerance import tolerance_note
