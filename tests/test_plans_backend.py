@@ -150,7 +150,7 @@ def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
         raise RuntimeError("out of memory")
 
     core = SedacModel.from_pretrained(stand_in_demo, threads=THREADS)._core
-    with pytest.raises(EngineError, match=r"portable_embed\.plan: out of memory"):
+    with pytest.raises(EngineError, match=r"portable_contexts\.plan: out of memory"):
         core.__class__(stand_in_demo, "", 1, (RTX, fail, True))
 
 
