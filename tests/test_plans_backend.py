@@ -150,7 +150,7 @@ def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
             raise RuntimeError("out of memory")
 
     executor = Failing(stand_in_demo, RTX)
-    with pytest.raises(EngineError, match=r"portable_embed\.plan: out of memory"):
+    with pytest.raises(EngineError, match=r"portable_contexts\.plan: out of memory"):
         _core.Model(stand_in_demo, find_onnxruntime(), 1, executor)
 
 
