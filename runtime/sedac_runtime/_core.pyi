@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, final
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from sedac_runtime.bench import BenchRow
+from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.choices import (
     Drafter,
     ExitKind,

@@ -4,17 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sedac_runtime import _core
+from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.choices import Backend, Drafter, KvFill, Mode, PolicyName, Verify
 from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
-
-if TYPE_CHECKING:
-    from sedac_runtime.bench import BenchRow
 
 
 @dataclass(frozen=True)
@@ -369,7 +367,7 @@ class SedacModel:
         new_tokens: int,
         repeat: int,
         against: int,
-    ) -> "list[BenchRow]":
+    ) -> list[BenchRow]:
         """What `sedac_runtime.bench` measures, case by case, after the first `prompt_tokens` tokens
         of `prompt`; `against` is the index of the case to compare with. Raises InputError.
         """
