@@ -6,7 +6,6 @@ from typing import Any, TypeAlias, final
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from sedac_runtime.bench import BenchRow
 from sedac_runtime.choices import (
     Drafter,
     ExitKind,
@@ -19,6 +18,7 @@ from sedac_runtime.choices import (
     Verify,
 )
 from sedac_runtime.flavour import Executor
+from sedac_runtime.model import BenchRow
 
 __all__ = [
     "SCHEMA_VERSION",

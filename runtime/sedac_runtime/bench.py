@@ -2,27 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
 from sedac_runtime._core import BenchCase, DecodingMode, InputError
 from sedac_runtime.choices import Backend, LosslessDrafter, Verify
-from sedac_runtime.model import SedacModel
+from sedac_runtime.model import BenchRow, SedacModel
 from sedac_runtime.ranges import check_count
 
 Reference = Literal["full", "monolith"]
-
-
-class BenchRow(TypedDict):
-    """What one way to decode took; `bench` describes the fields."""
-
-    name: str
-    ms_per_token: float
-    tokens_per_second: float
-    min_ms: float
-    max_ms: float
-    mean_exit_layer: float
-    speedup: float
-    agreement: float
 
 
 def bench(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
@@ -12,9 +12,6 @@ from sedac_runtime.choices import Backend, Drafter, KvFill, Mode, PolicyName, Ve
 from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
-
-if TYPE_CHECKING:
-    from sedac_runtime.bench import BenchRow
 
 
 @dataclass(frozen=True)
@@ -153,6 +150,19 @@ class GenerationStream:
             certificate=certification and certification.certificate,
             certification=certification and str(certification),
         )
+
+
+class BenchRow(TypedDict):
+    """What decoding in one case took; `sedac_runtime.bench.bench` describes the fields."""
+
+    name: str
+    ms_per_token: float
+    tokens_per_second: float
+    min_ms: float
+    max_ms: float
+    mean_exit_layer: float
+    speedup: float
+    agreement: float
 
 
 class SedacModel:
