@@ -94,8 +94,8 @@ class Certificate(_FiniteModel):
 class ExitConfig(_FiniteModel):
     """When tokens exit, and what skipped layers' caches get. None stands for absent.
 
-    thresholds, weights and targets are by depth, the layers run. docs/reference/bundle.md describes each
-    field; those of other policies than `policy` are refused.
+    thresholds, weights and targets are by depth, the layers run. docs/reference/bundle.md describes
+    each field; those of other policies than `policy` are refused.
     """
 
     policy: PolicyName = "stability"
