@@ -1,6 +1,6 @@
 """Compare the modes on one prompt: speed, layers, and whether the text is full depth's.
 
-    python examples/compare_modes.py engines/demo "def main():"
+python examples/compare_modes.py engines/demo "def main():"
 """
 
 import sys

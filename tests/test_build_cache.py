@@ -8,11 +8,11 @@ from build_cache import BuildCache, digest
 from conftest import TinyBundle
 
 from sedac_export.build import exporter
-from sedac_export.graph.trace_model import Graphs, trace_graphs
+from sedac_export.graph.trace_model import TracedGraphs, trace_graphs
 from sedac_export.model.skeleton import Skeleton
 
 
-def texts(graphs: Graphs) -> list[bytes]:
+def texts(graphs: TracedGraphs) -> list[bytes]:
     every = (
         graphs.embed,
         graphs.head,
@@ -29,8 +29,8 @@ def test_cached_graphs_are_those_of_tracing(tiny_bundle: Callable[[str], TinyBun
     cached = exporter.trace_graphs(skeleton, lambda *_: None)
     traced = trace_graphs(skeleton, lambda *_: None)
     assert texts(cached) == texts(traced)
-    assert (cached.kinds, cached.plan.heads) == (traced.kinds, traced.plan.heads)
-    assert cached.plan.contexts == traced.plan.contexts
+    assert (cached.kinds, cached.interface.heads) == (traced.kinds, traced.interface.heads)
+    assert cached.interface.contexts == traced.interface.contexts
 
 
 def test_another_configuration_is_another_entry(
@@ -39,7 +39,7 @@ def test_another_configuration_is_another_entry(
     skeleton = Skeleton.load(tiny_bundle("llama")[1].parent / "model")
     traced: list[float] = []
 
-    def trace(skeleton: Skeleton, *_: object) -> Graphs:
+    def trace(skeleton: Skeleton, *_: object) -> TracedGraphs:
         traced.append(skeleton.config.rms_norm_eps)
         return trace_graphs_of_llama
 

@@ -17,24 +17,26 @@ from typer.testing import CliRunner, Result
 
 from sedac_runtime import InputError, SedacModel
 from sedac_runtime.bench import bench
+from sedac_runtime.choices import Drafter
 from sedac_runtime.cli import app
-from sedac_runtime.model import Drafter
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 
 
 def test_streamed_pieces_are_the_text(demo_model: SedacModel) -> None:
     # at this temperature tokens are nearly random bytes: characters begin, break off and finish
+    unfinished = 0
     for seed in range(8):
         stream = demo_model.stream(
             PROMPT, temperature=3.0, seed=seed, max_new_tokens=60, stop_tokens=[]
         )
         pieces = [token.text for token in stream]
         assert len(stream.output.tokens) == len(pieces) == 60
-        # some characters are of several tokens, the first of which have no text yet
-        assert "" in pieces and "".join(pieces)
         assert "".join(pieces) + stream.rest == stream.output.text
         assert demo_model.decode(stream.output.tokens) == stream.output.text
+        unfinished += pieces.count("")
+    # of characters whose other bytes come with later tokens
+    assert unfinished > 0
 
 
 def test_a_generation_that_failed_says_so_again(demo_model: SedacModel) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from sedac_runtime import _core
-from sedac_runtime.model import Backend, Drafter, SedacModel, Verify
+from sedac_runtime._core import BenchCase, DecodingMode, InputError
+from sedac_runtime.choices import Backend, LosslessDrafter, Verify
+from sedac_runtime.model import BenchRow, SedacModel
 from sedac_runtime.ranges import check_count
 
 Reference = Literal["full", "monolith"]
@@ -15,7 +16,7 @@ def bench(
     bundle: str | Path,
     *,
     forced_exit: Sequence[int] = (),
-    drafters: Sequence[Drafter] = (),
+    drafters: Sequence[LosslessDrafter] = (),
     against: Reference = "full",
     prompt: str | None = None,
     prompt_tokens: int = 64,
@@ -25,7 +26,7 @@ def bench(
     backend: Backend = "onnxruntime",
     verify: Verify = "always",
     memory_limit: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     """Rows of name, ms_per_token (median), tokens_per_second, min_ms, max_ms, mean_exit_layer,
     speedup and agreement.
 
@@ -44,22 +45,25 @@ def bench(
     check_count("new_tokens", new_tokens, 2)
     check_count("repeat", repeat, 1)
     if against not in get_args(Reference):
-        raise _core.InputError(f"against {against} is out of range: full or monolith")
+        raise InputError(f"against {against} is out of range: full or monolith")
     for depth in forced_exit:
         check_count("forced_exit", depth, 1)
-    cases: list[tuple[str, bool, int | None, str | None]] = [("chain", False, None, None)]
-    cases += [(f"exit@{depth}", False, depth, None) for depth in forced_exit]
-    cases += [(f"lossless:{drafter}", False, None, drafter) for drafter in drafters]
+    full = DecodingMode.full()
+    cases = [BenchCase("chain", full)]
+    cases += [BenchCase(f"exit@{depth}", DecodingMode.forced([depth])) for depth in forced_exit]
+    cases += [BenchCase(f"lossless:{name}", DecodingMode.lossless(name)) for name in drafters]
     if against == "monolith":
-        cases.append(("monolith", True, None, None))
-    start: list[int] | tuple[str, int] = (
-        # any tokens will do; these differ, and exist in any vocabulary of 98 or more
-        [1 + position % 97 for position in range(prompt_tokens)]
-        if prompt is None
-        else (prompt, prompt_tokens)
-    )
-    reference = len(cases) - 1 if against == "monolith" else 0
+        cases.append(BenchCase("monolith", full, monolith=True))
+    # any tokens will do; these differ, and exist in any vocabulary of 98 or more
+    meaningless = [1 + position % 97 for position in range(prompt_tokens)]
     model = SedacModel.from_pretrained(
         bundle, threads=threads, backend=backend, verify=verify, memory_limit=memory_limit
     )
-    return model.measure(cases, start, new_tokens, repeat, reference)
+    return model.measure(
+        cases,
+        meaningless if prompt is None else prompt,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeat=repeat,
+        against=len(cases) - 1 if against == "monolith" else 0,
+    )

@@ -16,9 +16,9 @@ from rich.table import Column, Table
 
 from sedac_runtime import SedacError, SedacModel
 from sedac_runtime.bench import bench as run_bench
+from sedac_runtime.choices import PolicyName
 from sedac_runtime.logs import configure
 from sedac_runtime.model import GenerationStream
-from sedac_runtime.policy import PolicyName
 from sedac_runtime.terminal import visible
 from sedac_runtime.text_file import replace_text
 from sedac_runtime.tolerance import tolerance_note
@@ -207,7 +207,7 @@ def generate(
     )
     _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
-    chosen = None if policy is None else policy.value
+    chosen: PolicyName | None = None if policy is None else policy.value
     if mode is GenerationMode.EXIT:  # the variables are about exits
         chosen = chosen or _method()
         tau = _variable("SEDAC_V7_TAU", float, chosen) if tau is None else tau

@@ -1,25 +1,17 @@
 """SedacModel: a loaded bundle, used as transformers' models are."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypedDict
 
 from sedac_runtime import _core
 from sedac_runtime.chat import Message, render_chat
-from sedac_runtime.flavour import Executor, Target
+from sedac_runtime.choices import Backend, Drafter, KvFill, Mode, PolicyName, Verify
+from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
-from sedac_runtime.policy import PolicyName, choose_policy
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
-
-Mode = Literal["full", "exit", "lossless"]
-Drafter = Literal["none", "auto", "early-exit", "prompt-lookup"]
-KvFill = Literal["propagate", "defer"]
-Verify = Literal["always", "changed"]
-Backend = Literal["onnxruntime"] | Target
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", *get_args(Target))
 
 
 @dataclass(frozen=True)
@@ -30,6 +22,11 @@ class TokenOutput:
     text: str
     exit_layer: int
     exit_reason: str
+
+    @classmethod
+    def of(cls, token: _core.Token) -> "TokenOutput":
+        """The core's token."""
+        return cls(token.id, token.text, token.exit_layer, token.exit_reason)
 
 
 @dataclass(frozen=True)
@@ -77,23 +74,19 @@ class GenerationStream:
     def __init__(
         self,
         generation: _core.Generation,
-        mode: Mode,
-        kv_fill: KvFill,
-        drafter: Drafter,
+        decoding: _core.DecodingSetting,
         prompt_tokens: int,
         num_layers: int,
     ) -> None:
         self._generation = generation
-        self._mode: Mode = mode
-        self._kv_fill: KvFill = kv_fill
-        self._drafter: Drafter = drafter
+        self._decoding = decoding
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
 
     def __iter__(self) -> Iterator[TokenOutput]:
         try:
             for token in self._generation:
-                yield TokenOutput(*token)
+                yield TokenOutput.of(token)
         finally:
             self.close()
 
@@ -121,44 +114,55 @@ class GenerationStream:
     def rest(self) -> str:
         """Text that no token completed, such as an unfinished character at the end."""
         _ = self.output
-        rest: str = self._generation.summary()["rest"]
-        return rest
+        return self._generation.summary().rest
 
     @property
     def profile(self) -> str | None:
         """A Chrome trace of every step and engine run, as JSON; None unless it was asked for."""
         _ = self.output
-        profile: str | None = self._generation.summary()["profile"]
-        return profile
+        return self._generation.summary().profile
 
     def _collect(self) -> GenerationOutput:
-        summary = self._generation.summary()
-        tokens = [TokenOutput(*token) for token in summary["tokens"]]
+        summary, decoding = self._generation.summary(), self._decoding
+        tokens, drafts = summary.tokens, summary.drafts
         layers = [token.exit_layer for token in tokens]
         decoded = len(layers) - 1
-        certificate, certification = self._generation.certification or (None, None)
+        certification = self._generation.certification
         return GenerationOutput(
-            text="".join(token.text for token in tokens) + summary["rest"],
+            text="".join(token.text for token in tokens) + summary.rest,
             tokens=[token.id for token in tokens],
             exit_layers=layers,
             num_layers=self._num_layers,
             mean_exit_layer=sum(layers) / len(layers),
             exit_reasons=[token.exit_reason for token in tokens],
-            mode=self._mode,
-            kv_fill=self._kv_fill,
-            drafter=self._drafter,
+            mode=decoding.mode,
+            kv_fill=decoding.kv_fill,
+            drafter=decoding.drafter,
             prompt_tokens=self._prompt_tokens,
-            prefill_ms=summary["prefill_ms"],
-            decode_ms=summary["decode_ms"],
-            decode_tokens_per_second=decoded / summary["decode_ms"] * 1e3 if decoded else 0.0,
-            finish_reason=summary["finish_reason"],
-            drafted=summary["drafted"],
-            accepted=summary["accepted"],
-            verify_passes=summary["verify_passes"],
-            draft_depths=summary["draft_depths"],
-            certificate=None if certificate is None else json.loads(certificate),
-            certification=certification,
+            prefill_ms=summary.prefill_ms,
+            decode_ms=summary.decode_ms,
+            decode_tokens_per_second=decoded / summary.decode_ms * 1e3 if decoded else 0.0,
+            finish_reason=summary.finish_reason,
+            drafted=drafts.drafted,
+            accepted=drafts.accepted,
+            verify_passes=drafts.verify_passes,
+            draft_depths=drafts.draft_depths,
+            certificate=certification and certification.certificate,
+            certification=certification and str(certification),
         )
+
+
+class BenchRow(TypedDict):
+    """What decoding in one case took; `sedac_runtime.bench.bench` describes the fields."""
+
+    name: str
+    ms_per_token: float
+    tokens_per_second: float
+    min_ms: float
+    max_ms: float
+    mean_exit_layer: float
+    speedup: float
+    agreement: float
 
 
 class SedacModel:
@@ -198,7 +202,7 @@ class SedacModel:
             path,
             find_onnxruntime(),
             count,
-            _plans(backend, path),
+            _executor(backend, path),
             verify=verify,
             memory_limit=memory_limit,
         )
@@ -292,23 +296,10 @@ class SedacModel:
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is asked for.
         """
-        for name, value, known in (
-            ("mode", mode, Mode),
-            ("kv_fill", kv_fill, KvFill),
-            ("drafter", drafter, Drafter),
-        ):
-            if value is not None and value not in get_args(known):
-                choices = " or ".join(get_args(known))
-                raise _core.InputError(f"{name} {value} is out of range: {choices}")
-        if mode != "exit":
-            _refuse_policy(mode, policy, threshold, tau, consecutive_k, min_layer_ratio)
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
-        settings, fill = self._exits(
-            policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
-        )
-        waits = fill == "defer" and settings.get("exit_kind") != "soft"
-        drafts = self._drafter(mode if forced_exit is None else "full", drafter, waits)
+        if consecutive_k is not None:
+            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
@@ -316,26 +307,35 @@ class SedacModel:
         check_count("max_new_tokens", max_new_tokens, 1)
         check_count("top_k", top_k, 0)
         check_count("seed", seed, 0, LARGEST_SEED)
-        generation = self._core.generate(
-            tokens,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=stops,
-            stop_strings=list(stop_strings),
-            policy=json.dumps(settings) if mode == "exit" else None,
+        decoding = self._core.decoding(
+            mode=mode,
             forced_exit=None if forced_exit is None else list(forced_exit),
-            drafter=None if drafts == "none" else drafts,
-            kv_fill=fill,
+            policy=policy,
+            threshold=threshold,
+            tau=tau,
+            consecutive_k=consecutive_k,
+            min_layer_ratio=min_layer_ratio,
+            kv_fill=kv_fill,
+            drafter=drafter,
+        )
+        sampling = _core.Sampling(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
+        )
+        generation = self._core.generate(
+            tokens,
+            decoding,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stops,
+            stop_strings=list(stop_strings),
             profile=profile,
         )
-        if forced_exit is not None:
-            mode = "exit"
-        return GenerationStream(generation, mode, fill, drafts, len(tokens), self.num_layers)
+        return GenerationStream(generation, decoding, len(tokens), self.num_layers)
 
     def follow(
         self,
@@ -354,94 +354,46 @@ class SedacModel:
         The settings are those of `stream`; so are the errors.
         """
         tokens = self.encode(text) if isinstance(text, str) else list(text)
-        settings, fill = self._exits(
-            policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
-        )
+        if consecutive_k is not None:
+            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         for token in tokens:
             check_count("token", token, 0)
-        return self._core.follow(tokens, policy=json.dumps(settings), kv_fill=fill)
+        decoding = self._core.decoding(
+            policy=policy,
+            threshold=threshold,
+            tau=tau,
+            consecutive_k=consecutive_k,
+            min_layer_ratio=min_layer_ratio,
+            kv_fill=kv_fill,
+            drafter="none",
+        )
+        followed = self._core.follow(tokens, decoding)
+        return followed.tokens, followed.exit_layers
 
     def measure(
         self,
-        cases: list[tuple[str, bool, int | None, str | None]],
-        prompt: list[int] | tuple[str, int],
+        cases: Sequence[_core.BenchCase],
+        prompt: str | Sequence[int],
+        *,
+        prompt_tokens: int,
         new_tokens: int,
         repeat: int,
         against: int,
-    ) -> list[dict[str, Any]]:
-        """What `sedac_runtime.bench` measures, case by case.
-
-        Each case is a row's name, whether the monolith runs it, the depth to exit at and the
-        drafter, each None without; `against` is the index of the one to compare with. prompt: token
-        ids, or a text and how many of its tokens. Raises InputError.
+    ) -> "list[BenchRow]":
+        """What `sedac_runtime.bench` measures, case by case, after the first `prompt_tokens` tokens
+        of `prompt`; `against` is the index of the case to compare with. Raises InputError.
         """
-        return self._core.bench(cases, prompt, new_tokens, repeat, against)
-
-    def _drafter(self, mode: Mode, drafter: Drafter | None, waits: bool) -> Drafter:
-        """What guesses tokens in `mode`: `drafter`, or where that is None the default.
-
-        waits: whether tokens that exit wait to be continued, without which the bundle's drafter
-        cannot draft between them.
-        """
-        if mode == "full":
-            return "none"
-        if mode == "exit":
-            own = self._core.exit_config[2] if waits else None
-            return drafter or own or "none"
-        if drafter == "none":
-            raise _core.InputError("drafter none is out of range: mode lossless needs one")
-        return drafter or "auto"
-
-    def _exits(
-        self,
-        policy: PolicyName | None,
-        threshold: float | None,
-        tau: float | None,
-        consecutive_k: int | None,
-        min_layer_ratio: float | None,
-        kv_fill: KvFill | None,
-    ) -> tuple[dict[str, Any], KvFill]:
-        """The policy's settings and the KV fill."""
-        if consecutive_k is not None:
-            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
-        policy_json, bundle_fill, _ = self._core.exit_config
-        own = json.loads(policy_json)
-        stability = {
-            "tau": tau,
-            "consecutive_k": consecutive_k,
-            "min_layer_ratio": min_layer_ratio,
-        }
-        settings = choose_policy(own, policy, threshold, stability, self._core.trained_depths)
-        return settings, bundle_fill if kv_fill is None else kv_fill
+        start = prompt if isinstance(prompt, str) else list(prompt)
+        return self._core.bench(list(cases), start, prompt_tokens, new_tokens, repeat, against)
 
 
-def _refuse_policy(
-    mode: Mode,
-    policy: PolicyName | None,
-    threshold: float | None,
-    tau: float | None,
-    consecutive_k: int | None,
-    min_layer_ratio: float | None,
-) -> None:
-    """Raise InputError for an exit policy in a mode that takes no exits: it would do nothing."""
-    exits = {
-        "policy": policy,
-        "threshold": threshold,
-        "tau": tau,
-        "consecutive_k": consecutive_k,
-        "min_layer_ratio": min_layer_ratio,
-    }
-    for name, value in exits.items():
-        if value is not None:
-            raise _core.InputError(f"{name} belongs to mode exit, not to {mode}; set mode exit")
-
-
-def _plans(backend: Backend, bundle: Path) -> tuple[str, Executor, bool] | None:
-    """What runs the bundle's plans in the core; None where ONNX Runtime runs its graphs."""
-    if backend not in BACKENDS:
-        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(BACKENDS)}")
+def _executor(backend: Backend, bundle: Path) -> Executor | None:
+    """What runs the bundle's plans; None where ONNX Runtime runs its graphs."""
+    known = _core.SPELLINGS["backend"]
+    if backend not in known:
+        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(known)}")
     if backend == "onnxruntime":
         return None
     from sedac_runtime.tensorrt import PlanExecutor
 
-    return backend, PlanExecutor(backend, bundle), False
+    return PlanExecutor(backend, bundle)

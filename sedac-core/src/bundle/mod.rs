@@ -32,7 +32,8 @@ pub use self::manifest::{
     ModelFacts, SCHEMA_VERSION, Target,
 };
 pub use self::plans::{
-    ElementType, PlanFiles, PlanSet, PortableContext, PortableGraphs, PortableLayers, Precision,
+    ElementType, PlanFiles, PlanSet, PlanTarget, PortableContext, PortableGraphs, PortableLayers,
+    Precision,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;

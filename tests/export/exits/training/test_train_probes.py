@@ -14,7 +14,6 @@ from export.conftest import EXITS, PROBES, TrainedBundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.exits.replay.documents import Document
-from sedac_export.exits.replay.policies import make_policy
 from sedac_export.exits.replay.probes_file import risk_probes
 from sedac_export.exits.replay.replay import Replay
 from sedac_export.exits.training.collect import collect, open_collection
@@ -82,7 +81,7 @@ def test_exit_signals_are_the_pruned_heads(
     hidden: dict[int, np.ndarray] = {}
     replay.run(
         documents[0].tokens[:200],
-        watch=lambda depth, _, x, __: hidden.__setitem__(depth, x.copy()),
+        watch=lambda x, signals: hidden.__setitem__(signals.depth, x.copy()),
     )
     x = hidden[8]
     signals = replay.exit_signals(8, x, np.ones((len(x), 3), dtype=np.float32))
@@ -124,7 +123,7 @@ def test_the_chain_exits_where_the_accelerator_exits(
     bundle, trained = trained_bundle
     config = policies(trained.medians)[number]
     tokens = documents[1].tokens[:800]
-    trace = replay.run(tokens, make_policy(config, 12), kv_fill=config.kv_fill)
+    trace = replay.run(tokens, config.policy_settings(), kv_fill=config.kv_fill)
     exits = create_universal_accelerator(demo_reference, config=config, bundle=bundle)
     with torch.no_grad(), exits:
         logits = demo_reference(torch.from_numpy(tokens)[None]).logits[0]
