@@ -18,7 +18,7 @@ EXTRAS ?= dev signing tensorrt-rtx
 
 # what make benchmark compares with; virtual machines may announce AMX and trap on it
 PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0
-PEER_FLAGS := -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile
+PEER_FLAGS := -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
 
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
