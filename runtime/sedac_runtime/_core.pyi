@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, final
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.choices import (
     Drafter,
     ExitKind,
@@ -18,7 +19,6 @@ from sedac_runtime.choices import (
     Verify,
 )
 from sedac_runtime.flavour import Executor
-from sedac_runtime.model import BenchRow
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sedac_runtime._core import BenchCase, DecodingMode, InputError
+from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.choices import Backend, LosslessDrafter, Verify
-from sedac_runtime.model import BenchRow, SedacModel
+from sedac_runtime.model import SedacModel
 from sedac_runtime.ranges import check_count
 
 Reference = Literal["full", "monolith"]

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from sedac_runtime import _core
+from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.choices import Backend, Drafter, KvFill, Mode, PolicyName, Verify
 from sedac_runtime.flavour import Executor
@@ -150,19 +151,6 @@ class GenerationStream:
             certificate=certification and certification.certificate,
             certification=certification and str(certification),
         )
-
-
-class BenchRow(TypedDict):
-    """What decoding in one case took; `sedac_runtime.bench.bench` describes the fields."""
-
-    name: str
-    ms_per_token: float
-    tokens_per_second: float
-    min_ms: float
-    max_ms: float
-    mean_exit_layer: float
-    speedup: float
-    agreement: float
 
 
 class SedacModel:
@@ -379,7 +367,7 @@ class SedacModel:
         new_tokens: int,
         repeat: int,
         against: int,
-    ) -> "list[BenchRow]":
+    ) -> list[BenchRow]:
         """What `sedac_runtime.bench` measures, case by case, after the first `prompt_tokens` tokens
         of `prompt`; `against` is the index of the case to compare with. Raises InputError.
         """

@@ -25,7 +25,6 @@ pub(crate) use self::exit_config::EXIT_CONFIG;
 pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
-use self::graphs::Graphs;
 pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
     ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
@@ -72,7 +71,6 @@ pub struct Bundle {
     pub manifest: Manifest,
     /// Its exit configuration.
     pub exit_config: ExitConfig,
-    graphs: Arc<Graphs>,
     memory_limit: Option<u64>,
 }
 
@@ -98,14 +96,8 @@ impl Bundle {
             exit_config: ExitConfig::read(&files.gate, &files.manifest)?,
             gate: Arc::new(files.gate),
             manifest: files.manifest,
-            graphs: Arc::new(files.graphs),
             memory_limit: opening.memory_limit,
         })
-    }
-
-    /// As [`Files::graph`].
-    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
-        graphs::read(&self.gate, &self.graphs, file)
     }
 }
 
@@ -115,17 +107,6 @@ pub(crate) struct Files {
     /// The text of bundle.json.
     pub(crate) text: Vec<u8>,
     pub(crate) manifest: Manifest,
-    graphs: Graphs,
-}
-
-impl Files {
-    /// The graph in `file`, and the directory of its weights, which are as they were checked.
-    ///
-    /// # Errors
-    /// [`Error::DamagedFile`] naming the file that was written or replaced since.
-    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
-        graphs::read(&self.gate, &self.graphs, file)
-    }
 }
 
 /// Check the files of the bundle in `directory`: its manifest, what that lists, and the graphs.
@@ -157,8 +138,8 @@ pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> 
     memory::check_reading(&gate, &manifest, opening.memory_limit)?;
     // no digest covers it, but a file of the bundle it must be for those who copy or sign all
     gate.read_unlisted(Path::new(EXIT_CONFIG), MAX_TEXT)?;
+    gate.graphs = graphs::check(&gate, &manifest, is_current)?;
     Ok(Files {
-        graphs: graphs::check(&gate, &manifest, is_current)?,
         gate,
         text,
         manifest,

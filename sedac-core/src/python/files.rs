@@ -90,7 +90,7 @@ impl BundleFiles {
         reason = "Python's paths arrive by value"
     )]
     fn graph(&self, py: Python<'_>, name: PathBuf) -> PyResult<PyGraphFile> {
-        let (graph, directory) = py.detach(|| self.0.graph(&name))?;
+        let (graph, directory) = py.detach(|| self.0.gate.graph(&name))?;
         Ok(PyGraphFile {
             graph: PyBytes::new(py, &graph).unbind(),
             directory,

@@ -1,0 +1,16 @@
+"""What a benchmark says of each way to decode."""
+
+from typing import TypedDict
+
+
+class BenchRow(TypedDict):
+    """What one way to decode took; `sedac_runtime.bench` describes the fields."""
+
+    name: str
+    ms_per_token: float
+    tokens_per_second: float
+    min_ms: float
+    max_ms: float
+    mean_exit_layer: float
+    speedup: float
+    agreement: float
