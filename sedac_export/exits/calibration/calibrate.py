@@ -1,5 +1,6 @@
 """Choose an exit setting on some documents and certify it on others."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ _LADDERS: dict[KvFill, Sequence[float]] = {
 # a setting that gains less than this is no exit worth the name
 _LEAST_GAIN = 1.01
 _SEARCH_SHARE = 0.45
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def calibrate(request: CalibrationRequest, progress: StageProgress = lambda *_: 
     certified = count_certified(
         [step.losses for step in steps], request.max_risk, request.confidence
     )
+    logger.info("%d of %d settings certified, safest first", certified, len(steps))
     if certified == 0:
         raise SedacError(_refusal(request, steps))
     step = _best(request, steps[:certified])
