@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make real-model | make lint: each brings its own environment.
+# make demo | test | test-all | real-model | lint | docs | benchmark: each brings its own environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,12 +16,16 @@ EXPORTER := $(shell find sedac_export -name "*.py")
 # of pyproject.toml; the tests need these
 EXTRAS ?= dev signing tensorrt-rtx
 
+# what make benchmark compares with; virtual machines may announce AMX and trap on it
+PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0
+PEER_FLAGS := -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
+
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all real-model lint format install audit sbom clean
+.PHONY: demo test test-all real-model benchmark lint docs format install audit sbom clean
 
 demo: $(DEMO)/bundle.json
-	$(BIN)/sedac-runtime generate --engines $(DEMO) --mode exit --max-new-tokens 96 \
+	$(BIN)/sedac-runtime generate --engines $(DEMO) --max-new-tokens 96 \
 		--prompt "$$(printf 'class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n')"
 
 test: $(INSTALLED)
@@ -38,6 +42,11 @@ real-model: $(INSTALLED)
 	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS)) --group real-model
 	$(BIN)/pytest -m real_model
 
+# peers are compiled or fetched into an environment on top of ours
+benchmark: $(INSTALLED)
+	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS)) --group real-model
+	CMAKE_ARGS="$(PEER_FLAGS)" $(BIN)/uv run --no-sync $(addprefix --with ,$(PEERS)) python benchmarks/peers.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +56,12 @@ lint: $(INSTALLED)
 	$(BIN)/python ci/rust_modules.py
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+
+docs: $(INSTALLED)
+	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS)) --group docs
+	$(BIN)/mkdocs build --strict
+	RUSTDOCFLAGS="-D warnings" cargo doc --package sedac-core --no-deps --locked
+	cp -R target/doc target/site/reference/rust
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sedac_export.bundle.sessions import Engine
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.tensorrt.portable_writer import add_portable_graphs
 from sedac_runtime import SedacModel, _core
-from sedac_runtime.flavour import Target, Tensor
+from sedac_runtime.flavour import Device, Target
 from sedac_runtime.library import find_onnxruntime
 
 _DTYPES = {
@@ -28,28 +29,38 @@ _DTYPES = {
 
 
 class Rehearsal:
-    """An executor that runs plans at once, on the host. `calls` counts plans by replayed."""
+    """An executor that runs plans at once, on the host.
+
+    `calls` counts plans by replayed, `runs` by the name of their graph.
+    """
+
+    device: Device = "host"
 
     def __init__(self, directory: Path, target: Target) -> None:
         plans = json.loads((directory / "bundle.json").read_text())["plans"][target]["plans"]
+        self.target = target
         self.graphs = {directory / plan["file"]: directory / plan["graph"] for plan in plans}
         self.sessions: dict[Path, onnxruntime.InferenceSession] = {}
         self.calls = {True: 0, False: 0}
+        self.runs: Counter[str] = Counter()
 
-    def __call__(self, plan: Path, tensors: list[Tensor], stream: int, replayed: bool) -> None:
+    def __call__(
+        self, plan: Path, tensors: list[_core.PlanTensor], stream: int, replayed: bool
+    ) -> None:
         assert stream == 0
         self.calls[replayed] += 1
+        self.runs[self.graphs[plan].stem] += 1
         if plan not in self.sessions:
             self.sessions[plan] = Engine(self.graphs[plan], threads=1).session
         session = self.sessions[plan]
-        given = {name: rest for name, *rest in tensors}
+        given = {tensor.name: tensor for tensor in tensors}
         binding = session.io_binding()
         for values, bind in (
             (session.get_inputs(), binding.bind_input),
             (session.get_outputs(), binding.bind_output),
         ):
             for value in values:
-                _bind(bind, value, *given[value.name])
+                _bind(bind, value, given[value.name])
         session.run_with_iobinding(binding)
 
 
@@ -78,14 +89,14 @@ def add_stand_ins(directory: Path, model: Path, target: Target, max_prefill_chun
     bundle.write_manifest(directory, manifest)
 
 
-def _bind(bind: Callable[..., None], value: Any, address: int, shape: list[int], size: int) -> None:
+def _bind(bind: Callable[..., None], value: Any, tensor: _core.PlanTensor) -> None:
     dtype = np.dtype(_DTYPES[value.type])
-    assert math.prod(shape) * dtype.itemsize == size, value.name
-    bind(value.name, "cpu", 0, dtype, shape, address)
+    assert math.prod(tensor.shape) * dtype.itemsize == tensor.bytes, value.name
+    bind(value.name, "cpu", 0, dtype, tensor.shape, tensor.address)
 
 
 def rehearse(directory: Path, target: Target, threads: int) -> tuple[SedacModel, Rehearsal]:
     """The bundle, its plans of `target` rehearsed on the host."""
     executor = Rehearsal(directory, target)
-    core = _core.Model(directory, find_onnxruntime(), threads, (target, executor, True))
+    core = _core.Model(directory, find_onnxruntime(), threads, executor)
     return SedacModel(directory, core), executor

@@ -1,6 +1,6 @@
 """Each architecture gives transformers' tokens after long prompts, or is refused in one true line.
 
-ARCHITECTURES.md lists the outcomes.
+docs/architectures.md lists the outcomes.
 """
 
 import re
@@ -17,7 +17,7 @@ from sedac_export import BuildRequest, SedacError, build_bundle
 from sedac_export.build import exporter
 from sedac_runtime import InputError, SedacModel
 
-PAGE = Path(__file__).parents[1] / "ARCHITECTURES.md"
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 PROMPT = 300
 
 

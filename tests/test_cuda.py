@@ -46,8 +46,7 @@ def test_captured_work_is_replayed(own_demo: Path, demo_model: SedacModel) -> No
 
     add_stand_ins(own_demo, DEMO_MODEL, "tensorrt-rtx", max_prefill_chunk=64)
     executor = TorchExecutor(own_demo, "tensorrt-rtx")
-    plans = ("tensorrt-rtx", executor, False)
-    model = SedacModel(own_demo, _core.Model(own_demo, find_onnxruntime(), THREADS, plans))
+    model = SedacModel(own_demo, _core.Model(own_demo, find_onnxruntime(), THREADS, executor))
     assert_same_texts(model, demo_model)
     before = dict(executor.calls)
     model.generate(PROMPT, mode="full", max_new_tokens=100)

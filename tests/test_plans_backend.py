@@ -16,6 +16,7 @@ from tiny_models import ARCHITECTURES
 from transformers import PreTrainedModel
 
 from sedac_runtime import BundleError, EngineError, InputError, SedacModel, _core
+from sedac_runtime._core import BenchCase, DecodingMode, DecodingSetting, PolicySettings
 from sedac_runtime.library import find_onnxruntime
 
 RTX = "tensorrt-rtx"
@@ -71,11 +72,11 @@ def test_every_architecture_equals_transformers(
 
 
 def test_plans_and_caches_fit_into_the_memory_limit(stand_in_demo: Path) -> None:
-    plans = (RTX, Rehearsal(stand_in_demo, RTX), True)
+    executor = Rehearsal(stand_in_demo, RTX)
     for limit, fits in ((1 << 20, False), (1 << 30, True)):
         with nullcontext() if fits else pytest.raises(BundleError, match="may take 1 MiB"):
             library = find_onnxruntime()
-            _core.Model(stand_in_demo, library, THREADS, plans, memory_limit=limit)
+            _core.Model(stand_in_demo, library, THREADS, executor, memory_limit=limit)
 
 
 def test_numbers_that_are_none_leave_nothing_behind(
@@ -106,6 +107,17 @@ def test_half_precision_exits_where_onnxruntime_does(
         assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 0.97 * len(theirs)
 
 
+@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+def test_only_tokens_are_embedded(kv_fill: str, rehearsed_demo: Rehearsed) -> None:
+    """Positions that are filled or resumed later need contexts alone."""
+    model, executor = rehearsed_demo
+    executor.runs.clear()
+    limits = {"max_new_tokens": 6, "stop_tokens": []}
+    model.generate(PROMPT, forced_exit=[3, 12], kv_fill=kv_fill, **limits)
+    assert executor.runs["portable_embed"] == 6
+    assert executor.runs["portable_contexts"] > 6
+
+
 def test_only_passes_that_verify_are_replayed(rehearsed_demo: Rehearsed) -> None:
     model, executor = rehearsed_demo
     model.generate([7] * 16, mode="full", max_new_tokens=8)
@@ -132,26 +144,25 @@ def test_long_waits_are_caught_up_in_pieces(rehearsed_demo: Rehearsed) -> None:
 def test_what_plans_lack_is_refused(stand_in_demo: Path, rehearsed_demo: Rehearsed) -> None:
     model, _ = rehearsed_demo
     with pytest.raises(InputError, match="bundle was trained for depths none"):
-        model._core.generate(
-            [1],
-            max_new_tokens=1,
-            stop_tokens=[],
-            policy='{"policy": "probe", "thresholds": {"3": 0.5}}',
-        )
+        probe = DecodingMode.exit(PolicySettings("probe", thresholds={3: 0.5}))
+        model._core.follow([1, 2], DecodingSetting(probe))
     with pytest.raises(InputError, match="against monolith is out of range"):
-        model.measure([("chain", False, None, None), ("m", True, None, None)], [1], 4, 1, 1)
+        case = BenchCase("monolith", DecodingMode.full(), monolith=True)
+        model.measure([case], [1], prompt_tokens=1, new_tokens=4, repeat=1, against=0)
     with pytest.raises(BundleError, match="holds no plans for tensorrt; add them with"):
         executor = Rehearsal(stand_in_demo, RTX)
-        model._core.__class__(stand_in_demo, "", 1, ("tensorrt", executor, True))
+        executor.target = "tensorrt"
+        _core.Model(stand_in_demo, "", 1, executor)
 
 
 def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("out of memory")
+    class Failing(Rehearsal):
+        def __call__(self, *_: object) -> None:
+            raise RuntimeError("out of memory")
 
-    core = SedacModel.from_pretrained(stand_in_demo, threads=THREADS)._core
-    with pytest.raises(EngineError, match=r"portable_embed\.plan: out of memory"):
-        core.__class__(stand_in_demo, "", 1, (RTX, fail, True))
+    executor = Failing(stand_in_demo, RTX)
+    with pytest.raises(EngineError, match=r"portable_contexts\.plan: out of memory"):
+        _core.Model(stand_in_demo, find_onnxruntime(), 1, executor)
 
 
 def test_certificates_are_not_of_plans(stand_in_demo: Path, tmp_path: Path) -> None:

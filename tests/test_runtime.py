@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from sedac_runtime import InputError, SedacModel
 from sedac_runtime.bench import bench
+from sedac_runtime.choices import Drafter
 from sedac_runtime.cli import app
-from sedac_runtime.model import Drafter
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 

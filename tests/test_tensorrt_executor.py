@@ -13,7 +13,7 @@ from bad_input.command import rewrite_manifest
 
 import sedac_runtime.tensorrt as module
 from sedac_runtime import EngineError, SedacModel
-from sedac_runtime._core import SCHEMA_VERSION
+from sedac_runtime._core import SCHEMA_VERSION, PlanTensor
 from sedac_runtime.flavour import Gpu, this_platform
 from sedac_runtime.tensorrt import PlanExecutor
 
@@ -131,10 +131,14 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tensors(tokens: int, address: int = 100) -> list[tuple[str, int, list[int], int]]:
+def tensors(tokens: int, address: int = 100) -> list[PlanTensor]:
     """In fp16."""
     shape, size = [1, tokens, 8], tokens * 16
-    return [("x", address, shape, size), ("y", address + 1, shape, size), ("index", 3, [1], 8)]
+    return [
+        PlanTensor("x", address, shape, size),
+        PlanTensor("y", address + 1, shape, size),
+        PlanTensor("index", 3, [1], 8),
+    ]
 
 
 def test_replayed_work_has_a_context_that_nothing_else_touches(

@@ -15,23 +15,27 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
-from sedac_runtime.flavour import Tensor as Bound
+from sedac_runtime._core import PlanTensor
+from sedac_runtime.flavour import Device, Target
 
 
 class TorchExecutor:
     """An executor over a bundle's portable graphs. `calls` counts plans by replayed."""
 
-    def __init__(self, bundle: Path, target: str) -> None:
+    device: Device = "cuda"
+
+    def __init__(self, bundle: Path, target: Target) -> None:
+        self.target = target
         plans = json.loads((bundle / "bundle.json").read_text())["plans"][target]["plans"]
         # all weights now: what is allocated between captures may lie where a captured graph has
         # its intermediate tensors
         self.graphs = {bundle / plan["file"]: _Graph(bundle / plan["graph"]) for plan in plans}
         self.calls = {True: 0, False: 0}
 
-    def __call__(self, plan: Path, tensors: list[Bound], stream: int, replayed: bool) -> None:
+    def __call__(self, plan: Path, tensors: list[PlanTensor], stream: int, replayed: bool) -> None:
         self.calls[replayed] += 1
         with torch.no_grad(), torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-            self.graphs[plan].run({name: (address, shape) for name, address, shape, _ in tensors})
+            self.graphs[plan].run({each.name: (each.address, each.shape) for each in tensors})
 
 
 class _Memory:

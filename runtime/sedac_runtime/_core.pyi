@@ -1,23 +1,49 @@
-"""The Rust core's binding. Everything public is re-exported by sedac_runtime."""
-
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, TypeAlias, final
 
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from sedac_runtime.bench_row import BenchRow
+from sedac_runtime.choices import (
+    Drafter,
+    ExitKind,
+    ExitReason,
+    FinishReason,
+    KvFill,
+    LosslessDrafter,
+    Mode,
+    PolicyName,
+    Verify,
+)
 from sedac_runtime.flavour import Executor
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SPELLINGS",
+    "BatchDecision",
+    "BenchCase",
     "BundleError",
     "BundleFiles",
+    "Certification",
+    "DecodingMode",
+    "DecodingSetting",
+    "DraftSummary",
     "EngineError",
+    "FollowedText",
     "Generation",
+    "GenerationSummary",
+    "GraphFile",
     "InputError",
     "Model",
+    "PlanTensor",
+    "PolicySettings",
+    "Sampling",
     "SedacError",
     "Thresholds",
+    "Token",
     "__version__",
     "exits_by_risk",
     "exits_by_stability",
@@ -25,7 +51,13 @@ __all__ = [
     "read_unlisted",
 ]
 
+_Path: TypeAlias = str | os.PathLike[str]
+# NumPy's arrays are buffers, which its types only say from Python 3.12 on
+_Array: TypeAlias = Buffer | NDArray[Any]
+
 SCHEMA_VERSION: int
+SPELLINGS: dict[str, tuple[str, ...]]
+"""What every enum's values are called, by the setting that takes them."""
 __version__: str
 
 class SedacError(Exception):
@@ -46,23 +78,111 @@ class BundleFiles:
 
     def __new__(
         cls,
-        directory: str | os.PathLike[str],
+        directory: _Path,
         *,
-        verify: str = "always",
+        verify: Verify = ...,
         threads: int = 0,
-        replaced: str | os.PathLike[str] | None = None,
+        replaced: _Path | None = None,
         older: bool = False,
     ) -> BundleFiles: ...
     @property
     def manifest(self) -> bytes: ...
     @property
     def engines_sha256(self) -> str: ...
-    def certification(self) -> tuple[str | None, str]: ...
+    def certification(self) -> Certification: ...
     @property
-    def hashed_and_skipped(self) -> tuple[int, int]: ...
-    def read(self, name: str | os.PathLike[str]) -> bytes: ...
-    def graph(self, name: str | os.PathLike[str]) -> tuple[bytes, Path]: ...
-    def path(self, name: str | os.PathLike[str]) -> Path: ...
+    def hashed(self) -> int: ...
+    @property
+    def unchanged(self) -> int: ...
+    def read(self, name: _Path) -> bytes: ...
+    def graph(self, name: _Path) -> GraphFile: ...
+    def path(self, name: _Path) -> Path: ...
+
+@final
+class GraphFile:
+    """A graph, and the directory of its weights."""
+
+    @property
+    def graph(self) -> bytes: ...
+    @property
+    def directory(self) -> Path: ...
+
+@final
+class PolicySettings:
+    """A policy and its settings, by the names that sedac_config.json has for them."""
+
+    def __new__(
+        cls,
+        policy: PolicyName,
+        *,
+        tau: float | None = None,
+        consecutive_k: int | None = None,
+        min_layer_ratio: float | None = None,
+        thresholds: Mapping[int, float] | None = None,
+        decay: float | None = None,
+        weights: Mapping[int, float] | None = None,
+        targets: Mapping[int, float] | None = None,
+        exit_kind: ExitKind | None = None,
+    ) -> PolicySettings: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    @property
+    def policy(self) -> PolicyName: ...
+
+@final
+class DecodingMode:
+    """When tokens exit."""
+
+    @staticmethod
+    def full() -> DecodingMode: ...
+    @staticmethod
+    def exit(policy: PolicySettings, drafter: LosslessDrafter | None = None) -> DecodingMode: ...
+    @staticmethod
+    def lossless(drafter: LosslessDrafter) -> DecodingMode: ...
+    @staticmethod
+    def forced(depths: list[int]) -> DecodingMode: ...
+
+@final
+class DecodingSetting:
+    """When tokens exit, and what the caches of skipped layers get."""
+
+    def __new__(cls, mode: DecodingMode, kv_fill: KvFill = ...) -> DecodingSetting: ...
+    @property
+    def mode(self) -> Mode: ...
+    @property
+    def kv_fill(self) -> KvFill: ...
+    @property
+    def drafter(self) -> Drafter: ...
+
+@final
+class Sampling:
+    """How tokens are chosen. The defaults are greedy."""
+
+    def __new__(
+        cls,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> Sampling: ...
+
+@final
+class PlanTensor:
+    """A tensor of a plan: its name, the address of its first element, its shape, and the bytes of
+    all its elements."""
+
+    def __new__(cls, name: str, address: int, shape: list[int], bytes: int) -> PlanTensor: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def shape(self) -> list[int]: ...
+    @property
+    def bytes(self) -> int: ...
 
 @final
 class Model:
@@ -70,15 +190,15 @@ class Model:
 
     def __new__(
         cls,
-        directory: str | os.PathLike[str],
-        library: str | os.PathLike[str],
+        directory: _Path,
+        library: _Path,
         threads: int,
-        plans: tuple[str, Executor, bool] | None = None,
+        executor: Executor | None = None,
         *,
-        verify: str = "always",
+        verify: Verify = ...,
         memory_limit: int | None = None,
     ) -> Model: ...
-    def read_text(self, name: str | os.PathLike[str]) -> str | None: ...
+    def read_text(self, name: _Path) -> str | None: ...
     @property
     def name(self) -> str: ...
     @property
@@ -93,65 +213,146 @@ class Model:
     def eos_token_ids(self) -> list[int]: ...
     @property
     def has_tokenizer(self) -> bool: ...
-    @property
-    def exit_config(
+    def decoding(
         self,
-    ) -> tuple[
-        str,
-        Literal["propagate", "defer"],
-        Literal["auto", "early-exit", "prompt-lookup"] | None,
-    ]: ...
-    @property
-    def trained_depths(self) -> dict[str, list[int]]: ...
+        *,
+        mode: Mode = ...,
+        forced_exit: list[int] | None = None,
+        policy: PolicyName | None = None,
+        threshold: float | None = None,
+        tau: float | None = None,
+        consecutive_k: int | None = None,
+        min_layer_ratio: float | None = None,
+        kv_fill: KvFill | None = None,
+        drafter: Drafter | None = None,
+    ) -> DecodingSetting: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
-    def follow(
-        self,
-        tokens: list[int],
-        *,
-        policy: str | None = None,
-        forced_exit: list[int] | None = None,
-        kv_fill: str = "propagate",
-    ) -> tuple[list[int], list[int]]: ...
+    def follow(self, tokens: list[int], decoding: DecodingSetting) -> FollowedText: ...
     def generate(
         self,
         prompt: list[int],
+        decoding: DecodingSetting,
+        sampling: Sampling,
         *,
         max_new_tokens: int,
         stop_tokens: list[int],
         stop_strings: list[str] = ...,
-        policy: str | None = None,
-        forced_exit: list[int] | None = None,
-        drafter: str | None = None,
-        kv_fill: str = "propagate",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
         profile: bool = False,
     ) -> Generation: ...
     def bench(
         self,
-        cases: list[tuple[str, bool, int | None, str | None]],
-        prompt: list[int] | tuple[str, int],
+        cases: list[BenchCase],
+        prompt: list[int] | str,
+        prompt_tokens: int,
         new_tokens: int,
         repeat: int,
         against: int,
-    ) -> list[dict[str, Any]]: ...
+    ) -> list[BenchRow]: ...
+
+@final
+class BenchCase:
+    """A way to decode, and the name of its row."""
+
+    def __new__(cls, name: str, mode: DecodingMode, *, monolith: bool = False) -> BenchCase: ...
 
 @final
 class Generation:
-    """Yields (token id, text, exit layer, exit reason) for each token as it is generated, from when
-    the first is asked for. Threads that read it take turns."""
+    """Yields tokens as they are generated, from when the first is asked for. Threads that read it
+    take turns."""
 
     def __iter__(self) -> Generation: ...
-    def __next__(self) -> tuple[int, str, int, str]: ...
+    def __next__(self) -> Token: ...
     def close(self) -> None: ...
     @property
-    def certification(self) -> tuple[str | None, str] | None: ...
-    def summary(self) -> dict[str, Any]: ...
+    def certification(self) -> Certification | None: ...
+    def summary(self) -> GenerationSummary: ...
+
+@final
+class Token:
+    """One generated token: its id, the text it completes, the layers executed, and why no more."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def exit_layer(self) -> int: ...
+    @property
+    def exit_reason(self) -> ExitReason: ...
+
+@final
+class GenerationSummary:
+    """A finished generation: its tokens, why it ended, times in milliseconds, text that no token
+    completed, and its drafts."""
+
+    @property
+    def tokens(self) -> list[Token]: ...
+    @property
+    def finish_reason(self) -> FinishReason: ...
+    @property
+    def prefill_ms(self) -> float: ...
+    @property
+    def decode_ms(self) -> float: ...
+    @property
+    def rest(self) -> str: ...
+    @property
+    def profile(self) -> str | None: ...
+    @property
+    def drafts(self) -> DraftSummary: ...
+
+@final
+class DraftSummary:
+    """How the drafts of a generation went; all zero when nothing was drafted."""
+
+    @property
+    def drafted(self) -> int: ...
+    @property
+    def accepted(self) -> int: ...
+    @property
+    def verify_passes(self) -> int: ...
+    @property
+    def draft_depths(self) -> dict[int, int]: ...
+
+@final
+class FollowedText:
+    """A text run with exits: for each token but the first the likeliest next token, and the layers
+    executed."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def exit_layers(self) -> list[int]: ...
+
+@final
+class Certification:
+    """What is certified of tokens that exit; as a string, one sentence."""
+
+    @property
+    def certificate(self) -> dict[str, Any] | None: ...
+
+@final
+class BatchDecision:
+    """Where n tokens exit that go through the layers together."""
+
+    def __new__(
+        cls, policy: PolicySettings, num_layers: int, exit_layers: list[int], full_depth: _Array
+    ) -> BatchDecision: ...
+    def reads_risk(self, depth: int) -> bool: ...
+    def reads_exit_head(self, depth: int) -> bool: ...
+    def observe(
+        self,
+        depth: int,
+        stability: _Array,
+        risk: _Array | None = None,
+        exit_signals: _Array | None = None,
+    ) -> None: ...
+    @property
+    def exit_layers(self) -> memoryview[int]: ...
+    @property
+    def exited(self) -> memoryview[bool]: ...
+    @property
+    def skip_from(self) -> memoryview[int]: ...
 
 @final
 class Thresholds:
@@ -159,14 +360,14 @@ class Thresholds:
 
     def __new__(cls, values: dict[int, float]) -> Thresholds: ...
     def get(self, depth: int) -> float | None: ...
-    def follow(self, depth: int, risks: Buffer, exit_rate: float, step: float) -> float: ...
+    def follow(self, depth: int, risks: _Array, exit_rate: float, step: float) -> float: ...
 
 def exits_by_stability(
-    stability: Buffer, tau: float, consecutive_k: int, min_layer_ratio: float
+    stability: _Array, tau: float, consecutive_k: int, min_layer_ratio: float
 ) -> list[int]: ...
-def exits_by_risk(risks: Buffer, thresholds: Thresholds, layers: int) -> list[int]: ...
-def read_manifest(directory: str | os.PathLike[str]) -> bytes:
+def exits_by_risk(risks: _Array, thresholds: Thresholds, layers: int) -> list[int]: ...
+def read_manifest(directory: _Path) -> bytes:
     """The text of bundle.json in `directory`, which has its digest and a schema that is known."""
 
-def read_unlisted(directory: str | os.PathLike[str], name: str | os.PathLike[str]) -> bytes | None:
+def read_unlisted(directory: _Path, name: _Path) -> bytes | None:
     """The text of the file `name` of the bundle in `directory`, None where there is none."""

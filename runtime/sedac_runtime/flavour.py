@@ -3,16 +3,36 @@
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from sedac_runtime._core import PlanTensor
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
-# name, address, shape, bytes of all elements
-Tensor = tuple[str, int, list[int], int]
-# puts a plan on a stream: (plan, tensors, stream, whether that is replayed later) -> None
-Executor = Callable[[Path, list[Tensor], int, bool], None]
+# whose memory plans run over: the first GPU's, or the host's
+Device = Literal["cuda", "host"]
+
+
+class Executor(Protocol):
+    """Runs the plans of one target in the core's memory on a device.
+
+    On the host there are no streams: a plan has run when the call returns.
+    """
+
+    @property
+    def target(self) -> Target:
+        """Whose plans it runs."""
+
+    @property
+    def device(self) -> Device:
+        """Where the addresses of tensors are."""
+
+    def __call__(
+        self, plan: Path, tensors: list[PlanTensor], stream: int, replayed: bool, /
+    ) -> None:
+        """Put `plan` on `stream`; replayed says whether that is captured to be launched again."""
 
 
 @dataclass(frozen=True)

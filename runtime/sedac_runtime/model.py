@@ -1,46 +1,53 @@
-"""SedacModel: a loaded bundle, used as transformers' models are."""
+"""SedacModel: a loaded bundle, with an interface like that of a transformers model."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sedac_runtime import _core
+from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.chat import Message, render_chat
-from sedac_runtime.flavour import Executor, Target
+from sedac_runtime.choices import Backend, Drafter, KvFill, Mode, PolicyName, Verify
+from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
-from sedac_runtime.policy import PolicyName, choose_policy
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
-
-Mode = Literal["full", "exit", "lossless"]
-Drafter = Literal["none", "auto", "early-exit", "prompt-lookup"]
-KvFill = Literal["propagate", "defer"]
-Verify = Literal["always", "changed"]
-Backend = Literal["onnxruntime"] | Target
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", *get_args(Target))
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """One generated token: its id, the text it completes, the layers executed, and why no more."""
+    """One generated token.
+
+    text: what the token completes. exit_layer: layers executed. exit_reason: why the token stopped
+    there.
+    """
 
     id: int
     text: str
     exit_layer: int
     exit_reason: str
 
+    @classmethod
+    def of(cls, token: _core.Token) -> "TokenOutput":
+        """The core's token."""
+        return cls(token.id, token.text, token.exit_layer, token.exit_reason)
+
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """A finished generation. Field by field the object that `generate --json` prints.
+    """A finished generation, with the fields of `generate --json`.
 
-    With a drafter: `drafted` tokens were guessed, `accepted` of them confirmed in `verify_passes`
-    passes; draft_depths counts the drafts by the layers they went through, 0 for those of prompt
-    lookup. All are 0 without one. In mode "exit" a draft may hold tokens that exited; they count
-    too. certificate is the bundle's where it is about how these tokens were generated, else None;
-    certification says in one sentence what is certified of them, None where all are full depth's.
+    tokens, exit_layers (layers executed) and exit_reasons have one entry for each token. prefill_ms
+    lasts until the first token; decode_ms and decode_tokens_per_second are for the others.
+
+    With a drafter, `drafted` tokens were proposed and `accepted` of them confirmed in
+    `verify_passes` passes; draft_depths counts the drafts by the number of layers they ran, 0 for
+    prompt lookup. Without one they are 0 and empty. In mode "exit" a draft may contain tokens that
+    exited; they are counted too.
+
+    certificate: the bundle's, if it covers the setting of this generation, else None.
+    certification: one sentence on what is certified, None where all tokens are full depth's.
     """
 
     text: str
@@ -66,34 +73,30 @@ class GenerationOutput:
 
 
 class GenerationStream:
-    """Iterates over TokenOutputs as they are generated; then `output` is the whole.
+    """Iterates over TokenOutputs as they are generated; `output` is the finished generation.
 
-    The model is busy from the first token asked for to the last. `close`, the end of a `with` block
-    over the stream, leaving the loop over it and dropping it free the model at once. A stream that
-    is kept but not read stays a few tokens ahead of its reader; another generation that wants the
-    model lets it run to its end first. Threads that read one stream take turns.
+    The model is in use from the request for the first token until the last one. `close`, the end of
+    a `with` block, leaving the loop and garbage collection of the stream release it at once. An
+    unread stream stays a few tokens ahead of its reader; another generation on the same model waits
+    until it has finished. Several threads may read one stream.
     """
 
     def __init__(
         self,
         generation: _core.Generation,
-        mode: Mode,
-        kv_fill: KvFill,
-        drafter: Drafter,
+        decoding: _core.DecodingSetting,
         prompt_tokens: int,
         num_layers: int,
     ) -> None:
         self._generation = generation
-        self._mode: Mode = mode
-        self._kv_fill: KvFill = kv_fill
-        self._drafter: Drafter = drafter
+        self._decoding = decoding
         self._prompt_tokens = prompt_tokens
         self._num_layers = num_layers
 
     def __iter__(self) -> Iterator[TokenOutput]:
         try:
             for token in self._generation:
-                yield TokenOutput(*token)
+                yield TokenOutput.of(token)
         finally:
             self.close()
 
@@ -104,14 +107,14 @@ class GenerationStream:
         self.close()
 
     def close(self) -> None:
-        """End the generation where it is. After one that is over this does nothing."""
+        """Stop the generation. Does nothing if it has finished."""
         self._generation.close()
 
     @cached_property
     def output(self) -> GenerationOutput:
-        """The finished generation; runs to the end if the stream was not iterated over.
+        """The finished generation; generates the remaining tokens first.
 
-        Raises RuntimeError when it was closed before.
+        Raises RuntimeError if the stream was closed before the end.
         """
         for _ in self:
             pass
@@ -119,45 +122,43 @@ class GenerationStream:
 
     @property
     def rest(self) -> str:
-        """Text that no token completed, such as an unfinished character at the end."""
+        """Text after the last complete token, such as an incomplete character."""
         _ = self.output
-        rest: str = self._generation.summary()["rest"]
-        return rest
+        return self._generation.summary().rest
 
     @property
     def profile(self) -> str | None:
-        """A Chrome trace of every step and engine run, as JSON; None unless it was asked for."""
+        """A Chrome trace of every step and engine, as JSON; None without `profile=True`."""
         _ = self.output
-        profile: str | None = self._generation.summary()["profile"]
-        return profile
+        return self._generation.summary().profile
 
     def _collect(self) -> GenerationOutput:
-        summary = self._generation.summary()
-        tokens = [TokenOutput(*token) for token in summary["tokens"]]
+        summary, decoding = self._generation.summary(), self._decoding
+        tokens, drafts = summary.tokens, summary.drafts
         layers = [token.exit_layer for token in tokens]
         decoded = len(layers) - 1
-        certificate, certification = self._generation.certification or (None, None)
+        certification = self._generation.certification
         return GenerationOutput(
-            text="".join(token.text for token in tokens) + summary["rest"],
+            text="".join(token.text for token in tokens) + summary.rest,
             tokens=[token.id for token in tokens],
             exit_layers=layers,
             num_layers=self._num_layers,
             mean_exit_layer=sum(layers) / len(layers),
             exit_reasons=[token.exit_reason for token in tokens],
-            mode=self._mode,
-            kv_fill=self._kv_fill,
-            drafter=self._drafter,
+            mode=decoding.mode,
+            kv_fill=decoding.kv_fill,
+            drafter=decoding.drafter,
             prompt_tokens=self._prompt_tokens,
-            prefill_ms=summary["prefill_ms"],
-            decode_ms=summary["decode_ms"],
-            decode_tokens_per_second=decoded / summary["decode_ms"] * 1e3 if decoded else 0.0,
-            finish_reason=summary["finish_reason"],
-            drafted=summary["drafted"],
-            accepted=summary["accepted"],
-            verify_passes=summary["verify_passes"],
-            draft_depths=summary["draft_depths"],
-            certificate=None if certificate is None else json.loads(certificate),
-            certification=certification,
+            prefill_ms=summary.prefill_ms,
+            decode_ms=summary.decode_ms,
+            decode_tokens_per_second=decoded / summary.decode_ms * 1e3 if decoded else 0.0,
+            finish_reason=summary.finish_reason,
+            drafted=drafts.drafted,
+            accepted=drafts.accepted,
+            verify_passes=drafts.verify_passes,
+            draft_depths=drafts.draft_depths,
+            certificate=certification and certification.certificate,
+            certification=certification and str(certification),
         )
 
 
@@ -180,14 +181,14 @@ class SedacModel:
     ) -> "SedacModel":
         """Check and load the bundle in directory `bundle`.
 
-        threads is fixed for the process by the first bundle loaded; None takes all processors.
-        verify "changed" leaves out the digests of files that have the size, times and inode that
-        they had when they were last found whole. memory_limit is the bytes that engines and caches
-        may take; None means the memory that is free.
-        backend "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
-        bundle's plans of that target on the first NVIDIA GPU.
-        Raises BundleError when the bundle is damaged or needs more memory, EngineError when ONNX
-        Runtime or TensorRT fails.
+        threads: fixed for the process by the first bundle loaded; None uses all processors.
+        backend: "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
+        bundle's plans for that target on the first NVIDIA GPU. verify: "always" hashes every file,
+        "changed" skips files whose size, times and inode are those of their last successful check.
+        memory_limit: bytes for engines and KV cache; None for the available memory.
+
+        Raises BundleError when the bundle is damaged or does not fit into memory, EngineError when
+        ONNX Runtime or TensorRT fails.
         """
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)
@@ -198,7 +199,7 @@ class SedacModel:
             path,
             find_onnxruntime(),
             count,
-            _plans(backend, path),
+            _executor(backend, path),
             verify=verify,
             memory_limit=memory_limit,
         )
@@ -211,24 +212,24 @@ class SedacModel:
 
     @property
     def tolerance(self) -> float:
-        """The largest difference from the original model that the build allowed; see
+        """The maximum difference from the original model that the build allowed; see
         `sedac_runtime.tolerance`."""
         return self._core.tolerance
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Tokens that end a text."""
+        """End-of-text tokens."""
         return self._core.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with the special tokens that the model expects around a text.
+        """Token ids of `text`, with the special tokens that the model expects.
 
         Raises InputError when the bundle has no tokenizer.
         """
         return self._core.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat, rendered by the bundle's template.
+        """Token ids of a chat, rendered with the bundle's chat template.
 
         Raises InputError when the bundle has no tokenizer or no template for these messages.
         """
@@ -237,14 +238,14 @@ class SedacModel:
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens left out.
+        """The text of `tokens`, without special tokens.
 
         Raises InputError when the bundle has no tokenizer.
         """
         return self._core.decode(list(tokens))
 
     def generate(self, prompt: str | Sequence[int], **settings: object) -> GenerationOutput:
-        """Generate to the end. Takes what `stream` takes."""
+        """Generate to the end. The arguments are those of `stream`."""
         return self.stream(prompt, **settings).output  # type: ignore[arg-type]
 
     def stream(
@@ -271,44 +272,35 @@ class SedacModel:
         stop_strings: Sequence[str] = (),
         profile: bool = False,
     ) -> GenerationStream:
-        """Generate token by token after `prompt`, a text or token ids, as the stream is read.
+        """Continue `prompt`, a text or token ids; tokens are generated as the stream is read.
 
-        mode "full" runs every layer. "exit" stops a token where `policy` says so: "stability" once
-        `consecutive_k` layers in a row had a stability of at least `tau`, from `min_layer_ratio` of
-        the layers on; "probe" and "cascade" by the entropy probes' risk, "margin" and "learned" by
-        the exit engines, at the bundle's thresholds or at `threshold` for all depths. "lossless"
-        gives full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"),
-        from the text so far ("prompt-lookup") or both ("auto", the default), and full depth
-        verifies several in one pass. In mode "exit" a drafter other than "none" guesses the tokens
-        that the policy does not let exit; while guesses wait, deeper exits are left to full depth.
-        What is None comes from the bundle's sedac_config.json. The caches of skipped layers get
-        what the layers compute: with kv_fill "propagate" from the hidden state at the exit, with
-        "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
-        exits at the first exit from the given depths on, taken in turn, whatever the policy says.
-        temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
-        end-of-text tokens) or with the token that completes one of `stop_strings`. With `profile`
-        the stream's `profile` is a Chrome trace of what ran.
+        mode: "lossless" gives full depth's tokens by speculative decoding: `drafter` proposes
+        tokens by early exit ("early-exit"), from the text so far ("prompt-lookup") or by whichever
+        has the higher expected speedup ("auto", the default), and full depth verifies several in
+        one pass. "full" runs every layer for every token. "exit" lets tokens exit by `policy`; a
+        drafter other than "none" then proposes tokens that the policy does not let exit, and while
+        drafts await verification, deeper exits are left to full depth.
+
+        policy, in mode "exit": "stability" exits after `consecutive_k` consecutive layers with a
+        stability of at least `tau`, not before `min_layer_ratio` of the layers have run; "probe"
+        and "cascade" by the entropy probes' risk; "margin" and "learned" by the exit engines; at
+        the bundle's thresholds, or at `threshold` for every depth. kv_fill: the caches of skipped
+        layers are computed from the hidden state at the exit ("propagate"), or in full together
+        with the next token that goes deeper ("defer", which drafters need). None stands for the
+        value in the bundle's sedac_config.json.
+
+        forced_exit: depths taken in turn, one for each token; it exits at the first exit layer from
+        there on, whatever the policy. temperature 0 is greedy. A text ends with one of
+        `stop_tokens` (None for the model's end-of-text tokens) or with the token that completes one
+        of `stop_strings`. profile: record a Chrome trace, the stream's `profile`.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
-        when the first token is asked for.
+        when the first token is requested.
         """
-        for name, value, known in (
-            ("mode", mode, Mode),
-            ("kv_fill", kv_fill, KvFill),
-            ("drafter", drafter, Drafter),
-        ):
-            if value is not None and value not in get_args(known):
-                choices = " or ".join(get_args(known))
-                raise _core.InputError(f"{name} {value} is out of range: {choices}")
-        if mode != "exit":
-            _refuse_policy(mode, policy, threshold, tau, consecutive_k, min_layer_ratio)
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
-        settings, fill = self._exits(
-            policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
-        )
-        waits = fill == "defer" and settings.get("exit_kind") != "soft"
-        drafts = self._drafter(mode if forced_exit is None else "full", drafter, waits)
+        if consecutive_k is not None:
+            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         for token in (*tokens, *stops):
             check_count("token", token, 0)
         for depth in forced_exit or ():
@@ -316,26 +308,35 @@ class SedacModel:
         check_count("max_new_tokens", max_new_tokens, 1)
         check_count("top_k", top_k, 0)
         check_count("seed", seed, 0, LARGEST_SEED)
-        generation = self._core.generate(
-            tokens,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=stops,
-            stop_strings=list(stop_strings),
-            policy=json.dumps(settings) if mode == "exit" else None,
+        decoding = self._core.decoding(
+            mode=mode,
             forced_exit=None if forced_exit is None else list(forced_exit),
-            drafter=None if drafts == "none" else drafts,
-            kv_fill=fill,
+            policy=policy,
+            threshold=threshold,
+            tau=tau,
+            consecutive_k=consecutive_k,
+            min_layer_ratio=min_layer_ratio,
+            kv_fill=kv_fill,
+            drafter=drafter,
+        )
+        sampling = _core.Sampling(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
+        )
+        generation = self._core.generate(
+            tokens,
+            decoding,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stops,
+            stop_strings=list(stop_strings),
             profile=profile,
         )
-        if forced_exit is not None:
-            mode = "exit"
-        return GenerationStream(generation, mode, fill, drafts, len(tokens), self.num_layers)
+        return GenerationStream(generation, decoding, len(tokens), self.num_layers)
 
     def follow(
         self,
@@ -348,100 +349,52 @@ class SedacModel:
         min_layer_ratio: float | None = None,
         kv_fill: KvFill | None = None,
     ) -> tuple[list[int], list[int]]:
-        """Run a given text token by token with exits: what `generate` does, on known tokens.
+        """Run a given text token by token in mode "exit".
 
-        Returns, for each token but the first, the likeliest next token and the layers executed.
-        The settings are those of `stream`; so are the errors.
+        Returns the argmax token and the layers executed, for each token of the text but the first.
+        Settings and errors are those of `stream`.
         """
         tokens = self.encode(text) if isinstance(text, str) else list(text)
-        settings, fill = self._exits(
-            policy, threshold, tau, consecutive_k, min_layer_ratio, kv_fill
-        )
+        if consecutive_k is not None:
+            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         for token in tokens:
             check_count("token", token, 0)
-        return self._core.follow(tokens, policy=json.dumps(settings), kv_fill=fill)
+        decoding = self._core.decoding(
+            policy=policy,
+            threshold=threshold,
+            tau=tau,
+            consecutive_k=consecutive_k,
+            min_layer_ratio=min_layer_ratio,
+            kv_fill=kv_fill,
+            drafter="none",
+        )
+        followed = self._core.follow(tokens, decoding)
+        return followed.tokens, followed.exit_layers
 
     def measure(
         self,
-        cases: list[tuple[str, bool, int | None, str | None]],
-        prompt: list[int] | tuple[str, int],
+        cases: Sequence[_core.BenchCase],
+        prompt: str | Sequence[int],
+        *,
+        prompt_tokens: int,
         new_tokens: int,
         repeat: int,
         against: int,
-    ) -> list[dict[str, Any]]:
-        """What `sedac_runtime.bench` measures, case by case.
-
-        Each case is a row's name, whether the monolith runs it, the depth to exit at and the
-        drafter, each None without; `against` is the index of the one to compare with. prompt: token
-        ids, or a text and how many of its tokens. Raises InputError.
+    ) -> list[BenchRow]:
+        """What `sedac_runtime.bench` measures, case by case, after the first `prompt_tokens` tokens
+        of `prompt`; `against` is the index of the case to compare with. Raises InputError.
         """
-        return self._core.bench(cases, prompt, new_tokens, repeat, against)
-
-    def _drafter(self, mode: Mode, drafter: Drafter | None, waits: bool) -> Drafter:
-        """What guesses tokens in `mode`: `drafter`, or where that is None the default.
-
-        waits: whether tokens that exit wait to be continued, without which the bundle's drafter
-        cannot draft between them.
-        """
-        if mode == "full":
-            return "none"
-        if mode == "exit":
-            own = self._core.exit_config[2] if waits else None
-            return drafter or own or "none"
-        if drafter == "none":
-            raise _core.InputError("drafter none is out of range: mode lossless needs one")
-        return drafter or "auto"
-
-    def _exits(
-        self,
-        policy: PolicyName | None,
-        threshold: float | None,
-        tau: float | None,
-        consecutive_k: int | None,
-        min_layer_ratio: float | None,
-        kv_fill: KvFill | None,
-    ) -> tuple[dict[str, Any], KvFill]:
-        """The policy's settings and the KV fill."""
-        if consecutive_k is not None:
-            check_count("consecutive_k", consecutive_k, 1, self.num_layers)
-        policy_json, bundle_fill, _ = self._core.exit_config
-        own = json.loads(policy_json)
-        stability = {
-            "tau": tau,
-            "consecutive_k": consecutive_k,
-            "min_layer_ratio": min_layer_ratio,
-        }
-        settings = choose_policy(own, policy, threshold, stability, self._core.trained_depths)
-        return settings, bundle_fill if kv_fill is None else kv_fill
+        start = prompt if isinstance(prompt, str) else list(prompt)
+        return self._core.bench(list(cases), start, prompt_tokens, new_tokens, repeat, against)
 
 
-def _refuse_policy(
-    mode: Mode,
-    policy: PolicyName | None,
-    threshold: float | None,
-    tau: float | None,
-    consecutive_k: int | None,
-    min_layer_ratio: float | None,
-) -> None:
-    """Raise InputError for an exit policy in a mode that takes no exits: it would do nothing."""
-    exits = {
-        "policy": policy,
-        "threshold": threshold,
-        "tau": tau,
-        "consecutive_k": consecutive_k,
-        "min_layer_ratio": min_layer_ratio,
-    }
-    for name, value in exits.items():
-        if value is not None:
-            raise _core.InputError(f"{name} belongs to mode exit, not to {mode}; set mode exit")
-
-
-def _plans(backend: Backend, bundle: Path) -> tuple[str, Executor, bool] | None:
-    """What runs the bundle's plans in the core; None where ONNX Runtime runs its graphs."""
-    if backend not in BACKENDS:
-        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(BACKENDS)}")
+def _executor(backend: Backend, bundle: Path) -> Executor | None:
+    """What runs the bundle's plans; None where ONNX Runtime runs its graphs."""
+    known = _core.SPELLINGS["backend"]
+    if backend not in known:
+        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(known)}")
     if backend == "onnxruntime":
         return None
     from sedac_runtime.tensorrt import PlanExecutor
 
-    return backend, PlanExecutor(backend, bundle), False
+    return PlanExecutor(backend, bundle)

@@ -12,8 +12,8 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from sedac_runtime._core import EngineError, read_manifest
-from sedac_runtime.flavour import FLAVOURS, Gpu, Target, Tensor, find_gpu, incompatibility
+from sedac_runtime._core import EngineError, PlanTensor, read_manifest
+from sedac_runtime.flavour import FLAVOURS, Device, Gpu, Target, find_gpu, incompatibility
 
 
 class PlanExecutor:
@@ -21,6 +21,8 @@ class PlanExecutor:
 
     Raises EngineError when the package is not installed or the host has no GPU.
     """
+
+    device: Device = "cuda"
 
     def __init__(self, target: Target, bundle: Path) -> None:
         flavour = FLAVOURS[target]
@@ -35,7 +37,7 @@ class PlanExecutor:
                 f"backend {target} needs an NVIDIA GPU, and none is found here; use --backend"
                 " onnxruntime"
             )
-        self._target, self._gpu = target, gpu
+        self.target, self._gpu = target, gpu
         # now, since a relative path means nothing any more once the working directory changes
         self._plans = json.loads(read_manifest(bundle))["plans"].get(target)
         self._engines: dict[Path, Any] = {}
@@ -43,10 +45,10 @@ class PlanExecutor:
         self._tensorrt: Any = importlib.import_module(flavour.module)
         self._runtime: Any = None
 
-    def __call__(self, plan: Path, tensors: list[Tensor], stream: int, replayed: bool) -> None:
+    def __call__(self, plan: Path, tensors: list[PlanTensor], stream: int, replayed: bool) -> None:
         """Put `plan` on `stream`. Raises RuntimeError with what is wrong."""
         # work that is replayed goes on using its context, which nothing may change then
-        key = (plan, *((name, address, tuple(shape)) for name, address, shape, _ in tensors))
+        key = (plan, *((each.name, each.address, tuple(each.shape)) for each in tensors))
         known = self._contexts.get(key if replayed else plan)
         context = known or self._engine(plan).create_execution_context()
         if known is None or not replayed:
@@ -73,12 +75,12 @@ class PlanExecutor:
 
     def _check(self, gpu: Gpu) -> None:
         version = self._tensorrt.__version__
-        reason = incompatibility(self._target, self._plans, version, gpu)
+        reason = incompatibility(self.target, self._plans, version, gpu)
         if reason is not None:
             raise RuntimeError(reason)
 
-    def _bind(self, context: Any, tensors: list[Tensor], stream: int) -> None:
-        engine, given = context.engine, {tensor[0]: tensor for tensor in tensors}
+    def _bind(self, context: Any, tensors: list[PlanTensor], stream: int) -> None:
+        engine, given = context.engine, {tensor.name: tensor for tensor in tensors}
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         unknown = sorted(set(names) - given.keys())
         if unknown:
@@ -88,7 +90,7 @@ class PlanExecutor:
             for name in names
             if engine.get_tensor_mode(name) == self._tensorrt.TensorIOMode.INPUT
         ]
-        shapes = {name: given[name][2] for name in inputs}
+        shapes = {name: given[name].shape for name in inputs}
         if not context.set_optimization_profile_async(_profile(engine, shapes), stream):
             raise RuntimeError("its profile cannot be set")
         for name in inputs:
@@ -96,22 +98,22 @@ class PlanExecutor:
                 raise RuntimeError(f"it does not take {name} of shape {shapes[name]}")
         for name in names:
             self._check_memory(context, given[name])
-            if not context.set_tensor_address(name, given[name][1]):
+            if not context.set_tensor_address(name, given[name].address):
                 raise RuntimeError(f"it does not take the memory of {name}")
 
-    def _check_memory(self, context: Any, tensor: Tensor) -> None:
+    def _check_memory(self, context: Any, tensor: PlanTensor) -> None:
         """Compare `tensor` with the plan's own, which TensorRT would read or write in its place."""
-        engine, (name, _, shape, size) = context.engine, tensor
+        engine, name = context.engine, tensor.name
         remedy = "build it again with sedac-export engines"
         on_device = engine.get_tensor_location(name) == self._tensorrt.TensorLocation.DEVICE
         if not on_device or engine.get_tensor_format(name) != self._tensorrt.TensorFormat.LINEAR:
             raise RuntimeError(f"its {name} is no plain tensor on the GPU; {remedy}")
         own = list(context.get_tensor_shape(name))
         needed = math.prod(own) * engine.get_tensor_dtype(name).itemsize
-        if (own, needed) != (shape, size):
+        if (own, needed) != (tensor.shape, tensor.bytes):
             raise RuntimeError(
-                f"its {name} is {own} of {needed} bytes, where the bundle's is {shape} of {size};"
-                f" {remedy}"
+                f"its {name} is {own} of {needed} bytes, where the bundle's is {tensor.shape} of"
+                f" {tensor.bytes}; {remedy}"
             )
 
 

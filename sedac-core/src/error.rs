@@ -54,6 +54,17 @@ pub enum Error {
         range: String,
     },
 
+    /// A setting would do nothing where it is.
+    #[error("{name} belongs to {owner}, not to {place}")]
+    Misplaced {
+        /// The setting's name as users write it.
+        name: &'static str,
+        /// What the setting is of.
+        owner: &'static str,
+        /// Where it was set, and what to do.
+        place: String,
+    },
+
     /// A prompt does not fit, or holds nothing, or holds something that is no token.
     #[error("the prompt {0}")]
     Prompt(String),

@@ -1,6 +1,7 @@
 """model -> graphs -> bundle: the whole of `sedac-export build`."""
 
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from sedac_export.model.source import ModelSource, opened_model
 from sedac_export.model.support import check_stops
 from sedac_export.model.tokenizer import load_tokenizer, save_tokenizer
 from sedac_runtime.tolerance import DEFAULT_TOLERANCE
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_LENGTH = 4096
 # engines that are further off than this compute something else
@@ -77,6 +80,9 @@ def _build(
     facts = _facts(source, skeleton, tokenizer)
     check_attention(skeleton, length)
     with claim.staging() as staging:
+        logger.info(
+            "tracing %s: %d layers, caches of %d positions", facts.name, facts.num_layers, length
+        )
         graphs = trace_graphs(skeleton, progress)
         manifest = bundle.Manifest(
             model=facts,
@@ -90,6 +96,7 @@ def _build(
         )
         progress("validate", 0, 1)
         validation = validate(skeleton, staging, manifest, request.tolerance)
+        logger.info("largest difference from the original %.1e", validation.worst().error)
         validation.check()
         progress("validate", 1, 1)
         manifest = _finish(staging, manifest, validation, tokenizer)

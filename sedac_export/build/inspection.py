@@ -11,7 +11,7 @@ from sedac_export.bundle.certified import read_certification
 from sedac_export.bundle.exit_config import read_exit_config
 from sedac_export.bundle.manifest import VALIDATION, Manifest
 from sedac_export.errors import SedacError
-from sedac_runtime.model import Verify
+from sedac_runtime.choices import Verify
 from sedac_runtime.tolerance import tolerance_note
 
 
@@ -37,7 +37,7 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
     Raises SedacError when `directory` is no bundle or a file of it is damaged.
     """
     bundle = Bundle.open(directory, verify=verify)
-    hashed, unchanged = bundle.files.hashed_and_skipped
+    hashed, unchanged = bundle.files.hashed, bundle.files.unchanged
     manifest = bundle.manifest
     validation = _validation(bundle)
     rows = {row.engine: row for row in validation.engines}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sedac_export.bundle.manifest import Manifest, parse_manifest
 from sedac_runtime._core import BundleFiles
-from sedac_runtime.model import Verify
+from sedac_runtime.choices import Verify
 
 if TYPE_CHECKING:
     from onnx import ModelProto

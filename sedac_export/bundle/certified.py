@@ -18,5 +18,5 @@ def read_certification(bundle: Bundle) -> Certification:
 
     Raises SedacError when its exit configuration cannot be used.
     """
-    certificate, sentence = bundle.files.certification()
-    return Certification(certificate is not None, sentence)
+    certification = bundle.files.certification()
+    return Certification(certification.certificate is not None, str(certification))

@@ -10,6 +10,7 @@ from sedac_export.bundle import Bundle
 from sedac_export.bundle.manifest import EXIT_CONFIG, MANIFEST, MANIFEST_DIGEST
 from sedac_export.bundle.signature import SIGNATURE, withdraw_signature
 from sedac_export.bundle.staging import claimed, replace_file
+from sedac_export.errors import SedacError
 from sedac_runtime._core import read_unlisted
 
 # the only files that a change never rewrites, and the only large ones
@@ -17,25 +18,29 @@ _WEIGHTS = ".data"
 
 
 @contextlib.contextmanager
-def edited_bundle(bundle: Bundle, keep: bool = True) -> Iterator[Path]:
+def edited_bundle(bundle: Bundle, keep: bool = True, output: Path | None = None) -> Iterator[Path]:
     """A copy of `bundle` to change, which takes its place when the context ends well.
 
     It holds what the manifest lists and the exit configuration, and nothing else that lies in the
     directory. With keep False it never takes the place: the copy is for trying something out, and
-    not signed. Weights are hard links where the file system has them: only other files may be
-    rewritten.
+    not signed. With an output it becomes a bundle of that name, and `bundle` stays as it is.
+    Weights are hard links where the file system has them: only other files may be rewritten.
+
+    Raises SedacError when `output` exists.
     """
+    if output is not None and output.exists():
+        raise SedacError(f"{output} exists; choose another --output")
     unlisted = (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG, *((SIGNATURE,) if keep else ()))
-    with claimed(bundle.directory) as claim, claim.staging() as staging:
+    with claimed(output or bundle.directory) as claim, claim.staging() as staging:
         for name in bundle.manifest.files:
             _bring(bundle.path(name), staging / name)
         for name in unlisted:
-            text = read_unlisted(claim.place, name)
+            text = read_unlisted(bundle.directory, name)
             if text is not None:
                 (staging / name).write_bytes(text)
         yield staging
         if keep:
-            claim.publish(staging, replace=True)
+            claim.publish(staging, replace=output is None)
 
 
 def write_config(directory: Path, text: str) -> None:

@@ -9,12 +9,14 @@ from sedac_export.bundle.manifest import EXIT_CONFIG, Manifest
 from sedac_export.bundle.schema import StrictModel
 from sedac_export.errors import SedacError
 from sedac_runtime import _core
-
-PolicyName = Literal["stability", "probe", "cascade", "margin", "learned"]
-Mode = Literal["quality", "balanced", "speed"]
-ExitKind = Literal["hard", "soft"]
-KvFill = Literal["propagate", "defer"]
-Drafter = Literal["auto", "early-exit", "prompt-lookup"]
+from sedac_runtime.choices import (
+    CalibrationMode,
+    Drafter,
+    ExitKind,
+    KvFill,
+    LosslessDrafter,
+    PolicyName,
+)
 
 # what each policy is configured by, with defaults where it has any; None must be given
 POLICY_FIELDS: dict[str, dict[str, Any]] = {
@@ -63,7 +65,7 @@ class Setting(_FiniteModel):
 
     policy: dict[str, Any]
     kv_fill: KvFill
-    drafter: Drafter | Literal["none"]
+    drafter: Drafter
     decoding: Literal["argmax"]
     engines_sha256: str = Field(pattern=_SHA256)
 
@@ -87,15 +89,15 @@ class Certificate(_FiniteModel):
     data_sha256: str = Field(pattern=_SHA256)
     speedup: float = Field(gt=0.0)
     layer_ratio: float = Field(gt=0.0)
-    mode: Mode
+    mode: CalibrationMode
     generation: MeasuredGeneration
 
 
 class ExitConfig(_FiniteModel):
     """When tokens exit, and what skipped layers' caches get. None stands for absent.
 
-    thresholds, weights and targets are by depth, the layers run. engines/README.md describes each
-    field; those of other policies than `policy` are refused.
+    thresholds, weights and targets are by depth, the layers run. docs/reference/bundle.md
+    describes each field; those of other policies than `policy` are refused.
     """
 
     policy: PolicyName = "stability"
@@ -108,7 +110,7 @@ class ExitConfig(_FiniteModel):
     targets: dict[int, float] | None = None
     exit_kind: ExitKind | None = None
     kv_fill: KvFill = "propagate"
-    drafter: Drafter | None = None
+    drafter: LosslessDrafter | None = None
     certificate: Certificate | None = None
 
     @model_validator(mode="before")
@@ -175,6 +177,10 @@ class ExitConfig(_FiniteModel):
     def settings(self) -> dict[str, Any]:
         """The policy's own fields."""
         return {name: getattr(self, name) for name in POLICY_FIELDS[self.policy]}
+
+    def policy_settings(self) -> _core.PolicySettings:
+        """The policy and its settings, as the core takes them."""
+        return _core.PolicySettings(self.policy, **self.settings())
 
     def check_bundle(self, manifest: Manifest) -> None:
         """Raise SedacError when a depth is none at which tokens of that bundle may exit."""

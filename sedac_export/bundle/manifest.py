@@ -112,7 +112,7 @@ class FileEntry(StrictModel):
 
 
 class Manifest(StrictModel):
-    """bundle.json. engines/README.md describes each field."""
+    """bundle.json. docs/reference/bundle.md describes each field."""
 
     schema_version: int = SCHEMA_VERSION
     model: ModelFacts

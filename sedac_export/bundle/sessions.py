@@ -84,8 +84,8 @@ def _past(present: str) -> str:
 
 def load_engine(bundle: Bundle, file: str, threads: int = THREADS) -> Engine:
     """The engine in `file` of `bundle`. Raises SedacError when it is not as it was checked."""
-    graph, weights = bundle.files.graph(file)
-    return Engine(graph, threads, weights)
+    entry = bundle.files.graph(file)
+    return Engine(entry.graph, threads, entry.directory)
 
 
 def empty_cache(heads: int, length: int, size: int) -> onnxruntime.OrtValue:

@@ -41,4 +41,7 @@ def _part(model: onnx.ModelProto, outputs: Collection[str]) -> onnx.ModelProto:
     for value in list(part.graph.inputs):
         if not value.uses() and value not in kept:
             part.graph.inputs.remove(value)
-    return ir.to_proto(part)
+    proto = ir.to_proto(part)
+    # initialisers' types, which their own entries tell and a change of precision would leave behind
+    del proto.graph.value_info[:]
+    return proto

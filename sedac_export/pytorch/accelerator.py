@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sedac_export.arrays import Floats
+from sedac_export.arrays import Floats, Mask
 from sedac_export.bundle import Bundle
-from sedac_export.bundle.exit_config import ExitConfig, KvFill
+from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.bundle.sessions import load_engine
 from sedac_export.errors import SedacError
-from sedac_export.exits.replay.policies import Policy, make_policy
+from sedac_export.exits.replay.pass_exits import PassExits
 from sedac_export.exits.replay.probes_file import risk_probes
-from sedac_export.exits.replay.rows import Rows
 from sedac_export.exits.replay.signals import Signals
 from sedac_export.model.decoder import find_layers, find_mlp, replaced
 from sedac_export.pytorch.environment import config_from_environment
+from sedac_runtime._core import PolicySettings
+from sedac_runtime.choices import KvFill
 
 _T = TypeVar("_T")
 
@@ -64,7 +65,6 @@ def create_universal_accelerator(
     *,
     min_layer_ratio: float | None = None,
     config: ExitConfig | None = None,
-    policy: Policy | None = None,
     exit_layers: Sequence[int] | None = None,
     bundle: Path | None = None,
     kv_fill: KvFill | None = None,
@@ -73,7 +73,7 @@ def create_universal_accelerator(
 
     tau, consecutive_k and min_layer_ratio configure policy stability; what is None comes from the
     environment (SEDAC_METHOD, SEDAC_V7_TAU, ...), then from the defaults 0.98, 2 and 0.2. config
-    or policy choose any other policy. exit_layers: depths at which tokens may exit, None for all
+    chooses any other policy. exit_layers: depths at which tokens may exit, None for all
     or the bundle's. bundle holds the probes that policies other than stability need. kv_fill is
     config's unless given: with "defer" tokens that exited go on for their keys and values.
 
@@ -86,7 +86,7 @@ def create_universal_accelerator(
     return Accelerator(
         model,
         layers,
-        policy or make_policy(chosen, len(layers)),
+        chosen.policy_settings(),
         exit_layers,
         None if bundle is None else _Probes(bundle, model),
         kv_fill or chosen.kv_fill,
@@ -100,7 +100,7 @@ class Accelerator:
         self,
         model: PreTrainedModel,
         layers: list[nn.Module],
-        policy: Policy,
+        policy: PolicySettings,
         exit_layers: Sequence[int] | None,
         probes: "_Probes | None",
         kv_fill: KvFill,
@@ -109,9 +109,11 @@ class Accelerator:
         self.model, self.layers, self.policy, self.probes = model, layers, policy, probes
         allowed = exit_layers or (probes.exit_layers if probes else range(1, len(layers)))
         self.exit_layers = {depth for depth in allowed if depth < len(layers)}
+        # refuses settings that are out of range now, not in the first pass
+        self._start_pass(np.zeros(0, dtype=bool))
         self._statistics = Statistics(len(layers))
         self._generating = False
-        self._rows: Rows | None = None
+        self._exits: PassExits | None = None
         # what each token's prediction is made of so far
         self._predicting = torch.empty(0)
         self._stack = contextlib.ExitStack()
@@ -134,7 +136,7 @@ class Accelerator:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._rows, self._predicting = None, torch.empty(0)
+        self._exits, self._predicting = None, torch.empty(0)
 
     def stats(self) -> Statistics:
         """What has happened since the accelerator was made."""
@@ -153,28 +155,32 @@ class Accelerator:
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         batch, length = tokens.shape
-        decided = np.zeros((batch, length), dtype=bool)
+        full_depth = np.zeros((batch, length), dtype=bool)
         cache = kwargs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:
-            decided[:, : length if self._generating else 1] = True
-        self._rows = Rows(len(self.layers), decided.reshape(-1))
-        self.policy.begin(batch * length)
+            full_depth[:, : length if self._generating else 1] = True
+        self._exits = self._start_pass(full_depth.reshape(-1))
+
+    def _start_pass(self, full_depth: Mask) -> PassExits:
+        return PassExits(self.policy, len(self.layers), self.exit_layers, full_depth)
 
     def _end(self, *_: object) -> None:
-        rows, self._rows = self._rows, None
-        if rows is None:
+        exits, self._exits = self._exits, None
+        if exits is None:
             return
-        self._statistics.last_depths = rows.depths().tolist()
+        self._statistics.last_depths = exits.depths().tolist()
         for depth in self._statistics.last_depths:
             self._statistics.depths[depth] = self._statistics.depths.get(depth, 0) + 1
 
     def _mlp(self, index: int, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
         """The layer's MLP, zero for tokens that have exited or skip it."""
-        rows = self._rows
-        done = None if rows is None else rows.skip_from <= index
-        if rows is not None and self.propagate:
-            done = done | rows.exited
-        if done is None or not done.any():
+        exits = self._exits
+        if exits is None:
+            return forward(x)
+        done = exits.skip_from <= index
+        if self.propagate:
+            done = done | exits.exited
+        if not done.any():
             return forward(x)
         if done.all():
             hidden = self.model.config.get_text_config().hidden_size
@@ -184,34 +190,32 @@ class Accelerator:
         return output
 
     def _after_layer(self, index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        rows = self._rows
-        if rows is None:
+        exits = self._exits
+        if exits is None:
             return output
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        exited = torch.from_numpy(rows.exited).to(after.device).view(*after.shape[:-1], 1)
+        exited = torch.tensor(exits.exited).to(after.device).view(*after.shape[:-1], 1)
         if self.propagate:
             after = torch.where(exited, before, after)
         self._predicting = after if index == 0 else torch.where(exited, self._predicting, after)
-        self._decide(rows, index + 1, before, after)
+        self._decide(exits, index + 1, before, after)
         if index + 1 == len(self.layers):
             after = self._predicting
-            after = self.probes.through_lens(after, rows) if self.probes else after
+            after = self.probes.through_lens(after, exits) if self.probes else after
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
-    def _decide(self, rows: Rows, depth: int, before: Tensor, after: Tensor) -> None:
-        rows.stabilities[:, depth - 1] = _flat(stability(before, after))[:, 0]
+    def _decide(self, exits: PassExits, depth: int, before: Tensor, after: Tensor) -> None:
+        exits.stabilities[:, depth - 1] = _flat(stability(before, after))[:, 0]
         probes = self.probes
         x = after.detach()
         signals = Signals(
             depth,
-            rows.stabilities[:, depth - 1],
+            exits.stabilities[:, depth - 1],
             probes.risk(depth, x) if probes else None,
-            lambda: _need(probes, depth).signals(depth, x, rows.last_stabilities(depth)),
+            lambda: _need(probes, depth).signals(depth, x, exits.last_stabilities(depth)),
         )
-        wants = self.policy.observe(signals)
-        if depth in self.exit_layers:
-            rows.leave(wants, depth, self.policy.soft_ratio())
+        exits.observe(signals)
 
 
 class _Probes:
@@ -244,8 +248,8 @@ class _Probes:
         signals: Floats = _need(self.exits.get(depth), depth).run(feeds)["signals"][0]
         return signals
 
-    def through_lens(self, x: Tensor, rows: Rows) -> Tensor:
-        heads = rows.head_depths()
+    def through_lens(self, x: Tensor, exits: PassExits) -> Tensor:
+        heads = exits.head_depths()
         result = x.clone().view(-1, x.shape[-1])
         for depth, lens in self.lenses.items():
             here = torch.from_numpy(heads == depth)

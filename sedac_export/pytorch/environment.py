@@ -2,8 +2,9 @@
 
 import os
 
-from sedac_export.bundle.exit_config import ExitConfig, PolicyName
+from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.errors import SedacError
+from sedac_runtime.choices import PolicyName
 
 _METHODS: dict[str, PolicyName] = {
     "v6": "probe",

@@ -22,6 +22,7 @@ from bad_input.command import (
     rewrite_manifest,
 )
 from sedac_runtime import BundleError, SedacModel
+from sedac_runtime._core import BenchCase, DecodingMode
 
 Reader = Callable[[Path], Result]
 LAYER = "onnx/layer_001.onnx"
@@ -162,8 +163,10 @@ def test_a_relative_bundle_survives_another_working_directory(
     monkeypatch.chdir("/")
     assert model.encode_chat([{"role": "user", "content": "def f"}]) == model.encode("def f")
     # the monolith is opened now
-    cases = [("chain", False, None, None), ("monolith", True, None, None)]
-    assert model.measure(cases, [1, 2], 2, 1, 1)[0]["agreement"] == 1.0
+    full = DecodingMode.full()
+    cases = [BenchCase("chain", full), BenchCase("monolith", full, monolith=True)]
+    rows = model.measure(cases, [1, 2], prompt_tokens=2, new_tokens=2, repeat=1, against=1)
+    assert rows[0]["agreement"] == 1.0
 
 
 def test_what_changes_after_its_check_is_not_opened(bundle: Path) -> None:

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::graphs::Graphs;
 use super::verified::Verified;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -92,6 +93,8 @@ pub struct Gate {
     files: BTreeMap<PathBuf, FileEntry>,
     checked: BTreeMap<PathBuf, Identity>,
     skipped: usize,
+    /// What is known of the checked graphs.
+    pub(super) graphs: Graphs,
 }
 
 impl Gate {
@@ -118,12 +121,26 @@ impl Gate {
             files: BTreeMap::new(),
             checked: BTreeMap::new(),
             skipped: 0,
+            graphs: Graphs::new(),
         })
     }
 
     /// The bundle's directory, absolute.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The graph in `file`, and the directory of its weights, both as they were checked.
+    ///
+    /// # Errors
+    /// [`Error::DamagedFile`] naming the file that was written or replaced since.
+    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
+        let data = self.graphs.get(file).map(|graph| &graph.data);
+        for data in data.into_iter().flatten() {
+            self.path(data)?;
+        }
+        let directory = file.parent().unwrap_or(Path::new(""));
+        Ok((self.read(file)?, self.root.join(directory)))
     }
 
     /// How messages name the file `name`.

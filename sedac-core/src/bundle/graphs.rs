@@ -50,16 +50,6 @@ pub(super) fn check(gate: &Gate, manifest: &Manifest, is_current: bool) -> Resul
     Ok(check.graphs)
 }
 
-/// The graph in `file`, and the directory of its weights, both as they were checked.
-pub(super) fn read(gate: &Gate, graphs: &Graphs, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
-    let data = graphs.get(file).map(|graph| &graph.data);
-    for data in data.into_iter().flatten() {
-        gate.path(data)?;
-    }
-    let directory = file.parent().unwrap_or(Path::new(""));
-    Ok((gate.read(file)?, gate.root().join(directory)))
-}
-
 /// The name of an engine of consecutive layers: of `one`, or of `several`.
 fn blocks(one: &str, several: &str, entry: &LayerEntry) -> String {
     let first = entry.first_layer;

@@ -189,6 +189,15 @@ pub enum Target {
     Onnxruntime,
 }
 
+impl Target {
+    /// The name used in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Onnxruntime => "onnxruntime",
+        }
+    }
+}
+
 /// bundle.json.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Manifest {

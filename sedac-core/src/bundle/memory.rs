@@ -56,7 +56,7 @@ impl Bundle {
     }
 
     fn weight_bytes<'a>(&self, graphs: impl Iterator<Item = &'a Path>) -> u64 {
-        let bytes = graphs.filter_map(|graph| self.graphs.get(graph));
+        let bytes = graphs.filter_map(|graph| self.gate.graphs.get(graph));
         bytes.fold(0, |sum, graph| sum.saturating_add(graph.bytes))
     }
 

@@ -25,14 +25,14 @@ pub(crate) use self::exit_config::EXIT_CONFIG;
 pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
-use self::graphs::Graphs;
 pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
     ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
     ModelFacts, SCHEMA_VERSION, Target,
 };
 pub use self::plans::{
-    ElementType, PlanFiles, PlanSet, PortableContext, PortableGraphs, PortableLayers, Precision,
+    ElementType, PlanFiles, PlanSet, PlanTarget, PortableContext, PortableGraphs, PortableLayers,
+    Precision,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -71,7 +71,6 @@ pub struct Bundle {
     pub manifest: Manifest,
     /// Its exit configuration.
     pub exit_config: ExitConfig,
-    graphs: Arc<Graphs>,
     memory_limit: Option<u64>,
 }
 
@@ -97,14 +96,8 @@ impl Bundle {
             exit_config: ExitConfig::read(&files.gate, &files.manifest)?,
             gate: Arc::new(files.gate),
             manifest: files.manifest,
-            graphs: Arc::new(files.graphs),
             memory_limit: opening.memory_limit,
         })
-    }
-
-    /// As [`Files::graph`].
-    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
-        graphs::read(&self.gate, &self.graphs, file)
     }
 }
 
@@ -114,17 +107,6 @@ pub(crate) struct Files {
     /// The text of bundle.json.
     pub(crate) text: Vec<u8>,
     pub(crate) manifest: Manifest,
-    graphs: Graphs,
-}
-
-impl Files {
-    /// The graph in `file`, and the directory of its weights, which are as they were checked.
-    ///
-    /// # Errors
-    /// [`Error::DamagedFile`] naming the file that was written or replaced since.
-    pub(crate) fn graph(&self, file: &Path) -> Result<(Vec<u8>, PathBuf)> {
-        graphs::read(&self.gate, &self.graphs, file)
-    }
 }
 
 /// Check the files of the bundle in `directory`: its manifest, what that lists, and the graphs.
@@ -156,8 +138,8 @@ pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> 
     memory::check_reading(&gate, &manifest, opening.memory_limit)?;
     // no digest covers it, but a file of the bundle it must be for those who copy or sign all
     gate.read_unlisted(Path::new(EXIT_CONFIG), MAX_TEXT)?;
+    gate.graphs = graphs::check(&gate, &manifest, is_current)?;
     Ok(Files {
-        graphs: graphs::check(&gate, &manifest, is_current)?,
         gate,
         text,
         manifest,
@@ -191,7 +173,8 @@ fn check_schema(gate: &Gate, text: &[u8], oldest: u64) -> Result<u64> {
     struct Schema {
         schema_version: u64,
     }
-    let refused = |reason: String| Error::bundle(&gate.shown(MANIFEST), reason);
+    let path = gate.shown(MANIFEST);
+    let refused = |reason: String| Error::bundle(&path, reason);
     let Schema { schema_version } = serde_json::from_slice(text)
         .map_err(|error| refused(format!("not a manifest ({error}); build the bundle again")))?;
     match schema_version {
@@ -202,7 +185,7 @@ fn check_schema(gate: &Gate, text: &[u8], oldest: u64) -> Result<u64> {
         older if older < oldest => Err(refused(format!(
             "schema {older} is older than {SCHEMA_VERSION}, which this runtime reads; run \
              sedac-export upgrade {}",
-            gate.shown("").display()
+            path.parent().unwrap_or(&path).display()
         ))),
         known => Ok(known),
     }

@@ -20,6 +20,28 @@ pub enum Precision {
     Bf16,
 }
 
+/// What TensorRT plans are built for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlanTarget {
+    /// TensorRT.
+    TensorRt,
+    /// TensorRT for RTX.
+    TensorRtRtx,
+}
+
+impl PlanTarget {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::TensorRt, Self::TensorRtRtx];
+
+    /// The name used in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TensorRt => "tensorrt",
+            Self::TensorRtRtx => "tensorrt-rtx",
+        }
+    }
+}
+
 /// Element type of a context tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use tracing::{debug_span, info};
 
 use self::decoding::{Decoding, Drafting, Text};
-pub use self::mode::DecodingMode;
 use self::mode::ExitSchedule;
+pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
 use crate::backend::{
     Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep, StepExit,
     StepOutcome,
@@ -52,6 +52,9 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Stop, Self::Length];
+
     /// The name used in output.
     pub fn name(self) -> &'static str {
         match self {
@@ -282,7 +285,7 @@ impl Chain {
         let schedule = ExitSchedule::new(mode, kv_fill, layers)?;
         if let (DecodingMode::Exit { policy, .. }, Some(rule)) = (mode, schedule.rule()) {
             let capabilities = self.backend.capabilities();
-            capabilities.check(rule, policy.name(), layers)?;
+            capabilities.check(rule, policy.kind().name(), layers)?;
         }
         Ok(schedule)
     }

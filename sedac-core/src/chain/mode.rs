@@ -1,9 +1,9 @@
 //! When tokens exit, as requests say it.
 
-use crate::bundle::DrafterKind;
+use crate::bundle::{DrafterKind, ExitConfig, Manifest};
 use crate::error::{Error, Result};
 use crate::kv::KvFill;
-use crate::policy::{ExitRule, PolicySettings};
+use crate::policy::{ExitRule, PolicyChoice, PolicySettings};
 
 /// When tokens exit.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +31,123 @@ pub enum DecodingMode {
     },
 }
 
+/// A mode's name in settings and in output.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ModeName {
+    /// Every token runs at full depth.
+    Full,
+    /// Tokens exit, as a policy says or at forced depths.
+    #[default]
+    Exit,
+    /// Full depth verifies drafts.
+    Lossless,
+}
+
+impl ModeName {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Full, Self::Exit, Self::Lossless];
+
+    /// The name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Exit => "exit",
+            Self::Lossless => "lossless",
+        }
+    }
+}
+
+/// When tokens exit and what the caches of skipped layers get.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecodingSetting {
+    /// When tokens exit.
+    pub mode: DecodingMode,
+    /// What the caches of skipped layers get.
+    pub kv_fill: KvFill,
+}
+
+/// What a caller sets about exits; None leaves it as the bundle has it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct DecodingChoice {
+    /// The mode.
+    pub mode: ModeName,
+    /// Depths to exit at in turn, whatever the mode and the policy.
+    pub forced_exit: Option<Vec<usize>>,
+    /// What decides about exits.
+    pub policy: PolicyChoice,
+    /// What the caches of skipped layers get.
+    pub kv_fill: Option<KvFill>,
+    /// What drafts.
+    pub drafter: Option<DrafterChoice>,
+}
+
+/// Whether tokens are drafted, as a caller says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DrafterChoice {
+    /// None are.
+    Off,
+    /// By this drafter.
+    By(DrafterKind),
+}
+
+impl DecodingChoice {
+    /// How tokens are decoded in the bundle of `manifest` and `config`.
+    ///
+    /// # Errors
+    /// [`Error::Misplaced`] when settings do not belong together, [`Error::Setting`] when one is out
+    /// of range for the bundle.
+    pub fn resolve(self, config: &ExitConfig, manifest: &Manifest) -> Result<DecodingSetting> {
+        if let (Some(name), true) = (self.policy.first_set(), self.mode != ModeName::Exit) {
+            return Err(Error::Misplaced {
+                name,
+                owner: "mode exit",
+                place: format!("{}; set mode exit", self.mode.name()),
+            });
+        }
+        let policy = self.policy.resolve(&config.policy, |policy| {
+            manifest.trained_depths(policy.signal())
+        })?;
+        let kv_fill = self.kv_fill.unwrap_or(config.kv_fill);
+        let mode = match (self.forced_exit, self.mode) {
+            (Some(depths), _) => DecodingMode::Forced { depths },
+            (None, ModeName::Full) => DecodingMode::Full,
+            (None, ModeName::Exit) => {
+                let rule = manifest.compile(&policy)?;
+                let drafter = match self.drafter {
+                    Some(DrafterChoice::Off) => None,
+                    Some(DrafterChoice::By(drafter)) => Some(drafter),
+                    // the bundle's own, unless the caller chose exits between which it cannot draft
+                    None => config
+                        .drafter
+                        .filter(|drafter| drafter.check_exits(&rule, kv_fill).is_ok()),
+                };
+                DecodingMode::Exit { policy, drafter }
+            }
+            (None, ModeName::Lossless) => match self.drafter {
+                Some(DrafterChoice::Off) => {
+                    let range = "one of the others; mode lossless needs it";
+                    return Err(Error::setting("drafter", "none", range));
+                }
+                Some(DrafterChoice::By(drafter)) => DecodingMode::Lossless { drafter },
+                None => DecodingMode::Lossless {
+                    drafter: DrafterKind::Auto,
+                },
+            },
+        };
+        Ok(DecodingSetting { mode, kv_fill })
+    }
+}
+
 impl DecodingMode {
+    /// The name.
+    pub fn name(&self) -> ModeName {
+        match self {
+            Self::Full => ModeName::Full,
+            Self::Exit { .. } | Self::Forced { .. } => ModeName::Exit,
+            Self::Lossless { .. } => ModeName::Lossless,
+        }
+    }
+
     /// What the caches of skipped layers get; lossless drafts always wait for the pass that verifies
     /// them.
     pub(super) fn kv_fill(&self, requested: KvFill) -> KvFill {
@@ -41,7 +157,8 @@ impl DecodingMode {
         }
     }
 
-    pub(super) fn drafter(&self) -> Option<DrafterKind> {
+    /// What drafts.
+    pub fn drafter(&self) -> Option<DrafterKind> {
         match self {
             Self::Lossless { drafter } => Some(*drafter),
             Self::Exit { drafter, .. } => *drafter,

@@ -41,7 +41,20 @@ pub enum ExitKind {
     Soft,
 }
 
-fn default_decay() -> f32 {
+impl ExitKind {
+    /// All of them.
+    pub const ALL: &[Self] = &[Self::Hard, Self::Soft];
+
+    /// The name used in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hard => "hard",
+            Self::Soft => "soft",
+        }
+    }
+}
+
+pub(super) fn default_decay() -> f32 {
     0.9
 }
 

@@ -22,6 +22,7 @@
 mod batch;
 mod by_depth;
 mod cascade;
+mod choice;
 mod learned;
 mod margin;
 mod probe;
@@ -33,11 +34,12 @@ mod thresholds;
 pub use batch::{BatchDecision, BatchSignals, exits_by_risk, exits_by_stability};
 pub use by_depth::ByDepth;
 pub use cascade::{Cascade, ExitKind};
+pub use choice::PolicyChoice;
 pub use learned::Learned;
 pub use margin::Margin;
 pub use probe::Probe;
 pub use rule::{Comparison, Condition, Criterion, Decision, ExitRule, RuleState, Signal};
-pub use settings::PolicySettings;
+pub use settings::{PolicyKind, PolicySettings};
 pub use stability::Stability;
 pub use thresholds::Thresholds;
 

@@ -195,6 +195,11 @@ impl ExitRule {
         self.signals(depth).any(Signal::is_of_exit_head)
     }
 
+    /// Whether what is decided after `depth` layers depends on the entropy probe there.
+    pub fn reads_risk(&self, depth: usize) -> bool {
+        self.signals(depth).any(|signal| signal == Signal::Risk)
+    }
+
     /// Whether a token may stop after `depth` layers.
     pub fn may_exit(&self, depth: usize) -> bool {
         let mut rows = self.criteria.iter();

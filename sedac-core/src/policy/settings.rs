@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::rule::ExitRule;
+use super::rule::{ExitRule, Signal};
 use super::{Cascade, ExitPolicy, Learned, Margin, Probe, Stability};
 use crate::error::Result;
 
@@ -22,14 +22,32 @@ macro_rules! policies {
             )*
         }
 
-        impl PolicySettings {
-            /// The names of all policies.
-            pub const NAMES: &[&str] = &[$($name),*];
+        /// A policy without its settings.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum PolicyKind {
+            $(
+                #[doc = concat!("See [`", stringify!($policy), "`](super::", stringify!($policy), ").")]
+                $policy,
+            )*
+        }
+
+        impl PolicyKind {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$policy),*];
 
             /// The name used in settings.
-            pub fn name(&self) -> &'static str {
+            pub fn name(self) -> &'static str {
                 match self {
-                    $(Self::$policy(_) => $name,)*
+                    $(Self::$policy => $name,)*
+                }
+            }
+        }
+
+        impl PolicySettings {
+            /// The policy.
+            pub fn kind(&self) -> PolicyKind {
+                match self {
+                    $(Self::$policy(_) => PolicyKind::$policy,)*
                 }
             }
 
@@ -48,6 +66,18 @@ policies! {
     "cascade" => Cascade,
     "margin" => Margin,
     "learned" => Learned,
+}
+
+impl PolicyKind {
+    /// The signal that the policy compares.
+    pub fn signal(self) -> Signal {
+        match self {
+            Self::Stability => Signal::Stability,
+            Self::Probe | Self::Cascade => Signal::Risk,
+            Self::Margin => Signal::Margin,
+            Self::Learned => Signal::Learned,
+        }
+    }
 }
 
 impl PolicySettings {

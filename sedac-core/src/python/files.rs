@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::certification::{Spoken, spoken};
 use super::door;
-use super::model::named;
+use super::outcomes::PyCertification;
 use crate::bundle::{self, ExitConfig, Files, Gate, MAX_TEXT, Opening, Verify};
 use crate::error::Result;
 
@@ -21,17 +20,19 @@ impl BundleFiles {
     /// of it, which are about to be written anew. `verify` and `threads` are as Model has them.
     /// With `older` the bundle may be of an older schema, to upgrade it.
     #[new]
-    #[pyo3(signature = (directory, *, verify = "always", threads = 0, replaced = None, older = false))]
+    #[pyo3(signature = (
+        directory, *, verify = Verify::Always, threads = 0, replaced = None, older = false
+    ))]
     fn new(
         py: Python<'_>,
         directory: PathBuf,
-        verify: &str,
+        verify: Verify,
         threads: usize,
         replaced: Option<PathBuf>,
         older: bool,
     ) -> PyResult<Self> {
         let opening = Opening {
-            verify: verify_named(verify)?,
+            verify,
             threads,
             replaced,
             older,
@@ -56,15 +57,21 @@ impl BundleFiles {
     }
 
     /// What is certified of the bundle's exit configuration, by argmax.
-    fn certification(&self) -> Result<Spoken> {
+    fn certification(&self) -> Result<PyCertification> {
         let config = ExitConfig::read(&self.0.gate, &self.0.manifest)?;
-        Ok(spoken(&config.own_certification(&self.0.manifest)))
+        Ok((&config.own_certification(&self.0.manifest)).into())
     }
 
-    /// How many files were hashed, and how many were not since they had not changed.
+    /// How many files were hashed.
     #[getter]
-    fn hashed_and_skipped(&self) -> (usize, usize) {
-        self.0.gate.hashed_and_skipped()
+    fn hashed(&self) -> usize {
+        self.0.gate.hashed_and_skipped().0
+    }
+
+    /// How many files were not hashed since they had not changed.
+    #[getter]
+    fn unchanged(&self) -> usize {
+        self.0.gate.hashed_and_skipped().1
     }
 
     /// The contents of the file `name`, which are as they were checked.
@@ -82,13 +89,12 @@ impl BundleFiles {
         clippy::needless_pass_by_value,
         reason = "Python's paths arrive by value"
     )]
-    fn graph<'py>(
-        &self,
-        py: Python<'py>,
-        name: PathBuf,
-    ) -> PyResult<(Bound<'py, PyBytes>, PathBuf)> {
-        let (graph, directory) = py.detach(|| self.0.graph(&name))?;
-        Ok((PyBytes::new(py, &graph), directory))
+    fn graph(&self, py: Python<'_>, name: PathBuf) -> PyResult<PyGraphFile> {
+        let (graph, directory) = py.detach(|| self.0.gate.graph(&name))?;
+        Ok(PyGraphFile {
+            graph: PyBytes::new(py, &graph).unbind(),
+            directory,
+        })
     }
 
     /// Where the file `name` lies, which is as it was checked.
@@ -99,6 +105,13 @@ impl BundleFiles {
     fn path(&self, name: PathBuf) -> PyResult<PathBuf> {
         Ok(self.0.gate.path(&name)?)
     }
+}
+
+/// A graph, and the directory of its weights.
+#[pyclass(frozen, get_all, name = "GraphFile")]
+pub(super) struct PyGraphFile {
+    graph: Py<PyBytes>,
+    directory: PathBuf,
 }
 
 /// The text of bundle.json in `directory`, which has its digest and a schema that is known. No
@@ -127,8 +140,4 @@ pub(super) fn read_unlisted(
 ) -> PyResult<Option<Bound<'_, PyBytes>>> {
     let text = Gate::open(&directory).and_then(|gate| gate.read_unlisted(&name, MAX_TEXT))?;
     Ok(text.map(|text| PyBytes::new(py, &text)))
-}
-
-pub(super) fn verify_named(name: &str) -> Result<Verify> {
-    named("verify", name, Verify::ALL, Verify::name)
 }

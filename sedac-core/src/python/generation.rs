@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::PyDict;
 
-use super::certification::{Spoken, spoken};
 use super::door::{Inbox, POLL, receive};
+use super::outcomes::{PyCertification, PyGenerationSummary, PyToken};
 use super::process::ProcessLocal;
 use super::turns::Turns;
 use crate::backend::profile::record;
@@ -26,11 +25,8 @@ use crate::text::{StopStrings, TextCodec};
 /// Tokens that a generation may be ahead of its reader, unless somebody else waits for the model.
 const MOST_AHEAD: usize = 16;
 
-/// Token id, text, exit layer, exit reason.
-type Piece = (u32, String, usize, &'static str);
-
 enum Event {
-    Token(Piece),
+    Token(PyToken),
     End(Result<Ended>),
 }
 
@@ -53,8 +49,8 @@ pub(super) struct Work {
     pub(super) profiled: bool,
 }
 
-/// Yields (token id, text, exit layer, exit reason) for each token as it is generated, from when the
-/// first is asked for. Threads that read it take turns.
+/// Yields tokens as they are generated, from when the first is asked for. Threads that read it take
+/// turns.
 #[pyclass(frozen)]
 pub(super) struct Generation {
     /// Outside of the reader, so that whoever closes it need not wait for whoever reads.
@@ -69,7 +65,7 @@ struct Reader {
     work: Option<Work>,
     /// From then on, until the generation is over.
     running: Option<Running>,
-    pieces: Vec<Piece>,
+    tokens: Vec<Py<PyToken>>,
     end: Option<Ended>,
 }
 
@@ -88,7 +84,7 @@ impl Generation {
             reader: ProcessLocal::new(Mutex::new(Reader {
                 work: Some(work),
                 running: None,
-                pieces: Vec::new(),
+                tokens: Vec::new(),
                 end: None,
             })),
         }
@@ -135,7 +131,7 @@ impl Generation {
         this
     }
 
-    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Piece>> {
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Py<PyToken>>> {
         let mut reader = self.lock(py)?;
         if self.interrupt.check().is_err() {
             return Ok(None);
@@ -147,12 +143,13 @@ impl Generation {
             return Ok(None);
         };
         match receive(py, &running.inbox, &self.interrupt)? {
-            Some(Event::Token(piece)) => {
+            Some(Event::Token(token)) => {
                 running.ahead.fetch_sub(1, Ordering::Relaxed);
                 self.wake_worker();
                 reader.running = Some(running);
-                reader.pieces.push(piece.clone());
-                Ok(Some(piece))
+                let token = Py::new(py, token)?;
+                reader.tokens.push(token.clone_ref(py));
+                Ok(Some(token))
             }
             // closed meanwhile
             Some(Event::End(Err(Error::Cancelled))) => Ok(None),
@@ -164,11 +161,10 @@ impl Generation {
         }
     }
 
-    /// What is certified of it: the certificate as JSON, if any, and a sentence. None where tokens
-    /// only come from full depth.
+    /// What is certified of it; None where tokens only come from full depth.
     #[getter]
-    fn certification(&self) -> Option<Spoken> {
-        self.certification.as_ref().map(spoken)
+    fn certification(&self) -> Option<PyCertification> {
+        self.certification.as_ref().map(PyCertification::from)
     }
 
     /// End it, from any thread: the model is free as soon as the engine under way has run.
@@ -177,9 +173,8 @@ impl Generation {
         self.wake_worker();
     }
 
-    /// tokens (all that came), finish_reason, prefill_ms, decode_ms, the text still owed and how
-    /// drafting went, once the iterator ended.
-    fn summary(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
+    /// The whole, once the iterator ended.
+    fn summary(&self, py: Python<'_>) -> PyResult<PyGenerationSummary> {
         let reader = self.lock(py)?;
         let Some(Ended {
             summary,
@@ -191,19 +186,15 @@ impl Generation {
                 "the generation did not finish: it failed, or was closed or interrupted before",
             ));
         };
-        let result = PyDict::new(py);
-        result.set_item("tokens", reader.pieces.clone())?;
-        result.set_item("finish_reason", summary.finish_reason.name())?;
-        result.set_item("prefill_ms", summary.prefill.as_secs_f64() * 1e3)?;
-        result.set_item("decode_ms", summary.decode.as_secs_f64() * 1e3)?;
-        result.set_item("rest", rest)?;
-        let drafting = &summary.drafts;
-        result.set_item("drafted", drafting.drafted)?;
-        result.set_item("accepted", drafting.accepted)?;
-        result.set_item("verify_passes", drafting.verify_passes)?;
-        result.set_item("draft_depths", &drafting.draft_depths)?;
-        result.set_item("profile", profile)?;
-        Ok(result.unbind())
+        Ok(PyGenerationSummary {
+            tokens: reader.tokens.iter().map(|t| t.clone_ref(py)).collect(),
+            finish_reason: summary.finish_reason,
+            prefill_ms: summary.prefill.as_secs_f64() * 1e3,
+            decode_ms: summary.decode.as_secs_f64() * 1e3,
+            rest: rest.clone(),
+            profile: profile.clone(),
+            drafts: (&summary.drafts).into(),
+        })
     }
 }
 
@@ -254,7 +245,8 @@ fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended
             .map(|s| s.push(token.id))
             .unwrap_or_default();
         let stop = stops.push(&text);
-        if sender.send(Event::Token(piece(token, text))).is_err() {
+        let event = Event::Token(PyToken::new(token, text));
+        if sender.send(event).is_err() {
             interrupt.raise();
         }
         pace.keep();
@@ -282,9 +274,4 @@ fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended
         rest,
         profile,
     })
-}
-
-fn piece(token: Token, text: String) -> Piece {
-    let Token { id, exit } = token;
-    (id, text, exit.layer, exit.reason.name())
 }

@@ -1,14 +1,18 @@
 //! The Python binding: it translates and does nothing else.
 
-mod certification;
+mod benchmark;
 mod decisions;
+mod decoding_settings;
 mod door;
 mod error;
 mod executor;
 mod files;
 mod generation;
 mod model;
+mod outcomes;
+mod policy_settings;
 mod process;
+mod spellings;
 mod turns;
 
 use log::LevelFilter;
@@ -27,12 +31,26 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<model::Model>()?;
     module.add_class::<files::BundleFiles>()?;
     module.add_class::<generation::Generation>()?;
-    module.add_class::<decisions::Thresholds>()?;
+    module.add_class::<files::PyGraphFile>()?;
+    module.add_class::<policy_settings::PyPolicySettings>()?;
+    module.add_class::<decoding_settings::PyDecodingMode>()?;
+    module.add_class::<decoding_settings::PyDecodingSetting>()?;
+    module.add_class::<decoding_settings::PySampling>()?;
+    module.add_class::<outcomes::PyToken>()?;
+    module.add_class::<outcomes::PyDraftSummary>()?;
+    module.add_class::<outcomes::PyGenerationSummary>()?;
+    module.add_class::<outcomes::PyFollowedText>()?;
+    module.add_class::<outcomes::PyCertification>()?;
+    module.add_class::<benchmark::PyBenchCase>()?;
+    module.add_class::<executor::PyPlanTensor>()?;
+    module.add_class::<decisions::PyBatchDecision>()?;
+    module.add_class::<decisions::PyThresholds>()?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_stability, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
     module.add_function(wrap_pyfunction!(files::read_manifest, module)?)?;
     module.add_function(wrap_pyfunction!(files::read_unlisted, module)?)?;
     module.add("SCHEMA_VERSION", SCHEMA_VERSION)?;
+    module.add("SPELLINGS", spellings::all(module.py())?)?;
     process::register(module)?;
     error::register(module)
 }

@@ -1,31 +1,30 @@
 //! A loaded bundle.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
-use serde_json::json;
 
+use super::benchmark::{Prompt, PyBenchCase, PyBenchRow};
+use super::decoding_settings::{PyDecodingSetting, PySampling};
 use super::door;
 use super::error::InputError;
 use super::executor::PythonExecutor;
-use super::files::verify_named;
 use super::generation::{Generation, Work};
+use super::outcomes::PyFollowedText;
 use super::process::ProcessLocal;
+use super::spellings::PlanDevice;
 use super::turns::Turns;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
-use crate::bench::{BenchCase, BenchRow};
-use crate::bundle::{Bundle, DrafterKind, Opening};
+use crate::bench::BenchCase;
+use crate::bundle::{Bundle, Opening, Verify};
 use crate::certification::{Certification, GenerationSetting};
-use crate::chain::{Chain, DecodingMode, Request};
+use crate::chain::{Chain, DecodingChoice, DecodingMode, DrafterChoice, ModeName, Request};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
-use crate::policy::{PolicySettings, Signal};
-use crate::sampler::Sampling;
+use crate::policy::{PolicyChoice, PolicyKind};
 use crate::text::{StopStrings, TextCodec};
 
 /// A bundle with its engines loaded.
@@ -45,34 +44,30 @@ struct Library {
     threads: usize,
 }
 
-/// What runs a target's plans: its name, TensorRT's Python package, and whether the host's memory
-/// takes the place of the GPU's.
-type PlanRunner = (String, Py<PyAny>, bool);
-
 #[pymethods]
 impl Model {
     /// Check and load the bundle in `directory`. library and threads are ONNX Runtime's; as many
     /// threads check the files. verify "always" hashes all of them, "changed" those that changed
     /// since they were last found whole. memory_limit, in bytes, is what the loaded bundle may
-    /// take, None for what is free. `plans` runs TensorRT plans instead: (target, executor,
-    /// rehearsal). executor puts one of them on a stream: (plan, [(tensor, address, shape, bytes)],
-    /// stream, replayed) -> None. In a rehearsal addresses are the host's, and it computes at once.
+    /// take, None for what is free. `executor` runs the bundle's TensorRT plans of its target
+    /// instead of ONNX Runtime's engines, over the memory of its device.
     #[new]
     #[pyo3(signature = (
-        directory, library, threads, plans = None, *, verify = "always", memory_limit = None
+        directory, library, threads, executor = None, *, verify = Verify::Always,
+        memory_limit = None
     ))]
     fn new(
         py: Python<'_>,
         directory: PathBuf,
         library: PathBuf,
         threads: usize,
-        plans: Option<PlanRunner>,
-        verify: &str,
+        executor: Option<PythonExecutor>,
+        verify: Verify,
         memory_limit: Option<u64>,
     ) -> PyResult<Self> {
         let path = library;
         let opening = Opening {
-            verify: verify_named(verify)?,
+            verify,
             threads,
             memory_limit,
             ..Opening::default()
@@ -82,9 +77,9 @@ impl Model {
             let bundle = Bundle::open_with(&directory, &opening)?;
             let codec = codec(&bundle)?;
             let library = Library { path, threads };
-            let served = plans.is_some();
-            let chain = match plans {
-                Some(runner) => load_plans(&bundle, &library, runner)?,
+            let plans = executor.is_some();
+            let chain = match executor {
+                Some(executor) => load_plans(&bundle, &library, executor)?,
                 None => Chain::load(&bundle, Layout::Engines, &library.path, threads)?,
             };
             Ok(Self {
@@ -92,7 +87,7 @@ impl Model {
                 turns: ProcessLocal::new(Turns::new(chain)),
                 codec: ProcessLocal::new(codec),
                 library,
-                plans: served,
+                plans,
             })
         })
     }
@@ -144,57 +139,72 @@ impl Model {
         self.bundle.manifest.tokenizer
     }
 
-    /// The bundle's exit configuration: the policy as JSON, kv_fill, and the drafter, if any.
-    #[getter]
-    fn exit_config(&self) -> (String, &'static str, Option<&'static str>) {
-        let config = &self.bundle.exit_config;
-        (
-            json!(config.policy).to_string(),
-            config.kv_fill.name(),
-            config.drafter.map(DrafterKind::name),
-        )
+    /// How tokens are decoded: as the arguments say, and where they are None the bundle.
+    #[pyo3(signature = (
+        *, mode = ModeName::Exit, forced_exit = None, policy = None, threshold = None, tau = None,
+        consecutive_k = None, min_layer_ratio = None, kv_fill = None, drafter = None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
+    fn decoding(
+        &self,
+        mode: ModeName,
+        forced_exit: Option<Vec<usize>>,
+        policy: Option<PolicyKind>,
+        threshold: Option<f32>,
+        tau: Option<f32>,
+        consecutive_k: Option<usize>,
+        min_layer_ratio: Option<f64>,
+        kv_fill: Option<KvFill>,
+        drafter: Option<DrafterChoice>,
+    ) -> Result<PyDecodingSetting> {
+        let choice = DecodingChoice {
+            mode,
+            forced_exit,
+            policy: PolicyChoice {
+                policy,
+                threshold,
+                tau,
+                consecutive_k,
+                min_layer_ratio,
+            },
+            kv_fill,
+            drafter,
+        };
+        let Bundle {
+            manifest,
+            exit_config,
+            ..
+        } = &self.bundle;
+        choice.resolve(exit_config, manifest).map(PyDecodingSetting)
     }
 
-    /// The likeliest next token after each of `tokens` but the first, and the layers each of them
-    /// ran: the tokens' exits when the text is given. Settings are those of `generate`.
-    #[pyo3(signature = (tokens, *, policy = None, forced_exit = None, kv_fill = "propagate"))]
+    /// Run a text token by token with exits.
     fn follow(
         &self,
         py: Python<'_>,
         tokens: Vec<u32>,
-        policy: Option<&str>,
-        forced_exit: Option<Vec<usize>>,
-        kv_fill: &str,
-    ) -> PyResult<(Vec<u32>, Vec<usize>)> {
-        let mode = self.mode(policy, forced_exit, None)?;
-        let kv_fill = kv_fill_named(kv_fill)?;
+        decoding: PyDecodingSetting,
+    ) -> PyResult<PyFollowedText> {
+        let PyDecodingSetting(decoding) = decoding;
+        self.check(&decoding.mode)?;
         let turns = self.turns.get()?.clone();
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
         door::run(py, &interrupt, move || {
             let mut chain = turns.take();
-            let mut followed = (Vec::new(), Vec::new());
-            chain.follow(&tokens, &mode, kv_fill, &raised, |token| {
-                followed.0.push(token.id);
-                followed.1.push(token.exit.layer);
-            })?;
+            let mut followed = PyFollowedText::default();
+            chain.follow(
+                &tokens,
+                &decoding.mode,
+                decoding.kv_fill,
+                &raised,
+                |token| {
+                    followed.tokens.push(token.id);
+                    followed.exit_layers.push(token.exit.layer);
+                },
+            )?;
             Ok(followed)
         })
-    }
-
-    /// The depths at which the bundle has what a policy reads, by policy.
-    #[getter]
-    fn trained_depths(&self) -> HashMap<&'static str, Vec<usize>> {
-        let manifest = &self.bundle.manifest;
-        let (risk, exit) = (Signal::Risk, Signal::Learned);
-        [
-            ("probe", risk),
-            ("cascade", risk),
-            ("margin", exit),
-            ("learned", exit),
-        ]
-        .map(|(policy, source)| (policy, manifest.trained_depths(source)))
-        .into()
     }
 
     #[pyo3(signature = (text, add_special_tokens = true))]
@@ -212,48 +222,31 @@ impl Model {
         Ok(py.detach(|| codec.decode(&tokens))?)
     }
 
-    /// Generate as the result is iterated over. Without `policy` (JSON, as sedac_config.json has
-    /// it) and `forced_exit` (depths, taken in turn) every token runs at full depth; `drafter`
-    /// guesses several to verify at once, with a policy those that it does not let exit. With
-    /// `profile` the summary has a Chrome trace, as JSON.
+    /// Generate as the result is iterated over. With `profile` the summary has a Chrome trace.
     #[pyo3(signature = (
-        prompt, *, max_new_tokens, stop_tokens, stop_strings = vec![], policy = None,
-        forced_exit = None, drafter = None, kv_fill = "propagate", temperature = 0.0, top_k = 0,
-        top_p = 1.0, min_p = 0.0, repetition_penalty = 1.0, seed = 0, profile = false
+        prompt, decoding, sampling, *, max_new_tokens, stop_tokens, stop_strings = vec![],
+        profile = false
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn generate(
         &self,
         prompt: Vec<u32>,
+        decoding: PyDecodingSetting,
+        sampling: PySampling,
         max_new_tokens: usize,
         stop_tokens: Vec<u32>,
         stop_strings: Vec<String>,
-        policy: Option<&str>,
-        forced_exit: Option<Vec<usize>>,
-        drafter: Option<&str>,
-        kv_fill: &str,
-        temperature: f32,
-        top_k: usize,
-        top_p: f32,
-        min_p: f32,
-        repetition_penalty: f32,
-        seed: u64,
         profile: bool,
     ) -> PyResult<Generation> {
+        let PyDecodingSetting(decoding) = decoding;
+        self.check(&decoding.mode)?;
         let request = Request {
             prompt,
             max_new_tokens,
             stop_tokens,
-            mode: self.mode(policy, forced_exit, drafter)?,
-            kv_fill: kv_fill_named(kv_fill)?,
-            sampling: Sampling {
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                repetition_penalty,
-                seed,
-            },
+            mode: decoding.mode,
+            kv_fill: decoding.kv_fill,
+            sampling: sampling.0,
         };
         if !stop_strings.is_empty() {
             self.codec()?;
@@ -269,35 +262,33 @@ impl Model {
         Ok(Generation::new(work, certification))
     }
 
-    /// Compare ways to run the bundle: see `sedac-runtime bench`.
-    ///
-    /// cases: (row name, whether the monolith runs it, None or the depth to exit at, None or the
-    /// drafter). against: the index of the case that others are compared with.
+    /// Compare ways to run the bundle, each after the first `prompt_tokens` tokens of `prompt`: see
+    /// `sedac_runtime.bench`. against: the index of the case that others are compared with.
+    #[expect(clippy::too_many_arguments, reason = "what a benchmark takes")]
     fn bench(
         &self,
         py: Python<'_>,
-        cases: Vec<(String, bool, Option<usize>, Option<String>)>,
-        prompt: BenchPrompt,
+        cases: Vec<PyBenchCase>,
+        prompt: Prompt,
+        prompt_tokens: usize,
         new_tokens: usize,
         repeat: usize,
         against: usize,
-    ) -> PyResult<Py<PyList>> {
+    ) -> PyResult<Vec<PyBenchRow>> {
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
         let codec = self.codec.get()?;
-        let prompt = py.detach(|| prompt.tokens(codec.as_ref().as_ref()))?;
-        let with_monolith = cases.iter().any(|case| case.1);
-        let cases = cases
-            .into_iter()
-            .map(bench_case)
-            .collect::<Result<Vec<_>>>()?;
+        let prompt = py.detach(|| prompt.first(prompt_tokens, codec.as_ref().as_ref()))?;
+        let with_monolith = cases.iter().any(|case| case.monolith);
+        let cases: Vec<BenchCase> = cases.into_iter().map(Into::into).collect();
+        cases.iter().try_for_each(|case| self.check(&case.mode))?;
         let monolith = with_monolith.then(|| self.monolith()).transpose()?;
         let turns = self.turns.get()?.clone();
-        let rows = door::run(py, &interrupt, move || {
+        door::run(py, &interrupt, move || {
             let mut chain = turns.take();
             let mut monolith = monolith.map(|load| load()).transpose()?;
             let mut chains: Vec<_> = [&mut *chain].into_iter().chain(&mut monolith).collect();
-            crate::bench::run(
+            let rows = crate::bench::run(
                 &mut chains,
                 &cases,
                 &prompt,
@@ -305,31 +296,19 @@ impl Model {
                 repeat,
                 against,
                 &raised,
-            )
-        })?;
-        let rows = rows
-            .iter()
-            .map(|row| to_dict(py, row))
-            .collect::<PyResult<Vec<_>>>()?;
-        Ok(PyList::new(py, rows)?.unbind())
+            )?;
+            Ok(rows.into_iter().map(Into::into).collect())
+        })
     }
 }
 
 impl Model {
-    fn mode(
-        &self,
-        policy: Option<&str>,
-        forced: Option<Vec<usize>>,
-        drafter: Option<&str>,
-    ) -> Result<DecodingMode> {
-        let Some(json) = policy.filter(|_| forced.is_none()) else {
-            return mode(forced, drafter);
-        };
-        let policy: PolicySettings = serde_json::from_str(json)
-            .map_err(|error| Error::setting("policy", json, error.to_string()))?;
-        self.bundle.manifest.compile(&policy)?;
-        let drafter = drafter.map(drafter_kind).transpose()?;
-        Ok(DecodingMode::Exit { policy, drafter })
+    /// Check that the bundle has what a policy reads.
+    fn check(&self, mode: &DecodingMode) -> Result<()> {
+        match mode {
+            DecodingMode::Exit { policy, .. } => self.bundle.manifest.compile(policy).map(drop),
+            _ => Ok(()),
+        }
     }
 
     fn certification(&self, request: &Request) -> Option<Certification> {
@@ -368,104 +347,27 @@ impl Model {
     }
 }
 
-/// Tokens, or a text and how many of its tokens to take.
-#[derive(FromPyObject)]
-pub(super) enum BenchPrompt {
-    Tokens(Vec<u32>),
-    Text(String, usize),
-}
-
-impl BenchPrompt {
-    fn tokens(self, codec: Option<&TextCodec>) -> Result<Vec<u32>> {
-        let (text, count) = match self {
-            Self::Tokens(tokens) => return Ok(tokens),
-            Self::Text(text, count) => (text, count),
-        };
-        let Some(codec) = codec else {
-            return Err(Error::Prompt(
-                "is a text, but this bundle has no tokenizer".into(),
-            ));
-        };
-        let mut tokens = codec.encode(&text, true)?;
-        if tokens.len() < count {
-            let range = format!("at most the {} tokens of the text", tokens.len());
-            return Err(Error::setting("prompt_tokens", count, range));
-        }
-        tokens.truncate(count);
-        Ok(tokens)
-    }
-}
-
-/// A chain over the plans that `runner` names.
-fn load_plans(bundle: &Bundle, library: &Library, runner: PlanRunner) -> Result<Chain> {
-    let (target, executor, rehearsal) = runner;
+/// A chain over the plans that `executor` runs.
+fn load_plans(bundle: &Bundle, library: &Library, executor: PythonExecutor) -> Result<Chain> {
     let exits = Exits::of(bundle, &library.path, library.threads)?;
-    let executor = Arc::new(PythonExecutor(executor));
-    Ok(if rehearsal {
-        let host = Host::default();
-        Chain::over(
-            bundle,
-            TensorRt::load(bundle, &target, host, executor, exits)?,
-        )
-    } else {
-        let gpu = Cuda::new()?;
-        Chain::over(
-            bundle,
-            TensorRt::load(bundle, &target, gpu, executor, exits)?,
-        )
+    let (target, device) = (executor.target.name(), executor.device);
+    let executor = Arc::new(executor);
+    Ok(match device {
+        PlanDevice::Cuda => {
+            let gpu = Cuda::new()?;
+            Chain::over(
+                bundle,
+                TensorRt::load(bundle, target, gpu, executor, exits)?,
+            )
+        }
+        PlanDevice::Host => {
+            let host = Host::default();
+            Chain::over(
+                bundle,
+                TensorRt::load(bundle, target, host, executor, exits)?,
+            )
+        }
     })
-}
-
-fn bench_case(
-    (name, monolith, depth, drafter): (String, bool, Option<usize>, Option<String>),
-) -> Result<BenchCase> {
-    Ok(BenchCase {
-        name,
-        chain: usize::from(monolith),
-        mode: mode(depth.map(|depth| vec![depth]), drafter.as_deref())?,
-    })
-}
-
-fn to_dict<'py>(py: Python<'py>, row: &BenchRow) -> PyResult<Bound<'py, PyDict>> {
-    let result = PyDict::new(py);
-    result.set_item("name", &row.name)?;
-    result.set_item("ms_per_token", row.ms_per_token)?;
-    result.set_item("tokens_per_second", 1e3 / row.ms_per_token)?;
-    result.set_item("min_ms", row.min_ms)?;
-    result.set_item("max_ms", row.max_ms)?;
-    result.set_item("mean_exit_layer", row.mean_exit_layer)?;
-    result.set_item("speedup", row.speedup)?;
-    result.set_item("agreement", row.agreement)?;
-    Ok(result)
-}
-
-fn mode(forced: Option<Vec<usize>>, drafter: Option<&str>) -> Result<DecodingMode> {
-    Ok(match (forced, drafter) {
-        (Some(depths), _) => DecodingMode::Forced { depths },
-        (None, Some(name)) => DecodingMode::Lossless {
-            drafter: drafter_kind(name)?,
-        },
-        (None, None) => DecodingMode::Full,
-    })
-}
-
-fn drafter_kind(name: &str) -> Result<DrafterKind> {
-    named("drafter", name, DrafterKind::ALL, DrafterKind::name)
-}
-
-fn kv_fill_named(name: &str) -> Result<KvFill> {
-    named("kv_fill", name, KvFill::ALL, KvFill::name)
-}
-
-pub(super) fn named<T: Copy, const N: usize>(
-    setting: &'static str,
-    name: &str,
-    all: [T; N],
-    name_of: fn(T) -> &'static str,
-) -> Result<T> {
-    all.into_iter()
-        .find(|&choice| name_of(choice) == name)
-        .ok_or_else(|| Error::setting(setting, name, all.map(name_of).join(" or ")))
 }
 
 fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {

@@ -1,5 +1,6 @@
 """Choose an exit setting on some documents and certify it on others."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.edit import edited_bundle, write_config
-from sedac_export.bundle.exit_config import Certificate, ExitConfig, KvFill, Mode
+from sedac_export.bundle.exit_config import Certificate, ExitConfig
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.exits.calibration.engine_times import EngineTimes, measure_engine_times
@@ -30,8 +31,8 @@ from sedac_export.exits.replay.documents import (
     split_documents,
     window_length,
 )
-from sedac_export.exits.replay.policies import Policy, make_policy
 from sedac_export.exits.replay.replay import Replay
+from sedac_runtime.choices import CalibrationMode, KvFill
 
 # what part of the risk the settings to certify spend where they were searched, safest first; few
 # where each takes a replay
@@ -44,13 +45,16 @@ _LEAST_GAIN = 1.01
 _SEARCH_SHARE = 0.45
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class CalibrationRequest:
     """What to calibrate. Risks, confidence and min_speedup as numbers, not percent."""
 
     directory: Path
     documents: Sequence[Document]
-    mode: Mode = "balanced"
+    mode: CalibrationMode = "balanced"
     max_risk: float = 0.01
     confidence: float = 0.95
     min_speedup: float | None = None
@@ -92,6 +96,7 @@ def calibrate(request: CalibrationRequest, progress: StageProgress = lambda *_: 
     certified = count_certified(
         [step.losses for step in steps], request.max_risk, request.confidence
     )
+    logger.info("%d of %d settings certified, safest first", certified, len(steps))
     if certified == 0:
         raise SedacError(_refusal(request, steps))
     step = _best(request, steps[:certified])
@@ -125,7 +130,7 @@ def _choose(
     inflation = 1.0
     if request.kv_fill == "propagate":
         full = seen.full_by_document(documents, window_length(replay.manifest))
-        losses, _ = count_losses(replay, documents, full, _policy(trial, replay))
+        losses, _ = count_losses(replay, documents, full, trial.config.policy_settings())
         inflation = max(1.0, losses.risk / trial.risk)
     same = [c for c in front if c.config.policy == trial.config.policy]
     chosen: list[Candidate] = []
@@ -175,7 +180,9 @@ def _measurer(
         counts = seen.counts(documents, window_length(replay.manifest))
         return lambda candidate: losses_of(seen, counts, candidate.config)
     full = full_tokens(replay, documents, lambda *done: progress("certify", *done))
-    return lambda candidate: count_losses(replay, documents, full, _policy(candidate, replay))
+    return lambda candidate: count_losses(
+        replay, documents, full, candidate.config.policy_settings()
+    )
 
 
 def _best(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> CalibrationStep:
@@ -259,10 +266,6 @@ def _check_size(request: CalibrationRequest, documents: Sequence[Document]) -> N
     """Raise SedacError before the work when the data cannot certify anything."""
     counts = np.array([len(document.tokens) for document in documents])
     check_enough(Losses(np.zeros_like(counts), counts), request.max_risk, request.confidence)
-
-
-def _policy(candidate: Candidate, replay: Replay) -> Policy:
-    return make_policy(candidate.config, replay.num_layers)
 
 
 def _speed(candidate: Candidate) -> float:

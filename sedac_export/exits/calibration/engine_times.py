@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sedac_export.arrays import Array
-from sedac_export.bundle.exit_config import KvFill
 from sedac_export.bundle.runner import BundleRunner
 from sedac_export.bundle.sessions import Caches, Engine
 from sedac_export.exits.replay.replay import Replay
+from sedac_runtime.choices import KvFill
 
 _FILLED = 512
 _REPEATS = 100

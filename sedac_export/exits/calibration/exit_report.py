@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.certified import read_certification
-from sedac_export.bundle.exit_config import ExitConfig, KvFill, PolicyName, read_exit_config
+from sedac_export.bundle.exit_config import ExitConfig, read_exit_config
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.exits.calibration.calibrate import time_config
 from sedac_export.exits.replay.documents import Document, window_length
-from sedac_export.exits.replay.policies import make_policy
 from sedac_export.exits.replay.probes_file import median_risks
 from sedac_export.exits.replay.replay import Replay, Trace
+from sedac_runtime.choices import KvFill, PolicyName
 from sedac_runtime.tolerance import tolerance_note
 
 # the original SEDAC's grid
@@ -101,7 +101,7 @@ def make_report(
     configs = [own, *(config.model_copy(update={"kv_fill": kv_fill}) for config in others)]
     for number, config in enumerate(configs):
         progress("report", number, len(configs))
-        policy = make_policy(config, replay.num_layers)
+        policy = config.policy_settings()
         runs = (replay.run(w.tokens, policy, kv_fill=config.kv_fill) for w in windows)
         trace = Trace.join([_counted(run) for run in runs])
         speedup = time_config(bundle, config, documents)

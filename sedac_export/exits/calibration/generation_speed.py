@@ -10,12 +10,13 @@ from typing import Any, get_args
 import numpy as np
 
 from sedac_export.bundle.edit import edited_bundle, write_config
-from sedac_export.bundle.exit_config import Drafter, ExitConfig, MeasuredGeneration
+from sedac_export.bundle.exit_config import ExitConfig, MeasuredGeneration
 from sedac_export.bundle.sessions import THREADS
 from sedac_export.console import CountProgress
 from sedac_export.errors import SedacError
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.replay import Replay
+from sedac_runtime.choices import LosslessDrafter
 
 PROMPTS = 16
 PROMPT_TOKENS = 128
@@ -40,7 +41,7 @@ def measure_generation(
     config: ExitConfig,
     documents: Sequence[Document],
     progress: CountProgress = lambda *_: None,
-) -> tuple[Drafter | None, MeasuredGeneration]:
+) -> tuple[LosslessDrafter | None, MeasuredGeneration]:
     """Generate under `config` after prompts cut from `documents`: its fastest drafter, and speeds.
 
     Raises SedacError when the runtime refuses the bundle.
@@ -126,7 +127,7 @@ def cut_prompts(documents: Sequence[Document], cache_length: int) -> list[list[i
 
 def decoding_setups(config: ExitConfig) -> list[DecodingSetup]:
     """Full depth, lossless, and the exits of `config`, with drafters too if they can have some."""
-    drafters = get_args(Drafter)
+    drafters = get_args(LosslessDrafter)
     lossless = [("lossless", drafter) for drafter in drafters]
     drafts = config.kv_fill == "defer" and config.exit_kind != "soft"
     return [FULL, PLAIN, *lossless, *(("exit", d) for d in drafters if drafts)]

@@ -12,9 +12,9 @@ from sedac_export.console import CountProgress
 from sedac_export.errors import SedacError
 from sedac_export.exits.calibration.learn_then_test import Losses
 from sedac_export.exits.replay.documents import Document, window_length
-from sedac_export.exits.replay.policies import Policy
 from sedac_export.exits.replay.replay import Replay, Trace
 from sedac_export.exits.replay.signals import Signals
+from sedac_runtime._core import PolicySettings
 
 
 @dataclass
@@ -39,6 +39,11 @@ class Observations:
         mask: Mask = self.tokens[depth] != self.full
         return mask
 
+    def exit_signals(self, depth: int) -> Floats:
+        """The exit engine's signals after `depth` layers but the entropy, 0: fp32 [n, 3]."""
+        margin, learned = self.margin[depth], self.learned[depth]
+        return np.stack([margin, np.zeros_like(margin), learned], axis=1)
+
     def full_by_document(
         self, documents: Sequence[Document], window: int
     ) -> dict[str, npt.NDArray[np.int64]]:
@@ -52,28 +57,27 @@ class Observations:
         return [sum(len(w.tokens) - 1 for w in d.windows(window)) for d in documents]
 
 
-class _SignalRecorder(Policy):
-    """Exits nowhere and notes every signal."""
+class _SignalRecorder:
+    """Notes every signal of a text, and the token of every exit depth."""
 
-    def __init__(self, exits: Sequence[int]) -> None:
-        self.exits = exits
-        self.stability: list[Floats] = []
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        self.stability: dict[int, list[Floats]] = {}
         self.signals: dict[int, list[Floats]] = {}
         self.risk: dict[int, list[Floats]] = {}
+        self.tokens: dict[int, list[npt.NDArray[np.int64]]] = {}
 
-    def begin(self, tokens: int) -> None:
-        self.rows: list[Floats] = []
-
-    def observe(self, signals: Signals) -> Mask:
-        self.stability.append(signals.stability.copy())
+    def __call__(self, hidden: Floats, signals: Signals) -> None:
+        depth, replay = signals.depth, self.replay
+        if depth:
+            self.stability.setdefault(depth, []).append(signals.stability.copy())
         if signals.risk is not None:
-            self.risk.setdefault(signals.depth, []).append(signals.risk)
-        if signals.depth in self.exits:
-            self.signals.setdefault(signals.depth, []).append(signals.exit)
-        return np.zeros(len(signals.stability), dtype=bool)
-
-    def soft_ratio(self) -> None:
-        return None
+            self.risk.setdefault(depth, []).append(signals.risk)
+        if depth in replay.exits:
+            self.signals.setdefault(depth, []).append(signals.exit)
+        if depth in replay.early:
+            tokens = replay.logits(depth, hidden).argmax(-1)
+            self.tokens.setdefault(depth, []).append(tokens)
 
 
 def observe(
@@ -111,7 +115,7 @@ def count_losses(
     replay: Replay,
     documents: Sequence[Document],
     full: dict[str, npt.NDArray[np.int64]],
-    policy: Policy,
+    policy: PolicySettings,
     progress: CountProgress = lambda *_: None,
 ) -> tuple[Losses, npt.NDArray[np.int64]]:
     """Run `documents` with exits and kv_fill propagate: errors, and the layers run of each token.
@@ -149,28 +153,25 @@ def full_tokens(
 
 
 def _window(replay: Replay, window: Document) -> tuple[Observations, Trace]:
-    recorder = _SignalRecorder(list(replay.exits))
-    tokens: dict[int, list[npt.NDArray[np.int64]]] = {depth: [] for depth in replay.early}
-
-    def watch(depth: int, _: int, x: Floats, __: Floats) -> None:
-        if depth in tokens:
-            tokens[depth].append(replay.logits(depth, x).argmax(-1))
-
-    trace = replay.run(window.tokens, recorder, watch)
-    layers = replay.num_layers
-    stability = [np.concatenate(recorder.stability[layer::layers])[1:] for layer in range(layers)]
-    signals = {depth: np.concatenate(rows)[1:] for depth, rows in recorder.signals.items()}
+    recorder = _SignalRecorder(replay)
+    trace = replay.run(window.tokens, watch=recorder)
+    signals = _without_first(recorder.signals)
     part = Observations(
-        layers,
+        replay.num_layers,
         trace.tokens[1:],
         trace.entropies[1:],
-        np.stack(stability, axis=1),
-        {depth: np.concatenate(rows)[1:] for depth, rows in tokens.items()},
+        np.stack(list(_without_first(recorder.stability).values()), axis=1),
+        _without_first(recorder.tokens),
         {depth: rows[:, 0] for depth, rows in signals.items()},
         {depth: rows[:, 2] for depth, rows in signals.items()},
-        {depth: np.concatenate(rows)[1:] for depth, rows in recorder.risk.items()},
+        _without_first(recorder.risk),
     )
     return part, trace
+
+
+def _without_first(chunks: dict[int, list[Any]]) -> dict[int, Any]:
+    """By depth the chunks of a text as one, without its first token."""
+    return {depth: np.concatenate(rows)[1:] for depth, rows in chunks.items()}
 
 
 def _join(parts: list[Observations]) -> Observations:

@@ -3,18 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from sedac_export.arrays import Floats, Mask
-from sedac_export.bundle.exit_config import ExitConfig, KvFill, PolicyName
+from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.exits.calibration.engine_times import EngineTimes
 from sedac_export.exits.calibration.learn_then_test import Losses
 from sedac_export.exits.calibration.observe import Observations
-from sedac_export.exits.replay.policies import make_policy
-from sedac_export.exits.replay.signals import Signals
+from sedac_runtime._core import BatchDecision
+from sedac_runtime.choices import KvFill, PolicyName
 
 # prices of an error, in full-depth tokens: from nearly free to nearly forbidden
 _PRICES = np.geomspace(1.0, 300.0, 40)
@@ -55,26 +54,18 @@ def search(seen: Observations, engine_times: EngineTimes, kv_fill: KvFill) -> li
 
 def exits_of(seen: Observations, config: ExitConfig) -> Depths:
     """The depth at which each observed token would exit under `config`."""
-    policy = make_policy(config, seen.num_layers)
-    count = len(seen.full)
-    policy.begin(count)
-    depths = np.full(count, seen.num_layers)
+    full_depth = np.zeros(len(seen.full), dtype=bool)
+    decision = BatchDecision(
+        config.policy_settings(), seen.num_layers, list(seen.tokens), full_depth
+    )
     for depth in range(1, seen.num_layers):
-        empty = np.zeros(count, dtype=np.float32)
-        signal = np.stack(
-            [seen.margin.get(depth, empty), empty, seen.learned.get(depth, empty)], axis=1
+        decision.observe(
+            depth,
+            seen.stability[:, depth - 1],
+            seen.risk.get(depth),
+            seen.exit_signals(depth) if decision.reads_exit_head(depth) else None,
         )
-        stability = seen.stability[:, depth - 1]
-        wants = policy.observe(
-            Signals(depth, stability, seen.risk.get(depth), partial(_same, signal))
-        )
-        if depth in seen.tokens:
-            depths[wants & (depths == seen.num_layers)] = depth
-    return depths
-
-
-def _same(value: Floats) -> Floats:
-    return value
+    return np.asarray(decision.exit_layers)
 
 
 def count_checks(config: ExitConfig, depths: Depths) -> Depths:

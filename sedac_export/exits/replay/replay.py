@@ -16,19 +16,20 @@ import numpy.typing as npt
 
 from sedac_export.arrays import Floats
 from sedac_export.bundle import Bundle
-from sedac_export.bundle.exit_config import KvFill
 from sedac_export.bundle.manifest import LayerEngineEntry
 from sedac_export.bundle.runner import BundleRunner, PassInputs
 from sedac_export.bundle.sessions import THREADS
 from sedac_export.errors import SedacError
-from sedac_export.exits.replay.policies import Policy
+from sedac_export.exits.replay.pass_exits import PassExits
 from sedac_export.exits.replay.probes_file import check_probes
-from sedac_export.exits.replay.rows import Rows
 from sedac_export.exits.replay.signals import Signals
+from sedac_runtime._core import PolicySettings
+from sedac_runtime.choices import KvFill
 
 CHUNK = 256
 
-Watch = Callable[[int, int, Floats, Floats], None]
+# hidden states [n, hidden] after a layer, and what is known of the tokens there
+Watch = Callable[[Floats, Signals], None]
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Replay:
     def run(
         self,
         tokens: npt.NDArray[np.int64],
-        policy: Policy | None = None,
+        policy: PolicySettings | None = None,
         watch: Watch | None = None,
         full_depth: int = 1,
         kv_fill: KvFill = "propagate",
@@ -97,8 +98,8 @@ class Replay:
         """Run one text, int64 [n], n up to the cache length.
 
         policy decides about all but the first `full_depth` positions; None exits nowhere. watch
-        gets the depth, the first position, hidden states [chunk, hidden] and stabilities [chunk]
-        of every chunk after every layer, and at depth 0.
+        gets the hidden states [chunk, hidden] and signals of every chunk after every layer, and
+        at depth 0.
 
         Raises SedacError when an activation is NaN or infinite.
         """
@@ -145,67 +146,61 @@ class _Sequence:
         ]
 
     def chunk(
-        self, chunk: slice, policy: Policy | None, watch: Watch | None, full_depth: int
+        self, chunk: slice, policy: PolicySettings | None, watch: Watch | None, full_depth: int
     ) -> Trace:
         tokens = self.tokens[chunk]
-        rows = Rows(self.replay.num_layers, np.arange(len(tokens)) < full_depth)
-        inputs = self.replay.runner.begin(chunk)
-        x = self.replay.runner.embed(tokens, inputs)[0]
+        replay = self.replay
+        full = np.arange(len(tokens)) < full_depth
+        exits = PassExits(policy, replay.num_layers, replay.early, full)
+        inputs = replay.runner.begin(chunk)
+        x = replay.runner.embed(tokens, inputs)[0]
         if watch:
-            watch(0, chunk.start, x, np.ones(len(x), dtype=np.float32))
-        self.predicting = np.zeros_like(x)
-        if policy:
-            policy.begin(len(tokens))
-        for layer in range(self.replay.num_layers):
-            outputs = self._layer(layer, x, inputs, rows)
+            watch(x, self._signals(0, x, {}, exits))
+        predicting = np.zeros_like(x)
+        for layer in range(replay.num_layers):
+            outputs = self._layer(layer, x, inputs, exits)
             x = outputs["y"][0]
-            rows.stabilities[:, layer] = outputs["stability"][0, :, 0]
-            depth = layer + 1
+            exits.stabilities[:, layer] = outputs["stability"][0, :, 0]
+            signals = self._signals(layer + 1, x, outputs, exits)
             if watch:
-                watch(depth, chunk.start, x, rows.stabilities[:, layer])
-            if policy:
-                self._decide(policy, depth, x, outputs, rows)
+                watch(x, signals)
+            leaving = exits.observe(signals)
+            predicting[leaving] = x[leaving]
         _check_finite(x, chunk)
-        x = np.where(rows.exited[:, None], self.predicting, x)
-        return self._finish(x, rows, self.tokens[chunk.start + 1 : chunk.stop + 1])
+        x = np.where(exits.exited[:, None], predicting, x)
+        return self._finish(x, exits, self.tokens[chunk.start + 1 : chunk.stop + 1])
 
-    def _layer(self, layer: int, x: Floats, inputs: PassInputs, rows: Rows) -> dict[str, Any]:
-        """The layer's outputs, exited rows unchanged, rows that skip its MLP without it."""
+    def _layer(self, layer: int, x: Floats, inputs: PassInputs, exits: PassExits) -> dict[str, Any]:
+        """The layer's outputs, those of exited tokens unchanged, of soft exits without its MLP."""
         runner, caches = self.replay.runner, self.caches[layer]
         entry = self.replay.manifest.engines.layers[layer]
         outputs = runner.layers(entry, x[None], inputs, caches)
-        skipping = rows.skip_from <= layer
+        skipping = exits.skip_from <= layer
         if skipping.any():
             # keys and values come before the MLP, so both engines write the same ones
             other = runner.layers(self.replay.attention[layer], x[None], inputs, caches)
             outputs["y"][0, skipping] = other["y"][0, skipping]
         if self.kv_fill == "propagate":
-            outputs["y"][0, rows.exited] = x[rows.exited]
+            outputs["y"][0, exits.exited] = x[exits.exited]
         return outputs
 
-    def _decide(
-        self, policy: Policy, depth: int, x: Floats, outputs: dict[str, Any], rows: Rows
-    ) -> None:
-        risk = outputs["risk"][0, :, 0] if "risk" in outputs else None
-        last = rows.last_stabilities(depth)
-        signals = Signals(
+    def _signals(self, depth: int, x: Floats, outputs: dict[str, Any], exits: PassExits) -> Signals:
+        """What the layer's `outputs` say; at depth 0, before the first layer, nothing."""
+        last = exits.last_stabilities(depth)
+        return Signals(
             depth,
-            rows.stabilities[:, depth - 1],
-            risk,
+            exits.stabilities[:, depth - 1] if depth else np.ones(len(x), dtype=np.float32),
+            outputs["risk"][0, :, 0] if "risk" in outputs else None,
             lambda: self.replay.exit_signals(depth, x, last),
         )
-        wants = policy.observe(signals)
-        if depth in self.replay.early:
-            leaving = rows.leave(wants, depth, policy.soft_ratio())
-            self.predicting[leaving] = x[leaving]
 
-    def _finish(self, x: Floats, rows: Rows, following: npt.NDArray[np.int64]) -> Trace:
+    def _finish(self, x: Floats, exits: PassExits, following: npt.NDArray[np.int64]) -> Trace:
         logits = np.empty((len(x), self.replay.manifest.model.vocab_size), dtype=np.float32)
-        heads = rows.head_depths()
+        heads = exits.head_depths()
         for depth in np.unique(heads):
             logits[heads == depth] = self.replay.logits(int(depth), x[heads == depth])
         top, entropies, margins, losses = statistics(logits, following)
-        return Trace(rows.depths(), rows.exits, top, entropies, margins, losses)
+        return Trace(exits.depths(), exits.exits, top, entropies, margins, losses)
 
 
 def statistics(

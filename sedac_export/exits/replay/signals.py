@@ -1,4 +1,4 @@
-"""What a policy sees of some tokens after a layer."""
+"""What is known of some tokens after a layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Signals:
     """The signals of n tokens after `depth` layers.
 
     stability: fp32 [n]. risk: the V6 probe's, fp32 [n], None at depths without one. run_exit gives
-    the exit engine's margin, entropy (nats) and learned, fp32 [n, 3]; it runs when one is read.
+    the exit engine's signals, fp32 [n, 3]; it runs when they are first read.
     """
 
     depth: int
@@ -32,15 +32,5 @@ class Signals:
 
     @cached_property
     def exit(self) -> Floats:
-        """margin, entropy and learned, fp32 [n, 3]."""
+        """margin (of probabilities), entropy (nats) and learned (probability): fp32 [n, 3]."""
         return self.run_exit()
-
-    @property
-    def margin(self) -> Floats:
-        """Difference of the two largest probabilities of the pruned head."""
-        return self.exit[:, 0]
-
-    @property
-    def learned(self) -> Floats:
-        """Probability that the exit's token is full depth's."""
-        return self.exit[:, 2]

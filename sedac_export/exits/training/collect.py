@@ -21,6 +21,7 @@ from sedac_export.console import CountProgress
 from sedac_export.errors import SedacError
 from sedac_export.exits.replay.documents import Document, window_length
 from sedac_export.exits.replay.replay import Replay, statistics
+from sedac_export.exits.replay.signals import Signals
 
 INDEX = "collection.json"
 DEFAULT_BYTES = 4_000_000_000
@@ -182,11 +183,11 @@ def _window(replay: Replay, window: Document, depths: Sequence[int]) -> dict[str
     hidden: dict[int, list[Floats]] = {depth: [] for depth in stored}
     stabilities: list[list[Floats]] = [[] for _ in range(replay.num_layers)]
 
-    def watch(depth: int, _: int, x: Floats, stability: Floats) -> None:
-        if depth in stored:
-            hidden[depth].append(x.copy())
-        if depth:
-            stabilities[depth - 1].append(stability.copy())
+    def watch(x: Floats, signals: Signals) -> None:
+        if signals.depth in stored:
+            hidden[signals.depth].append(x.copy())
+        if signals.depth:
+            stabilities[signals.depth - 1].append(signals.stability.copy())
 
     trace = replay.run(window.tokens, watch=watch)
     values: dict[str, Array] = {

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.errors import SedacError
-from sedac_export.exits.replay.policies import make_policy
 from sedac_export.exits.replay.replay import Replay
 from sedac_export.pytorch.accelerator import create_universal_accelerator
 from sedac_runtime import SedacModel
@@ -55,7 +54,7 @@ def test_a_direct_call_equals_the_replayed_chain(
     tokens = demo_model.encode(PROMPT * 12)
     config = ExitConfig(tau=0.98, consecutive_k=2)
     replay = Replay(Bundle.open(demo_bundle), THREADS)
-    trace = replay.run(np.array(tokens), make_policy(config, 12))
+    trace = replay.run(np.array(tokens), config.policy_settings())
     with torch.no_grad(), create_universal_accelerator(demo_reference, config=config) as exits:
         logits = demo_reference(torch.tensor([tokens])).logits[0]
     assert exits.stats().last_depths == trace.depths.tolist()

@@ -8,40 +8,48 @@ import torch
 from tiny_models import save_tiny_model
 
 from sedac_export import BuildRequest, build_bundle
-from sedac_export.arrays import Mask
 from sedac_export.bundle import Bundle
+from sedac_export.exits.replay import pass_exits
 from sedac_export.exits.replay.replay import Replay
-from sedac_export.exits.replay.signals import Signals
 from sedac_export.pytorch.accelerator import create_universal_accelerator
+from sedac_runtime._core import PolicySettings
 
 
-class SoftAt:
-    """Every second token exits softly after `depth` layers, skipping half of what remains."""
+class SoftAtTwo:
+    """In a decision's place: every second token exits softly after 2 layers, and skips the MLPs of
+    half of what remains. Untrained bundles have no signal that would decide so."""
 
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
+    def __init__(self, _: object, num_layers: int, __: object, full_depth: np.ndarray) -> None:
+        count = len(full_depth)
+        self.exit_layers, self.skip_from = np.full((2, count), num_layers)
+        self.exited = np.zeros(count, dtype=bool)
+        self.deciding = (np.arange(count) % 2 == 0) & ~full_depth
+        self.half = num_layers - (num_layers - 2) // 2
 
-    def begin(self, tokens: int) -> None:
-        self.tokens = tokens
+    def reads_risk(self, _: int) -> bool:
+        return False
 
-    def observe(self, signals: Signals) -> Mask:
-        return (np.arange(self.tokens) % 2 == 0) & (signals.depth == self.depth)
+    reads_exit_head = reads_risk
 
-    def soft_ratio(self) -> np.ndarray:
-        return np.full(self.tokens, 0.5, dtype=np.float32)
+    def observe(self, depth: int, *_: object) -> None:
+        if depth == 2:
+            self.exit_layers[self.deciding] = depth
+            self.skip_from[self.deciding] = self.half
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "opt"])
-def test_soft_exits_equal_eager(name: str, tmp_path: Path) -> None:
+def test_soft_exits_equal_eager(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_tiny_model(name, tmp_path / "model")
     build_bundle(BuildRequest(model=str(tmp_path / "model"), output=tmp_path / "bundle"))
     replay = Replay(Bundle.open(tmp_path / "bundle"))
     tokens = np.arange(3, 43)
-    trace = replay.run(tokens, SoftAt(2))
-    with torch.no_grad(), create_universal_accelerator(model, policy=SoftAt(2)) as soft:
+    full = replay.run(tokens)
+    monkeypatch.setattr(pass_exits, "BatchDecision", SoftAtTwo)
+    trace = replay.run(tokens, PolicySettings("stability"))
+    with torch.no_grad(), create_universal_accelerator(model) as soft:
         logits = model(torch.from_numpy(tokens)[None]).logits[0]
     assert trace.depths.tolist() == soft.stats().last_depths
     assert set(trace.depths.tolist()) == {3, 4}
     assert trace.tokens.tolist() == logits.argmax(-1).tolist()
     # the share that was skipped shows
-    assert trace.tokens.tolist() != replay.run(tokens).tokens.tolist()
+    assert trace.tokens.tolist() != full.tokens.tolist()

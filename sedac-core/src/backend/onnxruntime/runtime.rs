@@ -80,7 +80,7 @@ const WEIGHTS_DIRECTORY: &str = "session.model_external_initializers_file_folder
 /// runs, however many lengths of prompt they have seen.
 /// `sedac-runtime bench --against monolith` measures what the chain costs.
 pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -> Result<Session> {
-    let (graph, directory) = bundle.graph(file)?;
+    let (graph, directory) = bundle.gate.graph(file)?;
     let load = || {
         Session::builder(environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?

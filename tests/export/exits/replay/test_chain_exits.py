@@ -14,7 +14,6 @@ from sedac_export.bundle.edit import write_config
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.exits.calibration.observe import Observations, observe
 from sedac_export.exits.replay.documents import Document
-from sedac_export.exits.replay.policies import make_policy
 from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
 
@@ -69,7 +68,7 @@ def test_the_chain_exits_where_the_replay_exits(
         model = SedacModel.from_pretrained(bundle, threads=THREADS)
         exits = []
         for text in texts:
-            trace = replay.run(text, make_policy(config, 12), kv_fill=kv_fill)
+            trace = replay.run(text, config.policy_settings(), kv_fill=kv_fill)
             tokens, depths = model.follow(text.tolist())
             assert depths == trace.exits[1:].tolist(), fields
             assert tokens == trace.tokens[1:].tolist(), fields

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.errors import SedacError
-from sedac_export.exits.replay.policies import make_policy
 from sedac_export.exits.replay.replay import Replay, chunks, statistics
 from sedac_runtime import SedacModel
 
@@ -49,7 +48,7 @@ def test_exits_are_those_of_decoding_token_by_token(
         prompt, mode="exit", tau=tau, consecutive_k=k, max_new_tokens=count, stop_tokens=[]
     )
     tokens = np.array(prompt + output.tokens[:-1])
-    policy = make_policy(ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=0.2), 12)
+    policy = ExitConfig(tau=tau, consecutive_k=k, min_layer_ratio=0.2).policy_settings()
     trace = replay.run(tokens, policy, full_depth=len(prompt))
     assert trace.tokens[len(prompt) - 1 :].tolist() == output.tokens
     assert trace.exits[len(prompt) - 1 :].tolist() == output.exit_layers

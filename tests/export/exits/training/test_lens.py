@@ -20,6 +20,7 @@ from sedac_export.exits.calibration.observe import observe
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.probes import LearnedProbe
 from sedac_export.exits.replay.replay import Replay
+from sedac_export.exits.replay.signals import Signals
 from sedac_export.exits.training.exit_graphs import exit_engine, lens_engine
 from sedac_export.exits.training.fit_probes import Fit
 from sedac_export.exits.training.head_graph import HeadGraph
@@ -131,9 +132,9 @@ def test_exits_are_observed_through_the_lens(
     seen = observe(replay, texts)
     hidden: dict[int, list[np.ndarray]] = {depth: [] for depth in EXITS}
 
-    def watch(depth: int, _: int, x: np.ndarray, __: np.ndarray) -> None:
-        if depth in hidden:
-            hidden[depth].append(x.copy())
+    def watch(x: np.ndarray, signals: Signals) -> None:
+        if signals.depth in hidden:
+            hidden[signals.depth].append(x.copy())
 
     for text in texts:
         replay.run(text.tokens, watch=watch)

@@ -14,9 +14,9 @@ from export.conftest import EXITS, PROBES, TrainedBundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.exits.replay.documents import Document
-from sedac_export.exits.replay.policies import make_policy
 from sedac_export.exits.replay.probes_file import risk_probes
 from sedac_export.exits.replay.replay import Replay
+from sedac_export.exits.replay.signals import Signals
 from sedac_export.exits.training.collect import collect, open_collection
 from sedac_export.exits.training.fit_probes import ranking, risk_target
 from sedac_export.exits.training.train_probes import train_probes
@@ -55,19 +55,13 @@ def test_the_risk_output_is_the_probes(
     hidden: dict[int, np.ndarray] = {}
     risks: dict[int, np.ndarray] = {}
 
-    class Watching:
-        def begin(self, tokens: int) -> None:
-            self.tokens = tokens
+    def watch(x: np.ndarray, signals: Signals) -> None:
+        hidden[signals.depth] = x.copy()
+        if signals.risk is not None:
+            risks[signals.depth] = signals.risk.copy()
 
-        def observe(self, signals: object) -> np.ndarray:
-            if signals.risk is not None:
-                risks[signals.depth] = signals.risk
-            return np.zeros(self.tokens, dtype=bool)
-
-        def soft_ratio(self) -> None:
-            return None
-
-    replay.run(tokens, Watching(), lambda depth, _, x, __: hidden.__setitem__(depth, x.copy()))
+    replay.run(tokens, watch=watch)
+    assert sorted(risks) == list(PROBES)
     for depth, probe in probes.items():
         with torch.no_grad():
             expected = probe(torch.from_numpy(hidden[depth])).squeeze(-1).numpy()
@@ -82,7 +76,7 @@ def test_exit_signals_are_the_pruned_heads(
     hidden: dict[int, np.ndarray] = {}
     replay.run(
         documents[0].tokens[:200],
-        watch=lambda depth, _, x, __: hidden.__setitem__(depth, x.copy()),
+        watch=lambda x, signals: hidden.__setitem__(signals.depth, x.copy()),
     )
     x = hidden[8]
     signals = replay.exit_signals(8, x, np.ones((len(x), 3), dtype=np.float32))
@@ -124,7 +118,7 @@ def test_the_chain_exits_where_the_accelerator_exits(
     bundle, trained = trained_bundle
     config = policies(trained.medians)[number]
     tokens = documents[1].tokens[:800]
-    trace = replay.run(tokens, make_policy(config, 12), kv_fill=config.kv_fill)
+    trace = replay.run(tokens, config.policy_settings(), kv_fill=config.kv_fill)
     exits = create_universal_accelerator(demo_reference, config=config, bundle=bundle)
     with torch.no_grad(), exits:
         logits = demo_reference(torch.from_numpy(tokens)[None]).logits[0]

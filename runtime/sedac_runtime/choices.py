@@ -1,0 +1,26 @@
+"""The names that settings and outputs take; `_core.SPELLINGS` has those that the core knows."""
+
+from typing import Literal
+
+from sedac_runtime.flavour import Target
+
+PolicyName = Literal["stability", "probe", "cascade", "margin", "learned"]
+ExitKind = Literal["hard", "soft"]
+KvFill = Literal["propagate", "defer"]
+Mode = Literal["full", "exit", "lossless"]
+LosslessDrafter = Literal["auto", "early-exit", "prompt-lookup"]
+Drafter = Literal["none"] | LosslessDrafter
+Verify = Literal["always", "changed"]
+Backend = Literal["onnxruntime"] | Target
+ExitReason = Literal[
+    "full_depth",
+    "depth_limit",
+    "draft",
+    "stability",
+    "probe",
+    "cascade",
+    "margin",
+    "learned",
+]
+FinishReason = Literal["stop", "length"]
+CalibrationMode = Literal["quality", "balanced", "speed"]
