@@ -11,6 +11,7 @@ from build_cache import BuildCache
 from tiny_models import ARCHITECTURES, OTHERS, save_tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import sedac_runtime.model
 from sedac_export import BuildRequest
 from sedac_export.build import exporter
 from sedac_export.tensorrt import portable_writer
@@ -90,6 +91,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def build_cache(pytestconfig: pytest.Config) -> BuildCache:
     """Builds that are the same for every test."""
     return open_build_cache(pytestconfig)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_threads() -> Iterator[None]:
+    """Commands that run in this process take as many threads as the tests: it can have but one
+    number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sedac_runtime.model, "default_threads", lambda: THREADS)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

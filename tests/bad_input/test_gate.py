@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from conftest import THREADS
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -116,10 +117,13 @@ def test_a_graph_that_no_memory_holds_is_not_read(runtime: Command, bundle: Path
 
 def test_a_graph_is_run_as_it_was_checked(bundle: Path) -> None:
     """Bytes 4 to 8 would make it a graph in ONNX Runtime's own format, a skipped field to ONNX."""
-    expected = SedacModel.from_pretrained(bundle, threads=2).generate("def f", max_new_tokens=4)
+    expected = SedacModel.from_pretrained(bundle, threads=THREADS).generate(
+        "def f", max_new_tokens=4
+    )
     graph = (bundle / LAYER).read_bytes()
     rewrite_file(bundle, LAYER, b"\x08\x00\x09\x00ORTM\x00\x00\x00" + graph)
-    found = SedacModel.from_pretrained(bundle, threads=2).generate("def f", max_new_tokens=4)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
+    found = model.generate("def f", max_new_tokens=4)
     assert found.tokens == expected.tokens
 
 
@@ -155,7 +159,7 @@ def test_a_relative_bundle_survives_another_working_directory(
 ) -> None:
     rewrite_file(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
     monkeypatch.chdir(bundle.parent)
-    model = SedacModel.from_pretrained(bundle.name, threads=2)
+    model = SedacModel.from_pretrained(bundle.name, threads=THREADS)
     monkeypatch.chdir("/")
     assert model.encode_chat([{"role": "user", "content": "def f"}]) == model.encode("def f")
     # the monolith is opened now
@@ -167,7 +171,7 @@ def test_a_relative_bundle_survives_another_working_directory(
 
 def test_what_changes_after_its_check_is_not_opened(bundle: Path) -> None:
     rewrite_file(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
-    model = SedacModel.from_pretrained(bundle, threads=2)
+    model = SedacModel.from_pretrained(bundle, threads=THREADS)
     (bundle / "chat_template.jinja").write_text("{{ 'something else' }}")
     with pytest.raises(BundleError, match=r"chat_template.jinja is altered"):
         model.encode_chat([{"role": "user", "content": "def f"}])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from bad_input.command import Result, assert_one_line_error, call, rewrite_manifest, snapshot
-from conftest import TinyBundle
+from conftest import THREADS, TinyBundle
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -72,7 +72,7 @@ def test_a_signed_bundle_is_verified_and_used(
 ) -> None:
     assert export("verify", signed, "--public-key", keys[1]).code == 0
     assert export("inspect", signed).code == 0
-    SedacModel.from_pretrained(signed, threads=2).generate([1], max_new_tokens=1)
+    SedacModel.from_pretrained(signed, threads=THREADS).generate([1], max_new_tokens=1)
     # signing again replaces the signature, and whatever a killed one left
     (signed / ".model.sig").write_text("half")
     assert export("sign", signed, "--private-key", keys[0]).code == 0
