@@ -8,6 +8,7 @@ other new_tokens - 1.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -142,9 +143,12 @@ LOADERS = {
 
 def main() -> None:
     runtime, path, threads = sys.argv[1:]
+    # answers have stdout to themselves: libraries print to it too
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     handle = LOADERS[runtime](path, int(threads))
     for line in sys.stdin:
-        print(json.dumps(handle(json.loads(line))), flush=True)
+        print(json.dumps(handle(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ _DTYPES = {
 
 
 class Rehearsal:
-    """An executor that runs plans at once, on the host. `calls` counts plans by replayed."""
+    """An executor that runs plans at once, on the host.
+
+    `calls` counts plans by replayed, `runs` by the name of their graph.
+    """
 
     device: Device = "host"
 
@@ -38,12 +42,14 @@ class Rehearsal:
         self.graphs = {directory / plan["file"]: directory / plan["graph"] for plan in plans}
         self.sessions: dict[Path, onnxruntime.InferenceSession] = {}
         self.calls = {True: 0, False: 0}
+        self.runs: Counter[str] = Counter()
 
     def __call__(
         self, plan: Path, tensors: list[_core.PlanTensor], stream: int, replayed: bool
     ) -> None:
         assert stream == 0
         self.calls[replayed] += 1
+        self.runs[self.graphs[plan].stem] += 1
         if plan not in self.sessions:
             self.sessions[plan] = Engine(self.graphs[plan], threads=1).session
         session = self.sessions[plan]

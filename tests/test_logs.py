@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from sedac_runtime import SedacModel
+
 COMMAND = (sys.executable, "-m", "sedac_runtime.cli")
 GENERATE = ("--prompt", "def main():\n    ", "--max-new-tokens", "6")
 
@@ -57,6 +59,20 @@ def test_a_profile_is_a_chrome_trace_of_steps_and_engines(
     assert steps == ["prefill", *["decode"] * 5]
     engines = [event["name"] for event in events if event["tid"] == 2]
     assert [engines.count(name) for name in ("embed", "layer 0", "layer 11", "head")] == [6] * 4
+
+
+@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+def test_only_tokens_are_embedded(demo_model: SedacModel, kv_fill: Any) -> None:
+    """Positions that are filled or resumed later need contexts alone."""
+    limits: dict[str, Any] = {"max_new_tokens": 6, "stop_tokens": []}
+    generation = demo_model.stream(
+        "def main():", forced_exit=[3, 12], kv_fill=kv_fill, profile=True, **limits
+    )
+    assert len(list(generation)) == 6
+    events = json.loads(generation.profile or "")["traceEvents"]
+    engines = [event["name"] for event in events]
+    assert engines.count("embed") == 6
+    assert engines.count("contexts") > 6
 
 
 def test_a_profile_needs_a_directory(demo_bundle: Path, tmp_path: Path) -> None:

@@ -107,6 +107,17 @@ def test_half_precision_exits_where_onnxruntime_does(
         assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 0.97 * len(theirs)
 
 
+@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+def test_only_tokens_are_embedded(kv_fill: str, rehearsed_demo: Rehearsed) -> None:
+    """Positions that are filled or resumed later need contexts alone."""
+    model, executor = rehearsed_demo
+    executor.runs.clear()
+    limits = {"max_new_tokens": 6, "stop_tokens": []}
+    model.generate(PROMPT, forced_exit=[3, 12], kv_fill=kv_fill, **limits)
+    assert executor.runs["portable_embed"] == 6
+    assert executor.runs["portable_contexts"] > 6
+
+
 def test_only_passes_that_verify_are_replayed(rehearsed_demo: Rehearsed) -> None:
     model, executor = rehearsed_demo
     model.generate([7] * 16, mode="full", max_new_tokens=8)
@@ -150,7 +161,7 @@ def test_an_executor_that_fails_names_the_plan(stand_in_demo: Path) -> None:
             raise RuntimeError("out of memory")
 
     executor = Failing(stand_in_demo, RTX)
-    with pytest.raises(EngineError, match=r"portable_embed\.plan: out of memory"):
+    with pytest.raises(EngineError, match=r"portable_contexts\.plan: out of memory"):
         _core.Model(stand_in_demo, find_onnxruntime(), 1, executor)
 
 

@@ -1,4 +1,4 @@
-"""Measure a bundle: wall-clock time per token of the chain, of forced exits, of one big engine."""
+"""Measure wall-clock time per token: the chain, forced exits, lossless mode, a single engine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ def bench(
     verify: Verify = "always",
     memory_limit: int | None = None,
 ) -> list[BenchRow]:
-    """Rows of name, ms_per_token (median), tokens_per_second, min_ms, max_ms, mean_exit_layer,
-    speedup and agreement.
+    """Measure time per token; returns a row for each variant.
 
-    Each row decodes `new_tokens` greedily after the same prompt; rows take turns, `repeat` times
-    after a warm-up. "chain" is full depth, "exit@d" exits every token at the first exit from d
-    layers on and includes filling the skipped layers' caches, "lossless:d" is full depth with
-    drafts by drafter d. `against` "monolith" adds a row of that name, which runs all layers in one
-    engine. speedup (the median of the turns' ratios) and agreement (the share of equal tokens) are
-    relative to the chain, or to the monolith if asked for. The prompt is the first `prompt_tokens`
-    tokens of the text `prompt`; without one it is no text at all, which tells nothing about drafts
-    or exits.
+    Each row decodes `new_tokens` greedily after the same prompt; the variants are interleaved,
+    `repeat` times after a warm-up. "chain" is full depth; "exit@d" exits every token at the first
+    exit layer from d on, KV backfill included; "lossless:d" is lossless mode with drafter d.
+    against "monolith" adds a row of that name, a single engine of all layers.
+
+    ms_per_token is a median. speedup (the median of the ratios within a repetition) and agreement
+    (the share of equal tokens) are relative to the chain, or to the monolith if asked for. The
+    prompt is the first `prompt_tokens` tokens of the text `prompt`; without one it is arbitrary
+    tokens, which say nothing about drafts or exits.
 
     Raises InputError when a setting is out of range.
     """

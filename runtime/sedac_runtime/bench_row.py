@@ -1,10 +1,10 @@
-"""What a benchmark says of each way to decode."""
+"""A row of a benchmark."""
 
 from typing import TypedDict
 
 
 class BenchRow(TypedDict):
-    """What one way to decode took; `sedac_runtime.bench` describes the fields."""
+    """The figures of one variant; `sedac_runtime.bench` describes the fields."""
 
     name: str
     ms_per_token: float

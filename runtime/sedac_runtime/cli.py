@@ -24,7 +24,7 @@ from sedac_runtime.text_file import replace_text
 from sedac_runtime.tolerance import tolerance_note
 
 app = typer.Typer(
-    help="Run SEDAC bundles: per-layer engines with early exit.",
+    help="Run SEDAC bundles: per-layer engines with speculative decoding and early exit.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,11 +36,11 @@ Number = TypeVar("Number", int, float)
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 METHODS: dict[str, PolicyName] = {"v6": "probe", "v6.1": "cascade", "v7": "stability"}
 
-EnginesOption = Annotated[Path, typer.Option("--engines", help="The bundle's directory.")]
+EnginesOption = Annotated[Path, typer.Option("--engines", help="Directory of the bundle.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option(help="Threads for the engines. [default: all processors]")
+    int | None, typer.Option(help="Threads that run the engines. [default: all processors]")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 class BackendName(StrEnum):
@@ -52,7 +52,8 @@ class BackendName(StrEnum):
 
 
 BackendOption = Annotated[
-    BackendName, typer.Option("--backend", help="What runs the engines: the CPU, or TensorRT.")
+    BackendName,
+    typer.Option("--backend", help="Runs the engines: ONNX Runtime on the CPU, or TensorRT."),
 ]
 
 
@@ -65,13 +66,13 @@ class Verify(StrEnum):
 
 VerifyOption = Annotated[
     Verify,
-    typer.Option(help="Hash all files, or only those that changed since they were found whole."),
+    typer.Option(help="Hash every file, or only files changed since the last check."),
 ]
 MemoryOption = Annotated[
     str | None,
     typer.Option(
         "--memory-limit",
-        help="Memory that engines and caches may take, such as 6G. [default: what is free]",
+        help="Limit for engines and KV cache, such as 6G. [default: available memory]",
     ),
 ]
 
@@ -128,69 +129,84 @@ class Reference(StrEnum):
 @app.command()
 def generate(
     engines: EnginesOption,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
-        str | None, typer.Option(help="Read the prompt from this UTF-8 file; - is stdin.")
+        str | None, typer.Option(help="UTF-8 file with the prompt; - for stdin.")
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a user's message to a chat model.")
+        bool,
+        typer.Option("--chat", help="Render the prompt as a user message with the chat template."),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Generate at most so many.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens to generate.")
+    ] = 128,
     mode: Annotated[
         GenerationMode,
         typer.Option(
-            help="full runs every layer, lossless verifies drafts at full depth for the same"
-            " tokens, exit stops tokens early and may change them."
+            help="full runs every layer; lossless gives the same tokens by speculative decoding;"
+            " exit stops tokens early and may change them."
         ),
     ] = GenerationMode.LOSSLESS,
     policy: Annotated[
-        Policy | None, typer.Option(help="What decides about exits. [default: the bundle's]")
+        Policy | None, typer.Option(help="Exit policy, with --mode exit. [default: the bundle's]")
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Threshold at all depths, but of stability. [default: the bundle's]"),
+        typer.Option(help="Threshold at every depth; not for stability. [default: the bundle's]"),
     ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="Stability a layer must reach. [default: the bundle's]")
+        float | None,
+        typer.Option(help="Minimum stability of a stable layer. [default: the bundle's]"),
     ] = None,
     consecutive_k: Annotated[
-        int | None, typer.Option(help="Layers in a row that must. [default: the bundle's]")
+        int | None, typer.Option(help="Consecutive stable layers to exit. [default: the bundle's]")
     ] = None,
     min_layer_ratio: Annotated[
-        float | None, typer.Option(help="Share of layers that always run. [default: the bundle's]")
+        float | None,
+        typer.Option(help="Share of the layers that always run. [default: the bundle's]"),
     ] = None,
     kv_fill: Annotated[
         KvFill | None,
         typer.Option(
-            help="Caches of skipped layers: from the exit's hidden state, or later and exactly."
+            help="KV backfill of skipped layers: projected from the exit's hidden state, or"
+            " deferred and exact."
             " [default: the bundle's]"
         ),
     ] = None,
     drafter: Annotated[
         Drafter | None,
         typer.Option(
-            help="What guesses tokens for full depth to verify, with --mode exit those that do not"
-            " exit. [default: the bundle's; auto with --mode lossless]"
+            help="Proposes tokens that full depth verifies; with --mode exit, those that do not"
+            " exit. [default: auto with --mode lossless, else the bundle's]"
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this sum.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep those at least so likely, relatively.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 does nothing.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the k most probable tokens; 0 for all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the smallest set of tokens with this total probability."),
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Minimum probability, relative to the most probable token.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty for tokens already in the text; 1 for none.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End after this text; can be repeated."),
+        typer.Option(help="Stop after this text; repeatable."),
     ] = None,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
-    stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = True,
+    stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
     profile: Annotated[
         Path | None,
-        typer.Option(help="Write a Chrome trace of every step and engine run to this file."),
+        typer.Option(help="Write a Chrome trace of every step and engine to this file."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -208,7 +224,7 @@ def generate(
     _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
     chosen: PolicyName | None = None if policy is None else policy.value
-    if mode is GenerationMode.EXIT:  # the variables are about exits
+    if mode is GenerationMode.EXIT:  # the variables configure exits
         chosen = chosen or _method()
         tau = _variable("SEDAC_V7_TAU", float, chosen) if tau is None else tau
         if consecutive_k is None:
@@ -255,31 +271,29 @@ def _print_text(generation: GenerationStream, stream: bool) -> None:
 def bench(
     engines: EnginesOption,
     forced_exit: Annotated[
-        str | None, typer.Option(help="Depths to exit every token at, such as 6,12,24.")
+        str | None, typer.Option(help="Depths at which to exit every token, such as 6,12,24.")
     ] = None,
     drafter: Annotated[
         list[LosslessDrafter] | None,
-        typer.Option(help="Also measure lossless mode with this drafter; can be repeated."),
+        typer.Option(help="Also measure lossless mode with this drafter; repeatable."),
     ] = None,
     against: Annotated[
         Reference,
-        typer.Option(
-            help="Compare with the chain at full depth, or with all layers in one engine."
-        ),
+        typer.Option(help="Baseline: the chain at full depth, or a single engine of all layers."),
     ] = Reference.FULL,
     prompt_file: Annotated[
-        str | None, typer.Option(help="Take the tokens before the timing from this UTF-8 file.")
+        str | None, typer.Option(help="UTF-8 file with the prompt. [default: arbitrary tokens]")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens before the timing.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
-    repeat: Annotated[int, typer.Option(help="Timed repeats of each row.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt, in tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode per repetition.")] = 128,
+    repeat: Annotated[int, typer.Option(help="Timed repetitions of each row.")] = 5,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure time per token, the ways to run taking turns."""
+    """Measure time per token, the variants interleaved."""
     rows = run_bench(
         engines,
         forced_exit=_depths(forced_exit),

@@ -1,4 +1,4 @@
-"""SedacModel: a loaded bundle, used as transformers' models are."""
+"""SedacModel: a loaded bundle, with an interface like that of a transformers model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,11 @@ from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """One generated token: its id, the text it completes, the layers executed, and why no more."""
+    """One generated token.
+
+    text: what the token completes. exit_layer: layers executed. exit_reason: why the token stopped
+    there.
+    """
 
     id: int
     text: str
@@ -32,13 +36,18 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """A finished generation. Field by field the object that `generate --json` prints.
+    """A finished generation, with the fields of `generate --json`.
 
-    With a drafter: `drafted` tokens were guessed, `accepted` of them confirmed in `verify_passes`
-    passes; draft_depths counts the drafts by the layers they went through, 0 for those of prompt
-    lookup. All are 0 without one. In mode "exit" a draft may hold tokens that exited; they count
-    too. certificate is the bundle's where it is about how these tokens were generated, else None;
-    certification says in one sentence what is certified of them, None where all are full depth's.
+    tokens, exit_layers (layers executed) and exit_reasons have one entry for each token. prefill_ms
+    lasts until the first token; decode_ms and decode_tokens_per_second are for the others.
+
+    With a drafter, `drafted` tokens were proposed and `accepted` of them confirmed in
+    `verify_passes` passes; draft_depths counts the drafts by the number of layers they ran, 0 for
+    prompt lookup. Without one they are 0 and empty. In mode "exit" a draft may contain tokens that
+    exited; they are counted too.
+
+    certificate: the bundle's, if it covers the setting of this generation, else None.
+    certification: one sentence on what is certified, None where all tokens are full depth's.
     """
 
     text: str
@@ -64,12 +73,12 @@ class GenerationOutput:
 
 
 class GenerationStream:
-    """Iterates over TokenOutputs as they are generated; then `output` is the whole.
+    """Iterates over TokenOutputs as they are generated; `output` is the finished generation.
 
-    The model is busy from the first token asked for to the last. `close`, the end of a `with` block
-    over the stream, leaving the loop over it and dropping it free the model at once. A stream that
-    is kept but not read stays a few tokens ahead of its reader; another generation that wants the
-    model lets it run to its end first. Threads that read one stream take turns.
+    The model is in use from the request for the first token until the last one. `close`, the end of
+    a `with` block, leaving the loop and garbage collection of the stream release it at once. An
+    unread stream stays a few tokens ahead of its reader; another generation on the same model waits
+    until it has finished. Several threads may read one stream.
     """
 
     def __init__(
@@ -98,14 +107,14 @@ class GenerationStream:
         self.close()
 
     def close(self) -> None:
-        """End the generation where it is. After one that is over this does nothing."""
+        """Stop the generation. Does nothing if it has finished."""
         self._generation.close()
 
     @cached_property
     def output(self) -> GenerationOutput:
-        """The finished generation; runs to the end if the stream was not iterated over.
+        """The finished generation; generates the remaining tokens first.
 
-        Raises RuntimeError when it was closed before.
+        Raises RuntimeError if the stream was closed before the end.
         """
         for _ in self:
             pass
@@ -113,13 +122,13 @@ class GenerationStream:
 
     @property
     def rest(self) -> str:
-        """Text that no token completed, such as an unfinished character at the end."""
+        """Text after the last complete token, such as an incomplete character."""
         _ = self.output
         return self._generation.summary().rest
 
     @property
     def profile(self) -> str | None:
-        """A Chrome trace of every step and engine run, as JSON; None unless it was asked for."""
+        """A Chrome trace of every step and engine, as JSON; None without `profile=True`."""
         _ = self.output
         return self._generation.summary().profile
 
@@ -172,14 +181,14 @@ class SedacModel:
     ) -> "SedacModel":
         """Check and load the bundle in directory `bundle`.
 
-        threads is fixed for the process by the first bundle loaded; None takes all processors.
-        verify "changed" leaves out the digests of files that have the size, times and inode that
-        they had when they were last found whole. memory_limit is the bytes that engines and caches
-        may take; None means the memory that is free.
-        backend "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
-        bundle's plans of that target on the first NVIDIA GPU.
-        Raises BundleError when the bundle is damaged or needs more memory, EngineError when ONNX
-        Runtime or TensorRT fails.
+        threads: fixed for the process by the first bundle loaded; None uses all processors.
+        backend: "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
+        bundle's plans for that target on the first NVIDIA GPU. verify: "always" hashes every file,
+        "changed" skips files whose size, times and inode are those of their last successful check.
+        memory_limit: bytes for engines and KV cache; None for the available memory.
+
+        Raises BundleError when the bundle is damaged or does not fit into memory, EngineError when
+        ONNX Runtime or TensorRT fails.
         """
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)
@@ -203,24 +212,24 @@ class SedacModel:
 
     @property
     def tolerance(self) -> float:
-        """The largest difference from the original model that the build allowed; see
+        """The maximum difference from the original model that the build allowed; see
         `sedac_runtime.tolerance`."""
         return self._core.tolerance
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Tokens that end a text."""
+        """End-of-text tokens."""
         return self._core.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with the special tokens that the model expects around a text.
+        """Token ids of `text`, with the special tokens that the model expects.
 
         Raises InputError when the bundle has no tokenizer.
         """
         return self._core.encode(text)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat, rendered by the bundle's template.
+        """Token ids of a chat, rendered with the bundle's chat template.
 
         Raises InputError when the bundle has no tokenizer or no template for these messages.
         """
@@ -229,14 +238,14 @@ class SedacModel:
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens left out.
+        """The text of `tokens`, without special tokens.
 
         Raises InputError when the bundle has no tokenizer.
         """
         return self._core.decode(list(tokens))
 
     def generate(self, prompt: str | Sequence[int], **settings: object) -> GenerationOutput:
-        """Generate to the end. Takes what `stream` takes."""
+        """Generate to the end. The arguments are those of `stream`."""
         return self.stream(prompt, **settings).output  # type: ignore[arg-type]
 
     def stream(
@@ -263,26 +272,30 @@ class SedacModel:
         stop_strings: Sequence[str] = (),
         profile: bool = False,
     ) -> GenerationStream:
-        """Generate token by token after `prompt`, a text or token ids, as the stream is read.
+        """Continue `prompt`, a text or token ids; tokens are generated as the stream is read.
 
-        mode "full" runs every layer. "exit" stops a token where `policy` says so: "stability" once
-        `consecutive_k` layers in a row had a stability of at least `tau`, from `min_layer_ratio` of
-        the layers on; "probe" and "cascade" by the entropy probes' risk, "margin" and "learned" by
-        the exit engines, at the bundle's thresholds or at `threshold` for all depths. "lossless"
-        gives full depth's tokens faster: `drafter` guesses tokens, by exiting early ("early-exit"),
-        from the text so far ("prompt-lookup") or both ("auto", the default), and full depth
-        verifies several in one pass. In mode "exit" a drafter other than "none" guesses the tokens
-        that the policy does not let exit; while guesses wait, deeper exits are left to full depth.
-        What is None comes from the bundle's sedac_config.json. The caches of skipped layers get
-        what the layers compute: with kv_fill "propagate" from the hidden state at the exit, with
-        "defer", which drafters need, in full, with the next token that goes deeper. forced_exit
-        exits at the first exit from the given depths on, taken in turn, whatever the policy says.
-        temperature 0 is greedy. A text ends with one of `stop_tokens` (None means the model's
-        end-of-text tokens) or with the token that completes one of `stop_strings`. With `profile`
-        the stream's `profile` is a Chrome trace of what ran.
+        mode: "lossless" gives full depth's tokens by speculative decoding: `drafter` proposes
+        tokens by early exit ("early-exit"), from the text so far ("prompt-lookup") or by whichever
+        has the higher expected speedup ("auto", the default), and full depth verifies several in
+        one pass. "full" runs every layer for every token. "exit" lets tokens exit by `policy`; a
+        drafter other than "none" then proposes tokens that the policy does not let exit, and while
+        drafts await verification, deeper exits are left to full depth.
+
+        policy, in mode "exit": "stability" exits after `consecutive_k` consecutive layers with a
+        stability of at least `tau`, not before `min_layer_ratio` of the layers have run; "probe"
+        and "cascade" by the entropy probes' risk; "margin" and "learned" by the exit engines; at
+        the bundle's thresholds, or at `threshold` for every depth. kv_fill: the caches of skipped
+        layers are computed from the hidden state at the exit ("propagate"), or in full together
+        with the next token that goes deeper ("defer", which drafters need). None stands for the
+        value in the bundle's sedac_config.json.
+
+        forced_exit: depths taken in turn, one for each token; it exits at the first exit layer from
+        there on, whatever the policy. temperature 0 is greedy. A text ends with one of
+        `stop_tokens` (None for the model's end-of-text tokens) or with the token that completes one
+        of `stop_strings`. profile: record a Chrome trace, the stream's `profile`.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
-        when the first token is asked for.
+        when the first token is requested.
         """
         tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
@@ -336,10 +349,10 @@ class SedacModel:
         min_layer_ratio: float | None = None,
         kv_fill: KvFill | None = None,
     ) -> tuple[list[int], list[int]]:
-        """Run a given text token by token with exits: what `generate` does, on known tokens.
+        """Run a given text token by token in mode "exit".
 
-        Returns, for each token but the first, the likeliest next token and the layers executed.
-        The settings are those of `stream`; so are the errors.
+        Returns the argmax token and the layers executed, for each token of the text but the first.
+        Settings and errors are those of `stream`.
         """
         tokens = self.encode(text) if isinstance(text, str) else list(text)
         if consecutive_k is not None:

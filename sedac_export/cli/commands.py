@@ -50,24 +50,24 @@ def build(
     model: Annotated[
         str, typer.Option(help="A model directory, a .gguf file or a hub id (owner/name).")
     ],
-    output: Annotated[Path, typer.Option(help="The bundle to write.")],
+    output: Annotated[Path, typer.Option(help="Bundle directory to write.")],
     precision: Annotated[
         PrecisionName,
-        typer.Option(help="How weights are stored; the CPU computes in fp32 whatever it is."),
+        typer.Option(help="Storage type of weights; the CPU computes in fp32 in any case."),
     ] = PrecisionName.FP32,
     layers_per_engine: Annotated[
-        int, typer.Option(help="Layers in one engine; tokens exit between engines.")
+        int, typer.Option(help="Layers per engine; tokens exit between engines.")
     ] = 1,
     max_cache_length: Annotated[
         int | None,
-        typer.Option(help="Positions a sequence may have. [default: the model's, to 4096]"),
+        typer.Option(help="Maximum sequence length. [default: the model's, at most 4096]"),
     ] = None,
     exit_layers: Annotated[
-        str, typer.Option(help="Depths at which tokens may exit: all, or such as 6,12,18.")
+        str, typer.Option(help="Depths at which tokens may exit: all, or a list such as 6,12,18.")
     ] = "all",
     atol: Annotated[
         float,
-        typer.Option(help="Largest difference from the original that is allowed, to 1e-2."),
+        typer.Option(help="Maximum difference from the original, up to 1e-2."),
     ] = DEFAULT_TOLERANCE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
@@ -77,7 +77,7 @@ def build(
     version_compatible: tensorrt.VersionCompatible = False,
     hardware_compatible: tensorrt.HardwareCompatible = False,
 ) -> None:
-    """Split a model into engines, check them against the original, write a bundle."""
+    """Split a model into engines, validate them against the original, and write a bundle."""
     silence_libraries()
     from sedac_export.build.exporter import BuildRequest
     from sedac_export.build.exporter import build_bundle as run
@@ -128,13 +128,16 @@ def build(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     verify: Annotated[
-        VerifyName, typer.Option(help="Hash all files, or only those changed since they were.")
+        VerifyName,
+        typer.Option(help="Hash every file, or only files changed since the last check."),
     ] = VerifyName.ALWAYS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Show a bundle's model, engines, sizes, tolerances met and exit configuration."""
+    """Show a bundle's model, engines, sizes, validation errors and exit configuration."""
     from sedac_export.build.inspection import inspect_bundle
 
     facts = inspect_bundle(bundle, verify.value)
@@ -180,12 +183,13 @@ def inspect(
 
 @app.command()
 def upgrade(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     output: Annotated[
-        Path | None, typer.Option(help="Write the upgraded bundle here, and leave the old one.")
+        Path | None,
+        typer.Option(help="Write the upgraded bundle here instead of replacing the old one."),
     ] = None,
 ) -> None:
-    """Bring a bundle of an older schema to the current one, without its model.
+    """Upgrade a bundle to the current schema, without its model.
 
     The embed engine is taken apart into two. Old and new engines are run with the same inputs and
     must give the same bits: that is why a certificate of the old engines is carried over to the new
@@ -210,12 +214,12 @@ def upgrade(
 
 @app.command()
 def sign(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     private_key: Annotated[
-        Path, typer.Option(help="PEM file with an elliptic curve private key, unencrypted.")
+        Path, typer.Option(help="PEM file with an unencrypted elliptic-curve private key.")
     ],
 ) -> None:
-    """Sign a bundle as it is, its exit configuration and certificate included."""
+    """Sign a bundle, including its exit configuration and certificate."""
     from sedac_export.bundle.signing import sign_bundle
 
     sign_bundle(bundle, private_key)
@@ -224,10 +228,10 @@ def sign(
 
 @app.command()
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     public_key: Annotated[Path, typer.Option(help="PEM file with the signer's public key.")],
 ) -> None:
-    """Check that a bundle is whole, and what the holder of a key signed."""
+    """Check a bundle's files against its manifest and its signature."""
     from sedac_export.bundle.signing import verify_bundle
 
     verify_bundle(bundle, public_key)

@@ -19,18 +19,20 @@ from sedac_export.errors import SedacError
 
 DATA = "--data"
 
-BundleArgument = Annotated[Path, typer.Argument(help="The bundle's directory.")]
+BundleArgument = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
 Data = Annotated[
-    list[Path], typer.Option(DATA, help="UTF-8 texts, or directories of them; several may follow.")
+    list[Path], typer.Option(DATA, help="UTF-8 texts, or directories of them; takes several.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 ExitLayers = Annotated[
     str | None,
-    typer.Option(help="Depths with exit engines, such as 3,6,9. [default: up to 8, evenly spread]"),
+    typer.Option(help="Depths with exit engines, such as 3,6,9. [default: up to 8, evenly spaced]"),
 ]
 ProbeLayers = Annotated[
     str | None,
-    typer.Option(help="Depths with V6 probes. [default: SEDAC_V6_LAYERS, or 1/6, 1/3 and 1/2]"),
+    typer.Option(
+        help="Depths with entropy probes. [default: SEDAC_V6_LAYERS, or 1/6, 1/3 and 1/2]"
+    ),
 ]
 
 
@@ -73,11 +75,13 @@ def spread_data(arguments: list[str]) -> list[str]:
 def collect(
     bundle: BundleArgument,
     data: Data,
-    output: Annotated[Path, typer.Option(help="The collection; an interrupted one goes on.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory of the collection; an interrupted one is resumed.")
+    ],
     exit_layers: ExitLayers = None,
-    max_bytes: Annotated[int, typer.Option(help="End before it is larger.")] = 4_000_000_000,
+    max_bytes: Annotated[int, typer.Option(help="Maximum size of the collection.")] = 4_000_000_000,
 ) -> None:
-    """Run the chain over texts and store what the trainers need, per token and depth."""
+    """Run the chain over texts and store training data for probes, per token and depth."""
     from sedac_export.exits.replay.replay import Replay
     from sedac_export.exits.training.collect import collect as run
     from sedac_export.exits.training.train_probes import exit_depths
@@ -108,15 +112,16 @@ def train_probes(
     exit_layers: ExitLayers = None,
     probe_layers: ProbeLayers = None,
     collection: Annotated[
-        Path | None, typer.Option(help="Keep what is collected here, or go on with it.")
+        Path | None,
+        typer.Option(help="Directory for the collected data; an existing one is resumed."),
     ] = None,
-    max_bytes: Annotated[int, typer.Option(help="Largest collection.")] = 4_000_000_000,
+    max_bytes: Annotated[int, typer.Option(help="Maximum size of the collection.")] = 4_000_000_000,
     lens: Annotated[
-        bool, typer.Option("--lens", help="Fit a tuned lens for each depth with an exit engine.")
+        bool, typer.Option("--lens", help="Also fit a tuned lens for each exit depth.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the V6 probes, the learned probe and the lens, and write them into the bundle."""
+    """Fit entropy probes, learned probes and lenses, and add them to the bundle."""
     from sedac_export.exits.training import train_probes as training
 
     asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
@@ -164,21 +169,21 @@ def calibrate(
     bundle: BundleArgument,
     data: Data,
     mode: Annotated[
-        ModeName, typer.Option(help="Least risk; best speed x (1 - risk); most speed.")
+        ModeName, typer.Option(help="Minimum risk; maximum speed x (1 - risk); maximum speed.")
     ] = ModeName.BALANCED,
     max_risk: Annotated[
-        float, typer.Option(help="Share of tokens that may differ from full depth's.")
+        float, typer.Option(help="Maximum share of tokens that differ from full depth's.")
     ] = 0.01,
-    confidence: Annotated[float, typer.Option(help="How sure the bound must be.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Confidence of the bound.")] = 0.95,
     min_speedup: Annotated[
-        float | None, typer.Option(help="Refuse exits that are slower along given text.")
+        float | None, typer.Option(help="Minimum speedup along given text; refuse exits below it.")
     ] = None,
     kv_fill: Annotated[
-        KvFillName, typer.Option(help="What skipped layers' caches get; deferred ones are exact.")
+        KvFillName, typer.Option(help="KV backfill of skipped layers; defer is exact.")
     ] = KvFillName.DEFER,
     as_json: AsJson = False,
 ) -> None:
-    """Choose a policy and thresholds, certify their risk, write sedac_config.json."""
+    """Choose an exit policy and thresholds, certify their risk, and write sedac_config.json."""
     from sedac_export.bundle.certified import read_certification
     from sedac_export.exits.calibration import calibrate as calibration
 
@@ -213,17 +218,18 @@ def report(
     bundle: BundleArgument,
     data: Data,
     full: Annotated[
-        bool, typer.Option("--full", help="The whole grid of policies, not only the bundle's own.")
+        bool, typer.Option("--full", help="Measure a grid of policies, not only the bundle's own.")
     ] = False,
     kv_fill: Annotated[
-        KvFillName, typer.Option(help="With --full: what skipped layers' caches get in the grid.")
+        KvFillName, typer.Option(help="KV backfill in the grid, with --full.")
     ] = KvFillName.DEFER,
     output: Annotated[
-        Path | None, typer.Option(help="Where report.html and PNGs go. [default: BUNDLE-report]")
+        Path | None,
+        typer.Option(help="Directory for report.html and its plots. [default: BUNDLE-report]"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure exits on texts: speed, agreement, perplexity, where tokens exit."""
+    """Measure exits on texts: speed, agreement, perplexity and exit depths."""
     from sedac_export.exits.calibration.exit_report import make_report
     from sedac_export.exits.calibration.exit_report_page import write_report
 

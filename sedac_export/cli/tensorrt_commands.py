@@ -28,29 +28,28 @@ class TargetName(StrEnum):
 
 Targets = Annotated[
     list[TargetName],
-    typer.Option("--target", help="What to build for; repeatable. ONNX Runtime always is."),
+    typer.Option("--target", help="Target to build for; repeatable. ONNX Runtime is always built."),
 ]
-MaxBatchSize = Annotated[int, typer.Option(help="TensorRT: sequences in one pass, at most.")]
-MaxPrefillChunk = Annotated[
-    int, typer.Option(help="TensorRT: tokens of a prompt in one pass, at most.")
-]
+MaxBatchSize = Annotated[int, typer.Option(help="TensorRT: maximum sequences per pass.")]
+MaxPrefillChunk = Annotated[int, typer.Option(help="TensorRT: maximum prompt tokens per pass.")]
 ComputeCapabilities = Annotated[
     str, typer.Option(help="TensorRT-RTX: GPUs to build for, such as 8.6,12.0. [default: all]")
 ]
 VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="TensorRT: plans for later versions too.")
+    bool,
+    typer.Option("--version-compatible", help="TensorRT: plans that later versions also load."),
 ]
 HardwareCompatible = Annotated[
-    bool, typer.Option("--hardware-compatible", help="TensorRT: plans for all GPUs from Ampere on.")
+    bool, typer.Option("--hardware-compatible", help="TensorRT: plans for every GPU since Ampere.")
 ]
 
 
 def engines(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     target: Targets,
     model: Annotated[
         str | None,
-        typer.Option(help="The bundle's model, for a bundle built without a TensorRT target."),
+        typer.Option(help="The original model, if the bundle was built without a TensorRT target."),
     ] = None,
     max_batch_size: MaxBatchSize = 1,
     max_prefill_chunk: MaxPrefillChunk = 512,
@@ -58,7 +57,7 @@ def engines(
     version_compatible: VersionCompatible = False,
     hardware_compatible: HardwareCompatible = False,
 ) -> None:
-    """Add TensorRT engines to a bundle. Run again, a build that was stopped goes on."""
+    """Add TensorRT engines to a bundle. An interrupted build resumes."""
     options = build_options(
         max_batch_size,
         max_prefill_chunk,
@@ -73,13 +72,16 @@ def engines(
 
 
 def validate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     target: Annotated[
-        TargetName | None, typer.Option(help="Whose engines to check. [default: all it has]")
+        TargetName | None,
+        typer.Option(help="Target whose engines to check. [default: all in the bundle]"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Check a bundle's TensorRT engines as far as this host can.
+    """Check a bundle's TensorRT engines as far as this host allows.
 
     The exit code is 0 when all that could be checked held, 3 when an engine's structure did not, 4
     when a graph disagrees with ONNX Runtime's engines, 5 when an engine does on the GPU.

@@ -190,8 +190,8 @@ def test_exit_configuration_may_be_edited_within_its_ranges(
     (bundle / "sedac_config.json").write_text('{"tau": 0.0, "consecutive_k": 1}')
     facts = parse_only_json(export("inspect", bundle, "--json"))
     assert (facts["exit_config"]["tau"], facts["exit_config"]["consecutive_k"]) == (0.0, 1)
-    arguments = ["--engines", bundle, "--prompt", "def f", "--max-new-tokens", 3, "--json"]
-    generated = parse_only_json(runtime("generate", *arguments))
+    arguments = ["--prompt", "def f", "--max-new-tokens", 3, "--mode", "exit", "--json"]
+    generated = parse_only_json(runtime("generate", "--engines", bundle, *arguments))
     assert generated["exit_layers"][1:] == [1, 1]
 
 

@@ -45,7 +45,8 @@ def test_every_architecture_parses_and_agrees(name: str, portable_tiny: Portable
         assert {node.domain for node in graph.node} <= {""}
         # the seventh input of Attention is nonpad_kv_seqlen, the fifth and sixth past and present
         inputs = [len(node.input) for node in graph.node if node.op_type == "Attention"]
-        assert inputs == [4] * ("layer_" in file)
+        # Gemma 2 caps its scores, for which there is no operator
+        assert inputs == [4] * ("layer_" in file and name != "gemma2")
     with Worker(RTX) as worker:
         for file, expected in expectations(directory, manifest, portable).items():
             assert expected.problems(worker.call("describe", graph=str(directory / file))) == []

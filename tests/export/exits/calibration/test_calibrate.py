@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,10 @@ COSTS = EngineTimes(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, he
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test measures time."""
+    times = replace(COSTS, num_layers=12)
     for module in (calibration, reporting):
         monkeypatch.setattr(module, "time_config", lambda *_: 1.25)
+    monkeypatch.setattr(calibration, "measure_engine_times", lambda _: times)
     monkeypatch.setattr(calibration, "measure_generation", lambda *_: ("early-exit", GENERATION))
 
 

@@ -16,6 +16,7 @@ from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.probes_file import risk_probes
 from sedac_export.exits.replay.replay import Replay
+from sedac_export.exits.replay.signals import Signals
 from sedac_export.exits.training.collect import collect, open_collection
 from sedac_export.exits.training.fit_probes import ranking, risk_target
 from sedac_export.exits.training.train_probes import train_probes
@@ -54,19 +55,13 @@ def test_the_risk_output_is_the_probes(
     hidden: dict[int, np.ndarray] = {}
     risks: dict[int, np.ndarray] = {}
 
-    class Watching:
-        def begin(self, tokens: int) -> None:
-            self.tokens = tokens
+    def watch(x: np.ndarray, signals: Signals) -> None:
+        hidden[signals.depth] = x.copy()
+        if signals.risk is not None:
+            risks[signals.depth] = signals.risk.copy()
 
-        def observe(self, signals: object) -> np.ndarray:
-            if signals.risk is not None:
-                risks[signals.depth] = signals.risk
-            return np.zeros(self.tokens, dtype=bool)
-
-        def soft_ratio(self) -> None:
-            return None
-
-    replay.run(tokens, Watching(), lambda depth, _, x, __: hidden.__setitem__(depth, x.copy()))
+    replay.run(tokens, watch=watch)
+    assert sorted(risks) == list(PROBES)
     for depth, probe in probes.items():
         with torch.no_grad():
             expected = probe(torch.from_numpy(hidden[depth])).squeeze(-1).numpy()
