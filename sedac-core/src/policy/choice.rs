@@ -274,7 +274,7 @@ mod tests {
                     threshold,
                     ..NOTHING
                 },
-                "threshold 0.5",
+                "threshold belongs to the other policies",
             ),
             (
                 PolicyChoice {
@@ -282,7 +282,7 @@ mod tests {
                     threshold,
                     ..NOTHING
                 },
-                "tau 0.9",
+                "tau belongs to policy stability",
             ),
             (
                 PolicyChoice {
