@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sedac_runtime import InputError, Thresholds, exits_by_risk, exits_by_stability
@@ -30,6 +31,7 @@ def numpy_exits_by_stability(
     return exits
 
 
+@hypothesis_settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tokens=st.integers(0, 600),
@@ -121,6 +123,7 @@ def policies(draw: st.DrawFn, layers: int) -> tuple[str, dict[str, Any]]:
     return policy, settings
 
 
+@hypothesis_settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), layers=st.integers(1, 12), data=st.data())
 def test_many_tokens_exit_by_the_table_of_rules(
     seed: int, layers: int, data: st.DataObject

@@ -215,8 +215,8 @@ class Model:
     def has_tokenizer(self) -> bool: ...
     def decoding(
         self,
+        mode: Mode,
         *,
-        mode: Mode = ...,
         forced_exit: list[int] | None = None,
         policy: PolicyName | None = None,
         threshold: float | None = None,

@@ -309,7 +309,7 @@ class SedacModel:
         check_count("top_k", top_k, 0)
         check_count("seed", seed, 0, LARGEST_SEED)
         decoding = self._core.decoding(
-            mode=mode,
+            mode,
             forced_exit=None if forced_exit is None else list(forced_exit),
             policy=policy,
             threshold=threshold,
@@ -360,6 +360,7 @@ class SedacModel:
         for token in tokens:
             check_count("token", token, 0)
         decoding = self._core.decoding(
+            "exit",
             policy=policy,
             threshold=threshold,
             tau=tau,

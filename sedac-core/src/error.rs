@@ -65,6 +65,16 @@ pub enum Error {
         place: String,
     },
 
+    /// A policy has no thresholds to decide by.
+    #[error(
+        "policy {policy} has no thresholds in this bundle; run sedac-export train-probes and \
+         calibrate, and set a threshold if the bundle's policy is another"
+    )]
+    MissingThresholds {
+        /// The policy's name.
+        policy: &'static str,
+    },
+
     /// A prompt does not fit, or holds nothing, or holds something that is no token.
     #[error("the prompt {0}")]
     Prompt(String),

@@ -32,12 +32,11 @@ pub enum DecodingMode {
 }
 
 /// A mode's name in settings and in output.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ModeName {
     /// Every token runs at full depth.
     Full,
     /// Tokens exit, as a policy says or at forced depths.
-    #[default]
     Exit,
     /// Full depth verifies drafts.
     Lossless,
@@ -67,7 +66,7 @@ pub struct DecodingSetting {
 }
 
 /// What a caller sets about exits; None leaves it as the bundle has it.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DecodingChoice {
     /// The mode.
     pub mode: ModeName,

@@ -26,8 +26,8 @@ impl PolicyChoice {
     /// same policy. `trained_depths` gives the depths that the bundle was trained for.
     ///
     /// # Errors
-    /// [`Error::Misplaced`] when a setting belongs to another policy, [`Error::Setting`] when
-    /// thresholds are missing.
+    /// [`Error::Misplaced`] when a setting belongs to another policy, [`Error::MissingThresholds`]
+    /// when it has none.
     pub fn resolve(
         &self,
         own: &PolicySettings,
@@ -129,9 +129,8 @@ impl PolicyChoice {
 }
 
 fn missing_thresholds(policy: PolicyKind) -> Error {
-    let range = "one with thresholds in this bundle; run sedac-export train-probes and calibrate, \
-                 and set a threshold if the bundle's policy is another";
-    Error::setting("policy", policy.name(), range)
+    let policy = policy.name();
+    Error::MissingThresholds { policy }
 }
 
 #[cfg(test)]
@@ -275,7 +274,7 @@ mod tests {
                     threshold,
                     ..NOTHING
                 },
-                "threshold 0.5",
+                "threshold belongs to the other policies",
             ),
             (
                 PolicyChoice {
@@ -283,7 +282,7 @@ mod tests {
                     threshold,
                     ..NOTHING
                 },
-                "tau 0.9",
+                "tau belongs to policy stability",
             ),
             (
                 PolicyChoice {
@@ -298,7 +297,7 @@ mod tests {
                     policy: margin,
                     ..NOTHING
                 },
-                "policy margin",
+                "policy margin has no thresholds",
             ),
             (
                 PolicyChoice {

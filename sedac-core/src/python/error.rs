@@ -46,9 +46,10 @@ impl From<Error> for PyErr {
             Error::Bundle { .. } | Error::DamagedFile { .. } | Error::Memory { .. } => {
                 BundleError::new_err(message)
             }
-            Error::Setting { .. } | Error::Misplaced { .. } | Error::Prompt(_) => {
-                InputError::new_err(message)
-            }
+            Error::Setting { .. }
+            | Error::Misplaced { .. }
+            | Error::MissingThresholds { .. }
+            | Error::Prompt(_) => InputError::new_err(message),
             Error::Library { .. }
             | Error::Engine { .. }
             | Error::NotFinite { .. }

@@ -141,7 +141,7 @@ impl Model {
 
     /// How tokens are decoded: as the arguments say, and where they are None the bundle.
     #[pyo3(signature = (
-        *, mode = ModeName::Exit, forced_exit = None, policy = None, threshold = None, tau = None,
+        mode, *, forced_exit = None, policy = None, threshold = None, tau = None,
         consecutive_k = None, min_layer_ratio = None, kv_fill = None, drafter = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
