@@ -130,6 +130,20 @@ def print_table(kind: str, rows: dict[str, list[dict[str, float]]]) -> None:
         )
 
 
+def print_summary(found: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    """Median decoding speed and agreement by kind of prompt, one line for each runtime."""
+    kinds = list(found)
+    print("\n| | " + " | ".join(f"{kind}, tokens/s | agreement" for kind in kinds) + " |")
+    print("| --- |" + " --- | --- |" * len(kinds))
+    for name, *_ in ROWS:
+        cells = []
+        for kind in kinds:
+            rows = found[kind][name]
+            cells.append(f"{statistics.median(one['speed'] for one in rows):.0f}")
+            cells.append(f"{100 * statistics.median(one['agreement'] for one in rows):.1f} %")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path("target/benchmark"))
@@ -141,9 +155,12 @@ def main() -> None:
     paths = prepare(arguments.directory, arguments.threads)
     prompts = encode(AutoTokenizer.from_pretrained(paths["transformers"]))
     workers = {name: Worker(name, path, arguments.threads) for name, path in paths.items()}
+    found = {}
     try:
         for kind, cut in prompts.items():
-            print_table(kind, measure(workers, cut, arguments.rounds, arguments.new_tokens))
+            found[kind] = measure(workers, cut, arguments.rounds, arguments.new_tokens)
+            print_table(kind, found[kind])
+        print_summary(found)
     finally:
         for worker in workers.values():
             worker.close()
