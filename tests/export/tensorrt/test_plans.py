@@ -204,7 +204,7 @@ def test_one_command_builds_and_validates(tmp_path: Path) -> None:
     build = [*command, "build", "--model", str(tmp_path / "model"), "--precision", "fp16"]
     build += ["--target", RTX, "--target", "onnxruntime", "--output", str(tmp_path / "bundle")]
     done = subprocess.run(build, capture_output=True, text=True, check=True)
-    assert "6 plans" in done.stderr
+    assert "7 plans" in done.stderr
     validate = [*command, "validate", str(tmp_path / "bundle"), "--json"]
     done = subprocess.run(validate, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)

@@ -34,7 +34,7 @@ def test_sound_plans_pass(planned_demo: Path) -> None:
     structure, agreement, execution = validation.checks
     assert problems(validation) == {}
     assert validation.exit_code() == 0
-    assert len(structure.engines) == 26
+    assert len(structure.engines) == 27
     assert [row["engine"] for row in agreement.engines][-1] == "end to end"
     assert agreement.engines[-1]["argmax_agreement"] >= 0.99
     if find_gpu() is None:

@@ -128,6 +128,7 @@ def test_a_certified_setting_is_written(
 def test_generation_is_measured_in_every_way(
     trained_bundle: TrainedBundle, documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(generation, "THREADS", THREADS)
     monkeypatch.setattr(generation, "PROMPTS", 3)
     monkeypatch.setattr(generation, "NEW_TOKENS", 12)
     bundle, _ = trained_bundle
