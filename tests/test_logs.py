@@ -26,7 +26,8 @@ def generate(bundle: Path, *arguments: str, before: tuple[str, ...] = ()) -> str
         ("info", ["sedac_core.chain: generated prompt_tokens="], ["sedac_core.step"]),
         (
             "debug",
-            ["sedac_core.step: tokens=1 depth=", "no draft: it would not pay speedup="],
+            # drafted or not, as costs on this machine decide: either is explained
+            ["sedac_core.step: tokens=1 depth=", "draft", "speedup="],
             ["sedac_core.engine"],
         ),
         ("trace", ["sedac_core.engine: engine=layer 0 tokens=1"], []),
