@@ -160,7 +160,7 @@ fn read_schema(gate: &Gate, oldest: u64) -> Result<(Vec<u8>, u64)> {
     let text = gate.read_unlisted(Path::new(MANIFEST), MAX_TEXT)?;
     let text = text.ok_or_else(|| {
         let reason = "not a bundle (it holds no bundle.json); build one with sedac-export build";
-        Error::bundle(&gate.shown(""), reason)
+        Error::bundle(&gate.shown_directory(), reason)
     })?;
     let schema = check_schema(gate, &text, oldest)?;
     check_manifest_digest(gate, &text)?;

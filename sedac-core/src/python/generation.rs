@@ -1,4 +1,4 @@
-//! A generation under way, as a Python iterator.
+//! A running generation, as a Python iterator.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -53,7 +53,7 @@ pub(super) struct Work {
 /// turns.
 #[pyclass(frozen)]
 pub(super) struct Generation {
-    /// Outside of the reader, so that whoever closes it need not wait for whoever reads.
+    /// Outside the reader, so that closing need not wait for a thread that reads.
     interrupt: Interrupt,
     worker: OnceLock<Thread>,
     certification: Option<Certification>,
@@ -90,7 +90,7 @@ impl Generation {
         }
     }
 
-    /// Generate on a thread of its own.
+    /// Generate on a separate thread.
     fn start(&self, work: Work) -> std::io::Result<Running> {
         let (sender, receiver) = channel();
         let ahead = Arc::<AtomicUsize>::default();
@@ -167,7 +167,7 @@ impl Generation {
         self.certification.as_ref().map(PyCertification::from)
     }
 
-    /// End it, from any thread: the model is free as soon as the engine under way has run.
+    /// End it, from any thread: the model is free as soon as the current engine has run.
     fn close(&self) {
         self.interrupt.raise();
         self.wake_worker();

@@ -262,7 +262,7 @@ impl Model {
         Ok(Generation::new(work, certification))
     }
 
-    /// Compare ways to run the bundle, each after the first `prompt_tokens` tokens of `prompt`: see
+    /// Compare decoding modes, each after the first `prompt_tokens` tokens of `prompt`: see
     /// `sedac_runtime.bench`. against: the index of the case that others are compared with.
     #[expect(clippy::too_many_arguments, reason = "what a benchmark takes")]
     fn bench(
