@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Run SEDAC bundles: per-layer engines with speculative decoding and early exit.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # rich's own markup would swallow [default: ...]
     pretty_exceptions_enable=False,
 )
 app.callback()(configure)

@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # rich's own markup would swallow [default: ...]
     pretty_exceptions_enable=False,
 )
 app.callback()(configure)

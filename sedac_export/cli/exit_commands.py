@@ -169,7 +169,11 @@ def calibrate(
     bundle: BundleArgument,
     data: Data,
     mode: Annotated[
-        ModeName, typer.Option(help="Minimum risk; maximum speed x (1 - risk); maximum speed.")
+        ModeName,
+        typer.Option(
+            help="quality: minimum risk; balanced: maximum speed x (1 - risk); speed: maximum"
+            " speed."
+        ),
     ] = ModeName.BALANCED,
     max_risk: Annotated[
         float, typer.Option(help="Maximum share of tokens that differ from full depth's.")
