@@ -333,7 +333,7 @@ impl Manifest {
             .collect()
     }
 
-    /// The rule that `policy` compiles to, of which every signal exists in this bundle.
+    /// The rule that `policy` compiles to, if this bundle has all of its signals.
     ///
     /// # Errors
     /// [`Error::Setting`] when a setting is out of range, or naming the depth that lacks a signal.

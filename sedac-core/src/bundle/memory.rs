@@ -1,4 +1,4 @@
-//! What a loaded bundle takes, held against what there is before anything of it is allocated.
+//! The memory that a loaded bundle takes, compared with what is free before any of it is allocated.
 
 use std::ffi::OsStr;
 use std::path::Path;

@@ -56,7 +56,7 @@ pub struct Opening {
     /// at.
     pub replaced: Option<PathBuf>,
     /// Whether a bundle of an older schema is opened too, to upgrade it: nothing here runs it. Its
-    /// files are checked, but its manifest and graphs are not held against each other.
+    /// files are checked, but its manifest and graphs are not compared with each other.
     pub older: bool,
     /// Ends the check of the files when raised.
     pub interrupt: Interrupt,

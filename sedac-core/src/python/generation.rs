@@ -40,7 +40,7 @@ struct Ended {
 }
 
 /// What to generate, and with what.
-pub(super) struct Work {
+pub(super) struct GenerationWork {
     pub(super) turns: Arc<Turns>,
     pub(super) codec: Arc<Option<TextCodec>>,
     pub(super) request: Request,
@@ -62,7 +62,7 @@ pub(super) struct Generation {
 
 struct Reader {
     /// Taken when the first token is asked for.
-    work: Option<Work>,
+    work: Option<GenerationWork>,
     /// From then on, until the generation is over.
     running: Option<Running>,
     tokens: Vec<Py<PyToken>>,
@@ -76,7 +76,7 @@ struct Running {
 }
 
 impl Generation {
-    pub(super) fn new(work: Work, certification: Option<Certification>) -> Self {
+    pub(super) fn new(work: GenerationWork, certification: Option<Certification>) -> Self {
         Self {
             interrupt: Interrupt::default(),
             worker: OnceLock::new(),
@@ -91,7 +91,7 @@ impl Generation {
     }
 
     /// Generate on a separate thread.
-    fn start(&self, work: Work) -> std::io::Result<Running> {
+    fn start(&self, work: GenerationWork) -> std::io::Result<Running> {
         let (sender, receiver) = channel();
         let ahead = Arc::<AtomicUsize>::default();
         let mut pace = Pace {
@@ -228,8 +228,8 @@ impl Pace {
     }
 }
 
-fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended> {
-    let Work {
+fn generate(work: GenerationWork, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended> {
+    let GenerationWork {
         turns,
         codec,
         request,
