@@ -1,0 +1,91 @@
+// What the host and the kernel exchange. sedac-core/src/backend/cuda/abi.rs mirrors every struct; sizes are compared
+// when a module is loaded (Facts).
+#pragma once
+#include <cuda_fp16.h>
+
+constexpr int MAX_ROWS = 8;
+
+// What the host has to know of a module.
+struct Facts {
+  unsigned abi;  // version of this file
+  unsigned layer_bytes, pass_bytes, outcome_bytes;
+  unsigned threads;          // of a block
+  unsigned shared_bytes[4];  // dynamic shared memory of chain_1, chain_2, chain_4 and chain_8
+  unsigned min_blocks, max_blocks;
+  unsigned max_capacity;  // positions of a cache slot
+  unsigned table_bytes;   // of a block, written by prepare
+  unsigned long long scratch_bytes;
+};
+
+// A layer's weights and caches. Matrices are packed: see ring.cuh.
+struct Layer {
+  const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // [hidden], null: none
+  const float *query_norm, *key_norm;                                            // [head size], null: none
+  const half* matrices[4];                                                       // QKV, O, gate_up, down
+  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // null: none
+  half *keys, *values;                                        // [slot][key-value head][capacity][head size]
+  int window;                                                 // positions that a token sees, 0 for all
+  int rotary;                                                 // which tables
+};
+
+// A row of a pass: one token at one position.
+struct Row {
+  int token;     // -1: starts from the hidden state saved for its position
+  int position;
+  int sequence;  // index in Pass::sequence
+  int first_layer;
+};
+
+// The rows of one sequence: consecutive rows at consecutive positions, whose first layers never grow.
+struct SequenceRows {
+  int slot, first_row, rows;
+  int frozen;     // its first rows, this many, only fill caches
+  int max_depth;  // layers after which it stops at the latest
+  int criteria;   // of its exit rule, 0 for none
+  const struct Condition* conditions;  // [criteria][layers]
+};
+
+// A row of an exit rule's table, for one depth: see sedac-core/src/policy/rule.rs.
+struct Condition {
+  unsigned signal;      // 0: none, 1: stability
+  unsigned comparison;  // 0: at least, 1: below, 2: accumulated
+  float threshold;
+  unsigned run_length;
+  float decay, weight, target;
+  unsigned may_exit;
+};
+
+// What came of a pass.
+struct Outcome {
+  struct {
+    int depth;      // layers that ran
+    int criterion;  // which said stop, -1 for none
+    float stability;
+    int unused;
+  } sequence[MAX_ROWS];
+  struct {
+    unsigned token;  // with the highest logit, the lowest of equals
+    float logit;
+    int finite;    // whether all its logits are
+    float margin;  // its probability less that of the second
+  } row[MAX_ROWS];
+  unsigned long long started, layers_ended, ended;  // globaltimer, ns
+};
+
+struct Pass {
+  const Layer* layers;
+  const half *embed, *head;
+  const float* final_norm;
+  const float *cos, *sin;        // [tables][capacity][rotary size / 2]
+  float* saved;                  // [slot][capacity][hidden], hidden states at exits
+  char *scratch, *next_scratch;  // this pass's, all zero, and the next one's, which this pass clears
+  const char* tables;
+  unsigned* counters;
+  float* logits;  // [rows][vocabulary]
+  Outcome* outcome;
+  int capacity, blocks, rows, sequences;
+  int clear_rows;        // rows that the pass before used of next_scratch
+  unsigned logits_rows;  // bit r: the logits of row r are wanted
+  Row row[MAX_ROWS];
+  SequenceRows sequence[MAX_ROWS];
+};

@@ -1,0 +1,339 @@
+// Attention over the cache, by chunks of keys: every chunk of every key-value head is some block's, and gives a partial sum
+// for each row and query head that combine.cuh weighs and adds.
+//
+// Two tokens' query heads, up to eight of each, lie in the mma's rows; more tokens are other blocks' work. (All eight in one
+// block: 15 us a layer of Qwen2.5-0.5B's shape for eight rows.) A chunk is the same keys whatever rows are asked for, and is
+// taken KEYS at a time from its beginning, so a row's sums do not depend on others.
+//
+// Keys and values of the pass's own rows come from the scratch, rotated and rounded here; the block whose chunk they lie in
+// writes them to the cache.
+#pragma once
+#include "residual.cuh"
+
+// The rows of one sequence that run a layer.
+struct ActiveRows {
+  int first;  // row
+  int count;
+  int start;  // position of the first
+  int slot;
+};
+template <int N> __device__ __forceinline__ ActiveRows active_rows(const Pass& pass, int sequence, unsigned active) {
+  if (N == 1) return {0, 1, pass.row[0].position, pass.sequence[0].slot};
+  const SequenceRows& rows = pass.sequence[sequence];
+  const unsigned mine = active >> rows.first_row & ((1u << rows.rows) - 1);
+  const int skipped = mine ? __ffs(mine) - 1 : rows.rows;  // rows that start deeper come first
+  const int first = rows.first_row + skipped;
+  return {first, rows.rows - skipped, mine ? pass.row[first].position : 0, rows.slot};
+}
+
+// Keys to a chunk, as a power of two.
+__device__ __forceinline__ int chunk_shift(int capacity) {
+  int shift = KEYS == 64 ? 6 : 7;
+  while (capacity > MAX_CHUNKS << shift) shift++;
+  return shift;
+}
+
+// The parity of the flags of row `row` in layer `layer`: that of the row's layers so far, of which the first has 1.
+__device__ __forceinline__ unsigned row_parity(const Pass& pass, int row, int layer) {
+  return (layer - pass.row[row].first_layer + 1) & 1;
+}
+
+template <int N> struct Attention {
+  const Pass& pass;
+  Shared<N>& shared;
+  const Layer& layer;
+  float* scratch;
+  int depth;  // the layer's number
+  int tid;
+
+  static constexpr int UNITS = divided_up(HEAD / 8, WARPS);  // of 16 rows by 8 numbers of the output, a warp
+  static constexpr int LOADS = KEYS * HEAD / 8, LOADS_OF_THREAD = 2 * LOADS / THREADS;  // of 16 bytes
+  static_assert(LOADS % THREADS == 0, "head size");
+
+  struct Sums {
+    float even[UNITS][4], odd[UNITS][4], total[UNITS][2];
+  };
+  // What a block takes: the keys of one chunk, for two of a sequence's rows.
+  struct Item {
+    ActiveRows rows;
+    int token;  // the first of the two
+    int kv_head, chunk;
+  };
+
+  __device__ __forceinline__ void run(unsigned active) {
+    const int blocks = pass.blocks, last = blocks - 1 - block_index(), shift = shared.chunk_shift;
+    int before = 0;
+    bool again = false;
+#pragma unroll 1
+    for (int s = 0; s < (N == 1 ? 1 : pass.sequences); s++) {
+      const ActiveRows rows = active_rows<N>(pass, s, active);
+      if (!rows.count) continue;
+      const int chunks = ((rows.start + rows.count - 1) >> shift) + 1, pairs = N == 1 ? 1 : (rows.count + 1) / 2, items = KV_HEADS * chunks * pairs;
+#pragma unroll 1
+      for (int i = N == 1 ? last : (last + blocks - before % blocks) % blocks; i < items; i += blocks) {
+        if (again) sync_block();
+        const int of_head = i / pairs;
+        attend({rows, N == 1 ? 0 : i % pairs * 2, of_head / chunks, of_head % chunks}, shift);
+        again = true;
+      }
+      before += items;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void attend(const Item& item, int shift) {
+    const ActiveRows& rows = item.rows;
+    Sums sums;
+#pragma unroll
+    for (int q = 0; q < UNITS; q++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums.even[q][e] = sums.odd[q][e] = sums.total[q][e & 1] = 0;
+    // flags alternate from layer to layer also where a window hides the chunk
+    const bool seen = !layer.window || (item.chunk + 1) << shift > rows.start - layer.window + 1;
+    const int subs = 1 << shift - (KEYS == 64 ? 6 : 7);
+    int sub = 0;
+#pragma unroll 1
+    for (; seen && sub < subs; sub++) {
+      const int first_key = (item.chunk << shift) + sub * KEYS;
+      if (sub && first_key >= rows.start + rows.count) break;
+      if (sub) sync_block();
+      load_cache(rows, item.kv_head, first_key);
+      load_rows(item, first_key, sub);
+      sync_block();
+      weigh(item, first_key, sub);
+      add_values(sums, sub);
+    }
+    write(item, shift, sums, sub - 1);
+  }
+
+  // Old keys and values do not depend on this layer: they are fetched before the new ones are waited for, all loads before
+  // the first store (with each store after its load they ran one by one).
+  __device__ __forceinline__ void load_cache(const ActiveRows& rows, int kv_head, int first_key) {
+    const int tid = fresh<N>(this->tid);
+    const size_t cache = (static_cast<size_t>(rows.slot) * KV_HEADS + kv_head) * pass.capacity;
+    uint4 loaded[LOADS_OF_THREAD];
+#pragma unroll
+    for (int q = 0; q < LOADS_OF_THREAD; q++) {
+      const int i = (tid + q * THREADS) % LOADS, key = min(first_key + i / (HEAD / 8), pass.capacity - 1);
+      const half* from = (q * THREADS < LOADS ? layer.keys : layer.values) + (cache + key) * HEAD + i % (HEAD / 8) * 8;
+      asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
+                   : "=r"(loaded[q].x), "=r"(loaded[q].y), "=r"(loaded[q].z), "=r"(loaded[q].w) : "l"(from));
+    }
+#pragma unroll
+    for (int q = 0; q < LOADS_OF_THREAD; q++) {
+      const int i = (tid + q * THREADS) % LOADS, row = i / (HEAD / 8), key = first_key + row;
+      half* to = (q * THREADS < LOADS ? shared.keys[row] : shared.values[row]) + i % (HEAD / 8) * 8;
+      const bool old = key < rows.start;
+      if (old || key >= rows.start + rows.count) *reinterpret_cast<uint4*>(to) = old ? loaded[q] : make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  // Queries of the two rows, and keys and values of all of the pass's own, as they arrive.
+  __device__ __forceinline__ void load_rows(const Item& item, int first_key, int sub) {
+    constexpr int QUARTERS = HEAD / 4;  // a thread takes two pairs of a head, or four values
+    const ActiveRows& rows = item.rows;
+    const int queries = (N == 1 ? 1 : min(2, rows.count - item.token)) * GROUP * QUARTERS, keys = queries + rows.count * QUARTERS;
+    const int all = keys + rows.count * QUARTERS;
+#pragma unroll 1
+    for (int i = fresh<N>(tid); i < all; i += THREADS) {
+      const bool query = i < queries, rotate = i < keys;
+      const int j = i - (query ? 0 : rotate ? queries : keys), quarter = j % QUARTERS, rest = j / QUARTERS;
+      const int token = N == 1 ? 0 : query ? item.token + rest / GROUP : rest, in_group = rest % GROUP;
+      const int row = rows.start + token - first_key;  // of the keys in shared memory
+      if (query ? sub > 0 : row < 0 || row >= KEYS) continue;
+      const unsigned parity = row_parity(pass, rows.first + token, depth);
+      const float* qkv = scratch + (rows.first + token) * SCRATCH_ROW + SCRATCH_QKV;
+      const size_t at = ((static_cast<size_t>(rows.slot) * KV_HEADS + item.kv_head) * pass.capacity + rows.start + token) * HEAD;
+      const bool writes = !query && !item.token;  // of the blocks with this chunk, one
+      if (rotate) {
+        const int head = query ? item.kv_head * GROUP + in_group : HEADS + item.kv_head;
+        rotate_quarter(qkv + head * HEAD, !query, quarter, rows.first + token, parity,
+                       query ? shared.queries[(token - item.token) * 8 + in_group] : shared.keys[row], writes ? layer.keys + at : nullptr);
+      } else {
+        const float* from = qkv + (HEADS + KV_HEADS + item.kv_head) * HEAD + 4 * quarter;
+        float4 v;
+        do v = load4(from);
+        while (!arrived(v, parity));
+        const uint2 halves = make_uint2(packed(unflagged(v.x), unflagged(v.y)), packed(unflagged(v.z), unflagged(v.w)));
+        *reinterpret_cast<uint2*>(&shared.values[row][4 * quarter]) = halves;
+        if (writes) *reinterpret_cast<uint2*>(layer.values + at + 4 * quarter) = halves;
+      }
+    }
+  }
+
+  // Two pairs of a head: elements low, low + 1 and high, high + 1, which rotate into each other.
+  __device__ __forceinline__ void rotate_quarter(const float* from, bool is_key, int quarter, int pass_row, unsigned parity, half* to, half* cache) {
+    const bool rotates = quarter < ROTARY / 4;
+    const int low = rotates ? 2 * quarter : ROTARY + 4 * (quarter - ROTARY / 4), high = low + (rotates ? ROTARY / 2 : 2);
+    float2 u, v;
+    do u = load2(from + low), v = load2(from + high);
+    while (!arrived(u, parity) || !arrived(v, parity));
+    u = make_float2(unflagged(u.x), unflagged(u.y)), v = make_float2(unflagged(v.x), unflagged(v.y));
+    if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, is_key ? layer.key_norm : layer.query_norm, low, high);
+    if (rotates) {
+      const float2 c = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][0][low]);
+      const float2 s = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][1][low]);
+      const float2 x = u, y = v;
+      u = make_float2(x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y);
+      v = make_float2(y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y);
+    }
+    const unsigned lower = packed(u.x, u.y), upper = packed(v.x, v.y);
+    *reinterpret_cast<unsigned*>(to + low) = lower, *reinterpret_cast<unsigned*>(to + high) = upper;
+    if (cache) *reinterpret_cast<unsigned*>(cache + low) = lower, *reinterpret_cast<unsigned*>(cache + high) = upper;
+  }
+
+  // RMS norm of a head, whose elements consecutive lanes hold.
+  __device__ __forceinline__ void normalise_head(float2& u, float2& v, const float* weight, int low, int high) const {
+    constexpr unsigned LANES = HEAD / 4;
+    const int lane = tid & 31;
+    const unsigned mask = LANES == 32 ? ~0u : ((1u << LANES % 32) - 1) << lane / LANES * LANES;
+    float squares = fmaf(v.y, v.y, fmaf(v.x, v.x, fmaf(u.y, u.y, u.x * u.x)));
+#pragma unroll
+    for (int step = LANES / 2; step; step /= 2) squares += __shfl_xor_sync(mask, squares, step);
+    const float k = rsqrtf(squares * (1.f / HEAD) + SEDAC_NORM_EPSILON);
+    u = make_float2(u.x * k * weight[low], u.y * k * weight[low + 1]);
+    v = make_float2(v.x * k * weight[high], v.y * k * weight[high + 1]);
+  }
+
+  // The largest score of a row so far.
+  __device__ __forceinline__ float maximum(int row, int sub) const {
+    float x = sub ? shared.running[sub & 1][row] : -1e30f;
+#pragma unroll
+    for (int k = 0; k < KEY_TILES; k += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(&shared.maxima[row][k]);
+      x = fmaxf(fmaxf(x, fmaxf(v.x, v.y)), fmaxf(v.z, v.w));
+    }
+    return x;
+  }
+
+  // Scores, in base 2, and from them probabilities relative to the row's largest score so far.
+  __device__ __forceinline__ void weigh(const Item& item, int first_key, int sub) {
+    const int tid = fresh<N>(this->tid), key_tile = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+    float score[2][4];
+    if (key_tile < KEY_TILES) {
+      const unsigned queries = shared_address(shared.queries), keys = shared_address(shared.keys);
+#pragma unroll
+      for (int e = 0; e < 4; e++) score[0][e] = score[1][e] = 0;
+#pragma unroll
+      for (int k = 0; k < HEAD / 16; k++) {
+        unsigned a[4], b[4];
+        load_matrix(a, queries + ((lane & 15) * HEAD_ROW + k * 16 + (lane >> 4) * 8) * 2);
+        load_matrix(b, keys + ((key_tile * 16 + (lane & 7) + (lane >> 4) * 8) * HEAD_ROW + k * 16 + (lane >> 3 & 1) * 8) * 2);
+        mma(score[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma(score[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+      float largest[2] = {-1e30f, -1e30f};
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        const int upper = e >> 1 & 1, key = first_key + key_tile * 16 + (e >> 2) * 8 + 2 * t + (e & 1);
+        const int distance = item.rows.start + item.token + upper - key;
+        float& v = score[e >> 2][e & 3];
+        v = distance >= 0 && (!layer.window || distance < layer.window) ? scaled(v) : -1e30f;
+        largest[upper] = fmaxf(largest[upper], v);
+      }
+#pragma unroll
+      for (int upper = 0; upper < 2; upper++) {
+        float& x = largest[upper];
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        if (!t) shared.maxima[upper * 8 + g][key_tile] = x;
+      }
+    }
+    sync_block();
+    if (key_tile < KEY_TILES) {
+#pragma unroll
+      for (int upper = 0; upper < 2; upper++) {
+        const int row = upper * 8 + g;
+        const float largest = maximum(row, sub);
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          float p = score[n][upper * 2], q = score[n][upper * 2 + 1];
+          p = p > -1e29f ? exp2f(p - largest) : 0.f, q = q > -1e29f ? exp2f(q - largest) : 0.f;
+          sum += p + q;
+          *reinterpret_cast<unsigned*>(&shared.probabilities[row][key_tile * 16 + n * 8 + 2 * t]) = packed(p, q);
+        }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (!t) {
+          shared.totals[row][key_tile] = sum;
+          if (!key_tile) shared.running[(sub + 1) & 1][row] = largest;
+        }
+      }
+    }
+    sync_block();
+  }
+
+  __device__ __forceinline__ static float scaled(float score) {
+    constexpr float TO_BASE_2 = 1.44269504f;
+    if (SEDAC_ATTENTION_SOFTCAP != 0.f) {
+      const float bounded = tanhf(score * (SEDAC_ATTENTION_SCALE / SEDAC_ATTENTION_SOFTCAP)) * SEDAC_ATTENTION_SOFTCAP;
+      return bounded * TO_BASE_2;
+    }
+    return score * (SEDAC_ATTENTION_SCALE * TO_BASE_2);
+  }
+
+  // Probabilities times values, added to what came of the chunk's keys before.
+  __device__ __forceinline__ void add_values(Sums& sums, int sub) {
+    const int tid = fresh<N>(this->tid), warp = tid >> 5, lane = tid & 31, g = lane >> 2;
+    const unsigned probabilities = shared_address(shared.probabilities), values = shared_address(shared.values);
+#pragma unroll
+    for (int q = 0; q < UNITS; q++) {
+      const int column = (warp + q * WARPS) * 8;
+      if (column >= HEAD) break;
+      if (sub) {
+#pragma unroll
+        for (int upper = 0; upper < 2; upper++) {
+          const int row = upper * 8 + g;
+          const float f = exp2f(shared.running[sub & 1][row] - shared.running[(sub + 1) & 1][row]);
+          sums.total[q][upper] *= f;
+          sums.even[q][upper * 2] *= f, sums.even[q][upper * 2 + 1] *= f;
+          sums.odd[q][upper * 2] *= f, sums.odd[q][upper * 2 + 1] *= f;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < KEYS / 32; k++) {
+        unsigned a[4], b[4], v[4];
+        const unsigned row = probabilities + ((lane & 15) * KEY_ROW + k * 32 + (lane >> 4) * 8) * 2;
+        load_matrix(a, row), load_matrix(b, row + 32);
+        load_transposed(v, values + ((k * 32 + lane) * HEAD_ROW + column) * 2);
+        mma(sums.even[q], a[0], a[1], a[2], a[3], v[0], v[1]);
+        mma(sums.odd[q], b[0], b[1], b[2], b[3], v[2], v[3]);
+      }
+      if (!column) {
+#pragma unroll
+        for (int upper = 0; upper < 2; upper++) {
+          float x = 0;
+#pragma unroll
+          for (int k = 0; k < KEY_TILES; k++) x += shared.totals[upper * 8 + g][k];
+          sums.total[q][upper] += x;
+        }
+      }
+    }
+  }
+
+  // The chunk's partial sums; sub: the last that was taken, -1 for none.
+  __device__ __forceinline__ void write(const Item& item, int shift, const Sums& sums, int sub) {
+    const int tid = fresh<N>(this->tid), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int q = 0; q < UNITS; q++) {
+      const int column = (warp + q * WARPS) * 8;
+      if (column >= HEAD) break;
+#pragma unroll
+      for (int upper = 0; upper < (N == 1 ? 1 : 2); upper++) {
+        const int token = item.token + upper, row = item.rows.first + token;
+        if (g >= GROUP || token >= item.rows.count || item.chunk > item.rows.start + token >> shift) continue;
+        const unsigned parity = row_parity(pass, row, depth);
+        float* to = scratch + row * SCRATCH_ROW;
+        const int index = (item.kv_head * GROUP + g) * MAX_CHUNKS + item.chunk;
+        store2(to + SCRATCH_PARTIAL + index * HEAD + column + 2 * t, flagged(sums.even[q][upper * 2] + sums.odd[q][upper * 2], parity),
+               flagged(sums.even[q][upper * 2 + 1] + sums.odd[q][upper * 2 + 1], parity));
+        if (!column && !t) {
+          const float largest = sub < 0 ? -1e30f : shared.running[(sub + 1) & 1][upper * 8 + g];
+          store2(to + SCRATCH_SOFTMAX + index * 2, flagged(largest, parity), flagged(sums.total[q][upper], parity));
+        }
+      }
+    }
+    __syncwarp();
+  }
+};

@@ -1,0 +1,99 @@
+// The attention's output: its partial sums, weighed by their largest scores and added.
+#pragma once
+#include "attention.cuh"
+
+constexpr int CHUNKS_AT_ONCE = MAX_CHUNKS < 8 ? MAX_CHUNKS : 8;
+
+// Four numbers of a row's head: the sum over its `chunks` chunks, eight at a time, rescaled to the largest score so far.
+__device__ __forceinline__ uint2 combined(const float* partial, const float* softmax, int chunks, unsigned parity) {
+  float largest = -1e30f, total = 0;
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int first = 0; first < chunks; first += CHUNKS_AT_ONCE) {
+    float4 v[CHUNKS_AT_ONCE];
+    float2 w[CHUNKS_AT_ONCE];
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+        if (first + c < chunks) w[c] = load2(softmax + (first + c) * 2), v[c] = load4(partial + (first + c) * HEAD);
+#pragma unroll
+      for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+        if (first + c < chunks) all &= arrived(w[c], parity) & arrived(v[c], parity);
+      if (!all) pause();
+    } while (!all);
+    float next = largest;
+#pragma unroll
+    for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+      if (first + c < chunks) next = fmaxf(next, unflagged(w[c].x));
+    if (first) {
+      const float f = exp2f(largest - next);
+      total *= f, sum.x *= f, sum.y *= f, sum.z *= f, sum.w *= f;
+    }
+    largest = next;
+#pragma unroll
+    for (int c = 0; c < CHUNKS_AT_ONCE; c++)
+      if (first + c < chunks) {
+        const float e = exp2f(unflagged(w[c].x) - largest);
+        total = fmaf(e, unflagged(w[c].y), total);
+        sum.x = fmaf(e, unflagged(v[c].x), sum.x), sum.y = fmaf(e, unflagged(v[c].y), sum.y);
+        sum.z = fmaf(e, unflagged(v[c].z), sum.z), sum.w = fmaf(e, unflagged(v[c].w), sum.w);
+      }
+  }
+  const float f = 1.f / total;
+  return make_uint2(packed(sum.x * f, sum.y * f) & ~1u, packed(sum.z * f, sum.w * f));
+}
+
+// The input of O. With few rows every block that has a tile of O computes all of it; with more, the blocks share the work
+// and exchange the result, which costs a hop. Either way the bits are the same: the lowest of four halves is a flag's.
+template <int N> struct Combine {
+  static constexpr bool SHARED_WORK = N > 2;
+  static constexpr int ITEMS = ATTENTION / 4;  // of a row
+
+  const Pass& pass;
+  Shared<N>& shared;
+  float* scratch;
+  unsigned active;
+  int layer;
+  int tid;
+
+  __device__ __forceinline__ void run(bool has_tile) {
+    if (SHARED_WORK) publish();
+    if (!has_tile) return;
+#pragma unroll 1
+    for (int i = tid; i < (N == 1 ? 1 : pass.rows) * ITEMS; i += THREADS) {
+      const int row = N == 1 ? 0 : i / ITEMS, item = N == 1 ? i : i % ITEMS;
+      if (has<N>(active, row)) *reinterpret_cast<uint2*>(&shared.input[row][item * 4]) = SHARED_WORK ? receive(row, item) : compute(row, item);
+    }
+    sync_block();
+  }
+
+ private:
+  __device__ __forceinline__ uint2 compute(int row, int item) const {
+    const int head = item * 4 / HEAD;
+    const float* from = scratch + row * SCRATCH_ROW;
+    return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD, from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2,
+                    (pass.row[row].position >> shared.chunk_shift) + 1, row_parity(pass, row, layer));
+  }
+  __device__ __forceinline__ half* output(int row, int item) const {
+    return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_ATTENTION) + item * 4;
+  }
+  // Shares go to the blocks from the first on: those with attention's chunks are the last ones.
+  __device__ __forceinline__ void publish() const {
+    const int all = pass.rows * ITEMS, share = divided_up(all, pass.blocks * 8) * 8;
+    const int i = block_index() * share + tid;
+    if (tid < share && i < all && has<N>(active, i / ITEMS)) {
+      const uint2 four = compute(i / ITEMS, i % ITEMS);
+      store_halves(output(i / ITEMS, i % ITEMS), (static_cast<unsigned long long>(four.y) << 32 | four.x) | row_parity(pass, i / ITEMS, layer));
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ uint2 receive(int row, int item) const {
+    const unsigned parity = row_parity(pass, row, layer);
+    unsigned long long v;
+    do asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(v) : "l"(output(row, item)));
+    while ((v ^ parity) & 1);
+    return make_uint2(static_cast<unsigned>(v) & ~1u, static_cast<unsigned>(v >> 32));
+  }
+};

@@ -1,0 +1,177 @@
+// Weights never wait for data: each warp owns a ring in shared memory that bulk copies fill, in the order in which the
+// warp reads its share of every stage of every layer, and then of the head. So memory streams across stages and layers,
+// however long a stage waits for its input. (Loads at the time of use: 799 us a token of Qwen2.5-0.5B's shape against
+// 481; ordinary asynchronous copies block where they are issued, and gained nothing.)
+//
+// Matrices are packed: a tile of 16 rows by 32 columns is 1 KB, in the order of the mma's lanes. So a warp's share is
+// contiguous, and reads of it have no bank conflicts.
+//
+// A warp of its own sends the copies, one lane for each ring. (When each warp's first lane did: 519 us against @@.)
+#pragma once
+#include "mma.cuh"
+#include "tables.cuh"
+
+constexpr int PIECES_UNDER_WAY = 16, BLOCK_BYTES = 1024;
+
+__device__ __forceinline__ void bulk_copy(unsigned to, const char* from, int bytes, unsigned barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void init_barrier(unsigned barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void expect_bytes(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
+  asm volatile("{.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra AGAIN;\nDONE:}" ::"r"(barrier),
+               "r"(parity) : "memory");
+}
+
+// What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
+struct alignas(16) RingState {
+  int used_slots, used_pieces;  // by the warp
+  int skips;                    // set by the warp: an exit leaves the rest of the layers out
+  int finished;                 // set by the warp: nothing more will be read
+  int skipped;                  // set by the lane: 1 + the pieces sent before it left the layers
+  int slots_sent;               // then also
+};
+
+// What is sent, and where from.
+struct Source {
+  const Piece* table;
+  const Layer* layers;  // in shared memory
+  const char* head;
+  const int4* last_head;
+  int first_layer, last_layer;  // streamed before the head
+  int pieces_of_layer;
+  int head_tiles;
+  int blocks;
+};
+
+// The block's tiles of the head, none where no logits are wanted.
+__device__ __forceinline__ int head_tiles(const Pass& pass) { return pass.logits_rows ? tile_count(block_index(), HEAD_TILES, pass.blocks) : 0; }
+
+// A warp's share of them in the round from tile `base` of the block on: tile, first column, end, part | parts << 8.
+__device__ __forceinline__ int4 head_share(int warp, int base, int tiles, int blocks, int4 last) {
+  return base + WARPS <= tiles ? make_int4(block_index() + (base + warp) * blocks, 0, HIDDEN_COLUMNS, 1 << 8) : last;
+}
+
+// Fills the ring of warp `warp` until it has finished.
+template <int SLOTS> struct Producer {
+  unsigned slots, barriers;  // shared addresses
+  volatile RingState* state;
+  Source source;
+  int warp;
+  int sent = 0, sent_slots = 0, slot = 0;  // pieces, slots, and the next slot
+  int at = 0, layer, round = 0, column = -1;  // the next piece: of a layer, or of the head; column -1 is the tile's first
+
+  __device__ __forceinline__ void run() {
+    layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
+    bool left = false;
+#pragma unroll 1
+    while (!state->finished) {
+      if (!left && state->skips) {
+        layer = source.last_layer, round = 0, column = -1, left = true;
+        state->slots_sent = sent_slots;
+        __threadfence_block();
+        state->skipped = sent + 1;
+      }
+      if (!send()) __nanosleep(20);
+    }
+  }
+
+ private:
+  // The next piece, if there is one and room for it.
+  __device__ __forceinline__ bool send() {
+    int count;
+    const char* from;
+    if (sent - state->used_pieces >= PIECES_UNDER_WAY) return false;
+    const int free = SLOTS - (sent_slots - state->used_slots);
+    if (layer < source.last_layer) {
+      const Piece piece = source.table[at];
+      count = piece.count;
+      if (count > free) return false;
+      from = reinterpret_cast<const char*>(source.layers[layer].matrices[piece.stage]) + static_cast<size_t>(piece.offset) * BLOCK_BYTES;
+      if (++at == source.pieces_of_layer) at = 0, layer++;
+    } else {
+      if (round >= source.head_tiles) return false;
+      const int4 share = head_share(warp, round, source.head_tiles, source.blocks, *source.last_head);
+      if (column < 0) column = share.y;
+      count = min(PIECE, share.z - column);
+      if (count > free) return false;
+      from = source.head + static_cast<size_t>(share.x * HIDDEN_COLUMNS + column) * BLOCK_BYTES;
+      column += count;
+      if (column >= share.z) column = -1, round += WARPS;
+    }
+    if (count <= 0) return true;
+    const unsigned barrier = barriers + sent % PIECES_UNDER_WAY * 8;
+    expect_bytes(barrier, count * BLOCK_BYTES);
+    const int before_end = min(count, SLOTS - slot);
+    bulk_copy(slots + slot * BLOCK_BYTES, from, before_end * BLOCK_BYTES, barrier);
+    if (count > before_end) bulk_copy(slots, from + before_end * BLOCK_BYTES, (count - before_end) * BLOCK_BYTES, barrier);
+    slot += count;
+    if (slot >= SLOTS) slot -= SLOTS;
+    sent++, sent_slots += count;
+    return true;
+  }
+};
+
+// A warp's ring of SLOTS column blocks, as the warp reads it.
+template <int SLOTS> struct Ring {
+  unsigned operands, barriers;  // shared addresses; operands: the lane's, in the first slot
+  volatile RingState* state;
+  int next = 0;   // slot that is read next
+  int piece = 0;  // its piece
+  int used = 0;   // slots that were read
+
+  // A piece of `count` column blocks times `x`, added to two accumulators.
+  __device__ __forceinline__ void multiply(int count, float (&c)[4], float (&d)[4], const uint4 (&x)[PIECE]) {
+    wait();
+    uint4 upper[PIECE], lower[PIECE];
+#pragma unroll
+    for (int i = 0; i < PIECE; i++)
+      if (i < count) {
+        const int slot = next + i >= SLOTS ? next + i - SLOTS : next + i;
+        const unsigned address = operands + slot * BLOCK_BYTES;
+        upper[i] = load_shared(address), lower[i] = load_shared(address + BLOCK_BYTES / 2);
+      }
+#pragma unroll
+    for (int i = 0; i < PIECE; i++)
+      if (i < count) {
+        mma(c, upper[i].x, lower[i].x, upper[i].y, lower[i].y, x[i].x, x[i].y);
+        mma(d, upper[i].z, lower[i].z, upper[i].w, lower[i].w, x[i].z, x[i].w);
+      }
+    next += count;
+    if (next >= SLOTS) next -= SLOTS;
+    used += count, piece++;
+    give_back();
+  }
+
+  // After an exit: let the pieces land that are under way, and go on with the head.
+  __device__ __forceinline__ void skip_to_head() {
+    const bool first = !(threadIdx.x & 31);
+    if (first) state->skips = 1;
+    int sent;
+    while (!(sent = state->skipped)) pause();
+    __threadfence_block();
+    const int slots = state->slots_sent;
+    for (; piece < sent - 1; piece++) wait();
+    next = (next + (slots - used)) % SLOTS;
+    used = slots;
+    give_back();
+  }
+
+  __device__ __forceinline__ void finish() {
+    __syncwarp();
+    if (!(threadIdx.x & 31)) state->finished = 1;
+  }
+
+ private:
+  __device__ __forceinline__ void wait() const { wait_for(barriers + piece % PIECES_UNDER_WAY * 8, piece / PIECES_UNDER_WAY & 1); }
+
+  __device__ __forceinline__ void give_back() {
+    __syncwarp();  // every lane has read what will be overwritten
+    if (!(threadIdx.x & 31)) state->used_slots = used, state->used_pieces = piece;
+  }
+};

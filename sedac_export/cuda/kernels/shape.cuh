@@ -1,0 +1,58 @@
+// The model's shape, and how its matrices are cut into tiles.
+//
+// Given at compile time: SEDAC_HIDDEN, SEDAC_HEADS, SEDAC_KEY_VALUE_HEADS, SEDAC_HEAD_SIZE, SEDAC_ROTARY_SIZE,
+// SEDAC_INTERMEDIATE, SEDAC_LAYERS, SEDAC_VOCABULARY, SEDAC_ROTARY_TABLES, SEDAC_GELU, SEDAC_QUERY_KEY_NORM,
+// SEDAC_NORM_EPSILON, SEDAC_ATTENTION_SCALE, SEDAC_ATTENTION_SOFTCAP, SEDAC_LOGITS_SOFTCAP, SEDAC_EMBEDDING_SCALE.
+#pragma once
+#include "abi.cuh"
+
+constexpr int HIDDEN = SEDAC_HIDDEN, HEADS = SEDAC_HEADS, KV_HEADS = SEDAC_KEY_VALUE_HEADS, HEAD = SEDAC_HEAD_SIZE;
+constexpr int ROTARY = SEDAC_ROTARY_SIZE, INNER = SEDAC_INTERMEDIATE, LAYERS = SEDAC_LAYERS, VOCABULARY = SEDAC_VOCABULARY;
+constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD, ATTENTION = HEADS * HEAD, GROUP = HEADS / KV_HEADS;
+
+__host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// With 16 warps a thread has 128 registers, which spill; spills miss in the L1 that the ring leaves (828 us a token of
+// SmolLM2's shape against 440).
+constexpr int WARPS = 8, THREADS = WARPS * 32;
+// One warp more sends weights, see ring.cuh; it has three idle ones beside it, since registers move between groups of four.
+constexpr int ALL_THREADS = THREADS + 128;
+
+// Blocks of 32 columns, of each matrix. Down's columns are cut in two where that is even, to have more tiles.
+constexpr int HIDDEN_COLUMNS = HIDDEN / 32, ATTENTION_COLUMNS = ATTENTION / 32, INNER_COLUMNS = INNER / 32;
+constexpr int DOWN_SPLITS = INNER_COLUMNS % 2 ? 1 : 2, DOWN_COLUMNS = INNER_COLUMNS / DOWN_SPLITS;
+
+// Tiles of 16 weight rows; one of gate_up has 8 rows of gate and the 8 of up that they meet.
+constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER / 8, DOWN_TILES = O_TILES * DOWN_SPLITS;
+constexpr int HEAD_TILES = divided_up(VOCABULARY, 16);
+
+// Every block has a tile of gate_up: by it the flags of words.cuh are safe. No block has more than MAX_TILES of a stage.
+constexpr int MAX_TILES = 16, MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
+constexpr int MIN_BLOCKS = divided_up(larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES)), MAX_TILES);
+
+// Pairs of residual elements that a thread holds: 2 * tid, 2 * tid + 1, and so on by 2 * THREADS.
+constexpr int PAIRS = divided_up(HIDDEN, 2 * THREADS);
+
+// Keys that attention takes at a time, and the most partial sums of a row and head.
+constexpr int KEYS = HEAD > 64 ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
+
+static_assert(HIDDEN % 32 == 0 && ATTENTION % 32 == 0 && INNER % 32 == 0 && QKV % 16 == 0, "matrices of whole tiles");
+static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a key-value head");
+static_assert(HEAD % 16 == 0 && ROTARY % 4 == 0 && ROTARY <= HEAD, "head size");
+static_assert(!SEDAC_QUERY_KEY_NORM || 32 % (HEAD / 4) == 0, "norms of heads are sums over lanes");
+
+// Scratch of one row, in floats: what blocks exchange. Rows lie one after another.
+constexpr int SCRATCH_QKV = 0;
+constexpr int SCRATCH_O = SCRATCH_QKV + QKV;
+constexpr int SCRATCH_DOWN = SCRATCH_O + HIDDEN;  // two buffers, for even and odd layers, of DOWN_SPLITS partial sums
+constexpr int SCRATCH_ACTIVATION = SCRATCH_DOWN + 2 * DOWN_SPLITS * HIDDEN;  // halves
+constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;           // halves
+constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;          // [head][chunk][head size]
+constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
+constexpr int SCRATCH_ROW = (SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2 + 31) / 32 * 32;
+// After the rows: each block's copy of the layer's input, of rows whose stability decides.
+constexpr long long SCRATCH_INPUTS = 1ll * MAX_ROWS * SCRATCH_ROW;
+// Then each block's highest logit of each row.
+constexpr long long SCRATCH_HIGHEST = SCRATCH_INPUTS + 1ll * MAX_BLOCKS * MAX_ROWS * HIDDEN;
+constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 4ll * MAX_BLOCKS * MAX_ROWS) * 4;

@@ -1,0 +1,47 @@
+// A block's shared memory: what is left of it is the ring.
+#pragma once
+#include "ring.cuh"
+
+// Dynamic shared memory that a block may have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int SHARED_LIMIT = 101376;
+#else
+constexpr int SHARED_LIMIT = 232448;
+#endif
+
+constexpr int INPUT = larger(HIDDEN, ATTENTION) + 32;  // a row of a stage's input; 32 more against bank conflicts
+constexpr int HEAD_ROW = HEAD + 8, KEY_ROW = KEYS + 8;
+constexpr int O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);
+constexpr int DOWN_TILES_OF_BLOCK = divided_up(DOWN_TILES, MIN_BLOCKS);
+
+template <int N> struct Shared {
+  static constexpr int QUERY_ROWS = 16;  // two tokens of eight heads
+  int chunk_shift;                       // keys to a chunk of attention, as a power of two
+  Layer layers[LAYERS];
+  Tables tables;
+  RingState ring[WARPS];
+  unsigned long long barriers[WARPS][PIECES_UNDER_WAY];
+  alignas(16) float segments[3][MAX_ROWS * WARPS];
+  float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];  // cos, sin
+  alignas(16) half input[N][INPUT];
+  alignas(16) float sums[WARPS + MAX_TILES][128];  // of QKV, O and gate_up; down's readers may lag
+  float down_sums[WARPS + DOWN_TILES_OF_BLOCK][128];
+  float before_o[O_TILES_OF_BLOCK][N][16], before_down[DOWN_TILES_OF_BLOCK][N][16];  // residual that a tile is added to
+  // Activations that a warp multiplies in down, at most GROUP pieces at once.
+  static constexpr int GROUP = N < 4 ? 4 : N < 8 ? 2 : 1;
+  union {
+    struct {
+      alignas(16) half keys[KEYS][HEAD_ROW], values[KEYS][HEAD_ROW];
+    };
+    alignas(16) half activations[WARPS][GROUP][PIECE][N][32];
+  };
+  alignas(16) half queries[QUERY_ROWS][HEAD_ROW];
+  alignas(16) half probabilities[QUERY_ROWS][KEY_ROW];
+  alignas(16) float maxima[QUERY_ROWS][KEY_TILES], totals[QUERY_ROWS][KEY_TILES], running[2][QUERY_ROWS];
+
+  static constexpr int SPARE = 1024;  // of the multiprocessor's memory, which the driver takes for every block
+};
+template <int N> constexpr int RING_START = (sizeof(Shared<N>) + 127) / 128 * 128;
+template <int N> constexpr int RING_FIT = (SHARED_LIMIT - Shared<N>::SPARE - RING_START<N>) / (WARPS * BLOCK_BYTES);
+template <int N> constexpr int RING_SLOTS = RING_FIT<N> > 24 ? 24 : RING_FIT<N>;
+template <int N> constexpr int SHARED_BYTES = RING_START<N> + RING_SLOTS<N> * WARPS * BLOCK_BYTES;
