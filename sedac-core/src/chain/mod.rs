@@ -42,6 +42,17 @@ pub struct Request {
     pub sampling: Sampling,
 }
 
+impl Request {
+    /// What tokens are chosen from at each of the newest `rows` positions.
+    fn logits(&self, rows: usize) -> LogitsRequest {
+        if self.sampling.is_argmax() {
+            LogitsRequest::Tokens(rows)
+        } else {
+            LogitsRequest::Rows(rows)
+        }
+    }
+}
+
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
@@ -189,15 +200,10 @@ impl Chain {
         self.check_prompt(request)?;
         let mut sequence = self.backend.open(request.mode.kv_fill(request.kv_fill))?;
         let started = Instant::now();
-        let outcome = self.prefill(
-            &mut sequence,
-            &request.prompt,
-            LogitsRequest::Rows(1),
-            interrupt,
-        )?;
+        let outcome = self.prefill(&mut sequence, &request.prompt, request.logits(1), interrupt)?;
         let prefill = started.elapsed();
         let mut text = Text::new(request, sampler, sequence.room(), emit);
-        text.take(outcome.logits.rows(), outcome.exit);
+        text.take(outcome.logits.at(0, self.vocab_size), outcome.exit);
         let mut drafting = self.take_drafting(&request.mode, &exits);
         let mut decoding = Decoding {
             backend: self.backend.as_mut(),
@@ -248,10 +254,10 @@ impl Chain {
                 tokens: std::slice::from_ref(token),
                 rule,
                 max_depth,
-                logits: LogitsRequest::Top(1),
+                logits: LogitsRequest::Tokens(1),
             };
             let outcome = step_one(self.backend.as_mut(), step, interrupt)?;
-            if let Some(id) = outcome.logits.top_token() {
+            if let &[id] = outcome.logits.tokens() {
                 let exit = outcome.exit;
                 emit(Token { id, exit });
             }
