@@ -350,13 +350,7 @@ impl<E: Engines> Backend for HostDecided<E> {
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
-        let slot = self.slots.take().ok_or_else(|| {
-            let count = self.capabilities.sequences;
-            let range = format!("at most the backend's {count} at once; end another first");
-            Error::setting("sequences", count + 1, range)
-        })?;
-        let layers = self.num_layers();
-        Ok(Sequence::new(slot, layers, self.capacity, kv_fill))
+        self.slots.open(self.num_layers(), self.capacity, kv_fill)
     }
 
     fn step(

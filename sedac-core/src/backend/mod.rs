@@ -6,6 +6,7 @@
 
 mod capabilities;
 mod costs;
+pub mod cuda;
 mod host_decided;
 mod not_finite;
 mod onnxruntime;

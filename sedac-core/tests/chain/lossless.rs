@@ -47,7 +47,7 @@ fn requests() -> impl Strategy<Value = Request> {
 proptest! {
     #[test]
     fn drafts_change_neither_the_tokens_nor_their_end(
-        decides in prop::sample::select(vec![Decides::Host, Decides::Device]),
+        decides in prop::sample::select(Decides::ALL.to_vec()),
         engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
