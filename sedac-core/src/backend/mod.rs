@@ -7,6 +7,7 @@
 mod capabilities;
 mod costs;
 pub mod cuda;
+mod gpu;
 mod host_decided;
 mod not_finite;
 mod onnxruntime;

@@ -10,8 +10,8 @@ use super::Manifest;
 /// Sizes are 32-bit in the kernels.
 const MAX_SIZE: usize = i32::MAX as usize;
 
-/// Row counts of the kernels in a module.
-const ROWS: [usize; 4] = [1, 2, 4, 8];
+/// Rows that the passes of a module's kernels may have.
+pub(crate) const KERNEL_ROWS: [usize; 4] = [1, 2, 4, 8];
 
 /// The chain's kernels and their weights.
 #[derive(Debug, Clone, Deserialize)]
@@ -207,7 +207,7 @@ impl ChainKernels {
 impl ChainModule {
     fn is_whole(&self) -> bool {
         let rows = self.kernels.iter().map(|kernel| kernel.rows);
-        rows.eq(ROWS)
+        rows.eq(KERNEL_ROWS)
     }
 }
 

@@ -22,6 +22,7 @@ pub(crate) use self::certificate::tests::certificate as test_certificate;
 pub use self::certificate::{
     CalibrationMode, Certificate, CertifiedSetting, GenerationSpeeds, TokenChoice, drafter_name,
 };
+pub(crate) use self::chain_kernels::KERNEL_ROWS;
 pub use self::chain_kernels::{
     Activation, Architecture, ChainKernels, ChainLayer, ChainModule, ChainOptions, ChainShape,
     CompiledKernel,

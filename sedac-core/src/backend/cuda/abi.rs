@@ -1,16 +1,14 @@
 //! What the kernel and the core hand to each other, as it lies in memory: mirrors of the structs in
 //! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
 
+use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
 pub(super) const ABI: u32 = 1;
 
 /// Rows that one pass may have.
-pub const MAX_ROWS: usize = 8;
-
-/// Row counts of the kernels; each runs passes of up to as many rows.
-pub(super) const KERNEL_ROWS: [usize; 4] = [1, 2, 4, MAX_ROWS];
+pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
 
 /// Counters that a pass uses, all 0 between passes.
 pub(super) const COUNTERS: usize = 64;
@@ -26,7 +24,7 @@ pub(super) struct ChainFacts {
     /// Of a block.
     pub(super) threads: u32,
     /// Dynamic shared memory of each of [`KERNEL_ROWS`].
-    pub(super) shared_bytes: [u32; 4],
+    pub(super) shared_bytes: [u32; KERNEL_ROWS.len()],
     pub(super) min_blocks: u32,
     pub(super) max_blocks: u32,
     /// Positions that a cache slot may have.
@@ -35,6 +33,31 @@ pub(super) struct ChainFacts {
     pub(super) table_bytes: u32,
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
+}
+
+impl ChainFacts {
+    /// The facts that lie in `bytes`; None where these are of another size.
+    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        let (words, _) = bytes.as_chunks::<4>();
+        let word = |index: usize| u32::from_le_bytes(words[index]);
+        let (&scratch_bytes, _) = bytes[56..].split_first_chunk::<8>()?;
+        Some(Self {
+            abi: word(0),
+            layer_bytes: word(1),
+            pass_bytes: word(2),
+            outcome_bytes: word(3),
+            threads: word(4),
+            shared_bytes: [word(5), word(6), word(7), word(8)],
+            min_blocks: word(9),
+            max_blocks: word(10),
+            max_capacity: word(11),
+            table_bytes: word(12),
+            scratch_bytes: u64::from_le_bytes(scratch_bytes),
+        })
+    }
 }
 
 /// Weights and caches of a layer: device addresses, 0 where the model has no such weights.
@@ -187,3 +210,25 @@ const _: () = {
     assert!(size_of::<PassOutcome>() == 280);
     assert!(size_of::<Condition>() == 32);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_lie_as_the_struct_does() {
+        let words = 1..=13_u32;
+        let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+        bytes.extend([0; 4]);
+        bytes.extend(14_u64.to_le_bytes());
+        let facts = ChainFacts::parse(&bytes).unwrap();
+        assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
+        assert_eq!(
+            (facts.abi, facts.table_bytes, facts.scratch_bytes),
+            (1, 13, 14)
+        );
+        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 56);
+        assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
+        assert_eq!(ChainFacts::parse(&bytes[1..]), None);
+    }
+}

@@ -6,13 +6,17 @@
 
 mod abi;
 mod chain_device;
+mod compiled_chain;
+mod driver;
 mod lane;
+mod packed_weights;
 mod pass_costs;
 
 use std::time::Duration;
 
 pub use self::abi::{MAX_ROWS, PassOutcome, PassRow, RowOutcome, SequenceOutcome, SequenceRows};
 pub use self::chain_device::{ChainDevice, MAX_CRITERIA, PassPlan};
+pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
 use self::pass_costs::PassCost;
 use super::profile;
