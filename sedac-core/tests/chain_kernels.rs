@@ -5,7 +5,9 @@ mod tiny;
 
 use std::fs;
 
+use sedac_core::Error;
 use sedac_core::bundle::Bundle;
+use sedac_core::chain::Chain;
 use serde_json::{Value, json};
 use tiny::{Scratch, whole};
 
@@ -111,4 +113,39 @@ fn fields_that_nobody_knows_are_refused() {
     manifest["cuda"]["modules"][0]["architecture"] = json!("gfx90");
     scratch.write_manifest(manifest.to_string().as_bytes());
     assert!(scratch.reason().contains("architecture gfx90"));
+}
+
+/// Why the chain of the bundle does not run on a GPU.
+fn refusal(scratch: &Scratch) -> Error {
+    let bundle = Bundle::open(&scratch.0).unwrap();
+    match Chain::load_cuda(&bundle) {
+        Ok(_) => panic!("these kernels cannot run"),
+        Err(error) => error,
+    }
+}
+
+#[test]
+fn a_bundle_without_kernels_names_the_remedy() {
+    let scratch = Scratch::new("no-kernels");
+    let mut manifest = whole(&scratch);
+    let error = refusal(&scratch);
+    assert!(matches!(error, Error::Bundle { .. }));
+    let remedy = format!("add them with sedac-export engines {}", scratch.0.display());
+    assert!(error.to_string().contains(&remedy), "{error}");
+    manifest["cuda_refusal"] = json!("its norms are of another kind");
+    scratch.write_manifest(manifest.to_string().as_bytes());
+    let reason = refusal(&scratch).to_string();
+    assert!(
+        reason.contains("cannot run this model: its norms"),
+        "{reason}"
+    );
+}
+
+/// There is no driver here, or no GPU, or a driver that finds that the file is no cubin.
+#[test]
+fn kernels_that_no_device_runs_are_an_error_of_the_device() {
+    let scratch = Scratch::new("no-device");
+    with_kernels(&scratch);
+    let error = refusal(&scratch);
+    assert!(matches!(error, Error::Device { .. }), "{error}");
 }

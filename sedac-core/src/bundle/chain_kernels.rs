@@ -101,7 +101,7 @@ pub struct ChainModule {
     pub file: PathBuf,
     /// What runs it.
     pub architecture: Architecture,
-    /// The kernels in it.
+    /// The kernels in it; none are listed of PTX, which drivers compile.
     pub kernels: Vec<CompiledKernel>,
 }
 
@@ -207,7 +207,7 @@ impl ChainKernels {
 impl ChainModule {
     fn is_whole(&self) -> bool {
         let rows = self.kernels.iter().map(|kernel| kernel.rows);
-        rows.eq(KERNEL_ROWS)
+        self.architecture.is_ptx || rows.eq(KERNEL_ROWS)
     }
 }
 

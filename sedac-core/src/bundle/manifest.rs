@@ -230,6 +230,8 @@ pub struct Manifest {
     pub plans: BTreeMap<String, PlanSet>,
     /// The kernels that run the whole chain, where the bundle has them.
     pub cuda: Option<ChainKernels>,
+    /// Why no such kernels can run the model, where they were asked for.
+    pub cuda_refusal: Option<String>,
     /// Size and digest of every file but bundle.json, its digest and sedac_config.json.
     pub files: BTreeMap<PathBuf, FileEntry>,
 }

@@ -13,6 +13,7 @@ use tracing::{debug_span, info};
 use self::decoding::{Decoding, Drafting, Text};
 use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
+use crate::backend::cuda::CudaChain;
 use crate::backend::{
     Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep, StepExit,
     StepOutcome,
@@ -152,9 +153,24 @@ impl Chain {
         let manifest = &bundle.manifest;
         let capacity = manifest.max_cache_length;
         let backend = HostDecided::new(engines, &manifest.exit_layers, capacity);
+        Self::of(bundle, Box::new(backend))
+    }
+
+    /// A chain over the CUDA kernels of `bundle`, on the first GPU; see [`CudaChain::load`].
+    ///
+    /// # Errors
+    /// What [`CudaChain::load`] reports.
+    pub fn load_cuda(bundle: &Bundle) -> Result<Self> {
+        let backend = CudaChain::load(bundle, 1)?;
+        Ok(Self::of(bundle, Box::new(backend)))
+    }
+
+    /// A chain over a backend of `bundle`.
+    fn of(bundle: &Bundle, backend: Box<dyn Backend>) -> Self {
+        let manifest = &bundle.manifest;
         let exit_layers = manifest.exit_layers.clone();
-        let vocab_size = manifest.model.vocab_size;
-        Self::new(Box::new(backend), exit_layers, capacity, vocab_size)
+        let (capacity, vocab_size) = (manifest.max_cache_length, manifest.model.vocab_size);
+        Self::new(backend, exit_layers, capacity, vocab_size)
     }
 
     /// A chain over any backend whose sequences have `capacity` positions and whose logits are

@@ -276,11 +276,15 @@ impl CudaDriver {
 /// The kernels of `bundle`, where they can run all of it.
 fn kernels_of(bundle: &Bundle) -> Result<&ChainKernels> {
     let refused = |reason: &str| Error::bundle(&bundle.gate.shown(""), reason);
-    let kernels = bundle.manifest.cuda.as_ref().ok_or_else(|| {
-        refused(&format!(
+    let kernels = bundle.manifest.cuda.as_ref();
+    let kernels = kernels.ok_or_else(|| match &bundle.manifest.cuda_refusal {
+        Some(reason) => refused(&format!(
+            "holds no cuda engines, which cannot run this model: {reason}; use --backend onnxruntime"
+        )),
+        None => refused(&format!(
             "holds no cuda engines; add them with sedac-export engines {} --target cuda",
             bundle.gate.shown("").display()
-        ))
+        )),
     })?;
     let mut exits = bundle.manifest.engines.exits.iter();
     if exits.any(|exit| exit.lens.is_some()) {

@@ -60,11 +60,18 @@ impl PackedWeights {
     /// checked, [`Error::Io`] when it cannot be read.
     pub(super) fn open(bundle: &Bundle, kernels: &ChainKernels) -> Result<Self> {
         let path = bundle.gate.shown(&kernels.weights);
+        match File::open(bundle.gate.path(&kernels.weights)?) {
+            Ok(file) => Self::read(path, file),
+            Err(source) => Err(Error::Io { path, source }),
+        }
+    }
+
+    /// Read the header of `file`, which `path` names.
+    fn read(path: PathBuf, mut file: File) -> Result<Self> {
         let io = |source| Error::Io {
             path: path.clone(),
             source,
         };
-        let mut file = File::open(bundle.gate.path(&kernels.weights)?).map_err(io)?;
         let bytes = file.metadata().map_err(io)?.len();
         let mut length = [0; LENGTH as usize];
         file.read_exact(&mut length).map_err(io)?;
@@ -281,11 +288,51 @@ impl Uploading<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    /// Weights whose file holds `header` and `bytes` bytes of tensors.
+    fn read(name: &str, header: &str, bytes: usize) -> Result<PackedWeights> {
+        let path = std::env::temp_dir().join(format!("sedac-{}-{name}", std::process::id()));
+        let mut contents = (header.len() as u64).to_le_bytes().to_vec();
+        contents.extend(header.bytes());
+        contents.resize(contents.len() + bytes, 0);
+        fs::write(&path, contents).unwrap();
+        let file = File::open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        PackedWeights::read(path, file)
+    }
 
     #[test]
     fn rows_are_padded_to_whole_tiles() {
         assert_eq!(packed([151_936, 896]), [9496, 28, 2, 8, 32]);
         assert_eq!(packed([17, 32]), [2, 1, 2, 8, 32]);
+    }
+
+    #[test]
+    fn tensors_have_the_dtype_and_shape_that_are_needed() {
+        let header = r#"{"norm":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        let mut weights = read("tensors", header, 8).unwrap();
+        let start = LENGTH + header.len() as u64;
+        let missing = weights.take("head", Dtype::F16, &[2]).unwrap_err();
+        assert!(missing.to_string().contains("holds no head"), "{missing}");
+        for (dtype, shape) in [(Dtype::F16, 2), (Dtype::F32, 3)] {
+            let other = weights.take("norm", dtype, &[shape]).unwrap_err();
+            assert!(other.to_string().contains("its norm is F32 [2]"), "{other}");
+        }
+        assert_eq!(weights.unused.len(), 1);
+        let bytes = weights.take("norm", Dtype::F32, &[2]).unwrap();
+        assert_eq!(bytes, start..start + 8);
+        assert!(weights.unused.is_empty());
+    }
+
+    #[test]
+    fn files_that_are_no_weights_are_refused() {
+        let header = r#"{"norm":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        for (header, bytes) in [(header, 7), (header, 9), ("{", 0), ("[]", 0)] {
+            let reason = read("damaged", header, bytes).unwrap_err().to_string();
+            assert!(reason.contains("not the chain's weights"), "{reason}");
+        }
     }
 }
