@@ -15,7 +15,6 @@ from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
 
-
 _LOG = logging.getLogger(__name__)
 
 

@@ -232,9 +232,9 @@ impl ChainShape {
         ];
         sizes.iter().all(|size| (1..=MAX_SIZE / 4).contains(size))
             && self.key_value_heads > 0
-            && self.heads % self.key_value_heads == 0
+            && self.heads.is_multiple_of(self.key_value_heads)
             && self.rotary_size <= self.head_size
-            && self.rotary_size % 2 == 0
+            && self.rotary_size.is_multiple_of(2)
     }
 }
 

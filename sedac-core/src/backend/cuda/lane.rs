@@ -135,13 +135,17 @@ mod tests {
 
     #[test]
     fn rows_that_a_rule_decides_about_stay_together() {
-        assert!(pieces(0, 0, true).is_empty());
-        assert_eq!(pieces(5, 8, true), [0..8]);
-        assert_eq!(pieces(8, 9, true), [0..8, 8..9]);
-        assert_eq!(pieces(6, 9, true), [0..6, 6..9]);
-        assert_eq!(pieces(6, 9, false), [0..8, 8..9]);
-        assert_eq!(pieces(9, 9, true), [0..8, 8..9]);
-        assert_eq!(pieces(0, 20, true), [0..8, 8..16, 16..20]);
+        let rows = |waiting, count, has_rule| -> Vec<usize> {
+            let pieces = pieces(waiting, count, has_rule);
+            pieces.iter().map(ExactSizeIterator::len).collect()
+        };
+        assert!(rows(0, 0, true).is_empty());
+        assert_eq!(rows(5, 8, true), [8]);
+        assert_eq!(rows(8, 9, true), [8, 1]);
+        assert_eq!(rows(6, 9, true), [6, 3]);
+        assert_eq!(rows(6, 9, false), [8, 1]);
+        assert_eq!(rows(9, 9, true), [8, 1]);
+        assert_eq!(rows(0, 20, true), [8, 8, 4]);
     }
 
     #[test]
