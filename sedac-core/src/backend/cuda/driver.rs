@@ -194,6 +194,8 @@ impl CudaDriver {
             ..PassParameters::default()
         };
         let layers = stream.clone_htod(&weights.layers);
+        // `weights` are read until then
+        stream.synchronize().map_err(failed("a copy to the GPU"))?;
         let layers = layers.map_err(failed("memory for the layers' addresses"))?;
         parameters.layers = layers.device_ptr(&stream).0;
         let conditions = stream.alloc_zeros::<Condition>(MAX_ROWS * sizes.conditions);
@@ -222,7 +224,6 @@ impl CudaDriver {
             logits,
             outcome,
         };
-        // also for the copy of what the layers have, which `weights` holds until then
         driver.prepare()?;
         Ok(driver)
     }
@@ -242,6 +243,12 @@ impl CudaDriver {
             .map_err(failed("the kernel prepare"))
     }
 
+    /// Where the exit rule of a pass's sequence number `sequence` lies.
+    fn table(&self, sequence: usize) -> u64 {
+        let bytes = sequence * self.sizes.conditions * size_of::<Condition>();
+        self.conditions.device_ptr(&self.stream).0 + bytes as u64
+    }
+
     /// Check that a pass stays inside of what was allocated.
     ///
     /// # Panics
@@ -258,11 +265,12 @@ impl CudaDriver {
             assert!(below(row.first_layer, self.sizes.layers));
         }
         let mut next = 0;
-        for sequence in &pass.sequences {
+        for (index, sequence) in pass.sequences.iter().enumerate() {
             assert!(below(sequence.slot, self.sizes.sequences) && sequence.first_row == next);
             assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
             assert!(below(sequence.max_depth - 1, self.sizes.layers));
             assert!(below(sequence.criteria, MAX_CRITERIA + 1));
+            assert!(sequence.criteria == 0 || sequence.conditions == self.table(index));
             next += sequence.rows;
         }
         assert_eq!(
@@ -312,7 +320,7 @@ impl ChainDevice for CudaDriver {
         // `conditions` are read until then, also where the call failed
         let waited = self.stream.synchronize();
         copied.and(waited).map_err(failed("a copy to the GPU"))?;
-        Ok(table.device_ptr(&self.stream).0)
+        Ok(self.table(sequence))
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
@@ -330,7 +338,9 @@ impl ChainDevice for CudaDriver {
         // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
         // points to is allocated for the sizes that the bundle's manifest and facts give, and
         // `check` has made sure that every row, slot and table is inside. `self` is borrowed until
-        // the kernel has ended, which is waited for whatever the driver says here.
+        // the kernel has ended, which is waited for whatever the driver says here. The kernel
+        // itself is the bundle's, as plans are: its digest was checked, and whoever built it
+        // answers for what it does.
         let launched = unsafe { launch.launch_cooperative(config) };
         let waited = self.stream.synchronize();
         let launched = launched.map(drop).and(waited);
