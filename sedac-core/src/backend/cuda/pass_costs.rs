@@ -13,6 +13,8 @@ const MAX_VERIFIED: usize = 16;
 #[derive(Debug, Clone)]
 pub(super) struct PassCost {
     rows: usize,
+    /// The first layer that any row ran.
+    first_layer: usize,
     /// The layers that every row ran; None where rows ran different ones.
     layers: Option<usize>,
     layers_elapsed: Duration,
@@ -22,9 +24,11 @@ pub(super) struct PassCost {
 
 impl PassCost {
     pub(super) fn new(pass: &PassPlan, outcome: &PassOutcome) -> Self {
+        let first_layers = pass.rows.iter().map(|row| row.first_layer);
         let nanoseconds = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
         Self {
             rows: pass.rows.len(),
+            first_layer: first_layers.min().unwrap_or(0) as usize,
             layers: shared_layers(pass, outcome),
             layers_elapsed: nanoseconds(outcome.started, outcome.layers_ended),
             logits_rows: pass.logits_rows.count_ones() as usize,
@@ -32,10 +36,10 @@ impl PassCost {
         }
     }
 
-    /// Its parts, of which the first started at `start`, the layers being those up to `depth`.
+    /// Its parts, which started at `start`, for a sequence that ran layers up to `depth`.
     pub(super) fn timings(&self, start: Duration, depth: usize) -> Vec<EngineTiming> {
         let layers = EngineTiming {
-            part: EnginePart::Layers(0..depth),
+            part: EnginePart::Layers(self.first_layer..depth),
             tokens: self.rows,
             start,
             elapsed: self.layers_elapsed,
@@ -54,6 +58,7 @@ impl PassCost {
     fn and(&self, other: &Self) -> Self {
         Self {
             rows: self.rows + other.rows,
+            first_layer: self.first_layer.min(other.first_layer),
             layers: self.layers.filter(|_| self.layers == other.layers),
             layers_elapsed: self.layers_elapsed + other.layers_elapsed,
             logits_rows: self.logits_rows + other.logits_rows,
@@ -116,6 +121,20 @@ mod tests {
         };
         outcome.sequence[0].depth = 4;
         PassCost::new(&plan, &outcome)
+    }
+
+    #[test]
+    fn timings_are_of_what_ran() {
+        let start = Duration::from_secs(5);
+        let [layers, head] = &cost(&[3, 2]).timings(start, 4)[..] else {
+            panic!("layers and head");
+        };
+        assert_eq!(
+            (&layers.part, layers.tokens),
+            (&EnginePart::Layers(2..4), 2)
+        );
+        assert_eq!((head.part.clone(), head.tokens), (EnginePart::Head, 1));
+        assert_eq!(head.start, layers.start + layers.elapsed);
     }
 
     #[test]
