@@ -52,6 +52,9 @@ pub struct StepOutcome {
     pub exit_signals: Option<ExitSignals>,
     /// The logits wanted.
     pub logits: Logits,
+    /// The probability of the newest position's most probable token less that of the second, where
+    /// tokens were requested of a backend that [measures](super::Capabilities::margins) it.
+    pub margin: Option<f32>,
 }
 
 /// The depth at which a step ended.

@@ -122,6 +122,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             sequence: &mut self.sequence,
             rule: self.exits.rule(),
             choose: &mut ahead(&mut self.text.sampler, history),
+            is_greedy: self.text.request.sampling.is_argmax(),
             interrupt: self.interrupt,
         };
         drafter.propose(history, max_tokens, &mut context)
@@ -228,11 +229,14 @@ impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
 }
 
 /// What `sampler` will choose after `history`, of the logits of the next tokens in turn.
-fn ahead(sampler: &mut Sampler, history: &[u32]) -> impl FnMut(&[f32]) -> u32 {
+fn ahead(sampler: &mut Sampler, history: &[u32]) -> impl FnMut(PositionLogits<'_>) -> u32 {
     let before = history.len();
     let mut tokens = history.to_vec();
     move |logits| {
-        let id = sampler.foresee(tokens.len() - before, logits, &tokens);
+        let id = match logits {
+            PositionLogits::All(logits) => sampler.foresee(tokens.len() - before, logits, &tokens),
+            PositionLogits::Highest(token) => token,
+        };
         tokens.push(id);
         id
     }

@@ -76,6 +76,28 @@ proptest! {
     }
 }
 
+proptest! {
+    /// Whether a device says how probable tokens are or the host works it out of logits.
+    #[test]
+    fn passes_draft_as_engines_do(
+        engine_sizes in prop::collection::vec(1..=2_usize, 2..6),
+        agreement in 100..256_u64,
+        per_token in 0.0..0.5_f64,
+        drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
+        requests in prop::collection::vec(requests(), 1..6),
+    ) {
+        let of = |decides| chain(decides, &engine_sizes, agreement, per_token).0;
+        let (mut engines, mut passes) = (of(Decides::Host), of(Decides::Kernel));
+        for mut request in requests {
+            request.mode = DecodingMode::Lossless { drafter };
+            let (expected, theirs) = generate(&mut engines, &request, 100);
+            let (tokens, ours) = generate(&mut passes, &request, 100);
+            prop_assert_eq!(tokens, expected);
+            prop_assert_eq!(ours.drafts, theirs.drafts);
+        }
+    }
+}
+
 fn request(mode: DecodingMode, temperature: f32, seed: u64) -> Request {
     Request {
         prompt: vec![1, 2, 3, 1, 2],

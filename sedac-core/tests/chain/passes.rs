@@ -135,7 +135,10 @@ proptest! {
             let ours = step_of(planned, &mut sequence, &rules, layers);
             let theirs = step_of(planned, &mut reference, &rules, layers);
             if let (Some(ours), Some(theirs)) = (ours, theirs) {
-                prop_assert_eq!(run(&mut passes, &mut [ours]), run(&mut engines, &mut [theirs]));
+                let mut ours = run(&mut passes, &mut [ours]).remove(0);
+                let margin = ours.margin.take();
+                prop_assert_eq!(margin.is_some(), !ours.logits.tokens().is_empty());
+                prop_assert_eq!(ours, run(&mut engines, &mut [theirs]).remove(0));
             }
             // where waiting positions did not fit into a pass, they went deeper before
             for layer in 0..layers {

@@ -181,8 +181,8 @@ pub struct RowOutcome {
     pub logit: f32,
     /// Whether all are finite.
     pub finite: i32,
-    /// Padding.
-    pub unused: i32,
+    /// The probability of the most probable token less that of the second.
+    pub margin: f32,
 }
 
 /// What the host reads after a pass.

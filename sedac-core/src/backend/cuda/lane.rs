@@ -22,6 +22,8 @@ pub(super) struct Lane {
     wanted: Range<usize>,
     pub(super) exit: StepExit,
     pub(super) logits: Logits,
+    /// Of the newest row, where tokens are wanted.
+    pub(super) margin: Option<f32>,
     pub(super) timings: Vec<EngineTiming>,
 }
 
@@ -73,6 +75,7 @@ impl Lane {
                 reason: ExitReason::FullDepth,
             },
             logits: Logits::None,
+            margin: None,
             timings: Vec::new(),
         })
     }

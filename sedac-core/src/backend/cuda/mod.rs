@@ -72,6 +72,7 @@ impl<D: ChainDevice> CudaChain<D> {
             capacity,
             capabilities: Capabilities {
                 sequences,
+                margins: true,
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
@@ -263,6 +264,9 @@ impl<D: ChainDevice> CudaChain<D> {
                 engine: None,
             });
         }
+        if let (LogitsRequest::Tokens(_), Some(newest)) = (request, outcomes.last()) {
+            lane.margin = Some(newest.margin);
+        }
         match (request, &mut lane.logits) {
             (LogitsRequest::Tokens(_), Logits::Tokens(tokens)) => {
                 tokens.extend(outcomes.iter().map(|row| row.token));
@@ -340,6 +344,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
                 exit: lane.exit,
                 exit_signals: None,
                 logits: lane.logits,
+                margin: lane.margin,
             }
         });
         Ok(outcomes.collect())

@@ -61,6 +61,7 @@ impl ToyDevice {
                 probes: exit_layers.clone(),
                 exit_heads: exit_layers.clone(),
                 attention_only: false,
+                margins: false,
             },
             exit_layers,
             num_layers,
@@ -164,6 +165,7 @@ impl ToyDevice {
             exit,
             exit_signals: lane.exit_signals,
             logits,
+            margin: None,
         }
     }
 }

@@ -156,7 +156,7 @@ impl ToyKernel {
             token,
             logit: logits[token as usize],
             finite: logits.iter().all(|logit| logit.is_finite()).into(),
-            unused: 0,
+            margin: margin(&logits),
         };
         self.logits.push(logits);
         outcome
@@ -165,6 +165,14 @@ impl ToyKernel {
 
 fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
     &pass.rows[sequence.first_row as usize..][..sequence.rows as usize]
+}
+
+/// The probability of the most probable token less that of the second.
+fn margin(logits: &[f32]) -> f32 {
+    let mut sorted = logits.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let total: f32 = logits.iter().map(|logit| (logit - sorted[0]).exp()).sum();
+    (1.0 - (sorted[1] - sorted[0]).exp()) / total
 }
 
 /// What is remembered of one criterion.
