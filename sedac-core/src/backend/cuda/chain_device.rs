@@ -2,14 +2,18 @@
 
 use std::ops::Range;
 
-use super::abi::{PassOutcome, PassRow, SequenceRows};
+use super::abi::{MAX_ROWS, PassOutcome, PassRow, SequenceRows};
 use crate::error::Result;
 use crate::policy::Condition;
 
 /// Criteria that an exit rule may have.
 pub const MAX_CRITERIA: usize = 4;
 
-/// The rows of a pass, at most [`MAX_ROWS`](super::MAX_ROWS), and what is to become of them.
+/// Tables of exit rules that a device holds: those of a pass's sequences, and as many that were used
+/// before and may come again.
+pub const MAX_TABLES: usize = 2 * MAX_ROWS;
+
+/// The rows of a pass, at most [`MAX_ROWS`], and what is to become of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PassPlan {
     /// The rows, those of a sequence one after the other.
@@ -31,9 +35,9 @@ pub struct PassPlan {
 ///
 /// Every method reports an [`Error::Device`](crate::Error::Device) when the driver fails.
 pub trait ChainDevice: Send {
-    /// Write the table of the exit rule of a pass's sequence number `sequence`: `conditions`,
-    /// [criteria, layers] with up to [`MAX_CRITERIA`] criteria. Returns its address.
-    fn write_conditions(&mut self, sequence: usize, conditions: &[Condition]) -> Result<u64>;
+    /// Write `conditions`, [criteria, layers] with up to [`MAX_CRITERIA`] criteria, as the table
+    /// number `table`, below [`MAX_TABLES`]. Returns its address.
+    fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64>;
 
     /// Run a pass, and wait until it has ended.
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;

@@ -10,7 +10,7 @@ use cudarc::driver::{
 
 use super::CudaChain;
 use super::abi::{COUNTERS, LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
-use super::chain_device::{ChainDevice, MAX_CRITERIA, PassPlan};
+use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 use super::compiled_chain::CompiledChain;
 use super::packed_weights::{PackedWeights, WeightAddresses};
 use crate::backend::gpu::{failed, new_stream};
@@ -48,7 +48,7 @@ pub struct CudaDriver {
     sizes: MemorySizes,
     /// Of each layer, keys and values.
     caches: Vec<CudaSlice<u8>>,
-    /// Of the exit rules of a pass's sequences.
+    /// Exit rules' tables.
     conditions: CudaSlice<Condition>,
     logits: CudaSlice<f32>,
     read_logits: PinnedHostSlice<f32>,
@@ -135,7 +135,7 @@ impl MemorySizes {
             + self.saved
             + self.tables
             + 2 * self.scratch
-            + (MAX_ROWS * self.conditions * size_of::<Condition>()) as u64
+            + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
             + self.logits() as u64 * FLOAT
     }
 }
@@ -198,14 +198,16 @@ impl CudaDriver {
         stream.synchronize().map_err(failed("a copy to the GPU"))?;
         let layers = layers.map_err(failed("memory for the layers' addresses"))?;
         parameters.layers = layers.device_ptr(&stream).0;
-        let conditions = stream.alloc_zeros::<Condition>(MAX_ROWS * sizes.conditions);
+        let conditions = stream.alloc_zeros::<Condition>(MAX_TABLES * sizes.conditions);
         let logits = stream.alloc_zeros::<f32>(sizes.logits());
         let logits = logits.map_err(failed("memory for logits"))?;
         parameters.logits = logits.device_ptr(&stream).0;
         let context = stream.context();
         // SAFETY: nothing reads it before the kernel, or a copy, has written it
         let outcome = unsafe { context.alloc_pinned_with_flags::<PassOutcome>(1, 0) };
-        let outcome = outcome.map_err(failed("pinned memory"))?;
+        let mut outcome = outcome.map_err(failed("pinned memory"))?;
+        let cleared = outcome.as_mut_slice().map_err(failed("pinned memory"))?;
+        cleared.fill(PassOutcome::default());
         // the device has the host's address for it, as for all memory that the driver pins
         parameters.outcome = outcome.as_ptr().map_err(failed("pinned memory"))? as u64;
         // SAFETY: as above
@@ -243,9 +245,9 @@ impl CudaDriver {
             .map_err(failed("the kernel prepare"))
     }
 
-    /// Where the exit rule of a pass's sequence number `sequence` lies.
-    fn table(&self, sequence: usize) -> u64 {
-        let bytes = sequence * self.sizes.conditions * size_of::<Condition>();
+    /// Where the exit rules' table number `table` lies.
+    fn table(&self, table: usize) -> u64 {
+        let bytes = table * self.sizes.conditions * size_of::<Condition>();
         self.conditions.device_ptr(&self.stream).0 + bytes as u64
     }
 
@@ -265,12 +267,13 @@ impl CudaDriver {
             assert!(below(row.first_layer, self.sizes.layers));
         }
         let mut next = 0;
-        for (index, sequence) in pass.sequences.iter().enumerate() {
+        for sequence in &pass.sequences {
             assert!(below(sequence.slot, self.sizes.sequences) && sequence.first_row == next);
             assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
             assert!(below(sequence.max_depth - 1, self.sizes.layers));
             assert!(below(sequence.criteria, MAX_CRITERIA + 1));
-            assert!(sequence.criteria == 0 || sequence.conditions == self.table(index));
+            let mut tables = (0..MAX_TABLES).map(|table| self.table(table));
+            assert!(sequence.criteria == 0 || tables.any(|table| table == sequence.conditions));
             next += sequence.rows;
         }
         assert_eq!(
@@ -311,16 +314,14 @@ fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
 }
 
 impl ChainDevice for CudaDriver {
-    fn write_conditions(&mut self, sequence: usize, conditions: &[Condition]) -> Result<u64> {
+    fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
         let most = self.sizes.conditions;
-        let mut table = self
-            .conditions
-            .slice_mut(sequence * most..(sequence + 1) * most);
-        let copied = self.stream.memcpy_htod(conditions, &mut table);
+        let mut place = self.conditions.slice_mut(table * most..(table + 1) * most);
+        let copied = self.stream.memcpy_htod(conditions, &mut place);
         // `conditions` are read until then, also where the call failed
         let waited = self.stream.synchronize();
         copied.and(waited).map_err(failed("a copy to the GPU"))?;
-        Ok(self.table(sequence))
+        Ok(self.table(table))
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {

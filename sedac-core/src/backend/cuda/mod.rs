@@ -11,14 +11,16 @@ mod driver;
 mod lane;
 mod packed_weights;
 mod pass_costs;
+mod rule_tables;
 
 use std::time::Duration;
 
 pub use self::abi::{MAX_ROWS, PassOutcome, PassRow, RowOutcome, SequenceOutcome, SequenceRows};
-pub use self::chain_device::{ChainDevice, MAX_CRITERIA, PassPlan};
+pub use self::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
 use self::pass_costs::PassCost;
+use self::rule_tables::RuleTables;
 use super::profile;
 use super::{
     Backend, Capabilities, Costs, Logits, LogitsRequest, SequenceStep, StepExit, StepOutcome,
@@ -39,9 +41,7 @@ pub struct CudaChain<D> {
     capabilities: Capabilities,
     slots: Slots,
     costs: Costs,
-    /// The exit rules' tables as the device has them, by sequence of a pass.
-    conditions: [Vec<Condition>; MAX_ROWS],
-    addresses: [u64; MAX_ROWS],
+    tables: RuleTables,
     /// The device's clock at the first pass.
     epoch: Option<u64>,
 }
@@ -77,8 +77,7 @@ impl<D: ChainDevice> CudaChain<D> {
             },
             slots: Slots::new(sequences),
             costs: Costs::default(),
-            conditions: Default::default(),
-            addresses: [0; MAX_ROWS],
+            tables: RuleTables::default(),
             epoch: None,
         }
     }
@@ -150,7 +149,7 @@ impl<D: ChainDevice> CudaChain<D> {
             frozen: piece.frozen as i32,
             max_depth: lane.limit as i32,
             criteria: rule.map_or(0, |rule| rule.criteria().len() as i32),
-            conditions: rule.map_or(Ok(0), |rule| self.write_conditions(sequence, rule))?,
+            conditions: rule.map_or(Ok(0), |rule| self.write_conditions(rule))?,
         });
         let rows = lane.rows[piece.rows.clone()].iter();
         pass.rows.extend(rows.map(|&row| PassRow {
@@ -167,16 +166,10 @@ impl<D: ChainDevice> CudaChain<D> {
         })
     }
 
-    /// Give the device the table of `rule`, for a pass's sequence number `sequence`; its address.
-    fn write_conditions(&mut self, sequence: usize, rule: &ExitRule) -> Result<u64> {
+    /// Where the device has the table of `rule`.
+    fn write_conditions(&mut self, rule: &ExitRule) -> Result<u64> {
         let conditions = self.table(rule);
-        if self.conditions[sequence] != conditions {
-            // what fails half-way must be written again
-            self.conditions[sequence].clear();
-            self.addresses[sequence] = self.device.write_conditions(sequence, &conditions)?;
-            self.conditions[sequence] = conditions;
-        }
-        Ok(self.addresses[sequence])
+        self.tables.find_or_write(&mut self.device, conditions)
     }
 
     /// The conditions of `rule`, [criteria, layers], which let tokens exit where the bundle does.

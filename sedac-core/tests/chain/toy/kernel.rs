@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    ChainDevice, MAX_CRITERIA, MAX_ROWS, PassOutcome, PassPlan, PassRow, RowOutcome,
+    ChainDevice, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RowOutcome,
     SequenceOutcome, SequenceRows,
 };
 use sedac_core::policy::{Comparison, Condition, Signal};
@@ -49,7 +49,7 @@ impl ToyKernel {
             agreement,
             caches,
             saved: vec![vec![None; CAPACITY]; slots],
-            conditions: vec![Vec::new(); MAX_ROWS],
+            conditions: vec![Vec::new(); MAX_TABLES],
             logits: Vec::new(),
             clock: 0,
             passes: Vec::new(),
@@ -119,7 +119,10 @@ impl ToyKernel {
             }
             drop(cache);
             let depth = layer + 1;
-            let table = &self.conditions[index][..];
+            let table = match sequence.conditions {
+                0 => &[][..],
+                address => &self.conditions[address as usize - 1],
+            };
             let rule = table.chunks(self.layers).take(sequence.criteria as usize);
             let mut criterion = None;
             for (number, (rows, state)) in rule.zip(&mut states).enumerate() {
@@ -204,10 +207,10 @@ impl State {
 }
 
 impl ChainDevice for ToyKernel {
-    fn write_conditions(&mut self, sequence: usize, conditions: &[Condition]) -> Result<u64> {
+    fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
         assert!(conditions.len() <= MAX_CRITERIA * self.layers);
-        self.conditions[sequence] = conditions.to_vec();
-        Ok(1 + sequence as u64)
+        self.conditions[table] = conditions.to_vec();
+        Ok(1 + table as u64)
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
@@ -216,7 +219,7 @@ impl ChainDevice for ToyKernel {
         let mut outcome = PassOutcome::default();
         let mut hidden = vec![Hidden::default(); pass.rows.len()];
         for (index, sequence) in pass.sequences.iter().enumerate() {
-            assert!(sequence.criteria == 0 || sequence.conditions == 1 + index as u64);
+            assert_eq!(sequence.criteria == 0, sequence.conditions == 0);
             let rows = sequence.first_row as usize..(sequence.first_row + sequence.rows) as usize;
             outcome.sequence[index] = self.run_sequence(pass, index, &mut hidden[rows]);
         }
