@@ -62,7 +62,7 @@ impl Sequence {
     /// Append `tokens` and return their positions.
     ///
     /// # Errors
-    /// [`Error::Prompt`](crate::Error::Prompt) when the cache is too short; nothing has changed
+    /// [`Error::Prompt`] when the cache is too short; nothing has changed
     /// then.
     pub fn append(&mut self, tokens: &[u32]) -> Result<Range<usize>> {
         let positions = self.kv.begin(tokens.len())?;

@@ -203,14 +203,14 @@ impl CudaDriver {
         let logits = logits.map_err(failed("memory for logits"))?;
         parameters.logits = logits.device_ptr(&stream).0;
         let context = stream.context();
-        // SAFETY: nothing reads it before the kernel, or a copy, has written it
+        // SAFETY: whatever it holds before the next lines is integers and floats
         let outcome = unsafe { context.alloc_pinned_with_flags::<PassOutcome>(1, 0) };
         let mut outcome = outcome.map_err(failed("pinned memory"))?;
         let cleared = outcome.as_mut_slice().map_err(failed("pinned memory"))?;
         cleared.fill(PassOutcome::default());
         // the device has the host's address for it, as for all memory that the driver pins
         parameters.outcome = outcome.as_ptr().map_err(failed("pinned memory"))? as u64;
-        // SAFETY: as above
+        // SAFETY: only what a copy has written is read
         let read_logits = unsafe { context.alloc_pinned_with_flags::<f32>(sizes.logits(), 0) };
         let driver = Self {
             conditions: conditions.map_err(failed("memory for exit rules"))?,
