@@ -39,8 +39,6 @@ def names(choice: Any) -> set[str]:
         ("target", flavour.Target),
         ("device", flavour.Device),
         ("backend", choices.Backend),
-        ("backend", cli.BackendName),
-        ("backend", tensorrt_commands.TargetName),
         ("calibration_mode", choices.CalibrationMode),
         ("calibration_mode", exit_commands.ModeName),
     ],
@@ -52,6 +50,15 @@ def test_names_are_the_cores(setting: str, choice: Any) -> None:
 def test_drafters_may_also_be_none() -> None:
     known = set(_core.SPELLINGS["drafter"]) | NO_DRAFTER
     assert names(choices.Drafter) == names(cli.Drafter) == known
+
+
+def test_there_is_a_target_for_every_backend() -> None:
+    assert names(tensorrt_commands.TargetName) | {"cuda"} == set(_core.SPELLINGS["backend"])
+
+
+def test_backends_may_also_be_chosen() -> None:
+    known = set(_core.SPELLINGS["backend"]) | {"auto"}
+    assert names(choices.BackendChoice) == names(cli.BackendName) == known
 
 
 def test_every_policy_has_its_fields_in_the_file() -> None:

@@ -1,13 +1,14 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.choices import (
+    Backend,
     Drafter,
     ExitKind,
     ExitReason,
@@ -195,10 +196,15 @@ class Model:
         threads: int,
         executor: Executor | None = None,
         *,
+        backend: Literal["auto", "onnxruntime", "cuda"] = ...,
         verify: Verify = ...,
         memory_limit: int | None = None,
     ) -> Model: ...
     def read_text(self, name: _Path) -> str | None: ...
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def fallback(self) -> str | None: ...
     @property
     def name(self) -> str: ...
     @property

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from sedac_runtime._core import BenchCase, DecodingMode, InputError
 from sedac_runtime.bench_row import BenchRow
-from sedac_runtime.choices import Backend, LosslessDrafter, Verify
+from sedac_runtime.choices import BackendChoice, LosslessDrafter, Verify
 from sedac_runtime.model import SedacModel
 from sedac_runtime.ranges import check_count
 
@@ -24,7 +24,7 @@ def bench(
     new_tokens: int = 128,
     repeat: int = 5,
     threads: int | None = None,
-    backend: Backend = "onnxruntime",
+    backend: BackendChoice = "onnxruntime",
     verify: Verify = "always",
     memory_limit: int | None = None,
 ) -> list[BenchRow]:

@@ -11,7 +11,8 @@ Mode = Literal["full", "exit", "lossless"]
 LosslessDrafter = Literal["auto", "early-exit", "prompt-lookup"]
 Drafter = Literal["none"] | LosslessDrafter
 Verify = Literal["always", "changed"]
-Backend = Literal["onnxruntime"] | Target
+Backend = Literal["onnxruntime", "cuda"] | Target
+BackendChoice = Literal["auto"] | Backend
 ExitReason = Literal[
     "full_depth",
     "depth_limit",

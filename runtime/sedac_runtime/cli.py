@@ -47,14 +47,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 class BackendName(StrEnum):
     """What --backend takes."""
 
+    AUTO = "auto"
     ONNXRUNTIME = "onnxruntime"
+    CUDA = "cuda"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
 
 
 BackendOption = Annotated[
     BackendName,
-    typer.Option("--backend", help="Runs the engines: ONNX Runtime on the CPU, or TensorRT."),
+    typer.Option(
+        "--backend",
+        help="Runs the engines: ONNX Runtime on the CPU, or on a GPU the CUDA kernels or TensorRT."
+        " auto takes the CUDA kernels where they can run, else ONNX Runtime.",
+    ),
 ]
 
 

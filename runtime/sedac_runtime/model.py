@@ -1,18 +1,21 @@
 """SedacModel: a loaded bundle, with an interface like that of a transformers model."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sedac_runtime import _core
 from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.chat import Message, render_chat
-from sedac_runtime.choices import Backend, Drafter, KvFill, Mode, PolicyName, Verify
+from sedac_runtime.choices import Backend, BackendChoice, Drafter, KvFill, Mode, PolicyName, Verify
 from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,35 +178,61 @@ class SedacModel:
         bundle: str | Path,
         *,
         threads: int | None = None,
-        backend: Backend = "onnxruntime",
+        backend: BackendChoice = "onnxruntime",
         verify: Verify = "always",
         memory_limit: int | None = None,
     ) -> "SedacModel":
         """Check and load the bundle in directory `bundle`.
 
         threads: fixed for the process by the first bundle loaded; None uses all processors.
-        backend: "onnxruntime" runs the engines on the CPU, "tensorrt" and "tensorrt-rtx" the
-        bundle's plans for that target on the first NVIDIA GPU. verify: "always" hashes every file,
-        "changed" skips files whose size, times and inode are those of their last successful check.
+        backend: "onnxruntime" runs the engines on the CPU; "cuda" the bundle's kernels, and
+        "tensorrt" and "tensorrt-rtx" its plans for that target, on the first NVIDIA GPU. "auto" is
+        "cuda" where that can run, else "onnxruntime", and a warning in the log says why. verify:
+        "always" hashes every file, "changed" skips files whose size, times and inode are those of
+        their last successful check.
         memory_limit: bytes for engines and KV cache; None for the available memory.
 
-        Raises BundleError when the bundle is damaged or does not fit into memory, EngineError when
-        ONNX Runtime or TensorRT fails.
+        Raises BundleError when the bundle is damaged, does not fit into memory or has no engines
+        for the backend, EngineError when ONNX Runtime, TensorRT or the GPU's driver fails.
         """
+        known = ("auto", *_core.SPELLINGS["backend"])
+        if backend not in known:
+            raise _core.InputError(f"backend {backend} is out of range: {' or '.join(known)}")
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)
         if memory_limit is not None:
             check_count("memory_limit", memory_limit, 1, LARGEST_SEED)
         path = Path(bundle)
+        executor: Executor | None = None
+        runner: Literal["auto", "onnxruntime", "cuda"] = "onnxruntime"
+        if backend == "tensorrt" or backend == "tensorrt-rtx":
+            from sedac_runtime.tensorrt import PlanExecutor
+
+            executor = PlanExecutor(backend, path)
+        else:
+            runner = backend
         core = _core.Model(
             path,
             find_onnxruntime(),
             count,
-            _executor(backend, path),
+            executor,
+            backend=runner,
             verify=verify,
             memory_limit=memory_limit,
         )
+        if backend == "auto":
+            _log_choice(core)
         return cls(path, core)
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the bundle."""
+        return self._core.backend
+
+    @property
+    def fallback(self) -> str | None:
+        """Why backend "auto" did not choose "cuda"; None where it did or was not asked."""
+        return self._core.fallback
 
     @property
     def num_layers(self) -> int:
@@ -389,13 +418,9 @@ class SedacModel:
         return self._core.bench(list(cases), start, prompt_tokens, new_tokens, repeat, against)
 
 
-def _executor(backend: Backend, bundle: Path) -> Executor | None:
-    """What runs the bundle's plans; None where ONNX Runtime runs its graphs."""
-    known = _core.SPELLINGS["backend"]
-    if backend not in known:
-        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(known)}")
-    if backend == "onnxruntime":
-        return None
-    from sedac_runtime.tensorrt import PlanExecutor
-
-    return PlanExecutor(backend, bundle)
+def _log_choice(core: _core.Model) -> None:
+    """Log what backend "auto" has chosen; without any handler, warnings appear on stderr."""
+    if core.fallback is None:
+        _LOG.info("backend auto: %s", core.backend)
+    else:
+        _LOG.warning("backend auto: %s, not cuda: %s", core.backend, core.fallback)

@@ -21,8 +21,8 @@ pub struct GenerationSetting<'a> {
     pub kv_fill: KvFill,
     /// How tokens are chosen.
     pub sampling: &'a Sampling,
-    /// Whether TensorRT plans run instead of ONNX Runtime's engines.
-    pub plans: bool,
+    /// What runs instead of ONNX Runtime's engines, such as "TensorRT plans".
+    pub others: Option<&'static str>,
 }
 
 /// What is certified of tokens that exit; shown as one sentence.
@@ -59,7 +59,7 @@ impl ExitConfig {
             mode: &mode,
             kv_fill: self.kv_fill,
             sampling: &Sampling::default(),
-            plans: false,
+            others: None,
         };
         self.of_exits(manifest, generation)
     }
@@ -83,8 +83,10 @@ impl CertifiedSetting {
             return Some("exits are forced".into());
         };
         let other = |what, is, certified| format!("{what} {is}, certified with {certified}");
-        if generation.plans {
-            Some("ONNX Runtime's engines were certified, TensorRT plans run".into())
+        if let Some(others) = generation.others {
+            Some(format!(
+                "ONNX Runtime's engines were certified, {others} run"
+            ))
         } else if self.engines_sha256 != manifest.engines_sha256() {
             Some("the engines have changed since, run sedac-export calibrate again".into())
         } else if self.policy != *policy {
@@ -111,7 +113,7 @@ impl CertifiedSetting {
 
 impl Manifest {
     /// SHA-256, in hex, of all that runs: the engines, where tokens exit, and every file but those
-    /// that TensorRT adds. It is taken of JSON with sorted keys and without spaces:
+    /// below `engines`, which are of GPUs. It is taken of JSON with sorted keys and without spaces:
     /// `{"engines": .., "exit_layers": .., "files": {path: digest}}`.
     pub fn engines_sha256(&self) -> String {
         let files = self.digests().filter(|(file, _)| !self.is_of_plans(file));
@@ -187,13 +189,13 @@ mod tests {
         mode: &DecodingMode,
         kv_fill: KvFill,
         sampling: &Sampling,
-        plans: bool,
+        others: Option<&'static str>,
     ) -> Option<String> {
         let generation = GenerationSetting {
             mode,
             kv_fill,
             sampling,
-            plans,
+            others,
         };
         let said = config().certification(&read(&manifest()), generation);
         said.map(|certification| certification.to_string())
@@ -233,7 +235,7 @@ mod tests {
             seed: 7,
             ..Sampling::default()
         };
-        let certified = said(&auto, KvFill::Defer, &argmax, false).unwrap();
+        let certified = said(&auto, KvFill::Defer, &argmax, None).unwrap();
         assert!(certified.starts_with("exits certified"), "{certified}");
         let warm = Sampling {
             temperature: 0.5,
@@ -244,28 +246,28 @@ mod tests {
             ..argmax
         };
         let filtered = Sampling { top_k: 5, ..argmax };
-        for (mode, kv_fill, sampling, plans, reason) in [
-            (&other, KvFill::Defer, &argmax, false, "policy's settings"),
+        for (mode, kv_fill, sampling, others, reason) in [
+            (&other, KvFill::Defer, &argmax, None, "policy's settings"),
+            (&auto, KvFill::Propagate, &argmax, None, "kv_fill propagate"),
+            (&plain, KvFill::Defer, &argmax, None, "drafter none"),
+            (&auto, KvFill::Defer, &warm, None, "sampled"),
+            (&auto, KvFill::Defer, &penalised, None, "penalised"),
+            (&auto, KvFill::Defer, &filtered, None, "sampled"),
             (
                 &auto,
-                KvFill::Propagate,
+                KvFill::Defer,
                 &argmax,
-                false,
-                "kv_fill propagate",
+                Some("TensorRT plans"),
+                "TensorRT plans run",
             ),
-            (&plain, KvFill::Defer, &argmax, false, "drafter none"),
-            (&auto, KvFill::Defer, &warm, false, "sampled"),
-            (&auto, KvFill::Defer, &penalised, false, "penalised"),
-            (&auto, KvFill::Defer, &filtered, false, "sampled"),
-            (&auto, KvFill::Defer, &argmax, true, "TensorRT"),
-            (&forced, KvFill::Defer, &argmax, false, "forced"),
+            (&forced, KvFill::Defer, &argmax, None, "forced"),
         ] {
-            let sentence = said(mode, kv_fill, sampling, plans).unwrap();
+            let sentence = said(mode, kv_fill, sampling, others).unwrap();
             assert!(sentence.starts_with("exits not certified ("), "{sentence}");
             assert!(sentence.contains(reason), "{sentence}");
         }
         assert_eq!(
-            said(&DecodingMode::Full, KvFill::Defer, &argmax, false),
+            said(&DecodingMode::Full, KvFill::Defer, &argmax, None),
             None
         );
     }

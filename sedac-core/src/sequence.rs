@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::{KvFill, KvState};
 
 /// A running sequence: its tokens so far and what each layer's KV cache holds of them.
@@ -62,7 +62,7 @@ impl Sequence {
     /// Append `tokens` and return their positions.
     ///
     /// # Errors
-    /// [`Error::Prompt`](crate::Error::Prompt) when the cache is too short; nothing has changed
+    /// [`Error::Prompt`] when the cache is too short; nothing has changed
     /// then.
     pub fn append(&mut self, tokens: &[u32]) -> Result<Range<usize>> {
         let positions = self.kv.begin(tokens.len())?;
@@ -79,21 +79,36 @@ impl Sequence {
 
 /// The cache slots of a backend.
 #[derive(Debug, Clone)]
-pub struct Slots(Arc<Mutex<Vec<usize>>>);
+pub struct Slots {
+    free: Arc<Mutex<Vec<usize>>>,
+    count: usize,
+}
 
 impl Slots {
     /// `count` free slots.
     pub fn new(count: usize) -> Self {
-        Self(Arc::new(Mutex::new((0..count).rev().collect())))
+        let free = Arc::new(Mutex::new((0..count).rev().collect()));
+        Self { free, count }
+    }
+
+    /// Start a sequence in a free slot; see [`Sequence::new`].
+    ///
+    /// # Errors
+    /// [`Error::Setting`] when every slot is taken.
+    pub fn open(&self, layers: usize, capacity: usize, kv_fill: KvFill) -> Result<Sequence> {
+        let slot = self.take().ok_or_else(|| {
+            let count = self.count;
+            let range = format!("at most the backend's {count} at once; end another first");
+            Error::setting("sequences", count + 1, range)
+        })?;
+        Ok(Sequence::new(slot, layers, capacity, kv_fill))
     }
 
     /// Take a free slot, if there is one.
     pub fn take(&self) -> Option<Slot> {
-        let index = self
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop()?;
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = free.pop()?;
+        drop(free);
         Some(Slot {
             index,
             slots: self.clone(),
@@ -110,7 +125,8 @@ pub struct Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut free = self.slots.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let slots = &self.slots.free;
+        let mut free = slots.lock().unwrap_or_else(PoisonError::into_inner);
         free.push(self.index);
     }
 }
@@ -122,10 +138,11 @@ mod tests {
     #[test]
     fn a_dropped_sequence_gives_its_slot_back() {
         let slots = Slots::new(2);
-        let open = || Some(Sequence::new(slots.take()?, 1, 4, KvFill::Defer));
+        let open = || slots.open(1, 4, KvFill::Defer);
         let (first, second) = (open().unwrap(), open().unwrap());
         assert_eq!((first.slot(), second.slot()), (0, 1));
-        assert!(open().is_none());
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains("at most the backend's 2 at once"), "{error}");
         drop(first);
         assert_eq!(open().unwrap().slot(), 0);
     }

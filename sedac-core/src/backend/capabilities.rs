@@ -14,6 +14,8 @@ pub struct Capabilities {
     pub exit_heads: Vec<usize>,
     /// Whether layers can run without their MLPs.
     pub attention_only: bool,
+    /// Whether tokens come with a [margin](super::StepOutcome::margin).
+    pub margins: bool,
 }
 
 impl Default for Capabilities {
@@ -24,6 +26,7 @@ impl Default for Capabilities {
             probes: Vec::new(),
             exit_heads: Vec::new(),
             attention_only: false,
+            margins: false,
         }
     }
 }

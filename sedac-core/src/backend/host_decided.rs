@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{Decision, ExitReason, ExitRule, ExitSignals, RuleState, Signal, Signals};
+use crate::sampler::argmax;
 use crate::sequence::{Sequence, Slots};
 
 /// Drives [`Engines`] one by one and interprets the exit rule after each.
@@ -94,6 +95,7 @@ impl<E: Engines> HostDecided<E> {
             exit,
             exit_signals: deciding.and_then(|deciding| deciding.exit_signals),
             logits,
+            margin: None,
         })
     }
 
@@ -280,18 +282,22 @@ impl<E: Engines> HostDecided<E> {
     ) -> Result<Logits> {
         let rows = match (wanted, exit.reason) {
             (LogitsRequest::None, _) => return Ok(Logits::None),
-            (LogitsRequest::Rows(rows), ExitReason::FullDepth) => rows,
-            (LogitsRequest::Rows(_) | LogitsRequest::Top(_), _) => 1,
+            (LogitsRequest::Rows(rows) | LogitsRequest::Tokens(rows), ExitReason::FullDepth) => {
+                rows
+            }
+            (LogitsRequest::Rows(_) | LogitsRequest::Tokens(_), _) => 1,
         };
         self.engines.head(rows)?;
         let logits = self.engines.logits();
+        let width = logits.len() / rows;
         if all_finite(logits) {
             return Ok(match wanted {
-                LogitsRequest::Top(count) => Logits::top(logits, count),
+                LogitsRequest::Tokens(_) => {
+                    Logits::Tokens(logits.chunks_exact(width).map(argmax).collect())
+                }
                 _ => Logits::Rows(logits.to_vec()),
             });
         }
-        let width = logits.len() / rows;
         let finite = logits.chunks_exact(width).take_while(|row| all_finite(row));
         let position = sequence.kv().length() - rows + finite.count();
         let engine = self.origin(sequence, rows, exit.layer, interrupt)?;
@@ -345,13 +351,7 @@ impl<E: Engines> Backend for HostDecided<E> {
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
-        let slot = self.slots.take().ok_or_else(|| {
-            let count = self.capabilities.sequences;
-            let range = format!("at most the backend's {count} at once; end another first");
-            Error::setting("sequences", count + 1, range)
-        })?;
-        let layers = self.num_layers();
-        Ok(Sequence::new(slot, layers, self.capacity, kv_fill))
+        self.slots.open(self.num_layers(), self.capacity, kv_fill)
     }
 
     fn step(

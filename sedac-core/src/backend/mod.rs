@@ -6,6 +6,8 @@
 
 mod capabilities;
 mod costs;
+pub mod cuda;
+mod gpu;
 mod host_decided;
 mod not_finite;
 mod onnxruntime;
@@ -20,7 +22,7 @@ pub use capabilities::Capabilities;
 pub use costs::Costs;
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, Layout, OnnxRuntime};
-pub use step::{Logits, LogitsRequest, SequenceStep, StepExit, StepOutcome};
+pub use step::{Logits, LogitsRequest, PositionLogits, SequenceStep, StepExit, StepOutcome};
 pub use timing::{EnginePart, EngineTiming, Stopwatch};
 
 use crate::error::Result;

@@ -37,8 +37,10 @@ pub enum LogitsRequest {
     /// All logits of the newest positions, this many where every layer ran. An exit gives those of
     /// the newest position only.
     Rows(usize),
-    /// The highest logits of the newest position, this many.
-    Top(usize),
+    /// The token with the highest logit at each of the newest positions, in the order of
+    /// positions and as many as [`Rows`](Self::Rows) gives. A device hands these over in place of
+    /// the logits.
+    Tokens(usize),
 }
 
 /// How a step ended.
@@ -50,6 +52,9 @@ pub struct StepOutcome {
     pub exit_signals: Option<ExitSignals>,
     /// The logits wanted.
     pub logits: Logits,
+    /// The probability of the newest position's most probable token less that of the second, where
+    /// tokens were requested of a backend that [measures](super::Capabilities::margins) it.
+    pub margin: Option<f32>,
 }
 
 /// The depth at which a step ended.
@@ -68,8 +73,17 @@ pub enum Logits {
     None,
     /// `[rows, vocabulary]`, row by row.
     Rows(Vec<f32>),
-    /// Tokens and their logits, the highest first; of equal ones the lower token first.
-    Top(Vec<(u32, f32)>),
+    /// The token with the highest logit at each position, the lowest of equals.
+    Tokens(Vec<u32>),
+}
+
+/// What the token after one position is chosen from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PositionLogits<'a> {
+    /// All logits, one for each token.
+    All(&'a [f32]),
+    /// The token with the highest logit.
+    Highest(u32),
 }
 
 impl Logits {
@@ -77,42 +91,44 @@ impl Logits {
     pub fn rows(&self) -> &[f32] {
         match self {
             Self::Rows(rows) => rows,
-            Self::None | Self::Top(_) => &[],
+            Self::None | Self::Tokens(_) => &[],
         }
     }
 
-    /// The token with the highest logit among the highest requested.
-    pub fn top_token(&self) -> Option<u32> {
+    /// The tokens; empty where none were requested.
+    pub fn tokens(&self) -> &[u32] {
         match self {
-            Self::Top(top) => top.first().map(|&(token, _)| token),
-            Self::None | Self::Rows(_) => None,
+            Self::Tokens(tokens) => tokens,
+            Self::None | Self::Rows(_) => &[],
         }
     }
 
-    /// The `count` highest of `logits`, all finite.
-    pub(super) fn top(logits: &[f32], count: usize) -> Self {
-        let mut tokens: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-        let higher = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if count < tokens.len() {
-            tokens.select_nth_unstable_by(count, higher);
-            tokens.truncate(count);
+    /// Those of the position `index` among the requested ones, `vocabulary` logits each.
+    ///
+    /// # Panics
+    /// When they were not requested.
+    pub fn at(&self, index: usize, vocabulary: usize) -> PositionLogits<'_> {
+        match self {
+            Self::None => panic!("no logits were requested"),
+            Self::Rows(rows) => PositionLogits::All(&rows[index * vocabulary..][..vocabulary]),
+            Self::Tokens(tokens) => PositionLogits::Highest(tokens[index]),
         }
-        tokens.sort_unstable_by(higher);
-        Self::Top(tokens)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampler::argmax;
 
     #[test]
-    fn the_highest_come_first_and_of_equals_the_lower_token() {
-        let logits = [1.0, 3.0, 2.0, 3.0, -1.0];
-        let expected = vec![(1, 3.0), (3, 3.0), (2, 2.0)];
-        assert_eq!(Logits::top(&logits, 3), Logits::Top(expected));
-        assert_eq!(Logits::top(&logits, 1).top_token(), Some(argmax(&logits)));
-        assert_eq!(Logits::top(&logits, 9).rows(), &[] as &[f32]);
+    fn positions_are_counted_in_rows_and_in_tokens() {
+        let rows = Logits::Rows(vec![0.0, 1.0, 2.0, 3.0]);
+        assert_eq!(rows.at(1, 2), PositionLogits::All(&[2.0, 3.0]));
+        let tokens = Logits::Tokens(vec![7, 5]);
+        assert_eq!(tokens.at(1, 2), PositionLogits::Highest(5));
+        assert_eq!(
+            (rows.tokens(), tokens.rows()),
+            (&[] as &[u32], &[] as &[f32])
+        );
     }
 }

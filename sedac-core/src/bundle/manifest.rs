@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::chain_kernels::ChainKernels;
 use super::gate::FileEntry;
 use super::plans::{PlanSet, PortableGraphs, Precision};
 use crate::error::{Error, Result};
@@ -227,6 +228,10 @@ pub struct Manifest {
     /// TensorRT plans by target.
     #[serde(default)]
     pub plans: BTreeMap<String, PlanSet>,
+    /// The kernels that run the whole chain, where the bundle has them.
+    pub cuda: Option<ChainKernels>,
+    /// Why no such kernels can run the model, where they were asked for.
+    pub cuda_refusal: Option<String>,
     /// Size and digest of every file but bundle.json, its digest and sedac_config.json.
     pub files: BTreeMap<PathBuf, FileEntry>,
 }
@@ -248,7 +253,10 @@ impl Manifest {
     /// # Errors
     /// [`Error::Bundle`] when its engines and sizes fit no model.
     pub(super) fn check(&self, path: &Path) -> Result<()> {
-        let references_hold = self.engines.references_hold(self) && self.plan_references_hold();
+        let mut kernels = self.cuda.iter();
+        let references_hold = self.engines.references_hold(self)
+            && self.plan_references_hold()
+            && kernels.all(|kernels| kernels.match_model(self));
         if self.engines_add_up() && self.sizes_are_sound() && references_hold {
             return Ok(());
         }

@@ -43,6 +43,12 @@ impl Bundle {
         self.hold(plans.fold(sequence, u64::saturating_add), free)
     }
 
+    /// As [`check_memory`](Self::check_memory), for `needed` bytes of a device with `free` bytes.
+    pub(crate) fn check_device_bytes(&self, needed: u64, free: u64) -> Result<()> {
+        let limit = self.memory_limit.map_or(free, |limit| limit.min(free));
+        hold(&self.gate, needed, Some(limit))
+    }
+
     /// As [`check_memory`](Self::check_memory), for engines that join a sequence under way.
     pub(crate) fn check_more_memory<'a>(
         &self,

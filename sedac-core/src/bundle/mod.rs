@@ -1,6 +1,7 @@
 //! A bundle on disk: its files, its manifest and its exit configuration, checked before use.
 
 mod certificate;
+mod chain_kernels;
 mod exit_config;
 mod gate;
 mod graphs;
@@ -20,6 +21,11 @@ use sha2::{Digest, Sha256};
 pub(crate) use self::certificate::tests::certificate as test_certificate;
 pub use self::certificate::{
     CalibrationMode, Certificate, CertifiedSetting, GenerationSpeeds, TokenChoice, drafter_name,
+};
+pub(crate) use self::chain_kernels::KERNEL_ROWS;
+pub use self::chain_kernels::{
+    Activation, Architecture, ChainKernels, ChainLayer, ChainModule, ChainOptions, ChainShape,
+    CompiledKernel,
 };
 pub(crate) use self::exit_config::EXIT_CONFIG;
 pub use self::exit_config::{DrafterKind, ExitConfig};

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use tracing::{debug, debug_span};
 
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
-use crate::backend::{Backend, LogitsRequest, SequenceStep, StepExit};
+use crate::backend::{Backend, Logits, PositionLogits, SequenceStep, StepExit};
 use crate::draft::{BaselineCost, Draft, DraftContext, Drafter};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -62,10 +62,11 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             tokens: &[newest],
             rule,
             max_depth,
-            logits: LogitsRequest::Rows(1),
+            logits: self.text.request.logits(1),
         };
         let outcome = step_one(self.backend, step, self.interrupt)?;
-        self.text.take(outcome.logits.rows(), outcome.exit);
+        let logits = outcome.logits.at(0, self.vocab_size);
+        self.text.take(logits, outcome.exit);
         Ok(outcome.exit)
     }
 
@@ -121,18 +122,19 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             sequence: &mut self.sequence,
             rule: self.exits.rule(),
             choose: &mut ahead(&mut self.text.sampler, history),
+            is_greedy: self.text.request.sampling.is_argmax(),
             interrupt: self.interrupt,
         };
         drafter.propose(history, max_tokens, &mut context)
     }
 
-    /// Full depth's logits for the positions of `draft` that need them, a row each.
-    fn verification(&mut self, draft: &Draft) -> Result<Vec<f32>> {
+    /// Full depth's logits for the positions of `draft`; none where all of them exited.
+    fn verification(&mut self, draft: &Draft) -> Result<Logits> {
         if let Some(logits) = &draft.verified {
-            return Ok(logits.rows().to_vec());
+            return Ok(logits.clone());
         }
         if draft.is_certain() {
-            return Ok(Vec::new());
+            return Ok(Logits::None);
         }
         let _span = debug_span!("verify").entered();
         let mut tokens = Vec::new();
@@ -145,10 +147,9 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             tokens: &tokens,
             rule: None,
             max_depth: self.backend.num_layers(),
-            logits: LogitsRequest::Rows(draft.tokens.len() + 1),
+            logits: self.text.request.logits(draft.tokens.len() + 1),
         };
-        let outcome = step_one(self.backend, step, self.interrupt)?;
-        Ok(outcome.logits.rows().to_vec())
+        step_one(self.backend, step, self.interrupt).map(|outcome| outcome.logits)
     }
 
     /// Verify `draft` and take the tokens.
@@ -158,13 +159,12 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             reason: ExitReason::FullDepth,
         };
         let verified = self.verification(draft)?;
-        let mut rows = verified.chunks_exact(self.vocab_size);
         for index in 0..=draft.tokens.len() {
-            let row = rows.next().unwrap_or_default();
-            let id = match draft.exits.get(index) {
-                Some(Some(taken)) => self.text.take(taken.logits.rows(), taken.exit),
-                _ => self.text.take(row, full_depth),
+            let (logits, exit) = match draft.exits.get(index) {
+                Some(Some(taken)) => (taken.logits.at(0, self.vocab_size), taken.exit),
+                _ => (verified.at(index, self.vocab_size), full_depth),
             };
+            let id = self.text.take(logits, exit);
             if self.text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
                 break;
             }
@@ -211,9 +211,12 @@ impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
         self.tokens[self.tokens.len() - 1]
     }
 
-    /// Sample a token from `logits`, which `exit` gave, and hand it to `emit`.
-    pub(super) fn take(&mut self, logits: &[f32], exit: StepExit) -> u32 {
-        let id = self.sampler.sample(logits, &self.tokens);
+    /// Choose a token by `logits`, which `exit` gave, and hand it to `emit`.
+    pub(super) fn take(&mut self, logits: PositionLogits<'_>, exit: StepExit) -> u32 {
+        let id = match logits {
+            PositionLogits::All(logits) => self.sampler.sample(logits, &self.tokens),
+            PositionLogits::Highest(token) => token,
+        };
         let flow = (self.emit)(Token { id, exit });
         self.tokens.push(id);
         if flow.is_break() || self.request.stop_tokens.contains(&id) {
@@ -226,11 +229,14 @@ impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
 }
 
 /// What `sampler` will choose after `history`, of the logits of the next tokens in turn.
-fn ahead(sampler: &mut Sampler, history: &[u32]) -> impl FnMut(&[f32]) -> u32 {
+fn ahead(sampler: &mut Sampler, history: &[u32]) -> impl FnMut(PositionLogits<'_>) -> u32 {
     let before = history.len();
     let mut tokens = history.to_vec();
     move |logits| {
-        let id = sampler.foresee(tokens.len() - before, logits, &tokens);
+        let id = match logits {
+            PositionLogits::All(logits) => sampler.foresee(tokens.len() - before, logits, &tokens),
+            PositionLogits::Highest(token) => token,
+        };
         tokens.push(id);
         id
     }

@@ -13,6 +13,7 @@ use tracing::{debug_span, info};
 use self::decoding::{Decoding, Drafting, Text};
 use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
+use crate::backend::cuda::CudaChain;
 use crate::backend::{
     Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep, StepExit,
     StepOutcome,
@@ -40,6 +41,17 @@ pub struct Request {
     pub kv_fill: KvFill,
     /// How tokens are chosen.
     pub sampling: Sampling,
+}
+
+impl Request {
+    /// What tokens are chosen from at each of the newest `rows` positions.
+    fn logits(&self, rows: usize) -> LogitsRequest {
+        if self.sampling.is_argmax() {
+            LogitsRequest::Tokens(rows)
+        } else {
+            LogitsRequest::Rows(rows)
+        }
+    }
 }
 
 /// Why a generation ended.
@@ -141,9 +153,24 @@ impl Chain {
         let manifest = &bundle.manifest;
         let capacity = manifest.max_cache_length;
         let backend = HostDecided::new(engines, &manifest.exit_layers, capacity);
+        Self::of(bundle, Box::new(backend))
+    }
+
+    /// A chain over the CUDA kernels of `bundle`, on the first GPU; see [`CudaChain::load`].
+    ///
+    /// # Errors
+    /// What [`CudaChain::load`] reports.
+    pub fn load_cuda(bundle: &Bundle) -> Result<Self> {
+        let backend = CudaChain::load(bundle, 1)?;
+        Ok(Self::of(bundle, Box::new(backend)))
+    }
+
+    /// A chain over a backend of `bundle`.
+    fn of(bundle: &Bundle, backend: Box<dyn Backend>) -> Self {
+        let manifest = &bundle.manifest;
         let exit_layers = manifest.exit_layers.clone();
-        let vocab_size = manifest.model.vocab_size;
-        Self::new(Box::new(backend), exit_layers, capacity, vocab_size)
+        let (capacity, vocab_size) = (manifest.max_cache_length, manifest.model.vocab_size);
+        Self::new(backend, exit_layers, capacity, vocab_size)
     }
 
     /// A chain over any backend whose sequences have `capacity` positions and whose logits are
@@ -189,15 +216,10 @@ impl Chain {
         self.check_prompt(request)?;
         let mut sequence = self.backend.open(request.mode.kv_fill(request.kv_fill))?;
         let started = Instant::now();
-        let outcome = self.prefill(
-            &mut sequence,
-            &request.prompt,
-            LogitsRequest::Rows(1),
-            interrupt,
-        )?;
+        let outcome = self.prefill(&mut sequence, &request.prompt, request.logits(1), interrupt)?;
         let prefill = started.elapsed();
         let mut text = Text::new(request, sampler, sequence.room(), emit);
-        text.take(outcome.logits.rows(), outcome.exit);
+        text.take(outcome.logits.at(0, self.vocab_size), outcome.exit);
         let mut drafting = self.take_drafting(&request.mode, &exits);
         let mut decoding = Decoding {
             backend: self.backend.as_mut(),
@@ -248,10 +270,10 @@ impl Chain {
                 tokens: std::slice::from_ref(token),
                 rule,
                 max_depth,
-                logits: LogitsRequest::Top(1),
+                logits: LogitsRequest::Tokens(1),
             };
             let outcome = step_one(self.backend.as_mut(), step, interrupt)?;
-            if let Some(id) = outcome.logits.top_token() {
+            if let &[id] = outcome.logits.tokens() {
                 let exit = outcome.exit;
                 emit(Token { id, exit });
             }

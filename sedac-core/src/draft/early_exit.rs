@@ -2,7 +2,7 @@
 
 use super::baseline::baseline_cost;
 use super::{AcceptanceRate, Draft, DraftContext, Drafter, TakenExit, full_depth_cost};
-use crate::backend::{Costs, LogitsRequest, SequenceStep, StepOutcome};
+use crate::backend::{Costs, PositionLogits, SequenceStep, StepOutcome};
 use crate::error::Result;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
 
@@ -169,25 +169,33 @@ impl EarlyExit {
     ) -> Result<StepOutcome> {
         let current = &self.depths[self.current];
         let (rule, max_depth) = current.rule(context.rule, self.runs.len(), min_rate, self.layers);
+        let logits = context.logits(self.runs.len() + 1);
         let step = SequenceStep {
             sequence: context.sequence,
             tokens: &[newest],
             rule: rule.as_ref(),
             max_depth,
-            logits: LogitsRequest::Rows(self.runs.len() + 1),
+            logits,
         };
         let mut outcomes = context.backend.step(&mut [step], context.interrupt)?;
         Ok(outcomes.swap_remove(0))
     }
 
     /// What `outcome` of the newest token says of the next.
-    fn next(&self, outcome: &StepOutcome, choose: &mut dyn FnMut(&[f32]) -> u32) -> Next {
-        let logits = outcome.logits.rows();
+    fn next(
+        &self,
+        outcome: &StepOutcome,
+        choose: &mut dyn FnMut(PositionLogits<'_>) -> u32,
+    ) -> Next {
+        // of an exit, there is one row
+        let row = outcome.logits.rows();
+        let logits = outcome.logits.at(0, row.len());
         match outcome.exit.reason {
             ExitReason::FullDepth => Next::Verified,
             ExitReason::DepthLimit | ExitReason::Draft => {
                 let probability = outcome.exit_signals.map(|signals| signals.learned);
-                let bin = bin(probability.unwrap_or_else(|| margin(logits)));
+                let probability = probability.or(outcome.margin);
+                let bin = bin(probability.unwrap_or_else(|| margin(row)));
                 Next::Drafted(choose(logits), bin)
             }
             _ => Next::Exited(choose(logits)),

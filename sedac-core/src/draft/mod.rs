@@ -19,7 +19,7 @@ use self::auto::Auto;
 pub(crate) use self::baseline::BaselineCost;
 use self::early_exit::EarlyExit;
 use self::prompt_lookup::PromptLookup;
-use crate::backend::{Backend, Costs, Logits, StepExit};
+use crate::backend::{Backend, Costs, Logits, LogitsRequest, PositionLogits, StepExit};
 use crate::bundle::DrafterKind;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -84,9 +84,22 @@ pub struct DraftContext<'a> {
     /// What lets tokens exit; None in lossless mode.
     pub rule: Option<&'a ExitRule>,
     /// Chooses the next token of the draft by its logits, as the token itself will be chosen.
-    pub choose: &'a mut dyn FnMut(&[f32]) -> u32,
+    pub choose: &'a mut dyn FnMut(PositionLogits<'_>) -> u32,
+    /// Whether that is the token with the highest logit.
+    pub is_greedy: bool,
     /// Stops it.
     pub interrupt: &'a Interrupt,
+}
+
+impl DraftContext<'_> {
+    /// What tokens, and how probable they are, is known from, at each of the newest `rows` positions.
+    fn logits(&self, rows: usize) -> LogitsRequest {
+        if self.is_greedy && self.backend.capabilities().margins {
+            LogitsRequest::Tokens(rows)
+        } else {
+            LogitsRequest::Rows(rows)
+        }
+    }
 }
 
 /// Proposes tokens, and observes which of them were accepted.

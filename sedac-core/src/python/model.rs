@@ -13,12 +13,12 @@ use super::executor::PythonExecutor;
 use super::generation::{Generation, GenerationWork};
 use super::outcomes::PyFollowedText;
 use super::process::ProcessLocal;
-use super::spellings::PlanDevice;
+use super::spellings::{BackendChoice, CUDA, PlanDevice};
 use super::turns::Turns;
 use crate::backend::tensorrt::{Cuda, Host, TensorRt};
 use crate::backend::{Exits, Layout};
 use crate::bench::BenchCase;
-use crate::bundle::{Bundle, Opening, Verify};
+use crate::bundle::{Bundle, Opening, PlanTarget, Target, Verify};
 use crate::certification::{Certification, GenerationSetting};
 use crate::chain::{Chain, DecodingChoice, DecodingMode, DrafterChoice, ModeName, Request};
 use crate::error::{Error, Result};
@@ -34,7 +34,35 @@ pub(super) struct Model {
     turns: ProcessLocal<Turns>,
     codec: ProcessLocal<Option<TextCodec>>,
     library: Library,
-    plans: bool,
+    backend: BackendName,
+    fallback: Option<String>,
+}
+
+/// What runs a loaded bundle.
+#[derive(Debug, Clone, Copy)]
+enum BackendName {
+    Onnxruntime,
+    Plans(PlanTarget),
+    Cuda,
+}
+
+impl BackendName {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Onnxruntime => Target::Onnxruntime.name(),
+            Self::Plans(target) => target.name(),
+            Self::Cuda => CUDA,
+        }
+    }
+
+    /// What runs instead of ONNX Runtime's engines.
+    fn others(self) -> Option<&'static str> {
+        match self {
+            Self::Onnxruntime => None,
+            Self::Plans(_) => Some("TensorRT plans"),
+            Self::Cuda => Some("CUDA kernels"),
+        }
+    }
 }
 
 /// ONNX Runtime, and the threads it runs with.
@@ -50,18 +78,22 @@ impl Model {
     /// threads check the files. verify "always" hashes all of them, "changed" those that changed
     /// since they were last found whole. memory_limit, in bytes, is what the loaded bundle may
     /// take, None for what is free. `executor` runs the bundle's TensorRT plans of its target
-    /// instead of ONNX Runtime's engines, over the memory of its device.
+    /// instead of ONNX Runtime's engines, over the memory of its device. Without one `backend` says
+    /// what runs: "onnxruntime", the bundle's CUDA kernels ("cuda"), or these where they can
+    /// ("auto").
     #[new]
     #[pyo3(signature = (
-        directory, library, threads, executor = None, *, verify = Verify::Always,
-        memory_limit = None
+        directory, library, threads, executor = None, *, backend = BackendChoice::Onnxruntime,
+        verify = Verify::Always, memory_limit = None
     ))]
+    #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
         py: Python<'_>,
         directory: PathBuf,
         library: PathBuf,
         threads: usize,
         executor: Option<PythonExecutor>,
+        backend: BackendChoice,
         verify: Verify,
         memory_limit: Option<u64>,
     ) -> PyResult<Self> {
@@ -77,17 +109,21 @@ impl Model {
             let bundle = Bundle::open_with(&directory, &opening)?;
             let codec = codec(&bundle)?;
             let library = Library { path, threads };
-            let plans = executor.is_some();
-            let chain = match executor {
+            let Loaded {
+                chain,
+                backend,
+                fallback,
+            } = match executor {
                 Some(executor) => load_plans(&bundle, &library, executor)?,
-                None => Chain::load(&bundle, Layout::Engines, &library.path, threads)?,
+                None => load_chain(&bundle, &library, backend)?,
             };
             Ok(Self {
                 bundle,
                 turns: ProcessLocal::new(Turns::new(chain)),
                 codec: ProcessLocal::new(codec),
                 library,
-                plans,
+                backend,
+                fallback,
             })
         })
     }
@@ -102,6 +138,18 @@ impl Model {
             return Ok(None);
         }
         Ok(Some(self.bundle.gate.read_text(&name)?))
+    }
+
+    /// What runs it.
+    #[getter]
+    fn backend(&self) -> &'static str {
+        self.backend.name()
+    }
+
+    /// Why "auto" did not choose the bundle's CUDA kernels; None where it did, or was not asked.
+    #[getter]
+    fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     #[getter]
@@ -316,7 +364,7 @@ impl Model {
             mode: &request.mode,
             kv_fill: request.kv_fill,
             sampling: &request.sampling,
-            plans: self.plans,
+            others: self.backend.others(),
         };
         let Bundle {
             manifest,
@@ -328,8 +376,8 @@ impl Model {
 
     /// What loads all layers in one engine.
     fn monolith(&self) -> Result<impl FnOnce() -> Result<Chain> + Send + 'static> {
-        if self.plans {
-            let range = "full; plans have no monolith, which is ONNX Runtime's";
+        if let Some(others) = self.backend.others() {
+            let range = format!("full; {others} have no monolith, which is ONNX Runtime's");
             return Err(Error::setting("against", "monolith", range));
         }
         let (bundle, library) = (self.bundle.clone(), self.library.clone());
@@ -347,12 +395,52 @@ impl Model {
     }
 }
 
+/// A chain, and how it was chosen.
+struct Loaded {
+    chain: Chain,
+    backend: BackendName,
+    fallback: Option<String>,
+}
+
+impl Loaded {
+    fn new(chain: Chain, backend: BackendName) -> Self {
+        Self {
+            chain,
+            backend,
+            fallback: None,
+        }
+    }
+}
+
+/// A chain over what `choice` says.
+fn load_chain(bundle: &Bundle, library: &Library, choice: BackendChoice) -> Result<Loaded> {
+    let fallback = match choice {
+        BackendChoice::Onnxruntime => None,
+        BackendChoice::Cuda => {
+            return Ok(Loaded::new(Chain::load_cuda(bundle)?, BackendName::Cuda));
+        }
+        BackendChoice::Auto => match Chain::load_cuda(bundle) {
+            Ok(chain) => return Ok(Loaded::new(chain, BackendName::Cuda)),
+            Err(error @ (Error::Bundle { .. } | Error::Device { .. } | Error::Memory { .. })) => {
+                Some(error.to_string())
+            }
+            Err(error) => return Err(error),
+        },
+    };
+    let chain = Chain::load(bundle, Layout::Engines, &library.path, library.threads)?;
+    Ok(Loaded {
+        fallback,
+        ..Loaded::new(chain, BackendName::Onnxruntime)
+    })
+}
+
 /// A chain over the plans that `executor` runs.
-fn load_plans(bundle: &Bundle, library: &Library, executor: PythonExecutor) -> Result<Chain> {
+fn load_plans(bundle: &Bundle, library: &Library, executor: PythonExecutor) -> Result<Loaded> {
     let exits = Exits::of(bundle, &library.path, library.threads)?;
+    let backend = BackendName::Plans(executor.target);
     let (target, device) = (executor.target.name(), executor.device);
     let executor = Arc::new(executor);
-    Ok(match device {
+    let chain = match device {
         PlanDevice::Cuda => {
             let gpu = Cuda::new()?;
             Chain::over(
@@ -367,7 +455,8 @@ fn load_plans(bundle: &Bundle, library: &Library, executor: PythonExecutor) -> R
                 TensorRt::load(bundle, target, host, executor, exits)?,
             )
         }
-    })
+    };
+    Ok(Loaded::new(chain, backend))
 }
 
 fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {

@@ -14,6 +14,9 @@ use crate::policy::{ExitKind, ExitReason, PolicyKind};
 /// The drafter's name where tokens are not drafted.
 pub(super) const NO_DRAFTER: &str = "none";
 
+/// The name of the backend of CUDA kernels.
+pub(super) const CUDA: &str = "cuda";
+
 /// An enum whose values have names.
 pub(super) trait Spelled: Copy + 'static {
     /// The setting's name.
@@ -69,7 +72,7 @@ macro_rules! spelled {
             let spellings = PyDict::new(py);
             $(spellings.set_item($setting, PyTuple::new(py, <$type>::names())?)?;)*
             let engines = [Target::Onnxruntime.name()];
-            let backends = engines.into_iter().chain(PlanTarget::names());
+            let backends = engines.into_iter().chain(PlanTarget::names()).chain([CUDA]);
             spellings.set_item("backend", PyTuple::new(py, backends.collect::<Vec<_>>())?)?;
             Ok(spellings)
         }
@@ -108,6 +111,34 @@ impl PlanDevice {
             Self::Cuda => "cuda",
             Self::Host => "host",
         }
+    }
+}
+
+/// What runs a bundle's chain where no executor runs its plans.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum BackendChoice {
+    /// The bundle's CUDA kernels where they can run, or else ONNX Runtime.
+    Auto,
+    /// ONNX Runtime.
+    Onnxruntime,
+    /// The bundle's CUDA kernels.
+    Cuda,
+}
+
+impl<'py> FromPyObject<'_, 'py> for BackendChoice {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let known = [
+            ("auto", Self::Auto),
+            (Target::Onnxruntime.name(), Self::Onnxruntime),
+            (CUDA, Self::Cuda),
+        ];
+        let name: &str = object.extract()?;
+        let choice = known.into_iter().find(|&(known, _)| known == name);
+        let choice = choice.map(|(_, choice)| choice);
+        let range = "auto, onnxruntime or cuda, where no executor runs plans";
+        Ok(choice.ok_or_else(|| Error::setting("backend", name, range))?)
     }
 }
 

@@ -153,7 +153,7 @@ fn policy(kind: usize, threshold: f32, exits: &[usize]) -> PolicySettings {
 proptest! {
     #[test]
     fn tokens_are_full_depths_or_of_the_exit_that_the_policy_takes(
-        decides in prop::sample::select(vec![Decides::Host, Decides::Device]),
+        decides in prop::sample::select(Decides::ALL.to_vec()),
         engine_sizes in prop::collection::vec(1..=2_usize, 1..5),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
@@ -161,6 +161,7 @@ proptest! {
         drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
         requests in prop::collection::vec((requests(), 1..60_usize), 1..4),
     ) {
+        let kind = if decides == Decides::Kernel { 0 } else { kind };
         let policy = policy(kind, threshold, &ends(&engine_sizes));
         let (mut chain, caches) = chain(decides, &engine_sizes, agreement, per_token);
         let mut plain = Plain::new(&engine_sizes, agreement);
@@ -195,7 +196,7 @@ proptest! {
 
     #[test]
     fn a_policy_that_never_exits_leaves_full_depths_text(
-        decides in prop::sample::select(vec![Decides::Host, Decides::Device]),
+        decides in prop::sample::select(Decides::ALL.to_vec()),
         engine_sizes in prop::collection::vec(1..=2_usize, 1..5),
         agreement in 0..=256_u64,
         drafter in prop::sample::select(DrafterKind::ALL.to_vec()),

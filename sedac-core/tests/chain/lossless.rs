@@ -47,7 +47,7 @@ fn requests() -> impl Strategy<Value = Request> {
 proptest! {
     #[test]
     fn drafts_change_neither_the_tokens_nor_their_end(
-        decides in prop::sample::select(vec![Decides::Host, Decides::Device]),
+        decides in prop::sample::select(Decides::ALL.to_vec()),
         engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
@@ -72,6 +72,28 @@ proptest! {
                 && lossless.finish_reason == FinishReason::Length {
                 prop_assert_eq!(drafting.accepted, drafting.drafted);
             }
+        }
+    }
+}
+
+proptest! {
+    /// Whether a device says how probable tokens are or the host works it out of logits.
+    #[test]
+    fn passes_draft_as_engines_do(
+        engine_sizes in prop::collection::vec(1..=2_usize, 2..6),
+        agreement in 100..256_u64,
+        per_token in 0.0..0.5_f64,
+        drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
+        requests in prop::collection::vec(requests(), 1..6),
+    ) {
+        let of = |decides| chain(decides, &engine_sizes, agreement, per_token).0;
+        let (mut engines, mut passes) = (of(Decides::Host), of(Decides::Kernel));
+        for mut request in requests {
+            request.mode = DecodingMode::Lossless { drafter };
+            let (expected, theirs) = generate(&mut engines, &request, 100);
+            let (tokens, ours) = generate(&mut passes, &request, 100);
+            prop_assert_eq!(tokens, expected);
+            prop_assert_eq!(ours.drafts, theirs.drafts);
         }
     }
 }

@@ -6,4 +6,5 @@ mod batch;
 mod exit_drafts;
 mod lossless;
 mod not_finite;
+mod passes;
 mod toy;

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cudarc::driver::sys::{self, CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result,
-};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, result};
 
+use super::super::gpu::{failed, new_stream};
 use super::device::{Buffer, Device, Work, check_inside};
 use crate::error::{Error, Result};
 
@@ -35,20 +34,8 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] without a driver or a GPU.
     pub fn new() -> Result<Self> {
-        // SAFETY: loads the driver's library, whose initialisers are NVIDIA's, and nothing more
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::Device {
-                what: "the NVIDIA driver".into(),
-                reason: "libcuda is not installed; use --backend onnxruntime".into(),
-            });
-        }
-        let context = CudaContext::new(0).map_err(failed("the first GPU"))?;
-        // SAFETY: `Cuda` hands out none of its allocations, and uses them on the one stream it makes,
-        // whose order is all that is needed; events would be recorded into captured graphs
-        unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(failed("a stream"))?;
         Ok(Self {
-            stream,
+            stream: new_stream()?,
             memory: Vec::new(),
         })
     }
@@ -175,13 +162,5 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         // memory goes back when nothing uses it any more; a driver that fails now has no one to tell
         let _ = self.stream.synchronize();
-    }
-}
-
-fn failed(what: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
-    let what = what.into();
-    move |error| Error::Device {
-        what,
-        reason: error.to_string(),
     }
 }

@@ -8,10 +8,11 @@ use sedac_core::backend::{
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
 use sedac_core::policy::{Comparison, Condition, ExitReason, ExitSignals, Signal};
+use sedac_core::sampler::argmax;
 use sedac_core::sequence::{Sequence, Slots};
 use sedac_core::{Error, Result};
 
-use super::{CAPACITY, Cache, Caches, Hidden, ends};
+use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
 
 const SEQUENCES: usize = 3;
 
@@ -60,6 +61,7 @@ impl ToyDevice {
                 probes: exit_layers.clone(),
                 exit_heads: exit_layers.clone(),
                 attention_only: false,
+                margins: false,
             },
             exit_layers,
             num_layers,
@@ -144,6 +146,8 @@ impl ToyDevice {
             layer: self.num_layers,
             reason: ExitReason::FullDepth,
         });
+        let is_full = exit.reason == ExitReason::FullDepth;
+        let count = |rows| if is_full { rows } else { 1 };
         let newest = |count: usize| {
             let rows = &lane.rows[lane.rows.len() - count..];
             let logits = |row: &Hidden| row.logits(exit.layer, self.num_layers, self.agreement);
@@ -151,21 +155,17 @@ impl ToyDevice {
         };
         let logits = match wanted {
             LogitsRequest::None => Logits::None,
-            LogitsRequest::Rows(rows) if exit.reason == ExitReason::FullDepth => {
-                Logits::Rows(newest(rows))
-            }
-            LogitsRequest::Rows(_) => Logits::Rows(newest(1)),
-            LogitsRequest::Top(count) => {
-                let mut top: Vec<(u32, f32)> = (0..).zip(newest(1)).collect();
-                top.sort_by(|a, b| b.1.total_cmp(&a.1));
-                top.truncate(count);
-                Logits::Top(top)
+            LogitsRequest::Rows(rows) => Logits::Rows(newest(count(rows))),
+            LogitsRequest::Tokens(rows) => {
+                let rows = newest(count(rows));
+                Logits::Tokens(rows.chunks_exact(VOCABULARY).map(argmax).collect())
             }
         };
         StepOutcome {
             exit,
             exit_signals: lane.exit_signals,
             logits,
+            margin: None,
         }
     }
 }

@@ -1,12 +1,14 @@
 //! A toy model whose every logit depends on every cache entry, in a chain on a toy machine.
 
 mod device;
+mod kernel;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sedac_core::Result;
+use sedac_core::backend::cuda::CudaChain;
 use sedac_core::backend::{
     Backend, Capabilities, Costs, EngineTiming, Engines, HostDecided, SequenceStep, StepOutcome,
 };
@@ -17,6 +19,7 @@ use sedac_core::policy::ExitSignals;
 use sedac_core::sequence::Sequence;
 
 pub(crate) use self::device::ToyDevice;
+pub(crate) use self::kernel::ToyKernel;
 
 pub(crate) const VOCABULARY: usize = 6;
 pub(crate) const CAPACITY: usize = 80;
@@ -47,13 +50,18 @@ impl Hidden {
 
     /// Take the hidden state at `position` through `layer`.
     pub(crate) fn run(&mut self, layer: usize, position: usize, cache: &mut Cache) {
-        cache[layer][position] = Some((self.token, self.history));
+        self.fill(layer, position, cache);
         (self.digest, self.history) = (0, layer as u64);
         for entry in &cache[layer][..=position] {
             let (token, history) = entry.unwrap_or((99, 0));
             self.digest = mix(self.digest, u64::from(token));
             self.history = mix(self.history, history);
         }
+    }
+
+    /// Fill the cache of `layer` at `position`; the hidden state stays as it is.
+    pub(crate) fn fill(self, layer: usize, position: usize, cache: &mut Cache) {
+        cache[layer][position] = Some((self.token, self.history));
     }
 
     /// A number in 0..1 after `depth` layers that predicts nothing.
@@ -226,8 +234,12 @@ impl Engines for Toy {
         Ok(())
     }
 
-    fn fill(&mut self, _: usize, _: Range<usize>) -> Result<()> {
-        unreachable!("tokens wait, nothing is propagated")
+    fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
+        let mut caches = self.caches.lock().unwrap();
+        for position in positions {
+            self.saved[position].fill(layer, position, &mut caches);
+        }
+        Ok(())
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
@@ -304,6 +316,12 @@ pub(crate) enum Decides {
     Host,
     /// The device, by the rule's table.
     Device,
+    /// The kernel, likewise, in passes of a few rows; by stability only.
+    Kernel,
+}
+
+impl Decides {
+    pub(crate) const ALL: [Self; 3] = [Self::Host, Self::Device, Self::Kernel];
 }
 
 /// A chain over the toy, and the toy's cache of the first sequence.
@@ -323,6 +341,12 @@ pub(crate) fn chain(
         }
         Decides::Device => {
             let inner = ToyDevice::new(engine_sizes, agreement, &caches);
+            Box::new(Timed::new(inner, per_token))
+        }
+        Decides::Kernel => {
+            let kernel = ToyKernel::new(engine_sizes, agreement, 1, &caches);
+            let layers = *exits.last().unwrap();
+            let inner = CudaChain::new(kernel, layers, &exits, CAPACITY, 1);
             Box::new(Timed::new(inner, per_token))
         }
     };

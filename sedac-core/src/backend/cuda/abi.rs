@@ -1,0 +1,234 @@
+//! What the kernel and the core hand to each other, as it lies in memory: mirrors of the structs in
+//! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
+
+use crate::bundle::KERNEL_ROWS;
+use crate::policy::Condition;
+
+/// Version of everything in this file.
+pub(super) const ABI: u32 = 1;
+
+/// Rows that one pass may have.
+pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
+
+/// Counters that a pass uses, all 0 between passes.
+pub(super) const COUNTERS: usize = 64;
+
+/// Facts about a compiled chain: the module's constant `sedac_facts`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct ChainFacts {
+    pub(super) abi: u32,
+    pub(super) layer_bytes: u32,
+    pub(super) pass_bytes: u32,
+    pub(super) outcome_bytes: u32,
+    /// Of a block.
+    pub(super) threads: u32,
+    /// Dynamic shared memory of each of [`KERNEL_ROWS`].
+    pub(super) shared_bytes: [u32; KERNEL_ROWS.len()],
+    pub(super) min_blocks: u32,
+    pub(super) max_blocks: u32,
+    /// Positions that a cache slot may have.
+    pub(super) max_capacity: u32,
+    /// Of a block.
+    pub(super) table_bytes: u32,
+    /// Of one of the two sets.
+    pub(super) scratch_bytes: u64,
+}
+
+impl ChainFacts {
+    /// The facts that lie in `bytes`; None where these are of another size.
+    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Self>() {
+            return None;
+        }
+        let (words, _) = bytes.as_chunks::<4>();
+        let word = |index: usize| u32::from_le_bytes(words[index]);
+        let (&scratch_bytes, _) = bytes[56..].split_first_chunk::<8>()?;
+        Some(Self {
+            abi: word(0),
+            layer_bytes: word(1),
+            pass_bytes: word(2),
+            outcome_bytes: word(3),
+            threads: word(4),
+            shared_bytes: [word(5), word(6), word(7), word(8)],
+            min_blocks: word(9),
+            max_blocks: word(10),
+            max_capacity: word(11),
+            table_bytes: word(12),
+            scratch_bytes: u64::from_le_bytes(scratch_bytes),
+        })
+    }
+}
+
+/// Weights and caches of a layer: device addresses, 0 where the model has no such weights.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LayerPointers {
+    pub(super) attention_norm: u64,
+    pub(super) attention_post_norm: u64,
+    pub(super) mlp_norm: u64,
+    pub(super) mlp_post_norm: u64,
+    pub(super) query_norm: u64,
+    pub(super) key_norm: u64,
+    pub(super) qkv: u64,
+    pub(super) o: u64,
+    pub(super) gate_up: u64,
+    pub(super) down: u64,
+    pub(super) qkv_bias: u64,
+    pub(super) o_bias: u64,
+    pub(super) gate_up_bias: u64,
+    pub(super) down_bias: u64,
+    /// [slot, key-value heads, capacity, head size], as `values`.
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    /// Positions that a token sees, 0 for all.
+    pub(super) window: i32,
+    /// Index of its rotary tables.
+    pub(super) rotary: i32,
+}
+
+/// A position that a pass takes through layers.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PassRow {
+    /// Its token; -1 where it starts from the hidden state saved for its position.
+    pub token: i32,
+    /// Its position.
+    pub position: i32,
+    /// Index of its sequence in the pass.
+    pub sequence: i32,
+    /// The first layer that it runs.
+    pub first_layer: i32,
+}
+
+/// A sequence of a pass. Its rows are consecutive rows and positions; `first_layer` never grows
+/// from one to the next.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// Its cache slot.
+    pub slot: i32,
+    /// Index of its first row.
+    pub first_row: i32,
+    /// Its number of rows.
+    pub rows: i32,
+    /// The number of its first rows that only fill caches: their hidden states stay as saved.
+    pub frozen: i32,
+    /// Layers after which it stops at the latest: an exit layer, or all.
+    pub max_depth: i32,
+    /// Criteria of its exit rule, 0 without one.
+    pub criteria: i32,
+    /// Device address of [`Condition`]s, [criteria, layers].
+    pub conditions: u64,
+}
+
+/// The kernels' only parameter.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PassParameters {
+    pub(super) layers: u64,
+    pub(super) embed: u64,
+    pub(super) head: u64,
+    pub(super) final_norm: u64,
+    /// [rotary tables, capacity, rotary size / 2], as `sin`.
+    pub(super) cos: u64,
+    pub(super) sin: u64,
+    /// Hidden states at exits, [slot, capacity, hidden], fp32.
+    pub(super) saved: u64,
+    /// The pass's own set, all 0.
+    pub(super) scratch: u64,
+    /// The next pass's set, which this one clears.
+    pub(super) next_scratch: u64,
+    pub(super) tables: u64,
+    pub(super) counters: u64,
+    /// [MAX_ROWS, vocabulary], fp32.
+    pub(super) logits: u64,
+    /// Pinned memory of the host.
+    pub(super) outcome: u64,
+    pub(super) capacity: i32,
+    pub(super) blocks: i32,
+    pub(super) rows: i32,
+    pub(super) sequences: i32,
+    /// Rows of the pass before, whose traces `next_scratch` holds.
+    pub(super) clear_rows: i32,
+    /// Bit r: the logits of row r are wanted.
+    pub(super) logits_rows: u32,
+    pub(super) row: [PassRow; MAX_ROWS],
+    pub(super) sequence: [SequenceRows; MAX_ROWS],
+}
+
+/// Where a sequence of a pass stopped.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct SequenceOutcome {
+    /// Layers executed.
+    pub depth: i32,
+    /// The criterion that stopped it; -1 where none did.
+    pub criterion: i32,
+    /// Stability of the newest row's last layer.
+    pub stability: f32,
+    /// Padding.
+    pub unused: i32,
+}
+
+/// The logits of a row.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RowOutcome {
+    /// The token with the highest, the lowest of equals.
+    pub token: u32,
+    /// The highest.
+    pub logit: f32,
+    /// Whether all are finite.
+    pub finite: i32,
+    /// The probability of the most probable token less that of the second.
+    pub margin: f32,
+}
+
+/// What the host reads after a pass.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PassOutcome {
+    /// By sequence of the pass.
+    pub sequence: [SequenceOutcome; MAX_ROWS],
+    /// By row of the pass; of those only whose logits are wanted.
+    pub row: [RowOutcome; MAX_ROWS],
+    /// When it started, in nanoseconds of the device's clock.
+    pub started: u64,
+    /// When the last layer ended.
+    pub layers_ended: u64,
+    /// When the head ended.
+    pub ended: u64,
+}
+
+const _: () = {
+    assert!(size_of::<ChainFacts>() == 64);
+    assert!(size_of::<LayerPointers>() == 136);
+    assert!(size_of::<PassRow>() == 16);
+    assert!(size_of::<SequenceRows>() == 32);
+    assert!(size_of::<PassParameters>() == 512);
+    assert!(size_of::<PassOutcome>() == 280);
+    assert!(size_of::<Condition>() == 32);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_lie_as_the_struct_does() {
+        let words = 1..=13_u32;
+        let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+        bytes.extend([0; 4]);
+        bytes.extend(14_u64.to_le_bytes());
+        let facts = ChainFacts::parse(&bytes).unwrap();
+        assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
+        assert_eq!(
+            (facts.abi, facts.table_bytes, facts.scratch_bytes),
+            (1, 13, 14)
+        );
+        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 56);
+        assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
+        assert_eq!(ChainFacts::parse(&bytes[1..]), None);
+    }
+}

@@ -1,0 +1,51 @@
+//! What the backend needs of a device.
+
+use std::ops::Range;
+
+use super::abi::{MAX_ROWS, PassOutcome, PassRow, SequenceRows};
+use crate::error::Result;
+use crate::policy::Condition;
+
+/// Criteria that an exit rule may have.
+pub const MAX_CRITERIA: usize = 4;
+
+/// Tables of exit rules that a device holds: those of a pass's sequences, and as many that were used
+/// before and may come again.
+pub const MAX_TABLES: usize = 2 * MAX_ROWS;
+
+/// The rows of a pass, at most [`MAX_ROWS`], and what is to become of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PassPlan {
+    /// The rows, those of a sequence one after the other.
+    pub rows: Vec<PassRow>,
+    /// The sequences, each of at least one row.
+    pub sequences: Vec<SequenceRows>,
+    /// Bit r: the logits of row r are wanted.
+    pub logits_rows: u32,
+}
+
+/// A device that runs whole passes: weights, caches and saved hidden states of every slot.
+///
+/// Rows enter a pass at their first layer, as the embedding of their token or as the hidden state
+/// saved for their position. A layer's active rows are those that entered there or before. Each
+/// writes its keys and values; frozen ones do nothing else. After each layer the newest row of a
+/// sequence decides for all its rows, by the rule and then by `max_depth`. Where a sequence stops,
+/// the hidden states of its active rows are saved, but for the frozen ones. What a row gives depends
+/// on no row of another sequence, and not on how rows are spread over passes.
+///
+/// Every method reports an [`Error::Device`](crate::Error::Device) when the driver fails.
+pub trait ChainDevice: Send {
+    /// Write `conditions`, [criteria, layers] with up to [`MAX_CRITERIA`] criteria, as the table
+    /// number `table`, below [`MAX_TABLES`]. Returns its address.
+    fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64>;
+
+    /// Run a pass, and wait until it has ended.
+    fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;
+
+    /// The logits of `rows` of the last pass, [rows, vocabulary]. Their bits are set in its
+    /// [`logits_rows`](PassPlan::logits_rows).
+    fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
+
+    /// Overwrite the caches of `slot` with zeros.
+    fn clear(&mut self, slot: usize) -> Result<()>;
+}

@@ -1,0 +1,391 @@
+//! The first NVIDIA GPU as the device of a chain.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
+    ValidAsZeroBits,
+};
+
+use super::CudaChain;
+use super::abi::{COUNTERS, LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
+use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
+use super::compiled_chain::CompiledChain;
+use super::packed_weights::{PackedWeights, WeightAddresses};
+use crate::backend::gpu::{failed, new_stream};
+use crate::bundle::{Bundle, ChainKernels};
+use crate::error::{Error, Result};
+use crate::policy::Condition;
+
+/// Bytes of a number in caches.
+const HALF: u64 = 2;
+/// Bytes of a number elsewhere.
+const FLOAT: u64 = size_of::<f32>() as u64;
+
+// SAFETY: it is repr(C) of integers only, and lies in the parameter as the kernel's struct does,
+// whose size was compared.
+unsafe impl DeviceRepr for PassParameters {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for PassOutcome {}
+// SAFETY: it is of integers and floats, to which all bits 0 are a value.
+unsafe impl ValidAsZeroBits for PassOutcome {}
+// SAFETY: it is repr(C) of integers, as the kernel's struct, whose size was compared.
+unsafe impl DeviceRepr for LayerPointers {}
+// SAFETY: it is repr(C) of words, as the kernel reads it.
+unsafe impl DeviceRepr for Condition {}
+// SAFETY: it is of numbers, and of enums that have a value 0.
+unsafe impl ValidAsZeroBits for Condition {}
+
+/// A GPU with the weights of a bundle, and caches for some sequences.
+pub struct CudaDriver {
+    stream: Arc<CudaStream>,
+    chain: CompiledChain,
+    /// What all passes have in common.
+    parameters: PassParameters,
+    /// Rows of the last pass.
+    last_rows: usize,
+    sizes: MemorySizes,
+    /// Of each layer, keys and values.
+    caches: Vec<CudaSlice<u8>>,
+    /// Exit rules' tables.
+    conditions: CudaSlice<Condition>,
+    logits: CudaSlice<f32>,
+    read_logits: PinnedHostSlice<f32>,
+    outcome: PinnedHostSlice<PassOutcome>,
+    /// What only the kernels read and write.
+    _memory: Vec<CudaSlice<u8>>,
+    _layers: CudaSlice<LayerPointers>,
+}
+
+impl CudaChain<CudaDriver> {
+    /// Run the chain of `bundle` on the first GPU, for up to `sequences` sequences at once.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when it holds no kernels, or lenses, which they do not run;
+    /// [`Error::Device`] without a driver, a GPU or a module for it; [`Error::Memory`] when it does
+    /// not fit.
+    pub fn load(bundle: &Bundle, sequences: usize) -> Result<Self> {
+        let manifest = &bundle.manifest;
+        let driver = CudaDriver::load(bundle, sequences)?;
+        let (layers, capacity) = (manifest.model.num_layers, manifest.max_cache_length);
+        Ok(Self::new(
+            driver,
+            layers,
+            &manifest.exit_layers,
+            capacity,
+            sequences,
+        ))
+    }
+}
+
+/// Bytes of what a chain takes beside its weights.
+#[derive(Debug, Clone, Copy)]
+struct MemorySizes {
+    sequences: usize,
+    capacity: usize,
+    layers: usize,
+    vocabulary: usize,
+    /// Keys, or values, of one layer and slot.
+    slot: u64,
+    saved: u64,
+    tables: u64,
+    /// Each of two sets.
+    scratch: u64,
+    /// In the table of one exit rule.
+    conditions: usize,
+}
+
+impl MemorySizes {
+    fn new(
+        kernels: &ChainKernels,
+        chain: &CompiledChain,
+        capacity: usize,
+        sequences: usize,
+    ) -> Self {
+        let shape = kernels.shape;
+        let positions = capacity as u64;
+        let slots = sequences as u64;
+        let key_size = (shape.key_value_heads * shape.head_size) as u64;
+        Self {
+            sequences,
+            capacity,
+            layers: shape.layers,
+            vocabulary: shape.vocabulary,
+            slot: key_size * positions * HALF,
+            saved: slots * positions * shape.hidden as u64 * FLOAT,
+            tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
+            scratch: chain.facts.scratch_bytes,
+            conditions: MAX_CRITERIA * shape.layers,
+        }
+    }
+
+    /// Keys, or values, of one layer.
+    fn cache(&self) -> u64 {
+        self.slot * self.sequences as u64
+    }
+
+    fn logits(&self) -> usize {
+        MAX_ROWS * self.vocabulary
+    }
+
+    /// All of them.
+    fn total(&self) -> u64 {
+        2 * self.layers as u64 * self.cache()
+            + self.saved
+            + self.tables
+            + 2 * self.scratch
+            + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
+            + self.logits() as u64 * FLOAT
+    }
+}
+
+impl CudaDriver {
+    fn load(bundle: &Bundle, sequences: usize) -> Result<Self> {
+        let kernels = kernels_of(bundle)?;
+        let capacity = bundle.manifest.max_cache_length;
+        let stream = new_stream()?;
+        let chain = CompiledChain::load(bundle, kernels, capacity, &stream)?;
+        let weights = PackedWeights::open(bundle, kernels)?;
+        let sizes = MemorySizes::new(kernels, &chain, capacity, sequences);
+        let weight_bytes = bundle.gate.bytes(&kernels.weights).unwrap_or(0);
+        let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
+        bundle.check_device_bytes(sizes.total() + weight_bytes, free as u64)?;
+        let mut memory = Vec::new();
+        let addresses = weights.upload(kernels, capacity, &stream, &mut memory)?;
+        Self::allocate(stream, chain, sizes, addresses, memory)
+    }
+
+    /// Allocate what `sizes` says, and make tables.
+    fn allocate(
+        stream: Arc<CudaStream>,
+        chain: CompiledChain,
+        sizes: MemorySizes,
+        mut weights: WeightAddresses,
+        mut memory: Vec<CudaSlice<u8>>,
+    ) -> Result<Self> {
+        let mut caches = Vec::new();
+        for layer in &mut weights.layers {
+            for pointer in [&mut layer.keys, &mut layer.values] {
+                let cache = zeros(&stream, sizes.cache())?;
+                *pointer = cache.device_ptr(&stream).0;
+                caches.push(cache);
+            }
+        }
+        let mut allocate = |bytes| -> Result<u64> {
+            let slice = zeros(&stream, bytes)?;
+            let address = slice.device_ptr(&stream).0;
+            memory.push(slice);
+            Ok(address)
+        };
+        let mut parameters = PassParameters {
+            embed: weights.embed,
+            head: weights.head,
+            final_norm: weights.final_norm,
+            cos: weights.cos,
+            sin: weights.sin,
+            saved: allocate(sizes.saved)?,
+            scratch: allocate(sizes.scratch)?,
+            next_scratch: allocate(sizes.scratch)?,
+            tables: allocate(sizes.tables)?,
+            counters: allocate((COUNTERS * size_of::<u32>()) as u64)?,
+            capacity: sizes.capacity as i32,
+            blocks: chain.blocks as i32,
+            ..PassParameters::default()
+        };
+        let layers = stream.clone_htod(&weights.layers);
+        // `weights` are read until then
+        stream.synchronize().map_err(failed("a copy to the GPU"))?;
+        let layers = layers.map_err(failed("memory for the layers' addresses"))?;
+        parameters.layers = layers.device_ptr(&stream).0;
+        let conditions = stream.alloc_zeros::<Condition>(MAX_TABLES * sizes.conditions);
+        let logits = stream.alloc_zeros::<f32>(sizes.logits());
+        let logits = logits.map_err(failed("memory for logits"))?;
+        parameters.logits = logits.device_ptr(&stream).0;
+        let context = stream.context();
+        // SAFETY: whatever it holds before the next lines is integers and floats
+        let outcome = unsafe { context.alloc_pinned_with_flags::<PassOutcome>(1, 0) };
+        let mut outcome = outcome.map_err(failed("pinned memory"))?;
+        let cleared = outcome.as_mut_slice().map_err(failed("pinned memory"))?;
+        cleared.fill(PassOutcome::default());
+        // the device has the host's address for it, as for all memory that the driver pins
+        parameters.outcome = outcome.as_ptr().map_err(failed("pinned memory"))? as u64;
+        // SAFETY: only what a copy has written is read
+        let read_logits = unsafe { context.alloc_pinned_with_flags::<f32>(sizes.logits(), 0) };
+        let driver = Self {
+            conditions: conditions.map_err(failed("memory for exit rules"))?,
+            read_logits: read_logits.map_err(failed("pinned memory"))?,
+            last_rows: 0,
+            _memory: memory,
+            _layers: layers,
+            stream,
+            chain,
+            parameters,
+            sizes,
+            caches,
+            logits,
+            outcome,
+        };
+        driver.prepare()?;
+        Ok(driver)
+    }
+
+    /// Write the tables that blocks read.
+    fn prepare(&self) -> Result<()> {
+        let mut launch = self.stream.launch_builder(&self.chain.prepare);
+        launch
+            .arg(&self.parameters.tables)
+            .arg(&self.parameters.blocks);
+        let config: LaunchConfig = self.chain.launch_config(0);
+        // SAFETY: these are the kernel's parameters, and it writes `table_bytes` for each block,
+        // which were allocated for as many.
+        unsafe { launch.launch(config) }.map_err(failed("the kernel prepare"))?;
+        self.stream
+            .synchronize()
+            .map_err(failed("the kernel prepare"))
+    }
+
+    /// Where the exit rules' table number `table` lies.
+    fn table(&self, table: usize) -> u64 {
+        let bytes = table * self.sizes.conditions * size_of::<Condition>();
+        self.conditions.device_ptr(&self.stream).0 + bytes as u64
+    }
+
+    /// Check that a pass stays inside of what was allocated.
+    ///
+    /// # Panics
+    /// When it does not.
+    fn check(&self, pass: &PassPlan) {
+        let below =
+            |value: i32, limit: usize| usize::try_from(value).is_ok_and(|value| value < limit);
+        assert!((1..=MAX_ROWS).contains(&pass.rows.len()), "rows of a pass");
+        let sequences = pass.sequences.len();
+        assert!(sequences <= pass.rows.len(), "sequences of a pass");
+        for row in &pass.rows {
+            assert!(row.token < 0 || below(row.token, self.sizes.vocabulary));
+            assert!(below(row.position, self.sizes.capacity) && below(row.sequence, sequences));
+            assert!(below(row.first_layer, self.sizes.layers));
+        }
+        let mut next = 0;
+        for sequence in &pass.sequences {
+            assert!(below(sequence.slot, self.sizes.sequences) && sequence.first_row == next);
+            assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
+            assert!(below(sequence.max_depth - 1, self.sizes.layers));
+            assert!(below(sequence.criteria, MAX_CRITERIA + 1));
+            let mut tables = (0..MAX_TABLES).map(|table| self.table(table));
+            assert!(sequence.criteria == 0 || tables.any(|table| table == sequence.conditions));
+            next += sequence.rows;
+        }
+        assert_eq!(
+            next as usize,
+            pass.rows.len(),
+            "each row is of one sequence"
+        );
+    }
+}
+
+/// The kernels of `bundle`, where they can run all of it.
+fn kernels_of(bundle: &Bundle) -> Result<&ChainKernels> {
+    let refused = |reason: &str| Error::bundle(&bundle.gate.shown(""), reason);
+    let kernels = bundle.manifest.cuda.as_ref();
+    let kernels = kernels.ok_or_else(|| match &bundle.manifest.cuda_refusal {
+        Some(reason) => refused(&format!(
+            "holds no cuda engines, which cannot run this model: {reason}; use --backend onnxruntime"
+        )),
+        None => refused(&format!(
+            "holds no cuda engines; add them with sedac-export engines {} --target cuda",
+            bundle.gate.shown("").display()
+        )),
+    })?;
+    let mut exits = bundle.manifest.engines.exits.iter();
+    if exits.any(|exit| exit.lens.is_some()) {
+        return Err(refused(
+            "has tuned lenses at its exits, which the cuda backend does not run; use --backend \
+             onnxruntime",
+        ));
+    }
+    Ok(kernels)
+}
+
+/// `bytes` bytes of zeros.
+fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
+    let slice = stream.alloc_zeros::<u8>(bytes.max(1) as usize);
+    slice.map_err(failed(format!("{bytes} bytes of GPU memory")))
+}
+
+impl ChainDevice for CudaDriver {
+    fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
+        let most = self.sizes.conditions;
+        let mut place = self.conditions.slice_mut(table * most..(table + 1) * most);
+        let copied = self.stream.memcpy_htod(conditions, &mut place);
+        // `conditions` are read until then, also where the call failed
+        let waited = self.stream.synchronize();
+        copied.and(waited).map_err(failed("a copy to the GPU"))?;
+        Ok(self.table(table))
+    }
+
+    fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
+        self.check(pass);
+        let parameters = &mut self.parameters;
+        parameters.rows = pass.rows.len() as i32;
+        parameters.sequences = pass.sequences.len() as i32;
+        parameters.clear_rows = self.last_rows as i32;
+        parameters.logits_rows = pass.logits_rows;
+        parameters.row[..pass.rows.len()].copy_from_slice(&pass.rows);
+        parameters.sequence[..pass.sequences.len()].copy_from_slice(&pass.sequences);
+        let (kernel, config) = self.chain.kernel(pass.rows.len());
+        let mut launch = self.stream.launch_builder(kernel);
+        launch.arg(&self.parameters);
+        // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
+        // points to is allocated for the sizes that the bundle's manifest and facts give, and
+        // `check` has made sure that every row, slot and table is inside. `self` is borrowed until
+        // the kernel has ended, which is waited for whatever the driver says here. The kernel
+        // itself is the bundle's, as plans are: its digest was checked, and whoever built it
+        // answers for what it does.
+        let launched = unsafe { launch.launch_cooperative(config) };
+        let waited = self.stream.synchronize();
+        let launched = launched.map(drop).and(waited);
+        launched.map_err(failed("a pass of the chain"))?;
+        self.last_rows = pass.rows.len();
+        std::mem::swap(
+            &mut self.parameters.scratch,
+            &mut self.parameters.next_scratch,
+        );
+        let outcome = self
+            .outcome
+            .as_slice()
+            .map_err(failed("a pass of the chain"))?;
+        Ok(outcome[0])
+    }
+
+    fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
+        let width = self.sizes.vocabulary;
+        let from = self.logits.slice(rows.start * width..rows.end * width);
+        let copied = self.stream.memcpy_dtoh(&from, &mut self.read_logits);
+        // waiting for the stream spins, where waiting for the copy's event would block
+        let waited = self.stream.synchronize();
+        copied.and(waited).map_err(failed("a copy from the GPU"))?;
+        let read = self
+            .read_logits
+            .as_slice()
+            .map_err(failed("a copy from the GPU"))?;
+        Ok(read[..rows.len() * width].to_vec())
+    }
+
+    fn clear(&mut self, slot: usize) -> Result<()> {
+        let bytes = self.sizes.slot as usize;
+        for cache in &mut self.caches {
+            let mut slot = cache.slice_mut(slot * bytes..(slot + 1) * bytes);
+            let cleared = self.stream.memset_zeros(&mut slot);
+            cleared.map_err(failed("a cache of the GPU"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for CudaDriver {
+    fn drop(&mut self) {
+        // memory goes back when nothing uses it any more; a driver that fails now has no one to tell
+        let _ = self.stream.synchronize();
+    }
+}

@@ -1,0 +1,169 @@
+//! One sequence's step: its rows, in pieces of one pass each.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::abi::{MAX_ROWS, PassRow};
+use crate::backend::{EngineTiming, Logits, LogitsRequest, SequenceStep, StepExit};
+use crate::error::Result;
+use crate::kv::{KvFill, KvState};
+use crate::policy::ExitReason;
+
+/// A step under way.
+pub(super) struct Lane {
+    pub(super) rows: Vec<PassRow>,
+    /// The number of its first rows that only fill caches.
+    frozen: usize,
+    /// Layers after which it ends at the latest.
+    pub(super) limit: usize,
+    /// Its passes that have not run, each as a range of `rows`.
+    pieces: VecDeque<Range<usize>>,
+    /// The rows whose logits are wanted where every layer runs.
+    wanted: Range<usize>,
+    pub(super) exit: StepExit,
+    pub(super) logits: Logits,
+    /// Of the newest row, where tokens are wanted.
+    pub(super) margin: Option<f32>,
+    pub(super) timings: Vec<EngineTiming>,
+}
+
+/// What a lane runs in one pass.
+pub(super) struct Piece {
+    /// Of the lane's rows.
+    pub(super) rows: Range<usize>,
+    /// The number of its first rows that only fill caches.
+    pub(super) frozen: usize,
+    /// Its rows whose logits are wanted, of the lane's.
+    pub(super) wanted: Range<usize>,
+    /// Whether it ends the step: the rule decides about no other.
+    pub(super) is_last: bool,
+}
+
+impl Lane {
+    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most.
+    pub(super) fn new(step: &mut SequenceStep<'_>, layers: usize, limit: usize) -> Result<Self> {
+        let appended = step.sequence.append(step.tokens)?;
+        let mut rows = waiting(step.sequence.kv(), appended.start, limit);
+        let count = rows.len();
+        rows.extend(
+            step.tokens
+                .iter()
+                .zip(appended)
+                .map(|(&token, position)| PassRow {
+                    token: token as i32,
+                    position: position as i32,
+                    ..PassRow::default()
+                }),
+        );
+        let wanted = match step.logits {
+            LogitsRequest::None => 0,
+            LogitsRequest::Rows(_) | LogitsRequest::Tokens(_) if limit < layers => 1,
+            LogitsRequest::Rows(wanted) | LogitsRequest::Tokens(wanted) => wanted,
+        };
+        assert!(wanted <= rows.len(), "logits of positions that do not run");
+        Ok(Self {
+            frozen: match step.sequence.kv_fill() {
+                KvFill::Propagate => count,
+                KvFill::Defer => 0,
+            },
+            limit,
+            pieces: pieces(count, rows.len(), step.rule.is_some()),
+            wanted: rows.len() - wanted..rows.len(),
+            rows,
+            exit: StepExit {
+                layer: layers,
+                reason: ExitReason::FullDepth,
+            },
+            logits: Logits::None,
+            margin: None,
+            timings: Vec::new(),
+        })
+    }
+
+    /// Whether there is more to run.
+    pub(super) fn is_open(&self) -> bool {
+        !self.pieces.is_empty()
+    }
+
+    /// Take the next piece, if there is one of at most `room` rows.
+    pub(super) fn take_piece(&mut self, room: usize) -> Option<Piece> {
+        let rows = self
+            .pieces
+            .front()
+            .filter(|rows| rows.len() <= room)?
+            .clone();
+        self.pieces.pop_front();
+        Some(Piece {
+            frozen: self.frozen.clamp(rows.start, rows.end) - rows.start,
+            wanted: rows.start.max(self.wanted.start)..rows.end,
+            is_last: self.pieces.is_empty(),
+            rows,
+        })
+    }
+}
+
+/// The positions below `end` that lack one of the first `limit` layers.
+fn waiting(kv: &KvState, end: usize, limit: usize) -> Vec<PassRow> {
+    let first_layer = |position| (0..limit).find(|&layer| kv.filled(layer) <= position);
+    let positions = kv.pending(limit - 1, end);
+    let rows = positions.filter_map(|position| {
+        Some(PassRow {
+            token: -1,
+            position: position as i32,
+            sequence: 0,
+            first_layer: first_layer(position)? as i32,
+        })
+    });
+    rows.collect()
+}
+
+/// Split `count` rows, of which the first `waiting` are not new, into passes. New rows that the rule
+/// decides about share the last pass, if one holds them. Waiting rows that do not fit beside them
+/// run before, all of them: the next tokens are spared a second pass.
+fn pieces(waiting: usize, count: usize, has_rule: bool) -> VecDeque<Range<usize>> {
+    let split = |rows: Range<usize>| {
+        let end = rows.end;
+        rows.step_by(MAX_ROWS)
+            .map(move |start| start..end.min(start + MAX_ROWS))
+    };
+    if has_rule && count > MAX_ROWS {
+        return split(0..waiting).chain(split(waiting..count)).collect();
+    }
+    split(0..count).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_a_rule_decides_about_stay_together() {
+        let rows = |waiting, count, has_rule| -> Vec<usize> {
+            let pieces = pieces(waiting, count, has_rule);
+            pieces.iter().map(ExactSizeIterator::len).collect()
+        };
+        assert!(rows(0, 0, true).is_empty());
+        assert_eq!(rows(5, 8, true), [8]);
+        assert_eq!(rows(8, 9, true), [8, 1]);
+        assert_eq!(rows(6, 9, true), [6, 3]);
+        assert_eq!(rows(6, 9, false), [8, 1]);
+        assert_eq!(rows(9, 9, true), [8, 1]);
+        assert_eq!(rows(0, 20, true), [8, 8, 4]);
+    }
+
+    #[test]
+    fn positions_wait_from_the_first_layer_they_lack() {
+        let mut kv = KvState::new(3, 8);
+        kv.begin(4).unwrap();
+        for (layer, filled) in [(0, 4), (1, 3), (2, 1)] {
+            kv.fill(layer, filled);
+        }
+        let first_layers = |limit| -> Vec<_> {
+            let rows = waiting(&kv, 4, limit).into_iter();
+            rows.map(|row| (row.position, row.first_layer)).collect()
+        };
+        assert_eq!(first_layers(3), [(1, 2), (2, 2), (3, 1)]);
+        assert_eq!(first_layers(2), [(3, 1)]);
+        assert!(first_layers(1).is_empty());
+    }
+}

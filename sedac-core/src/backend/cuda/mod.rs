@@ -1,0 +1,349 @@
+//! The whole chain in one kernel: embedding, layers, exits, head and greedy choice.
+//!
+//! The kernel takes passes of up to [`MAX_ROWS`] rows, of one sequence or of several, and decides
+//! about exits by the rule's table. This backend turns steps into passes and keeps the books; the
+//! [`ChainDevice`] runs them.
+
+mod abi;
+mod chain_device;
+mod compiled_chain;
+mod driver;
+mod lane;
+mod packed_weights;
+mod pass_costs;
+mod rule_tables;
+
+use std::time::Duration;
+
+pub use self::abi::{MAX_ROWS, PassOutcome, PassRow, RowOutcome, SequenceOutcome, SequenceRows};
+pub use self::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
+pub use self::driver::CudaDriver;
+use self::lane::{Lane, Piece};
+use self::pass_costs::PassCost;
+use self::rule_tables::RuleTables;
+use super::profile;
+use super::{
+    Backend, Capabilities, Costs, Logits, LogitsRequest, SequenceStep, StepExit, StepOutcome,
+};
+use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
+use crate::kv::KvFill;
+use crate::policy::{Condition, ExitReason, ExitRule};
+use crate::sequence::{Sequence, Slots};
+
+/// Turns steps into passes of a device.
+#[derive(Debug)]
+pub struct CudaChain<D> {
+    device: D,
+    /// By depth, from 0 to full depth, whether tokens may exit there.
+    exit_allowed: Vec<bool>,
+    capacity: usize,
+    capabilities: Capabilities,
+    slots: Slots,
+    costs: Costs,
+    tables: RuleTables,
+    /// The device's clock at the first pass.
+    epoch: Option<u64>,
+}
+
+/// A piece in a pass.
+struct Placed {
+    lane: usize,
+    piece: Piece,
+    /// Index of its first row in the pass.
+    first_row: usize,
+}
+
+impl<D: ChainDevice> CudaChain<D> {
+    /// Run a model of `layers` layers on `device`, with exits allowed after the depths
+    /// `exit_layers` and `sequences` slots of `capacity` positions.
+    pub fn new(
+        device: D,
+        layers: usize,
+        exit_layers: &[usize],
+        capacity: usize,
+        sequences: usize,
+    ) -> Self {
+        Self {
+            device,
+            exit_allowed: (0..=layers)
+                .map(|depth| depth < layers && exit_layers.contains(&depth))
+                .collect(),
+            capacity,
+            capabilities: Capabilities {
+                sequences,
+                margins: true,
+                ..Capabilities::default()
+            },
+            slots: Slots::new(sequences),
+            costs: Costs::default(),
+            tables: RuleTables::default(),
+            epoch: None,
+        }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// The depth at which a step of `max_depth` layers ends at the latest.
+    fn limit(&self, max_depth: usize) -> usize {
+        let layers = self.num_layers();
+        let mut depths = max_depth..layers;
+        depths
+            .find(|&depth| self.exit_allowed[depth])
+            .unwrap_or(layers)
+    }
+
+    /// Run the next pass: pieces of as many lanes as it holds.
+    fn run_pass(&mut self, lanes: &mut [Lane], steps: &mut [SequenceStep<'_>]) -> Result<PassCost> {
+        let mut pass = PassPlan::default();
+        let mut placed = Vec::new();
+        for (index, lane) in lanes.iter_mut().enumerate() {
+            let room = MAX_ROWS - pass.rows.len();
+            if let Some(piece) = lane.take_piece(room) {
+                placed.push(self.place(index, lane, piece, &steps[index], &mut pass)?);
+            }
+        }
+        let outcome = self.device.run(&pass)?;
+        let cost = PassCost::new(&pass, &outcome);
+        let start = outcome
+            .started
+            .saturating_sub(*self.epoch.get_or_insert(outcome.started));
+        for (
+            sequence,
+            Placed {
+                lane,
+                piece,
+                first_row,
+            },
+        ) in placed.into_iter().enumerate()
+        {
+            let (lane, step) = (&mut lanes[lane], &mut steps[lane]);
+            let exit = self.exit(&piece, step.rule, outcome.sequence[sequence])?;
+            lane.timings
+                .extend(cost.timings(Duration::from_nanos(start), exit.layer));
+            note_filled(lane, &piece, step.sequence, exit.layer);
+            self.take_logits(lane, &piece, exit, first_row, &outcome, step.logits)?;
+            lane.exit = exit;
+        }
+        Ok(cost)
+    }
+
+    /// Append `piece` of `lane` to `pass`.
+    fn place(
+        &mut self,
+        index: usize,
+        lane: &Lane,
+        piece: Piece,
+        step: &SequenceStep<'_>,
+        pass: &mut PassPlan,
+    ) -> Result<Placed> {
+        let (sequence, first_row) = (pass.sequences.len(), pass.rows.len());
+        let rule = step.rule.filter(|_| piece.is_last);
+        pass.sequences.push(SequenceRows {
+            slot: step.sequence.slot() as i32,
+            first_row: first_row as i32,
+            rows: piece.rows.len() as i32,
+            frozen: piece.frozen as i32,
+            max_depth: lane.limit as i32,
+            criteria: rule.map_or(0, |rule| rule.criteria().len() as i32),
+            conditions: rule.map_or(Ok(0), |rule| self.write_conditions(rule))?,
+        });
+        let rows = lane.rows[piece.rows.clone()].iter();
+        pass.rows.extend(rows.map(|&row| PassRow {
+            sequence: sequence as i32,
+            ..row
+        }));
+        for row in piece.wanted.clone() {
+            pass.logits_rows |= 1 << (first_row + row - piece.rows.start);
+        }
+        Ok(Placed {
+            lane: index,
+            piece,
+            first_row,
+        })
+    }
+
+    /// Where the device has the table of `rule`.
+    fn write_conditions(&mut self, rule: &ExitRule) -> Result<u64> {
+        let conditions = self.table(rule);
+        self.tables.find_or_write(&mut self.device, conditions)
+    }
+
+    /// The conditions of `rule`, [criteria, layers], which let tokens exit where the bundle does.
+    fn table(&self, rule: &ExitRule) -> Vec<Condition> {
+        let criteria = rule.criteria();
+        assert!(!rule.is_soft(), "exits are hard, as capabilities say");
+        assert!(criteria.len() <= MAX_CRITERIA, "a rule has few criteria");
+        let rows = criteria.iter().flat_map(|criterion| {
+            let depths = 1..=self.num_layers();
+            depths.map(|depth| {
+                criterion
+                    .conditions
+                    .get(depth - 1)
+                    .copied()
+                    .unwrap_or_default()
+            })
+        });
+        let allowed = self.exit_allowed[1..].iter().cycle();
+        rows.zip(allowed)
+            .map(|(condition, &allowed)| Condition {
+                may_exit: condition.may_exit & u32::from(allowed),
+                ..condition
+            })
+            .collect()
+    }
+
+    /// Where the pass over `piece` ended, as the device says it.
+    fn exit(
+        &self,
+        piece: &Piece,
+        rule: Option<&ExitRule>,
+        outcome: SequenceOutcome,
+    ) -> Result<StepExit> {
+        let layers = self.num_layers();
+        let layer = usize::try_from(outcome.depth).unwrap_or(0);
+        let criteria = rule
+            .filter(|_| piece.is_last)
+            .map_or(&[][..], ExitRule::criteria);
+        let criterion = usize::try_from(outcome.criterion).ok();
+        let reason = match criterion.map(|index| criteria.get(index)) {
+            Some(Some(criterion)) if layer < layers => Some(criterion.reason),
+            None if layer == layers => Some(ExitReason::FullDepth),
+            None if layer < layers => Some(ExitReason::DepthLimit),
+            _ => None,
+        };
+        match reason {
+            Some(reason) if layer > 0 => Ok(StepExit { layer, reason }),
+            _ => Err(Error::Device {
+                what: "the chain's kernel".into(),
+                reason: format!(
+                    "it stopped after {} layers by criterion {}, which cannot be; build its \
+                     engines again with sedac-export engines --target cuda",
+                    outcome.depth, outcome.criterion
+                ),
+            }),
+        }
+    }
+
+    /// Take the logits of `piece`, whose first row was number `first_row` of the pass. Where it
+    /// exited, those of the newest row are all.
+    fn take_logits(
+        &mut self,
+        lane: &mut Lane,
+        piece: &Piece,
+        exit: StepExit,
+        first_row: usize,
+        outcome: &PassOutcome,
+        request: LogitsRequest,
+    ) -> Result<()> {
+        let mut wanted = piece.wanted.clone();
+        if exit.reason != ExitReason::FullDepth && !wanted.is_empty() {
+            wanted.start = wanted.end - 1;
+            lane.logits = Logits::None;
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let in_pass = |row: usize| first_row + row - piece.rows.start;
+        let rows = in_pass(wanted.start)..in_pass(wanted.end);
+        let outcomes = &outcome.row[rows.clone()];
+        if let Some(index) = outcomes.iter().position(|row| row.finite == 0) {
+            let position = lane.rows[wanted.start + index].position as usize;
+            return Err(Error::NotFinite {
+                position,
+                engine: None,
+            });
+        }
+        if let (LogitsRequest::Tokens(_), Some(newest)) = (request, outcomes.last()) {
+            lane.margin = Some(newest.margin);
+        }
+        match (request, &mut lane.logits) {
+            (LogitsRequest::Tokens(_), Logits::Tokens(tokens)) => {
+                tokens.extend(outcomes.iter().map(|row| row.token));
+            }
+            (LogitsRequest::Tokens(_), logits) => {
+                *logits = Logits::Tokens(outcomes.iter().map(|row| row.token).collect());
+            }
+            (_, Logits::Rows(earlier)) => earlier.extend(self.device.logits(rows)?),
+            (_, logits) => *logits = Logits::Rows(self.device.logits(rows)?),
+        }
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        lanes: &mut [Lane],
+        steps: &mut [SequenceStep<'_>],
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        let mut passes = Vec::new();
+        while lanes.iter().any(Lane::is_open) {
+            interrupt.check()?;
+            passes.push(self.run_pass(lanes, steps)?);
+        }
+        pass_costs::note(&mut self.costs, &passes);
+        Ok(())
+    }
+}
+
+/// Note that caches of the layers up to `depth` hold the rows of `piece`.
+fn note_filled(lane: &Lane, piece: &Piece, sequence: &mut Sequence, depth: usize) {
+    let newest = lane.rows[piece.rows.end - 1];
+    for layer in newest.first_layer as usize..depth {
+        sequence.kv_mut().fill(layer, newest.position as usize + 1);
+    }
+}
+
+impl<D: ChainDevice> Backend for CudaChain<D> {
+    fn num_layers(&self) -> usize {
+        self.exit_allowed.len() - 1
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
+        self.slots.open(self.num_layers(), self.capacity, kv_fill)
+    }
+
+    fn step(
+        &mut self,
+        steps: &mut [SequenceStep<'_>],
+        interrupt: &Interrupt,
+    ) -> Result<Vec<StepOutcome>> {
+        for step in steps.iter() {
+            step.sequence.kv().check_room(step.tokens.len())?;
+        }
+        let layers = self.num_layers();
+        let lanes = steps.iter_mut();
+        let lanes = lanes.map(|step| Lane::new(step, layers, self.limit(step.max_depth)));
+        let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
+        if let Err(error) = self.run(&mut lanes, steps, interrupt) {
+            if matches!(error, Error::NotFinite { .. }) {
+                // even zero times NaN, of an entry that is masked out, is NaN
+                for step in steps.iter() {
+                    self.device.clear(step.sequence.slot())?;
+                }
+            }
+            return Err(error);
+        }
+        let outcomes = lanes.into_iter().zip(steps).map(|(lane, step)| {
+            profile::record_step(&lane.timings, step.tokens.len(), lane.exit);
+            StepOutcome {
+                exit: lane.exit,
+                exit_signals: None,
+                logits: lane.logits,
+                margin: lane.margin,
+            }
+        });
+        Ok(outcomes.collect())
+    }
+
+    fn costs(&self) -> &Costs {
+        &self.costs
+    }
+}

@@ -1,0 +1,250 @@
+//! The toy model as a kernel that runs passes, and checks that they keep the contract.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use sedac_core::Result;
+use sedac_core::backend::cuda::{
+    ChainDevice, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RowOutcome,
+    SequenceOutcome, SequenceRows,
+};
+use sedac_core::policy::{Comparison, Condition, Signal};
+use sedac_core::sampler::argmax;
+
+use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
+
+/// Runs passes of the toy model.
+pub(crate) struct ToyKernel {
+    exit_layers: Vec<usize>,
+    layers: usize,
+    agreement: u64,
+    caches: Vec<Caches>,
+    saved: Vec<Vec<Option<Hidden>>>,
+    conditions: Vec<Vec<Condition>>,
+    logits: Vec<Vec<f32>>,
+    clock: u64,
+    /// The number of rows of each pass so far.
+    pub(crate) passes: Vec<usize>,
+    /// A token whose logits are NaN.
+    pub(crate) poison: Option<u32>,
+}
+
+impl ToyKernel {
+    /// A kernel with `slots` slots, of which the first one's cache is `first`.
+    pub(crate) fn new(
+        engine_sizes: &[usize],
+        agreement: u64,
+        slots: usize,
+        first: &Caches,
+    ) -> Self {
+        let exit_layers = ends(engine_sizes);
+        let layers = *exit_layers.last().unwrap();
+        let empty: Cache = vec![vec![None; CAPACITY]; layers];
+        *first.lock().unwrap() = empty.clone();
+        let mut caches = vec![first.clone()];
+        caches.resize_with(slots, || Arc::new(Mutex::new(empty.clone())));
+        Self {
+            exit_layers,
+            layers,
+            agreement,
+            caches,
+            saved: vec![vec![None; CAPACITY]; slots],
+            conditions: vec![Vec::new(); MAX_TABLES],
+            logits: Vec::new(),
+            clock: 0,
+            passes: Vec::new(),
+            poison: None,
+        }
+    }
+
+    /// The cache of `slot`.
+    pub(crate) fn cache(&self, slot: usize) -> Cache {
+        self.caches[slot].lock().unwrap().clone()
+    }
+
+    fn check(&self, pass: &PassPlan) {
+        assert!((1..=MAX_ROWS).contains(&pass.rows.len()));
+        assert!(pass.logits_rows < 1 << pass.rows.len());
+        let mut next = 0;
+        for (index, sequence) in pass.sequences.iter().enumerate() {
+            assert_eq!(sequence.first_row, next);
+            assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
+            assert!(self.exit_layers.contains(&(sequence.max_depth as usize)));
+            next += sequence.rows;
+            let others = &pass.sequences[..index];
+            assert!(others.iter().all(|other| other.slot != sequence.slot));
+            for (offset, row) in rows_of(pass, sequence).iter().enumerate() {
+                assert_eq!(row.sequence, index as i32);
+                assert_eq!(row.token < 0, row.first_layer > 0);
+                assert!(row.first_layer < sequence.max_depth);
+                if offset > 0 {
+                    let before = rows_of(pass, sequence)[offset - 1];
+                    assert_eq!(row.position, before.position + 1);
+                    assert!(row.first_layer <= before.first_layer);
+                }
+            }
+        }
+        assert_eq!(next as usize, pass.rows.len());
+    }
+
+    /// Take the sequence number `index` of `pass` as deep as it goes.
+    fn run_sequence(
+        &mut self,
+        pass: &PassPlan,
+        index: usize,
+        hidden: &mut [Hidden],
+    ) -> SequenceOutcome {
+        let sequence = &pass.sequences[index];
+        let (rows, slot) = (rows_of(pass, sequence), sequence.slot as usize);
+        for (row, hidden) in rows.iter().zip(hidden.iter_mut()) {
+            *hidden = match u32::try_from(row.token) {
+                Ok(token) => Hidden::of(token),
+                Err(_) => self.saved[slot][row.position as usize].unwrap(),
+            };
+        }
+        let mut states = [State::default(); MAX_CRITERIA];
+        let newest = hidden.len() - 1;
+        for layer in rows[newest].first_layer as usize..self.layers {
+            let mut cache = self.caches[slot].lock().unwrap();
+            for (offset, (row, hidden)) in rows.iter().zip(hidden.iter_mut()).enumerate() {
+                let position = row.position as usize;
+                assert!(cache[layer][..position].iter().all(Option::is_some));
+                if row.first_layer as usize > layer {
+                    assert!(cache[layer][position].is_some());
+                } else if (offset as i32) < sequence.frozen {
+                    hidden.fill(layer, position, &mut cache);
+                } else {
+                    hidden.run(layer, position, &mut cache);
+                }
+            }
+            drop(cache);
+            let depth = layer + 1;
+            let table = match sequence.conditions {
+                0 => &[][..],
+                address => &self.conditions[address as usize - 1],
+            };
+            let rule = table.chunks(self.layers).take(sequence.criteria as usize);
+            let mut criterion = None;
+            for (number, (rows, state)) in rule.zip(&mut states).enumerate() {
+                if state.stops(rows[layer], hidden[newest], depth) {
+                    criterion = criterion.or(Some(number as i32));
+                }
+            }
+            if criterion.is_none() && depth < sequence.max_depth as usize {
+                continue;
+            }
+            assert!(self.exit_layers.contains(&depth));
+            for (offset, (row, hidden)) in rows.iter().zip(hidden.iter()).enumerate() {
+                let is_active = (row.first_layer as usize) < depth;
+                if depth < self.layers && is_active && offset as i32 >= sequence.frozen {
+                    self.saved[slot][row.position as usize] = Some(*hidden);
+                }
+            }
+            return SequenceOutcome {
+                depth: depth as i32,
+                criterion: criterion.unwrap_or(-1),
+                ..SequenceOutcome::default()
+            };
+        }
+        unreachable!("every sequence stops at its deepest layer")
+    }
+
+    fn head(&mut self, hidden: Hidden, depth: i32) -> RowOutcome {
+        let mut logits = hidden.logits(depth as usize, self.layers, self.agreement);
+        if self.poison == Some(hidden.token) {
+            logits[0] = f32::NAN;
+        }
+        let token = argmax(&logits);
+        let outcome = RowOutcome {
+            token,
+            logit: logits[token as usize],
+            finite: logits.iter().all(|logit| logit.is_finite()).into(),
+            margin: margin(&logits),
+        };
+        self.logits.push(logits);
+        outcome
+    }
+}
+
+fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
+    &pass.rows[sequence.first_row as usize..][..sequence.rows as usize]
+}
+
+/// The probability of the most probable token less that of the second.
+fn margin(logits: &[f32]) -> f32 {
+    let mut sorted = logits.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let total: f32 = logits.iter().map(|logit| (logit - sorted[0]).exp()).sum();
+    (1.0 - (sorted[1] - sorted[0]).exp()) / total
+}
+
+/// What is remembered of one criterion.
+#[derive(Clone, Copy, Default)]
+struct State {
+    run: u32,
+    accumulator: f32,
+}
+
+impl State {
+    fn stops(&mut self, row: Condition, newest: Hidden, depth: usize) -> bool {
+        let value = match row.signal {
+            Signal::None => return false,
+            Signal::Stability => newest.signal(depth, 0),
+            signal => panic!("the kernel does not measure {signal:?}"),
+        };
+        let satisfied = match row.comparison {
+            Comparison::AtLeast => value >= row.threshold,
+            Comparison::Below => value < row.threshold,
+            Comparison::Accumulated => {
+                let gained = (1.0 - value / row.threshold).clamp(0.0, 1.0);
+                self.accumulator = self.accumulator * row.decay + gained * row.weight;
+                self.accumulator >= row.target
+            }
+        };
+        self.run = if satisfied { self.run + 1 } else { 0 };
+        row.may_exit == 1 && self.run >= row.run_length
+    }
+}
+
+impl ChainDevice for ToyKernel {
+    fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
+        assert!(conditions.len() <= MAX_CRITERIA * self.layers);
+        self.conditions[table] = conditions.to_vec();
+        Ok(1 + table as u64)
+    }
+
+    fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
+        self.check(pass);
+        self.passes.push(pass.rows.len());
+        let mut outcome = PassOutcome::default();
+        let mut hidden = vec![Hidden::default(); pass.rows.len()];
+        for (index, sequence) in pass.sequences.iter().enumerate() {
+            assert_eq!(sequence.criteria == 0, sequence.conditions == 0);
+            let rows = sequence.first_row as usize..(sequence.first_row + sequence.rows) as usize;
+            outcome.sequence[index] = self.run_sequence(pass, index, &mut hidden[rows]);
+        }
+        self.logits = Vec::new();
+        for (index, hidden) in hidden.into_iter().enumerate() {
+            let depth = outcome.sequence[pass.rows[index].sequence as usize].depth;
+            if pass.logits_rows & 1 << index == 0 {
+                self.logits.push(vec![f32::NAN; VOCABULARY]);
+            } else {
+                outcome.row[index] = self.head(hidden, depth);
+            }
+        }
+        outcome.started = self.clock;
+        self.clock += 1000;
+        (outcome.layers_ended, outcome.ended) = (self.clock - 10, self.clock);
+        Ok(outcome)
+    }
+
+    fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
+        Ok(self.logits[rows].concat())
+    }
+
+    fn clear(&mut self, slot: usize) -> Result<()> {
+        let mut cache = self.caches[slot].lock().unwrap();
+        cache.iter_mut().for_each(|layer| layer.fill(None));
+        Ok(())
+    }
+}
