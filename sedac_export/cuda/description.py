@@ -16,7 +16,7 @@ from sedac_export.cuda.identification import (
     identify,
     is_same,
 )
-from sedac_export.cuda.layer_weights import LayerWeights
+from sedac_export.cuda.layer_weights import MATRICES, LayerWeights
 from sedac_export.cuda.observation import EndsObservation, LayerObservation, Tables, observing
 from sedac_export.graph.operators import RmsNorm
 from sedac_export.model.skeleton import Skeleton
@@ -45,6 +45,10 @@ class ChainDescription:
     tables: list[Tables | None]
     final_norm_offset: float
 
+    def vectors(self) -> list[str]:
+        """Names of the norms and biases that some layer has, and so every layer in the file."""
+        return sorted({name for weights in self.weights for name in weights.vectors()})
+
 
 def describe(skeleton: Skeleton) -> ChainDescription:
     """The description of `skeleton`, which gives the numbers of every kind of its layers.
@@ -70,11 +74,12 @@ def check_layer(description: ChainDescription, index: int, seen: LayerObservatio
     """Raise NoChainError when `description` gives other numbers than layer `index` was seen to."""
     weights, layer = description.weights[index], description.layers[index]
     read = seen.weights.__getitem__
+    matrices = {name: weights.matrix(name, read) for name in MATRICES}
     vectors = {name: weights.vector(name, read) for name in weights.vectors()}
     half = description.shape.rotary_size // 2
     got = recomputation.layer(
         seen.entering,
-        weights.matrices(read) | vectors,
+        matrices | vectors,
         description.shape,
         description.options,
         layer.window,
@@ -110,6 +115,7 @@ def _describe(
         if not any(_are_same(layer.tables, known) for known in tables):
             tables.append(layer.tables)
     sizes = {2 * known[0].shape[-1] for known in tables if known is not None}
+    _shared("norms", [tuple(sorted(layer.weights.norms)) for layer in found])
     rotary_size = _shared("rotary sizes", sizes or {found[0].attention.query.shape[-1]})
     norm = _final_norm(ends)
     return ChainDescription(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MATRICES = ("qkv", "o", "gate_up", "down")
+
 # how many rows of gate lie beside as many of up
 GATED_ROWS = 8
 
@@ -64,22 +66,16 @@ class LayerWeights:
         biases = {name for name, parts in self._products().items() if any(p.biased for p in parts)}
         return {*self.norms, *(f"{name}_bias" for name in biases)}
 
-    def matrices(self, read: WeightReader) -> dict[str, Tensor]:
-        """qkv, o, gate_up and down, [rows, columns] each, rows in the kernel's order."""
-        return {
-            name: _joined(name, [part.matrix(read) for part in parts])
-            for name, parts in self._products().items()
-        }
-
-    def bias(self, name: str, read: WeightReader) -> Tensor:
-        """The bias of the product `name`, [rows]."""
-        return _joined(name, [part.bias(read) for part in self._products()[name]])
+    def matrix(self, name: str, read: WeightReader) -> Tensor:
+        """The matrix `name` of MATRICES, [rows, columns], rows in the kernel's order."""
+        return _joined(name, [part.matrix(read) for part in self._products()[name]])
 
     def vector(self, name: str, read: WeightReader) -> Tensor:
-        """The norm or bias `name`."""
+        """The norm or bias `name`, a bias in the order of its matrix's rows."""
         if name in self.norms:
             return self.norms[name].vector(read)
-        return self.bias(name.removesuffix("_bias"), read)
+        product = name.removesuffix("_bias")
+        return _joined(product, [part.bias(read) for part in self._products()[product]])
 
     def _products(self) -> dict[str, list[Rows]]:
         return {
