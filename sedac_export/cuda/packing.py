@@ -12,6 +12,7 @@ from sedac_export.arrays import Array
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.cuda_entry import ChainShape
 from sedac_export.bundle.sessions import load_engine
+from sedac_export.console import StageProgress
 from sedac_export.cuda.description import ChainDescription, still
 from sedac_export.cuda.layer_weights import MATRICES
 from sedac_export.cuda.observation import FIRST_POSITION, TOKENS, Tables
@@ -45,7 +46,9 @@ class PackedTensor:
         return int(np.prod(self.shape)) * np.dtype(_DTYPES[self.dtype]).itemsize
 
 
-def write_weights(path: Path, bundle: Bundle, description: ChainDescription) -> None:
+def write_weights(
+    path: Path, bundle: Bundle, description: ChainDescription, progress: StageProgress
+) -> None:
     """Write the weights of `bundle`, laid out for the kernel, to `path`.
 
     Memory holds one matrix at a time. Raises SedacError when the bundle is of another model than
@@ -54,7 +57,8 @@ def write_weights(path: Path, bundle: Bundle, description: ChainDescription) -> 
     tensors = list(packed_tensors(bundle, description))
     with path.open("wb") as file:
         file.write(_header(tensors))
-        for tensor in tensors:
+        for done, tensor in enumerate(tensors):
+            progress("pack", done, len(tensors))
             start = file.tell()
             for piece in tensor.pieces():
                 file.write(np.ascontiguousarray(piece, dtype=_DTYPES[tensor.dtype]).data)
