@@ -170,7 +170,7 @@ def inspect(
     if facts["unread_tensors"]:
         names = ", ".join(facts["unread_tensors"])
         out.print(f"tensors of the checkpoint that no engine needs: {names}")
-    out.print(_cuda(facts["cuda"], facts["cuda_refusal"]))
+    out.print(_cuda(facts))
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")
@@ -259,13 +259,16 @@ def main() -> None:
         sys.exit(130)
 
 
-def _cuda(chain: dict[str, Any] | None, refusal: str | None) -> str:
+def _cuda(facts: dict[str, Any]) -> str:
     """What there is for the target cuda, or why there is nothing."""
+    chain, refusal = facts["cuda"], facts["cuda_refusal"]
     if chain is not None:
         architectures = ", ".join(module["architecture"] for module in chain["modules"])
         return f"CUDA chain for {architectures}, compiled by NVRTC {chain['compiler']}"
     if refusal is not None:
         return f"no CUDA chain: {refusal}"
+    if facts["precision"] != "fp16":
+        return f"no CUDA chain: it takes fp16 weights, and these are {facts['precision']}"
     return "no CUDA chain; sedac-export engines --target cuda adds it"
 
 

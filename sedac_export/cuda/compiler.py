@@ -61,6 +61,7 @@ class Compiler:
         try:
             from cuda import pathfinder
             from cuda.bindings import nvrtc
+            from elftools.elf.elffile import ELFFile
 
             self.headers = pathfinder.find_nvidia_header_directory("cudart")
             pathfinder.load_nvidia_dynamic_lib("nvrtc")
@@ -72,43 +73,36 @@ class Compiler:
                 "--target cuda needs NVRTC and CUDA's headers, which are not installed;"
                 " pip install 'sedac[cuda]'"
             ) from error
-        self.nvrtc = nvrtc
+        self.nvrtc, self.elf = nvrtc, ELFFile
 
     @property
     def version(self) -> str:
         """NVRTC's version, such as 13.0."""
         return "{}.{}".format(*self._checked(self.nvrtc.nvrtcVersion()))
 
-    def compile(
-        self,
-        macros: Mapping[str, str],
-        progress: StageProgress,
-        architectures: tuple[str, ...] = (*ARCHITECTURES, NEWEST),
-        sources: Path = KERNELS,
-    ) -> list[CompiledChain]:
-        """The chain in `sources` with `macros`, for each of `architectures`.
+    def compile(self, macros: Mapping[str, str], progress: StageProgress) -> list[CompiledChain]:
+        """The chain with `macros`, for each architecture, and as PTX for the newest.
 
         Raises SedacError when NVRTC refuses it; what it says is logged.
         """
+        architectures = (*ARCHITECTURES, NEWEST)
         progress("compile", 0, len(architectures))
         # NVRTC compiles on several threads at once: 13.0 s instead of 22.1 for two on two cores
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = []
-            for chain in pool.map(lambda a: self._compile(a, macros, sources), architectures):
+            for chain in pool.map(lambda a: self._compile(a, macros), architectures):
                 compiled.append(chain)
                 progress("compile", len(compiled), len(architectures))
         return compiled
 
-    def _compile(
-        self, architecture: str, macros: Mapping[str, str], sources: Path
-    ) -> CompiledChain:
+    def _compile(self, architecture: str, macros: Mapping[str, str]) -> CompiledChain:
         nvrtc = self.nvrtc
-        text = (sources / SOURCE).read_bytes()
+        text = (KERNELS / SOURCE).read_bytes()
         (program,) = self._checked(nvrtc.nvrtcCreateProgram(text, SOURCE.encode(), 0, None, None))
         try:
             options = [
                 *(option.encode() for option in _options(architecture, macros)),
-                f"-I{sources}".encode(),
+                f"-I{KERNELS}".encode(),
                 f"-I{self.headers}".encode(),
             ]
             (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -118,9 +112,25 @@ class Compiler:
             if architecture.startswith("compute_"):
                 return CompiledChain(architecture, self._text(program, "PTX"), [])
             cubin = self._text(program, "CUBIN")
-            return CompiledChain(architecture, cubin, kernels(log, cubin))
+            return CompiledChain(architecture, cubin, self._kernels(log, cubin))
         finally:
             nvrtc.nvrtcDestroyProgram(program)
+
+    def _kernels(self, log: str, cubin: bytes) -> list[ChainKernel]:
+        """What each entry takes: ptxas tells it in the log, and the cubin in its facts."""
+        elf = self.elf(io.BytesIO(cubin))
+        (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(_FACTS)
+        facts = elf.get_section(symbol["st_shndx"]).data()[symbol["st_value"] :]
+        used = {name: (int(count), int(spilled)) for name, spilled, count in _KERNEL.findall(log)}
+        kernels = []
+        for rows, place in zip(ROWS, _SHARED_BYTES, strict=True):
+            registers, spilled = used[f"chain_{rows}"]
+            shared = int.from_bytes(facts[place : place + 4], "little")
+            kernel = ChainKernel(
+                rows=rows, registers=registers, shared_bytes=shared, spilled_bytes=spilled
+            )
+            kernels.append(kernel)
+        return kernels
 
     def _text(self, program: Any, what: str) -> bytes:
         """The log, PTX or cubin of `program`."""
@@ -155,38 +165,14 @@ def chain_macros(
     }
 
 
-def fingerprint(
-    macros: Mapping[str, str],
-    architectures: tuple[str, ...] = (*ARCHITECTURES, NEWEST),
-    sources: Path = KERNELS,
-) -> str:
+def fingerprint(macros: Mapping[str, str]) -> str:
     """SHA-256 of the sources and of the options that they are compiled with."""
     digest = hashlib.sha256()
-    for path in sorted(sources.glob("*.cu*")):
+    for path in sorted(KERNELS.glob("*.cu*")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    for architecture in architectures:
+    for architecture in (*ARCHITECTURES, NEWEST):
         digest.update("\0".join(_options(architecture, macros)).encode())
     return digest.hexdigest()
-
-
-def kernels(log: str, cubin: bytes) -> list[ChainKernel]:
-    """What each entry chain_N takes, of the log of ptxas and the sizes that the cubin tells."""
-    from elftools.elf.elffile import ELFFile
-
-    elf = ELFFile(io.BytesIO(cubin))
-    (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(_FACTS)
-    facts = elf.get_section(symbol["st_shndx"]).data()[symbol["st_value"] :]
-    shared = [int.from_bytes(facts[place : place + 4], "little") for place in _SHARED_BYTES]
-    used = {name: (int(spilled), int(count)) for name, spilled, count in _KERNEL.findall(log)}
-    return [
-        ChainKernel(
-            rows=rows,
-            registers=used[f"chain_{rows}"][1],
-            shared_bytes=bytes_,
-            spilled_bytes=used[f"chain_{rows}"][0],
-        )
-        for rows, bytes_ in zip(ROWS, shared, strict=True)
-    ]
 
 
 def _options(architecture: str, macros: Mapping[str, str]) -> list[str]:

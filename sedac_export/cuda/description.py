@@ -24,7 +24,10 @@ from sedac_export.model.skeleton import Skeleton
 # the largest relative difference of what a layer adds to its input, in float64
 TOLERANCE = 1e-9
 
-_MAX_GROUP, _MAX_HEAD_SIZE = 8, 128
+_MAX_GROUP = 8
+_HEAD_SIZES = (16, 32, 48, 64, 96, 128)
+# those whose norms are sums over a power of two of lanes
+_NORMED_HEAD_SIZES = (16, 32, 64, 128)
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -63,10 +66,10 @@ def describe(skeleton: Skeleton) -> ChainDescription:
         ends = observer.ends()
     found = {index: identify(observation) for index, observation in seen.items()}
     description = _describe(skeleton, [found[kind] for kind in kinds], ends)
+    _check_limits(description.shape, "query_norm" in description.vectors())
     for index, observation in seen.items():
         check_layer(description, index, observation)
     check_ends(description, ends)
-    _check_limits(description.shape)
     return description
 
 
@@ -189,11 +192,13 @@ def _embedding_scale(ends: EndsObservation) -> float:
     return float(ratio)
 
 
-def _check_limits(shape: ChainShape) -> None:
-    """Raise NoChainError when the kernel is not made for `shape`."""
+def _check_limits(shape: ChainShape, has_head_norms: bool) -> None:
+    """Raise NoChainError when the kernel is not made for `shape`: see its shape.cuh."""
     attended = shape.heads * shape.head_size
     products = (shape.heads + 2 * shape.key_value_heads) * shape.head_size
     group, rest = divmod(shape.heads, shape.key_value_heads)
+    sizes = _NORMED_HEAD_SIZES if has_head_norms else _HEAD_SIZES
+    known = ", ".join(map(str, sizes))
     limits = [
         (shape.hidden % 32, f"its hidden size {shape.hidden} is no multiple of 32"),
         (attended % 32, f"its heads' {attended} numbers are no multiple of 32"),
@@ -201,11 +206,8 @@ def _check_limits(shape: ChainShape) -> None:
         (products % 16, f"its queries, keys and values are {products} numbers, no multiple of 16"),
         (rest, f"{shape.heads} heads are no multiple of {shape.key_value_heads}"),
         (group > _MAX_GROUP, f"{group} heads share keys, and the kernel takes {_MAX_GROUP}"),
-        (
-            shape.head_size % 16 or shape.head_size > _MAX_HEAD_SIZE,
-            f"its heads of {shape.head_size} are no multiple of 16 up to {_MAX_HEAD_SIZE}",
-        ),
-        (shape.rotary_size % 2, f"its rotary size {shape.rotary_size} is odd"),
+        (shape.head_size not in sizes, f"its heads are of {shape.head_size} and not of {known}"),
+        (shape.rotary_size % 4, f"its rotary size {shape.rotary_size} is no multiple of 4"),
     ]
     reason = next((reason for broken, reason in limits if broken), None)
     if reason is not None:
