@@ -1,5 +1,6 @@
 """NVRTC's part, on a stand-in for the chain."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,21 @@ def test_every_architecture_has_machine_code_and_the_newest_ptx() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_spills_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "_FLAGS", (*compiler._FLAGS, "--maxrregcount=16"))
-    source = (compiler.KERNELS / "chain.cu").read_text()
-    assert "spill" not in source
-    kernel = Compiler().compile(MACROS, lambda *_: None)[0].kernels[0]
-    assert kernel.registers <= 24
+def test_spills_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entries = [f'extern "C" __global__ void chain_{rows}() {{}}' for rows in (1, 2, 4)]
+    spilling = """
+        extern "C" __global__ void __launch_bounds__(1024, 2) chain_8(volatile float* out) {
+          float kept[64];
+          for (int i = 0; i < 64; i++) kept[i] = out[i];
+          for (int i = 0; i < 64; i++) out[i] = kept[63 - i];
+        }"""
+    (tmp_path / "facts.cuh").write_text((compiler.KERNELS / "facts.cuh").read_text())
+    source = "\n".join(['#include "facts.cuh"', *entries, spilling])
+    (tmp_path / "chain.cu").write_text(source)
+    monkeypatch.setattr(compiler, "KERNELS", tmp_path)
+    kernels = Compiler().compile(MACROS, lambda *_: None)[0].kernels
+    assert [kernel.spilled_bytes > 0 for kernel in kernels] == [False, False, False, True]
+    assert kernels[3].registers <= 32
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -104,6 +114,6 @@ def test_the_fingerprint_is_of_sources_and_options(
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda", None)
     with pytest.raises(SedacError, match=r"pip install 'sedac\[cuda\]'"):
         Compiler()
