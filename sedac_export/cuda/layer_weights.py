@@ -87,6 +87,8 @@ class LayerWeights:
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     if name != "gate_up":
         return torch.cat(parts)
     gate, up = (part.reshape(-1, GATED_ROWS, *part.shape[1:]) for part in parts)
