@@ -133,6 +133,7 @@ def _describe(opened: Bundle, model: str, claim: Claim) -> ChainDescription:
                 f"{opened.directory} has {manifest.model.num_layers} layers and the model"
                 f" {len(skeleton.layers)}; name the model that the bundle was built from"
             )
+        # the prompt that describes a model is shorter than most windows; masks show those
         check_attention(skeleton, manifest.max_cache_length)
         try:
             return describe(skeleton)

@@ -1,6 +1,7 @@
 """Describe a model as the kernel computes it, and accept that only where it gives its numbers."""
 
-from collections.abc import Hashable, Iterable
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from sedac_export.cuda.identification import (
 )
 from sedac_export.cuda.layer_weights import MATRICES, LayerWeights
 from sedac_export.cuda.observation import EndsObservation, LayerObservation, Tables, observing
+from sedac_export.errors import SedacError
 from sedac_export.graph.operators import RmsNorm
 from sedac_export.model.skeleton import Skeleton
 
@@ -60,6 +62,11 @@ def describe(skeleton: Skeleton) -> ChainDescription:
     description alone; so are embedding and head. Raises NoChainError with the reason when the
     kernel cannot run the model.
     """
+    with _unexpected_structure():
+        return _described(skeleton)
+
+
+def _described(skeleton: Skeleton) -> ChainDescription:
     with observing(skeleton) as observer:
         kinds = observer.kinds()
         seen = {index: observer.layer(index) for index in dict.fromkeys(kinds)}
@@ -71,6 +78,20 @@ def describe(skeleton: Skeleton) -> ChainDescription:
         check_layer(description, index, observation)
     check_ends(description, ends)
     return description
+
+
+@contextlib.contextmanager
+def _unexpected_structure() -> Iterator[None]:
+    """Whatever a model of another structure trips over, as the reason why it is refused."""
+    try:
+        yield
+    except (SedacError, OSError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise NoChainError(
+            f"its layers cannot be observed ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def check_layer(description: ChainDescription, index: int, seen: LayerObservation) -> None:

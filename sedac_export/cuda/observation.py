@@ -107,18 +107,15 @@ class EndsObservation:
 
 
 class Observer:
-    """Runs parts of `skeleton`; all numbers are float64. Use inside `observing`."""
+    """Runs parts of `skeleton` in float64. Use inside `observing`.
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
-        self.attention: Callable[[AttentionCall], None] = lambda _: None
-        self.count: Callable[[], int] = lambda: 0
-        self.recorder: LayerRecorder = None  # type: ignore[assignment]
+    recorder: how the model calls its layers. attention: what computes attention.
+    """
 
-    def record(self) -> None:
-        """Learn how the model calls its layers."""
-        positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS)[None]
-        self.recorder = record_calls(self.skeleton, positions)
+    def __init__(
+        self, skeleton: Skeleton, recorder: LayerRecorder, attention: "_EagerAttention"
+    ) -> None:
+        self.skeleton, self.recorder, self.attention = skeleton, recorder, attention
 
     def kinds(self) -> list[int]:
         """For each layer the first layer that is like it and is called like it."""
@@ -144,11 +141,9 @@ class Observer:
         else:
             kwargs["hidden_states"] = hidden
         with _random_weights(layer, generator) as weights:
-            seen = LayerObservation(hidden[0], self._tables(index), weights)
-            self.attention = seen.attention.append
-            self.count = lambda: len(seen.modules)
             # the model may write into its input
-            seen.entering = hidden[0].clone()
+            seen = LayerObservation(hidden[0].clone(), self._tables(index), weights)
+            self.attention.seen = seen
             with _watched(layer, seen.modules):
                 output = layer(*args, **kwargs)
         seen.leaving = (output[0] if isinstance(output, tuple) else output)[0]
@@ -159,7 +154,7 @@ class Observer:
         model, recorder = self.skeleton.model, self.recorder
         generator = torch.Generator().manual_seed(0)
         entering = _random(recorder.hidden.shape, generator) * _HIDDEN_SPREAD
-        positions = torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS)[None]
+        positions = _positions()
         embedding = model.get_input_embeddings().get_parameter("weight")[positions[0] + 2]
         stand_in = LayerRecorder(recorder.returns_tuple, entering)
         modules: list[ModuleCall] = []
@@ -173,31 +168,6 @@ class Observer:
             (i for i, call in enumerate(modules) if torch.equal(call.input, entering[0])), 0
         )
         return EndsObservation(embedding, recorder.hidden[0], entering[0], modules[first:], logits)
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **others: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """transformers' attention interface: the model's own eager attention."""
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        window, cap = sliding_window or 0, float(softcap or 0.0)
-        heads = (query[0], key[0], value[0])
-        self.attention(AttentionCall(*heads, scale, window, cap, self.count()))
-        given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        own = {name: setting for name, setting in given.items() if setting is not None}
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        result: tuple[Tensor, Tensor | None] = eager(
-            module, query, key, value, attention_mask, **own, **others
-        )
-        return result
 
     def _head(self) -> nn.Module:
         head: nn.Module = self.skeleton.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -221,23 +191,58 @@ class Observer:
         return (found[0], found[1]) if len(found) == 2 else None
 
 
+class _EagerAttention:
+    """The model's own eager attention; `seen` takes note of the calls."""
+
+    seen: LayerObservation
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """transformers' attention interface: the model's own eager attention."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        window, cap = sliding_window or 0, float(softcap or 0.0)
+        heads, before = (query[0], key[0], value[0]), len(self.seen.modules)
+        self.seen.attention.append(AttentionCall(*heads, scale, window, cap, before))
+        given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        own = {name: setting for name, setting in given.items() if setting is not None}
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        result: tuple[Tensor, Tensor | None] = eager(
+            module, query, key, value, attention_mask, **own, **others
+        )
+        return result
+
+
 @contextlib.contextmanager
 def observing(skeleton: Skeleton) -> Iterator[Observer]:
     """An observer of `skeleton`, whose weights are random meanwhile."""
-    observer = Observer(skeleton)
+    attention = _EagerAttention()
     eager_mask = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
     with (
         torch.no_grad(),
         stand_in_weights(skeleton.model, torch.float64),
-        routed_attention(skeleton.model, observer),
+        routed_attention(skeleton.model, attention),
         InDouble(),
     ):
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, eager_mask)
         try:
-            observer.record()
-            yield observer
+            recorder = record_calls(skeleton, _positions())
+            yield Observer(skeleton, recorder, attention)
         finally:
             del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[ATTENTION_NAME]
+
+
+def _positions() -> Tensor:
+    return torch.arange(FIRST_POSITION, FIRST_POSITION + TOKENS)[None]
 
 
 def _widened(leaf: Any) -> Any:

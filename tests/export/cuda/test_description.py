@@ -128,6 +128,14 @@ def test_an_mlp_without_a_gate_is_refused(tmp_path: Path) -> None:
         describe(skeleton)
 
 
+def test_a_model_that_cannot_be_run_so_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("qwen2", tmp_path)
+    skeleton = Skeleton.load(tmp_path)
+    skeleton.model.lm_head = nn.Identity()
+    with pytest.raises(NoChainError, match="its layers cannot be observed"):
+        describe(skeleton)
+
+
 def test_an_activation_that_the_kernel_lacks_is_refused(tmp_path: Path) -> None:
     save_tiny_model("qwen2", tmp_path, hidden_act="relu")
     with pytest.raises(NoChainError, match="not gated by SiLU or the tanh form of GELU"):
