@@ -1,9 +1,9 @@
 """Wall-clock speed of SEDAC and transformers on the same prompts, with agreement beside it.
 
-Prompts are cut from standard-library modules that the demo model was not trained on. The ways to
-run take turns on each prompt; the figure is the median over prompts of tokens per second, prefill
-included. Agreement is the share of generated tokens that the full-depth model (transformers, fp32)
-would have chosen after the same text.
+Prompts are cut from standard-library modules that the demo model was not trained on. The
+runtimes take turns on each prompt; the figure is the median over prompts of tokens per second,
+prefill included. Agreement is the share of generated tokens that the full-depth model
+(transformers, fp32) would have chosen after the same text.
 
     python demo/compare.py --model demo/model --engines engines/demo
 """
@@ -99,7 +99,7 @@ def main() -> None:
             depths[name].append(depth)
             agreements[name].append(agreement(original, prompt, tokens))
     base = statistics.median(speeds["transformers eager"][1:])
-    print("| way | tokens/s | against transformers | mean exit layer | agreement |")
+    print("| runtime | tokens/s | against transformers | mean exit layer | agreement |")
     print("| --- | --- | --- | --- | --- |")
     for name in ways:
         speed = statistics.median(speeds[name][1:])

@@ -1,9 +1,9 @@
 """Wall-clock speed of lossless mode over the same bundle's full depth, and whether tokens differ.
 
 Prompts are cut at random from standard-library packages that the demo model was not trained on.
-The ways to run take turns on each prompt, in random order. Speeds are full depth's decoding time
-over a way's: of all prompts together, and the median and least of single prompts. A text differs
-if any of its tokens does.
+Full depth and the drafters take turns on each prompt, in random order. Speeds are full depth's
+decoding time over a drafter's: of all prompts together, and the median and minimum of single
+prompts. A text differs if any of its tokens does.
 
     python demo/lossless.py --engines engines/demo
 """
@@ -75,7 +75,7 @@ def main() -> None:
     full = outputs["full"]
     per_token = sum(output.decode_ms for output in full) / len(full) / (arguments.new_tokens - 1)
     print(f"{len(cut)} prompts, full depth {per_token:.3f} ms/token\n")
-    print("| drafter | speed | median | least | drafted | accepted | texts that differ |")
+    print("| drafter | speed | median | minimum | drafted | accepted | texts that differ |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for way in DRAFTERS:
         pairs = list(zip(full, outputs[way], strict=True))

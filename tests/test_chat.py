@@ -41,5 +41,5 @@ def test_characters_of_any_kind_pass() -> None:
 
 
 def test_messages_that_are_no_json_are_refused() -> None:
-    with pytest.raises(InputError, match="no JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         render("t", "{{ messages }}", {"messages": [object()]})

@@ -252,7 +252,7 @@ class Model:
 
 @final
 class BenchCase:
-    """A way to decode, and the name of its row."""
+    """A decoding mode to measure, and the name of its row."""
 
     def __new__(cls, name: str, mode: DecodingMode, *, monolith: bool = False) -> BenchCase: ...
 
@@ -316,7 +316,7 @@ class DraftSummary:
 
 @final
 class FollowedText:
-    """A text run with exits: for each token but the first the likeliest next token, and the layers
+    """A text run with exits: the most probable token at each position but the first, and the layers
     executed."""
 
     @property

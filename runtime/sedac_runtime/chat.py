@@ -15,7 +15,7 @@ from sedac_runtime._core import BundleError, InputError
 Message = dict[str, Any]
 ReadText = Callable[[str], str | None]
 
-# for an interpreter that waits for a processor; what it computes has a limit of its own
+# wall-clock, generous for a busy machine; processor time is limited separately
 _SECONDS = 6
 _LONGEST_REASON = 300
 _CONFIG = "tokenizer_config.json"
@@ -43,7 +43,7 @@ def render(name: str, template: str, variables: dict[str, Any]) -> str:
             {"path": [*map(str, sys.path)], "template": template, "variables": variables}
         )
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the messages for {name} are no JSON ({error}); give texts") from error
+        raise InputError(f"the messages for {name} are not JSON ({error}); give texts") from error
     answer = _ask(request)
     if "text" in answer:
         return answer["text"]
@@ -101,7 +101,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is no JSON ({error}); build or copy the bundle again") from error
+        raise BundleError(
+            f"{path} is not JSON ({error}); build or copy the bundle again"
+        ) from error
     if not isinstance(parsed, dict):
-        raise BundleError(f"{path} is no JSON object; build or copy the bundle again")
+        raise BundleError(f"{path} is not a JSON object; build or copy the bundle again")
     return parsed

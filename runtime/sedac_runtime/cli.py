@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Run SEDAC bundles: per-layer engines with speculative decoding and early exit.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # rich's own markup would swallow [default: ...]
     pretty_exceptions_enable=False,
 )
 app.callback()(configure)
@@ -213,7 +214,9 @@ def generate(
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
     if profile is not None and not profile.absolute().parent.is_dir():
-        raise ValueError(f"--profile {profile} is in no directory; create {profile.parent} first")
+        raise ValueError(
+            f"--profile {profile}: its directory does not exist; create {profile.parent} first"
+        )
     model = SedacModel.from_pretrained(
         engines,
         threads=threads,
@@ -380,7 +383,7 @@ def _depths(text: str | None) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--forced-exit {text} is no list of depths such as 6,12,24") from error
+        raise ValueError(f"--forced-exit {text} is not a list of depths such as 6,12,24") from error
 
 
 def _bytes(text: str | None) -> int | None:
@@ -389,7 +392,7 @@ def _bytes(text: str | None) -> int | None:
         return None
     size = re.fullmatch(r"(\d{1,15})([KMGT]?)", text, re.ASCII)
     if size is None:
-        raise ValueError(f"--memory-limit {text} is no size such as 800M or 6G")
+        raise ValueError(f"--memory-limit {text} is not a size such as 800M or 6G")
     return int(size[1]) * UNITS[size[2]]
 
 
@@ -434,7 +437,7 @@ def _variable(name: str, kind: Callable[[str], Number], policy: PolicyName | Non
     try:
         return kind(text)
     except ValueError as error:
-        raise ValueError(f"{name} {text} is no number; correct or unset it") from error
+        raise ValueError(f"{name} {text} is not a number; correct or unset it") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two flavours of TensorRT, this host's GPU, and whether the one's plans run on the other."""
+"""The two flavours of TensorRT, this host's GPU, and whether a flavour's plans run on it."""
 
 import platform
 import shutil
@@ -37,7 +37,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Flavour:
-    """A target's name for people, its Python module and the compute capabilities it builds for.
+    """A target's display name, its Python module and the compute capabilities it builds for.
 
     An empty list means the capability of the GPU in the host that builds.
     """

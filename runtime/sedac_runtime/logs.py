@@ -1,9 +1,9 @@
 """Logging of the commands, off unless asked for.
 
 The core's events arrive under the logger `sedac_core`, with Rust's module path below it: `.chain`
-says why a draft was made or not, `.step` what each step of the backend took and why it ended, and
-at level trace `.backend.host` the signals of every exit decision and `.engine` every engine run.
-Levels are read when a logger is first used; set them before a bundle is loaded.
+says why a draft was made or not, `.step` how long each step of the backend took and why it ended,
+and at level trace `.backend.host_decided` the signals of every exit decision and `.engine` every
+engine run. Levels are read when a logger is first used; set them before a bundle is loaded.
 """
 
 import logging

@@ -4,7 +4,7 @@ from sedac_runtime._core import InputError
 
 _LARGEST = 2**31 - 1
 LARGEST_SEED = 2**64 - 1
-# far more than any machine has use for, far fewer than make the system refuse new ones
+# more than any machine can use, few enough for the system to create
 MOST_THREADS = 1024
 
 

@@ -1,4 +1,4 @@
-"""Render one chat template, in a process of its own: whoever starts it can bound and end it.
+"""Render one chat template, in a separate process, which its parent can limit and end.
 
 A template is a program that came with a bundle. The sandbox bounds what it can reach; time and
 memory are bounded by the system, for each is spent in ways that no list of operations covers.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, which keeps what it held if that fails. Raises OSError."""
+    """Write `text` to `path`, which is unchanged if that fails. Raises OSError."""
     directory = path.absolute().parent
     with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
         written = Path(file.name)

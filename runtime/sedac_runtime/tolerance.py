@@ -1,11 +1,11 @@
 """How far a bundle's engines may be from the model that they were built from."""
 
-# what a build allows unless it is told otherwise
+# what a build allows by default
 DEFAULT_TOLERANCE = 1e-4
 
 
 def tolerance_note(tolerance: float) -> str | None:
-    """What to say of a bundle whose build allowed `tolerance`; None for no more than the default.
+    """A note on a bundle whose build allowed `tolerance`; None for no more than the default.
 
     tolerance is the largest difference from the model in any engine's output, relative to the
     larger of 1 and the model's largest value.

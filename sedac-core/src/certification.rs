@@ -1,4 +1,4 @@
-//! Of which generations a certificate may be said.
+//! Which generations a certificate covers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use crate::chain::DecodingMode;
 use crate::kv::KvFill;
 use crate::sampler::Sampling;
 
-/// All of a generation that a certificate depends on.
+/// Everything about a generation that a certificate depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct GenerationSetting<'a> {
     /// When tokens exit.
@@ -25,7 +25,7 @@ pub struct GenerationSetting<'a> {
     pub plans: bool,
 }
 
-/// What may be said of tokens that exit; shown as one sentence.
+/// What is certified of tokens that exit; shown as one sentence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Certification {
     /// The bundle's certificate is about this generation.
@@ -35,7 +35,8 @@ pub enum Certification {
 }
 
 impl ExitConfig {
-    /// What is certified of a generation from the bundle of this configuration and `manifest`. None where tokens only come from full depth.
+    /// What is certified of a generation from the bundle of this configuration and `manifest`. None
+    /// where tokens only come from full depth.
     pub fn certification(
         &self,
         manifest: &Manifest,
@@ -129,8 +130,8 @@ impl fmt::Display for Certification {
             Self::Certified(certificate) => certificate.fmt(f),
             Self::Uncertified(reason) => write!(
                 f,
-                "exits not certified ({reason}): tokens may differ from full depth's at any rate; \
-                 mode lossless gives full depth's"
+                "exits not certified ({reason}): nothing bounds how many tokens differ from full \
+                 depth's; mode lossless gives full depth's"
             ),
         }
     }

@@ -67,15 +67,15 @@ pub enum Error {
 
     /// A policy has no thresholds to decide by.
     #[error(
-        "policy {policy} has no thresholds in this bundle; run sedac-export train-probes and \
-         calibrate, and set a threshold if the bundle's policy is another"
+        "policy {policy} has no thresholds in this bundle; run sedac-export train-probes, \
+         then calibrate or set a threshold"
     )]
     MissingThresholds {
         /// The policy's name.
         policy: &'static str,
     },
 
-    /// A prompt does not fit, or holds nothing, or holds something that is no token.
+    /// A prompt does not fit, or holds nothing, or holds something that is not a token.
     #[error("the prompt {0}")]
     Prompt(String),
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 
-/// A flag shared between a generation and whoever may stop it. Checked between engines.
+/// A flag shared between a generation and those who may stop it. Checked between engines.
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt(Arc<AtomicBool>);
 

@@ -1,4 +1,4 @@
-//! Sequences under way. Each owns a slot of the KV cache and its positions there.
+//! Running sequences. Each owns a slot of the KV cache and its positions there.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::error::Result;
 use crate::kv::{KvFill, KvState};
 
-/// A text under way: its tokens so far and what each layer's KV cache holds of them.
+/// A running sequence: its tokens so far and what each layer's KV cache holds of them.
 ///
 /// Dropping it gives its cache slot back.
 #[derive(Debug)]

@@ -95,7 +95,7 @@ def _validation(bundle: Bundle) -> _InspectedValidation:
 def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
     """(file, layers as text) of every engine, in the order a token passes them."""
     entries = [*manifest.engines.layers, manifest.engines.monolith]
-    layers = [(e.file, f"{e.first_layer}..{e.first_layer + e.num_layers - 1}") for e in entries]
+    layers = [(e.file, _range(e.first_layer, e.num_layers)) for e in entries]
     fills = [(e.file, str(layer)) for layer, e in enumerate(manifest.engines.key_value)]
     exits = [
         (file, f"..{e.depth - 1}")
@@ -107,6 +107,11 @@ def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
     engines = manifest.engines
     first = [(file, "") for file in (engines.embed, engines.contexts) if file is not None]
     return [*first, *layers, *fills, *attention, *exits, (engines.head, "")]
+
+
+def _range(first: int, count: int) -> str:
+    """Layers as text, such as 3 or 0..11."""
+    return str(first) if count == 1 else f"{first}..{first + count - 1}"
 
 
 def _weight_bytes(model: ModelProto) -> int:

@@ -157,7 +157,7 @@ def _renew_certificate(old: Bundle, new: Bundle) -> bool:
     certificate = read_exit_config(new.directory).certificate
     if certificate is None or certificate.setting.engines_sha256 != old.files.engines_sha256:
         return False
-    # what else the user has written there stays as it is written
+    # everything else in the file stays as the user wrote it
     config = json.loads((new.directory / bundle.EXIT_CONFIG).read_text())
     config["certificate"]["setting"]["engines_sha256"] = new.files.engines_sha256
     write_config(new.directory, json.dumps(config, indent=1) + "\n")

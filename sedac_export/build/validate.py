@@ -15,7 +15,7 @@ from sedac_export.model.reference import run_reference
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.support import boundaries
 
-# a prefill of at least so many tokens, and of as many beyond every boundary that the model
+# a prefill of at least this many tokens, and of as many beyond every boundary that the model
 # declares; then a chunk on top of a filled cache, and a token alone
 _PREFILL, _BEYOND = 256, 16
 _REST = (7, 1)

@@ -39,7 +39,7 @@ class EngineWriter:
         return stamp(graph, sources, self.store)
 
     def engine(self, graph: TracedGraph, name: str) -> str:
-        """Write the engine `name`, which is of no layer, and its weights; its path."""
+        """Write the engine `name`, which belongs to no layer, and its weights; its path."""
         return self.save(self.stamp(self.stored(graph), name), name)
 
     def save(self, model: onnx.ModelProto, name: str) -> str:

@@ -37,7 +37,7 @@ class Bundle:
         verify "changed" hashes only files that changed since they were last found whole. older
         takes bundles of an older schema too, to upgrade them.
 
-        Raises SedacError when it is none or damaged, or when one of its files lies outside of it.
+        Raises SedacError when it is not a bundle, is damaged, or has a file outside its directory.
         """
         files = BundleFiles(directory, replaced=replaced, verify=verify, older=older)
         return cls(directory, parse_manifest(directory, files.manifest), files)
@@ -51,7 +51,7 @@ class Bundle:
         return self.files.read(name)
 
     def path(self, name: str) -> Path:
-        """Where the file `name` lies, for libraries that open files themselves."""
+        """The path of the file `name`, for libraries that open files themselves."""
         return self.files.path(name)
 
     def graph(self, name: str) -> "ModelProto":

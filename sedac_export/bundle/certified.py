@@ -6,17 +6,17 @@ from sedac_export.bundle import Bundle
 
 
 @dataclass(frozen=True)
-class Certification:
+class BundleCertification:
     """Whether the bundle's own exit configuration is certified, and a sentence about it."""
 
     certified: bool
     sentence: str
 
 
-def read_certification(bundle: Bundle) -> Certification:
+def read_certification(bundle: Bundle) -> BundleCertification:
     """What is certified of `bundle`.
 
     Raises SedacError when its exit configuration cannot be used.
     """
     certification = bundle.files.certification()
-    return Certification(certification.certificate is not None, str(certification))
+    return BundleCertification(certification.certificate is not None, str(certification))

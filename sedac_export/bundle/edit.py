@@ -21,7 +21,7 @@ _WEIGHTS, _BUILT = ".data", "engines/"
 def edited_bundle(bundle: Bundle, keep: bool = True, output: Path | None = None) -> Iterator[Path]:
     """A copy of `bundle` to change, which takes its place when the context ends well.
 
-    It holds what the manifest lists and the exit configuration, and nothing else that lies in the
+    It holds what the manifest lists and the exit configuration, and nothing else that is in the
     directory. With keep False it never takes the place: the copy is for trying something out, and
     not signed. With an output it becomes a bundle of that name, and `bundle` stays as it is.
     Weights and what is built of them are hard links where the file system has them: only other

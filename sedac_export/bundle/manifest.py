@@ -139,7 +139,7 @@ class Manifest(StrictModel):
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the head's weights, which tells one model's bundles from another's."""
+        """SHA-256 of the head's weights, which distinguishes the bundles of different models."""
         own = self.files.get("onnx/head.data")
         return (own or self.files["onnx/embed.data"]).sha256
 

@@ -38,7 +38,7 @@ class Engine:
             options.graph_optimization_level = disabled
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = threads
-        # many sessions take turns: threads that spin for one keep the next from working
+        # many sessions take turns: threads that spin for one hold up the next
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3

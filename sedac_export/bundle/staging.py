@@ -40,7 +40,7 @@ class Claim:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A directory on the bundle's disk for what is needed only meanwhile."""
+        """A directory on the bundle's disk for what is needed only during the work."""
         with self._temporary("scratch") as path:
             yield path
 
@@ -97,7 +97,7 @@ class Claim:
 
 @contextlib.contextmanager
 def claimed(output: Path) -> Iterator[Claim]:
-    """Keep every other process from building or changing the bundle `output` meanwhile.
+    """Keep other processes from building or changing the bundle `output` within this context.
 
     A link stands for what it points to. Parents that had to be made go again if they stay empty.
     Within its claim a thread may claim the same bundle again.
@@ -168,14 +168,14 @@ def _lock(claim: Claim) -> Iterator[bool]:
         yield lock.lock_counter == 1
     finally:
         if lock.lock_counter == 1:
-            # whoever opened the file before this sees that it has no name any more, and starts over
+            # a process that opened the file before this sees that it was unlinked, and starts over
             path.unlink(missing_ok=True)
         lock.release()
 
 
 @contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """What the system has against writing `output`, as a SedacError."""
+    """Raise the system's objection to writing `output` as a SedacError."""
     try:
         yield
     except OSError as error:

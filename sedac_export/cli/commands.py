@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # rich's own markup would swallow [default: ...]
     pretty_exceptions_enable=False,
 )
 app.callback()(configure)
@@ -147,7 +148,7 @@ def inspect(
     if as_json:
         print(json.dumps(facts))
         return
-    # the bundle's words are shown as they are: neither as markup nor as control characters
+    # text of the bundle is shown literally: neither as markup nor as control characters
     out = Console(markup=False, emoji=False, highlight=False)
     facts = _visible(facts)
     model, validation = facts["model"], facts["validation"]
@@ -157,13 +158,14 @@ def inspect(
         f" {model['hidden_size']}, vocabulary {model['vocab_size']}\n"
         f"weights {facts['precision']}, {facts['bytes'] / 1e6:.1f} MB; KV cache"
         f" {facts['cache_bytes'] / 1e6:.1f} MB per sequence of {facts['max_cache_length']}\n"
-        f"exits after layers {', '.join(map(str, facts['exit_layers']))}; {exits}\n"
+        f"exits after layers {', '.join(map(str, facts['exit_layers']))}\n"
+        f"{', '.join(f'{name} {value}' for name, value in exits.items())}\n"
         f"{facts['certification']}\n"
         f"end to end: error {validation['end_to_end']['error']:.1e}, cosine"
         f" {validation['end_to_end']['cosine']:.7f}, agreement"
         f" {validation['end_to_end']['agreement']:.3f}; allowed {facts['tolerance']:.0e}\n"
-        f"{facts['files']['hashed']} files hashed and whole, {facts['files']['unchanged']}"
-        " unchanged since they were"
+        f"{facts['files']['hashed']} files match their digests, {facts['files']['unchanged']}"
+        " unchanged since they were last checked"
     )
     if facts["tolerance_note"] is not None:
         out.print(f"warning: {facts['tolerance_note']}")
@@ -195,10 +197,10 @@ def upgrade(
 ) -> None:
     """Upgrade a bundle to the current schema, without its model.
 
-    The embed engine is taken apart into two. Old and new engines are run with the same inputs and
-    must give the same bits: that is why a certificate of the old engines is carried over to the new
-    ones. The exit configuration stays, a signature goes, and TensorRT plans of the embed engine are
-    to be built again.
+    The embed engine is split in two. Old and new engines are run with the same inputs and must give
+    the same bits, so a certificate of the old engines carries over to the new ones. The exit
+    configuration stays, a signature is removed, and TensorRT plans of the embed engine have to be
+    built again.
     """
     from sedac_export.build.upgrade import upgrade_bundle
 

@@ -149,7 +149,7 @@ def train_probes(
 
 
 def _print_trained(rows: Sequence[Any], lens: bool) -> None:
-    """The trained rows as tables, the lens in one of its own."""
+    """The trained rows as tables, the lens in a separate one."""
     table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
     lenses = Table("depth", "KL", "with lens", "agreement", "with lens", "lens")
     for row in rows:
@@ -169,7 +169,11 @@ def calibrate(
     bundle: BundleArgument,
     data: Data,
     mode: Annotated[
-        ModeName, typer.Option(help="Minimum risk; maximum speed x (1 - risk); maximum speed.")
+        ModeName,
+        typer.Option(
+            help="quality: minimum risk; balanced: maximum speed x (1 - risk); speed: maximum"
+            " speed."
+        ),
     ] = ModeName.BALANCED,
     max_risk: Annotated[
         float, typer.Option(help="Maximum share of tokens that differ from full depth's.")
@@ -262,7 +266,7 @@ def parse_depths(option: str, text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise SedacError(f"{option} {text} is no list of depths such as 3,6,9") from error
+        raise SedacError(f"{option} {text} is not a list of depths such as 3,6,9") from error
 
 
 def _read(bundle: Path, data: list[Path]) -> tuple[Any, Any]:

@@ -24,6 +24,9 @@ SOURCE = "chain.cu"
 ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
 NEWEST = "compute_120"
 
+# with instructions that 9.0 alone has, such as setmaxnreg; others must do without
+_TARGETS = {"sm_90": "sm_90a"}
+
 # rows that an entry chain_N takes at most
 ROWS = (1, 2, 4, 8)
 
@@ -177,7 +180,8 @@ def fingerprint(macros: Mapping[str, str]) -> str:
 
 def _options(architecture: str, macros: Mapping[str, str]) -> list[str]:
     defined = [f"-D{name}={value}" for name, value in macros.items()]
-    return [f"--gpu-architecture={architecture}", *_FLAGS, *defined]
+    target = _TARGETS.get(architecture, architecture)
+    return [f"--gpu-architecture={target}", *_FLAGS, *defined]
 
 
 def _refusal(architecture: str, log: str, version: str) -> SedacError:

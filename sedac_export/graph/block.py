@@ -39,7 +39,7 @@ def compose(layers: list[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def _renamed(layer: onnx.ModelProto, index: int, hidden: str, count: int) -> onnx.GraphProto:
-    """The layer's graph with names of its own: inner ones prefixed, caches numbered."""
+    """The layer's graph with unique names: inner ones prefixed, caches numbered."""
     graph = onnx.GraphProto()
     graph.CopyFrom(layer.graph)
     names = {"x": hidden, "y": "y" if index == count - 1 else f"layer_{index}.y"}

@@ -1,4 +1,4 @@
-"""Ask ONNX Runtime whether its attention is right for a model's heads: no list of ours knows."""
+"""Ask ONNX Runtime whether its attention is right for a model's heads; no list covers them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ def refusal(heads: Heads) -> str | None:
     """What is wrong with ONNX Runtime's GroupQueryAttention for `heads`, None if nothing."""
     try:
         got = _run(heads)
-    except Exception as error:  # ONNX Runtime raises a type of its own for each kind of failure
+    except Exception as error:  # ONNX Runtime has a type for each kind of failure
         return " ".join(str(error).split("Status Message: ")[-1].split())
     expected = _expected(heads)
     difference = float(np.abs(got - expected).max())

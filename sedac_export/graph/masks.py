@@ -36,7 +36,7 @@ class KnownMasks:
         mask_function: MaskFunction,
         **_: Any,
     ) -> Tensor:
-        """transformers' mask interface: a mask [batch, 1, queries, keys] of no meaning."""
+        """transformers' mask interface: a placeholder mask [batch, 1, queries, keys]."""
         mask = torch.zeros(batch_size, 1, q_length, kv_length)
         self.made.append((mask, mask_function))
         return mask

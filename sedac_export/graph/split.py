@@ -42,6 +42,6 @@ def _part(model: onnx.ModelProto, outputs: Collection[str]) -> onnx.ModelProto:
         if not value.uses() and value not in kept:
             part.graph.inputs.remove(value)
     proto = ir.to_proto(part)
-    # initialisers' types, which their own entries tell and a change of precision would leave behind
+    # initialisers' types, which their own entries give and a change of precision would leave behind
     del proto.graph.value_info[:]
     return proto

@@ -120,6 +120,6 @@ def point(initializer: TensorProto, place: Place) -> None:
 
 
 def save_engine(model: onnx.ModelProto, path: Path) -> None:
-    """Write `model` to `path` under the file's name, by which the runtime tells engines apart."""
+    """Write `model` to `path` under the file's name, by which the runtime identifies engines."""
     model.graph.name = path.stem
     onnx.save(model, path)

@@ -62,7 +62,7 @@ class Tracer:
     dtype: torch.dtype = torch.float32
 
     def embed(self) -> TracedGraph:
-        """input_ids, position_ids -> x and each context, for `split_embed` to take apart."""
+        """input_ids, position_ids -> x and each context, for `split_embed` to split."""
         positions = torch.arange(_TOKENS).repeat(self.interface.batch, 1)
         inputs = {"input_ids": positions + 2, "position_ids": positions}
         outputs = ["x", *(context.name for context in self.interface.contexts if context.used)]
@@ -243,7 +243,7 @@ def _target(before: ir.Shape | None, after: ir.Shape) -> list[int]:
 
 
 def _untranspose(graph: onnx.GraphProto) -> None:
-    """Multiply by stored weights as they lie: MatMul(x, Transpose(W)) becomes Gemm(x, W).
+    """Multiply by stored weights as they are laid out: MatMul(x, Transpose(W)) becomes Gemm(x, W).
 
     ONNX Runtime would fold the transposition into a second copy of W, and W is the largest weight
     of most models, often shared with the embedding.

@@ -133,7 +133,7 @@ def _mark_used_contexts(interface: LayerInterface, graphs: list[TracedGraph]) ->
 
 @contextlib.contextmanager
 def _tracing_errors(skeleton: Skeleton) -> Iterator[None]:
-    """Whatever an architecture of another build trips over, as a SedacError."""
+    """Raise what an unsupported architecture fails on as a SedacError."""
     try:
         yield
     except (SedacError, OSError):

@@ -65,7 +65,7 @@ class Checkpoint:
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor `name` in its stored dtype, some rows at a time.
 
-        The file is mapped only meanwhile: memory does not grow with what was read.
+        The file is mapped only while it is read: memory does not grow with what was read.
         """
         with safe_open(self.directory / self.files[name], framework="pt") as handle:
             rows = handle.get_slice(name)

@@ -35,7 +35,7 @@ def find_mlp(layer: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def replaced(owner: Any, value: Any, name: str = "forward") -> Iterator[None]:
-    """`owner`'s method `name` is `value` meanwhile."""
+    """Within this context `owner`'s method `name` is `value`."""
     had = owner.__dict__.get(name)
     setattr(owner, name, value)
     try:

@@ -40,15 +40,15 @@ _ALIGNMENT = 32
 # pre-tokenizers that split text as GPT-2's does, which transformers takes for all it does not know
 _AS_GPT2 = ("gpt-2", "mpt", "olmo")
 
-# how older converters ordered weights, which the tensors' names tell as well
+# the order in which older converters wrote weights; the tensors' names show it as well
 _WITHOUT_MEANING = ("tensor_data_layout",)
 
 
 def convert(file: Path, directory: Path) -> PreTrainedTokenizerBase | None:
     """Write the model of a GGUF file into `directory`, fp32; its tokenizer, None where it has none.
 
-    The tokenizer is not written: for some model types it would be read otherwise than it was made.
-    All weights are in memory meanwhile, about twice as fp32.
+    The tokenizer is not written: for some model types reading it back would give a different one.
+    All weights are in memory as fp32 during this, about twice.
 
     Raises SedacError when a package is missing, and when the file is damaged, of an architecture
     that transformers does not read, or holds something that would be lost; OSError when the
@@ -72,8 +72,8 @@ def tokenizer_note(file: Path) -> str | None:
     if kind != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS or split in _AS_GPT2:
         return None
     return (
-        f"the file's tokenizer splits text by the rule {split or 'of no name'}, which transformers"
-        " does not know and takes GPT-2's for: some texts become other tokens than in training"
+        f"the file's tokenizer splits text by the rule {split or '(unnamed)'}, which transformers"
+        " does not know and replaces by GPT-2's: some texts become other tokens than in training"
     )
 
 
@@ -120,13 +120,13 @@ def _check_kind(file: Path, metadata: dict[str, Any]) -> None:
 
 
 def _check_extent(file: Path, metadata: dict[str, Any]) -> None:
-    """The tensors lie one behind the other, and the file holds all of them."""
+    """Check that the tensors are contiguous and that the file holds all of them."""
     header = GgufHeader.from_file(str(file))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     end = 0
     for tensor in header.tensors:
         if tensor.offset != end:
-            raise ValueError(f"{tensor.name} lies at {tensor.offset} and not at {end}")
+            raise ValueError(f"{tensor.name} is at {tensor.offset}, not at {end}")
         end = -(-(end + tensor.nbytes) // alignment) * alignment
         if header.data_start + tensor.offset + tensor.nbytes > file.stat().st_size:
             raise ValueError(f"it ends within {tensor.name}")
@@ -140,7 +140,7 @@ def _check_depth(metadata: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def _check_metadata(file: Path, metadata: dict[str, Any], config: PretrainedConfig) -> None:
-    """What transformers does not read must say what its configuration does without it."""
+    """Check that metadata which transformers does not read agrees with its configuration."""
     architecture = metadata["general.architecture"]
     read: dict[str, str | None] = GGUF_CONFIG_MAPPING[architecture]  # type: ignore[assignment]
     known = _known(config.get_text_config())
@@ -175,7 +175,7 @@ def _known(config: PretrainedConfig) -> dict[str, object]:
 def _check_names(
     file: Path, architecture: str, names: tuple[str, ...], config: PretrainedConfig
 ) -> None:
-    """Every tensor of the file is one of the model's."""
+    """Check that every tensor of the file is one of the model's."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -218,14 +218,14 @@ def _load(where: dict[str, Any], config: PretrainedConfig) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, which no setting of its own turns off."""
+    """Without the progress bars of transformers, which none of its settings turns off."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def _damage(file: Path) -> Iterator[None]:
-    """What transformers has against a GGUF file, as a SedacError."""
+    """Raise transformers' objection to a GGUF file as a SedacError."""
     try:
         yield
     except SedacError:
@@ -235,5 +235,5 @@ def _damage(file: Path) -> Iterator[None]:
         if isinstance(error, KeyError):
             reason = f"it holds no {reason}"
         raise SedacError(
-            f"{file} is no GGUF file that can be used: {reason}; is the download complete?"
+            f"{file} is not a usable GGUF file: {reason}; is the download complete?"
         ) from error

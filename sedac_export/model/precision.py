@@ -20,7 +20,7 @@ def stored(tensor: torch.Tensor, precision: str, name: str) -> torch.Tensor:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number is infinite or NaN, which the extremes tell without a copy."""
+    """Whether no number is infinite or NaN, found from the extremes, without a copy."""
     if tensor.numel() == 0:
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())

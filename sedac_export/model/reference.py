@@ -19,7 +19,7 @@ from sedac_export.model.precision import stored
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.weights import weights_of
 
-# called with a number of layers and the residual stream [1, tokens, hidden] after so many
+# called with a number of layers and the residual stream [1, tokens, hidden] after them
 Observer = Callable[[int, Tensor], None]
 
 
@@ -71,11 +71,11 @@ def _load(directory: Path, folder: str) -> PreTrainedModel:
 def _loading_errors(directory: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever transformers and accelerate stumble over
+    except Exception as error:  # transformers and accelerate raise errors of many types
         reason = next(iter(str(error).splitlines()), "")
         raise SedacError(
             f"{directory}: transformers cannot load the model ({type(error).__name__}: {reason}),"
-            " and engines are compared with what it loads; save_pretrained() it anew"
+            " and engines are compared with what it loads; save it again with save_pretrained()"
         ) from error
 
 

@@ -22,7 +22,7 @@ from sedac_export.model.checkpoint import Checkpoint
 from sedac_export.model.support import check_config, check_modules, check_no_code
 from sedac_export.model.weights import WeightSources, find_sources, weights_of
 
-# what a layer is told of its own place; a layer that computes with it fails validation
+# attributes that hold a layer's own index; a layer that computes with it fails validation
 _OWN_INDEX = ("layer_idx", "layer_id", "layer_number")
 _INTERNALS = frozenset(vars(nn.Module()))
 
@@ -101,7 +101,7 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _constants(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The module's own attributes, as text, and what its tensors hold that are no weights."""
+    """The module's own attributes as text, and the values of its tensors that are not weights."""
     for name, value in vars(module).items():
         if name not in _OWN_INDEX and name not in _INTERNALS:
             yield name, _as_text(value)
@@ -110,7 +110,7 @@ def _constants(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _as_text(value: Any) -> str:
-    """What tells `value` from another one, as far as its type and name tell where it is no data."""
+    """`value` as text: equal for equal data; of anything else the type and name."""
     if isinstance(value, torch.Tensor):
         numbers = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(numbers.data).hexdigest()}"
@@ -149,7 +149,7 @@ def _config(directory: Path) -> PretrainedConfig:
 
 @contextlib.contextmanager
 def _config_errors(directory: Path) -> Iterator[None]:
-    """What transformers has against a config.json, as a SedacError."""
+    """Raise transformers' objection to a config.json as a SedacError."""
     try:
         yield
     except Exception as error:  # its own validators, torch and missing keys each raise another type

@@ -62,5 +62,5 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SedacError(
-            f"{name} is no directory here and cannot be had from the hub: {reason}"
+            f"{name} is not a directory here and cannot be downloaded from the hub: {reason}"
         ) from error

@@ -80,11 +80,11 @@ def check_modules(model: PreTrainedModel, directory: Path) -> None:
 
 
 def check_stops(stops: list[Any], directory: Path) -> None:
-    """Raise SedacError when an id that ends texts is no token."""
+    """Raise SedacError when an end-of-text id is not a token."""
     for token in stops:
         if not isinstance(token, int) or token < 0:
             raise SedacError(
-                f"{directory}: eos_token_id {token} is no token; correct it in config.json and"
+                f"{directory}: eos_token_id {token} is not a token; correct it in config.json and"
                 " generation_config.json"
             )
 

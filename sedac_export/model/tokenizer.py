@@ -58,6 +58,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     for sample in _SAMPLES:
         if stored.encode(sample).ids != tokenizer(sample)["input_ids"]:
             raise SedacError(
-                f"the stored tokenizer encodes {sample!r} otherwise than"
+                f"the stored tokenizer encodes {sample!r} differently from"
                 f" {type(tokenizer).__name__}; this tokenizer is not supported"
             )

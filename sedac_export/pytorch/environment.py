@@ -1,4 +1,4 @@
-"""The original SEDAC's environment variables, as defaults of what is not set otherwise."""
+"""The original SEDAC's environment variables, as defaults."""
 
 import os
 
@@ -69,4 +69,4 @@ def _number(name: str, default: float) -> float:
     try:
         return default if text is None else float(text)
     except ValueError as error:
-        raise SedacError(f"{name} {text} is no number") from error
+        raise SedacError(f"{name} {text} is not a number") from error

@@ -85,7 +85,7 @@ def test_a_collection_of_another_model_is_refused(
     assert snapshot(collected) == before
     index.write_text("{")
     assert_one_line_error(export(*command), "collection.json")
-    assert_one_line_error(export(*command[:-1], str(bundle)), "no collection")
+    assert_one_line_error(export(*command[:-1], str(bundle)), "neither a collection")
 
 
 CONFIGS = [

@@ -39,7 +39,7 @@ def refuse(export: Command, file: Path, *words: str) -> None:
 def test_cut_file_is_refused(export: Command, whole: bytes, tmp_path: Path, size: int) -> None:
     file = tmp_path / "tiny.gguf"
     file.write_bytes(whole[:size])
-    refuse(export, file, "no GGUF file that can be used", "download")
+    refuse(export, file, "not a usable GGUF file", "download")
 
 
 def test_another_file_is_refused(export: Command, tmp_path: Path) -> None:
@@ -151,4 +151,4 @@ def test_tensors_that_overlap_are_refused(export: Command, whole: bytes, tmp_pat
     damaged[offset : offset + 8] = struct.pack("<Q", 0)
     file = tmp_path / "tiny.gguf"
     file.write_bytes(damaged)
-    refuse(export, file, "blk.0.ffn_up.weight lies at 0")
+    refuse(export, file, "blk.0.ffn_up.weight is at 0")

@@ -75,7 +75,7 @@ pub enum TokenChoice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CalibrationMode {
-    /// The least risk.
+    /// The lowest risk.
     Quality,
     /// The best speed times the share of tokens that are full depth's.
     Balanced,
@@ -144,7 +144,7 @@ impl Certificate {
             ("engines_sha256", &self.setting.engines_sha256),
         ] {
             if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-                return Err(format!("{name} is no SHA-256"));
+                return Err(format!("{name} is not a SHA-256"));
             }
         }
         let share = |value: f64| value > 0.0 && value < 1.0;

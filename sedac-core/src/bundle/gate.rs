@@ -65,7 +65,7 @@ pub enum Verify {
     #[default]
     Always,
     /// Only those whose size, times or inode differ from when they were found whole. Damage that
-    /// leaves these alone, as that of a failing disk does, goes unnoticed.
+    /// changes none of these, such as a failing disk's, goes unnoticed.
     Changed,
 }
 
@@ -101,14 +101,14 @@ impl Gate {
     /// Access to `directory`, of which no file is listed yet.
     ///
     /// # Errors
-    /// [`Error::Bundle`] when it is no directory.
+    /// [`Error::Bundle`] when it is not a directory.
     pub fn open(directory: &Path) -> Result<Self> {
         let opened = fs::canonicalize(directory)
             .and_then(|root| Ok((Dir::open_ambient_dir(&root, ambient_authority())?, root)));
         let (handle, root) = opened.map_err(|error| {
             let reason = match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                    "not a bundle (it is no directory); build one with sedac-export build".into()
+                    "not a bundle (it is not a directory); build one with sedac-export build".into()
                 }
                 _ => format!("cannot be opened: {error}"),
             };
@@ -143,6 +143,11 @@ impl Gate {
         Ok((self.read(file)?, self.root.join(directory)))
     }
 
+    /// How messages name the bundle.
+    pub fn shown_directory(&self) -> PathBuf {
+        self.given.clone()
+    }
+
     /// How messages name the file `name`.
     pub fn shown(&self, name: impl AsRef<Path>) -> PathBuf {
         self.given.join(name)
@@ -157,7 +162,7 @@ impl Gate {
     /// them.
     ///
     /// # Errors
-    /// [`Error::Bundle`] naming one that is no regular file inside of the bundle,
+    /// [`Error::Bundle`] naming one that is not a regular file inside the bundle,
     /// [`Error::DamagedFile`] naming one that is missing, truncated or altered, [`Error::Io`] when
     /// one cannot be read, [`Error::Cancelled`] when interrupted.
     pub fn check(

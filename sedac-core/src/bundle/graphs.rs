@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::gate::Gate;
 use super::manifest::{ContextTensor, KeyValueEntry, LayerEntry, Manifest, is_graph_name};
-use super::onnx::{Model, Tensor, ValueInfo};
+use super::onnx::{OnnxModel, Tensor, ValueInfo};
 use crate::error::{Error, Result};
 
 const FLOAT: i32 = 1;
@@ -250,13 +250,13 @@ fn location_is_name(location: &str) -> bool {
 
 struct OpenGraph {
     path: PathBuf,
-    model: Model,
+    model: OnnxModel,
 }
 
 impl OpenGraph {
     fn read(gate: &Gate, file: &Path) -> Result<Self> {
         let path = gate.shown(file);
-        let model = Model::decode(&*gate.read(file)?)
+        let model = OnnxModel::decode(&*gate.read(file)?)
             .map_err(|error| wrong(&path, &format!("not an ONNX graph ({error})")))?;
         Ok(Self { path, model })
     }

@@ -14,7 +14,7 @@ use crate::policy::{ExitRule, PolicySettings, Signal};
 /// The schema of bundle.json that this crate reads.
 pub const SCHEMA_VERSION: u64 = 2;
 
-/// Numbers in the largest buffer that a bundle may ask for; more is no model's but an error's.
+/// Numbers in the largest buffer that a bundle may ask for; no model needs more.
 pub(crate) const MAX_BUFFER: usize = 1 << 40;
 
 /// The largest tolerance that a build takes.
@@ -50,7 +50,7 @@ pub struct ContextTensor {
 }
 
 impl ContextTensor {
-    /// Numbers in it for `tokens` tokens; None where no memory holds so many.
+    /// Numbers in it for `tokens` tokens; None where they are too many for any memory.
     pub(super) fn numbers(&self, tokens: usize) -> Option<usize> {
         let sizes = self.shape.iter();
         let sizes = sizes.map(|&size| usize::try_from(size).unwrap_or(tokens));
@@ -101,7 +101,7 @@ impl LayerEntry {
     }
 }
 
-/// The engine that tells about exiting after one depth.
+/// The engine that computes the signals for exiting after one depth.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExitEntry {
     /// The depth.
@@ -243,10 +243,10 @@ fn default_tolerance() -> f64 {
 }
 
 impl Manifest {
-    /// Check that it is one that somebody should have written; `path` names it.
+    /// Check that it is consistent; `path` names it.
     ///
     /// # Errors
-    /// [`Error::Bundle`] when its engines and sizes are those of no model.
+    /// [`Error::Bundle`] when its engines and sizes fit no model.
     pub(super) fn check(&self, path: &Path) -> Result<()> {
         let references_hold = self.engines.references_hold(self) && self.plan_references_hold();
         if self.engines_add_up() && self.sizes_are_sound() && references_hold {
@@ -333,7 +333,7 @@ impl Manifest {
             .collect()
     }
 
-    /// The rule that `policy` compiles to, of which every signal exists in this bundle.
+    /// The rule that `policy` compiles to, if this bundle has all of its signals.
     ///
     /// # Errors
     /// [`Error::Setting`] when a setting is out of range, or naming the depth that lacks a signal.
@@ -346,7 +346,7 @@ impl Manifest {
         }
         for depth in 1..=layers {
             for signal in rule.signals(depth) {
-                if matches!(signal, Signal::Risk | Signal::Margin | Signal::Learned) {
+                if !matches!(signal, Signal::None | Signal::Stability) {
                     self.check_trained(signal, depth)?;
                 }
             }

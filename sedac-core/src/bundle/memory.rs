@@ -1,4 +1,4 @@
-//! What a loaded bundle takes, held against what there is before anything of it is allocated.
+//! The memory that a loaded bundle takes, compared with what is free before any of it is allocated.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -105,7 +105,7 @@ pub(super) fn check_reading(gate: &Gate, manifest: &Manifest, limit: Option<u64>
 fn hold(gate: &Gate, needed: u64, limit: Option<u64>) -> Result<()> {
     match limit.or_else(available) {
         Some(limit) if needed > limit => Err(Error::Memory {
-            path: gate.shown(""),
+            path: gate.shown_directory(),
             needed,
             limit,
         }),

@@ -56,7 +56,7 @@ pub struct Opening {
     /// at.
     pub replaced: Option<PathBuf>,
     /// Whether a bundle of an older schema is opened too, to upgrade it: nothing here runs it. Its
-    /// files are checked, but its manifest and graphs are not held against each other.
+    /// files are checked, but its manifest and graphs are not compared with each other.
     pub older: bool,
     /// Ends the check of the files when raised.
     pub interrupt: Interrupt,
@@ -160,7 +160,7 @@ fn read_schema(gate: &Gate, oldest: u64) -> Result<(Vec<u8>, u64)> {
     let text = gate.read_unlisted(Path::new(MANIFEST), MAX_TEXT)?;
     let text = text.ok_or_else(|| {
         let reason = "not a bundle (it holds no bundle.json); build one with sedac-export build";
-        Error::bundle(&gate.shown(""), reason)
+        Error::bundle(&gate.shown_directory(), reason)
     })?;
     let schema = check_schema(gate, &text, oldest)?;
     check_manifest_digest(gate, &text)?;

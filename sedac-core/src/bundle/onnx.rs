@@ -2,13 +2,13 @@
 //!
 //! Field numbers are those of <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>; fields that
 //! are left out here are skipped. Every place that may hold a tensor is named, so that no external
-//! file escapes [`Model::external_tensors`].
+//! file escapes [`OnnxModel::external_tensors`].
 
 use prost::Message;
 
 /// A whole file.
 #[derive(Clone, PartialEq, Message)]
-pub struct Model {
+pub struct OnnxModel {
     /// What it computes.
     #[prost(message, optional, tag = "7")]
     pub graph: Option<Graph>,
@@ -165,7 +165,7 @@ pub struct Dimension {
     pub dim_param: Option<String>,
 }
 
-impl Model {
+impl OnnxModel {
     /// Every tensor whose bytes are in another file, wherever it is in the model.
     pub fn external_tensors(&self) -> Vec<&Tensor> {
         let mut found = Vec::new();
@@ -305,7 +305,7 @@ mod tests {
             node: vec![node.clone()],
             ..graph("own")
         };
-        let model = Model {
+        let model = OnnxModel {
             graph: Some(whole.clone()),
             training_info: vec![TrainingInfo {
                 initialization: Some(whole.clone()),
@@ -316,7 +316,7 @@ mod tests {
                 attribute_proto: vec![attribute],
             }],
         };
-        let read = Model::decode(&*model.encode_to_vec()).unwrap();
+        let read = OnnxModel::decode(&*model.encode_to_vec()).unwrap();
         assert_eq!(read, model);
         // an attribute holds 12 tensors, a graph 3 beside its attributes
         assert_eq!(read.external_tensors().len(), 3 * (12 + 3) + 2 * 12);

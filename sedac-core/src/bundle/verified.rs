@@ -28,8 +28,7 @@ impl Verified {
         read().unwrap_or_default()
     }
 
-    /// Keep the record. Where that is impossible the next load hashes again, and nothing else is
-    /// lost.
+    /// Save the record. Where that is impossible, the next load hashes again; nothing else is lost.
     pub(super) fn save(&self, manifest: &str) {
         let write = || {
             let path = record(manifest)?;

@@ -26,7 +26,7 @@ const IDLE_DECAY: f64 = 0.999;
 
 /// Decodes to an exit layer and drafts the token there, again and again, for as long as the next
 /// token is worth what it costs. The tokens' hidden states at the exit are saved, so that
-/// verification starts there. Where the rule takes an exit on the way, the token stands.
+/// verification starts there. Where the rule takes an exit before that depth, its token is final.
 #[derive(Debug)]
 pub(super) struct EarlyExit {
     layers: usize,
@@ -198,7 +198,7 @@ impl EarlyExit {
 impl Depth {
     /// The rule and the depth limit of a token after `waiting` others of the draft. Where the
     /// `policy` reads the exit head at the draft's depth, tokens below `min_rate` go on to full
-    /// depth; elsewhere only the head's logits tell how probable a token is, and it is drafted.
+    /// depth; elsewhere only the head's logits show how probable a token is, and it is drafted.
     fn rule(
         &self,
         policy: Option<&ExitRule>,

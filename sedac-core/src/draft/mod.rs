@@ -5,8 +5,8 @@
 //! token as long as decoding is bound by memory. A rejected draft only costs time: tokens always
 //! come from full-depth logits (speculative decoding, Leviathan et al. 2023,
 //! <https://arxiv.org/abs/2211.17192>; drafts by early exit, LayerSkip, Elhoushi et al. 2024,
-//! <https://arxiv.org/abs/2404.16710>). Where an exit rule lets tokens exit, those that it takes on
-//! the way to a draft's depth need no verification: they stand as they are.
+//! <https://arxiv.org/abs/2404.16710>). Where an exit rule lets tokens exit, those that exit
+//! before a draft's depth need no verification: they are final.
 
 mod acceptance;
 mod auto;

@@ -4,7 +4,7 @@ use super::{AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
 use crate::backend::Costs;
 use crate::error::Result;
 
-/// The longest run of newest tokens that is looked for; longer matches are no surer.
+/// The longest run of newest tokens that is looked for; longer matches are no more reliable.
 const MAX_MATCH: usize = 6;
 /// Shorter matches are accepted too rarely.
 const MIN_MATCH: usize = 2;
@@ -26,7 +26,7 @@ impl PromptLookup {
     pub(super) fn new(layers: usize) -> Self {
         Self {
             layers,
-            // the longer the match the surer
+            // longer matches are more reliable
             rates: (0..=MAX_MATCH)
                 .map(|matched| AcceptanceRate::new(1.0 - 1.0 / matched.max(1) as f64))
                 .collect(),

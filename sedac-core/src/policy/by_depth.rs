@@ -21,7 +21,7 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(
         .into_iter()
         .map(|(depth, value)| match depth.parse() {
             Ok(depth) => Ok((depth, value)),
-            Err(_) => Err(D::Error::custom(format!("{depth:?} is no depth"))),
+            Err(_) => Err(D::Error::custom(format!("{depth:?} is not a depth"))),
         })
         .collect()
 }

@@ -1,7 +1,7 @@
 //! Exit rules as data: what a policy compiles to, and the interpreter that hosts use.
 //!
 //! A rule is a table with a row for each depth. The host interprets it between engines; a device
-//! gets [`Criterion::conditions`] as they lie in memory and decides by itself.
+//! gets [`Criterion::conditions`] as they are laid out in memory and decides by itself.
 
 use super::{ExitReason, Signals};
 

@@ -7,7 +7,7 @@ use crate::bench::{BenchCase, BenchRow};
 use crate::error::{Error, Result};
 use crate::text::TextCodec;
 
-/// A way to decode, and the name of its row.
+/// A decoding mode to measure, and the name of its row.
 #[pyclass(frozen, from_py_object, name = "BenchCase")]
 #[derive(Debug, Clone)]
 pub(super) struct PyBenchCase {

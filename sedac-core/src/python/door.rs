@@ -1,4 +1,4 @@
-//! The one door for long calls: work runs on a thread of its own without the GIL, while the
+//! The one door for long calls: work runs on a separate thread without the GIL, while the
 //! calling thread listens for Ctrl-C.
 
 use std::sync::Mutex;

@@ -16,8 +16,8 @@ pub(super) struct BundleFiles(Files);
 
 #[pymethods]
 impl BundleFiles {
-    /// Check the files of the bundle in `directory`, except those below the directory `replaced`
-    /// of it, which are about to be written anew. `verify` and `threads` are as Model has them.
+    /// Check the files of the bundle in `directory`, except those below its directory
+    /// `replaced`, which are about to be rewritten. `verify` and `threads` are those of Model.
     /// With `older` the bundle may be of an older schema, to upgrade it.
     #[new]
     #[pyo3(signature = (

@@ -1,4 +1,4 @@
-//! A generation under way, as a Python iterator.
+//! A running generation, as a Python iterator.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,7 +40,7 @@ struct Ended {
 }
 
 /// What to generate, and with what.
-pub(super) struct Work {
+pub(super) struct GenerationWork {
     pub(super) turns: Arc<Turns>,
     pub(super) codec: Arc<Option<TextCodec>>,
     pub(super) request: Request,
@@ -53,7 +53,7 @@ pub(super) struct Work {
 /// turns.
 #[pyclass(frozen)]
 pub(super) struct Generation {
-    /// Outside of the reader, so that whoever closes it need not wait for whoever reads.
+    /// Outside the reader, so that closing need not wait for a thread that reads.
     interrupt: Interrupt,
     worker: OnceLock<Thread>,
     certification: Option<Certification>,
@@ -62,7 +62,7 @@ pub(super) struct Generation {
 
 struct Reader {
     /// Taken when the first token is asked for.
-    work: Option<Work>,
+    work: Option<GenerationWork>,
     /// From then on, until the generation is over.
     running: Option<Running>,
     tokens: Vec<Py<PyToken>>,
@@ -76,7 +76,7 @@ struct Running {
 }
 
 impl Generation {
-    pub(super) fn new(work: Work, certification: Option<Certification>) -> Self {
+    pub(super) fn new(work: GenerationWork, certification: Option<Certification>) -> Self {
         Self {
             interrupt: Interrupt::default(),
             worker: OnceLock::new(),
@@ -90,8 +90,8 @@ impl Generation {
         }
     }
 
-    /// Generate on a thread of its own.
-    fn start(&self, work: Work) -> std::io::Result<Running> {
+    /// Generate on a separate thread.
+    fn start(&self, work: GenerationWork) -> std::io::Result<Running> {
         let (sender, receiver) = channel();
         let ahead = Arc::<AtomicUsize>::default();
         let mut pace = Pace {
@@ -167,7 +167,7 @@ impl Generation {
         self.certification.as_ref().map(PyCertification::from)
     }
 
-    /// End it, from any thread: the model is free as soon as the engine under way has run.
+    /// End it, from any thread: the model is free as soon as the current engine has run.
     fn close(&self) {
         self.interrupt.raise();
         self.wake_worker();
@@ -228,8 +228,8 @@ impl Pace {
     }
 }
 
-fn generate(work: Work, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended> {
-    let Work {
+fn generate(work: GenerationWork, pace: &mut Pace, sender: &Sender<Event>) -> Result<Ended> {
+    let GenerationWork {
         turns,
         codec,
         request,

@@ -10,7 +10,7 @@ use super::decoding_settings::{PyDecodingSetting, PySampling};
 use super::door;
 use super::error::InputError;
 use super::executor::PythonExecutor;
-use super::generation::{Generation, Work};
+use super::generation::{Generation, GenerationWork};
 use super::outcomes::PyFollowedText;
 use super::process::ProcessLocal;
 use super::spellings::PlanDevice;
@@ -252,7 +252,7 @@ impl Model {
             self.codec()?;
         }
         let certification = self.certification(&request);
-        let work = Work {
+        let work = GenerationWork {
             turns: self.turns.get()?.clone(),
             codec: self.codec.get()?.clone(),
             request,
@@ -262,7 +262,7 @@ impl Model {
         Ok(Generation::new(work, certification))
     }
 
-    /// Compare ways to run the bundle, each after the first `prompt_tokens` tokens of `prompt`: see
+    /// Compare decoding modes, each after the first `prompt_tokens` tokens of `prompt`: see
     /// `sedac_runtime.bench`. against: the index of the case that others are compared with.
     #[expect(clippy::too_many_arguments, reason = "what a benchmark takes")]
     fn bench(

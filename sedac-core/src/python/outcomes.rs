@@ -66,7 +66,7 @@ pub(super) struct PyGenerationSummary {
     pub(super) drafts: PyDraftSummary,
 }
 
-/// A text run with exits: for each token but the first the likeliest next token, and the layers
+/// A text run with exits: the most probable token at each position but the first, and the layers
 /// executed.
 #[pyclass(frozen, get_all, name = "FollowedText")]
 #[derive(Debug, Default)]

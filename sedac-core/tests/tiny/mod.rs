@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use prost::Message;
 use sedac_core::bundle::onnx::{
-    Dimension, Graph, Model, Shape, StringEntry, Tensor, TensorType, Type, ValueInfo,
+    Dimension, Graph, OnnxModel, Shape, StringEntry, Tensor, TensorType, Type, ValueInfo,
 };
 use sedac_core::bundle::{Bundle, SCHEMA_VERSION};
 use serde_json::{Value, json};
@@ -116,7 +116,7 @@ fn weight(location: &str) -> Tensor {
 }
 
 /// The graph of the engine `name`, with a weight in `name`.data.
-pub(crate) fn graph(name: &str) -> Model {
+pub(crate) fn graph(name: &str) -> OnnxModel {
     let x = || value("x", FLOAT, &[1, -1, HIDDEN]);
     let context = || value("context_0", FLOAT, &[1, -1, 2]);
     let caches = |kind: &str, layers: usize| -> Vec<ValueInfo> {
@@ -168,7 +168,7 @@ pub(crate) fn graph(name: &str) -> Model {
             graph.output.extend(caches("present", layers));
         }
     }
-    let mut model = Model::default();
+    let mut model = OnnxModel::default();
     model.graph = Some(graph);
     model
 }

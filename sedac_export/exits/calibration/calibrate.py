@@ -40,7 +40,7 @@ _LADDERS: dict[KvFill, Sequence[float]] = {
     "propagate": (0.1, 0.5, 0.65, 0.8, 0.9, 0.97),
     "defer": tuple(step / 20 for step in range(2, 25)),
 }
-# a setting that gains less than this is no exit worth the name
+# a setting that gains less than this is not worth its exits
 _LEAST_GAIN = 1.01
 _SEARCH_SHARE = 0.45
 

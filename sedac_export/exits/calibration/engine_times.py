@@ -43,7 +43,7 @@ class EngineTimes:
     def of(
         self, depths: npt.NDArray[np.int64], checks: npt.NDArray[np.int64], kv_fill: KvFill
     ) -> npt.NDArray[np.float64]:
-        """Tokens that exit after `depths` layers with so many `checks` of exit engines, [n]."""
+        """Tokens that exit after `depths` layers with `checks` runs of exit engines each, [n]."""
         skipped = self.skipped(kv_fill)
         fixed = self.embed + self.head + self.num_layers * skipped
         total: npt.NDArray[np.float64] = (
@@ -55,7 +55,7 @@ class EngineTimes:
 def measure_engine_times(replay: Replay) -> EngineTimes:
     """Time a bundle's engines on one token, with a cache that is partly filled.
 
-    Each is the least of several runs, which other load on the machine disturbs least.
+    Each is the minimum of several runs, the one least affected by other load on the machine.
     """
     runner, manifest = replay.runner, replay.manifest
     engines = manifest.engines

@@ -1,4 +1,4 @@
-"""The unified test: every policy's settings on texts, with speed and what it costs side by side."""
+"""Settings of every policy on the same texts: speed, and what it costs in quality."""
 
 import json
 from collections.abc import Sequence
@@ -123,7 +123,7 @@ def make_report(
 
 
 def grid(bundle: Bundle) -> list[ExitConfig]:
-    """The original grid of V7 and V6, and thresholds of the policies that the bundle is fit for."""
+    """The original grid of V7 and V6, and thresholds of the policies that have trained probes."""
     manifest = bundle.manifest
     layers = manifest.model.num_layers
     configs = [

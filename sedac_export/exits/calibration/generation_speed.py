@@ -105,7 +105,7 @@ def agreement(replay: Replay, texts: Sequence[tuple[list[int], list[int]]]) -> f
     """
     same = total = 0
     for prompt, tokens in texts:
-        # a cache that the last token fills to the brim has no room for it, nor has it a successor
+        # the last token may not fit into a full cache, and nothing follows it
         text = np.array(prompt + tokens[:-1], dtype=np.int64)
         expected = replay.run(text).tokens[len(prompt) - 1 :]
         same += int((expected == np.array(tokens)).sum())

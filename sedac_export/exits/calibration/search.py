@@ -118,7 +118,7 @@ def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _scored(seen: Observations) -> dict[PolicyName, dict[int, Floats]]:
-    """By policy and depth a number that is larger the surer the policy is."""
+    """By policy and depth, a score that rises with the policy's confidence."""
     scores: dict[PolicyName, dict[int, Floats]] = {}
     if seen.margin:
         scores |= {"margin": seen.margin, "learned": seen.learned}
@@ -217,7 +217,7 @@ def _best(
     reaching: npt.NDArray[np.bool_],
     check: float,
 ) -> float:
-    """The threshold whose exits make the sum of `gains` least, infinity if none pays its checks."""
+    """The threshold whose exits minimise the sum of `gains`, infinity if none pays its checks."""
     here = scores[reaching]
     if not len(here):
         return math.inf

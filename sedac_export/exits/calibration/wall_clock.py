@@ -18,9 +18,9 @@ NEVER = 2.0
 def measure_speedup(directory: Path, documents: Sequence[Document]) -> float:
     """Time per token at full depth over that with exits, token by token along given texts.
 
-    The texts are pieces from the middle of the longest of `documents`. Both ways take turns on
-    each, after a warm-up; the figure is the ratio of their total times, of a piece the quicker of
-    two.
+    The texts are pieces from the middle of the longest of `documents`. Full depth and exits take
+    turns on each, after a warm-up; the figure is the ratio of their total times, where a piece
+    counts with the quicker of two runs.
 
     Raises SedacError when the runtime refuses the bundle.
     """

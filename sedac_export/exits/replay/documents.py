@@ -76,7 +76,7 @@ def read_documents(
 
 
 def data_digest(documents: Sequence[Document]) -> str:
-    """SHA-256 over the documents' own, whatever their order."""
+    """SHA-256 over the documents' own, independent of their order."""
     digests = sorted(document.sha256 for document in documents)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

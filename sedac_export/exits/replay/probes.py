@@ -11,7 +11,7 @@ SCALARS = 8
 
 
 class LREProbe(nn.Module):
-    """SEDAC V6: hidden states [.., hidden] -> risk [.., 1], a guess of log(1 + entropy) >= 0."""
+    """SEDAC V6: hidden states [.., hidden] -> risk [.., 1], an estimate of log(1 + entropy)."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()

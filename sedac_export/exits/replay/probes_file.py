@@ -1,4 +1,4 @@
-"""probes.safetensors and lens.safetensors: what was trained for a bundle, and whose it is."""
+"""probes.safetensors and lens.safetensors: what was trained for a bundle, and for which model."""
 
 import json
 from pathlib import Path

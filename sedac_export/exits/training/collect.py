@@ -112,7 +112,9 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
     index = directory / INDEX
     if not index.exists():
         if directory.exists() and any(directory.iterdir()):
-            raise SedacError(f"{directory} is no collection and not empty; choose another --output")
+            raise SedacError(
+                f"{directory} is neither a collection nor empty; choose another --output"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         return fresh
     try:

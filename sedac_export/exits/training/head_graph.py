@@ -1,4 +1,4 @@
-"""The head engine's graph taken apart: what comes before its large product, and its rows."""
+"""The head engine's graph in two parts: what comes before its large product, and its rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class HeadGraph:
 
     @classmethod
     def load(cls, bundle: Bundle) -> "HeadGraph":
-        """Take apart the head of `bundle`.
+        """Split the head of `bundle`.
 
         Raises SedacError when no product with the vocabulary's rows is found.
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sedac_export.exits.training.fit_probes import Fit, train
 from sedac_export.exits.training.head_torch import TorchHead
 
-# so many tokens are trained on, and so many held-out ones decide when to stop: each costs a few
+# tokens to train on, and held-out tokens that decide when to stop: each costs a few
 # passes through the head, the most expensive part of the model for one layer's work
 MOST_TOKENS, MOST_HELD_OUT = 65_536, 8_192
 _ROWS = 512

@@ -53,7 +53,7 @@ from sedac_export.exits.training.head_torch import TorchHead
 from sedac_export.exits.training.lens import LensRow, tokens_through, train_lens
 from sedac_export.graph.stamp import save_engine
 
-# so many exit engines at most unless depths are asked for
+# the most exit engines where no depths are asked for
 MOST_EXITS = 8
 PROBE_SHARES = (1 / 6, 1 / 3, 1 / 2)
 HELD_OUT = 0.15
@@ -346,7 +346,7 @@ def _allowed(asked: Sequence[int], early: Sequence[int], option: str) -> list[in
     for depth in asked:
         if depth not in early:
             raise SedacError(
-                f"{option} {depth} is no depth at which this bundle's tokens exit early:"
+                f"{option} {depth} is not a depth at which this bundle's tokens exit early:"
                 f" {', '.join(map(str, early))}"
             )
     return sorted(set(asked))
