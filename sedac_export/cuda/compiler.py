@@ -24,8 +24,9 @@ SOURCE = "chain.cu"
 ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
 NEWEST = "compute_120"
 
-# with instructions that 9.0 alone has, such as setmaxnreg; others must do without
-_TARGETS = {"sm_90": "sm_90a"}
+# targets with the instructions that only some GPUs have, such as setmaxnreg; PTX must do without,
+# and the sources tell by __CUDA_ARCH_SPECIFIC__ and __CUDA_ARCH_FAMILY_SPECIFIC__
+_TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f", "sm_120": "sm_120f"}
 
 # rows that an entry chain_N takes at most
 ROWS = (1, 2, 4, 8)
