@@ -14,7 +14,7 @@ PACKAGES := pyproject.toml uv.lock runtime/pyproject.toml
 EXPORTER := $(shell find sedac_export -name "*.py")
 
 # of pyproject.toml; the tests need these
-EXTRAS ?= dev signing tensorrt-rtx
+EXTRAS ?= dev cuda signing tensorrt-rtx
 
 # what make benchmark compares with; virtual machines may announce AMX and trap on it
 PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0

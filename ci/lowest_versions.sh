@@ -10,6 +10,6 @@ environment=target/lowest
 "$uv" venv --quiet --clear "$environment"
 "$uv" pip install --python "$environment" --resolution lowest-direct \
     --build-constraint <(echo "maturin==1.9.4"; echo "hatchling==1.27.0") \
-    --editable ".[dev,tensorrt-rtx]" ./runtime
+    --editable ".[cuda,dev,tensorrt-rtx]" ./runtime
 "$uv" pip list --python "$environment" --quiet
 exec "$environment/bin/pytest" "$@"

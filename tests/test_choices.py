@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 
 from sedac_export.bundle import exit_config
-from sedac_export.cli import commands, exit_commands, tensorrt_commands
+from sedac_export.cli import commands, exit_commands, targets
 from sedac_runtime import _core, choices, cli, flavour
 
 NO_DRAFTER = {"none"}
@@ -45,6 +45,10 @@ def names(choice: Any) -> set[str]:
 )
 def test_names_are_the_cores(setting: str, choice: Any) -> None:
     assert names(choice) == set(_core.SPELLINGS[setting])
+
+
+def test_there_is_a_target_for_every_backend() -> None:
+    assert names(targets.TargetName) == set(_core.SPELLINGS["backend"])
 
 
 def test_drafters_may_also_be_none() -> None:

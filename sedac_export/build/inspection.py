@@ -60,6 +60,8 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
         "precision": manifest.precision,
         "target": manifest.target,
         "plans": {target: plans.version for target, plans in manifest.plans.items()},
+        "cuda": manifest.cuda and manifest.cuda.model_dump(),
+        "cuda_refusal": manifest.cuda_refusal,
         "files": {"hashed": hashed, "unchanged": unchanged},
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "max_cache_length": manifest.max_cache_length,

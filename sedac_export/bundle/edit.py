@@ -13,8 +13,8 @@ from sedac_export.bundle.staging import claimed, replace_file
 from sedac_export.errors import SedacError
 from sedac_runtime._core import read_unlisted
 
-# the only files that a change never rewrites, and the only large ones
-_WEIGHTS = ".data"
+# what a change never rewrites, and all that is large: weights and what is built of them
+_WEIGHTS, _BUILT = ".data", "engines/"
 
 
 @contextlib.contextmanager
@@ -24,7 +24,8 @@ def edited_bundle(bundle: Bundle, keep: bool = True, output: Path | None = None)
     It holds what the manifest lists and the exit configuration, and nothing else that is in the
     directory. With keep False it never takes the place: the copy is for trying something out, and
     not signed. With an output it becomes a bundle of that name, and `bundle` stays as it is.
-    Weights are hard links where the file system has them: only other files may be rewritten.
+    Weights and what is built of them are hard links where the file system has them: only other
+    files may be rewritten.
 
     Raises SedacError when `output` exists.
     """
@@ -33,7 +34,8 @@ def edited_bundle(bundle: Bundle, keep: bool = True, output: Path | None = None)
     unlisted = (MANIFEST, MANIFEST_DIGEST, EXIT_CONFIG, *((SIGNATURE,) if keep else ()))
     with claimed(output or bundle.directory) as claim, claim.staging() as staging:
         for name in bundle.manifest.files:
-            _bring(bundle.path(name), staging / name)
+            is_large = name.endswith(_WEIGHTS) or name.startswith(_BUILT)
+            _bring(bundle.path(name), staging / name, linked=is_large)
         for name in unlisted:
             text = read_unlisted(bundle.directory, name)
             if text is not None:
@@ -52,9 +54,9 @@ def write_config(directory: Path, text: str) -> None:
     replace_file(directory / EXIT_CONFIG, text)
 
 
-def _bring(path: Path, target: Path) -> None:
+def _bring(path: Path, target: Path, linked: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == _WEIGHTS:
+    if linked:
         with contextlib.suppress(OSError):
             os.link(path.resolve(), target)
             return

@@ -10,6 +10,7 @@ from pydantic import (
     model_serializer,
 )
 
+from sedac_export.bundle.cuda_entry import CudaChain
 from sedac_export.bundle.hashing import sha256
 from sedac_export.bundle.plan_entries import PlanSet, PortableGraphs
 from sedac_export.bundle.schema import StrictModel
@@ -112,7 +113,10 @@ class FileEntry(StrictModel):
 
 
 class Manifest(StrictModel):
-    """bundle.json. docs/reference/bundle.md describes each field."""
+    """bundle.json. docs/reference/bundle.md describes each field.
+
+    cuda_refusal is why the CUDA kernel cannot run the model, once that was asked for.
+    """
 
     schema_version: int = SCHEMA_VERSION
     model: ModelFacts
@@ -130,6 +134,8 @@ class Manifest(StrictModel):
     tool_versions: dict[str, str]
     portable: PortableGraphs | None = None
     plans: dict[Target, PlanSet] = Field(default_factory=dict)
+    cuda: CudaChain | None = None
+    cuda_refusal: str | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
     def fingerprint(self) -> str:

@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sedac_export.bundle.signature import SIGNATURE
+from sedac_export.cli import target_commands
 from sedac_export.cli import tensorrt_commands as tensorrt
 from sedac_export.cli.exit_commands import register_exit_commands, spread_data
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
+from sedac_export.cli.target_commands import ChosenTargets
+from sedac_export.cli.targets import TargetName, Targets
 from sedac_export.console import console
 from sedac_export.errors import SedacError
 from sedac_runtime.logs import configure
@@ -71,7 +74,7 @@ def build(
         typer.Option(help="Maximum difference from the original, up to 1e-2."),
     ] = DEFAULT_TOLERANCE,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    target: tensorrt.Targets = [tensorrt.TargetName.ONNXRUNTIME],  # noqa: B006
+    target: Targets = [TargetName.ONNXRUNTIME],  # noqa: B006
     max_batch_size: tensorrt.MaxBatchSize = 1,
     max_prefill_chunk: tensorrt.MaxPrefillChunk = 512,
     compute_capabilities: tensorrt.ComputeCapabilities = "",
@@ -100,7 +103,7 @@ def build(
         version_compatible,
         hardware_compatible,
     )
-    targets = tensorrt.check_targets(target, options)
+    targets = ChosenTargets.check(target, options, precision.value)
     with progress_bar("trace", "write", "validate") as progress:
         built = run(request, progress)
     manifest, validation = built.manifest, built.validation
@@ -122,7 +125,7 @@ def build(
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:
-        tensorrt.add_targets(output, targets, options, model)
+        targets.add(output, model)
     except SedacError as error:
         raise SedacError(f"{error}; {output} is whole for ONNX Runtime") from error
 
@@ -169,6 +172,7 @@ def inspect(
     if facts["unread_tensors"]:
         names = ", ".join(facts["unread_tensors"])
         out.print(f"tensors of the checkpoint that no engine needs: {names}")
+    out.print(_cuda(facts))
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")
@@ -241,6 +245,7 @@ def verify(
 
 
 register_exit_commands(app)
+target_commands.register(app)
 tensorrt.register(app)
 
 
@@ -254,6 +259,19 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _cuda(facts: dict[str, Any]) -> str:
+    """What there is for the target cuda, or why there is nothing."""
+    chain, refusal = facts["cuda"], facts["cuda_refusal"]
+    if chain is not None:
+        architectures = ", ".join(module["architecture"] for module in chain["modules"])
+        return f"CUDA chain for {architectures}, compiled by NVRTC {chain['compiler']}"
+    if refusal is not None:
+        return f"no CUDA chain: {refusal}"
+    if facts["precision"] != "fp16":
+        return f"no CUDA chain: it takes fp16 weights, and these are {facts['precision']}"
+    return "no CUDA chain; sedac-export engines --target cuda adds it"
 
 
 def _visible(facts: Any) -> Any:

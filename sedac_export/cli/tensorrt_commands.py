@@ -1,7 +1,6 @@
 """The part of the command sedac-export that is about TensorRT."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
+from sedac_export.cli.targets import TargetName
 from sedac_export.console import console
 from sedac_export.errors import SedacError
 from sedac_runtime.flavour import FLAVOURS, Target
@@ -17,19 +17,6 @@ from sedac_runtime.terminal import visible
 
 _OTHERS = " or ".join(FLAVOURS)
 
-
-class TargetName(StrEnum):
-    """What --target takes."""
-
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
-
-
-Targets = Annotated[
-    list[TargetName],
-    typer.Option("--target", help="Target to build for; repeatable. ONNX Runtime is always built."),
-]
 MaxBatchSize = Annotated[int, typer.Option(help="TensorRT: maximum sequences per pass.")]
 MaxPrefillChunk = Annotated[int, typer.Option(help="TensorRT: maximum prompt tokens per pass.")]
 ComputeCapabilities = Annotated[
@@ -42,33 +29,6 @@ VersionCompatible = Annotated[
 HardwareCompatible = Annotated[
     bool, typer.Option("--hardware-compatible", help="TensorRT: plans for every GPU since Ampere.")
 ]
-
-
-def engines(
-    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    target: Targets,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The original model, if the bundle was built without a TensorRT target."),
-    ] = None,
-    max_batch_size: MaxBatchSize = 1,
-    max_prefill_chunk: MaxPrefillChunk = 512,
-    compute_capabilities: ComputeCapabilities = "",
-    version_compatible: VersionCompatible = False,
-    hardware_compatible: HardwareCompatible = False,
-) -> None:
-    """Add TensorRT engines to a bundle. An interrupted build resumes."""
-    options = build_options(
-        max_batch_size,
-        max_prefill_chunk,
-        compute_capabilities,
-        version_compatible,
-        hardware_compatible,
-    )
-    targets = check_targets(target, options)
-    if not targets:
-        raise SedacError(f"every bundle has its ONNX Runtime engines; name {_OTHERS} as --target")
-    add_targets(bundle, targets, options, model)
 
 
 def validate(
@@ -112,6 +72,11 @@ def _validated(directory: Path, target: TargetName | None) -> list[Target]:
             "--target onnxruntime: the build has compared those engines with the original;"
             " sedac-export inspect shows by how much they differ"
         )
+    if target is TargetName.CUDA:
+        raise SedacError(
+            "--target cuda: validate does not run this target's kernel yet; the build has compared"
+            " what it computes with the original's layers"
+        )
     held = list(read_manifest(directory).plans)
     chosen = [flavour for flavour in FLAVOURS if target == TargetName(flavour)]
     if not chosen and not held:
@@ -151,7 +116,7 @@ def flags(options: BuildOptions) -> str:
     return "".join(words)
 
 
-def check_targets(targets: list[TargetName], options: BuildOptions) -> list[Target]:
+def check_flavours(targets: list[TargetName], options: BuildOptions) -> list[Target]:
     """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
     from sedac_export.tensorrt.build_plans import check_options
 
@@ -161,7 +126,7 @@ def check_targets(targets: list[TargetName], options: BuildOptions) -> list[Targ
     return chosen
 
 
-def add_targets(
+def add_flavours(
     directory: Path, targets: list[Target], options: BuildOptions, model: str | None
 ) -> None:
     """Build the plans of `targets` into a bundle, its portable graphs first if it has none."""
@@ -188,6 +153,5 @@ def _summary(directory: Path, target: Target, plans: PlanSet) -> str:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    app.command()(engines)
+    """Add the command to `app`."""
     app.command()(validate)

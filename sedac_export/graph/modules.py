@@ -96,9 +96,9 @@ class EmbedModule(nn.Module):
         self.skeleton, self.interface = skeleton, interface
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        recorder = _LayerRecorder(self.interface.returns_tuple)
-        with _replaced_layers(self.skeleton, recorder):
-            _run_model(self.model, input_ids, position_ids)
+        recorder = LayerRecorder(self.interface.returns_tuple)
+        with replaced_layers(self.skeleton, recorder):
+            run_model(self.model, input_ids, position_ids)
         pairs = zip(recorder.distinct_tensors(), self.interface.contexts, strict=True)
         return recorder.hidden, *(
             tensor[..., : tensor.shape[-1] // 2] if context.halved else tensor.clone()
@@ -118,8 +118,8 @@ class HeadModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.full(x.shape[:2], 2)
         positions = torch.arange(x.shape[1])[None]
-        with _replaced_layers(self.skeleton, _LayerRecorder(self.interface.returns_tuple, x)):
-            logits: Tensor = _run_model(self.model, tokens, positions).logits
+        with replaced_layers(self.skeleton, LayerRecorder(self.interface.returns_tuple, x)):
+            logits: Tensor = run_model(self.model, tokens, positions).logits
         return logits
 
 
@@ -210,11 +210,9 @@ def learn_interface(skeleton: Skeleton, router: AttentionRouter, batch: int = 1)
     The weights may be stand-ins: only structure and positions are looked at.
     """
     layers = list(skeleton.layers)
-    try:
-        recorder = _record(skeleton, batch, returns_tuple=False)
-    except (RuntimeError, IndexError, ValueError):
-        # the model took the first sequence for the first of a layer's results
-        recorder = _record(skeleton, batch, returns_tuple=True)
+    # far from zero, near which a table may repeat its half by accident, and without gaps,
+    # which transformers takes for the start of another sequence
+    recorder = record_calls(skeleton, torch.arange(5, 9).repeat(batch, 1))
     tensors = recorder.distinct_tensors()
     interface = LayerInterface(
         batch, contexts=[_context(i, tensor) for i, tensor in enumerate(tensors)]
@@ -235,14 +233,20 @@ def learn_interface(skeleton: Skeleton, router: AttentionRouter, batch: int = 1)
     return interface
 
 
-def _record(skeleton: Skeleton, batch: int, returns_tuple: bool) -> "_LayerRecorder":
-    """How the model calls its layers, if those return a tuple or not."""
-    recorder = _LayerRecorder(returns_tuple)
-    with _replaced_layers(skeleton, recorder), torch.no_grad():
-        # far from zero, near which a table may repeat its half by accident, and without gaps,
-        # which transformers takes for the start of another sequence
-        positions = torch.arange(5, 9).repeat(batch, 1)
-        _run_model(skeleton.model, positions + 2, positions)
+def record_calls(skeleton: Skeleton, positions: Tensor) -> "LayerRecorder":
+    """How the model calls its layers for tokens at `positions`, int64 [batch, tokens]."""
+    try:
+        return _record(skeleton, positions, returns_tuple=False)
+    except (RuntimeError, IndexError, ValueError):
+        # the model took the first sequence for the first of a layer's results
+        return _record(skeleton, positions, returns_tuple=True)
+
+
+def _record(skeleton: Skeleton, positions: Tensor, returns_tuple: bool) -> "LayerRecorder":
+    """The calls, if layers return a tuple or not."""
+    recorder = LayerRecorder(returns_tuple)
+    with replaced_layers(skeleton, recorder), torch.no_grad():
+        run_model(skeleton.model, positions + 2, positions)
     return recorder
 
 
@@ -295,7 +299,7 @@ class _GroupQueryCache(RecordingCache):
         return output
 
 
-class _LayerRecorder(nn.Module):
+class LayerRecorder(nn.Module):
     """Stands for every layer: records the call and passes the hidden state on.
 
     Gives `output` instead, where one is set.
@@ -340,7 +344,8 @@ class _LayerRecorder(nn.Module):
 
 
 @contextlib.contextmanager
-def _replaced_layers(skeleton: Skeleton, recorder: _LayerRecorder) -> Iterator[None]:
+def replaced_layers(skeleton: Skeleton, recorder: LayerRecorder) -> Iterator[None]:
+    """Within this context `recorder` stands for every layer of the model."""
     layers = skeleton.layers
     originals = list(layers)
     recorder.__dict__["originals"] = originals
@@ -353,7 +358,11 @@ def _replaced_layers(skeleton: Skeleton, recorder: _LayerRecorder) -> Iterator[N
             layers._modules[str(index)] = layer
 
 
-def _run_model(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Any:
+def run_model(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Any:
+    """What `model` gives for tokens and positions, int64 [batch, tokens] each.
+
+    Raises SedacError when it takes no positions.
+    """
     try:
         return model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     except TypeError as error:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -204,7 +205,7 @@ def scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
 def fused_operators(model: PreTrainedModel, router: AttentionRouter) -> Iterator[None]:
     """Within this context `model` traces to fused operators; afterwards it is as before."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_routed_attention(model, router))
+        stack.enter_context(routed_attention(model, router))
         for name in {type(module).__module__ for module in model.modules()}:
             stack.enter_context(_fused_rotary(sys.modules[name]))
         for module in model.modules():
@@ -223,10 +224,11 @@ def _split_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _routed_attention(model: PreTrainedModel, router: AttentionRouter) -> Iterator[None]:
+def routed_attention(model: PreTrainedModel, attention: Callable[..., Any]) -> Iterator[None]:
+    """Within this context `model` computes attention by `attention`, as `ATTENTION_NAME`."""
     config = model.config.get_text_config()
     saved = config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, router)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
     config._attn_implementation = ATTENTION_NAME
     try:
         yield
@@ -318,10 +320,24 @@ def _fused_norm(module: nn.Module) -> Iterator[None]:
 
 def _norm_operator(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A forward of `module` as one RMSNormalization, None when it computes something else."""
+    norm = rms_norm_of(module)
+    return None if norm is None else _rms_norm(module, norm.epsilon, norm.offset)
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """x / sqrt(mean(x^2) + epsilon) * (weight + offset), means over the weight's length."""
+
+    epsilon: float
+    offset: float
+
+
+def rms_norm_of(module: nn.Module) -> RmsNorm | None:
+    """The RMS norm that `module` computes, None when it computes something else."""
     weight = module._parameters.get("weight")
     names = ("variance_epsilon", "eps", "epsilon")
     epsilon = next((getattr(module, name) for name in names if hasattr(module, name)), None)
-    if weight is None or not isinstance(epsilon, float):
+    if weight is None or len(module._parameters) > 1 or not isinstance(epsilon, float):
         return None
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, *weight.shape, generator=generator)
@@ -332,7 +348,7 @@ def _norm_operator(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     for offset in (0.0, 1.0):
         fused = F.rms_norm(sample, weight.shape, scale + offset, epsilon)
         if torch.allclose(fused, expected, atol=1e-5):
-            return _rms_norm(module, epsilon, offset)
+            return RmsNorm(epsilon, offset)
     return None
 
 

@@ -1,0 +1,50 @@
+"""Random tiny models, their bundles, and a stand-in for the chain that compiles at once."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from build_cache import BuildCache
+from tiny_models import save_tiny_model
+
+from sedac_export import BuildRequest
+from sedac_export.cuda import compiler
+from sedac_export.model.skeleton import Skeleton
+
+TinySkeleton = Callable[[str], Skeleton]
+HalfBundle = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="session")
+def tiny_skeleton(tmp_path_factory: pytest.TempPathFactory) -> TinySkeleton:
+    """The skeleton of an architecture's random model; nothing may be changed in it."""
+
+    @functools.cache
+    def get(name: str) -> Skeleton:
+        directory = tmp_path_factory.mktemp("skeleton")
+        save_tiny_model(name, directory)
+        return Skeleton.load(directory)
+
+    return get
+
+
+@pytest.fixture
+def half_bundle(build_cache: BuildCache, tmp_path: Path) -> HalfBundle:
+    """A model and its fp16 bundle, which the test may change."""
+
+    def get(name: str) -> tuple[Path, Path]:
+        model = tmp_path / f"{name}-model"
+        save_tiny_model(name, model)
+        request = BuildRequest(str(model), tmp_path / name, precision="fp16")
+        return model, build_cache.bundle(request)
+
+    return get
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the stand-in in the chain's place."""
+    for module in ("cuda.bindings.nvrtc", "elftools"):
+        pytest.importorskip(module, reason="of the extra sedac[cuda]")
+    monkeypatch.setattr(compiler, "KERNELS", Path(__file__).with_name("stand_in"))
