@@ -56,10 +56,6 @@ def test_drafters_may_also_be_none() -> None:
     assert names(choices.Drafter) == names(cli.Drafter) == known
 
 
-def test_there_is_a_target_for_every_backend() -> None:
-    assert names(tensorrt_commands.TargetName) | {"cuda"} == set(_core.SPELLINGS["backend"])
-
-
 def test_backends_may_also_be_chosen() -> None:
     known = set(_core.SPELLINGS["backend"]) | {"auto"}
     assert names(choices.BackendChoice) == names(cli.BackendName) == known

@@ -75,22 +75,22 @@ def add_cuda(
 
 @dataclass(frozen=True)
 class _Chain:
-    """What the kernel is compiled for. has_head_norms: of queries and keys."""
+    """What the kernel is compiled for. vectors: names of the layers' norms and biases."""
 
     shape: ChainShape
     options: ChainOptions
     layers: list[ChainLayer]
-    has_head_norms: bool
+    vectors: list[str]
 
     @classmethod
     def of(cls, description: ChainDescription) -> "_Chain":
-        has_head_norms = "query_norm" in description.vectors()
-        return cls(description.shape, description.options, description.layers, has_head_norms)
+        vectors = description.vectors()
+        return cls(description.shape, description.options, description.layers, vectors)
 
     def compile(self, compiler: Compiler, scratch: Path, progress: StageProgress) -> CudaChain:
         """Write the compiled files into `scratch`; the manifest's entry of them."""
         tables = 1 + max(layer.rotary for layer in self.layers)
-        macros = chain_macros(self.shape, self.options, tables, self.has_head_norms)
+        macros = chain_macros(self.shape, self.options, tables, self.vectors)
         modules = []
         for compiled in compiler.compile(macros, progress):
             (scratch / compiled.file).write_bytes(compiled.code)
@@ -120,8 +120,9 @@ def _held(opened: Bundle) -> _Chain:
             f"{opened.directory} does not say how its layers are made; name the model with --model"
         )
     with safe_open(opened.path(held.weights), "np") as weights:
-        has_head_norms = "layers.0.query_norm" in weights.keys()  # noqa: SIM118
-    return _Chain(held.shape, held.options, held.layers, has_head_norms)
+        prefix = "layers.0."
+        vectors = [n.removeprefix(prefix) for n in weights.keys() if n.startswith(prefix)]  # noqa: SIM118
+    return _Chain(held.shape, held.options, held.layers, vectors)
 
 
 def _describe(opened: Bundle, model: str, claim: Claim) -> ChainDescription:

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ ROWS = (1, 2, 4, 8)
 
 _FLAGS = ("-std=c++17", "-fmad=false", "-default-device", "--ptxas-options=-v")
 _FACTS = "sedac_facts"
+# what the sources assert
+_NO_ROOM = "shared memory is too small"
 # where a struct Facts has the dynamic shared memory of each entry, unsigned each
 _SHARED_BYTES = range(20, 36, 4)
 _KERNEL = re.compile(
@@ -87,19 +89,27 @@ class Compiler:
     def compile(self, macros: Mapping[str, str], progress: StageProgress) -> list[CompiledChain]:
         """The chain with `macros`, for each architecture, and as PTX for the newest.
 
-        Raises SedacError when NVRTC refuses it; what it says is logged.
+        An architecture whose shared memory is too small for the model's shape is left out. Raises
+        SedacError when NVRTC refuses the chain; what it says is logged.
         """
         architectures = (*ARCHITECTURES, NEWEST)
         progress("compile", 0, len(architectures))
         # NVRTC compiles on several threads at once: 13.0 s instead of 22.1 for two on two cores
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = []
-            for chain in pool.map(lambda a: self._compile(a, macros), architectures):
-                compiled.append(chain)
-                progress("compile", len(compiled), len(architectures))
+            chains = pool.map(lambda a: self._compile(a, macros), architectures)
+            for done, chain in enumerate(chains, 1):
+                if chain is not None:
+                    compiled.append(chain)
+                progress("compile", done, len(architectures))
+        if not compiled:
+            raise SedacError(
+                "no GPU has the shared memory that the chain takes for this model's shape; leave"
+                " the target cuda out"
+            )
         return compiled
 
-    def _compile(self, architecture: str, macros: Mapping[str, str]) -> CompiledChain:
+    def _compile(self, architecture: str, macros: Mapping[str, str]) -> CompiledChain | None:
         nvrtc = self.nvrtc
         text = (KERNELS / SOURCE).read_bytes()
         (program,) = self._checked(nvrtc.nvrtcCreateProgram(text, SOURCE.encode(), 0, None, None))
@@ -111,6 +121,9 @@ class Compiler:
             ]
             (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
             log = self._text(program, "ProgramLog").decode().rstrip("\0")
+            if result != nvrtc.nvrtcResult.NVRTC_SUCCESS and _NO_ROOM in log:
+                logger.info("the chain does not fit %s: %s", architecture, _NO_ROOM)
+                return None
             if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
                 raise _refusal(architecture, log, self.version)
             if architecture.startswith("compute_"):
@@ -152,9 +165,12 @@ class Compiler:
 
 
 def chain_macros(
-    shape: ChainShape, options: ChainOptions, tables: int, has_head_norms: bool
+    shape: ChainShape, options: ChainOptions, tables: int, vectors: Collection[str]
 ) -> dict[str, str]:
-    """What the sources are compiled with; tables is the number of rotary tables."""
+    """What the sources are compiled with.
+
+    tables is the number of rotary tables, vectors are the names of the layers' norms and biases.
+    """
     sizes = {f"SEDAC_{name.upper()}": str(size) for name, size in shape.model_dump().items()}
     numbers = {
         f"SEDAC_{name.upper()}": f"{value!r}f"
@@ -165,7 +181,8 @@ def chain_macros(
         **numbers,
         "SEDAC_GELU": str(int(options.activation == "gelu_tanh")),
         "SEDAC_ROTARY_TABLES": str(tables),
-        "SEDAC_QUERY_KEY_NORM": str(int(has_head_norms)),
+        "SEDAC_QUERY_KEY_NORM": str(int("query_norm" in vectors)),
+        "SEDAC_POST_NORMS": str(int("mlp_post_norm" in vectors)),
     }
 
 

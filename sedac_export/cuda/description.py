@@ -74,6 +74,7 @@ def _described(skeleton: Skeleton) -> ChainDescription:
     found = {index: identify(observation) for index, observation in seen.items()}
     description = _describe(skeleton, [found[kind] for kind in kinds], ends)
     _check_limits(description.shape, "query_norm" in description.vectors())
+    _check_norms(description.vectors())
     for index, observation in seen.items():
         check_layer(description, index, observation)
     check_ends(description, ends)
@@ -211,6 +212,14 @@ def _embedding_scale(ends: EndsObservation) -> float:
         raise NoChainError("its embedding has another size than its layers")
     ratio = ends.embedded.flatten()[largest] / ends.embedding.flatten()[largest]
     return float(ratio)
+
+
+def _check_norms(vectors: list[str]) -> None:
+    """Raise NoChainError where the kernel does not compute the layers' norms."""
+    if not {"attention_norm", "mlp_norm"} <= set(vectors):
+        raise NoChainError("its layers have no norms before attention and MLP")
+    if ("attention_post_norm" in vectors) != ("mlp_post_norm" in vectors):
+        raise NoChainError("its layers have a norm after attention or after the MLP alone")
 
 
 def _check_limits(shape: ChainShape, has_head_norms: bool) -> None:

@@ -95,7 +95,7 @@ template <int N> struct Chain {
   // The warps that compute.
   __device__ __forceinline__ void compute(int first_layer, int last_layer) {
     prepare_rows();
-    Stages<N> stages{pass, shared, ring, scratch, frozen};
+    Stages<N> stages{pass, shared, ring, scratch};
     const int layer = run_layers(stages, first_layer, last_layer);
     if (!block_index() && !threadIdx.x) pass.outcome->layers_ended = now();
     if (layer < last_layer) {
@@ -200,7 +200,7 @@ template <int N> struct Chain {
         float bias = 0;
         if (stage == STAGE_QKV || stage == STAGE_GATE_UP) {
           active = begin(tid, stages, stage, layer, first_layer, last_layer, stage == STAGE_QKV ? before : active, bias);
-          if (!active) {
+          if (exits.stopped == (1u << sequences()) - 1) {
             out = true;
             break;
           }
@@ -237,9 +237,15 @@ template <int N> struct Chain {
     if (of_layer && layer < last_layer) bias = first_bias(tid, layer);
     const bool compared = of_layer && deciding && layer > first_layer;
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
-    load_started(tid, of_layer ? layer : -1, h);
+    clear(h);
     receive<N>(tid, h, scratch, [&](int t) { return of_layer ? stages.down_offset(t, layer - 1) : SCRATCH_O; }, of_layer ? DOWN_SPLITS : 1,
-               [&](int t) { return of_layer ? stages.down_parity(t, layer - 1) : row_parity(pass, t, layer); }, before & ~frozen);
+               [&](int t) { return of_layer ? stages.down_parity(t, layer - 1) : row_parity(pass, t, layer); }, before);
+    if (SEDAC_POST_NORMS) {
+      const Layer& of = shared.layers[of_layer ? max(layer - 1, 0) : layer];
+      add_normalised<N>(tid, h, before, of_layer ? of.mlp_post_norm : of.attention_post_norm, shared.segments[3],
+                        [&](int t, int d) { return *reinterpret_cast<const float2*>(remembered(t, of_layer) + d); });
+    }
+    load_started(tid, of_layer ? layer : -1, h);
     if (N > 1 && layer == last_layer) load_stopped(tid, stages, h);
     MARK(layer, of_layer ? 1 : 7)
     stash(tid, h, !of_layer);
@@ -247,12 +253,20 @@ template <int N> struct Chain {
     if (compared) compare(tid, h, stability);
     const float value = normalise<N>(tid, h, weight, shared.input, shared.segments, stability, compared);
     if (!of_layer) {
+      if (SEDAC_POST_NORMS) remember(tid, h, before, true);
       MARK(layer, 8)
       return before;
     }
     if (compared || layer >= next_stop) decide(tid, layer, condition, value, before, h);
     const unsigned active = active_at(layer);
-    remember_input(tid, active, h);
+    if (SEDAC_POST_NORMS) {
+      remember(tid, h, before | active, false);
+    } else if (N > 1) {
+      if (deciding & active) remember(tid, h, deciding & active, false);
+    } else {
+#pragma unroll
+      for (int p = 0; p < PAIRS; p++) input[N == 1 ? p : 0] = h[0][p];
+    }
     MARK(layer, 2)
     return active;
   }
@@ -271,9 +285,9 @@ template <int N> struct Chain {
       for (int p = 0; p < PAIRS; p++) h[t][p] = make_float2(0, 0);
   }
 
-  // Rows that start at `layer`, and frozen ones, which stay as they are.
+  // Rows that start at `layer`, and frozen ones, which stay as they are. (What layers make of these is computed and waited
+  // for all the same: it is what holds the blocks together.)
   __device__ __forceinline__ void load_started(int tid, int layer, float2 (&h)[N][PAIRS]) const {
-    clear(h);
 #pragma unroll
     for (int t = 0; t < N; t++) {
       if (t >= rows() || (!(frozen >> t & 1) && pass.row[t].first_layer != layer)) continue;
@@ -287,6 +301,10 @@ template <int N> struct Chain {
     for (int t = 0; t < N; t++) {
       if (t >= rows() || !(exits.stopped >> pass.row[t].sequence & 1)) continue;
       const int depth = exits.stopped_at(pass.row[t].sequence);
+      if (SEDAC_POST_NORMS) {
+        for_pairs(fresh<N>(tid), [&](int p, int d) { h[t][p] = *reinterpret_cast<const float2*>(remembered(t, false) + d); });
+        continue;
+      }
       const float* from = scratch + t * SCRATCH_ROW + stages.down_offset(t, depth - 1);
       for_pairs(fresh<N>(tid), [&](int p, int d) {
         h[t][p] = make_float2(0, 0);
@@ -303,21 +321,16 @@ template <int N> struct Chain {
     for_pairs(fresh<N>(tid), [&](int p, int d) { weight[p] = *reinterpret_cast<const float2*>(from + d); });
   }
 
-  __device__ __forceinline__ float* remembered(int t) const {
-    return scratch + SCRATCH_INPUTS + (static_cast<size_t>(block_index()) * MAX_ROWS + t) * HIDDEN;
+  // The residual before attention, or before the MLP.
+  __device__ __forceinline__ float* remembered(int t, bool before_mlp) const {
+    return scratch + SCRATCH_INPUTS + (static_cast<size_t>(block_index() * 2 + before_mlp) * MAX_ROWS + t) * HIDDEN;
   }
 
-  // The layer's input, of rows that decide.
-  __device__ __forceinline__ void remember_input(int tid, unsigned active, const float2 (&h)[N][PAIRS]) {
-    if (N == 1) {
-#pragma unroll
-      for (int p = 0; p < PAIRS; p++) input[p] = h[0][p];
-      return;
-    }
-    if (!(deciding & active)) return;
+  __device__ __forceinline__ void remember(int tid, const float2 (&h)[N][PAIRS], unsigned rows, bool before_mlp) const {
 #pragma unroll
     for (int t = 0; t < N; t++)
-      if (deciding >> t & 1) for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<float2*>(remembered(t) + d) = h[t][p]; });
+      if (has<N>(rows, t))
+        for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<float2*>(remembered(t, before_mlp) + d) = h[t][p]; });
   }
 
   __device__ __forceinline__ void compare(int tid, const float2 (&h)[N][PAIRS], Stability<N>& stability) const {
@@ -325,7 +338,7 @@ template <int N> struct Chain {
 #pragma unroll
     for (int t = 0; t < N; t++)
       if (has<N>(deciding, t)) {
-        for_pairs(fresh<N>(tid), [&](int p, int d) { stability.note(t, N == 1 ? input[N == 1 ? p : 0] : *reinterpret_cast<const float2*>(remembered(t) + d), h[t][p]); });
+        for_pairs(fresh<N>(tid), [&](int p, int d) { stability.note(t, N == 1 && !SEDAC_POST_NORMS ? input[N == 1 ? p : 0] : *reinterpret_cast<const float2*>(remembered(t, false) + d), h[t][p]); });
       }
   }
 

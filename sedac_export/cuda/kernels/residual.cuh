@@ -32,8 +32,9 @@ template <int ROWS, int AT_ONCE, class F> __device__ __forceinline__ void for_wo
 }
 
 // The residual of `rows`, as it arrives: the sum of `parts` vectors, which begin at from(row) in the row's scratch and have
-// flags of parity(row). A poll is a trip to L2, some 0.7 us, so it asks for as many words at once as registers allow: of
-// two rows (four spill), and of all pairs where they are few. (One pair after another: 512 us a token of Qwen2.5-0.5B's shape, @@.)
+// flags of parity(row). A poll is a trip to L2, some 0.7 us, so it asks for as many words at once as registers allow: of two
+// rows, four spill, and of all pairs where they are few. (Pair after pair, and down's activations piece after piece: 512 us
+// for the layers of Qwen2.5-0.5B's shape; so: 478.)
 template <int N, class From, class Parity>
 __device__ __forceinline__ void receive(int tid, float2 (&h)[N][PAIRS], const float* scratch, From from, int parts, Parity parity, unsigned rows) {
   constexpr int ROWS = N < 4 ? N : 2, AT_ONCE = PAIRS <= 2 || N == 1 ? (PAIRS < 4 ? PAIRS : 4) : 1;
@@ -92,6 +93,30 @@ template <int N> struct RowSums {
   }
 };
 static_assert(WARPS == 8 && MAX_ROWS == 8, "RowSums: a lane loads two of a row's eight sums");
+
+// The norm of what attention or the MLP gives, before it is added: h = before(row, element) + rmsnorm(h) * weight.
+template <int N, class Before>
+__device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], unsigned rows, const float* weight, float* segments, Before before) {
+  float q[N];
+#pragma unroll
+  for (int t = 0; t < N; t++) {
+    q[t] = 0;
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) q[t] = fmaf(h[t][p].y, h[t][p].y, fmaf(h[t][p].x, h[t][p].x, q[t]));
+  }
+  RowSums<N>::store(tid, q, segments);
+  sync_block();
+  const float factor = rsqrtf(RowSums<N>::load(tid, segments) * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
+#pragma unroll
+  for (int t = 0; t < N; t++) {
+    const float k = __shfl_sync(~0u, factor, t * 4);
+    if (has<N>(rows, t))
+      for_pairs(fresh<N>(tid), [&](int p, int d) {
+        const float2 old = before(t, d), w = *reinterpret_cast<const float2*>(weight + d);
+        h[t][p] = make_float2(old.x + h[t][p].x * k * w.x, old.y + h[t][p].y * k * w.y);
+      });
+  }
+}
 
 // What a layer's stability is computed from: products of its input x0 and its output.
 template <int N> struct Stability {

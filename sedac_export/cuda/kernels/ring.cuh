@@ -6,7 +6,8 @@
 // Matrices are packed: a tile of 16 rows by 32 columns is 1 KB, in the order of the mma's lanes. So a warp's share is
 // contiguous, and reads of it have no bank conflicts.
 //
-// A warp of its own sends the copies, one lane for each ring. (When each warp's first lane did: 519 us against @@.)
+// A warp of its own sends the copies, one lane for each ring. (When each warp's first lane did, gate and up took 5.3 us a
+// layer of Qwen2.5-0.5B's shape instead of 3.6.)
 #pragma once
 #include "mma.cuh"
 #include "tables.cuh"

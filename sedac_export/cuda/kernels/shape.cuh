@@ -1,7 +1,7 @@
 // The model's shape, and how its matrices are cut into tiles.
 //
 // Given at compile time: SEDAC_HIDDEN, SEDAC_HEADS, SEDAC_KEY_VALUE_HEADS, SEDAC_HEAD_SIZE, SEDAC_ROTARY_SIZE,
-// SEDAC_INTERMEDIATE, SEDAC_LAYERS, SEDAC_VOCABULARY, SEDAC_ROTARY_TABLES, SEDAC_GELU, SEDAC_QUERY_KEY_NORM,
+// SEDAC_INTERMEDIATE, SEDAC_LAYERS, SEDAC_VOCABULARY, SEDAC_ROTARY_TABLES, SEDAC_GELU, SEDAC_QUERY_KEY_NORM, SEDAC_POST_NORMS,
 // SEDAC_NORM_EPSILON, SEDAC_ATTENTION_SCALE, SEDAC_ATTENTION_SOFTCAP, SEDAC_LOGITS_SOFTCAP, SEDAC_EMBEDDING_SCALE.
 #pragma once
 #include "abi.cuh"
@@ -51,8 +51,8 @@ constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;           // h
 constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;          // [head][chunk][head size]
 constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
 constexpr int SCRATCH_ROW = (SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2 + 31) / 32 * 32;
-// After the rows: each block's copy of the layer's input, of rows whose stability decides.
+// After the rows: each block's copies of the residual before attention and before the MLP, where norms or exits need them.
 constexpr long long SCRATCH_INPUTS = 1ll * MAX_ROWS * SCRATCH_ROW;
 // Then each block's highest logit of each row.
-constexpr long long SCRATCH_HIGHEST = SCRATCH_INPUTS + 1ll * MAX_BLOCKS * MAX_ROWS * HIDDEN;
+constexpr long long SCRATCH_HIGHEST = SCRATCH_INPUTS + 2ll * MAX_BLOCKS * MAX_ROWS * HIDDEN;
 constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 4ll * MAX_BLOCKS * MAX_ROWS) * 4;

@@ -21,7 +21,7 @@ template <int N> struct Shared {
   Tables tables;
   RingState ring[WARPS];
   unsigned long long barriers[WARPS][PIECES_UNDER_WAY];
-  alignas(16) float segments[3][MAX_ROWS * WARPS];
+  alignas(16) float segments[4][MAX_ROWS * WARPS];
   float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];  // cos, sin
   alignas(16) half input[N][INPUT];
   alignas(16) float sums[WARPS + MAX_TILES][128];  // of QKV, O and gate_up; down's readers may lag
@@ -44,4 +44,5 @@ template <int N> struct Shared {
 template <int N> constexpr int RING_START = (sizeof(Shared<N>) + 127) / 128 * 128;
 template <int N> constexpr int RING_FIT = (SHARED_LIMIT - Shared<N>::SPARE - RING_START<N>) / (WARPS * BLOCK_BYTES);
 template <int N> constexpr int RING_SLOTS = RING_FIT<N> > 24 ? 24 : RING_FIT<N>;
+static_assert(RING_FIT<MAX_ROWS> >= PIECE, "shared memory is too small");
 template <int N> constexpr int SHARED_BYTES = RING_START<N> + RING_SLOTS<N> * WARPS * BLOCK_BYTES;

@@ -8,7 +8,6 @@ template <int N> struct Stages {
   Shared<N>& shared;
   Ring<RING_SLOTS<N>>& ring;
   float* scratch;
-  unsigned frozen;  // rows
 
   // The block's tiles of `stage`, from the input in shared memory, or for down from the scratch. bias: of the thread's
   // first output of QKV.
@@ -157,16 +156,14 @@ template <int N> struct Stages {
       if (stage == STAGE_QKV) {
         if (weights.qkv_bias) v += i < THREADS ? bias : weights.qkv_bias[tile * 16 + row];
         to += SCRATCH_QKV + tile * 16 + row;
-      } else if (frozen >> token & 1) {
-        continue;
       } else if (stage == STAGE_O) {
         if (weights.o_bias) v += weights.o_bias[tile * 16 + row];
-        v += shared.before_o[index][token][row];
+        if (!SEDAC_POST_NORMS) v += shared.before_o[index][token][row];
         to += SCRATCH_O + tile * 16 + row;
       } else {
         const int output = tile % O_TILES * 16 + row, split = tile / O_TILES;
         if (weights.down_bias && !split) v += weights.down_bias[output];
-        if (!split) v += shared.before_down[index][token][row];
+        if (!SEDAC_POST_NORMS && !split) v += shared.before_down[index][token][row];
         to += down_offset(token, layer) + split * HIDDEN + output;
         parity = down_parity(token, layer);
       }

@@ -51,7 +51,7 @@ def test_a_bundle_has_the_chain_among_its_checked_files(half_bundle: HalfBundle)
     ]
     assert chain.weights == "engines/cuda/weights.safetensors"
     assert [(layer.window, layer.rotary) for layer in chain.layers] == [(50, 0), (0, 1)]
-    macros = chain_macros(chain.shape, chain.options, 2, has_head_norms=True)
+    macros = chain_macros(chain.shape, chain.options, 2, ["query_norm", "mlp_post_norm"])
     assert chain.fingerprint == fingerprint(macros)
     assert chain.compiler == Compiler().version
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

@@ -28,7 +28,7 @@ OPTIONS = ChainOptions(
     logits_softcap=30.0,
     embedding_scale=8.0,
 )
-MACROS = chain_macros(SHAPE, OPTIONS, tables=1, has_head_norms=False)
+MACROS = chain_macros(SHAPE, OPTIONS, tables=1, vectors=[])
 
 
 def test_macros_are_the_shape_and_options() -> None:
