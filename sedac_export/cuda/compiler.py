@@ -135,7 +135,7 @@ class Compiler:
 
     def _kernels(self, log: str, cubin: bytes) -> list[ChainKernel]:
         """What each entry takes: ptxas tells it in the log, and the cubin in its facts."""
-        elf = self.elf(io.BytesIO(cubin))
+        elf: Any = self.elf(io.BytesIO(cubin))
         (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(_FACTS)
         facts = elf.get_section(symbol["st_shndx"]).data()[symbol["st_value"] :]
         used = {name: (int(count), int(spilled)) for name, spilled, count in _KERNEL.findall(log)}
