@@ -34,14 +34,14 @@ class Check:
 
 
 class ChainChecks:
-    """Every check of one launcher; the pass's first token is at `position`.
+    """Every check of one launcher.
 
     Needs a vocabulary of more than 160 tokens and at least 6 layers, so that exits may come after a
     third of them and after a sixth.
     """
 
-    def __init__(self, launcher: ChainLauncher, position: int) -> None:
-        self._launcher, self._position = launcher, position
+    def __init__(self, launcher: ChainLauncher) -> None:
+        self._launcher, self._position = launcher, launcher.decoder.case.position
         self._layers = launcher.decoder.shape.layers
         self._exit = self._layers // 3
         self._bits = torch.empty(0)  # logits of TOKENS in one pass

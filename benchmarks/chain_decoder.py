@@ -1,16 +1,14 @@
 """A decoder with random weights, and what it computes in PyTorch in fp32."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
-
-VECTORS = ("attention_norm", "mlp_norm", "qkv_bias")
-GEMMA_VECTORS = (*VECTORS, "attention_post_norm", "mlp_post_norm", "query_norm", "key_norm")
+from sedac_export.cuda.compiler import chain_macros
 
 _ROTARY_BASE = 1e6
 
@@ -34,23 +32,33 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class RandomDecoder:
-    """Weights are made anew from the layer's number each time, so a large model is held once.
+class ChainCase:
+    """A model's shape, and the caches and position that its chain is tried with.
 
     vectors are the norms and biases that its layers have; window is the number of positions that a
     token sees, 0 for all.
     """
 
+    name: str
     shape: ChainShape
     options: ChainOptions
-    vectors: Sequence[str] = VECTORS
+    vectors: tuple[str, ...]
     window: int = 0
-    device: str = "cuda"
-    final_norm: Tensor = field(init=False)
+    capacity: int = 1024
+    position: int = 511
 
-    def __post_init__(self) -> None:
-        norm = 1 + 0.1 * self._random(self._generator(-1), self.shape.hidden)
-        object.__setattr__(self, "final_norm", norm)
+    def macros(self) -> dict[str, str]:
+        """What its chain is compiled with."""
+        return chain_macros(self.shape, self.options, 1, self.vectors)
+
+
+class RandomDecoder:
+    """Layers are made anew from their numbers whenever they are asked for: no copy is held."""
+
+    def __init__(self, case: ChainCase, device: str = "cuda") -> None:
+        self.case, self.shape, self.options = case, case.shape, case.options
+        self.device = device
+        self.final_norm = 1 + 0.1 * self._random(self._generator(-1), self.shape.hidden)
 
     def embedding(self) -> Tensor:
         """[vocabulary, hidden], fp16; also the head's matrix."""
@@ -64,7 +72,7 @@ class RandomDecoder:
             name: (self._random(generator, rows, columns) * columns**-0.5).half()
             for name, (rows, columns) in self._matrix_sizes().items()
         }
-        for name in self.vectors:
+        for name in self.case.vectors:
             numbers = 0.1 * self._random(generator, self._vector_size(name))
             weights[name] = numbers if name.endswith("_bias") else 1 + numbers
         return weights
@@ -149,8 +157,8 @@ class RandomDecoder:
         positions = torch.arange(start + tokens, device=self.device)
         own = positions[start:, None]
         hides = positions > own
-        if self.window:
-            hides |= positions <= own - self.window
+        if self.case.window:
+            hides |= positions <= own - self.case.window
         probabilities = scores.masked_fill(hides, float("-inf")).softmax(-1)
         attended = torch.einsum("hgts,hsd->thgd", probabilities, values)
         return attended.reshape(tokens, -1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from chain_abi import COUNTERS, MAX_ROWS, Condition, Facts, Layer, Outcome, Pass, Row, SequenceRows
-from chain_decoder import History, RandomDecoder
+from chain_decoder import ChainCase, History, RandomDecoder
 from cuda.bindings import driver
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from sedac_export.cuda.compiler import (
     ROWS,
     CompiledChain,
     Compiler,
-    chain_macros,
 )
 from sedac_export.cuda.packing import BLOCK, HALF, TILE
 
@@ -58,10 +57,9 @@ def card_architecture() -> str:
     )
 
 
-def compile_chain(compiler: Compiler, decoder: RandomDecoder, architecture: str) -> CompiledChain:
-    """The chain for the decoder's shape. Raises UnsupportedError where it does not fit."""
-    macros = chain_macros(decoder.shape, decoder.options, 1, decoder.vectors)
-    compiled = compiler.compile_for(architecture, macros)
+def compile_chain(compiler: Compiler, case: ChainCase, architecture: str) -> CompiledChain:
+    """The chain for the case. Raises UnsupportedError where it does not fit."""
+    compiled = compiler.compile_for(architecture, case.macros())
     if compiled is None:
         raise UnsupportedError(f"shared memory of {architecture} is too small")
     return compiled
@@ -78,10 +76,8 @@ def pack(matrix: Tensor) -> Tensor:
 class ChainLauncher:
     """A chain on the current device: its weights, caches [slot] and buffers."""
 
-    def __init__(
-        self, decoder: RandomDecoder, compiled: CompiledChain, capacity: int, slots: int = 4
-    ) -> None:
-        self.decoder, self.capacity = decoder, capacity
+    def __init__(self, case: ChainCase, compiled: CompiledChain, slots: int = 4) -> None:
+        self.decoder, self.capacity = RandomDecoder(case), case.capacity
         torch.zeros(1, device="cuda")  # makes the context current
         self._load(compiled)
         self._hold_weights(slots)
@@ -113,14 +109,14 @@ class ChainLauncher:
         made.logits_rows = (1 << first) - 1 if logits_rows is None else logits_rows
         return made
 
-    def launch(self, wanted: Pass, entry: int | None = None, outcome: int = 0) -> None:
-        """Enqueue a pass, on chain_`entry`; by default the smallest that takes its rows."""
+    def launch(self, wanted: Pass, outcome: int = 0) -> None:
+        """Enqueue a pass on the smallest kernel that takes its rows."""
         scratch, following = self._scratch[self._parity], self._scratch[1 - self._parity]
         wanted.scratch, wanted.next_scratch = scratch.data_ptr(), following.data_ptr()
         wanted.clear_rows, self._previous_rows = self._previous_rows, wanted.rows
         wanted.outcome = self._outcomes.data_ptr() + outcome * ctypes.sizeof(Outcome)
         self._parity = 1 - self._parity
-        entry = entry or next(rows for rows in ROWS if rows >= wanted.rows)
+        entry = next(rows for rows in ROWS if rows >= wanted.rows)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(wanted))
         shared = self.facts.shared_bytes[ROWS.index(entry)]
         grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
@@ -182,7 +178,7 @@ class ChainLauncher:
         ):
             for name, tensor in (weights | {"keys": keys, "values": values}).items():
                 setattr(layer, name, tensor.data_ptr())
-            layer.window = decoder.window
+            layer.window = decoder.case.window
         packed, (cos, sin) = pack(decoder.embedding()), decoder.rotary_tables(self.capacity)
         self._buffers = {
             "layers": _on_device(layers),
