@@ -118,8 +118,12 @@ class RandomDecoder:
         normalised = self._norm(hidden, weights["attention_norm"])
         projected = normalised @ weights["qkv"].float().T + weights["qkv_bias"]
         heads = projected.view(len(hidden), -1, shape.head_size).transpose(0, 1)
-        sizes = [shape.heads, shape.key_value_heads, shape.key_value_heads]
-        queries, keys, values = heads.split(sizes)
+        keys_end = shape.heads + shape.key_value_heads
+        queries, keys, values = (
+            heads[: shape.heads],
+            heads[shape.heads : keys_end],
+            heads[keys_end:],
+        )
         if "query_norm" in weights:
             queries = self._norm(queries, weights["query_norm"])
             keys = self._norm(keys, weights["key_norm"])
@@ -167,7 +171,8 @@ class RandomDecoder:
         size = self.shape.rotary_size
         tables = self.rotary_tables(position + heads.shape[1])
         cos, sin = (table[position:] for table in tables)
-        first, second, rest = heads.split([size // 2, size // 2, heads.shape[-1] - size], -1)
+        first, second = heads[..., :size].chunk(2, -1)
+        rest = heads[..., size:]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:

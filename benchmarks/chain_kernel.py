@@ -145,7 +145,8 @@ def measure_copy() -> float:
         target.copy_(source)
     end.record()
     torch.cuda.synchronize()
-    return 2 * COPIED_BYTES * COPIES / (start.elapsed_time(end) / 1e3)
+    seconds = float(start.elapsed_time(end)) / 1e3
+    return 2 * COPIED_BYTES * COPIES / seconds
 
 
 def describe_host(compiler: Compiler) -> dict[str, str]:

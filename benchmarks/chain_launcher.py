@@ -230,8 +230,10 @@ class ChainLauncher:
 
 
 def _packed_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    gate, up = (weights.pop(name).unflatten(0, (-1, HALF)) for name in ("gate", "up"))
-    weights["gate_up"] = torch.stack([gate, up], 1).flatten(0, 2)
+    # halves of tiles alternate
+    gate, up = (weights.pop(name) for name in ("gate", "up"))
+    halves = [matrix.view(-1, HALF, matrix.shape[1]) for matrix in (gate, up)]
+    weights["gate_up"] = torch.stack(halves, 1).flatten(0, 2)
     return {name: pack(w) if w.dim() == 2 else w for name, w in weights.items()}
 
 
