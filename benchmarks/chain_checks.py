@@ -25,7 +25,7 @@ RUN_LENGTH = 2
 
 
 @dataclass(frozen=True)
-class Check:
+class KernelCheck:
     """What a check found."""
 
     name: str
@@ -46,7 +46,7 @@ class ChainChecks:
         self._exit = self._layers // 3
         self._bits = torch.empty(0)  # logits of TOKENS in one pass
 
-    def run(self) -> Iterator[Check]:
+    def run(self) -> Iterator[KernelCheck]:
         """One check after another."""
         with torch.no_grad():
             yield from self._agreement_with_pytorch()
@@ -61,7 +61,7 @@ class ChainChecks:
             yield from self._stability_exits()
             yield self._repetitions()
 
-    def _agreement_with_pytorch(self) -> Iterator[Check]:
+    def _agreement_with_pytorch(self) -> Iterator[KernelCheck]:
         logits = {}
         for count in PASSES:
             history = self._launcher.fill(0, self._position)
@@ -69,11 +69,11 @@ class ChainChecks:
             logits[count] = self._launcher.run([self._sequence(TOKENS[:count])])
             error = _relative_error(logits[count], wanted)
             detail = f"relative error {error:.1e}"
-            yield Check(f"logits, {count} rows", error < TOLERANCE, detail)
-            yield Check(f"outcome, {count} rows", self._outcome_is_of(logits[count]))
+            yield KernelCheck(f"logits, {count} rows", error < TOLERANCE, detail)
+            yield KernelCheck(f"outcome, {count} rows", self._outcome_is_of(logits[count]))
         self._bits = logits[PASSES[-1]]
         same = all(torch.equal(rows, self._bits[: len(rows)]) for rows in logits.values())
-        yield Check("the same bits in passes of 1, 2, 3, 5 and 8 rows", same)
+        yield KernelCheck("the same bits in passes of 1, 2, 3, 5 and 8 rows", same)
 
     def _outcome_is_of(self, logits: Tensor) -> bool:
         outcome = self._launcher.outcome()
@@ -84,23 +84,23 @@ class ChainChecks:
             and outcome.sequence[0].depth == self._layers
         )
 
-    def _margins(self) -> Iterator[Check]:
+    def _margins(self) -> Iterator[KernelCheck]:
         """After the pass of all rows."""
         first, second = self._bits.softmax(-1).topk(2).values.unbind(-1)
         rows = self._launcher.outcome().row
         margins = torch.tensor([row.margin for row in rows], device=first.device)
         error = (margins - (first - second)).abs().max().item()
-        yield Check("margins", error < MARGIN_TOLERANCE, f"error {error:.1e}")
+        yield KernelCheck("margins", error < MARGIN_TOLERANCE, f"error {error:.1e}")
 
-    def _tokens_one_by_one(self) -> Check:
+    def _tokens_one_by_one(self) -> KernelCheck:
         self._launcher.fill(0, self._position)
         rows = [
             self._launcher.run([self._sequence([token], self._position + index)])
             for index, token in enumerate(TOKENS)
         ]
-        return Check("one by one as in one pass", torch.equal(torch.cat(rows), self._bits))
+        return KernelCheck("one by one as in one pass", torch.equal(torch.cat(rows), self._bits))
 
-    def _sequences_together(self) -> Check:
+    def _sequences_together(self) -> KernelCheck:
         positions, counts = (self._position, 37, 200, 5), (2, 1, 3, 2)
         sequences = [
             self._sequence([token + slot for token in TOKENS[:count]], position, slot=slot)
@@ -113,45 +113,47 @@ class ChainChecks:
             return self._launcher.run(chosen)
 
         alone = torch.cat([run([sequence]) for sequence in sequences])
-        return Check("several sequences as alone", torch.equal(run(sequences), alone))
+        return KernelCheck("several sequences as alone", torch.equal(run(sequences), alone))
 
-    def _exits(self) -> Iterator[Check]:
+    def _exits(self) -> Iterator[KernelCheck]:
         history = self._launcher.fill(0, self._position)
         wanted = self._launcher.decoder.compute(history, TOKENS[:1], self._exit)
         logits = self._launcher.run([self._sequence(TOKENS[:1], max_depth=self._exit)])
         sequence = self._launcher.outcome().sequence[0]
         depth = (sequence.depth, sequence.criterion) == (self._exit, -1)
-        yield Check(f"exit after {self._exit} layers", depth, f"depth {sequence.depth}")
+        yield KernelCheck(f"exit after {self._exit} layers", depth, f"depth {sequence.depth}")
         error = _relative_error(logits, wanted.logits)
-        yield Check("logits at an exit", error < TOLERANCE, f"relative error {error:.1e}")
+        yield KernelCheck("logits at an exit", error < TOLERANCE, f"relative error {error:.1e}")
         saved = self._launcher.saved[0, self._position]
         error = _relative_error(saved, wanted.hidden[0])
-        yield Check("hidden state at an exit", error < TOLERANCE, f"relative error {error:.1e}")
+        yield KernelCheck(
+            "hidden state at an exit", error < TOLERANCE, f"relative error {error:.1e}"
+        )
 
-    def _deferred_rows(self) -> Check:
+    def _deferred_rows(self) -> KernelCheck:
         self._exit_early(1)
         logits = self._launcher.run([self._after_exit()])
-        return Check("deferred row with the next token", torch.equal(logits, self._bits[:2]))
+        return KernelCheck("deferred row with the next token", torch.equal(logits, self._bits[:2]))
 
-    def _completion_alone(self) -> Check:
+    def _completion_alone(self) -> KernelCheck:
         self._exit_early(1)
         deeper = 2 * self._exit
         self._launcher.run([self._after_exit(max_depth=deeper)])
         rows = [(-1, self._position + index, deeper) for index in range(2)]
         logits = self._launcher.run([SequenceInput(rows)])
-        return Check("completion alone", torch.equal(logits, self._bits[:2]))
+        return KernelCheck("completion alone", torch.equal(logits, self._bits[:2]))
 
-    def _frozen_rows(self) -> Iterator[Check]:
+    def _frozen_rows(self) -> Iterator[KernelCheck]:
         self._exit_early(1)
         logits = self._launcher.run([self._after_exit(frozen=1)])
         keys = self._keys()
         differs = not torch.equal(logits[1], self._bits[1])
-        yield Check("a frozen row's token is not completed", differs)
+        yield KernelCheck("a frozen row's token is not completed", differs)
         error = self._frozen_key_error(keys[-1])
-        yield Check("a frozen row's key", error < TOLERANCE, f"relative error {error:.1e}")
+        yield KernelCheck("a frozen row's key", error < TOLERANCE, f"relative error {error:.1e}")
         for count in (1, 3):
             same = all(map(torch.equal, self._keys_frozen_alone(count), keys))
-            yield Check(f"{count} frozen rows alone", same)
+            yield KernelCheck(f"{count} frozen rows alone", same)
 
     def _frozen_key_error(self, key: Tensor) -> float:
         """Of the last layer's key, which PyTorch computes from the hidden state at the exit."""
@@ -166,7 +168,7 @@ class ChainChecks:
         self._launcher.run([SequenceInput(rows, frozen=count)], logits_rows=0)
         return self._keys()
 
-    def _gap_between_sequences(self) -> Check:
+    def _gap_between_sequences(self) -> KernelCheck:
         """One starts deeper than the other ends: layers between have no rows."""
         self._exit_early(1)
         self._launcher.fill(1, 37, seed=2)
@@ -175,9 +177,9 @@ class ChainChecks:
         logits = self._launcher.run([late, early])
         depth = self._launcher.outcome().sequence[1].depth
         passed = torch.equal(logits[0], self._bits[0]) and depth == self._exit // 2
-        return Check("a gap between sequences", passed, f"depth {depth}")
+        return KernelCheck("a gap between sequences", passed, f"depth {depth}")
 
-    def _stability_exits(self) -> Iterator[Check]:
+    def _stability_exits(self) -> Iterator[KernelCheck]:
         history = self._launcher.fill(0, self._position)
         reference = self._launcher.decoder.compute(history, TOKENS[:1])
         stabilities = reference.stabilities[:, 0].tolist()
@@ -191,10 +193,10 @@ class ChainChecks:
             detail = f"depth {outcome.depth} of {wanted}, stability's error {error:.1e}"
             stopped = outcome.criterion == 0 and depths == [wanted, *[self._layers] * bool(others)]
             passed = stopped and error < STABILITY_TOLERANCE
-            yield Check(f"stability exit beside {others} rows", passed, detail)
+            yield KernelCheck(f"stability exit beside {others} rows", passed, detail)
             found.append(logits)
         same = all(torch.equal(logits, found[0]) for logits in found)
-        yield Check("the same bits at stability exits", same)
+        yield KernelCheck("the same bits at stability exits", same)
 
     def _run_rule(self, rule: list[Condition], others: int) -> tuple[Tensor, list[int]]:
         """The first token's logits and all depths, beside another sequence's rows."""
@@ -207,7 +209,7 @@ class ChainChecks:
         outcome = self._launcher.outcome()
         return logits, [outcome.sequence[index].depth for index in range(len(sequences))]
 
-    def _repetitions(self) -> Check:
+    def _repetitions(self) -> KernelCheck:
         self._launcher.fill(0, self._position)
         same = 0
         counts = (1, 2, 4, 8)
@@ -216,7 +218,7 @@ class ChainChecks:
                 logits = self._launcher.run([self._sequence(TOKENS[:count])])
                 same += torch.equal(logits, self._bits[:count])
         runs = REPETITIONS * len(counts)
-        return Check(f"the same bits in {runs} runs", same == runs, f"{same} runs")
+        return KernelCheck(f"the same bits in {runs} runs", same == runs, f"{same} runs")
 
     def _sequence(
         self,

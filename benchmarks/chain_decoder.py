@@ -23,7 +23,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceOutput:
     """Of each token: logits, the hidden state, and the stability of each layer [layers, tokens]."""
 
     logits: Tensor
@@ -53,7 +53,7 @@ class ChainCase:
 
 
 class RandomDecoder:
-    """Layers are made anew from their numbers whenever they are asked for: no copy is held."""
+    """Random weights. A layer is generated from its seed at every call, so that no copy is held."""
 
     def __init__(self, case: ChainCase, device: str = "cuda") -> None:
         self.case, self.shape, self.options = case, case.shape, case.options
@@ -85,7 +85,7 @@ class RandomDecoder:
         return angles.cos(), angles.sin()
 
     def history(self, positions: int, seed: int) -> History:
-        """A random cache of so many positions, rounded to fp16."""
+        """A random cache that holds `positions` positions, rounded to fp16."""
         generator = self._generator(-2 - seed)
         sizes = self.shape.key_value_heads, positions, self.shape.head_size
         keys, values = (
@@ -96,7 +96,7 @@ class RandomDecoder:
 
     def compute(
         self, history: History, tokens: Sequence[int], depth: int | None = None
-    ) -> Reference:
+    ) -> ReferenceOutput:
         """The head's logits after `depth` layers, by default all, of tokens that follow."""
         embedding = self.embedding()
         hidden = embedding[torch.tensor(tokens, device=self.device)].float()
@@ -108,7 +108,7 @@ class RandomDecoder:
             stabilities.append((cosine + 1) / 2)
         logits = self._norm(hidden, self.final_norm) @ embedding.float().T
         logits = _soft_capped(logits, self.options.logits_softcap)
-        return Reference(logits, hidden, torch.stack(stabilities))
+        return ReferenceOutput(logits, hidden, torch.stack(stabilities))
 
     def project(
         self, weights: dict[str, Tensor], hidden: Tensor, position: int

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from chain_abi import Pass
 from chain_cases import MODELS, TINY, TINY_GEMMA
-from chain_checks import TOKENS, ChainChecks, Check
+from chain_checks import TOKENS, ChainChecks, KernelCheck
 from chain_decoder import ChainCase
 from chain_launcher import (
     ChainLauncher,
@@ -61,11 +61,11 @@ class Measurement:
 
 
 @dataclass
-class Result:
+class CaseResult:
     """What came of a case; unsupported is why the card cannot run it."""
 
     name: str
-    checks: list[Check] = field(default_factory=list)
+    checks: list[KernelCheck] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     unsupported: str | None = None
 
@@ -75,9 +75,9 @@ class Result:
         return all(check.passed for check in self.checks)
 
 
-def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: float) -> Result:
-    """Check the case, and measure it if it is a model's; copy_rate in bytes/s."""
-    result = Result(case.name)
+def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: float) -> CaseResult:
+    """KernelCheck the case, and measure it if it is a model's; copy_rate in bytes/s."""
+    result = CaseResult(case.name)
     try:
         launcher = ChainLauncher(case, compiling.result())
         result.checks.extend(ChainChecks(launcher).run())
@@ -160,7 +160,7 @@ def describe_host(compiler: Compiler) -> dict[str, str]:
     }
 
 
-def markdown(result: Result) -> str:
+def markdown(result: CaseResult) -> str:
     """One case for people: checks that failed, and a table."""
     lines = [f"\n## {result.name}\n"]
     if result.checks:
@@ -190,13 +190,13 @@ def _table_row(measurement: Measurement) -> str:
     )
 
 
-def run_cases(cases: list[ChainCase], compiler: Compiler) -> Iterator[Result]:
-    """One result after another. Raises UnsupportedError when the card runs no chain at all."""
-    architecture = card_architecture()
+def run_cases(
+    cases: list[ChainCase], compiler: Compiler, architecture: str, copy_rate: float
+) -> Iterator[CaseResult]:
+    """One result after another."""
     # all of them are compiled before figures are taken
     with ThreadPoolExecutor() as pool:
         compiling = [pool.submit(compile_chain, compiler, case, architecture) for case in cases]
-    copy_rate = measure_copy()
     for case, compiled in zip(cases, compiling, strict=True):
         yield run_case(case, compiled, copy_rate)
         torch.cuda.empty_cache()
@@ -211,20 +211,21 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no NVIDIA GPU")
     cases = [TINY, TINY_GEMMA, *(case for case in MODELS if case.name in arguments.shapes)]
-    results = []
     try:
-        compiler = Compiler()
-        host = describe_host(compiler)
-        if not arguments.json:
-            print(", ".join(f"{name} {value}" for name, value in host.items()))
-        for result in run_cases(cases, compiler):
-            results.append(result)
-            if not arguments.json:
-                print(markdown(result), flush=True)
+        compiler, architecture = Compiler(), card_architecture()
     except (SedacError, UnsupportedError) as error:
         parser.error(str(error))
+    host, copy_rate, results = describe_host(compiler), measure_copy(), []
+    if not arguments.json:
+        versions = ", ".join(f"{name} {value}" for name, value in host.items())
+        print(f"{versions}; copies at {copy_rate / 1e12:.2f} TB/s")
+    for result in run_cases(cases, compiler, architecture, copy_rate):
+        results.append(result)
+        if not arguments.json:
+            print(markdown(result), flush=True)
     if arguments.json:
-        print(json.dumps({"host": host, "results": [asdict(result) for result in results]}))
+        report = {"host": host, "copy_bytes_per_second": copy_rate}
+        print(json.dumps(report | {"results": [asdict(result) for result in results]}))
     return 0 if all(result.passed for result in results) else 1
 
 
