@@ -49,6 +49,7 @@ def test_macros_are_the_shape_and_options() -> None:
         "SEDAC_GELU": "1",
         "SEDAC_ROTARY_TABLES": "1",
         "SEDAC_QUERY_KEY_NORM": "0",
+        "SEDAC_POST_NORMS": "0",
     }
 
 
