@@ -76,6 +76,17 @@ def _chain(directory: Path, executed: bool, generated: dict[str, Any]) -> dict[s
     return {"checked": True, "passed": not problems, "problems": problems}
 
 
+def gpu_tests(output: Path) -> dict[str, Any]:
+    """What the tests marked gpu came to."""
+    code = output / "gpu_tests.code"
+    if not code.exists():
+        reason = "this host has no NVIDIA GPU"
+        return {"checked": False, "passed": None, "reason": reason, "problems": []}
+    passed = int(code.read_text()) == 0
+    lines = (output / "gpu_tests.log").read_text().strip().splitlines()
+    return {"checked": True, "passed": passed, "problems": [] if passed else lines[-1:]}
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(path.read_text())
@@ -104,7 +115,9 @@ def markdown(report: dict[str, Any]) -> str:
         " | chain |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    notes = []
+    tests = report["gpu_tests"]
+    reasons = tests["problems"] if tests["checked"] else [tests["reason"]]
+    notes = [": ".join([f"tests on the GPU {outcome(tests)}", *reasons])]
     for run in report["runs"]:
         title = FLAVOURS[cast(Target, run["target"])].title
         if "checks" not in run:
@@ -130,12 +143,15 @@ def write(output: Path, allow_no_gpu: bool) -> int:
     runs = [read_run(directory) for directory in directories]
     gpu = find_gpu()
     executed = [run for run in runs if run.get("checks", {}).get("execution", {}).get("checked")]
+    tests = gpu_tests(output)
     failed = any(run["failed"] for run in runs) or not any(run["built"] for run in runs)
+    failed = failed or tests["passed"] is False
     report = {
         "platform": this_platform(),
         "gpu": vars(gpu) if gpu else None,
         "passed": not failed,
         "executed": bool(executed),
+        "gpu_tests": tests,
         "runs": runs,
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")

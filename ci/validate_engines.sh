@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the demo model and the models given for every installed flavour of TensorRT, validates the
 # engines as far as this host can, generates with ONNX Runtime's chain and, where there is a GPU, with
-# the chain over the engines, and writes report.json and report.md. Exit code: 0 all held, 1 something failed, 2 a wrong
+# the chain over the engines; there it also runs the tests marked gpu, those of the CUDA kernel among
+# them. Writes report.json and report.md. Exit code: 0 all held, 1 something failed, 2 a wrong
 # argument, 3 all held but engines were not executed for want of a GPU; --allow-no-gpu makes 3 a 0.
 set -euo pipefail
 
@@ -36,7 +37,7 @@ done
 [[ -x $bin/sedac-export ]] || refuse "$bin/sedac-export is missing, make demo installs it"
 
 mkdir -p "$output"
-rm -rf "$output"/run-*
+rm -rf "$output"/run-* "$output"/gpu_tests.*
 number=0
 for model in "${models[@]}"; do
     for target in tensorrt tensorrt-rtx; do
@@ -62,4 +63,11 @@ for model in "${models[@]}"; do
         rm -rf "$run/bundle"
     done
 done
+if nvidia-smi > /dev/null 2>&1; then
+    echo "== tests on the GPU" >&2
+    code=0
+    (cd "$root" && "$bin/python" -m pytest -m gpu tests) > "$output/gpu_tests.log" 2>&1 || code=$?
+    echo "$code" > "$output/gpu_tests.code"
+    tail -n 1 "$output/gpu_tests.log" >&2
+fi
 "$bin/python" "$root/ci/report.py" write "$output" "${allow_no_gpu[@]}"

@@ -1,4 +1,4 @@
-"""The backend on a GPU: the core's CUDA device, and TensorRT's plans where they run."""
+"""The backends on a GPU: the chain as one kernel, the core's CUDA device, and TensorRT's plans."""
 
 import shutil
 from pathlib import Path
@@ -9,12 +9,14 @@ from conftest import DEMO_MODEL, THREADS
 from rehearsal import add_stand_ins
 
 from sedac_export.bundle.plan_entries import BuildOptions
+from sedac_export.cuda.add_cuda import add_cuda
 from sedac_export.tensorrt.add import add_target
 from sedac_runtime import SedacModel, _core
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
 from sedac_runtime.library import find_onnxruntime
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
+PROMPTS = (PROMPT, "def main():\n", "import os\nimport sys\n\ndef walk(path):\n")
 WAYS: list[dict[str, object]] = [
     {"mode": "full"},
     {"mode": "exit", "tau": 0.98},
@@ -66,3 +68,41 @@ def test_plans_run(target: Target, own_demo: Path, demo_model: SedacModel) -> No
     add_target(own_demo, target, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
     model = SedacModel.from_pretrained(own_demo, threads=THREADS, backend=target)
     assert_same_texts(model, demo_model)
+
+
+@pytest.fixture(scope="module")
+def chain_model(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> SedacModel:
+    """The demo bundle with the target cuda, loaded on the GPU."""
+    for module in ("cuda.bindings.nvrtc", "elftools"):
+        pytest.importorskip(module, reason="of the extra sedac[cuda]")
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("this host has no NVIDIA GPU")
+    if float(gpu.compute_capability) < 9:
+        pytest.skip(f"the chain does not run on {gpu.name}")
+    directory = tmp_path_factory.mktemp("chain") / "bundle"
+    shutil.copytree(demo_bundle, directory)
+    add_cuda(directory, str(DEMO_MODEL))
+    return SedacModel.from_pretrained(directory, threads=THREADS, backend="cuda")
+
+
+@pytest.mark.gpu
+def test_the_chain_generates_the_texts_of_onnxruntime(
+    chain_model: SedacModel, demo_model: SedacModel
+) -> None:
+    assert chain_model.backend == "cuda"
+    assert_same_texts(chain_model, demo_model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafter", ["auto", "early-exit"])
+def test_the_chain_is_lossless_bit_for_bit(drafter: str, chain_model: SedacModel) -> None:
+    """A token's logits are the same bits in every pass, so there are not even ties to break."""
+    drafted = 0
+    for prompt in PROMPTS:
+        wanted = {"max_new_tokens": 200, "stop_tokens": []}
+        full = chain_model.generate(prompt, mode="full", **wanted)
+        lossless = chain_model.generate(prompt, mode="lossless", drafter=drafter, **wanted)
+        assert lossless.tokens == full.tokens
+        drafted += lossless.drafted
+    assert drafted > 0

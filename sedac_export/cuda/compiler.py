@@ -32,7 +32,8 @@ _TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f", "sm_120": "sm_120f"}
 ROWS = (1, 2, 4, 8)
 
 _FLAGS = ("-std=c++17", "-fmad=false", "-default-device", "--ptxas-options=-v")
-_FACTS = "sedac_facts"
+# the constant that holds a struct Facts
+FACTS = "sedac_facts"
 # what the sources assert
 _NO_ROOM = "shared memory is too small"
 # where a struct Facts has the dynamic shared memory of each entry, unsigned each
@@ -97,7 +98,7 @@ class Compiler:
         # NVRTC compiles on several threads at once: 13.0 s instead of 22.1 for two on two cores
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = []
-            chains = pool.map(lambda a: self._compile(a, macros), architectures)
+            chains = pool.map(lambda a: self.compile_for(a, macros), architectures)
             for done, chain in enumerate(chains, 1):
                 if chain is not None:
                     compiled.append(chain)
@@ -109,7 +110,11 @@ class Compiler:
             )
         return compiled
 
-    def _compile(self, architecture: str, macros: Mapping[str, str]) -> CompiledChain | None:
+    def compile_for(self, architecture: str, macros: Mapping[str, str]) -> CompiledChain | None:
+        """The chain with `macros` for one architecture; None where its shared memory is too small.
+
+        Raises SedacError when NVRTC refuses the chain; what it says is logged.
+        """
         nvrtc = self.nvrtc
         text = (KERNELS / SOURCE).read_bytes()
         (program,) = self._checked(nvrtc.nvrtcCreateProgram(text, SOURCE.encode(), 0, None, None))
@@ -133,11 +138,17 @@ class Compiler:
         finally:
             nvrtc.nvrtcDestroyProgram(program)
 
+    def facts(self, cubin: bytes) -> bytes:
+        """The struct Facts in `cubin`, see abi.cuh."""
+        elf: Any = self.elf(io.BytesIO(cubin))
+        (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(FACTS)
+        start, size = symbol["st_value"], symbol["st_size"]
+        held: bytes = elf.get_section(symbol["st_shndx"]).data()[start : start + size]
+        return held
+
     def _kernels(self, log: str, cubin: bytes) -> list[ChainKernel]:
         """What each entry takes: ptxas tells it in the log, and the cubin in its facts."""
-        elf: Any = self.elf(io.BytesIO(cubin))
-        (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(_FACTS)
-        facts = elf.get_section(symbol["st_shndx"]).data()[symbol["st_value"] :]
+        facts = self.facts(cubin)
         used = {name: (int(count), int(spilled)) for name, spilled, count in _KERNEL.findall(log)}
         kernels = []
         for rows, place in zip(ROWS, _SHARED_BYTES, strict=True):

@@ -92,6 +92,7 @@ def test_without_a_gpu_the_exit_code_is_0_only_when_allowed(
     text = (tmp_path / "report.md").read_text()
     assert "| demo | TensorRT-RTX 1.7.1 | 3 | 0.5 | passed | passed | not run | not run |" in text
     assert "demo, TensorRT-RTX, execution: no supported GPU: none" in text
+    assert "tests on the GPU not run: this host has no NVIDIA GPU" in text
 
 
 @pytest.mark.parametrize(("execution", "agreement"), [(False, True), (None, False)])
@@ -115,6 +116,17 @@ def test_a_build_that_failed_is_a_failure_and_nothing_built_is_none(
     assert (
         "demo, TensorRT-RTX: operator Odd is not supported" in (tmp_path / "report.md").read_text()
     )
+
+
+@pytest.mark.parametrize(("code", "word"), [(0, "passed"), (1, "FAILED: 1 failed in 2 s")])
+def test_tests_on_the_gpu_are_part_of_the_report(
+    report: ModuleType, tmp_path: Path, code: int, word: str
+) -> None:
+    run(tmp_path, 1, execution=True)
+    (tmp_path / "gpu_tests.code").write_text(f"{code}\n")
+    (tmp_path / "gpu_tests.log").write_text("collected\n1 failed in 2 s\n")
+    assert report.write(tmp_path, allow_no_gpu=False) == code
+    assert f"- tests on the GPU {word}\n" in (tmp_path / "report.md").read_text()
 
 
 def test_a_host_with_a_gpu_names_it(

@@ -1,0 +1,134 @@
+"""What the host and the kernel exchange: mirrors of sedac_export/cuda/kernels/abi.cuh."""
+
+from ctypes import Structure, c_float, c_int, c_uint, c_uint64
+
+MAX_ROWS = 8
+# counters that a pass uses, all zero between passes
+COUNTERS = 64
+
+_LAYER_POINTERS = (
+    *("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
+    *("query_norm", "key_norm"),
+    *("qkv", "o", "gate_up", "down"),
+    *("qkv_bias", "o_bias", "gate_up_bias", "down_bias"),
+    *("keys", "values"),
+)
+_PASS_POINTERS = (
+    *("layers", "embed", "head", "final_norm", "cos", "sin", "saved"),
+    *("scratch", "next_scratch", "tables", "counters", "logits", "outcome"),
+)
+_PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
+
+
+class Facts(Structure):
+    """Facts about a compiled chain: the module's constant sedac_facts. Sizes are bytes."""
+
+    _fields_ = (
+        ("abi", c_uint),
+        ("layer_bytes", c_uint),
+        ("pass_bytes", c_uint),
+        ("outcome_bytes", c_uint),
+        ("threads", c_uint),
+        ("shared_bytes", c_uint * 4),
+        ("min_blocks", c_uint),
+        ("max_blocks", c_uint),
+        ("max_capacity", c_uint),
+        ("table_bytes", c_uint),
+        ("scratch_bytes", c_uint64),
+    )
+
+
+class Layer(Structure):
+    """Device addresses of a layer's weights and caches, 0 where there are none."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in _LAYER_POINTERS),
+        ("window", c_int),
+        ("rotary", c_int),
+    )
+
+
+class Row(Structure):
+    """A token at a position; token -1 starts from the hidden state saved for its position."""
+
+    _fields_ = (
+        ("token", c_int),
+        ("position", c_int),
+        ("sequence", c_int),
+        ("first_layer", c_int),
+    )
+
+
+class SequenceRows(Structure):
+    """The rows of one sequence; conditions is the device address of [criteria, layers]."""
+
+    _fields_ = (
+        ("slot", c_int),
+        ("first_row", c_int),
+        ("rows", c_int),
+        ("frozen", c_int),
+        ("max_depth", c_int),
+        ("criteria", c_int),
+        ("conditions", c_uint64),
+    )
+
+
+class Condition(Structure):
+    """A criterion of an exit rule after one layer."""
+
+    _fields_ = (
+        ("signal", c_uint),
+        ("comparison", c_uint),
+        ("threshold", c_float),
+        ("run_length", c_uint),
+        ("decay", c_float),
+        ("weight", c_float),
+        ("target", c_float),
+        ("may_exit", c_uint),
+    )
+
+
+class SequenceOutcome(Structure):
+    """Where a sequence stopped, and the criterion that stopped it, -1 for none."""
+
+    _fields_ = (
+        ("depth", c_int),
+        ("criterion", c_int),
+        ("stability", c_float),
+        ("unused", c_int),
+    )
+
+
+class RowOutcome(Structure):
+    """The highest logit of a row; margin is its probability less that of the second."""
+
+    _fields_ = (
+        ("token", c_uint),
+        ("logit", c_float),
+        ("finite", c_int),
+        ("margin", c_float),
+    )
+
+
+class Outcome(Structure):
+    """What the host reads after a pass; times in nanoseconds of the device's clock."""
+
+    _fields_ = (
+        ("sequence", SequenceOutcome * MAX_ROWS),
+        ("row", RowOutcome * MAX_ROWS),
+        ("started", c_uint64),
+        ("layers_ended", c_uint64),
+        ("ended", c_uint64),
+    )
+
+
+class Pass(Structure):
+    """The kernels' only parameter."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in _PASS_POINTERS),
+        *((name, c_int) for name in _PASS_NUMBERS),
+        ("logits_rows", c_uint),
+        ("row", Row * MAX_ROWS),
+        ("sequence", SequenceRows * MAX_ROWS),
+    )

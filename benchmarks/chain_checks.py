@@ -1,0 +1,277 @@
+"""Checks of the chain's kernel: against PyTorch in fp32, and of its passes against each other.
+
+A token's numbers must be the same bits in whatever pass it is computed, so most of the checks allow
+no difference at all.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from chain_abi import Condition
+from chain_launcher import ChainLauncher, SequenceInput
+from torch import Tensor
+
+# relative norm of the difference; fp16 activations give some 1.2e-3
+TOLERANCE = 1e-2
+MARGIN_TOLERANCE = 1e-4
+STABILITY_TOLERANCE = 1e-3
+
+TOKENS = (5, 17, 33, 99, 120, 7, 8, 150)
+PASSES = (1, 2, 3, 5, 8)
+REPETITIONS = 100
+RUN_LENGTH = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+class ChainChecks:
+    """Every check of one launcher.
+
+    Needs a vocabulary of more than 160 tokens and at least 6 layers, so that exits may come after a
+    third of them and after a sixth.
+    """
+
+    def __init__(self, launcher: ChainLauncher) -> None:
+        self._launcher, self._position = launcher, launcher.decoder.case.position
+        self._layers = launcher.decoder.shape.layers
+        self._exit = self._layers // 3
+        self._bits = torch.empty(0)  # logits of TOKENS in one pass
+
+    def run(self) -> Iterator[Check]:
+        """One check after another."""
+        with torch.no_grad():
+            yield from self._agreement_with_pytorch()
+            yield from self._margins()
+            yield self._tokens_one_by_one()
+            yield self._sequences_together()
+            yield from self._exits()
+            yield self._deferred_rows()
+            yield self._completion_alone()
+            yield from self._frozen_rows()
+            yield self._gap_between_sequences()
+            yield from self._stability_exits()
+            yield self._repetitions()
+
+    def _agreement_with_pytorch(self) -> Iterator[Check]:
+        logits = {}
+        for count in PASSES:
+            history = self._launcher.fill(0, self._position)
+            wanted = self._launcher.decoder.compute(history, TOKENS[:count]).logits
+            logits[count] = self._launcher.run([self._sequence(TOKENS[:count])])
+            error = _relative_error(logits[count], wanted)
+            detail = f"relative error {error:.1e}"
+            yield Check(f"logits, {count} rows", error < TOLERANCE, detail)
+            yield Check(f"outcome, {count} rows", self._outcome_is_of(logits[count]))
+        self._bits = logits[PASSES[-1]]
+        same = all(torch.equal(rows, self._bits[: len(rows)]) for rows in logits.values())
+        yield Check("the same bits in passes of 1, 2, 3, 5 and 8 rows", same)
+
+    def _outcome_is_of(self, logits: Tensor) -> bool:
+        outcome = self._launcher.outcome()
+        rows = outcome.row[: len(logits)]
+        return (
+            [row.token for row in rows] == logits.argmax(-1).tolist()
+            and all(row.finite for row in rows)
+            and outcome.sequence[0].depth == self._layers
+        )
+
+    def _margins(self) -> Iterator[Check]:
+        """After the pass of all rows."""
+        first, second = self._bits.softmax(-1).topk(2).values.unbind(-1)
+        rows = self._launcher.outcome().row
+        margins = torch.tensor([row.margin for row in rows], device=first.device)
+        error = (margins - (first - second)).abs().max().item()
+        yield Check("margins", error < MARGIN_TOLERANCE, f"error {error:.1e}")
+
+    def _tokens_one_by_one(self) -> Check:
+        self._launcher.fill(0, self._position)
+        rows = [
+            self._launcher.run([self._sequence([token], self._position + index)])
+            for index, token in enumerate(TOKENS)
+        ]
+        return Check("one by one as in one pass", torch.equal(torch.cat(rows), self._bits))
+
+    def _sequences_together(self) -> Check:
+        positions, counts = (self._position, 37, 200, 5), (2, 1, 3, 2)
+        sequences = [
+            self._sequence([token + slot for token in TOKENS[:count]], position, slot=slot)
+            for slot, (position, count) in enumerate(zip(positions, counts, strict=True))
+        ]
+
+        def run(chosen: Sequence[SequenceInput]) -> Tensor:
+            for slot, position in enumerate(positions):
+                self._launcher.fill(slot, position, seed=slot + 1)
+            return self._launcher.run(chosen)
+
+        alone = torch.cat([run([sequence]) for sequence in sequences])
+        return Check("several sequences as alone", torch.equal(run(sequences), alone))
+
+    def _exits(self) -> Iterator[Check]:
+        history = self._launcher.fill(0, self._position)
+        wanted = self._launcher.decoder.compute(history, TOKENS[:1], self._exit)
+        logits = self._launcher.run([self._sequence(TOKENS[:1], max_depth=self._exit)])
+        sequence = self._launcher.outcome().sequence[0]
+        depth = (sequence.depth, sequence.criterion) == (self._exit, -1)
+        yield Check(f"exit after {self._exit} layers", depth, f"depth {sequence.depth}")
+        error = _relative_error(logits, wanted.logits)
+        yield Check("logits at an exit", error < TOLERANCE, f"relative error {error:.1e}")
+        saved = self._launcher.saved[0, self._position]
+        error = _relative_error(saved, wanted.hidden[0])
+        yield Check("hidden state at an exit", error < TOLERANCE, f"relative error {error:.1e}")
+
+    def _deferred_rows(self) -> Check:
+        self._exit_early(1)
+        logits = self._launcher.run([self._after_exit()])
+        return Check("deferred row with the next token", torch.equal(logits, self._bits[:2]))
+
+    def _completion_alone(self) -> Check:
+        self._exit_early(1)
+        deeper = 2 * self._exit
+        self._launcher.run([self._after_exit(max_depth=deeper)])
+        rows = [(-1, self._position + index, deeper) for index in range(2)]
+        logits = self._launcher.run([SequenceInput(rows)])
+        return Check("completion alone", torch.equal(logits, self._bits[:2]))
+
+    def _frozen_rows(self) -> Iterator[Check]:
+        self._exit_early(1)
+        logits = self._launcher.run([self._after_exit(frozen=1)])
+        keys = self._keys()
+        differs = not torch.equal(logits[1], self._bits[1])
+        yield Check("a frozen row's token is not completed", differs)
+        error = self._frozen_key_error(keys[-1])
+        yield Check("a frozen row's key", error < TOLERANCE, f"relative error {error:.1e}")
+        for count in (1, 3):
+            same = all(map(torch.equal, self._keys_frozen_alone(count), keys))
+            yield Check(f"{count} frozen rows alone", same)
+
+    def _frozen_key_error(self, key: Tensor) -> float:
+        """Of the last layer's key, which PyTorch computes from the hidden state at the exit."""
+        decoder, hidden = self._launcher.decoder, self._launcher.saved[0, self._position]
+        weights = decoder.layer(self._layers - 1)
+        _, wanted, _ = decoder.project(weights, hidden[None], self._position)
+        return _relative_error(key.float(), wanted[:, 0])
+
+    def _keys_frozen_alone(self, count: int) -> list[Tensor]:
+        self._exit_early(count)
+        rows = [(-1, self._position + index, self._exit) for index in range(count)]
+        self._launcher.run([SequenceInput(rows, frozen=count)], logits_rows=0)
+        return self._keys()
+
+    def _gap_between_sequences(self) -> Check:
+        """One starts deeper than the other ends: layers between have no rows."""
+        self._exit_early(1)
+        self._launcher.fill(1, 37, seed=2)
+        late = SequenceInput([(-1, self._position, self._exit)])
+        early = self._sequence([9], 37, slot=1, max_depth=self._exit // 2)
+        logits = self._launcher.run([late, early])
+        depth = self._launcher.outcome().sequence[1].depth
+        passed = torch.equal(logits[0], self._bits[0]) and depth == self._exit // 2
+        return Check("a gap between sequences", passed, f"depth {depth}")
+
+    def _stability_exits(self) -> Iterator[Check]:
+        history = self._launcher.fill(0, self._position)
+        reference = self._launcher.decoder.compute(history, TOKENS[:1])
+        stabilities = reference.stabilities[:, 0].tolist()
+        threshold, wanted = stability_threshold(stabilities)
+        rule = [_stability_condition(threshold)] * self._layers
+        found = []
+        for others in (0, 3, 7):
+            logits, depths = self._run_rule(rule, others)
+            outcome = self._launcher.outcome().sequence[0]
+            error = abs(outcome.stability - stabilities[wanted - 1])
+            detail = f"depth {outcome.depth} of {wanted}, stability's error {error:.1e}"
+            stopped = outcome.criterion == 0 and depths == [wanted, *[self._layers] * bool(others)]
+            passed = stopped and error < STABILITY_TOLERANCE
+            yield Check(f"stability exit beside {others} rows", passed, detail)
+            found.append(logits)
+        same = all(torch.equal(logits, found[0]) for logits in found)
+        yield Check("the same bits at stability exits", same)
+
+    def _run_rule(self, rule: list[Condition], others: int) -> tuple[Tensor, list[int]]:
+        """The first token's logits and all depths, beside another sequence's rows."""
+        self._launcher.fill(0, self._position)
+        self._launcher.fill(1, 37, seed=5)
+        sequences = [self._sequence(TOKENS[:1], conditions=rule)]
+        if others:
+            sequences.append(self._sequence(range(3, 3 + others), 37, slot=1))
+        logits = self._launcher.run(sequences)[0]
+        outcome = self._launcher.outcome()
+        return logits, [outcome.sequence[index].depth for index in range(len(sequences))]
+
+    def _repetitions(self) -> Check:
+        self._launcher.fill(0, self._position)
+        same = 0
+        counts = (1, 2, 4, 8)
+        for count in counts:
+            for _ in range(REPETITIONS):
+                logits = self._launcher.run([self._sequence(TOKENS[:count])])
+                same += torch.equal(logits, self._bits[:count])
+        runs = REPETITIONS * len(counts)
+        return Check(f"the same bits in {runs} runs", same == runs, f"{same} runs")
+
+    def _sequence(
+        self,
+        tokens: Sequence[int],
+        position: int | None = None,
+        slot: int = 0,
+        max_depth: int | None = None,
+        conditions: Sequence[Condition] = (),
+    ) -> SequenceInput:
+        first = self._position if position is None else position
+        rows = [(token, first + index, 0) for index, token in enumerate(tokens)]
+        return SequenceInput(rows, slot=slot, max_depth=max_depth, conditions=conditions)
+
+    def _exit_early(self, count: int) -> None:
+        self._launcher.fill(0, self._position)
+        self._launcher.run([self._sequence(TOKENS[:count], max_depth=self._exit)])
+
+    def _after_exit(self, frozen: int = 0, max_depth: int | None = None) -> SequenceInput:
+        """The token that exited, from where it did, and the next one."""
+        rows = [(-1, self._position, self._exit), (TOKENS[1], self._position + 1, 0)]
+        return SequenceInput(rows, frozen=frozen, max_depth=max_depth)
+
+    def _keys(self) -> list[Tensor]:
+        """Of the first token, by layer."""
+        return [keys[0, :, self._position].clone() for keys in self._launcher.keys]
+
+
+def stability_threshold(stabilities: list[float]) -> tuple[float, int]:
+    """A threshold at which the token exits before its last layer, and after how many.
+
+    It lies in the widest gap between two layers' stabilities, so that rounding does not matter.
+    """
+    ordered = sorted(stabilities)
+    gaps = sorted(pairwise(ordered), key=lambda gap: gap[0] - gap[1])
+    for below, above in gaps:
+        threshold = (below + above) / 2
+        depth = _first_run(stabilities, threshold)
+        if depth < len(stabilities):
+            return threshold, depth
+    raise AssertionError(f"no threshold makes an exit of {stabilities}")
+
+
+def _first_run(stabilities: list[float], threshold: float) -> int:
+    """Layers after which RUN_LENGTH in a row have reached the threshold, all where none have."""
+    run = 0
+    for depth, stability in enumerate(stabilities, 1):
+        run = run + 1 if stability >= threshold else 0
+        if run == RUN_LENGTH:
+            return depth
+    return len(stabilities)
+
+
+def _stability_condition(threshold: float) -> Condition:
+    return Condition(signal=1, comparison=0, threshold=threshold, run_length=RUN_LENGTH, may_exit=1)
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())

@@ -1,0 +1,205 @@
+"""A decoder with random weights, and what it computes in PyTorch in fp32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
+from sedac_export.cuda.compiler import chain_macros
+
+_ROTARY_BASE = 1e6
+
+
+@dataclass
+class History:
+    """A sequence's cache before a pass: [key-value heads, positions, head size] by layer."""
+
+    positions: int
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of each token: logits, the hidden state, and the stability of each layer [layers, tokens]."""
+
+    logits: Tensor
+    hidden: Tensor
+    stabilities: Tensor
+
+
+@dataclass(frozen=True)
+class ChainCase:
+    """A model's shape, and the caches and position that its chain is tried with.
+
+    vectors are the norms and biases that its layers have; window is the number of positions that a
+    token sees, 0 for all.
+    """
+
+    name: str
+    shape: ChainShape
+    options: ChainOptions
+    vectors: tuple[str, ...]
+    window: int = 0
+    capacity: int = 1024
+    position: int = 511
+
+    def macros(self) -> dict[str, str]:
+        """What its chain is compiled with."""
+        return chain_macros(self.shape, self.options, 1, self.vectors)
+
+
+class RandomDecoder:
+    """Layers are made anew from their numbers whenever they are asked for: no copy is held."""
+
+    def __init__(self, case: ChainCase, device: str = "cuda") -> None:
+        self.case, self.shape, self.options = case, case.shape, case.options
+        self.device = device
+        self.final_norm = 1 + 0.1 * self._random(self._generator(-1), self.shape.hidden)
+
+    def embedding(self) -> Tensor:
+        """[vocabulary, hidden], fp16; also the head's matrix."""
+        sizes = self.shape.vocabulary, self.shape.hidden
+        return self._random(self._generator(-2), *sizes).half()
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A layer's matrices qkv, o, gate, up and down in fp16, and its vectors in fp32."""
+        generator = self._generator(index)
+        weights = {
+            name: (self._random(generator, rows, columns) * columns**-0.5).half()
+            for name, (rows, columns) in self._matrix_sizes().items()
+        }
+        for name in self.case.vectors:
+            numbers = 0.1 * self._random(generator, self._vector_size(name))
+            weights[name] = numbers if name.endswith("_bias") else 1 + numbers
+        return weights
+
+    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [positions, rotary size / 2]."""
+        size = self.shape.rotary_size
+        steps = torch.arange(0, size, 2, device=self.device) / size
+        angles = torch.outer(torch.arange(positions, device=self.device), _ROTARY_BASE**-steps)
+        return angles.cos(), angles.sin()
+
+    def history(self, positions: int, seed: int) -> History:
+        """A random cache of so many positions, rounded to fp16."""
+        generator = self._generator(-2 - seed)
+        sizes = self.shape.key_value_heads, positions, self.shape.head_size
+        keys, values = (
+            [self._random(generator, *sizes).mul(0.5).half() for _ in range(self.shape.layers)]
+            for _ in range(2)
+        )
+        return History(positions, keys, values)
+
+    def compute(
+        self, history: History, tokens: Sequence[int], depth: int | None = None
+    ) -> Reference:
+        """The head's logits after `depth` layers, by default all, of tokens that follow."""
+        embedding = self.embedding()
+        hidden = embedding[torch.tensor(tokens, device=self.device)].float()
+        hidden *= self.options.embedding_scale
+        stabilities = []
+        for index in range(depth or self.shape.layers):
+            before, hidden = hidden, self._run_layer(index, hidden, history)
+            cosine = functional.cosine_similarity(before, hidden, dim=-1)
+            stabilities.append((cosine + 1) / 2)
+        logits = self._norm(hidden, self.final_norm) @ embedding.float().T
+        logits = _soft_capped(logits, self.options.logits_softcap)
+        return Reference(logits, hidden, torch.stack(stabilities))
+
+    def project(
+        self, weights: dict[str, Tensor], hidden: Tensor, position: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [heads, tokens, head size] of tokens from `position` on."""
+        shape = self.shape
+        normalised = self._norm(hidden, weights["attention_norm"])
+        projected = normalised @ weights["qkv"].float().T + weights["qkv_bias"]
+        heads = projected.view(len(hidden), -1, shape.head_size).transpose(0, 1)
+        keys_end = shape.heads + shape.key_value_heads
+        queries, keys, values = (
+            heads[: shape.heads],
+            heads[shape.heads : keys_end],
+            heads[keys_end:],
+        )
+        if "query_norm" in weights:
+            queries = self._norm(queries, weights["query_norm"])
+            keys = self._norm(keys, weights["key_norm"])
+        return self._rotated(queries, position), self._rotated(keys, position), values
+
+    def _run_layer(self, index: int, hidden: Tensor, history: History) -> Tensor:
+        weights = self.layer(index)
+        attended = self._attend(index, weights, hidden, history) @ weights["o"].float().T
+        if "attention_post_norm" in weights:
+            attended = self._norm(attended, weights["attention_post_norm"])
+        hidden = hidden + attended
+        normalised = self._norm(hidden, weights["mlp_norm"])
+        gate, up = (normalised @ weights[name].float().T for name in ("gate", "up"))
+        if self.options.activation == "silu":
+            gate = functional.silu(gate)
+        else:
+            gate = functional.gelu(gate, approximate="tanh")
+        output = (gate * up) @ weights["down"].float().T
+        if "mlp_post_norm" in weights:
+            output = self._norm(output, weights["mlp_post_norm"])
+        return hidden + output
+
+    def _attend(
+        self, index: int, weights: dict[str, Tensor], hidden: Tensor, history: History
+    ) -> Tensor:
+        """[tokens, heads * head size]."""
+        start, tokens, shape = history.positions, len(hidden), self.shape
+        queries, keys, values = self.project(weights, hidden, start)
+        # caches hold fp16
+        keys = torch.cat([history.keys[index], keys.half()], 1).float()
+        values = torch.cat([history.values[index], values.half()], 1).float()
+        grouped = queries.reshape(shape.key_value_heads, -1, tokens, shape.head_size)
+        scores = torch.einsum("hgtd,hsd->hgts", grouped, keys) * self.options.attention_scale
+        scores = _soft_capped(scores, self.options.attention_softcap)
+        positions = torch.arange(start + tokens, device=self.device)
+        own = positions[start:, None]
+        hides = positions > own
+        if self.case.window:
+            hides |= positions <= own - self.case.window
+        probabilities = scores.masked_fill(hides, float("-inf")).softmax(-1)
+        attended = torch.einsum("hgts,hsd->thgd", probabilities, values)
+        return attended.reshape(tokens, -1)
+
+    def _rotated(self, heads: Tensor, position: int) -> Tensor:
+        size = self.shape.rotary_size
+        tables = self.rotary_tables(position + heads.shape[1])
+        cos, sin = (table[position:] for table in tables)
+        first, second = heads[..., :size].chunk(2, -1)
+        rest = heads[..., size:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, weight.shape, weight, self.options.norm_epsilon)
+
+    def _matrix_sizes(self) -> dict[str, tuple[int, int]]:
+        shape = self.shape
+        attended = shape.heads * shape.head_size
+        return {
+            "qkv": (attended + 2 * shape.key_value_heads * shape.head_size, shape.hidden),
+            "o": (shape.hidden, attended),
+            "gate": (shape.intermediate, shape.hidden),
+            "up": (shape.intermediate, shape.hidden),
+            "down": (shape.hidden, shape.intermediate),
+        }
+
+    def _vector_size(self, name: str) -> int:
+        if name in ("query_norm", "key_norm"):
+            return self.shape.head_size
+        return self._matrix_sizes()["qkv"][0] if name == "qkv_bias" else self.shape.hidden
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(1_000_000 + seed)
+
+    def _random(self, generator: torch.Generator, *sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=self.device, generator=generator)
+
+
+def _soft_capped(numbers: Tensor, cap: float) -> Tensor:
+    return (numbers / cap).tanh() * cap if cap else numbers

@@ -1,0 +1,232 @@
+"""The chain's kernel alone, on random fp16 weights: is it right, and how long do passes take?
+
+Needs an NVIDIA GPU that the chain is compiled for, and PyTorch built for CUDA. Each shape is first
+checked against PyTorch in fp32, and for the same bits in any pass. A figure is the median of 5
+rounds of 50 passes; the floor is the weights' bytes over the rate of a copy on the device.
+
+    python benchmarks/chain_kernel.py [--json] [--shapes SmolLM2-135M ...]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+import torch
+from chain_abi import Pass
+from chain_cases import MODELS, TINY, TINY_GEMMA
+from chain_checks import TOKENS, ChainChecks, Check
+from chain_decoder import ChainCase
+from chain_launcher import (
+    ChainLauncher,
+    SequenceInput,
+    UnsupportedError,
+    card_architecture,
+    compile_chain,
+)
+
+from sedac_export.bundle.cuda_entry import ChainShape
+from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
+from sedac_export.errors import SedacError
+from sedac_runtime.flavour import find_gpu
+
+ROUNDS, PASSES, WARM_UP = 5, 50, 5
+COPIES, COPIED_BYTES = 10, 1 << 30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a pass: the rounds' median, and percentiles of passes by the device's clock."""
+
+    median: float
+    device_p10: float
+    device_p50: float
+    device_p90: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Passes of `rows` tokens of one sequence through `layers` layers; floors in microseconds."""
+
+    rows: int
+    layers: int
+    without_head: Timing
+    with_head: Timing
+    layers_floor: float
+    head_floor: float
+
+
+@dataclass
+class Result:
+    """What came of a case; unsupported is why the card cannot run it."""
+
+    name: str
+    checks: list[Check] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    unsupported: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that ran did."""
+        return all(check.passed for check in self.checks)
+
+
+def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: float) -> Result:
+    """Check the case, and measure it if it is a model's; copy_rate in bytes/s."""
+    result = Result(case.name)
+    try:
+        launcher = ChainLauncher(case, compiling.result())
+        result.checks.extend(ChainChecks(launcher).run())
+        if case in MODELS:
+            result.measurements.extend(measure(launcher, copy_rate))
+    except (UnsupportedError, torch.cuda.OutOfMemoryError) as error:
+        result.unsupported = str(error).splitlines()[0]
+    return result
+
+
+def measure(launcher: ChainLauncher, copy_rate: float) -> Iterator[Measurement]:
+    """All layers with 1, 2, 4 and 8 rows, and one row through a half, a quarter and an eighth."""
+    shape, position = launcher.decoder.shape, launcher.decoder.case.position
+    launcher.fill(0, position)
+    combinations = [(rows, shape.layers) for rows in ROWS]
+    combinations += [(1, shape.layers // part) for part in (2, 4, 8)]
+    layer_floor, head_floor = (1e6 * size / copy_rate for size in weight_bytes(shape))
+    for rows, layers in combinations:
+        tokens = [(token, position + row, 0) for row, token in enumerate(TOKENS[:rows])]
+        sequences = [SequenceInput(tokens, max_depth=layers)]
+        yield Measurement(
+            rows,
+            layers,
+            time_pass(launcher, launcher.make_pass(sequences, logits_rows=0)),
+            time_pass(launcher, launcher.make_pass(sequences)),
+            layers * layer_floor,
+            head_floor,
+        )
+
+
+def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
+    """Passes one after another, without the host waiting in between."""
+    for _ in range(WARM_UP):
+        launcher.launch(wanted)
+    torch.cuda.synchronize()
+    rounds, durations = [], []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for index in range(PASSES):
+            launcher.launch(wanted, outcome=index)
+        torch.cuda.synchronize()
+        rounds.append((time.perf_counter() - start) / PASSES * 1e6)
+        outcomes = [launcher.outcome(index) for index in range(PASSES)]
+        durations += [(outcome.ended - outcome.started) / 1e3 for outcome in outcomes]
+    deciles = statistics.quantiles(durations, n=10)
+    return Timing(statistics.median(rounds), deciles[0], deciles[4], deciles[8])
+
+
+def weight_bytes(shape: ChainShape) -> tuple[int, int]:
+    """fp16 matrices of a layer, and of the head."""
+    attended = shape.heads * shape.head_size
+    projected = 2 * attended + 2 * shape.key_value_heads * shape.head_size
+    layer = shape.hidden * (projected + 3 * shape.intermediate)
+    return 2 * layer, 2 * shape.hidden * shape.vocabulary
+
+
+def measure_copy() -> float:
+    """Bytes read and written a second by copies on the device."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    target.copy_(source)
+    start.record()
+    for _ in range(COPIES):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    seconds = float(start.elapsed_time(end)) / 1e3
+    return 2 * COPIED_BYTES * COPIES / seconds
+
+
+def describe_host(compiler: Compiler) -> dict[str, str]:
+    """The card, and versions of what the figures depend on."""
+    gpu = find_gpu()
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": gpu.driver if gpu else "unknown",
+        "nvrtc": compiler.version,
+        "torch": torch.__version__,
+    }
+
+
+def markdown(result: Result) -> str:
+    """One case for people: checks that failed, and a table."""
+    lines = [f"\n## {result.name}\n"]
+    if result.checks:
+        passed = sum(check.passed for check in result.checks)
+        lines.append(f"{passed} of {len(result.checks)} checks passed.")
+    failed = [check for check in result.checks if not check.passed]
+    lines += [f"- FAILED: {check.name} {check.detail}".rstrip() for check in failed]
+    if result.unsupported:
+        lines.append(f"Not run on this card: {result.unsupported}.")
+    if result.measurements:
+        lines += [
+            "",
+            "| rows | layers | µs without head | with head | p10, p50, p90 | floor | share |",
+        ]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        lines += [_table_row(measurement) for measurement in result.measurements]
+    return "\n".join(lines)
+
+
+def _table_row(measurement: Measurement) -> str:
+    whole = measurement.with_head
+    floor = measurement.layers_floor + measurement.head_floor
+    percentiles = f"{whole.device_p10:.0f}, {whole.device_p50:.0f}, {whole.device_p90:.0f}"
+    return (
+        f"| {measurement.rows} | {measurement.layers} | {measurement.without_head.median:.0f}"
+        f" | {whole.median:.0f} | {percentiles} | {floor:.0f} | {floor / whole.median:.0%} |"
+    )
+
+
+def run_cases(cases: list[ChainCase], compiler: Compiler) -> Iterator[Result]:
+    """One result after another. Raises UnsupportedError when the card runs no chain at all."""
+    architecture = card_architecture()
+    # all of them are compiled before figures are taken
+    with ThreadPoolExecutor() as pool:
+        compiling = [pool.submit(compile_chain, compiler, case, architecture) for case in cases]
+    copy_rate = measure_copy()
+    for case, compiled in zip(cases, compiling, strict=True):
+        yield run_case(case, compiled, copy_rate)
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [case.name for case in MODELS]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch finds no NVIDIA GPU")
+    cases = [TINY, TINY_GEMMA, *(case for case in MODELS if case.name in arguments.shapes)]
+    results = []
+    try:
+        compiler = Compiler()
+        host = describe_host(compiler)
+        if not arguments.json:
+            print(", ".join(f"{name} {value}" for name, value in host.items()))
+        for result in run_cases(cases, compiler):
+            results.append(result)
+            if not arguments.json:
+                print(markdown(result), flush=True)
+    except (SedacError, UnsupportedError) as error:
+        parser.error(str(error))
+    if arguments.json:
+        print(json.dumps({"host": host, "results": [asdict(result) for result in results]}))
+    return 0 if all(result.passed for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Launches passes of the chain's kernel over a decoder's weights; PyTorch holds the memory."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from chain_abi import COUNTERS, MAX_ROWS, Condition, Facts, Layer, Outcome, Pass, Row, SequenceRows
+from chain_decoder import ChainCase, History, RandomDecoder
+from cuda.bindings import driver
+from torch import Tensor
+
+from sedac_export.cuda.compiler import (
+    ARCHITECTURES,
+    FACTS,
+    NEWEST,
+    ROWS,
+    CompiledChain,
+    Compiler,
+)
+from sedac_export.cuda.packing import BLOCK, HALF, TILE
+
+# passes whose outcomes are kept until the host reads them
+OUTCOMES = 64
+
+
+class UnsupportedError(Exception):
+    """The card cannot run the chain, or not for this shape."""
+
+
+@dataclass(frozen=True)
+class SequenceInput:
+    """A sequence's part of a pass: rows of (token, position, first layer), and where it stops.
+
+    The first `frozen` rows only fill caches. conditions: one criterion, for each layer.
+    """
+
+    rows: list[tuple[int, int, int]]
+    slot: int = 0
+    frozen: int = 0
+    max_depth: int | None = None
+    conditions: Sequence[Condition] = ()
+
+
+def card_architecture() -> str:
+    """What is compiled for the current device. Raises UnsupportedError where nothing is."""
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm_{major}0"
+    if name in ARCHITECTURES:
+        return name
+    if major > int(NEWEST.removeprefix("compute_")) // 10:
+        return NEWEST
+    raise UnsupportedError(
+        f"{torch.cuda.get_device_name()} is of compute capability {major}.{minor}, and the chain"
+        f" is compiled for {', '.join(ARCHITECTURES)}"
+    )
+
+
+def compile_chain(compiler: Compiler, case: ChainCase, architecture: str) -> CompiledChain:
+    """The chain for the case. Raises UnsupportedError where it does not fit."""
+    compiled = compiler.compile_for(architecture, case.macros())
+    if compiled is None:
+        raise UnsupportedError(f"shared memory of {architecture} is too small")
+    return compiled
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """As sedac_export.cuda.packing.pack, on the device."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, 0, 0, -rows % TILE))
+    tiles = padded.view(-1, TILE // HALF, HALF, columns // BLOCK, BLOCK)
+    return tiles.permute(0, 3, 1, 2, 4).contiguous()
+
+
+class ChainLauncher:
+    """A chain on the current device: its weights, caches [slot] and buffers."""
+
+    def __init__(self, case: ChainCase, compiled: CompiledChain, slots: int = 4) -> None:
+        self.decoder, self.capacity = RandomDecoder(case), case.capacity
+        torch.zeros(1, device="cuda")  # makes the context current
+        self._load(compiled)
+        self._hold_weights(slots)
+        self._allocate(slots)
+        self._previous_rows, self._parity = MAX_ROWS, 0
+        self._prepare()
+
+    def fill(self, slot: int, positions: int, seed: int = 1) -> History:
+        """Make a random history the slot's cache."""
+        history = self.decoder.history(positions, seed)
+        for caches, numbers in ((self.keys, history.keys), (self.values, history.values)):
+            for cache, filled in zip(caches, numbers, strict=True):
+                cache[slot].zero_()
+                cache[slot, :, :positions] = filled
+        return history
+
+    def make_pass(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Pass:
+        """The parameter of a pass. logits_rows: bits of the rows that want logits, default all."""
+        made = Pass(capacity=self.capacity, blocks=self.blocks, sequences=len(sequences))
+        for name, tensor in self._buffers.items():
+            setattr(made, name, tensor.data_ptr())
+        first = 0
+        for index, sequence in enumerate(sequences):
+            made.sequence[index] = self._sequence_rows(sequence, first)
+            for row, (token, position, first_layer) in enumerate(sequence.rows, first):
+                made.row[row] = Row(token, position, index, first_layer)
+            first += len(sequence.rows)
+        made.rows = first
+        made.logits_rows = (1 << first) - 1 if logits_rows is None else logits_rows
+        return made
+
+    def launch(self, wanted: Pass, outcome: int = 0) -> None:
+        """Enqueue a pass on the smallest kernel that takes its rows."""
+        scratch, following = self._scratch[self._parity], self._scratch[1 - self._parity]
+        wanted.scratch, wanted.next_scratch = scratch.data_ptr(), following.data_ptr()
+        wanted.clear_rows, self._previous_rows = self._previous_rows, wanted.rows
+        wanted.outcome = self._outcomes.data_ptr() + outcome * ctypes.sizeof(Outcome)
+        self._parity = 1 - self._parity
+        entry = next(rows for rows in ROWS if rows >= wanted.rows)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(wanted))
+        shared = self.facts.shared_bytes[ROWS.index(entry)]
+        grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
+        function, stream = self._entries[entry], self._stream.cuda_stream
+        at = ctypes.addressof(parameters)
+        _succeed(driver.cuLaunchCooperativeKernel(function, *grid, *block, shared, stream, at))
+
+    def run(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Tensor:
+        """Run one pass to its end; logits [rows, vocabulary], NaN where none are wanted."""
+        wanted = self.make_pass(sequences, logits_rows)
+        self._buffers["logits"].fill_(float("nan"))
+        torch.cuda.synchronize()
+        self.launch(wanted)
+        torch.cuda.synchronize()
+        return self._buffers["logits"][: wanted.rows].clone()
+
+    def outcome(self, index: int = 0) -> Outcome:
+        """What a pass left, once it has ended."""
+        return Outcome.from_address(self._outcomes.data_ptr() + index * ctypes.sizeof(Outcome))
+
+    @property
+    def saved(self) -> Tensor:
+        """Hidden states at exits, [slot, capacity, hidden]."""
+        return self._buffers["saved"]
+
+    def _load(self, compiled: CompiledChain) -> None:
+        self._module = _succeed(driver.cuModuleLoadData(compiled.code))
+        address, _ = _succeed(driver.cuModuleGetGlobal(self._module, FACTS.encode()))
+        facts = self.facts = Facts()
+        size = ctypes.sizeof(Facts)
+        _succeed(driver.cuMemcpyDtoH(ctypes.addressof(facts), address, size))
+        mirrors = [ctypes.sizeof(mirror) for mirror in (Layer, Pass, Outcome)]
+        assert [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes] == mirrors
+        units = torch.cuda.get_device_properties().multi_processor_count
+        self.blocks = min(facts.max_blocks, units)
+        if self.blocks < facts.min_blocks:
+            raise UnsupportedError(
+                f"it takes {facts.min_blocks} multiprocessors, and the card has {units}"
+            )
+        self._entries = {rows: self._function(f"chain_{rows}") for rows in ROWS}
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for function, shared in zip(self._entries.values(), facts.shared_bytes, strict=True):
+            _succeed(driver.cuFuncSetAttribute(function, limit, shared))
+
+    def _function(self, name: str) -> Any:
+        return _succeed(driver.cuModuleGetFunction(self._module, name.encode()))
+
+    def _hold_weights(self, slots: int) -> None:
+        decoder, shape = self.decoder, self.decoder.shape
+        sizes = slots, shape.key_value_heads, self.capacity, shape.head_size
+        self.keys, self.values = (
+            [torch.zeros(sizes, dtype=torch.half, device="cuda") for _ in range(shape.layers)]
+            for _ in range(2)
+        )
+        self._weights = [_packed_layer(decoder.layer(i)) for i in range(shape.layers)]
+        layers = (Layer * shape.layers)()
+        for layer, weights, keys, values in zip(
+            layers, self._weights, self.keys, self.values, strict=True
+        ):
+            for name, tensor in (weights | {"keys": keys, "values": values}).items():
+                setattr(layer, name, tensor.data_ptr())
+            layer.window = decoder.case.window
+        packed, (cos, sin) = pack(decoder.embedding()), decoder.rotary_tables(self.capacity)
+        self._buffers = {
+            "layers": _on_device(layers),
+            "embed": packed,
+            "head": packed,
+            "final_norm": decoder.final_norm,
+            "cos": cos,
+            "sin": sin,
+        }
+
+    def _allocate(self, slots: int) -> None:
+        shape, facts = self.decoder.shape, self.facts
+        self._buffers |= {
+            "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
+            "saved": torch.zeros(slots, self.capacity, shape.hidden, device="cuda"),
+            "tables": _zeros(facts.table_bytes * self.blocks),
+            "counters": _zeros(COUNTERS * ctypes.sizeof(ctypes.c_uint)),
+        }
+        self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
+        # the device writes pinned memory at the address that it has on the host
+        size = OUTCOMES * ctypes.sizeof(Outcome)
+        self._outcomes = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        self._conditions: list[Tensor] = []
+        self._stream = torch.cuda.Stream()
+
+    def _prepare(self) -> None:
+        function, stream = self._function("prepare"), self._stream.cuda_stream
+        arguments = (self._buffers["tables"].data_ptr(), self.blocks)
+        parameters = (arguments, (ctypes.c_uint64, ctypes.c_int))
+        grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
+        torch.cuda.synchronize()
+        _succeed(driver.cuLaunchKernel(function, *grid, *block, 0, stream, parameters, 0))
+        torch.cuda.synchronize()
+
+    def _sequence_rows(self, sequence: SequenceInput, first: int) -> SequenceRows:
+        rows = SequenceRows(
+            slot=sequence.slot,
+            first_row=first,
+            rows=len(sequence.rows),
+            frozen=sequence.frozen,
+            max_depth=sequence.max_depth or self.decoder.shape.layers,
+        )
+        if sequence.conditions:
+            held = (Condition * len(sequence.conditions))(*sequence.conditions)
+            # kept while the launcher lives: passes may be launched at any time
+            self._conditions.append(_on_device(held))
+            rows.criteria, rows.conditions = 1, self._conditions[-1].data_ptr()
+        return rows
+
+
+def _packed_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    # halves of tiles alternate
+    gate, up = (weights.pop(name) for name in ("gate", "up"))
+    halves = [matrix.view(-1, HALF, matrix.shape[1]) for matrix in (gate, up)]
+    weights["gate_up"] = torch.stack(halves, 1).flatten(0, 2)
+    return {name: pack(w) if w.dim() == 2 else w for name, w in weights.items()}
+
+
+def _on_device(structures: "ctypes.Array[Any]") -> Tensor:
+    return torch.frombuffer(bytearray(structures), dtype=torch.uint8).cuda()
+
+
+def _zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device="cuda")
+
+
+def _succeed(results: tuple[Any, ...]) -> Any:
+    """What a call of the driver gives."""
+    status, *values = results
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver failed: {status.name}")
+    return values[0] if len(values) == 1 else values

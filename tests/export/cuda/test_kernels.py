@@ -1,0 +1,122 @@
+"""The chain's own sources: that NVRTC compiles them, and that a GPU computes the right numbers."""
+
+import ctypes
+import json
+import re
+from pathlib import Path
+
+import chain_abi
+import numpy as np
+import pytest
+import torch
+from chain_cases import TINY, TINY_GEMMA
+from chain_decoder import ChainCase
+from conftest import DEMO_MODEL
+
+from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
+from sedac_export.cuda import packing
+from sedac_export.cuda.compiler import Compiler
+
+CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
+
+# mirrors of the core's structs
+MIRRORS = {
+    "ChainFacts": chain_abi.Facts,
+    "LayerPointers": chain_abi.Layer,
+    "PassRow": chain_abi.Row,
+    "SequenceRows": chain_abi.SequenceRows,
+    "PassParameters": chain_abi.Pass,
+    "SequenceOutcome": chain_abi.SequenceOutcome,
+    "RowOutcome": chain_abi.RowOutcome,
+    "PassOutcome": chain_abi.Outcome,
+    "Condition": chain_abi.Condition,
+}
+
+
+def demo_case() -> ChainCase:
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    shape = ChainShape(
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        key_value_heads=config["num_key_value_heads"],
+        head_size=config["head_dim"],
+        rotary_size=config["head_dim"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        vocabulary=config["vocab_size"],
+    )
+    options = ChainOptions(
+        activation="silu",
+        norm_epsilon=config["rms_norm_eps"],
+        attention_scale=config["head_dim"] ** -0.5,
+        attention_softcap=0.0,
+        logits_softcap=0.0,
+        embedding_scale=1.0,
+    )
+    return ChainCase("demo", shape, options, ("attention_norm", "mlp_norm"))
+
+
+@pytest.fixture
+def compiler() -> Compiler:
+    for module in ("cuda.bindings.nvrtc", "elftools"):
+        pytest.importorskip(module, reason="of the extra sedac[cuda]")
+    return Compiler()
+
+
+# either takes 15 s
+@pytest.mark.parametrize(
+    "case", [demo_case(), pytest.param(TINY_GEMMA, marks=pytest.mark.slow)], ids=lambda c: c.name
+)
+def test_the_chain_compiles(case: ChainCase, compiler: Compiler) -> None:
+    compiled = compiler.compile_for("sm_90", case.macros())
+    assert compiled is not None
+    assert [kernel.rows for kernel in compiled.kernels] == [1, 2, 4, 8]
+    assert compiled.kernels[0].spilled_bytes == 0
+    facts = chain_abi.Facts.from_buffer_copy(compiler.facts(compiled.code))
+    assert facts.abi == 1
+    mirrors = (chain_abi.Layer, chain_abi.Pass, chain_abi.Outcome)
+    sizes = [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes]
+    assert sizes == [ctypes.sizeof(mirror) for mirror in mirrors]
+    assert list(facts.shared_bytes) == [kernel.shared_bytes for kernel in compiled.kernels]
+    # registers are allotted to whole blocks
+    assert all(kernel.registers * facts.threads <= 65536 for kernel in compiled.kernels)
+    assert 0 < facts.min_blocks <= facts.max_blocks
+    assert facts.table_bytes > 0
+    assert facts.scratch_bytes > 0
+
+
+def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
+    source = CORE.read_text()
+    sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
+    assert len(sizes) == 7
+    for name, size in sizes.items():
+        assert ctypes.sizeof(MIRRORS[name]) == int(size), name
+    bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
+    assert MIRRORS.keys() - bodies.keys() == {"Condition"}
+    for name, body in bodies.items():
+        members = re.findall(r"^    pub(?:\(super\))? (\w+):", body, re.MULTILINE)
+        assert members == [field[0] for field in MIRRORS[name]._fields_], name
+
+
+def test_the_benchmark_packs_as_bundles_do() -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="of the extra sedac[cuda]")
+    from chain_launcher import pack
+
+    matrix = np.arange(40 * 96, dtype=np.float16).reshape(40, 96)
+    assert np.array_equal(pack(torch.from_numpy(matrix)).numpy(), packing.pack(matrix))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no NVIDIA GPU")
+@pytest.mark.parametrize("case", [TINY, TINY_GEMMA], ids=lambda case: case.name)
+def test_passes_agree_with_pytorch_and_each_other(case: ChainCase, compiler: Compiler) -> None:
+    from chain_checks import ChainChecks
+    from chain_launcher import ChainLauncher, UnsupportedError, card_architecture, compile_chain
+
+    try:
+        architecture = card_architecture()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
+    checks = list(ChainChecks(launcher).run())
+    assert [check for check in checks if not check.passed] == []
