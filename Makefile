@@ -20,6 +20,8 @@ EXTRAS ?= dev cuda signing tensorrt-rtx
 PEERS := llama-cpp-python==0.3.36 onnxruntime-genai==0.18.0
 PEER_FLAGS := -DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8
 
+KERNELS := $(wildcard sedac_export/cuda/kernels/*.cu*)
+
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all real-model benchmark lint docs format install audit sbom clean
@@ -50,6 +52,7 @@ benchmark: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy.stubtest sedac_runtime._core
@@ -66,6 +69,7 @@ docs: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 	cargo fmt --all
 
 install: $(INSTALLED)

@@ -103,6 +103,14 @@ impl DecodingChoice {
                 place: format!("{}; set mode exit", self.mode.name()),
             });
         }
+        let drafts = self.mode != ModeName::Full && self.forced_exit.is_none();
+        if let (Some(DrafterChoice::By(_)), false) = (self.drafter, drafts) {
+            return Err(Error::Misplaced {
+                name: "drafter",
+                owner: "mode lossless or exit",
+                place: "full or forced exits; leave it out".into(),
+            });
+        }
         let policy = self.policy.resolve(&config.policy, |policy| {
             manifest.trained_depths(policy.signal())
         })?;

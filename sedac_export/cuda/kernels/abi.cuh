@@ -22,15 +22,15 @@ struct Layer {
   const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // [hidden], null: none
   const float *query_norm, *key_norm;                                            // [head size], null: none
   const half* matrices[4];                                                       // QKV, O, gate_up, down
-  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // null: none
-  half *keys, *values;                                        // [slot][key-value head][capacity][head size]
-  int window;                                                 // positions that a token sees, 0 for all
-  int rotary;                                                 // which tables
+  const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;                     // null: none
+  half *keys, *values;  // [slot][key-value head][capacity][head size]
+  int window;           // positions that a token sees, 0 for all
+  int rotary;           // which tables
 };
 
 // A row of a pass: one token at one position.
 struct Row {
-  int token;     // -1: starts from the hidden state saved for its position
+  int token;  // -1: starts from the hidden state saved for its position
   int position;
   int sequence;  // index in Pass::sequence
   int first_layer;
@@ -39,9 +39,9 @@ struct Row {
 // The rows of one sequence: consecutive rows at consecutive positions, whose first layers never grow.
 struct SequenceRows {
   int slot, first_row, rows;
-  int frozen;     // its first rows, this many, only fill caches
-  int max_depth;  // layers after which it stops at the latest
-  int criteria;   // of its exit rule, 0 for none
+  int frozen;                          // its first rows, this many, only fill caches
+  int max_depth;                       // layers after which it stops at the latest
+  int criteria;                        // of its exit rule, 0 for none
   const struct Condition* conditions;  // [criteria][layers]
 };
 

@@ -1,12 +1,12 @@
-// Attention over the cache, by chunks of keys: every chunk of every key-value head is some block's, and gives a partial sum
-// for each row and query head that combine.cuh weighs and adds.
+// Attention over the cache, by chunks of keys: every chunk of every key-value head is some block's, and gives a partial
+// sum for each row and query head that combine.cuh weighs and adds.
 //
-// Two tokens' query heads, up to eight of each, lie in the mma's rows; more tokens are other blocks' work. (All eight in one
-// block: 15 us a layer of Qwen2.5-0.5B's shape for eight rows.) A chunk is the same keys whatever rows are asked for, and is
-// taken KEYS at a time from its beginning, so a row's sums do not depend on others.
+// Two tokens' query heads, up to eight of each, lie in the mma's rows; more tokens are other blocks' work. (All eight
+// in one block: 15 us a layer of Qwen2.5-0.5B's shape for eight rows.) A chunk is the same keys whatever rows are asked
+// for, and is taken KEYS at a time from its beginning, so a row's sums do not depend on others.
 //
-// Keys and values of the pass's own rows come from the scratch, rotated and rounded here; the block whose chunk they lie in
-// writes them to the cache.
+// Keys and values of the pass's own rows come from the scratch, rotated and rounded here; the block whose chunk they
+// lie in writes them to the cache.
 #pragma once
 #include "residual.cuh"
 
@@ -17,7 +17,8 @@ struct ActiveRows {
   int start;  // position of the first
   int slot;
 };
-template <int N> __device__ __forceinline__ ActiveRows active_rows(const Pass& pass, int sequence, unsigned active) {
+template <int N>
+__device__ __forceinline__ ActiveRows active_rows(const Pass& pass, int sequence, unsigned active) {
   if (N == 1) return {0, 1, pass.row[0].position, pass.sequence[0].slot};
   const SequenceRows& rows = pass.sequence[sequence];
   const unsigned mine = active >> rows.first_row & ((1u << rows.rows) - 1);
@@ -38,7 +39,8 @@ __device__ __forceinline__ unsigned row_parity(const Pass& pass, int row, int la
   return (layer - pass.row[row].first_layer + 1) & 1;
 }
 
-template <int N> struct Attention {
+template <int N>
+struct Attention {
   const Pass& pass;
   Shared<N>& shared;
   const Layer& layer;
@@ -68,7 +70,8 @@ template <int N> struct Attention {
     for (int s = 0; s < (N == 1 ? 1 : pass.sequences); s++) {
       const ActiveRows rows = active_rows<N>(pass, s, active);
       if (!rows.count) continue;
-      const int chunks = ((rows.start + rows.count - 1) >> shift) + 1, pairs = N == 1 ? 1 : (rows.count + 1) / 2, items = KV_HEADS * chunks * pairs;
+      const int chunks = ((rows.start + rows.count - 1) >> shift) + 1, pairs = N == 1 ? 1 : (rows.count + 1) / 2,
+                items = KV_HEADS * chunks * pairs;
 #pragma unroll 1
       for (int i = N == 1 ? last : (last + blocks - before % blocks) % blocks; i < items; i += blocks) {
         if (again) sync_block();
@@ -106,8 +109,8 @@ template <int N> struct Attention {
     write(item, shift, sums, sub - 1);
   }
 
-  // Old keys and values do not depend on this layer: they are fetched before the new ones are waited for, all loads before
-  // the first store (with each store after its load they ran one by one).
+  // Old keys and values do not depend on this layer: they are fetched before the new ones are waited for, all loads
+  // before the first store (with each store after its load they ran one by one).
   __device__ __forceinline__ void load_cache(const ActiveRows& rows, int kv_head, int first_key) {
     const int tid = fresh<N>(this->tid);
     const size_t cache = (static_cast<size_t>(rows.slot) * KV_HEADS + kv_head) * pass.capacity;
@@ -117,14 +120,16 @@ template <int N> struct Attention {
       const int i = (tid + q * THREADS) % LOADS, key = min(first_key + i / (HEAD / 8), pass.capacity - 1);
       const half* from = (q * THREADS < LOADS ? layer.keys : layer.values) + (cache + key) * HEAD + i % (HEAD / 8) * 8;
       asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
-                   : "=r"(loaded[q].x), "=r"(loaded[q].y), "=r"(loaded[q].z), "=r"(loaded[q].w) : "l"(from));
+                   : "=r"(loaded[q].x), "=r"(loaded[q].y), "=r"(loaded[q].z), "=r"(loaded[q].w)
+                   : "l"(from));
     }
 #pragma unroll
     for (int q = 0; q < LOADS_OF_THREAD; q++) {
       const int i = (tid + q * THREADS) % LOADS, row = i / (HEAD / 8), key = first_key + row;
       half* to = (q * THREADS < LOADS ? shared.keys[row] : shared.values[row]) + i % (HEAD / 8) * 8;
       const bool old = key < rows.start;
-      if (old || key >= rows.start + rows.count) *reinterpret_cast<uint4*>(to) = old ? loaded[q] : make_uint4(0, 0, 0, 0);
+      if (old || key >= rows.start + rows.count)
+        *reinterpret_cast<uint4*>(to) = old ? loaded[q] : make_uint4(0, 0, 0, 0);
     }
   }
 
@@ -132,7 +137,8 @@ template <int N> struct Attention {
   __device__ __forceinline__ void load_rows(const Item& item, int first_key, int sub) {
     constexpr int QUARTERS = HEAD / 4;  // a thread takes two pairs of a head, or four values
     const ActiveRows& rows = item.rows;
-    const int queries = (N == 1 ? 1 : min(2, rows.count - item.token)) * GROUP * QUARTERS, keys = queries + rows.count * QUARTERS;
+    const int queries = (N == 1 ? 1 : min(2, rows.count - item.token)) * GROUP * QUARTERS,
+              keys = queries + rows.count * QUARTERS;
     const int all = keys + rows.count * QUARTERS;
 #pragma unroll 1
     for (int i = fresh<N>(tid); i < all; i += THREADS) {
@@ -143,12 +149,14 @@ template <int N> struct Attention {
       if (query ? sub > 0 : row < 0 || row >= KEYS) continue;
       const unsigned parity = row_parity(pass, rows.first + token, depth);
       const float* qkv = scratch + (rows.first + token) * SCRATCH_ROW + SCRATCH_QKV;
-      const size_t at = ((static_cast<size_t>(rows.slot) * KV_HEADS + item.kv_head) * pass.capacity + rows.start + token) * HEAD;
+      const size_t at =
+          ((static_cast<size_t>(rows.slot) * KV_HEADS + item.kv_head) * pass.capacity + rows.start + token) * HEAD;
       const bool writes = !query && !item.token;  // of the blocks with this chunk, one
       if (rotate) {
         const int head = query ? item.kv_head * GROUP + in_group : HEADS + item.kv_head;
         rotate_quarter(qkv + head * HEAD, !query, quarter, rows.first + token, parity,
-                       query ? shared.queries[(token - item.token) * 8 + in_group] : shared.keys[row], writes ? layer.keys + at : nullptr);
+                       query ? shared.queries[(token - item.token) * 8 + in_group] : shared.keys[row],
+                       writes ? layer.keys + at : nullptr);
       } else {
         const float* from = qkv + (HEADS + KV_HEADS + item.kv_head) * HEAD + 4 * quarter;
         float4 v;
@@ -162,9 +170,11 @@ template <int N> struct Attention {
   }
 
   // Two pairs of a head: elements low, low + 1 and high, high + 1, which rotate into each other.
-  __device__ __forceinline__ void rotate_quarter(const float* from, bool is_key, int quarter, int pass_row, unsigned parity, half* to, half* cache) {
+  __device__ __forceinline__ void rotate_quarter(const float* from, bool is_key, int quarter, int pass_row,
+                                                 unsigned parity, half* to, half* cache) {
     const bool rotates = quarter < ROTARY / 4;
-    const int low = rotates ? 2 * quarter : ROTARY + 4 * (quarter - ROTARY / 4), high = low + (rotates ? ROTARY / 2 : 2);
+    const int low = rotates ? 2 * quarter : ROTARY + 4 * (quarter - ROTARY / 4),
+              high = low + (rotates ? ROTARY / 2 : 2);
     float2 u, v;
     do u = load2(from + low), v = load2(from + high);
     while (!arrived(u, parity) || !arrived(v, parity));
@@ -218,7 +228,8 @@ template <int N> struct Attention {
       for (int k = 0; k < HEAD / 16; k++) {
         unsigned a[4], b[4];
         load_matrix(a, queries + ((lane & 15) * HEAD_ROW + k * 16 + (lane >> 4) * 8) * 2);
-        load_matrix(b, keys + ((key_tile * 16 + (lane & 7) + (lane >> 4) * 8) * HEAD_ROW + k * 16 + (lane >> 3 & 1) * 8) * 2);
+        load_matrix(
+            b, keys + ((key_tile * 16 + (lane & 7) + (lane >> 4) * 8) * HEAD_ROW + k * 16 + (lane >> 3 & 1) * 8) * 2);
         mma(score[0], a[0], a[1], a[2], a[3], b[0], b[1]);
         mma(score[1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
@@ -326,7 +337,8 @@ template <int N> struct Attention {
         const unsigned parity = row_parity(pass, row, depth);
         float* to = scratch + row * SCRATCH_ROW;
         const int index = (item.kv_head * GROUP + g) * MAX_CHUNKS + item.chunk;
-        store2(to + SCRATCH_PARTIAL + index * HEAD + column + 2 * t, flagged(sums.even[q][upper * 2] + sums.odd[q][upper * 2], parity),
+        store2(to + SCRATCH_PARTIAL + index * HEAD + column + 2 * t,
+               flagged(sums.even[q][upper * 2] + sums.odd[q][upper * 2], parity),
                flagged(sums.even[q][upper * 2 + 1] + sums.odd[q][upper * 2 + 1], parity));
         if (!column && !t) {
           const float largest = sub < 0 ? -1e30f : shared.running[(sub + 1) & 1][upper * 8 + g];

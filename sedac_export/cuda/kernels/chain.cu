@@ -1,7 +1,8 @@
-// A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit is
-// a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head.
+// A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit
+// is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head.
 #include "exits.cuh"
 #include "head.cuh"
+#include "prefetch.cuh"
 
 __device__ __forceinline__ unsigned long long now() {
   unsigned long long t;
@@ -22,7 +23,8 @@ __device__ __forceinline__ void take_registers() {
 #endif
 }
 
-template <int N> struct Chain {
+template <int N>
+struct Chain {
   const Pass& pass;
   Shared<N>& shared;
   float* scratch;
@@ -80,11 +82,13 @@ template <int N> struct Chain {
     find_next_stop();
     if (!tid) shared.chunk_shift = chunk_shift(pass.capacity);
     load_rotary();
-    for (int i = tid; i < Shared<N>::QUERY_ROWS * HEAD_ROW / 2; i += THREADS) reinterpret_cast<unsigned*>(shared.queries)[i] = 0;
+    for (int i = tid; i < Shared<N>::QUERY_ROWS * HEAD_ROW / 2; i += THREADS)
+      reinterpret_cast<unsigned*>(shared.queries)[i] = 0;
     for (int i = tid; i < 3 * MAX_ROWS * WARPS; i += THREADS) shared.segments[0][i] = 0;
     find_own(tid);
     const int cleared = pass.clear_rows * SCRATCH_ROW / 4;
-    for (int i = block * THREADS + tid; i < cleared; i += pass.blocks * THREADS) reinterpret_cast<float4*>(pass.next_scratch)[i] = make_float4(0, 0, 0, 0);
+    for (int i = block * THREADS + tid; i < cleared; i += pass.blocks * THREADS)
+      reinterpret_cast<float4*>(pass.next_scratch)[i] = make_float4(0, 0, 0, 0);
     sync_block();
   }
 
@@ -118,14 +122,23 @@ template <int N> struct Chain {
   __device__ __forceinline__ void produce(int first_layer, int last_layer) {
     const int warp = threadIdx.x - THREADS;
     if (warp >= WARPS) return;
-    const Source source{shared.tables.piece[warp], shared.layers, reinterpret_cast<const char*>(pass.head), &shared.tables.last_head[warp],
-                        first_layer, last_layer, shared.tables.range[STAGES - 1][warp].y, head_tiles(pass), pass.blocks};
-    Producer<RING_SLOTS<N>> producer{slots_of(warp), shared_address(shared.barriers[warp]), &shared.ring[warp], source, warp};
+    const Source source{shared.tables.piece[warp],
+                        shared.layers,
+                        reinterpret_cast<const char*>(pass.head),
+                        &shared.tables.last_head[warp],
+                        first_layer,
+                        last_layer,
+                        shared.tables.range[STAGES - 1][warp].y,
+                        head_tiles(pass),
+                        pass.blocks};
+    Producer<RING_SLOTS<N>> producer{slots_of(warp), shared_address(shared.barriers[warp]), &shared.ring[warp], source,
+                                     warp};
     producer.run();
   }
 
   __device__ __forceinline__ static void copy(void* to, const void* from, int bytes) {
-    for (int i = threadIdx.x; i < bytes / 8; i += ALL_THREADS) static_cast<unsigned long long*>(to)[i] = static_cast<const unsigned long long*>(from)[i];
+    for (int i = threadIdx.x; i < bytes / 8; i += ALL_THREADS)
+      static_cast<unsigned long long*>(to)[i] = static_cast<const unsigned long long*>(from)[i];
   }
 
   __device__ __forceinline__ void load_rotary() {
@@ -168,7 +181,7 @@ template <int N> struct Chain {
     for_pairs(fresh<N>(tid), [&](int p, int d) {
       const int index = own[p] >> (before_down ? 8 : 0) & 255;
       if (!index) return;
-      float(*to)[16] = before_down ? shared.before_down[index - 1] : shared.before_o[index - 1];
+      float (*to)[16] = before_down ? shared.before_down[index - 1] : shared.before_o[index - 1];
 #pragma unroll
       for (int t = 0; t < N; t++) *reinterpret_cast<float2*>(&to[t][d % 16]) = h[t][p];
     });
@@ -180,7 +193,8 @@ template <int N> struct Chain {
     unsigned active = 0;
 #pragma unroll
     for (int t = 0; t < N; t++)
-      if (t < rows() && pass.row[t].first_layer <= layer && !(exits.stopped >> pass.row[t].sequence & 1)) active |= 1u << t;
+      if (t < rows() && pass.row[t].first_layer <= layer && !(exits.stopped >> pass.row[t].sequence & 1))
+        active |= 1u << t;
     return active;
   }
 
@@ -199,7 +213,8 @@ template <int N> struct Chain {
         const int tid = thread_index();
         float bias = 0;
         if (stage == STAGE_QKV || stage == STAGE_GATE_UP) {
-          active = begin(tid, stages, stage, layer, first_layer, last_layer, stage == STAGE_QKV ? before : active, bias);
+          active =
+              begin(tid, stages, stage, layer, first_layer, last_layer, stage == STAGE_QKV ? before : active, bias);
           if (exits.stopped == (1u << sequences()) - 1) {
             out = true;
             break;
@@ -212,13 +227,23 @@ template <int N> struct Chain {
           Combine<N>{pass, shared, scratch, active, layer, tid}.run(shared.tables.tiles[STAGE_O].x);
           MARK(layer, 5)
         }
-        if (stage == STAGE_DOWN) { MARK(layer, 9) }
+        if (stage == STAGE_DOWN) {
+          MARK(layer, 9)
+        }
         stages.run(tid, stage, layer, active, bias);
-        if (stage == STAGE_QKV) { MARK(layer, 11) }
-        if (stage == STAGE_O) { MARK(layer, 12) }
-        if (stage == STAGE_GATE_UP) { MARK(layer, 13) }
-        if (stage == STAGE_DOWN) { MARK(layer, 10) }
-        prefetch(tid, stage, layer, last_layer);
+        if (stage == STAGE_QKV) {
+          MARK(layer, 11)
+        }
+        if (stage == STAGE_O) {
+          MARK(layer, 12)
+        }
+        if (stage == STAGE_GATE_UP) {
+          MARK(layer, 13)
+        }
+        if (stage == STAGE_DOWN) {
+          MARK(layer, 10)
+        }
+        Prefetch<N>{pass, shared, tid}.run(stage, layer, last_layer);
         __syncwarp();
       }
       if (out) break;
@@ -227,19 +252,26 @@ template <int N> struct Chain {
     return layer;
   }
 
-  // The residual after the layer before, the exits there, and the norm before QKV; or the residual after attention, and the
-  // norm before the MLP. `before`: rows that ran what came before. Returns the rows that run what follows.
-  __device__ __forceinline__ unsigned begin(int tid, Stages<N>& stages, int stage, int layer, int first_layer, int last_layer, unsigned before, float& bias) {
+  // The residual after the layer before, the exits there, and the norm before QKV; or the residual after attention, and
+  // the norm before the MLP. `before`: rows that ran what came before. Returns the rows that run what follows.
+  __device__ __forceinline__ unsigned begin(int tid, Stages<N>& stages, int stage, int layer, int first_layer,
+                                            int last_layer, unsigned before, float& bias) {
     const bool of_layer = stage == STAGE_QKV;
     MARK(layer, of_layer ? 0 : 6)
     float2 weight[PAIRS], h[N][PAIRS];
-    load_weight(tid, layer == last_layer ? pass.final_norm : of_layer ? shared.layers[layer].attention_norm : shared.layers[layer].mlp_norm, weight);
+    load_weight(tid,
+                layer == last_layer ? pass.final_norm
+                : of_layer          ? shared.layers[layer].attention_norm
+                                    : shared.layers[layer].mlp_norm,
+                weight);
     if (of_layer && layer < last_layer) bias = first_bias(tid, layer);
     const bool compared = of_layer && deciding && layer > first_layer;
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
     clear(h);
-    receive<N>(tid, h, scratch, [&](int t) { return of_layer ? stages.down_offset(t, layer - 1) : SCRATCH_O; }, of_layer ? DOWN_SPLITS : 1,
-               [&](int t) { return of_layer ? stages.down_parity(t, layer - 1) : row_parity(pass, t, layer); }, before);
+    receive<N>(
+        tid, h, scratch, [&](int t) { return of_layer ? stages.down_offset(t, layer - 1) : SCRATCH_O; },
+        of_layer ? DOWN_SPLITS : 1,
+        [&](int t) { return of_layer ? stages.down_parity(t, layer - 1) : row_parity(pass, t, layer); }, before);
     if (SEDAC_POST_NORMS) {
       const Layer& of = shared.layers[of_layer ? max(layer - 1, 0) : layer];
       add_normalised<N>(tid, h, before, of_layer ? of.mlp_post_norm : of.attention_post_norm, shared.segments[3],
@@ -285,8 +317,8 @@ template <int N> struct Chain {
       for (int p = 0; p < PAIRS; p++) h[t][p] = make_float2(0, 0);
   }
 
-  // Rows that start at `layer`, and frozen ones, which stay as they are. (What layers make of these is computed and waited
-  // for all the same: it is what holds the blocks together.)
+  // Rows that start at `layer`, and frozen ones, which stay as they are. (What layers make of these is computed and
+  // waited for all the same: it is what holds the blocks together.)
   __device__ __forceinline__ void load_started(int tid, int layer, float2 (&h)[N][PAIRS]) const {
 #pragma unroll
     for (int t = 0; t < N; t++) {
@@ -302,7 +334,8 @@ template <int N> struct Chain {
       if (t >= rows() || !(exits.stopped >> pass.row[t].sequence & 1)) continue;
       const int depth = exits.stopped_at(pass.row[t].sequence);
       if (SEDAC_POST_NORMS) {
-        for_pairs(fresh<N>(tid), [&](int p, int d) { h[t][p] = *reinterpret_cast<const float2*>(remembered(t, false) + d); });
+        for_pairs(fresh<N>(tid),
+                  [&](int p, int d) { h[t][p] = *reinterpret_cast<const float2*>(remembered(t, false) + d); });
         continue;
       }
       const float* from = scratch + t * SCRATCH_ROW + stages.down_offset(t, depth - 1);
@@ -330,7 +363,8 @@ template <int N> struct Chain {
 #pragma unroll
     for (int t = 0; t < N; t++)
       if (has<N>(rows, t))
-        for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<float2*>(remembered(t, before_mlp) + d) = h[t][p]; });
+        for_pairs(fresh<N>(tid),
+                  [&](int p, int d) { *reinterpret_cast<float2*>(remembered(t, before_mlp) + d) = h[t][p]; });
   }
 
   __device__ __forceinline__ void compare(int tid, const float2 (&h)[N][PAIRS], Stability<N>& stability) const {
@@ -338,12 +372,18 @@ template <int N> struct Chain {
 #pragma unroll
     for (int t = 0; t < N; t++)
       if (has<N>(deciding, t)) {
-        for_pairs(fresh<N>(tid), [&](int p, int d) { stability.note(t, N == 1 && !SEDAC_POST_NORMS ? input[N == 1 ? p : 0] : *reinterpret_cast<const float2*>(remembered(t, false) + d), h[t][p]); });
+        for_pairs(fresh<N>(tid), [&](int p, int d) {
+          stability.note(t,
+                         N == 1 && !SEDAC_POST_NORMS ? input[N == 1 ? p : 0]
+                                                     : *reinterpret_cast<const float2*>(remembered(t, false) + d),
+                         h[t][p]);
+        });
       }
   }
 
   // value: lane 4t has the stability of row t.
-  __device__ __forceinline__ void decide(int tid, int depth, const Condition& condition, float value, unsigned before, const float2 (&h)[N][PAIRS]) {
+  __device__ __forceinline__ void decide(int tid, int depth, const Condition& condition, float value, unsigned before,
+                                         const float2 (&h)[N][PAIRS]) {
     const int s = Exits::lane_sequence(tid), present = s < sequences() ? s : 0;
     const int newest = pass.sequence[present].first_row + pass.sequence[present].rows - 1;
     const float stability = __shfl_sync(~0u, value, newest * 4);
@@ -373,46 +413,6 @@ template <int N> struct Chain {
         for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<float2*>(saved(t) + d) = h[t][p]; });
   }
 
-  // While memory is idle: what the ring has no room for, and the next layer's keys and values, to L2.
-  __device__ __forceinline__ void prefetch(int tid, int stage, int layer, int last_layer) {
-    const int warp = tid >> 5;
-    constexpr int WEIGHTS = (divided_up(QKV_TILES, 132) * HIDDEN_COLUMNS + divided_up(O_TILES, 132) * ATTENTION_COLUMNS +
-                             divided_up(GATE_UP_TILES, 132) * HIDDEN_COLUMNS + divided_up(DOWN_TILES, 132) * DOWN_COLUMNS) / WARPS;
-    if (WEIGHTS > RING_SLOTS<N> && stage == STAGE_QKV && !(tid & 31)) {
-      const int2 range = shared.tables.range[STAGE_DOWN][warp];
-      for (int i = range.x; i < range.y; i++) {
-        const Piece piece = shared.tables.piece[warp][i];
-        const char* from = reinterpret_cast<const char*>(shared.layers[layer].matrices[STAGE_DOWN]) + static_cast<size_t>(piece.offset) * BLOCK_BYTES;
-        if (piece.count) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(piece.count * BLOCK_BYTES) : "memory");
-      }
-    }
-    if (stage == STAGE_QKV && layer + 1 < last_layer && block_index() == layer % pass.blocks) prefetch_vectors(tid, layer + 1);
-    if (stage == STAGE_GATE_UP && layer + 1 < last_layer) prefetch_cache(tid, layer + 1);
-  }
-
-  // By one block: the layer's vectors, which every block reads when it can wait least.
-  __device__ __forceinline__ void prefetch_vectors(int tid, int layer) const {
-    const Layer& of = shared.layers[layer];
-    if (tid < HIDDEN / 32) {
-      to_l2(of.attention_norm + tid * 32), to_l2(of.mlp_norm + tid * 32);
-    }
-    if (of.qkv_bias)
-      for (int i = tid; i < QKV / 32; i += THREADS) to_l2(of.qkv_bias + i * 32);
-  }
-  __device__ __forceinline__ static void to_l2(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-  }
-
-  __device__ __forceinline__ void prefetch_cache(int tid, int layer) {
-    const int keys = 1 << shared.chunk_shift, item = pass.blocks - 1 - block_index();
-    const int chunks = (pass.row[rows() - 1].position >> shared.chunk_shift) + 1;
-    if (N > 1 || item >= KV_HEADS * chunks) return;
-    const int first = item % chunks * keys, lines = min(keys, pass.capacity - first) * HEAD / 64;
-    const size_t at = ((static_cast<size_t>(pass.sequence[0].slot) * KV_HEADS + item / chunks) * pass.capacity + first) * HEAD;
-    const Layer& of = shared.layers[layer];
-    for (int i = tid; i < 2 * lines; i += THREADS) to_l2(i < lines ? of.keys + at + i * 64 : of.values + at + (i - lines) * 64);
-  }
-
   // The last block to come here writes what the head found.
   __device__ __forceinline__ void finish(Head<N>& head) {
     sync_block();
@@ -431,17 +431,34 @@ template <int N> struct Chain {
   }
 };
 
-template <int N> __device__ __forceinline__ void run_chain(const Pass& pass) {
+template <int N>
+__device__ __forceinline__ void run_chain(const Pass& pass) {
   extern __shared__ __align__(128) unsigned char memory[];
   Chain<N> chain{pass, *reinterpret_cast<Shared<N>*>(memory), reinterpret_cast<float*>(pass.scratch)};
   chain.run();
 }
 
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_1(const __grid_constant__ Pass pass) { run_chain<1>(pass); }
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_2(const __grid_constant__ Pass pass) { run_chain<2>(pass); }
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_4(const __grid_constant__ Pass pass) { run_chain<4>(pass); }
-extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_8(const __grid_constant__ Pass pass) { run_chain<8>(pass); }
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_1(const __grid_constant__ Pass pass) {
+  run_chain<1>(pass);
+}
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_2(const __grid_constant__ Pass pass) {
+  run_chain<2>(pass);
+}
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_4(const __grid_constant__ Pass pass) {
+  run_chain<4>(pass);
+}
+extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_8(const __grid_constant__ Pass pass) {
+  run_chain<8>(pass);
+}
 
-extern "C" __device__ const Facts sedac_facts = {
-    1, sizeof(Layer), sizeof(Pass), sizeof(Outcome), ALL_THREADS, {SHARED_BYTES<1>, SHARED_BYTES<2>, SHARED_BYTES<4>, SHARED_BYTES<8>},
-    MIN_BLOCKS, MAX_BLOCKS, 1u << 20, sizeof(Tables), SCRATCH_BYTES};
+extern "C" __device__ const Facts sedac_facts = {1,
+                                                 sizeof(Layer),
+                                                 sizeof(Pass),
+                                                 sizeof(Outcome),
+                                                 ALL_THREADS,
+                                                 {SHARED_BYTES<1>, SHARED_BYTES<2>, SHARED_BYTES<4>, SHARED_BYTES<8>},
+                                                 MIN_BLOCKS,
+                                                 MAX_BLOCKS,
+                                                 1u << 20,
+                                                 sizeof(Tables),
+                                                 SCRATCH_BYTES};

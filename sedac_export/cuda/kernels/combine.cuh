@@ -4,7 +4,8 @@
 
 constexpr int CHUNKS_AT_ONCE = MAX_CHUNKS < 8 ? MAX_CHUNKS : 8;
 
-// Four numbers of a row's head: the sum over its `chunks` chunks, eight at a time, rescaled to the largest score so far.
+// Four numbers of a row's head: the sum over its `chunks` chunks, eight at a time, rescaled to the largest score so
+// far.
 __device__ __forceinline__ uint2 combined(const float* partial, const float* softmax, int chunks, unsigned parity) {
   float largest = -1e30f, total = 0;
   float4 sum = make_float4(0, 0, 0, 0);
@@ -45,9 +46,11 @@ __device__ __forceinline__ uint2 combined(const float* partial, const float* sof
   return make_uint2(packed(sum.x * f, sum.y * f) & ~1u, packed(sum.z * f, sum.w * f));
 }
 
-// The input of O. With few rows every block that has a tile of O computes all of it; with more, the blocks share the work
-// and exchange the result, which costs a hop. Either way the bits are the same: the lowest of four halves is a flag's.
-template <int N> struct Combine {
+// The input of O. With few rows every block that has a tile of O computes all of it; with more, the blocks share the
+// work and exchange the result, which costs a hop. Either way the bits are the same: the lowest of four halves is a
+// flag's.
+template <int N>
+struct Combine {
   static constexpr bool SHARED_WORK = N > 2;
   static constexpr int ITEMS = ATTENTION / 4;  // of a row
 
@@ -64,7 +67,8 @@ template <int N> struct Combine {
 #pragma unroll 1
     for (int i = tid; i < (N == 1 ? 1 : pass.rows) * ITEMS; i += THREADS) {
       const int row = N == 1 ? 0 : i / ITEMS, item = N == 1 ? i : i % ITEMS;
-      if (has<N>(active, row)) *reinterpret_cast<uint2*>(&shared.input[row][item * 4]) = SHARED_WORK ? receive(row, item) : compute(row, item);
+      if (has<N>(active, row))
+        *reinterpret_cast<uint2*>(&shared.input[row][item * 4]) = SHARED_WORK ? receive(row, item) : compute(row, item);
     }
     sync_block();
   }
@@ -73,8 +77,9 @@ template <int N> struct Combine {
   __device__ __forceinline__ uint2 compute(int row, int item) const {
     const int head = item * 4 / HEAD;
     const float* from = scratch + row * SCRATCH_ROW;
-    return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD, from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2,
-                    (pass.row[row].position >> shared.chunk_shift) + 1, row_parity(pass, row, layer));
+    return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD,
+                    from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2, (pass.row[row].position >> shared.chunk_shift) + 1,
+                    row_parity(pass, row, layer));
   }
   __device__ __forceinline__ half* output(int row, int item) const {
     return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_ATTENTION) + item * 4;
@@ -85,7 +90,8 @@ template <int N> struct Combine {
     const int i = block_index() * share + tid;
     if (tid < share && i < all && has<N>(active, i / ITEMS)) {
       const uint2 four = compute(i / ITEMS, i % ITEMS);
-      store_halves(output(i / ITEMS, i % ITEMS), (static_cast<unsigned long long>(four.y) << 32 | four.x) | row_parity(pass, i / ITEMS, layer));
+      store_halves(output(i / ITEMS, i % ITEMS),
+                   (static_cast<unsigned long long>(four.y) << 32 | four.x) | row_parity(pass, i / ITEMS, layer));
     }
     __syncwarp();
   }

@@ -1,7 +1,7 @@
 // Exit rules on the device: what sedac-core/src/policy/rule.rs interprets on the host.
 //
-// Every warp of every block computes the same: lane 4 s + c holds the state of sequence s's criterion c. So nobody waits
-// for a decision, and an exit is a `break`.
+// Every warp of every block computes the same: lane 4 s + c holds the state of sequence s's criterion c. So nobody
+// waits for a decision, and an exit is a `break`.
 #pragma once
 #include "words.cuh"
 
@@ -25,14 +25,16 @@ struct Exits {
 
   // `depth` layers have run, and `stability` is that of this lane's sequence: which sequences stop here, a bit each.
   // `criterion` becomes the one that says so, -1 where the depth does.
-  __device__ __forceinline__ unsigned decide(int tid, const Pass& pass, int depth, const Condition& condition, float stability, int& criterion) {
+  __device__ __forceinline__ unsigned decide(int tid, const Pass& pass, int depth, const Condition& condition,
+                                             float stability, int& criterion) {
     const int s = lane_sequence(tid);
     const bool says = satisfied(condition, stability);
     const unsigned ballot = __ballot_sync(~0u, says);
     const unsigned of_sequence = ballot >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1);
     criterion = of_sequence ? __ffs(of_sequence) - 1 : -1;
     const bool present = s < pass.sequences;
-    const bool stops = present && !(stopped >> s & 1) && (of_sequence || depth >= pass.sequence[present ? s : 0].max_depth);
+    const bool stops =
+        present && !(stopped >> s & 1) && (of_sequence || depth >= pass.sequence[present ? s : 0].max_depth);
     if (stops) this->depth = depth;
     const unsigned lanes = __ballot_sync(~0u, stops && tid % MAX_CRITERIA == 0);
     unsigned now = 0;
@@ -43,7 +45,9 @@ struct Exits {
   }
 
   // The depth at which `sequence` stopped. Called by whole warps.
-  __device__ __forceinline__ int stopped_at(int sequence) const { return __shfl_sync(~0u, depth, sequence * MAX_CRITERIA); }
+  __device__ __forceinline__ int stopped_at(int sequence) const {
+    return __shfl_sync(~0u, depth, sequence * MAX_CRITERIA);
+  }
 
  private:
   __device__ __forceinline__ bool satisfied(const Condition& condition, float value) {

@@ -11,7 +11,9 @@ struct Highest {
   unsigned token = 0;
   bool finite = true;
 
-  __device__ __forceinline__ void note(float other, unsigned at) { merge({other, -INFINITE, 1.f, at, static_cast<bool>(isfinite(other))}); }
+  __device__ __forceinline__ void note(float other, unsigned at) {
+    merge({other, -INFINITE, 1.f, at, static_cast<bool>(isfinite(other))});
+  }
   __device__ __forceinline__ void merge(const Highest& other) {
     const bool theirs = other.logit > logit || (other.logit == logit && other.token < token);
     const float high = theirs ? other.logit : logit, low = theirs ? logit : other.logit;
@@ -30,17 +32,21 @@ struct Highest {
 
   // As four words; a token has 31 bits.
   __device__ __forceinline__ int4 words() const {
-    return make_int4(__float_as_int(logit), __float_as_int(second), __float_as_int(sum), static_cast<int>(token << 1 | finite));
+    return make_int4(__float_as_int(logit), __float_as_int(second), __float_as_int(sum),
+                     static_cast<int>(token << 1 | finite));
   }
   __device__ __forceinline__ static Highest of(int4 v) {
-    return {__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), static_cast<unsigned>(v.w) >> 1, static_cast<bool>(v.w & 1)};
+    return {__int_as_float(v.x), __int_as_float(v.y), __int_as_float(v.z), static_cast<unsigned>(v.w) >> 1,
+            static_cast<bool>(v.w & 1)};
   }
   __device__ __forceinline__ static int4 shuffled(int4 v, int step) {
-    return make_int4(__shfl_xor_sync(~0u, v.x, step), __shfl_xor_sync(~0u, v.y, step), __shfl_xor_sync(~0u, v.z, step), __shfl_xor_sync(~0u, v.w, step));
+    return make_int4(__shfl_xor_sync(~0u, v.x, step), __shfl_xor_sync(~0u, v.y, step), __shfl_xor_sync(~0u, v.z, step),
+                     __shfl_xor_sync(~0u, v.w, step));
   }
 };
 
-template <int N> struct Head {
+template <int N>
+struct Head {
   const Pass& pass;
   Shared<N>& shared;
   Ring<RING_SLOTS<N>>& ring;
@@ -68,7 +74,8 @@ template <int N> struct Head {
       }
       if (computes && !part)
 #pragma unroll
-        for (int q = 0; q < 4; q++) write(2 * t + (q & 1), share.x * 16 + (lane >> 2) + (q >> 1) * 8, c[q], highest[q & 1]);
+        for (int q = 0; q < 4; q++)
+          write(2 * t + (q & 1), share.x * 16 + (lane >> 2) + (q >> 1) * 8, c[q], highest[q & 1]);
       if (parts > 1) sync_block();
     }
     reduce(highest);

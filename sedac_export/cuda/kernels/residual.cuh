@@ -1,14 +1,18 @@
-// The residual stream. Whoever has a tile of O or of down adds it to what the residual was before, and publishes the sum;
-// every block reads all of it twice a layer, for the norms. So each block also has what an exit is decided by, and all
-// decide the same.
+// The residual stream. Whoever has a tile of O or of down adds it to what the residual was before, and publishes the
+// sum; every block reads all of it twice a layer, for the norms. So each block also has what an exit is decided by, and
+// all decide the same.
 #pragma once
 #include "shared.cuh"
 
 // Whether row `row` of up to N is in `rows`.
-template <int N> __device__ __forceinline__ bool has(unsigned rows, int row) { return rows >> (N == 1 ? 0 : row) & 1; }
+template <int N>
+__device__ __forceinline__ bool has(unsigned rows, int row) {
+  return rows >> (N == 1 ? 0 : row) & 1;
+}
 
 // The elements of a row that this thread holds: f(pair, first element).
-template <class F> __device__ __forceinline__ void for_pairs(int tid, F f) {
+template <class F>
+__device__ __forceinline__ void for_pairs(int tid, F f) {
 #pragma unroll
   for (int p = 0; p < PAIRS; p++) {
     const int d = 2 * tid + 2 * THREADS * p;
@@ -17,7 +21,8 @@ template <class F> __device__ __forceinline__ void for_pairs(int tid, F f) {
 }
 
 // f(row, pair - first pair, part, element) for the thread's words of `rows`.
-template <int ROWS, int AT_ONCE, class F> __device__ __forceinline__ void for_words(int tid, int first_pair, unsigned rows, int parts, F f) {
+template <int ROWS, int AT_ONCE, class F>
+__device__ __forceinline__ void for_words(int tid, int first_pair, unsigned rows, int parts, F f) {
 #pragma unroll
   for (int t = 0; t < ROWS; t++)
     if (has<ROWS>(rows, t))
@@ -31,12 +36,13 @@ template <int ROWS, int AT_ONCE, class F> __device__ __forceinline__ void for_wo
       }
 }
 
-// The residual of `rows`, as it arrives: the sum of `parts` vectors, which begin at from(row) in the row's scratch and have
-// flags of parity(row). A poll is a trip to L2, some 0.7 us, so it asks for as many words at once as registers allow: of two
-// rows, four spill, and of all pairs where they are few. (Pair after pair, and down's activations piece after piece: 512 us
-// for the layers of Qwen2.5-0.5B's shape; so: 478.)
+// The residual of `rows`, as it arrives: the sum of `parts` vectors, which begin at from(row) in the row's scratch and
+// have flags of parity(row). A poll is a trip to L2, some 0.7 us, so it asks for as many words at once as registers
+// allow: of two rows, four spill, and of all pairs where they are few. (Pair after pair, and down's activations piece
+// after piece: 512 us for the layers of Qwen2.5-0.5B's shape; so: 478.)
 template <int N, class From, class Parity>
-__device__ __forceinline__ void receive(int tid, float2 (&h)[N][PAIRS], const float* scratch, From from, int parts, Parity parity, unsigned rows) {
+__device__ __forceinline__ void receive(int tid, float2 (&h)[N][PAIRS], const float* scratch, From from, int parts,
+                                        Parity parity, unsigned rows) {
   constexpr int ROWS = N < 4 ? N : 2, AT_ONCE = PAIRS <= 2 || N == 1 ? (PAIRS < 4 ? PAIRS : 4) : 1;
   tid = fresh<N>(tid);
 #pragma unroll
@@ -51,7 +57,8 @@ __device__ __forceinline__ void receive(int tid, float2 (&h)[N][PAIRS], const fl
         for_words<ROWS, AT_ONCE>(tid, pair, mine, parts, [&](int t, int p, int k, int d) {
           v[t][p][k] = load2(scratch + (base + t) * SCRATCH_ROW + from(base + t) + k * HIDDEN + d);
         });
-        for_words<ROWS, AT_ONCE>(tid, pair, mine, parts, [&](int t, int p, int k, int) { all &= arrived(v[t][p][k], parity(base + t)); });
+        for_words<ROWS, AT_ONCE>(tid, pair, mine, parts,
+                                 [&](int t, int p, int k, int) { all &= arrived(v[t][p][k], parity(base + t)); });
         if (!all) pause();
       } while (!all);
       for_words<ROWS, AT_ONCE>(tid, pair, mine, parts, [&](int t, int p, int k, int) {
@@ -65,7 +72,8 @@ __device__ __forceinline__ void receive(int tid, float2 (&h)[N][PAIRS], const fl
 }
 
 // Sums over the block of one number a row, in one order for every N. Afterwards lanes 4t to 4t + 3 hold row t's.
-template <int N> struct RowSums {
+template <int N>
+struct RowSums {
   // Before the block's barrier: each warp's sums to `segments` [MAX_ROWS][WARPS].
   static __device__ __forceinline__ void store(int tid, float (&q)[N], float* segments) {
     const int warp = tid >> 5, lane = tid & 31;
@@ -96,7 +104,8 @@ static_assert(WARPS == 8 && MAX_ROWS == 8, "RowSums: a lane loads two of a row's
 
 // The norm of what attention or the MLP gives, before it is added: h = before(row, element) + rmsnorm(h) * weight.
 template <int N, class Before>
-__device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], unsigned rows, const float* weight, float* segments, Before before) {
+__device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], unsigned rows, const float* weight,
+                                               float* segments, Before before) {
   float q[N];
 #pragma unroll
   for (int t = 0; t < N; t++) {
@@ -119,7 +128,8 @@ __device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], u
 }
 
 // What a layer's stability is computed from: products of its input x0 and its output.
-template <int N> struct Stability {
+template <int N>
+struct Stability {
   float inner[N], before[N];
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -133,8 +143,9 @@ template <int N> struct Stability {
 
 // x = rmsnorm(h) * weight, as halves. Where `compared`, returns (cos(x0, h) + 1) / 2 of row t in lane 4t.
 template <int N>
-__device__ __forceinline__ float normalise(int tid, const float2 (&h)[N][PAIRS], const float2 (&weight)[PAIRS], half (*x)[INPUT],
-                                           float (*segments)[MAX_ROWS * WARPS], Stability<N>& stability, bool compared) {
+__device__ __forceinline__ float normalise(int tid, const float2 (&h)[N][PAIRS], const float2 (&weight)[PAIRS],
+                                           half (*x)[INPUT], float (*segments)[MAX_ROWS * WARPS],
+                                           Stability<N>& stability, bool compared) {
   float q[N];
 #pragma unroll
   for (int t = 0; t < N; t++) {
@@ -143,7 +154,8 @@ __device__ __forceinline__ float normalise(int tid, const float2 (&h)[N][PAIRS],
     for (int p = 0; p < PAIRS; p++) q[t] = fmaf(h[t][p].y, h[t][p].y, fmaf(h[t][p].x, h[t][p].x, q[t]));
   }
   RowSums<N>::store(tid, q, segments[0]);
-  if (compared) RowSums<N>::store(tid, stability.inner, segments[1]), RowSums<N>::store(tid, stability.before, segments[2]);
+  if (compared)
+    RowSums<N>::store(tid, stability.inner, segments[1]), RowSums<N>::store(tid, stability.before, segments[2]);
   sync_block();
   const float squares = RowSums<N>::load(tid, segments[0]);
   float value = 0;
@@ -155,7 +167,9 @@ __device__ __forceinline__ float normalise(int tid, const float2 (&h)[N][PAIRS],
 #pragma unroll
   for (int t = 0; t < N; t++) {
     const float k = __shfl_sync(~0u, factor, t * 4);
-    for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<unsigned*>(&x[t][d]) = packed(h[t][p].x * k * weight[p].x, h[t][p].y * k * weight[p].y); });
+    for_pairs(fresh<N>(tid), [&](int p, int d) {
+      *reinterpret_cast<unsigned*>(&x[t][d]) = packed(h[t][p].x * k * weight[p].x, h[t][p].y * k * weight[p].y);
+    });
   }
   sync_block();
   return value;

@@ -6,8 +6,8 @@
 // Matrices are packed: a tile of 16 rows by 32 columns is 1 KB, in the order of the mma's lanes. So a warp's share is
 // contiguous, and reads of it have no bank conflicts.
 //
-// A warp of its own sends the copies, one lane for each ring. (When each warp's first lane did, gate and up took 5.3 us a
-// layer of Qwen2.5-0.5B's shape instead of 3.6.)
+// A warp of its own sends the copies, one lane for each ring. (When each warp's first lane did, gate and up took 5.3 us
+// a layer of Qwen2.5-0.5B's shape instead of 3.6.)
 #pragma once
 #include "mma.cuh"
 #include "tables.cuh"
@@ -15,8 +15,9 @@
 constexpr int PIECES_UNDER_WAY = 16, BLOCK_BYTES = 1024;
 
 __device__ __forceinline__ void bulk_copy(unsigned to, const char* from, int bytes, unsigned barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from),
-               "r"(bytes), "r"(barrier) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 __device__ __forceinline__ void init_barrier(unsigned barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(barrier) : "memory");
@@ -25,8 +26,11 @@ __device__ __forceinline__ void expect_bytes(unsigned barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
-  asm volatile("{.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra AGAIN;\nDONE:}" ::"r"(barrier),
-               "r"(parity) : "memory");
+  asm volatile(
+      "{.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra AGAIN;\nDONE:}" ::
+          "r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
@@ -51,7 +55,9 @@ struct Source {
 };
 
 // The block's tiles of the head, none where no logits are wanted.
-__device__ __forceinline__ int head_tiles(const Pass& pass) { return pass.logits_rows ? tile_count(block_index(), HEAD_TILES, pass.blocks) : 0; }
+__device__ __forceinline__ int head_tiles(const Pass& pass) {
+  return pass.logits_rows ? tile_count(block_index(), HEAD_TILES, pass.blocks) : 0;
+}
 
 // A warp's share of them in the round from tile `base` of the block on: tile, first column, end, part | parts << 8.
 __device__ __forceinline__ int4 head_share(int warp, int base, int tiles, int blocks, int4 last) {
@@ -59,13 +65,15 @@ __device__ __forceinline__ int4 head_share(int warp, int base, int tiles, int bl
 }
 
 // Fills the ring of warp `warp` until it has finished.
-template <int SLOTS> struct Producer {
+template <int SLOTS>
+struct Producer {
   unsigned slots, barriers;  // shared addresses
   volatile RingState* state;
   Source source;
   int warp;
   int sent = 0, sent_slots = 0, slot = 0;  // pieces, slots, and the next slot
-  int at = 0, layer, round = 0, column = -1;  // the next piece: of a layer, or of the head; column -1 is the tile's first
+  int at = 0, layer, round = 0,
+      column = -1;  // the next piece: of a layer, or of the head; column -1 is the tile's first
 
   __device__ __forceinline__ void run() {
     layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
@@ -93,7 +101,8 @@ template <int SLOTS> struct Producer {
       const Piece piece = source.table[at];
       count = piece.count;
       if (count > free) return false;
-      from = reinterpret_cast<const char*>(source.layers[layer].matrices[piece.stage]) + static_cast<size_t>(piece.offset) * BLOCK_BYTES;
+      from = reinterpret_cast<const char*>(source.layers[layer].matrices[piece.stage]) +
+             static_cast<size_t>(piece.offset) * BLOCK_BYTES;
       if (++at == source.pieces_of_layer) at = 0, layer++;
     } else {
       if (round >= source.head_tiles) return false;
@@ -110,7 +119,8 @@ template <int SLOTS> struct Producer {
     expect_bytes(barrier, count * BLOCK_BYTES);
     const int before_end = min(count, SLOTS - slot);
     bulk_copy(slots + slot * BLOCK_BYTES, from, before_end * BLOCK_BYTES, barrier);
-    if (count > before_end) bulk_copy(slots, from + before_end * BLOCK_BYTES, (count - before_end) * BLOCK_BYTES, barrier);
+    if (count > before_end)
+      bulk_copy(slots, from + before_end * BLOCK_BYTES, (count - before_end) * BLOCK_BYTES, barrier);
     slot += count;
     if (slot >= SLOTS) slot -= SLOTS;
     sent++, sent_slots += count;
@@ -119,7 +129,8 @@ template <int SLOTS> struct Producer {
 };
 
 // A warp's ring of SLOTS column blocks, as the warp reads it.
-template <int SLOTS> struct Ring {
+template <int SLOTS>
+struct Ring {
   unsigned operands, barriers;  // shared addresses; operands: the lane's, in the first slot
   volatile RingState* state;
   int next = 0;   // slot that is read next
@@ -169,7 +180,9 @@ template <int SLOTS> struct Ring {
   }
 
  private:
-  __device__ __forceinline__ void wait() const { wait_for(barriers + piece % PIECES_UNDER_WAY * 8, piece / PIECES_UNDER_WAY & 1); }
+  __device__ __forceinline__ void wait() const {
+    wait_for(barriers + piece % PIECES_UNDER_WAY * 8, piece / PIECES_UNDER_WAY & 1);
+  }
 
   __device__ __forceinline__ void give_back() {
     __syncwarp();  // every lane has read what will be overwritten

@@ -1,13 +1,15 @@
 // The model's shape, and how its matrices are cut into tiles.
 //
 // Given at compile time: SEDAC_HIDDEN, SEDAC_HEADS, SEDAC_KEY_VALUE_HEADS, SEDAC_HEAD_SIZE, SEDAC_ROTARY_SIZE,
-// SEDAC_INTERMEDIATE, SEDAC_LAYERS, SEDAC_VOCABULARY, SEDAC_ROTARY_TABLES, SEDAC_GELU, SEDAC_QUERY_KEY_NORM, SEDAC_POST_NORMS,
-// SEDAC_NORM_EPSILON, SEDAC_ATTENTION_SCALE, SEDAC_ATTENTION_SOFTCAP, SEDAC_LOGITS_SOFTCAP, SEDAC_EMBEDDING_SCALE.
+// SEDAC_INTERMEDIATE, SEDAC_LAYERS, SEDAC_VOCABULARY, SEDAC_ROTARY_TABLES, SEDAC_GELU, SEDAC_QUERY_KEY_NORM,
+// SEDAC_POST_NORMS, SEDAC_NORM_EPSILON, SEDAC_ATTENTION_SCALE, SEDAC_ATTENTION_SOFTCAP, SEDAC_LOGITS_SOFTCAP,
+// SEDAC_EMBEDDING_SCALE.
 #pragma once
 #include "abi.cuh"
 
 constexpr int HIDDEN = SEDAC_HIDDEN, HEADS = SEDAC_HEADS, KV_HEADS = SEDAC_KEY_VALUE_HEADS, HEAD = SEDAC_HEAD_SIZE;
-constexpr int ROTARY = SEDAC_ROTARY_SIZE, INNER = SEDAC_INTERMEDIATE, LAYERS = SEDAC_LAYERS, VOCABULARY = SEDAC_VOCABULARY;
+constexpr int ROTARY = SEDAC_ROTARY_SIZE, INNER = SEDAC_INTERMEDIATE, LAYERS = SEDAC_LAYERS,
+              VOCABULARY = SEDAC_VOCABULARY;
 constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD, ATTENTION = HEADS * HEAD, GROUP = HEADS / KV_HEADS;
 
 __host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
@@ -16,7 +18,8 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // With 16 warps a thread has 128 registers, which spill; spills miss in the L1 that the ring leaves (828 us a token of
 // SmolLM2's shape against 440).
 constexpr int WARPS = 8, THREADS = WARPS * 32;
-// One warp more sends weights, see ring.cuh; it has three idle ones beside it, since registers move between groups of four.
+// One warp more sends weights, see ring.cuh; it has three idle ones beside it, since registers move between groups of
+// four.
 constexpr int ALL_THREADS = THREADS + 128;
 
 // Blocks of 32 columns, of each matrix. Down's columns are cut in two where that is even, to have more tiles.
@@ -24,10 +27,12 @@ constexpr int HIDDEN_COLUMNS = HIDDEN / 32, ATTENTION_COLUMNS = ATTENTION / 32, 
 constexpr int DOWN_SPLITS = INNER_COLUMNS % 2 ? 1 : 2, DOWN_COLUMNS = INNER_COLUMNS / DOWN_SPLITS;
 
 // Tiles of 16 weight rows; one of gate_up has 8 rows of gate and the 8 of up that they meet.
-constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER / 8, DOWN_TILES = O_TILES * DOWN_SPLITS;
+constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER / 8,
+              DOWN_TILES = O_TILES * DOWN_SPLITS;
 constexpr int HEAD_TILES = divided_up(VOCABULARY, 16);
 
-// Every block has a tile of gate_up: by it the flags of words.cuh are safe. No block has more than MAX_TILES of a stage.
+// Every block has a tile of gate_up: by it the flags of words.cuh are safe. No block has more than MAX_TILES of a
+// stage.
 constexpr int MAX_TILES = 16, MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
 constexpr int MIN_BLOCKS = divided_up(larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES)), MAX_TILES);
 
@@ -46,12 +51,13 @@ static_assert(!SEDAC_QUERY_KEY_NORM || 32 % (HEAD / 4) == 0, "norms of heads are
 constexpr int SCRATCH_QKV = 0;
 constexpr int SCRATCH_O = SCRATCH_QKV + QKV;
 constexpr int SCRATCH_DOWN = SCRATCH_O + HIDDEN;  // two buffers, for even and odd layers, of DOWN_SPLITS partial sums
-constexpr int SCRATCH_ACTIVATION = SCRATCH_DOWN + 2 * DOWN_SPLITS * HIDDEN;  // halves
-constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;           // halves
-constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;          // [head][chunk][head size]
+constexpr int SCRATCH_ACTIVATION = SCRATCH_DOWN + 2 * DOWN_SPLITS * HIDDEN;   // halves
+constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;             // halves
+constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;            // [head][chunk][head size]
 constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
 constexpr int SCRATCH_ROW = (SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2 + 31) / 32 * 32;
-// After the rows: each block's copies of the residual before attention and before the MLP, where norms or exits need them.
+// After the rows: each block's copies of the residual before attention and before the MLP, where norms or exits need
+// them.
 constexpr long long SCRATCH_INPUTS = 1ll * MAX_ROWS * SCRATCH_ROW;
 // Then each block's highest logit of each row.
 constexpr long long SCRATCH_HIGHEST = SCRATCH_INPUTS + 2ll * MAX_BLOCKS * MAX_ROWS * HIDDEN;

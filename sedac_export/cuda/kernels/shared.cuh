@@ -14,7 +14,8 @@ constexpr int HEAD_ROW = HEAD + 8, KEY_ROW = KEYS + 8;
 constexpr int O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);
 constexpr int DOWN_TILES_OF_BLOCK = divided_up(DOWN_TILES, MIN_BLOCKS);
 
-template <int N> struct Shared {
+template <int N>
+struct Shared {
   static constexpr int QUERY_ROWS = 16;  // two tokens of eight heads
   int chunk_shift;                       // keys to a chunk of attention, as a power of two
   Layer layers[LAYERS];
@@ -41,8 +42,12 @@ template <int N> struct Shared {
 
   static constexpr int SPARE = 1024;  // of the multiprocessor's memory, which the driver takes for every block
 };
-template <int N> constexpr int RING_START = (sizeof(Shared<N>) + 127) / 128 * 128;
-template <int N> constexpr int RING_FIT = (SHARED_LIMIT - Shared<N>::SPARE - RING_START<N>) / (WARPS * BLOCK_BYTES);
-template <int N> constexpr int RING_SLOTS = RING_FIT<N> > 24 ? 24 : RING_FIT<N>;
+template <int N>
+constexpr int RING_START = (sizeof(Shared<N>) + 127) / 128 * 128;
+template <int N>
+constexpr int RING_FIT = (SHARED_LIMIT - Shared<N>::SPARE - RING_START<N>) / (WARPS * BLOCK_BYTES);
+template <int N>
+constexpr int RING_SLOTS = RING_FIT<N> > 24 ? 24 : RING_FIT<N>;
 static_assert(RING_FIT<MAX_ROWS> >= PIECE, "shared memory is too small");
-template <int N> constexpr int SHARED_BYTES = RING_START<N> + RING_SLOTS<N> * WARPS * BLOCK_BYTES;
+template <int N>
+constexpr int SHARED_BYTES = RING_START<N> + RING_SLOTS<N> * WARPS * BLOCK_BYTES;

@@ -3,7 +3,8 @@
 #pragma once
 #include "combine.cuh"
 
-template <int N> struct Stages {
+template <int N>
+struct Stages {
   const Pass& pass;
   Shared<N>& shared;
   Ring<RING_SLOTS<N>>& ring;
@@ -14,7 +15,7 @@ template <int N> struct Stages {
   __device__ __forceinline__ void run(int tid, int stage, int layer, unsigned active, float bias) {
     const int2 tiles = shared.tables.tiles[stage];
     if (!tiles.x) return;
-    float(*sums)[128] = stage == STAGE_DOWN ? shared.down_sums : shared.sums;
+    float (*sums)[128] = stage == STAGE_DOWN ? shared.down_sums : shared.sums;
     multiply(tid, stage, layer, active, sums);
     sync_block();
     if (stage == STAGE_GATE_UP) {
@@ -57,18 +58,21 @@ template <int N> struct Stages {
 
  private:
   // The mma's columns: a token's numbers, zeros where there is no token.
-  __device__ __forceinline__ void columns(int tid, uint4 (&x)[PIECE], int count, const half* from, int row, int block) const {
+  __device__ __forceinline__ void columns(int tid, uint4 (&x)[PIECE], int count, const half* from, int row,
+                                          int block) const {
     tid = fresh<N>(tid);
     const int g = tid >> 2 & 7, t = tid & 3;
     const bool token = g < (N == 1 ? 1 : pass.rows);
 #pragma unroll
     for (int i = 0; i < PIECE; i++)
-      if (i < count) x[i] = token ? *reinterpret_cast<const uint4*>(from + g * row + i * block + t * 8) : make_uint4(0, 0, 0, 0);
+      if (i < count)
+        x[i] = token ? *reinterpret_cast<const uint4*>(from + g * row + i * block + t * 8) : make_uint4(0, 0, 0, 0);
   }
 
-  // Activations of the warp's pieces `first` to `end`, as they arrive: a warp waits only for those that it multiplies, and
-  // for all of a group at once.
-  __device__ __forceinline__ void receive_activations(int tid, int warp, int first, int end, int layer, unsigned active) {
+  // Activations of the warp's pieces `first` to `end`, as they arrive: a warp waits only for those that it multiplies,
+  // and for all of a group at once.
+  __device__ __forceinline__ void receive_activations(int tid, int warp, int first, int end, int layer,
+                                                      unsigned active) {
     constexpr int GROUP = Shared<N>::GROUP, LOADS = divided_up(PIECE * N * 4, 32);  // of 16 bytes, to a piece
     const int lane = fresh<N>(tid) & 31;
     ulonglong2 v[GROUP][LOADS];
@@ -80,7 +84,8 @@ template <int N> struct Stages {
 #pragma unroll
           for (int l = 0; l < LOADS; l++) {
             const int item = lane + 32 * l, block = item / (N * 4), row = item / 4 % N, quarter = item % 4;
-            if (block < piece.count && has<N>(active, row)) f(p, l, row, (piece.column + block) * 32 + quarter * 8, (block * N + row) * 32 + quarter * 8);
+            if (block < piece.count && has<N>(active, row))
+              f(p, l, row, (piece.column + block) * 32 + quarter * 8, (block * N + row) * 32 + quarter * 8);
           }
         }
     };
@@ -97,7 +102,8 @@ template <int N> struct Stages {
     each([&](int p, int l, int, int, int to) {
       const ulonglong2 w = v[p][l];
       *reinterpret_cast<uint4*>(&shared.activations[warp][p][0][0][0] + to) =
-          make_uint4(static_cast<unsigned>(w.x) & ~1u, static_cast<unsigned>(w.x >> 32), static_cast<unsigned>(w.y) & ~1u, static_cast<unsigned>(w.y >> 32));
+          make_uint4(static_cast<unsigned>(w.x) & ~1u, static_cast<unsigned>(w.x >> 32),
+                     static_cast<unsigned>(w.y) & ~1u, static_cast<unsigned>(w.y >> 32));
     });
     __syncwarp();
   }
@@ -129,7 +135,8 @@ template <int N> struct Stages {
     const float* bias = shared.layers[layer].gate_up_bias;
 #pragma unroll 1
     for (int first = warp * 32; first < all; first += THREADS) {
-      const int i = min(first + lane, all - 1), row = i & 7, token = i / 8 % N, index = i / (8 * N), tile = tiles.y + index * pass.blocks;
+      const int i = min(first + lane, all - 1), row = i & 7, token = i / 8 % N, index = i / (8 * N),
+                tile = tiles.y + index * pass.blocks;
       const int2 parts = shared.tables.parts[STAGE_GATE_UP][index];
       float gate = gather(sums, parts, row, token), up = gather(sums, parts, row + 8, token);
       if (bias) gate += bias[tile * 16 + row], up += bias[tile * 16 + 8 + row];
@@ -138,13 +145,15 @@ template <int N> struct Stages {
       const unsigned upper = __shfl_down_sync(~0u, word, 2);
       if (!(row & 3) && has<N>(active, token) && first + lane < all) {
         half* to = reinterpret_cast<half*>(scratch + token * SCRATCH_ROW + SCRATCH_ACTIVATION) + tile * 8 + row;
-        store_halves(to, (static_cast<unsigned long long>(upper) << 32 | (word & ~1u)) | row_parity(pass, token, layer));
+        store_halves(to,
+                     (static_cast<unsigned long long>(upper) << 32 | (word & ~1u)) | row_parity(pass, token, layer));
       }
       __syncwarp();
     }
   }
 
-  __device__ __forceinline__ void write(int tid, int stage, int2 tiles, int layer, unsigned active, const float (*sums)[128], float bias) {
+  __device__ __forceinline__ void write(int tid, int stage, int2 tiles, int layer, unsigned active,
+                                        const float (*sums)[128], float bias) {
     const Layer& weights = shared.layers[layer];
 #pragma unroll 1
     for (int i = fresh<N>(tid); i < tiles.x * 16 * N; i += THREADS) {
@@ -176,5 +185,7 @@ template <int N> struct Stages {
   __device__ __forceinline__ int down_offset(int row, int layer) const {
     return SCRATCH_DOWN + ((layer - pass.row[row].first_layer) & 1) * DOWN_SPLITS * HIDDEN;
   }
-  __device__ __forceinline__ unsigned down_parity(int row, int layer) const { return ((layer - pass.row[row].first_layer) >> 1 & 1) ^ 1; }
+  __device__ __forceinline__ unsigned down_parity(int row, int layer) const {
+    return ((layer - pass.row[row].first_layer) >> 1 & 1) ^ 1;
+  }
 };

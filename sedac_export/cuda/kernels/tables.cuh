@@ -1,8 +1,8 @@
 // Who computes what: a block's tiles of each stage, and its warps' shares of them.
 //
-// Tiles go round the blocks: QKV and O from different blocks on, down from the last one on. The weights of a block's tiles
-// of one stage are cut evenly among its warps, in pieces of up to PIECE column blocks of one tile, so that every warp
-// streams as much. A tile that several warps share is the sum of their slots.
+// Tiles go round the blocks: QKV and O from different blocks on, down from the last one on. The weights of a block's
+// tiles of one stage are cut evenly among its warps, in pieces of up to PIECE column blocks of one tile, so that every
+// warp streams as much. A tile that several warps share is the sum of their slots.
 //
 // The tables depend on the grid alone: `prepare` writes them once, when a model is loaded.
 #pragma once
@@ -13,11 +13,11 @@ enum Stage { STAGE_QKV, STAGE_O, STAGE_GATE_UP, STAGE_DOWN, STAGES };
 constexpr int PIECE = 4;
 
 struct Piece {
-  unsigned offset;        // in the packed matrix, in column blocks (1 KB)
-  unsigned short column;  // first column block of the input
+  unsigned offset;          // in the packed matrix, in column blocks (1 KB)
+  unsigned short column;    // first column block of the input
   unsigned char count : 4;  // column blocks; 0 for a warp without a share, whose slot is zero
   unsigned char stage : 4;
-  unsigned char slot;     // where the sum goes, plus 1, when the warp's part of the tile ends here; or 0
+  unsigned char slot;  // where the sum goes, plus 1, when the warp's part of the tile ends here; or 0
 };
 
 constexpr int warp_share(int tiles, int columns) { return divided_up(tiles * columns, WARPS) + 1; }
@@ -30,14 +30,16 @@ constexpr int MAX_PIECES = most_pieces(QKV_TILES, HIDDEN_COLUMNS) + most_pieces(
 
 struct alignas(16) Tables {
   Piece piece[WARPS][MAX_PIECES];
-  int2 range[STAGES][WARPS];         // a warp's pieces of a stage: first, end
-  int2 parts[STAGES][MAX_TILES];     // slots to sum for a tile: first, how many
-  int2 tiles[STAGES];                // the block's: how many, the first; others follow by the number of blocks
-  int4 last_head[WARPS];             // in the last round over the head's tiles: tile, first column, end, part | parts << 8
+  int2 range[STAGES][WARPS];      // a warp's pieces of a stage: first, end
+  int2 parts[STAGES][MAX_TILES];  // slots to sum for a tile: first, how many
+  int2 tiles[STAGES];             // the block's: how many, the first; others follow by the number of blocks
+  int4 last_head[WARPS];          // in the last round over the head's tiles: tile, first column, end, part | parts << 8
 };
 
 // Tiles first, first + blocks, and so on below `tiles`.
-__device__ __forceinline__ int tile_count(int first, int tiles, int blocks) { return first < tiles ? (tiles - 1 - first) / blocks + 1 : 0; }
+__device__ __forceinline__ int tile_count(int first, int tiles, int blocks) {
+  return first < tiles ? (tiles - 1 - first) / blocks + 1 : 0;
+}
 // Where a warp's share of `columns` column blocks begins.
 __device__ __forceinline__ int share_start(int warp, int columns) { return warp * columns / WARPS; }
 
@@ -47,10 +49,14 @@ struct StageShape {
 };
 __device__ __forceinline__ StageShape stage_shape(int stage, int block, int blocks) {
   switch (stage) {
-    case STAGE_QKV: return {QKV_TILES, HIDDEN_COLUMNS, block};
-    case STAGE_O: return {O_TILES, ATTENTION_COLUMNS, (block + blocks - QKV_TILES % blocks) % blocks};
-    case STAGE_GATE_UP: return {GATE_UP_TILES, HIDDEN_COLUMNS, block};
-    default: return {DOWN_TILES, DOWN_COLUMNS, blocks - 1 - block};
+    case STAGE_QKV:
+      return {QKV_TILES, HIDDEN_COLUMNS, block};
+    case STAGE_O:
+      return {O_TILES, ATTENTION_COLUMNS, (block + blocks - QKV_TILES % blocks) % blocks};
+    case STAGE_GATE_UP:
+      return {GATE_UP_TILES, HIDDEN_COLUMNS, block};
+    default:
+      return {DOWN_TILES, DOWN_COLUMNS, blocks - 1 - block};
   }
 }
 
@@ -71,7 +77,8 @@ __device__ __forceinline__ int cut_stage(Tables& tables, int stage, int warp, in
     const int whole = stage == STAGE_DOWN ? INNER_COLUMNS : shape.columns, input = split * shape.columns + column;
     if (piece >= MAX_PIECES) __trap();
     tables.piece[warp][piece++] = {static_cast<unsigned>(row_tile * whole + input), static_cast<unsigned short>(input),
-                                   static_cast<unsigned char>(length), static_cast<unsigned char>(stage), static_cast<unsigned char>(ends ? warp + index + 1 : 0)};
+                                   static_cast<unsigned char>(length), static_cast<unsigned char>(stage),
+                                   static_cast<unsigned char>(ends ? warp + index + 1 : 0)};
     if (!length) break;
     at += length;
   }

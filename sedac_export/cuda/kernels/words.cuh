@@ -4,11 +4,12 @@
 // that wrote it, and readers poll the very words they need. It costs one of a float's 23 bits, or of one half in four.
 // (Five grid barriers a layer instead: 799 us a token of Qwen2.5-0.5B's shape against 481.)
 //
-// A word is written once a layer, so its parity alternates. Nobody runs ahead by more than a layer, since the norm needs
-// the whole residual stream, of which every block computes a part; `down`, which blocks without a QKV tile read late, has
-// two buffers. A pass begins with all flags unset: the pass before cleared its scratch.
+// A word is written once a layer, so its parity alternates. Nobody runs ahead by more than a layer, since the norm
+// needs the whole residual stream, of which every block computes a part; `down`, which blocks without a QKV tile read
+// late, has two buffers. A pass begins with all flags unset: the pass before cleared its scratch.
 //
-// A warp must reconverge (__syncwarp) between its stores and its next poll, or the polling lanes hold up the storing ones.
+// A warp must reconverge (__syncwarp) between its stores and its next poll, or the polling lanes hold up the storing
+// ones.
 #pragma once
 #include "profile.cuh"
 
@@ -19,7 +20,9 @@ __device__ __forceinline__ float2 load2(const float* p) {
 }
 __device__ __forceinline__ float4 load4(const float* p) {
   float4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3},[%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3},[%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p));
   return v;
 }
 // Eight halves; one flag for each four.
@@ -28,7 +31,9 @@ __device__ __forceinline__ ulonglong2 load_halves(const half* p) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1},[%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
   return v;
 }
-__device__ __forceinline__ void store1(float* p, float v) { asm volatile("st.relaxed.gpu.global.f32 [%0],%1;" ::"l"(p), "f"(v) : "memory"); }
+__device__ __forceinline__ void store1(float* p, float v) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0],%1;" ::"l"(p), "f"(v) : "memory");
+}
 __device__ __forceinline__ void store2(float* p, float x, float y) {
   asm volatile("st.relaxed.gpu.global.v2.f32 [%0],{%1,%2};" ::"l"(p), "f"(x), "f"(y) : "memory");
 }
@@ -41,10 +46,15 @@ __device__ __forceinline__ bool arrived(float2 v, unsigned parity) {
 }
 __device__ __forceinline__ bool arrived(float4 v, unsigned parity) {
   return !(((__float_as_uint(v.x) ^ parity) | (__float_as_uint(v.y) ^ parity) | (__float_as_uint(v.z) ^ parity) |
-            (__float_as_uint(v.w) ^ parity)) & 1);
+            (__float_as_uint(v.w) ^ parity)) &
+           1);
 }
-__device__ __forceinline__ bool arrived(ulonglong2 v, unsigned parity) { return !(((v.x ^ parity) | (v.y ^ parity)) & 1); }
-__device__ __forceinline__ float flagged(float v, unsigned parity) { return __uint_as_float((__float_as_uint(v) & ~1u) | parity); }
+__device__ __forceinline__ bool arrived(ulonglong2 v, unsigned parity) {
+  return !(((v.x ^ parity) | (v.y ^ parity)) & 1);
+}
+__device__ __forceinline__ float flagged(float v, unsigned parity) {
+  return __uint_as_float((__float_as_uint(v) & ~1u) | parity);
+}
 // The value without its flag: it must not depend on the layer's number in the pass.
 __device__ __forceinline__ float unflagged(float v) { return __uint_as_float(__float_as_uint(v) & ~1u); }
 
@@ -66,7 +76,10 @@ __device__ __forceinline__ int thread_index() {
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(i));
   return i;
 }
-template <int N> __device__ __forceinline__ int fresh(int tid) { return N > 0 ? thread_index() : tid; }
+template <int N>
+__device__ __forceinline__ int fresh(int tid) {
+  return N > 0 ? thread_index() : tid;
+}
 __device__ __forceinline__ int block_index() {
   int i;
   asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(i));

@@ -1,0 +1,59 @@
+// What is wanted soon goes to L2 while memory is idle: weights that the ring has no room for, and the next layer's
+// vectors, keys and values. (Down's weights: 2 % of the time of Qwen2.5-0.5B's shape.)
+#pragma once
+#include "shared.cuh"
+
+template <int N>
+struct Prefetch {
+  const Pass& pass;
+  const Shared<N>& shared;
+  int tid;
+
+  static constexpr int USUAL_BLOCKS = 132;  // what follows is worth it for grids of about this size
+
+  __device__ __forceinline__ void run(int stage, int layer, int last_layer) const {
+    const int warp = tid >> 5;
+    constexpr int WEIGHTS =
+        (divided_up(QKV_TILES, USUAL_BLOCKS) * HIDDEN_COLUMNS + divided_up(O_TILES, USUAL_BLOCKS) * ATTENTION_COLUMNS +
+         divided_up(GATE_UP_TILES, USUAL_BLOCKS) * HIDDEN_COLUMNS +
+         divided_up(DOWN_TILES, USUAL_BLOCKS) * DOWN_COLUMNS) /
+        WARPS;
+    if (WEIGHTS > RING_SLOTS<N> && stage == STAGE_QKV && !(tid & 31)) {
+      const int2 range = shared.tables.range[STAGE_DOWN][warp];
+      for (int i = range.x; i < range.y; i++) {
+        const Piece piece = shared.tables.piece[warp][i];
+        const char* from = reinterpret_cast<const char*>(shared.layers[layer].matrices[STAGE_DOWN]) +
+                           static_cast<size_t>(piece.offset) * BLOCK_BYTES;
+        if (piece.count)
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(piece.count * BLOCK_BYTES)
+                       : "memory");
+      }
+    }
+    if (stage == STAGE_QKV && layer + 1 < last_layer && block_index() == layer % pass.blocks) vectors(layer + 1);
+    if (stage == STAGE_GATE_UP && layer + 1 < last_layer) cache(layer + 1);
+  }
+
+ private:
+  // By one block: the layer's vectors, which every block reads when it can wait least.
+  __device__ __forceinline__ void vectors(int layer) const {
+    const Layer& of = shared.layers[layer];
+    if (tid < HIDDEN / 32) {
+      to_l2(of.attention_norm + tid * 32), to_l2(of.mlp_norm + tid * 32);
+    }
+    if (of.qkv_bias)
+      for (int i = tid; i < QKV / 32; i += THREADS) to_l2(of.qkv_bias + i * 32);
+  }
+  __device__ __forceinline__ static void to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+  __device__ __forceinline__ void cache(int layer) const {
+    const int keys = 1 << shared.chunk_shift, item = pass.blocks - 1 - block_index();
+    const int chunks = (pass.row[N == 1 ? 0 : pass.rows - 1].position >> shared.chunk_shift) + 1;
+    if (N > 1 || item >= KV_HEADS * chunks) return;
+    const int first = item % chunks * keys, lines = min(keys, pass.capacity - first) * HEAD / 64;
+    const size_t at =
+        ((static_cast<size_t>(pass.sequence[0].slot) * KV_HEADS + item / chunks) * pass.capacity + first) * HEAD;
+    const Layer& of = shared.layers[layer];
+    for (int i = tid; i < 2 * lines; i += THREADS)
+      to_l2(i < lines ? of.keys + at + i * 64 : of.values + at + (i - lines) * 64);
+  }
+};
