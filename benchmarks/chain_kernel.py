@@ -76,7 +76,7 @@ class CaseResult:
 
 
 def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: float) -> CaseResult:
-    """KernelCheck the case, and measure it if it is a model's; copy_rate in bytes/s."""
+    """Check the case, and measure it if it is a model's; copy_rate in bytes/s."""
     result = CaseResult(case.name)
     try:
         launcher = ChainLauncher(case, compiling.result())
