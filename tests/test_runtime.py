@@ -61,9 +61,9 @@ def test_unknown_modes_are_refused(demo_model: SedacModel) -> None:
     for mode in ("full", "lossless"):
         with pytest.raises(InputError, match=f"tau belongs to mode exit, not to {mode}"):
             demo_model.generate(PROMPT, mode=mode, tau=0.9)
-    for settings in ({"mode": "full"}, {"forced_exit": [3]}):
+    for others in ({"mode": "full"}, {"forced_exit": [3]}):
         with pytest.raises(InputError, match="drafter belongs to mode lossless or exit"):
-            demo_model.generate(PROMPT, drafter="auto", **settings)  # type: ignore[arg-type]
+            demo_model.generate(PROMPT, drafter="auto", **others)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("drafter", ["early-exit", "prompt-lookup", "auto"])
