@@ -102,10 +102,9 @@ struct RowSums {
 };
 static_assert(WARPS == 8 && MAX_ROWS == 8, "RowSums: a lane loads two of a row's eight sums");
 
-// The norm of what attention or the MLP gives, before it is added: h = before(row, element) + rmsnorm(h) * weight.
-template <int N, class Before>
-__device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], unsigned rows, const float* weight,
-                                               float* segments, Before before) {
+// Before the block's barrier: each warp's sums of h squared.
+template <int N>
+__device__ __forceinline__ void store_squares(int tid, const float2 (&h)[N][PAIRS], float* segments) {
   float q[N];
 #pragma unroll
   for (int t = 0; t < N; t++) {
@@ -114,6 +113,13 @@ __device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], u
     for (int p = 0; p < PAIRS; p++) q[t] = fmaf(h[t][p].y, h[t][p].y, fmaf(h[t][p].x, h[t][p].x, q[t]));
   }
   RowSums<N>::store(tid, q, segments);
+}
+
+// The norm of what attention or the MLP gives, before it is added: h = before(row, element) + rmsnorm(h) * weight.
+template <int N, class Before>
+__device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], unsigned rows, const float* weight,
+                                               float* segments, Before before) {
+  store_squares<N>(tid, h, segments);
   sync_block();
   const float factor = rsqrtf(RowSums<N>::load(tid, segments) * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
 #pragma unroll
@@ -146,14 +152,7 @@ template <int N>
 __device__ __forceinline__ float normalise(int tid, const float2 (&h)[N][PAIRS], const float2 (&weight)[PAIRS],
                                            half (*x)[INPUT], float (*segments)[MAX_ROWS * WARPS],
                                            Stability<N>& stability, bool compared) {
-  float q[N];
-#pragma unroll
-  for (int t = 0; t < N; t++) {
-    q[t] = 0;
-#pragma unroll
-    for (int p = 0; p < PAIRS; p++) q[t] = fmaf(h[t][p].y, h[t][p].y, fmaf(h[t][p].x, h[t][p].x, q[t]));
-  }
-  RowSums<N>::store(tid, q, segments[0]);
+  store_squares<N>(tid, h, segments[0]);
   if (compared)
     RowSums<N>::store(tid, stability.inner, segments[1]), RowSums<N>::store(tid, stability.before, segments[2]);
   sync_block();
