@@ -1,5 +1,6 @@
 """Which tests a quick run leaves out, and bundles that many tests share, built once."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
@@ -9,6 +10,7 @@ import pytest
 import torch
 from build_cache import BuildCache
 from tiny_models import ARCHITECTURES, OTHERS, save_tiny_model
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sedac_runtime.model
@@ -17,20 +19,24 @@ from sedac_export.build import exporter
 from sedac_export.tensorrt import portable_writer
 from sedac_runtime import SedacModel
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 # threads of several workers that spin for the same cores hold each other up
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
+# and those of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 # architectures of each list that a quick run takes for the tests marked `rotating`
 ROTATED = 3
 
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 TinyBundle = tuple[PreTrainedModel, Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sedac")
-    group.addoption("--quick", action="store_true", help="only three architectures where marked")
+    group.addoption(
+        "--quick", action="store_true", help="without what is slow; three architectures a day"
+    )
     group.addoption("--day", type=int, help="which three --quick takes; by default today's")
 
 
@@ -109,6 +115,21 @@ def cached_traces(build_cache: BuildCache) -> Iterator[None]:
         for module in (exporter, portable_writer):
             patch.setattr(module, "trace_graphs", build_cache.tracing(module.trace_graphs))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_operator_registry() -> Iterator[None]:
+    """torch.onnx reads its table of operators for each graph: half of the time of tracing one."""
+    read = functools.cache(ONNXRegistry.from_torchlib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read))
+        yield
+
+
+@pytest.fixture(scope="session")
+def quick(pytestconfig: pytest.Config) -> bool:
+    """Whether samples are to be small: where a test repeats one check over many inputs."""
+    return bool(pytestconfig.option.quick)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Random tiny models of every supported architecture, saved as a user would have them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import (
 )
 
 from sedac_export.model.weights import weights_of
+
+_DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 _COMMON = {
     "vocab_size": 256,
@@ -271,3 +274,16 @@ def save_tiny_model(name: str, directory: Path, **changes: Any) -> PreTrainedMod
             weight.add_(torch.randn_like(weight) * spread)
     model.eval().save_pretrained(directory)
     return model
+
+
+def save_model_with_tokenizer(directory: Path) -> None:
+    """Write a random Llama with the demo's tokenizer and 32768 positions to `directory`."""
+    save_tiny_model(
+        "llama",
+        directory,
+        vocab_size=4096,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(_DEMO_MODEL / name, directory / name)

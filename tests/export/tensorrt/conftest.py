@@ -1,4 +1,4 @@
-"""The demo bundle with all its TensorRT-RTX plans, built once."""
+"""Bundles with portable graphs, and with all their TensorRT-RTX plans, built once."""
 
 import functools
 import shutil
@@ -21,6 +21,7 @@ from sedac_export.tensorrt.build_plans import fingerprint
 from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
 RTX = "tensorrt-rtx"
+OPTIONS = BuildOptions(max_prefill_chunk=64)
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def planned_demo(
 ) -> Path:
     def plan(directory: Path) -> None:
         bundle = shutil.copytree(demo_bundle, directory / "bundle")
-        add_target(bundle, RTX, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
+        add_target(bundle, RTX, OPTIONS, str(DEMO_MODEL))
 
     planned = build_cache.made("planned", plan)
     return shutil.copytree(planned / "bundle", tmp_path_factory.mktemp("planned") / "bundle")
@@ -66,10 +67,31 @@ def portable_tiny(
     return get
 
 
+@pytest.fixture(scope="session")
+def planned_tiny(
+    portable_tiny: PortableTiny, build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Llama of two layers in fp16 with its plans."""
+
+    def plan(directory: Path) -> None:
+        bundle = shutil.copytree(portable_tiny("llama", "fp16")[0], directory / "bundle")
+        add_target(bundle, RTX, OPTIONS)
+
+    planned = build_cache.made("planned_tiny", plan)
+    return shutil.copytree(planned / "bundle", tmp_path_factory.mktemp("planned") / "bundle")
+
+
 @pytest.fixture
-def own_demo(planned_demo: Path, tmp_path: Path) -> Path:
+def own_tiny(planned_tiny: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    return Path(shutil.copytree(planned_demo, tmp_path / "bundle"))
+    return Path(shutil.copytree(planned_tiny, tmp_path / "bundle"))
+
+
+@pytest.fixture(params=["planned_tiny", pytest.param("planned_demo", marks=pytest.mark.slow)])
+def planned(request: pytest.FixtureRequest) -> Path:
+    """A bundle of random weights, and the demo's with those that were trained."""
+    directory: Path = request.getfixturevalue(request.param)
+    return directory
 
 
 def rewrite(directory: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:
