@@ -2,17 +2,10 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-)
-
-from sedac_export.model.weights import weights_of
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
@@ -257,12 +250,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
-def save_tiny_model(name: str, directory: Path, **changes: Any) -> PreTrainedModel:
+def save_tiny_model(name: str, directory: Path, **changes: Any) -> "PreTrainedModel":
     """Write a random model of architecture `name` to `directory`; returns it, fp32 and eager.
 
     Weights are larger than at initialisation, so that logits are far apart and a wrong term shows;
     none is left at a constant, norms and persistent buffers included.
     """
+    # imported here, so that the names of architectures can be read at once
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from sedac_export.model.weights import weights_of
+
     model_type, settings, *_ = (ARCHITECTURES | OTHERS | REFUSED)[name]
     config = AutoConfig.for_model(model_type, **(settings | changes))
     torch.manual_seed(0)

@@ -430,9 +430,7 @@ def test_interrupted_build_leaves_nothing(
     assert not output.parent.exists()
 
 
-def test_libraries_do_not_add_lines(
-    start_build: StartBuild, model: Path, tmp_path: Path
-) -> None:
+def test_libraries_do_not_add_lines(start_build: StartBuild, model: Path, tmp_path: Path) -> None:
     configure(rope_parameters={"rope_type": "odd"})(model)  # transformers would also warn of it
     build = start_build(model, tmp_path / "bundle")
     build.process.join(60)
