@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from chain_abi import Condition
+from chain_abi import Condition, RowRace
 from chain_launcher import ChainLauncher, SequenceInput
 from torch import Tensor
 
@@ -21,6 +23,9 @@ STABILITY_TOLERANCE = 1e-3
 TOKENS = (5, 17, 33, 99, 120, 7, 8, 150)
 PASSES = (1, 2, 3, 5, 8)
 REPETITIONS = 100
+TEMPERATURES = (0.3, 0.8, 1.0, 1.7)
+RACES = 5  # passes at each temperature
+MIN_CERTAIN = 0.95
 RUN_LENGTH = 2
 
 
@@ -51,6 +56,7 @@ class ChainChecks:
         with torch.no_grad():
             yield from self._agreement_with_pytorch()
             yield from self._margins()
+            yield from self._races()
             yield self._tokens_one_by_one()
             yield self._sequences_together()
             yield from self._exits()
@@ -91,6 +97,33 @@ class ChainChecks:
         margins = torch.tensor([row.margin for row in rows], device=first.device)
         error = (margins - (first - second)).abs().max().item()
         yield KernelCheck("margins", error < MARGIN_TOLERANCE, f"error {error:.1e}")
+
+    def _races(self) -> Iterator[KernelCheck]:
+        """Against the sampler's own arithmetic on the logits, which are those without races."""
+        wins = certain = drawn = 0
+        same, worst = True, 0.0
+        for temperature in TEMPERATURES:
+            for first in range(RACES):
+                keys = [_key(first * len(TOKENS) + row) for row in range(len(TOKENS))]
+                self._launcher.fill(0, self._position)
+                races = [RowRace(key, 1 / temperature) for key in keys]
+                logits = self._launcher.run([self._sequence(TOKENS)], races=races)
+                same = same and torch.equal(logits, self._bits)
+                outcomes = self._launcher.outcome().race[: len(keys)]
+                for key, row, outcome in zip(keys, logits.cpu().numpy(), outcomes, strict=True):
+                    right = outcome.token == race_winner(row, temperature, key)
+                    certain += outcome.is_certain
+                    wins += right and outcome.logit == row[outcome.token] and outcome.is_certain
+                    total = np.exp(row.astype(np.float64) - row.max()).sum()
+                    worst = max(worst, abs(outcome.total / total - 1))
+                drawn += len(keys)
+        yield KernelCheck("the same bits where tokens are sampled", same)
+        yield KernelCheck(
+            "sampled tokens", wins == certain, f"{wins} of {certain} are the sampler's"
+        )
+        passed = certain >= MIN_CERTAIN * drawn
+        yield KernelCheck("races that are certain", passed, f"{certain} of {drawn}")
+        yield KernelCheck("sums of weights", worst < MARGIN_TOLERANCE, f"error {worst:.1e}")
 
     def _tokens_one_by_one(self) -> KernelCheck:
         self._launcher.fill(0, self._position)
@@ -244,6 +277,23 @@ class ChainChecks:
     def _keys(self) -> list[Tensor]:
         """Of the first token, by layer."""
         return [keys[0, :, self._position].clone() for keys in self._launcher.keys]
+
+
+def race_winner(logits: npt.NDArray[np.float32], temperature: float, key: int) -> int:
+    """The token that sedac-core/src/race.rs chooses without filters."""
+    z = np.uint64(key) + np.arange(len(logits), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    uniform = ((z >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    weights = np.exp((logits - logits.max()) / np.float32(temperature))
+    with np.errstate(divide="ignore"):
+        return int((-np.log(uniform) / weights.astype(np.float64)).argmin())
+
+
+def _key(number: int) -> int:
+    """A key of 64 random bits."""
+    return int(np.random.default_rng(number).integers(1 << 64, dtype=np.uint64))
 
 
 def stability_threshold(stabilities: list[float]) -> tuple[float, int]:

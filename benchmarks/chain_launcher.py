@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from chain_abi import COUNTERS, MAX_ROWS, Condition, Facts, Layer, Outcome, Pass, Row, SequenceRows
+from chain_abi import (
+    COUNTERS,
+    MAX_ROWS,
+    Condition,
+    Facts,
+    Layer,
+    Outcome,
+    Pass,
+    Row,
+    RowRace,
+    SequenceRows,
+)
 from chain_decoder import ChainCase, History, RandomDecoder
 from cuda.bindings import driver
 from torch import Tensor
@@ -94,8 +105,17 @@ class ChainLauncher:
                 cache[slot, :, :positions] = filled
         return history
 
-    def make_pass(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Pass:
-        """The parameter of a pass. logits_rows: bits of the rows that want logits, default all."""
+    def make_pass(
+        self,
+        sequences: Sequence[SequenceInput],
+        logits_rows: int | None = None,
+        races: Sequence[RowRace] = (),
+    ) -> Pass:
+        """The parameter of a pass.
+
+        logits_rows: bits of the rows that want logits, default all; races: of the first rows, whose
+        tokens are sampled.
+        """
         made = Pass(capacity=self.capacity, blocks=self.blocks, sequences=len(sequences))
         for name, tensor in self._buffers.items():
             setattr(made, name, tensor.data_ptr())
@@ -107,6 +127,9 @@ class ChainLauncher:
             first += len(sequence.rows)
         made.rows = first
         made.logits_rows = (1 << first) - 1 if logits_rows is None else logits_rows
+        made.sampled_rows = (1 << len(races)) - 1
+        for row, race in enumerate(races):
+            made.race[row] = race
         return made
 
     def launch(self, wanted: Pass, outcome: int = 0) -> None:
@@ -124,9 +147,14 @@ class ChainLauncher:
         at = ctypes.addressof(parameters)
         _succeed(driver.cuLaunchCooperativeKernel(function, *grid, *block, shared, stream, at))
 
-    def run(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Tensor:
+    def run(
+        self,
+        sequences: Sequence[SequenceInput],
+        logits_rows: int | None = None,
+        races: Sequence[RowRace] = (),
+    ) -> Tensor:
         """Run one pass to its end; logits [rows, vocabulary], NaN where none are wanted."""
-        wanted = self.make_pass(sequences, logits_rows)
+        wanted = self.make_pass(sequences, logits_rows, races)
         self._buffers["logits"].fill_(float("nan"))
         torch.cuda.synchronize()
         self.launch(wanted)

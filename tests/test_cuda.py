@@ -96,11 +96,18 @@ def test_the_chain_generates_the_texts_of_onnxruntime(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("drafter", ["auto", "early-exit"])
-def test_the_chain_is_lossless_bit_for_bit(drafter: str, chain_model: SedacModel) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}],
+    ids=["greedy", "sampled", "filtered"],
+)
+def test_the_chain_is_lossless_bit_for_bit(
+    sampling: dict[str, float], drafter: str, chain_model: SedacModel
+) -> None:
     """A token's logits are the same bits in every pass, so there are not even ties to break."""
     drafted = 0
     for prompt in PROMPTS:
-        wanted = {"max_new_tokens": 200, "stop_tokens": []}
+        wanted = {"max_new_tokens": 200, "stop_tokens": []} | sampling
         full = chain_model.generate(prompt, mode="full", **wanted)
         lossless = chain_model.generate(prompt, mode="lossless", drafter=drafter, **wanted)
         assert lossless.tokens == full.tokens

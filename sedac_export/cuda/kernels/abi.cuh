@@ -55,6 +55,13 @@ struct Condition {
   unsigned may_exit;
 };
 
+// By what the token of a row is sampled: see race.cuh.
+struct RowRace {
+  unsigned long long key;
+  float inverse_temperature;
+  int unused;
+};
+
 // What came of a pass.
 struct Outcome {
   struct {
@@ -70,6 +77,12 @@ struct Outcome {
     float margin;  // its probability less that of the second
   } row[MAX_ROWS];
   unsigned long long started, layers_ended, ended;  // globaltimer, ns
+  struct {
+    unsigned token;  // that wins the race
+    float logit;
+    float total;     // sum of exp(logit - the highest) over all tokens
+    int is_certain;  // whether rounding cannot have made it win
+  } race[MAX_ROWS];  // of sampled rows
 };
 
 struct Pass {
@@ -88,4 +101,7 @@ struct Pass {
   unsigned logits_rows;  // bit r: the logits of row r are wanted
   Row row[MAX_ROWS];
   SequenceRows sequence[MAX_ROWS];
+  RowRace race[MAX_ROWS];
+  unsigned sampled_rows;  // bit r: the token of row r is sampled; its logits are wanted too
+  unsigned unused;
 };

@@ -59,6 +59,6 @@ constexpr int SCRATCH_ROW = (SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2 + 31) / 32
 // After the rows: each block's copies of the residual before attention and before the MLP, where norms or exits need
 // them.
 constexpr long long SCRATCH_INPUTS = 1ll * MAX_ROWS * SCRATCH_ROW;
-// Then each block's highest logit of each row.
+// Then each block's highest logit of each row, and its first of each row's race.
 constexpr long long SCRATCH_HIGHEST = SCRATCH_INPUTS + 2ll * MAX_BLOCKS * MAX_ROWS * HIDDEN;
-constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 4ll * MAX_BLOCKS * MAX_ROWS) * 4;
+constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 2 * 4ll * MAX_BLOCKS * MAX_ROWS) * 4;

@@ -314,6 +314,10 @@ fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
 }
 
 impl ChainDevice for CudaDriver {
+    fn vocabulary(&self) -> usize {
+        self.sizes.vocabulary
+    }
+
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
         let most = self.sizes.conditions;
         let mut place = self.conditions.slice_mut(table * most..(table + 1) * most);
@@ -331,6 +335,8 @@ impl ChainDevice for CudaDriver {
         parameters.sequences = pass.sequences.len() as i32;
         parameters.clear_rows = self.last_rows as i32;
         parameters.logits_rows = pass.logits_rows;
+        parameters.sampled_rows = pass.sampled_rows;
+        parameters.race = pass.races;
         parameters.row[..pass.rows.len()].copy_from_slice(&pass.rows);
         parameters.sequence[..pass.sequences.len()].copy_from_slice(&pass.sequences);
         let (kernel, config) = self.chain.kernel(pass.rows.len());
