@@ -26,6 +26,7 @@ struct Layer {
   half *keys, *values;  // [slot][key-value head][capacity][head size]
   int window;           // positions that a token sees, 0 for all
   int rotary;           // which tables
+  const float* probe;   // the entropy probe after it: see probe.cuh; null: none
 };
 
 // A row of a pass: one token at one position.
@@ -47,7 +48,7 @@ struct SequenceRows {
 
 // A row of an exit rule's table, for one depth: see sedac-core/src/policy/rule.rs.
 struct Condition {
-  unsigned signal;      // 0: none, 1: stability
+  unsigned signal;      // 0: none, 1: stability, 2: the entropy probe's risk
   unsigned comparison;  // 0: at least, 1: below, 2: accumulated
   float threshold;
   unsigned run_length;
@@ -68,7 +69,7 @@ struct Outcome {
     int depth;      // layers that ran
     int criterion;  // which said stop, -1 for none
     float stability;
-    int unused;
+    float risk;  // 0 where no criterion asked for it
   } sequence[MAX_ROWS];
   struct {
     unsigned token;  // with the highest logit, the lowest of equals

@@ -3,6 +3,7 @@
 #include "exits.cuh"
 #include "head.cuh"
 #include "prefetch.cuh"
+#include "probe.cuh"
 
 __device__ __forceinline__ unsigned long long now() {
   unsigned long long t;
@@ -289,18 +290,19 @@ struct Chain {
       MARK(layer, 8)
       return before;
     }
-    if (compared || layer >= next_stop) decide(tid, layer, condition, value, before, h);
-    const unsigned active = active_at(layer);
+    const unsigned running = active_at(layer);
     if (SEDAC_POST_NORMS) {
-      remember(tid, h, before | active, false);
+      remember(tid, h, before | running, false);
     } else if (N > 1) {
-      if (deciding & active) remember(tid, h, deciding & active, false);
+      if (deciding & running) remember(tid, h, deciding & running, false);
     } else {
 #pragma unroll
       for (int p = 0; p < PAIRS; p++) input[N == 1 ? p : 0] = h[0][p];
     }
+    // after the last use of h: what decides takes registers
+    if (compared || layer >= next_stop) decide(tid, stages, layer, condition, value, before);
     MARK(layer, 2)
-    return active;
+    return active_at(layer);
   }
 
   // Of the thread's first output of QKV.
@@ -333,21 +335,21 @@ struct Chain {
     for (int t = 0; t < N; t++) {
       if (t >= rows() || !(exits.stopped >> pass.row[t].sequence & 1)) continue;
       const int depth = exits.stopped_at(pass.row[t].sequence);
-      if (SEDAC_POST_NORMS) {
-        for_pairs(fresh<N>(tid),
-                  [&](int p, int d) { h[t][p] = *reinterpret_cast<const float2*>(remembered(t, false) + d); });
-        continue;
-      }
-      const float* from = scratch + t * SCRATCH_ROW + stages.down_offset(t, depth - 1);
-      for_pairs(fresh<N>(tid), [&](int p, int d) {
-        h[t][p] = make_float2(0, 0);
-#pragma unroll
-        for (int k = 0; k < DOWN_SPLITS; k++) {
-          const float2 v = load2(from + k * HIDDEN + d);
-          h[t][p].x += unflagged(v.x), h[t][p].y += unflagged(v.y);
-        }
-      });
+      for_pairs(fresh<N>(tid), [&](int p, int d) { h[t][p] = received(stages, t, depth, d); });
     }
+  }
+
+  // The residual of row t after `depth` layers, which was received last.
+  __device__ __forceinline__ float2 received(const Stages<N>& stages, int t, int depth, int d) const {
+    if (SEDAC_POST_NORMS) return *reinterpret_cast<const float2*>(remembered(t, false) + d);
+    const float* from = scratch + t * SCRATCH_ROW + stages.down_offset(t, depth - 1);
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int k = 0; k < DOWN_SPLITS; k++) {
+      const float2 v = load2(from + k * HIDDEN + d);
+      sum.x += unflagged(v.x), sum.y += unflagged(v.y);
+    }
+    return sum;
   }
 
   __device__ __forceinline__ void load_weight(int tid, const float* from, float2 (&weight)[PAIRS]) const {
@@ -382,21 +384,23 @@ struct Chain {
   }
 
   // value: lane 4t has the stability of row t.
-  __device__ __forceinline__ void decide(int tid, int depth, const Condition& condition, float value, unsigned before,
-                                         const float2 (&h)[N][PAIRS]) {
+  __device__ __forceinline__ void decide(int tid, const Stages<N>& stages, int depth, const Condition& condition,
+                                         float value, unsigned before) {
     const int s = Exits::lane_sequence(tid), present = s < sequences() ? s : 0;
     const int newest = pass.sequence[present].first_row + pass.sequence[present].rows - 1;
     const float stability = __shfl_sync(~0u, value, newest * 4);
+    const float risk = __shfl_sync(~0u, risks(tid, depth, exits.risky(pass, condition)), newest * 4);
     int criterion;
-    const unsigned stops = exits.decide(tid, pass, depth, condition, stability, criterion);
+    const unsigned stops = exits.decide(tid, pass, depth, condition, stability, risk, criterion);
     if (!stops) return;
     find_next_stop();
     if (!block_index() && tid < 32 && tid % MAX_CRITERIA == 0 && (stops >> s & 1)) {
       pass.outcome->sequence[s].depth = depth;
       pass.outcome->sequence[s].criterion = criterion;
       pass.outcome->sequence[s].stability = stability;
+      pass.outcome->sequence[s].risk = risk;
     }
-    if (depth < LAYERS) save(tid, stops, before, h);
+    if (depth < LAYERS) save(tid, stages, depth, stops, before);
   }
 
   __device__ __forceinline__ void find_next_stop() {
@@ -405,12 +409,22 @@ struct Chain {
       if (!(exits.stopped >> s & 1)) next_stop = min(next_stop, pass.sequence[s].max_depth);
   }
 
+  // The entropy probe's risks of `rows`; lane 4t gets row t's.
+  __device__ __forceinline__ float risks(int tid, int depth, unsigned rows) const {
+    if (!rows) return 0;
+    if (N == 1 && !SEDAC_POST_NORMS)
+      for_pairs(tid,
+                [&](int p, int d) { *reinterpret_cast<float2*>(remembered(0, false) + d) = input[N == 1 ? p : 0]; });
+    return probe_risks(rows, shared.layers[depth - 1].probe, remembered(0, false), shared.segments[3], scratch, depth,
+                       pass.blocks);
+  }
+
   // The hidden states of rows that stop with their sequences `stops`; each row by one block.
-  __device__ __forceinline__ void save(int tid, unsigned stops, unsigned before, const float2 (&h)[N][PAIRS]) {
-#pragma unroll
-    for (int t = 0; t < N; t++)
-      if (has<N>(before & ~frozen, t) && (stops >> pass.row[t].sequence & 1) && block_index() == t)
-        for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<float2*>(saved(t) + d) = h[t][p]; });
+  __device__ __forceinline__ void save(int tid, const Stages<N>& stages, int depth, unsigned stops,
+                                       unsigned before) const {
+    const int t = block_index();
+    if (t < rows() && has<N>(before & ~frozen, t) && (stops >> pass.row[t].sequence & 1))
+      for_pairs(tid, [&](int, int d) { *reinterpret_cast<float2*>(saved(t) + d) = received(stages, t, depth, d); });
   }
 
   // The last block to come here writes what the head found.
