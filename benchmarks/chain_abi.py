@@ -45,6 +45,7 @@ class Layer(Structure):
         *((name, c_uint64) for name in _LAYER_POINTERS),
         ("window", c_int),
         ("rotary", c_int),
+        ("probe", c_uint64),
     )
 
 
@@ -101,7 +102,7 @@ class SequenceOutcome(Structure):
         ("depth", c_int),
         ("criterion", c_int),
         ("stability", c_float),
-        ("unused", c_int),
+        ("risk", c_float),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 TOLERANCE = 1e-2
 MARGIN_TOLERANCE = 1e-4
 STABILITY_TOLERANCE = 1e-3
+RISK_TOLERANCE = 1e-2
 
 TOKENS = (5, 17, 33, 99, 120, 7, 8, 150)
 PASSES = (1, 2, 3, 5, 8)
@@ -65,6 +66,7 @@ class ChainChecks:
             yield from self._frozen_rows()
             yield self._gap_between_sequences()
             yield from self._stability_exits()
+            yield from self._risk_exits()
             yield self._repetitions()
 
     def _agreement_with_pytorch(self) -> Iterator[KernelCheck]:
@@ -231,13 +233,51 @@ class ChainChecks:
         same = all(torch.equal(logits, found[0]) for logits in found)
         yield KernelCheck("the same bits at stability exits", same)
 
-    def _run_rule(self, rule: list[Condition], others: int) -> tuple[Tensor, list[int]]:
-        """The first token's logits and all depths, beside another sequence's rows."""
+    def _risk_exits(self) -> Iterator[KernelCheck]:
+        """Probes after some layers only; the deepest of them says stop."""
+        history = self._launcher.fill(0, self._position)
+        decoder = self._launcher.decoder
+        depths = [depth for depth in range(1, self._layers) if depth % 3]
+        risks = {}
+        for depth in depths:
+            self._launcher.hold_probe(
+                depth, torch.cat([w.flatten() for w in decoder.probe(depth).values()])
+            )
+            hidden = decoder.compute(history, TOKENS[:1], depth).hidden
+            risks[depth] = decoder.risk(depth, hidden).item()
+        rule = [Condition() for _ in range(self._layers)]
+        for depth, risk in risks.items():
+            bound = risk + RISK_TOLERANCE * (1 if depth == depths[-1] else -1)
+            rule[depth - 1] = _risk_condition(bound)
+        found = []
+        for others, both in ((0, False), (3, False), (7, False), (1, True)):
+            logits, stops = self._run_rule(rule, others, both)
+            outcome = self._launcher.outcome().sequence[0]
+            error = abs(outcome.risk - risks[depths[-1]])
+            detail = f"depth {stops[0]} of {depths[-1]}, risk's error {error:.1e}"
+            passed = (stops[0], outcome.criterion) == (depths[-1], 0) and error < RISK_TOLERANCE
+            yield KernelCheck(
+                f"risk exit beside {others} rows{' with risks' * both}", passed, detail
+            )
+            found.append((logits, outcome.risk))
+        same = all(
+            torch.equal(logits, found[0][0]) and risk == found[0][1] for logits, risk in found
+        )
+        yield KernelCheck("the same bits at risk exits", same)
+
+    def _run_rule(
+        self, rule: list[Condition], others: int, both: bool = False
+    ) -> tuple[Tensor, list[int]]:
+        """The first token's logits and all depths, beside another sequence's rows.
+
+        both: the rule decides about the other sequence too.
+        """
         self._launcher.fill(0, self._position)
         self._launcher.fill(1, 37, seed=5)
         sequences = [self._sequence(TOKENS[:1], conditions=rule)]
         if others:
-            sequences.append(self._sequence(range(3, 3 + others), 37, slot=1))
+            theirs = rule if both else ()
+            sequences.append(self._sequence(range(3, 3 + others), 37, slot=1, conditions=theirs))
         logits = self._launcher.run(sequences)[0]
         outcome = self._launcher.outcome()
         return logits, [outcome.sequence[index].depth for index in range(len(sequences))]
@@ -323,6 +363,10 @@ def _first_run(stabilities: list[float], threshold: float) -> int:
 
 def _stability_condition(threshold: float) -> Condition:
     return Condition(signal=1, comparison=0, threshold=threshold, run_length=RUN_LENGTH, may_exit=1)
+
+
+def _risk_condition(threshold: float) -> Condition:
+    return Condition(signal=2, comparison=1, threshold=threshold, run_length=1, may_exit=1)
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -105,6 +105,12 @@ class ChainLauncher:
                 cache[slot, :, :positions] = filled
         return history
 
+    def hold_probe(self, depth: int, weights: Tensor) -> None:
+        """Give the chain the entropy probe after `depth` layers: its numbers in one row."""
+        self._probes.append(weights)
+        self._layers[depth - 1].probe = weights.data_ptr()
+        self._buffers["layers"] = _on_device(self._layers)
+
     def make_pass(
         self,
         sequences: Sequence[SequenceInput],
@@ -200,7 +206,8 @@ class ChainLauncher:
             for _ in range(2)
         )
         self._weights = [_packed_layer(decoder.layer(i)) for i in range(shape.layers)]
-        layers = (Layer * shape.layers)()
+        layers = self._layers = (Layer * shape.layers)()
+        self._probes: list[Tensor] = []
         for layer, weights, keys, values in zip(
             layers, self._weights, self.keys, self.values, strict=True
         ):

@@ -85,6 +85,8 @@ pub(super) struct LayerPointers {
     pub(super) window: i32,
     /// Index of its rotary tables.
     pub(super) rotary: i32,
+    /// The entropy probe after it: see `probe_weights.rs`.
+    pub(super) probe: u64,
 }
 
 /// A position that a pass takes through layers.
@@ -183,8 +185,8 @@ pub struct SequenceOutcome {
     pub criterion: i32,
     /// Stability of the newest row's last layer.
     pub stability: f32,
-    /// Padding.
-    pub unused: i32,
+    /// The entropy probe's risk there, 0 where the rule does not ask for it.
+    pub risk: f32,
 }
 
 /// The logits of a row.
@@ -235,7 +237,7 @@ pub struct PassOutcome {
 
 const _: () = {
     assert!(size_of::<ChainFacts>() == 64);
-    assert!(size_of::<LayerPointers>() == 136);
+    assert!(size_of::<LayerPointers>() == 144);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);

@@ -42,6 +42,9 @@ pub trait ChainDevice: Send {
     /// Tokens that the model knows.
     fn vocabulary(&self) -> usize;
 
+    /// Depths after which rules may ask for an entropy probe's risk.
+    fn probes(&self) -> &[usize];
+
     /// Write `conditions`, [criteria, layers] with up to [`MAX_CRITERIA`] criteria, as the table
     /// number `table`, below [`MAX_TABLES`]. Returns its address.
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64>;

@@ -11,6 +11,7 @@ mod driver;
 mod lane;
 mod packed_weights;
 mod pass_costs;
+mod probe_weights;
 mod rule_tables;
 
 use std::time::Duration;
@@ -30,7 +31,7 @@ use super::{
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
-use crate::policy::{Condition, ExitReason, ExitRule};
+use crate::policy::{Condition, Criterion, ExitReason, ExitRule, Signal};
 use crate::race::{Race, RaceResult};
 use crate::sequence::{Sequence, Slots};
 
@@ -68,13 +69,13 @@ impl<D: ChainDevice> CudaChain<D> {
         sequences: usize,
     ) -> Self {
         Self {
-            device,
             exit_allowed: (0..=layers)
                 .map(|depth| depth < layers && exit_layers.contains(&depth))
                 .collect(),
             capacity,
             capabilities: Capabilities {
                 sequences,
+                probes: device.probes().to_vec(),
                 margins: true,
                 ..Capabilities::default()
             },
@@ -82,6 +83,7 @@ impl<D: ChainDevice> CudaChain<D> {
             costs: Costs::default(),
             tables: RuleTables::default(),
             epoch: None,
+            device,
         }
     }
 
@@ -189,23 +191,27 @@ impl<D: ChainDevice> CudaChain<D> {
         let criteria = rule.criteria();
         assert!(!rule.is_soft(), "exits are hard, as capabilities say");
         assert!(criteria.len() <= MAX_CRITERIA, "a rule has few criteria");
-        let rows = criteria.iter().flat_map(|criterion| {
-            let depths = 1..=self.num_layers();
-            depths.map(|depth| {
-                criterion
-                    .conditions
-                    .get(depth - 1)
-                    .copied()
-                    .unwrap_or_default()
-            })
-        });
-        let allowed = self.exit_allowed[1..].iter().cycle();
-        rows.zip(allowed)
-            .map(|(condition, &allowed)| Condition {
-                may_exit: condition.may_exit & u32::from(allowed),
-                ..condition
-            })
+        let depths = |criterion| (1..=self.num_layers()).map(move |depth| (criterion, depth));
+        let rows = criteria.iter().flat_map(depths);
+        rows.map(|(criterion, depth)| self.condition(criterion, depth))
             .collect()
+    }
+
+    /// The row of `criterion` for `depth`; one that compares nothing where its signal is not measured.
+    fn condition(&self, criterion: &Criterion, depth: usize) -> Condition {
+        let condition = criterion.conditions.get(depth - 1);
+        let allowed = self.exit_allowed[depth];
+        let measured = |condition: &&Condition| match condition.signal {
+            Signal::None | Signal::Stability => true,
+            Signal::Risk => allowed && self.capabilities.probes.contains(&depth),
+            Signal::Margin | Signal::Learned => false,
+        };
+        let condition = condition.copied().filter(|row| measured(&row));
+        let condition = condition.unwrap_or_default();
+        Condition {
+            may_exit: condition.may_exit & u32::from(allowed),
+            ..condition
+        }
     }
 
     /// Where the pass over `piece` ended, as the device says it.

@@ -74,6 +74,10 @@ mod tests {
             unreachable!("nothing runs")
         }
 
+        fn probes(&self) -> &[usize] {
+            unreachable!("nothing runs")
+        }
+
         fn write_conditions(&mut self, table: usize, _: &[Condition]) -> Result<u64> {
             if self.fails {
                 return Err(Error::Cancelled);

@@ -216,6 +216,7 @@ impl State {
         let value = match row.signal {
             Signal::None => return false,
             Signal::Stability => newest.signal(depth, 0),
+            Signal::Risk => newest.signal(depth, 1),
             signal => panic!("the kernel does not measure {signal:?}"),
         };
         let satisfied = match row.comparison {
@@ -235,6 +236,10 @@ impl State {
 impl ChainDevice for ToyKernel {
     fn vocabulary(&self) -> usize {
         VOCABULARY
+    }
+
+    fn probes(&self) -> &[usize] {
+        &self.exit_layers
     }
 
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
