@@ -16,6 +16,7 @@ from sedac_export import BuildRequest
 from sedac_export.build import exporter
 from sedac_export.tensorrt import portable_writer
 from sedac_runtime import SedacModel
+from sedac_runtime.flavour import find_gpu
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 # threads of several workers that spin for the same cores hold each other up
@@ -149,3 +150,14 @@ def demo_reference() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         DEMO_MODEL, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+def require_chain() -> None:
+    """Skip the test where the target cuda cannot be compiled or run."""
+    for module in ("cuda.bindings.nvrtc", "elftools"):
+        pytest.importorskip(module, reason="of the extra sedac[cuda]")
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("this host has no NVIDIA GPU")
+    if float(gpu.compute_capability) < 9:
+        pytest.skip(f"the chain does not run on {gpu.name}")
