@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 from conftest import DEMO_MODEL, THREADS, require_chain
 
+from export.conftest import TrainedBundle
 from sedac_export.bundle.edit import write_config
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.cuda.add_cuda import add_cuda
 from sedac_export.exits.replay.documents import Document
 from sedac_runtime import SedacModel
-
-from ..conftest import TrainedBundle
 
 
 def settings(medians: dict[int, float]) -> list[dict[str, Any]]:
