@@ -320,7 +320,7 @@ class ChainChecks:
 
 
 def race_winner(logits: npt.NDArray[np.float32], temperature: float, key: int) -> int:
-    """The token that sedac-core/src/race.rs chooses without filters."""
+    """The token that sedac-core/src/sampler/race.rs chooses without filters."""
     z = np.uint64(key) + np.arange(len(logits), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

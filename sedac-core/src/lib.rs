@@ -47,7 +47,6 @@ pub mod error;
 pub mod interrupt;
 pub mod kv;
 pub mod policy;
-pub mod race;
 pub mod sampler;
 pub mod sequence;
 pub mod text;

@@ -1,8 +1,7 @@
 //! One call of a backend: what each sequence is to run, and what came of it.
 
 use crate::policy::{ExitReason, ExitRule, ExitSignals};
-use crate::race::Race;
-use crate::sampler::Sampler;
+use crate::sampler::{Race, Sampler};
 use crate::sequence::Sequence;
 
 /// What one sequence is to run.

@@ -1,4 +1,4 @@
-// The sampler's race on the device: which token sedac-core/src/race.rs would choose if it saw all logits.
+// The sampler's race on the device: which token sedac-core/src/sampler/race.rs would choose if it saw all logits.
 //
 // There, the token with the smallest -ln(u) / exp(logit / temperature) wins, in fp64, of uniform numbers u that follow
 // from a key. Here it is the one with the largest logit / temperature - ln(-ln(u)), in fp32. The winner is the host's

@@ -128,7 +128,7 @@ pub struct SequenceRows {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RowRace {
-    /// Of the position, see [`Race`](crate::race::Race).
+    /// Of the position, see [`Race`](crate::sampler::Race).
     pub key: u64,
     /// What logits are multiplied by.
     pub inverse_temperature: f32,

@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{Condition, Criterion, ExitReason, ExitRule, Signal};
-use crate::race::{Race, RaceResult};
+use crate::sampler::{Race, RaceResult};
 use crate::sequence::{Sequence, Slots};
 
 /// Turns steps into passes of a device.

@@ -1,6 +1,6 @@
 //! Sampled tokens as races: what a device may run in the sampler's place.
 
-use crate::sampler::{Sampling, argmax};
+use super::{Sampling, argmax};
 
 /// Relative error of a device's exponentials, and more.
 const EXPONENTIAL_ERROR: f32 = 1e-4;
@@ -37,7 +37,7 @@ pub struct RaceResult {
 }
 
 impl Race {
-    pub(crate) fn new(sampling: Sampling, keys: Vec<u64>) -> Self {
+    pub(super) fn new(sampling: Sampling, keys: Vec<u64>) -> Self {
         Self { sampling, keys }
     }
 
@@ -106,7 +106,7 @@ impl Race {
 
 /// The token that wins the race of `key` among those of `logits` that the filters keep.
 /// `candidates` is scratch space.
-pub(crate) fn choose(
+pub(super) fn choose(
     sampling: &Sampling,
     key: u64,
     logits: &[f32],

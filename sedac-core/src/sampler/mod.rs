@@ -1,12 +1,15 @@
 //! Choose the next token from logits.
 
+mod race;
+
 use std::collections::VecDeque;
 
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
+use self::race::choose;
+pub use self::race::{Race, RaceResult};
 use crate::error::{Error, Result};
-use crate::race::{Race, choose};
 
 /// How to sample. The defaults are greedy.
 #[derive(Debug, Clone, Copy, PartialEq)]
