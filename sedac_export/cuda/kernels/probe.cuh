@@ -12,15 +12,16 @@ constexpr float PROBE_EPSILON = 1e-5f;
 struct Probe {
   // down [PROBE_WIDTH][hidden], the norm's weight and bias and up [PROBE_WIDTH] each, and up's bias
   const float* weights;
-  const float* hidden;  // the block's copies of the rows' hidden states, [row][hidden]
-  float* segments;      // in shared memory, [row][warp]
   float* scratch;
   int depth, blocks;
+  unsigned parities;  // of the layer's flags, a bit for each row
 
   // The risks of `rows`; lane 4t gets row t's.
   __device__ __forceinline__ float run(unsigned rows) const {
-    publish(rows);
-    const int lane = thread_index() & 31;
+    const int tid = thread_index(), lane = tid & 31;
+    if (rows >> tid / 32 & 1)
+      for (int output = block_index(); output < PROBE_WIDTH; output += blocks) publish(tid / 32, lane, output);
+    __syncwarp();
     float of_lane = 0;
 #pragma unroll 1
     for (; rows; rows &= rows - 1) {
@@ -36,30 +37,34 @@ struct Probe {
     return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_PROBE + 2 * output);
   }
 
-  // The block's outputs of down.
-  __device__ __forceinline__ void publish(unsigned rows) const {
-    const int tid = thread_index(), row = tid / 4;
+  // By the row's warp: one of the block's outputs of down.
+  __device__ __forceinline__ void publish(int row, int lane, int output) const {
+    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS < 16 ? PAIRS : 16;
+    const float *hidden = scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER, *weight = weights + output * HIDDEN;
+    float sum = 0;
 #pragma unroll 1
-    for (int output = block_index(); output < PROBE_WIDTH; output += blocks) {
-#pragma unroll 1
-      for (unsigned left = rows; left; left &= left - 1) multiply(tid, __ffs(left) - 1, output);
-      sync_block();
-      const float sum = RowSums<1>::load(tid, segments);
-      if (row < MAX_ROWS && tid % 4 == 0 && (rows >> row & 1))
-        store_halves(word(row, output), static_cast<unsigned long long>(depth) << 32 | __float_as_uint(sum));
-      sync_block();  // all have read the segments
+    for (int first = 2 * lane; first < HIDDEN; first += AT_ONCE * 64) {
+      float2 v[AT_ONCE];
+      bool all;
+      do {
+        all = true;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          if (first + k * 64 < HIDDEN) v[k] = load2(hidden + first + k * 64);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          if (first + k * 64 < HIDDEN) all &= arrived(v[k], parities >> row);
+      } while (!all);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (first + k * 64 < HIDDEN) {
+          const float2 w = load(weight + first + k * 64);
+          sum = fmaf(w.y, unflagged(v[k].y), fmaf(w.x, unflagged(v[k].x), sum));
+        }
     }
     __syncwarp();
-  }
-
-  __device__ __forceinline__ void multiply(int tid, int row, int output) const {
-    float q[1] = {0};
-    for_pairs(tid, [&](int, int d) {
-      const float2 w = *reinterpret_cast<const float2*>(weights + output * HIDDEN + d),
-                   h = *reinterpret_cast<const float2*>(hidden + row * HIDDEN + d);
-      q[0] = fmaf(w.y, h.y, fmaf(w.x, h.x, q[0]));
-    });
-    RowSums<1>::store(tid, q, segments + row * WARPS);
+    sum = sum_of_lanes<32>(sum);
+    if (!lane) store_halves(word(row, output), static_cast<unsigned long long>(depth) << 32 | __float_as_uint(sum));
   }
 
   // A lane has two of the outputs.
@@ -71,25 +76,19 @@ struct Probe {
     while (words = load_halves(word(row, 2 * lane)), words.x >> 32 != depth || words.y >> 32 != depth) pause();
     __syncwarp();
     float x = __uint_as_float(static_cast<unsigned>(words.x)), y = __uint_as_float(static_cast<unsigned>(words.y));
-    const float mean = sum_of_lanes(x + y) / PROBE_WIDTH;
+    const float mean = sum_of_lanes<32>(x + y) / PROBE_WIDTH;
     x -= mean, y -= mean;
-    const float factor = rsqrtf(sum_of_lanes(fmaf(x, x, y * y)) / PROBE_WIDTH + PROBE_EPSILON);
+    const float factor = rsqrtf(sum_of_lanes<32>(fmaf(x, x, y * y)) / PROBE_WIDTH + PROBE_EPSILON);
     x = fmaf(x * factor, weight.x, bias.x), y = fmaf(y * factor, weight.y, bias.y);
-    const float risk = sum_of_lanes(fmaf(x, up.x, y * up.y)) + up_bias;
+    const float risk = sum_of_lanes<32>(fmaf(x, up.x, y * up.y)) + up_bias;
     return fmaxf(risk, 0.f) + log1pf(expf(-fabsf(risk)));
   }
 
   __device__ __forceinline__ static float2 load(const float* p) { return *reinterpret_cast<const float2*>(p); }
-
-  __device__ __forceinline__ static float sum_of_lanes(float v) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-    return v;
-  }
 };
 // Apart from the kernel's own code, whose registers are scarce.
-__device__ __noinline__ float probe_risks(unsigned rows, const float* weights, const float* hidden, float* segments,
-                                          float* scratch, int depth, int blocks) {
-  return Probe{weights, hidden, segments, scratch, depth, blocks}.run(rows);
+__device__ __noinline__ float probe_risks(unsigned rows, const float* weights, float* scratch, int depth, int blocks,
+                                          unsigned parities) {
+  return Probe{weights, scratch, depth, blocks, parities}.run(rows);
 }
 static_assert(PROBE_WIDTH == 64, "a lane has two outputs");

@@ -11,8 +11,8 @@ constexpr int SHARED_LIMIT = 232448;
 
 constexpr int INPUT = larger(HIDDEN, ATTENTION) + 32;  // a row of a stage's input; 32 more against bank conflicts
 constexpr int HEAD_ROW = HEAD + 8, KEY_ROW = KEYS + 8;
+// of O or of down
 constexpr int O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);
-constexpr int DOWN_TILES_OF_BLOCK = divided_up(DOWN_TILES, MIN_BLOCKS);
 
 template <int N>
 struct Shared {
@@ -22,19 +22,22 @@ struct Shared {
   Tables tables;
   RingState ring[WARPS];
   unsigned long long barriers[WARPS][PIECES_UNDER_WAY];
-  alignas(16) float segments[4][MAX_ROWS * WARPS];
   float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];  // cos, sin
   alignas(16) half input[N][INPUT];
   alignas(16) float sums[WARPS + MAX_TILES][128];  // of QKV, O and gate_up; down's readers may lag
-  float down_sums[WARPS + DOWN_TILES_OF_BLOCK][128];
-  float before_o[O_TILES_OF_BLOCK][N][16], before_down[DOWN_TILES_OF_BLOCK][N][16];  // residual that a tile is added to
-  // Activations that a warp multiplies in down, at most GROUP pieces at once.
-  static constexpr int GROUP = N < 4 ? 4 : N < 8 ? 2 : 1;
+  float down_sums[WARPS + O_TILES_OF_BLOCK][128];
+  // Of the block's tiles, by who publishes them: the residual that O or down is added to, and the layer's input.
+  float before[O_TILES_OF_BLOCK][N][16], layer_input[O_TILES_OF_BLOCK][N][16];
+  float output[SEDAC_POST_NORMS ? O_TILES_OF_BLOCK : 1][N][16];  // before its norm
+  // Of rows: the factor of the last norm and of the one before; by what the stage's input is to be scaled.
+  float factor[MAX_ROWS], factor_before[MAX_ROWS], scale[MAX_ROWS], stability[MAX_ROWS], output_factor[MAX_ROWS];
+  // Activations that a warp multiplies in down, this many column blocks at once.
+  static constexpr int GROUP = N < 4 ? 24 : N < 8 ? 16 : 8;
   union {
     struct {
       alignas(16) half keys[KEYS][HEAD_ROW], values[KEYS][HEAD_ROW];
     };
-    alignas(16) half activations[WARPS][GROUP][PIECE][N][32];
+    alignas(16) half activations[WARPS][GROUP][N][32];
   };
   alignas(16) half queries[QUERY_ROWS][HEAD_ROW];
   alignas(16) half probabilities[QUERY_ROWS][KEY_ROW];
