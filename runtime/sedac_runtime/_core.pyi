@@ -197,6 +197,8 @@ class Model:
         executor: Executor | None = None,
         *,
         backend: Literal["auto", "onnxruntime", "cuda"] = ...,
+        device: Device | None = None,
+        prepare: Callable[[Backend], Executor | None] | None = None,
         verify: Verify = ...,
         memory_limit: int | None = None,
     ) -> Model: ...
@@ -204,7 +206,9 @@ class Model:
     @property
     def backend(self) -> Backend: ...
     @property
-    def fallback(self) -> str | None: ...
+    def device(self) -> DeviceChoice: ...
+    @property
+    def passed_over(self) -> list[tuple[str, str]]: ...
     @property
     def name(self) -> str: ...
     @property

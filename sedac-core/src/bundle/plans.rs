@@ -119,7 +119,8 @@ impl PortableLayers {
     }
 }
 
-/// The graphs that plans are built from.
+/// The graphs of all engines in the bundle's own precision: those that plans are built from, or those
+/// that ONNX Runtime runs on a GPU.
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortableGraphs {
     embed: PathBuf,
@@ -131,7 +132,8 @@ pub struct PortableGraphs {
     head: PathBuf,
     /// What layers take beside the residual stream, by name.
     pub contexts: BTreeMap<String, PortableContext>,
-    /// By name of the mask input: positions that a token sees through it, 0 for all.
+    /// By name of the mask input: positions that a token sees through it, 0 for all. None of ONNX
+    /// Runtime's graphs has one.
     pub masks: BTreeMap<String, usize>,
 }
 
@@ -206,15 +208,34 @@ impl Manifest {
     pub(crate) fn plan_references_hold(&self) -> bool {
         let plans = self.plans.values().flat_map(|set| &set.plans);
         let plans = plans.flat_map(|entry| [&entry.file, &entry.graph]);
-        let graphs = self.portable.iter().flat_map(PortableGraphs::files);
         plans.into_iter().all(|file| self.files.contains_key(file))
-            && graphs.into_iter().all(|file| self.is_graph(file))
+            && self.device_graphs().all(|file| self.is_graph(file))
     }
 
-    /// Whether `file` is there for TensorRT only.
-    pub(crate) fn is_of_plans(&self, file: &Path) -> bool {
-        let mut graphs = self.portable.iter().flat_map(PortableGraphs::files);
-        file.starts_with("engines") || graphs.any(|graph| graph == file)
+    /// Whether `file` is there for GPUs only.
+    pub(crate) fn is_for_devices(&self, file: &Path) -> bool {
+        file.starts_with("engines") || self.device_graphs().any(|graph| graph == file)
+    }
+
+    fn device_graphs(&self) -> impl Iterator<Item = &PathBuf> {
+        let graphs = self.portable.iter().chain(&self.onnxruntime_cuda);
+        graphs.flat_map(PortableGraphs::files)
+    }
+
+    /// The graphs that ONNX Runtime runs on a GPU, as plans that need no building. None where the
+    /// bundle has none of its engines.
+    pub fn graphs_for_cuda(&self) -> Option<(&PortableGraphs, PlanFiles)> {
+        let graphs = self.onnxruntime_cuda.as_ref()?;
+        let layers = graphs.layers.iter().map(|entry| entry.file.clone());
+        let files = PlanFiles {
+            max_prefill_chunk: usize::MAX,
+            embed: graphs.embed.clone(),
+            contexts: graphs.contexts_graph.clone(),
+            layers: layers.collect(),
+            key_value: graphs.key_value.clone(),
+            head: graphs.head.clone(),
+        };
+        graphs.matches(self).then_some((graphs, files))
     }
 
     /// The portable graphs and the plans of `target`, such as `tensorrt-rtx`. None where one of

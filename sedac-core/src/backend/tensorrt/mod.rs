@@ -5,6 +5,8 @@
 //! [`Executor`]); the [`Device`] captures that, and from then on decoding is launches of captured
 //! work, a few bytes written before a pass and the stability read after each engine. The graphs
 //! behind the plans are the portable ones of `sedac_export/tensorrt/portable.py`.
+//!
+//! ONNX Runtime's CUDA provider runs in the same manner, with its sessions as the executor.
 
 mod buffers;
 mod cuda;
@@ -23,7 +25,7 @@ pub use host_device::Host;
 use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
 use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
-use crate::bundle::{Bundle, Gate, PlanFiles, PortableLayers};
+use crate::bundle::{Bundle, Gate, PlanFiles, PortableGraphs, PortableLayers};
 use crate::error::{Error, Result};
 use crate::policy::ExitSignals;
 
@@ -91,7 +93,7 @@ struct Launched<Mark> {
 
 impl<D: Device> TensorRt<D> {
     /// Run the plans of `bundle` for the target named, such as `tensorrt-rtx`, on `device`. `exits`
-    /// tell about exits, on the host.
+    /// compute exit heads and lenses, on the host.
     ///
     /// # Errors
     /// [`Error::Bundle`] when it holds no plans for the target, [`Error::Device`] when memory is
@@ -99,14 +101,39 @@ impl<D: Device> TensorRt<D> {
     pub fn load(
         bundle: &Bundle,
         target: &str,
+        device: D,
+        executor: Arc<dyn Executor>,
+        exits: Exits,
+    ) -> Result<Self> {
+        let plans = bundle.manifest.plans_for(target);
+        let plans = plans.ok_or_else(|| missing_plans(&bundle.gate.shown(""), target))?;
+        Self::over(bundle, plans, device, executor, exits)
+    }
+
+    /// As [`load`](Self::load), for the bundle's graphs for ONNX Runtime's CUDA provider, which need
+    /// no plans: the executor runs the graphs themselves.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when it holds no such graphs, and as [`load`](Self::load).
+    pub fn load_graphs(
+        bundle: &Bundle,
+        device: D,
+        executor: Arc<dyn Executor>,
+        exits: Exits,
+    ) -> Result<Self> {
+        let graphs = bundle.manifest.graphs_for_cuda();
+        let graphs = graphs.ok_or_else(|| missing_graphs(&bundle.gate.shown("")))?;
+        Self::over(bundle, graphs, device, executor, exits)
+    }
+
+    fn over(
+        bundle: &Bundle,
+        (portable, plans): (&PortableGraphs, PlanFiles),
         mut device: D,
         executor: Arc<dyn Executor>,
         exits: Exits,
     ) -> Result<Self> {
         let manifest = &bundle.manifest;
-        let (portable, plans) = manifest
-            .plans_for(target)
-            .ok_or_else(|| missing_plans(&bundle.gate.shown(""), target))?;
         bundle.check_device_memory(plans.files(), device.free_memory()?)?;
         let length = manifest.max_cache_length;
         let sizes = Sizes {
@@ -431,5 +458,11 @@ fn missing_plans(directory: &Path, target: &str) -> Error {
     let reason = format!(
         "holds no plans for {target}; add them with sedac-export engines --target {target}"
     );
+    Error::bundle(directory, reason)
+}
+
+fn missing_graphs(directory: &Path) -> Error {
+    let reason = "holds no graphs for ONNX Runtime on a GPU; add them with sedac-export engines \
+                  --target onnxruntime-cuda and --model";
     Error::bundle(directory, reason)
 }
