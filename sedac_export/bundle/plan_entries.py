@@ -24,7 +24,9 @@ class PortableLayers(StrictModel):
 
 
 class PortableGraphs(StrictModel):
-    """The graphs that TensorRT builds from, in the order of the bundle's own engines.
+    """Graphs in the bundle's precision, in the order of its own engines.
+
+    They are those that TensorRT builds from, or those that ONNX Runtime runs on a GPU.
 
     contexts are tensors, which the graph contexts_graph gives; it is None where there are none.
     masks gives for each mask input the positions that a token sees through it, 0 for all.

@@ -1,0 +1,72 @@
+"""Add the graphs for ONNX Runtime's CUDA provider to a bundle.
+
+They are the bundle's own engines in its own precision. The engines for CPUs compute in fp32, for
+which the provider has no kernel of GroupQueryAttention.
+"""
+
+from pathlib import Path
+
+import torch
+
+from sedac_export.bundle import Bundle
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import PortableGraphs
+from sedac_export.bundle.staging import claimed
+from sedac_export.console import StageProgress
+from sedac_export.device_graphs.graph_writer import write_graphs
+from sedac_export.errors import SedacError
+from sedac_export.graph.trace import Tracer
+from sedac_export.graph.trace_model import trace_graphs
+from sedac_export.model.precision import DTYPES
+from sedac_export.model.skeleton import Skeleton
+from sedac_export.model.source import opened_model
+
+TARGET = "onnxruntime-cuda"
+PREFIX = "cuda"
+
+
+def check_precision(precision: bundle.Precision) -> None:
+    """Raise SedacError when weights are not of 16 bits."""
+    if precision == "fp32":
+        raise SedacError(
+            f"--target {TARGET} takes fp16 or bf16 weights, and these are fp32; build with"
+            " --precision fp16"
+        )
+
+
+def add_onnxruntime_cuda(
+    directory: Path, model: str | None = None, progress: StageProgress = lambda *_: None
+) -> PortableGraphs:
+    """Trace `model` and write the graphs into the bundle in `directory`.
+
+    model: a directory, a GGUF file or a hub id, whose configuration is read; the weights are those
+    of the bundle. Raises SedacError.
+    """
+    with claimed(directory) as claim:
+        bundle.settle_manifest(directory)
+        manifest = Bundle.open(directory).manifest
+        check_precision(manifest.precision)
+        if model is None:
+            raise SedacError(
+                f"{directory} does not say how its layers are made; name the model with --model"
+            )
+        with opened_model(model, claim.scratch) as source, torch.no_grad():
+            skeleton = Skeleton.load(source.directory)
+            graphs = trace_graphs(skeleton, progress, Tracer, DTYPES[manifest.precision])
+        rest = _withdraw(directory, manifest)
+        entry = write_graphs(directory, rest, graphs, PREFIX)
+        files = {name: bundle.file_entry(directory, name) for name in entry.files()}
+        update = {"onnxruntime_cuda": entry, "files": rest.files | files}
+        bundle.write_manifest(directory, rest.model_copy(update=update))
+    return entry
+
+
+def _withdraw(directory: Path, manifest: bundle.Manifest) -> bundle.Manifest:
+    """Take older graphs out of the manifest, which never names a file that is being replaced."""
+    held = manifest.onnxruntime_cuda
+    if held is None:
+        return manifest
+    files = {name: e for name, e in manifest.files.items() if name not in held.files()}
+    rest = manifest.model_copy(update={"onnxruntime_cuda": None, "files": files})
+    bundle.write_manifest(directory, rest)
+    return rest
