@@ -20,7 +20,7 @@ from sedac_runtime.choices import (
     PolicyName,
     Verify,
 )
-from sedac_runtime.cuda_libraries import load_cuda_provider
+from sedac_runtime.cuda_libraries import load_cuda_libraries
 from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
@@ -225,7 +225,7 @@ class SedacModel:
         else:
             runner = backend
         if device == "cuda":
-            load_cuda_provider(library)
+            load_cuda_libraries(library)
         core = _core.Model(
             path,
             library,
@@ -459,7 +459,7 @@ def _prepare(bundle: Path, library: Path, backend: Backend) -> Executor | None:
         from sedac_runtime.tensorrt import PlanExecutor
 
         return PlanExecutor(backend, bundle)
-    load_cuda_provider(library)
+    load_cuda_libraries(library)
     return None
 
 

@@ -4,9 +4,12 @@ They are the bundle's own engines in its own precision. The engines for CPUs com
 which the provider has no kernel of GroupQueryAttention.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
@@ -15,7 +18,7 @@ from sedac_export.bundle.staging import claimed
 from sedac_export.console import StageProgress
 from sedac_export.device_graphs.graph_writer import write_graphs
 from sedac_export.errors import SedacError
-from sedac_export.graph.trace import Tracer
+from sedac_export.graph.trace import TracedGraph, Tracer
 from sedac_export.graph.trace_model import trace_graphs
 from sedac_export.model.precision import DTYPES
 from sedac_export.model.skeleton import Skeleton
@@ -23,6 +26,22 @@ from sedac_export.model.source import opened_model
 
 TARGET = "onnxruntime-cuda"
 PREFIX = "cuda"
+
+
+class CudaTracer(Tracer):
+    """Traces the form of a skeleton's engines that the CUDA provider has kernels for."""
+
+    def layer(self, index: int) -> TracedGraph:
+        """As for CPUs."""
+        graph = super().layer(index)
+        _split_tensors(graph.model.graph)
+        return graph
+
+    def key_value(self, index: int) -> TracedGraph:
+        """As for CPUs."""
+        graph = super().key_value(index)
+        _split_tensors(graph.model.graph)
+        return graph
 
 
 def check_precision(precision: bundle.Precision) -> None:
@@ -52,7 +71,7 @@ def add_onnxruntime_cuda(
             )
         with opened_model(model, claim.scratch) as source, torch.no_grad():
             skeleton = Skeleton.load(source.directory)
-            graphs = trace_graphs(skeleton, progress, Tracer, DTYPES[manifest.precision])
+            graphs = trace_graphs(skeleton, progress, CudaTracer, DTYPES[manifest.precision])
         rest = _withdraw(directory, manifest)
         entry = write_graphs(directory, rest, graphs, PREFIX)
         files = {name: bundle.file_entry(directory, name) for name in entry.files()}
@@ -70,3 +89,31 @@ def _withdraw(directory: Path, manifest: bundle.Manifest) -> bundle.Manifest:
     rest = manifest.model_copy(update={"onnxruntime_cuda": None, "files": files})
     bundle.write_manifest(directory, rest)
     return rest
+
+
+def _split_tensors(graph: onnx.GraphProto) -> None:
+    """Split into tensors by Split, not into sequences of them, which only the CPU does."""
+    constants = {
+        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    constants |= {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.raw_data}
+    taken: dict[str, dict[int, onnx.NodeProto]] = defaultdict(dict)
+    for node in graph.node:
+        if node.op_type == "SequenceAt":
+            taken[node.input[0]][int(constants[node.input[1]])] = node
+    for node in [node for node in graph.node if node.op_type == "SplitToSequence"]:
+        sequence, sizes = node.output[0], constants[node.input[1]]
+        if sizes.ndim == 0:
+            # equal parts; were there more than are taken, their sum would not be the axis
+            sizes = sizes.repeat(max(taken[sequence]) + 1)
+        parts = [f"{sequence}_{index}" for index in range(len(sizes))]
+        for index, user in taken[sequence].items():
+            parts[index] = user.output[0]
+            graph.node.remove(user)
+        tensor = helper.make_tensor(f"{sequence}_sizes", TensorProto.INT64, [len(sizes)], sizes)
+        graph.initializer.append(tensor)
+        axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+        split = helper.make_node("Split", [node.input[0], tensor.name], parts, axis=axis)
+        node.CopyFrom(split)
