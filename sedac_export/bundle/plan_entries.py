@@ -15,12 +15,16 @@ class PortableContext(StrictModel):
 
 
 class PortableLayers(StrictModel):
-    """A portable graph of consecutive decoder layers, counted from 0, and its mask inputs."""
+    """A portable graph of consecutive decoder layers, counted from 0, and its mask inputs.
+
+    stability says whether it gives that of its layers.
+    """
 
     file: str
     first_layer: int
     num_layers: int
     masks: list[str]
+    stability: bool = True
 
 
 class PortableGraphs(StrictModel):

@@ -102,9 +102,14 @@ class _Writer:
         """A layer engine's graph."""
         first, count = entry.first_layer, entry.num_layers
         models = [self._layer(index) for index in range(first, first + count)]
-        file = self.save(Path(entry.file).stem, compose(models))
-        masks = sorted({name for model in models for name in masks_of(model)})
-        return PortableLayers(file=file, first_layer=first, num_layers=count, masks=masks)
+        model = compose(models)
+        return PortableLayers(
+            file=self.save(Path(entry.file).stem, model),
+            first_layer=first,
+            num_layers=count,
+            masks=sorted({name for model in models for name in masks_of(model)}),
+            stability=any(value.name == "stability" for value in model.graph.output),
+        )
 
     def key_value(self, index: int) -> str:
         """A layer's kv engine's graph."""

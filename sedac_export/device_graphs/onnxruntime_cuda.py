@@ -5,10 +5,13 @@ which the provider has no kernel of GroupQueryAttention.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx import TensorProto, helper, numpy_helper
 
 from sedac_export.bundle import Bundle
@@ -33,15 +36,11 @@ class CudaTracer(Tracer):
 
     def layer(self, index: int) -> TracedGraph:
         """As for CPUs."""
-        graph = super().layer(index)
-        _split_tensors(graph.model.graph)
-        return graph
+        return _with_kernels(super().layer(index))
 
     def key_value(self, index: int) -> TracedGraph:
         """As for CPUs."""
-        graph = super().key_value(index)
-        _split_tensors(graph.model.graph)
-        return graph
+        return _with_kernels(super().key_value(index))
 
 
 def check_precision(precision: bundle.Precision) -> None:
@@ -72,6 +71,10 @@ def add_onnxruntime_cuda(
         with opened_model(model, claim.scratch) as source, torch.no_grad():
             skeleton = Skeleton.load(source.directory)
             graphs = trace_graphs(skeleton, progress, CudaTracer, DTYPES[manifest.precision])
+        if manifest.layers_per_engine == 1:
+            # the host has both residual streams, and some 14 kernels a layer are not launched
+            layers = [without_stability(graph) for graph in graphs.layers]
+            graphs = replace(graphs, layers=layers)
         rest = _withdraw(directory, manifest)
         entry = write_graphs(directory, rest, graphs, PREFIX)
         files = {name: bundle.file_entry(directory, name) for name in entry.files()}
@@ -89,6 +92,27 @@ def _withdraw(directory: Path, manifest: bundle.Manifest) -> bundle.Manifest:
     rest = manifest.model_copy(update={"onnxruntime_cuda": None, "files": files})
     bundle.write_manifest(directory, rest)
     return rest
+
+
+def without_stability(graph: TracedGraph) -> TracedGraph:
+    """A layer's graph that leaves it to the host how much the layer changes the residual stream."""
+    model = ir.from_proto(graph.model)
+    outputs = model.graph.outputs
+    kept = [value for value in outputs if value.name != "stability"]
+    outputs.clear()
+    outputs.extend(kept)
+    RemoveUnusedNodesPass()(model)
+    return graph.of_part(ir.to_proto(model))
+
+
+def _with_kernels(graph: TracedGraph) -> TracedGraph:
+    """`graph` in operators that the provider has, or fuses."""
+    _split_tensors(graph.model.graph)
+    for node in graph.model.graph.node:
+        # ONNX Runtime's older name of it: what it fuses residual additions into knows only that
+        if node.op_type == "RMSNormalization":
+            node.op_type = "SimplifiedLayerNormalization"
+    return graph
 
 
 def _split_tensors(graph: onnx.GraphProto) -> None:

@@ -110,9 +110,22 @@ pub struct PortableLayers {
     first_layer: usize,
     /// Its number of layers.
     pub num_layers: usize,
+    /// Whether it gives the stability of its layers.
+    #[serde(default = "given")]
+    pub stability: bool,
+}
+
+fn given() -> bool {
+    true
 }
 
 impl PortableLayers {
+    /// Whether its layers' stability can be known: the host has the residual streams before and after
+    /// an engine, and not those inside of it.
+    fn tells_stability(&self) -> bool {
+        self.stability || self.num_layers == 1
+    }
+
     /// Its layers, from 0.
     pub fn range(&self) -> Range<usize> {
         self.first_layer..self.first_layer.saturating_add(self.num_layers)
@@ -151,6 +164,7 @@ impl PortableGraphs {
         let own = self.layers.iter().map(PortableLayers::range);
         let engines = manifest.engines.layers.iter();
         own.eq(engines.map(|entry: &LayerEntry| entry.first_layer..entry.end()))
+            && self.layers.iter().all(PortableLayers::tells_stability)
             && self.key_value.len() == manifest.model.num_layers
             && self.contexts_graph.is_some() != self.contexts.is_empty()
             && self.contexts.values().all(PortableContext::is_sound)

@@ -302,6 +302,16 @@ impl<D: Device> TensorRt<D> {
         (self.pass.hidden[self.engines_run % 2], offset)
     }
 
+    /// The newest token's residual stream after `engines` engines, of which the last or the one
+    /// before it must have run last.
+    fn newest_row(&mut self, engines: usize) -> Result<Vec<f32>> {
+        let offset = (self.tokens - 1) * self.sizes.row();
+        let mut bytes = vec![0; self.sizes.row()];
+        self.device
+            .read(self.pass.hidden[engines % 2], offset, &mut bytes)?;
+        Ok(self.sizes.precision.decode(&bytes))
+    }
+
     /// Make the pass at `positions` the current one.
     fn begin(&mut self, positions: Range<usize>) -> Result<()> {
         let (tokens, start) = (positions.len(), positions.start);
@@ -414,6 +424,11 @@ impl<D: Device> Engines for TensorRt<D> {
     }
 
     fn stability(&mut self, engine: usize) -> Result<Vec<f32>> {
+        if !self.layers[engine].stability {
+            let before = self.newest_row(engine)?;
+            let after = self.newest_row(engine + 1)?;
+            return Ok(vec![stability(&before, &after)]);
+        }
         let newest = self.layers[engine].num_layers * size_of::<f32>();
         let mut bytes = vec![0; newest];
         let offset = (self.tokens - 1) * newest;
@@ -452,6 +467,18 @@ impl<D: Device> Engines for TensorRt<D> {
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         std::mem::take(&mut self.timings)
     }
+}
+
+/// (cos + 1) / 2 of two residual streams.
+fn stability(before: &[f32], after: &[f32]) -> f32 {
+    let dot = |left: &[f32], right: &[f32]| -> f32 {
+        left.iter()
+            .zip(right)
+            .map(|(left, right)| left * right)
+            .sum()
+    };
+    let norms = dot(before, before) * dot(after, after);
+    dot(before, after) / norms.sqrt() * 0.5 + 0.5
 }
 
 fn missing_plans(directory: &Path, target: &str) -> Error {
