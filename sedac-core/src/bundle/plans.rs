@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{LayerEntry, MAX_BUFFER, Manifest};
+use super::{Bundle, LayerEntry, MAX_BUFFER, Manifest};
+use crate::error::{Error, Result};
 
 /// How a bundle's graphs store and, on a device, compute numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -238,7 +239,7 @@ impl Manifest {
 
     /// The graphs that ONNX Runtime runs on a GPU, as plans that need no building. None where the
     /// bundle has none of its engines.
-    pub fn graphs_for_cuda(&self) -> Option<(&PortableGraphs, PlanFiles)> {
+    fn graphs_for_cuda(&self) -> Option<(&PortableGraphs, PlanFiles)> {
         let graphs = self.onnxruntime_cuda.as_ref()?;
         let layers = graphs.layers.iter().map(|entry| entry.file.clone());
         let files = PlanFiles {
@@ -276,6 +277,21 @@ impl Manifest {
             head: plan(&portable.head)?,
         };
         portable.matches(self).then_some((portable, plans))
+    }
+}
+
+impl Bundle {
+    /// The graphs that ONNX Runtime runs on a GPU, as plans that need no building.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`](crate::Error::Bundle) when it holds none of its engines.
+    pub fn graphs_for_cuda(&self) -> Result<(&PortableGraphs, PlanFiles)> {
+        let graphs = self.manifest.graphs_for_cuda();
+        graphs.ok_or_else(|| {
+            let reason = "holds no graphs for ONNX Runtime on a GPU; add them with sedac-export \
+                          engines --target onnxruntime-cuda and --model";
+            Error::bundle(&self.gate.shown_directory(), reason)
+        })
     }
 }
 

@@ -203,9 +203,8 @@ fn candidates<'a>(
         }
     }
     let load = || {
-        if bundle.manifest.graphs_for_cuda().is_some() {
-            preparation.provider().map_err(Refusal::CannotRun)?;
-        }
+        bundle.graphs_for_cuda()?;
+        preparation.provider().map_err(Refusal::CannotRun)?;
         Ok(load_graphs(bundle, library, PlanDevice::Cuda)?)
     };
     candidates.push((ONNXRUNTIME_CUDA, Box::new(load)));
@@ -225,6 +224,7 @@ fn load_engines(bundle: &Bundle, library: &Library) -> Result<Loaded> {
 
 /// A chain over the graphs that ONNX Runtime runs on `device`.
 fn load_graphs(bundle: &Bundle, library: &Library, device: PlanDevice) -> Result<Loaded> {
+    bundle.graphs_for_cuda()?;
     let (path, threads) = (&library.path, library.threads);
     let exits = || Exits::of(bundle, path, threads);
     let chain = match device {

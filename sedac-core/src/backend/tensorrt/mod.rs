@@ -121,9 +121,7 @@ impl<D: Device> TensorRt<D> {
         executor: Arc<dyn Executor>,
         exits: Exits,
     ) -> Result<Self> {
-        let graphs = bundle.manifest.graphs_for_cuda();
-        let graphs = graphs.ok_or_else(|| missing_graphs(&bundle.gate.shown("")))?;
-        Self::over(bundle, graphs, device, executor, exits)
+        Self::over(bundle, bundle.graphs_for_cuda()?, device, executor, exits)
     }
 
     fn over(
@@ -485,11 +483,5 @@ fn missing_plans(directory: &Path, target: &str) -> Error {
     let reason = format!(
         "holds no plans for {target}; add them with sedac-export engines --target {target}"
     );
-    Error::bundle(directory, reason)
-}
-
-fn missing_graphs(directory: &Path) -> Error {
-    let reason = "holds no graphs for ONNX Runtime on a GPU; add them with sedac-export engines \
-                  --target onnxruntime-cuda and --model";
     Error::bundle(directory, reason)
 }
