@@ -93,7 +93,9 @@ def test_prompts_longer_than_a_pass(demo_with_graphs: Path, demo_model: SedacMod
 
 
 def test_graphs_must_be_there(demo_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="sedac-export engines --target onnxruntime-cuda and --model"):
+    with pytest.raises(
+        BundleError, match="sedac-export engines --target onnxruntime-cuda and --model"
+    ):
         on_host(demo_bundle)
 
 

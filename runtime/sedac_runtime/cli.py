@@ -59,8 +59,8 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         help="Runs the engines: ONNX Runtime on the CPU or a GPU, or on a GPU the CUDA kernels or"
-        " TensorRT. auto takes the first that can run of CUDA kernels, TensorRT, ONNX Runtime on the"
-        " GPU and on the CPU.",
+        " TensorRT. auto takes the first that can run of CUDA kernels, TensorRT, ONNX Runtime on"
+        " the GPU and on the CPU.",
     ),
 ]
 

@@ -14,7 +14,8 @@ def find_onnxruntime() -> Path:
     """Path of the shared library that the onnxruntime wheel carries, or onnxruntime-gpu's.
 
     Both wheels write into one package; where both are installed it is onnxruntime-gpu's library,
-    which can do what the other can. Raises EngineError when the package is not installed or carries no library.
+    which can do what the other can. Raises EngineError when the package is not installed or
+    carries no library.
     """
     # the package itself is not imported: its Python side would load a second copy of itself
     spec = importlib.util.find_spec("onnxruntime")

@@ -196,11 +196,11 @@ class SedacModel:
         """Check and load the bundle in directory `bundle`.
 
         threads: fixed for the process by the first bundle loaded; None uses all processors.
-        backend: "onnxruntime" runs the engines on the CPU, or with device "cuda" the bundle's graphs
-        for GPUs; "cuda" runs the bundle's kernels, "tensorrt" and "tensorrt-rtx" its plans for that
-        target. All of these take the first NVIDIA GPU. "auto" is the first that can run of "cuda",
-        TensorRT, "onnxruntime" on the GPU and on the CPU; the log says which it is, and in a warning
-        why no better one.
+        backend: "onnxruntime" runs the engines on the CPU, or with device "cuda" the bundle's
+        graphs for GPUs; "cuda" runs the bundle's kernels, "tensorrt" and "tensorrt-rtx" its plans
+        for that target. All of these take the first NVIDIA GPU. "auto" is the first that can run of
+        "cuda", TensorRT, "onnxruntime" on the GPU and on the CPU; the log says which it is, and in
+        warnings why no better one.
         device: where "onnxruntime" runs; None for the CPU.
         verify: "always" hashes every file, "changed" skips files whose size, times and inode are
         those of their last successful check.

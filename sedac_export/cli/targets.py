@@ -20,5 +20,7 @@ OTHERS = " or ".join(name for name in TargetName if name is not TargetName.ONNXR
 
 Targets = Annotated[
     list[TargetName],
-    typer.Option("--target", help="Target to build for; repeatable. ONNX Runtime for CPUs is always built."),
+    typer.Option(
+        "--target", help="Target to build for; repeatable. ONNX Runtime's for CPUs is always built."
+    ),
 ]

@@ -74,8 +74,8 @@ def _validated(directory: Path, target: TargetName | None) -> list[Target]:
         )
     if target is TargetName.ONNXRUNTIME_CUDA:
         raise SedacError(
-            "--target onnxruntime-cuda: validate does not run these graphs yet; they are traced from"
-            " the model, with the weights of the bundle's engines"
+            "--target onnxruntime-cuda: validate does not run these graphs yet; they are traced"
+            " from the model, with the weights of the bundle's engines"
         )
     if target is TargetName.CUDA:
         raise SedacError(
