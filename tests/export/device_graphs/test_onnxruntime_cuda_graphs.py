@@ -5,17 +5,23 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bad_input.command import assert_one_line_error, export
+from bad_input.command import Command, assert_one_line_error, call
 from build_cache import BuildCache
 from onnx import TensorProto
 from tiny_models import save_tiny_model
 
+import sedac_export.cli
 from sedac_export import BuildRequest
 from sedac_export.bundle.manifest import read_manifest
 from sedac_export.device_graphs.onnxruntime_cuda import add_onnxruntime_cuda
 
 # what the CUDA provider of ONNX Runtime has no kernels for, and what it does not fuse
 ABSENT = {"SplitToSequence", "SequenceAt", "Shape"}
+
+
+@pytest.fixture
+def export(capfd: pytest.CaptureFixture[str]) -> Command:
+    return lambda *arguments: call(sedac_export.cli.main, [str(a) for a in arguments], capfd)
 
 
 @pytest.fixture
@@ -66,7 +72,7 @@ def test_graphs_point_at_the_bundles_weights(tiny: Callable[..., Path]) -> None:
     assert read_manifest(bundle) == first
 
 
-def test_what_it_needs_is_said(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_it_needs_is_said(tiny: Callable[..., Path], export: Command, tmp_path: Path) -> None:
     bundle = tiny("llama")
     target = ("--target", "onnxruntime-cuda")
     assert_one_line_error(export("engines", bundle, *target), "name the model with --model")
