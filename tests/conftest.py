@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sedac_runtime.model
 from sedac_export import BuildRequest
 from sedac_export.build import exporter
+from sedac_export.device_graphs import onnxruntime_cuda
 from sedac_export.tensorrt import portable_writer
 from sedac_runtime import SedacModel
 from sedac_runtime.flavour import find_gpu
@@ -107,7 +108,7 @@ def default_threads() -> Iterator[None]:
 def cached_traces(build_cache: BuildCache) -> Iterator[None]:
     """Trace each model once: that is most of the time that a build takes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporter, portable_writer):
+        for module in (exporter, onnxruntime_cuda, portable_writer):
             patch.setattr(module, "trace_graphs", build_cache.tracing(module.trace_graphs))
         yield
 
