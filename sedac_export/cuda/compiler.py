@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 KERNELS = Path(__file__).with_name("kernels")
 SOURCE = "chain.cu"
 
-# bulk copies to shared memory came with 9.0; the newest is also kept as PTX for what comes later
-ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
+# the newest is also kept as PTX for what comes later
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 NEWEST = "compute_120"
 
 # targets with the instructions that only some GPUs have, such as setmaxnreg; PTX must do without,

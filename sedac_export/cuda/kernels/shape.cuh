@@ -12,15 +12,32 @@ constexpr int ROTARY = SEDAC_ROTARY_SIZE, INNER = SEDAC_INTERMEDIATE, LAYERS = S
               VOCABULARY = SEDAC_VOCABULARY;
 constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD, ATTENTION = HEADS * HEAD, GROUP = HEADS / KV_HEADS;
 
+// Dynamic shared memory that a block may have, in bytes: 99 KB, or 163 KB with compute capability 8.0, or 227 KB with 9
+// and 10.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+constexpr int SHARED_LIMIT = 232448;
+#elif __CUDA_ARCH__ == 800
+constexpr int SHARED_LIMIT = 166912;
+#else
+constexpr int SHARED_LIMIT = 101376;
+#endif
+constexpr bool SMALL_MEMORY = SHARED_LIMIT < 163840;
+
 __host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // With 16 warps a thread has 128 registers, which spill; spills miss in the L1 that the ring leaves (828 us a token of
 // SmolLM2's shape against 440).
 constexpr int WARPS = 8, THREADS = WARPS * 32;
-// One warp more sends weights, see ring.cuh; it has three idle ones beside it, since registers move between groups of
-// four.
-constexpr int ALL_THREADS = THREADS + 128;
+// Whether registers can move from some of a block's warps to others.
+#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+constexpr bool REGISTERS_MOVE = true;
+#else
+constexpr bool REGISTERS_MOVE = false;
+#endif
+// Then one warp more sends weights, see copies.cuh; it has three idle ones beside it, since registers move between
+// groups of four.
+constexpr int ALL_THREADS = THREADS + (REGISTERS_MOVE ? 128 : 0);
 
 // Blocks of 32 columns, of each matrix. Down's columns are cut in two where that is even, to have more tiles.
 constexpr int HIDDEN_COLUMNS = HIDDEN / 32, ATTENTION_COLUMNS = ATTENTION / 32, INNER_COLUMNS = INNER / 32;
@@ -32,15 +49,16 @@ constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER
 constexpr int HEAD_TILES = divided_up(VOCABULARY, 16);
 
 // Every block has a tile of gate_up: by it the flags of words.cuh are safe. No block has more than MAX_TILES of a
-// stage.
-constexpr int MAX_TILES = 16, MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
-constexpr int MIN_BLOCKS = divided_up(larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES)), MAX_TILES);
+// stage: 16, or with wide models what the 108 multiprocessors of an A100 need.
+constexpr int MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
+constexpr int MOST_TILES = larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES));
+constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = divided_up(MOST_TILES, MAX_TILES);
 
 // Pairs of residual elements that a thread holds: 2 * tid, 2 * tid + 1, and so on by 2 * THREADS.
 constexpr int PAIRS = divided_up(HIDDEN, 2 * THREADS);
 
 // Keys that attention takes at a time, and the most partial sums of a row and head.
-constexpr int KEYS = HEAD > 64 ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
+constexpr int KEYS = HEAD > (SMALL_MEMORY ? 32 : 64) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
 
 static_assert(HIDDEN % 32 == 0 && ATTENTION % 32 == 0 && INNER % 32 == 0 && QKV % 16 == 0, "matrices of whole tiles");
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a key-value head");

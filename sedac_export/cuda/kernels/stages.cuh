@@ -15,7 +15,7 @@ struct Stages {
   __device__ __forceinline__ void run(int tid, int stage, int layer, unsigned active, float bias) {
     const int2 tiles = shared.tables.tiles[stage];
     if (!tiles.x) return;
-    float (*sums)[128] = stage == STAGE_DOWN ? shared.down_sums : shared.sums;
+    float (*sums)[128] = stage == STAGE_GATE_UP ? shared.gate_up_sums : shared.sums;
     multiply(tid, stage, layer, active, sums);
     sync_block();
     if (stage == STAGE_GATE_UP) {
