@@ -50,7 +50,7 @@ __device__ __forceinline__ int4 head_share(int warp, int base, int tiles, int bl
 template <int SLOTS>
 struct Producer {
   unsigned slots, barriers;  // shared addresses
-  Source source;
+  Source source = {};
   int warp;
   int layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
   int sent = 0, sent_slots = 0, slot = 0;  // pieces, slots, and the next slot
