@@ -132,7 +132,8 @@ class Compiler:
             if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
                 raise _refusal(architecture, log, self.version)
             if architecture.startswith("compute_"):
-                return CompiledChain(architecture, self._text(program, "PTX"), [])
+                # the core refuses the zero at its end
+                return CompiledChain(architecture, self._text(program, "PTX").rstrip(b"\0"), [])
             cubin = self._text(program, "CUBIN")
             return CompiledChain(architecture, cubin, self._kernels(log, cubin))
         finally:

@@ -6,22 +6,12 @@
 // SEDAC_EMBEDDING_SCALE.
 #pragma once
 #include "abi.cuh"
+#include "gpu_limits.cuh"
 
 constexpr int HIDDEN = SEDAC_HIDDEN, HEADS = SEDAC_HEADS, KV_HEADS = SEDAC_KEY_VALUE_HEADS, HEAD = SEDAC_HEAD_SIZE;
 constexpr int ROTARY = SEDAC_ROTARY_SIZE, INNER = SEDAC_INTERMEDIATE, LAYERS = SEDAC_LAYERS,
               VOCABULARY = SEDAC_VOCABULARY;
 constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD, ATTENTION = HEADS * HEAD, GROUP = HEADS / KV_HEADS;
-
-// Dynamic shared memory that a block may have, in bytes: 99 KB, or 163 KB with compute capability 8.0, or 227 KB with 9
-// and 10.
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-constexpr int SHARED_LIMIT = 232448;
-#elif __CUDA_ARCH__ == 800
-constexpr int SHARED_LIMIT = 166912;
-#else
-constexpr int SHARED_LIMIT = 101376;
-#endif
-constexpr bool SMALL_MEMORY = SHARED_LIMIT < 163840;
 
 __host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -29,14 +19,8 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // With 16 warps a thread has 128 registers, which spill; spills miss in the L1 that the ring leaves (828 us a token of
 // SmolLM2's shape against 440).
 constexpr int WARPS = 8, THREADS = WARPS * 32;
-// Whether registers can move from some of a block's warps to others.
-#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
-constexpr bool REGISTERS_MOVE = true;
-#else
-constexpr bool REGISTERS_MOVE = false;
-#endif
-// Then one warp more sends weights, see copies.cuh; it has three idle ones beside it, since registers move between
-// groups of four.
+// Where registers move, one warp more sends weights, see copies.cuh; it has three idle ones beside it, since registers
+// move between groups of four.
 constexpr int ALL_THREADS = THREADS + (REGISTERS_MOVE ? 128 : 0);
 
 // Blocks of 32 columns, of each matrix. Down's columns are cut in two where that is even, to have more tiles.
