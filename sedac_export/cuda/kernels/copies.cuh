@@ -1,9 +1,9 @@
-// The two ways in which weights get from memory to a ring.
+// The two ways in which weights get from memory to a ring. A warp that waits for a piece sees no difference.
 //
 // Where registers move between warps, a warp beside the computing ones sends bulk copies, a lane for each ring.
-// Elsewhere each computing warp fills its own ring by asynchronous copies of 16 bytes, which GPUs before compute
-// capability 9.0 have as well. (A block with sending warps would leave 168 registers to a thread there, and 76 to 352
-// bytes of spills with Qwen2.5-0.5B's shape; 256 threads have none.) Whoever waits for a piece sees no difference.
+// Elsewhere each computing warp fills its own ring by asynchronous copies of 16 bytes, which GPUs have from compute
+// capability 8.0 on. (A block with sending warps would leave 168 registers to a thread there, and 76 to 352 bytes of
+// spills with Qwen2.5-0.5B's shape; 256 threads have none.)
 #pragma once
 #include "mma.cuh"
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ void publish_barriers() {
   if constexpr (REGISTERS_MOVE) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A piece of `bytes` will land; then its copies; then `sent`.
+// A piece of `bytes` is announced, copied in one or two parts, and concluded.
 __device__ __forceinline__ void announce(unsigned barrier, int bytes) {
   if constexpr (REGISTERS_MOVE)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -32,7 +32,7 @@ __device__ __forceinline__ void copy_weights(unsigned to, const char* from, int 
       asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i), "l"(from + i) : "memory");
   }
 }
-__device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
+__device__ __forceinline__ void conclude(unsigned barrier) {
   if constexpr (!REGISTERS_MOVE)
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -40,14 +40,16 @@ __device__ __forceinline__ void arrive_after_copies(unsigned barrier) {
 __device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
   if constexpr (REGISTERS_MOVE) {
     asm volatile(
-        "{.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra AGAIN;\nDONE:}"
-        ::"r"(barrier),
+        "{.reg .pred p;\n"
+        "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n"
+        "@p bra DONE;\nbra AGAIN;\nDONE:}" ::"r"(barrier),
         "r"(parity)
         : "memory");
   } else {
     asm volatile(
-        "{.reg .pred p;\nAGAIN: mbarrier.test_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra AGAIN;\nDONE:}"
-        ::"r"(barrier),
+        "{.reg .pred p;\n"
+        "AGAIN: mbarrier.test_wait.parity.shared::cta.b64 p,[%0],%1;\n"
+        "@p bra DONE;\nbra AGAIN;\nDONE:}" ::"r"(barrier),
         "r"(parity)
         : "memory");
   }

@@ -6,9 +6,9 @@
 // Matrices are packed: a tile of 16 rows by 32 columns is 1 KB, in the order of the mma's lanes. So a warp's share is
 // contiguous, and reads of it have no bank conflicts.
 //
-// A warp beside those that compute sends the copies, one lane for each ring, where it can give them its registers. (When
-// each warp's first lane did, gate and up took 5.3 us a layer of Qwen2.5-0.5B's shape instead of 3.6.) Elsewhere each
-// warp fills its own ring, see copies.cuh.
+// A warp beside those that compute sends the copies, one lane for each ring, where it can give them its registers.
+// (When each warp's first lane did, gate and up took 5.3 us a layer of Qwen2.5-0.5B's shape instead of 3.6.) Elsewhere
+// each warp fills its own ring, see copies.cuh.
 #pragma once
 #include "copies.cuh"
 #include "tables.cuh"
@@ -54,7 +54,7 @@ struct Producer {
   int warp;
   int layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
   int sent = 0, sent_slots = 0, slot = 0;  // pieces, slots, and the next slot
-  int at = 0, round = 0, column = -1;      // the next piece: of the layer, or of the head; column -1 is the tile's first
+  int at = 0, round = 0, column = -1;  // the next piece: of the layer, or of the head; column -1 is the tile's first
 
   // By a lane beside the computing warps, until the warp has finished.
   __device__ __forceinline__ void run(volatile RingState* state) {
@@ -104,7 +104,7 @@ struct Producer {
     copy_weights(slots + slot * BLOCK_BYTES, from, before_end * BLOCK_BYTES, barrier);
     if (count > before_end)
       copy_weights(slots, from + before_end * BLOCK_BYTES, (count - before_end) * BLOCK_BYTES, barrier);
-    arrive_after_copies(barrier);
+    conclude(barrier);
     slot += count;
     if (slot >= SLOTS) slot -= SLOTS;
     sent++, sent_slots += count;
@@ -118,9 +118,9 @@ struct Ring {
   unsigned operands, barriers;  // shared addresses; operands: the lane's, in the first slot
   volatile RingState* state;    // where another warp fills the ring
   Producer<SLOTS> producer;     // where this one does
-  int next = 0;   // slot that is read next
-  int piece = 0;  // its piece
-  int used = 0;   // slots that were read
+  int next = 0;                 // slot that is read next
+  int piece = 0;                // its piece
+  int used = 0;                 // slots that were read
 
   // A piece of `count` column blocks times `x`, added to two accumulators.
   __device__ __forceinline__ void multiply(int count, float (&c)[4], float (&d)[4], const uint4 (&x)[PIECE]) {

@@ -4,11 +4,12 @@
 
 constexpr int INPUT = larger(HIDDEN, ATTENTION) + 32;  // a row of a stage's input; 32 more against bank conflicts
 constexpr int HEAD_ROW = HEAD + 8, KEY_ROW = KEYS + 8;
-constexpr int QKV_TILES_OF_BLOCK = divided_up(QKV_TILES, MIN_BLOCKS), O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);
+constexpr int QKV_TILES_OF_BLOCK = divided_up(QKV_TILES, MIN_BLOCKS),
+              O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);
 constexpr int GATE_UP_TILES_OF_BLOCK = divided_up(GATE_UP_TILES, MIN_BLOCKS);
 constexpr int DOWN_TILES_OF_BLOCK = divided_up(DOWN_TILES, MIN_BLOCKS);
 
-// Members of a union are of different steps of a layer, between which all of the block's warps meet (sync_block).
+// Members of a union belong to different steps of a layer, between which all of the block's warps meet (sync_block).
 template <int N>
 struct Shared {
   static constexpr int QUERY_ROWS = 16;  // two tokens of eight heads
@@ -18,18 +19,18 @@ struct Shared {
   RingState ring[WARPS];
   unsigned long long barriers[WARPS][PIECES_UNDER_WAY];
   alignas(16) float segments[4][MAX_ROWS * WARPS];
-  float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];  // cos, sin
+  float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];                               // cos, sin
   float before_o[O_TILES_OF_BLOCK][N][16], before_down[DOWN_TILES_OF_BLOCK][N][16];  // residual that a tile is added to
   // Activations that a warp multiplies in down, at most GROUP pieces at once.
   static constexpr int GROUP = N < 4 ? 4 : N < 8 ? 2 : 1;
-  // The input of QKV, then keys of attention, the input of O and of gate_up, and activations.
+  // The input of QKV, attention's keys (until weigh's last sync_block), the input of O, that of gate_up, activations.
   union {
     alignas(16) half input[N][INPUT];
     alignas(16) half keys[KEYS][HEAD_ROW];
     alignas(16) half activations[WARPS][GROUP][PIECE][N][32];
   };
-  // Attention, then gate_up's sums. Those of the other stages are apart: warps still read QKV's when others attend, and
-  // gate_up's when others multiply in down.
+  // The rest of attention, then gate_up's sums. Those of the other stages are apart: some warps still read QKV's when
+  // others attend, and gate_up's when others multiply in down.
   union {
     struct {
       alignas(16) half values[KEYS][HEAD_ROW];
