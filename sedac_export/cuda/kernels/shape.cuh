@@ -42,7 +42,7 @@ constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = 
 constexpr int PAIRS = divided_up(HIDDEN, 2 * THREADS);
 
 // Keys that attention takes at a time, and the most partial sums of a row and head.
-constexpr int KEYS = HEAD > (SMALL_MEMORY ? 32 : 64) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
+constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
 
 static_assert(HIDDEN % 32 == 0 && ATTENTION % 32 == 0 && INNER % 32 == 0 && QKV % 16 == 0, "matrices of whole tiles");
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a key-value head");
