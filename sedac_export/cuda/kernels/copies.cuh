@@ -28,8 +28,11 @@ __device__ __forceinline__ void copy_weights(unsigned to, const char* from, int 
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
   } else {
-    for (int i = (threadIdx.x & 31) * 16; i < bytes; i += 32 * 16)
+#pragma unroll 1
+    for (int i = (threadIdx.x & 31) * 16; i < bytes; i += 1024) {
       asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i), "l"(from + i) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i + 512), "l"(from + i + 512) : "memory");
+    }
   }
 }
 __device__ __forceinline__ void conclude(unsigned barrier) {

@@ -8,8 +8,9 @@ constexpr int SHARED_LIMIT = __CUDA_ARCH__ == 800 ? 166912 : 101376;
 constexpr int SHARED_LIMIT = 232448;
 #endif
 
-// Whether setmaxnreg moves registers from some of a block's warps to others. PTX for GPUs to come does without. Where it
-// does not, registers or shared memory are scarce: attention takes fewer keys at a time, and rings have smaller pieces.
+// Whether setmaxnreg moves registers from some of a block's warps to others. PTX for GPUs to come does without. Where
+// it does not, registers or shared memory are scarce: attention takes fewer keys at a time, and rings have smaller
+// pieces.
 #if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
 constexpr bool REGISTERS_MOVE = true;
 #else
