@@ -99,10 +99,8 @@ WIDE = ["Mistral-7B"]
     ("target", "left_out"),
     [
         ("compute_80", []),
-        ("compute_86", WIDE),
         ("compute_89", WIDE),
         ("compute_90a", []),
-        ("compute_100f", []),
         ("compute_120", WIDE),
     ],
 )
