@@ -4,7 +4,10 @@ Needs an NVIDIA GPU that the chain is compiled for, and PyTorch built for CUDA. 
 checked against PyTorch in fp32, and for the same bits in any pass. A figure is the median of 5
 rounds of 50 passes; the floor is the weights' bytes over the rate of a copy on the device.
 
-    python benchmarks/chain_kernel.py [--json] [--shapes SmolLM2-135M ...]
+    python benchmarks/chain_kernel.py [--json] [--shapes SmolLM2-135M ...] [--architecture NAME]
+
+With --architecture compute_86, say, the driver compiles the PTX for such GPUs, within their shared
+memory and by their way of filling rings, for a newer card.
 """
 
 import argparse
@@ -206,16 +209,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [case.name for case in MODELS]
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--architecture", metavar="NAME", help="default: the card's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no NVIDIA GPU")
     cases = [TINY, TINY_GEMMA, *(case for case in MODELS if case.name in arguments.shapes)]
     try:
-        compiler, architecture = Compiler(), card_architecture()
+        compiler, architecture = Compiler(), arguments.architecture or card_architecture()
     except (SedacError, UnsupportedError) as error:
         parser.error(str(error))
-    host, copy_rate, results = describe_host(compiler), measure_copy(), []
+    host = describe_host(compiler) | {"architecture": architecture}
+    copy_rate, results = measure_copy(), []
     if not arguments.json:
         versions = ", ".join(f"{name} {value}" for name, value in host.items())
         print(f"{versions}; copies at {copy_rate / 1e12:.2f} TB/s")

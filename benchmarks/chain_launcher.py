@@ -57,9 +57,11 @@ class SequenceInput:
 def card_architecture() -> str:
     """What is compiled for the current device. Raises UnsupportedError where nothing is."""
     major, minor = torch.cuda.get_device_capability()
-    name = f"sm_{major}0"
-    if name in ARCHITECTURES:
-        return name
+    # machine code runs on later GPUs of the same major capability, and the list ascends
+    for name in reversed(ARCHITECTURES):
+        built_major, built_minor = divmod(int(name.removeprefix("sm_")), 10)
+        if built_major == major and built_minor <= minor:
+            return name
     if major > int(NEWEST.removeprefix("compute_")) // 10:
         return NEWEST
     raise UnsupportedError(
@@ -177,7 +179,8 @@ class ChainLauncher:
         return self._buffers["saved"][..., : self.decoder.shape.hidden]
 
     def _load(self, compiled: CompiledChain) -> None:
-        self._module = _succeed(driver.cuModuleLoadData(compiled.code))
+        # the driver reads PTX up to a zero
+        self._module = _succeed(driver.cuModuleLoadData(compiled.code + b"\0"))
         address, _ = _succeed(driver.cuModuleGetGlobal(self._module, FACTS.encode()))
         facts = self.facts = Facts()
         size = ctypes.sizeof(Facts)

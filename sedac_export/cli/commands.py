@@ -172,7 +172,7 @@ def inspect(
     if facts["unread_tensors"]:
         names = ", ".join(facts["unread_tensors"])
         out.print(f"tensors of the checkpoint that no engine needs: {names}")
-    out.print(_cuda(facts))
+    out.print(_cuda(facts), soft_wrap=True)
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")

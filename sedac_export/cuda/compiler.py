@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 KERNELS = Path(__file__).with_name("kernels")
 SOURCE = "chain.cu"
 
-# bulk copies to shared memory came with 9.0; the newest is also kept as PTX for what comes later
-ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
+# the newest is also kept as PTX for what comes later
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 NEWEST = "compute_120"
 
-# targets with the instructions that only some GPUs have, such as setmaxnreg; PTX must do without,
-# and the sources tell by __CUDA_ARCH_SPECIFIC__ and __CUDA_ARCH_FAMILY_SPECIFIC__
-_TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f", "sm_120": "sm_120f"}
+# targets with setmaxnreg, which moves registers between warps; the sources tell them by
+# __CUDA_ARCH_SPECIFIC__ and __CUDA_ARCH_FAMILY_SPECIFIC__ (for sm_120f, ptxas 13.0 ignores it)
+_TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f"}
 
 # rows that an entry chain_N takes at most
 ROWS = (1, 2, 4, 8)
@@ -133,7 +133,8 @@ class Compiler:
             if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
                 raise _refusal(architecture, log, self.version)
             if architecture.startswith("compute_"):
-                return CompiledChain(architecture, self._text(program, "PTX"), [])
+                # the core refuses the zero at its end
+                return CompiledChain(architecture, self._text(program, "PTX").rstrip(b"\0"), [])
             cubin = self._text(program, "CUBIN")
             return CompiledChain(architecture, cubin, self._kernels(log, cubin))
         finally:

@@ -13,14 +13,10 @@ __device__ __forceinline__ unsigned long long now() {
 // Registers that the warps beside the computing ones need not are the computing ones'. 168 to each of 384 threads are
 // 232 to each of 256 and 40 to the others; what is asked for beyond is waited for forever.
 __device__ __forceinline__ void give_registers() {
-#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-#endif
+  if constexpr (REGISTERS_MOVE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 }
 __device__ __forceinline__ void take_registers() {
-#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-#endif
+  if constexpr (REGISTERS_MOVE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 }
 
 template <int N>
@@ -40,7 +36,7 @@ struct Chain {
       if (t < rows()) first_layer = min(first_layer, pass.row[t].first_layer);
     for (int s = 0; s < sequences(); s++) last_layer = max(last_layer, pass.sequence[s].max_depth);
     start();
-    if (threadIdx.x >= THREADS) {
+    if (REGISTERS_MOVE && threadIdx.x >= THREADS) {
       give_registers();
       produce(first_layer, last_layer);
     } else {
@@ -60,18 +56,26 @@ struct Chain {
     if (tid < WARPS) {
       shared.ring[tid] = {};
       for (int i = 0; i < PIECES_UNDER_WAY; i++) init_barrier(shared_address(&shared.barriers[tid][i]));
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      publish_barriers();
     }
     copy(&shared.tables, pass.tables + static_cast<size_t>(block) * sizeof(Tables), sizeof(Tables));
     copy(shared.layers, pass.layers, sizeof(shared.layers));
     __syncthreads();
   }
 
-  __device__ __forceinline__ void prepare_rows() {
-    const int tid = threadIdx.x, warp = tid >> 5, block = blockIdx.x;
-    ring.operands = slots_of(warp) + (tid & 31) * 16;
+  __device__ __forceinline__ void prepare_ring(int first_layer, int last_layer) {
+    const int warp = threadIdx.x >> 5;
+    ring.operands = slots_of(warp) + (threadIdx.x & 31) * 16;
     ring.barriers = shared_address(shared.barriers[warp]);
     ring.state = &shared.ring[warp];
+    if constexpr (!REGISTERS_MOVE) {
+      ring.producer = producer(warp, first_layer, last_layer);
+      ring.give_back();
+    }
+  }
+
+  __device__ __forceinline__ void prepare_rows() {
+    const int tid = threadIdx.x, block = blockIdx.x;
     for (int s = 0; s < sequences(); s++) {
       const SequenceRows& of = pass.sequence[s];
       frozen |= ((1u << of.frozen) - 1) << of.first_row;
@@ -84,8 +88,6 @@ struct Chain {
     if (!tid) shared.chunk_shift = chunk_shift(pass.capacity);
     if (tid < MAX_ROWS) shared.stability[tid] = __int_as_float(0x7fffffff);
     load_rotary();
-    for (int i = tid; i < Shared<N>::QUERY_ROWS * HEAD_ROW / 2; i += THREADS)
-      reinterpret_cast<unsigned*>(shared.queries)[i] = 0;
     const int cleared = pass.clear_rows * SCRATCH_ROW / 4;
     for (int i = block * THREADS + tid; i < cleared; i += pass.blocks * THREADS)
       reinterpret_cast<float4*>(pass.next_scratch)[i] = make_float4(0, 0, 0, 0);
@@ -98,6 +100,7 @@ struct Chain {
 
   // The warps that compute.
   __device__ __forceinline__ void compute(int first_layer, int last_layer) {
+    prepare_ring(first_layer, last_layer);
     prepare_rows();
     Residual<N> residual{pass, shared, scratch};
     Stages<N> stages{pass, shared, ring, residual, scratch};
@@ -114,7 +117,10 @@ struct Chain {
   // The warp that sends weights.
   __device__ __forceinline__ void produce(int first_layer, int last_layer) {
     const int warp = threadIdx.x - THREADS;
-    if (warp >= WARPS) return;
+    if (warp < WARPS) producer(warp, first_layer, last_layer).run(&shared.ring[warp]);
+  }
+
+  __device__ __forceinline__ Producer<RING_SLOTS<N>> producer(int warp, int first_layer, int last_layer) const {
     const Source source{shared.tables.piece[warp],
                         shared.layers,
                         reinterpret_cast<const char*>(pass.head),
@@ -124,9 +130,7 @@ struct Chain {
                         shared.tables.range[STAGES - 1][warp].y,
                         head_tiles(pass),
                         pass.blocks};
-    Producer<RING_SLOTS<N>> producer{slots_of(warp), shared_address(shared.barriers[warp]), &shared.ring[warp], source,
-                                     warp};
-    producer.run();
+    return {slots_of(warp), shared_address(shared.barriers[warp]), source, warp};
   }
 
   __device__ __forceinline__ static void copy(void* to, const void* from, int bytes) {

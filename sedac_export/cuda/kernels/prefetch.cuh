@@ -24,9 +24,7 @@ struct Prefetch {
         const Piece piece = shared.tables.piece[warp][i];
         const char* from = reinterpret_cast<const char*>(shared.layers[layer].matrices[STAGE_DOWN]) +
                            static_cast<size_t>(piece.offset) * BLOCK_BYTES;
-        if (piece.count)
-          asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(piece.count * BLOCK_BYTES)
-                       : "memory");
+        if (piece.count) prefetch_weights(from, piece.count * BLOCK_BYTES);
       }
     }
     if (stage == STAGE_QKV && layer + 1 < last_layer && block_index() == layer % pass.blocks) vectors(layer + 1);

@@ -6,6 +6,7 @@
 // SEDAC_EMBEDDING_SCALE.
 #pragma once
 #include "abi.cuh"
+#include "gpu_limits.cuh"
 
 constexpr int HIDDEN = SEDAC_HIDDEN, HEADS = SEDAC_HEADS, KV_HEADS = SEDAC_KEY_VALUE_HEADS, HEAD = SEDAC_HEAD_SIZE;
 constexpr int ROTARY = SEDAC_ROTARY_SIZE, INNER = SEDAC_INTERMEDIATE, LAYERS = SEDAC_LAYERS,
@@ -18,9 +19,9 @@ __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 // With 16 warps a thread has 128 registers, which spill; spills miss in the L1 that the ring leaves (828 us a token of
 // SmolLM2's shape against 440).
 constexpr int WARPS = 8, THREADS = WARPS * 32;
-// One warp more sends weights, see ring.cuh; it has three idle ones beside it, since registers move between groups of
-// four.
-constexpr int ALL_THREADS = THREADS + 128;
+// Where registers move, one warp more sends weights, see copies.cuh; it has three idle ones beside it, since registers
+// move between groups of four.
+constexpr int ALL_THREADS = THREADS + (REGISTERS_MOVE ? 128 : 0);
 
 // Blocks of 32 columns, of each matrix.
 constexpr int HIDDEN_COLUMNS = HIDDEN / 32, ATTENTION_COLUMNS = ATTENTION / 32, INNER_COLUMNS = INNER / 32;
@@ -30,9 +31,10 @@ constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER
 constexpr int HEAD_TILES = divided_up(VOCABULARY, 16);
 
 // Every block has a tile of gate_up: by it the flags of words.cuh are safe. No block has more than MAX_TILES of a
-// stage.
-constexpr int MAX_TILES = 16, MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
-constexpr int MIN_BLOCKS = divided_up(larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES)), MAX_TILES);
+// stage: 16, or with wide models what the 108 multiprocessors of an A100 need.
+constexpr int MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
+constexpr int MOST_TILES = larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES));
+constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = divided_up(MOST_TILES, MAX_TILES);
 
 // What is saved at an exit: the hidden state, and the factors of the norms before and after it (residual.cuh).
 constexpr int SAVED = HIDDEN + 4;
@@ -41,7 +43,7 @@ constexpr int SAVED = HIDDEN + 4;
 constexpr int TILES_OF_LANE = divided_up(O_TILES, 32);
 
 // Keys that attention takes at a time, and the most partial sums of a row and head.
-constexpr int KEYS = HEAD > 64 ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
+constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
 
 // Outputs of the entropy probe's first matrix.
 constexpr int PROBE_WIDTH = 64;

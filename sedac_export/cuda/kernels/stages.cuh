@@ -68,7 +68,7 @@ struct Stages {
                                       const OutputVectors& first, bool compared) {
     const int2 tiles = shared.tables.tiles[stage];
     if (!tiles.x) return;
-    float (*sums)[128] = stage == STAGE_DOWN ? shared.down_sums : shared.sums;
+    float (*sums)[128] = stage == STAGE_GATE_UP ? shared.gate_up_sums : shared.sums;
     multiply(tid, stage, active, parities, sums);
     sync_block();
     if (stage == STAGE_QKV) {
@@ -169,8 +169,8 @@ struct Stages {
                 tile = tiles.y + index * pass.blocks;
       const int2 parts = shared.tables.parts[STAGE_GATE_UP][index];
       const float scale = shared.scale[token];
-      float gate = gather(shared.sums, parts, row, token) * scale,
-            up = gather(shared.sums, parts, row + 8, token) * scale;
+      float gate = gather(shared.gate_up_sums, parts, row, token) * scale,
+            up = gather(shared.gate_up_sums, parts, row + 8, token) * scale;
       if (bias) gate += bias[tile * 16 + row], up += bias[tile * 16 + 8 + row];
       const unsigned long long word = packed_lanes(activation(gate) * up, row & 3);
       if (!(row & 3) && has<N>(active, token) && first + lane < all)

@@ -10,7 +10,7 @@
 
 enum Stage { STAGE_QKV, STAGE_O, STAGE_GATE_UP, STAGE_DOWN, STAGES };
 
-constexpr int PIECE = 4;
+constexpr int PIECE = REGISTERS_MOVE ? 4 : 2;
 
 struct Piece {
   unsigned offset;          // in the packed matrix, in column blocks (1 KB)

@@ -9,13 +9,13 @@ import chain_abi
 import numpy as np
 import pytest
 import torch
-from chain_cases import TINY, TINY_GEMMA
+from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_decoder import ChainCase
 from conftest import DEMO_MODEL
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
 from sedac_export.cuda import packing
-from sedac_export.cuda.compiler import Compiler
+from sedac_export.cuda.compiler import ARCHITECTURES, Compiler
 
 CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
 
@@ -65,12 +65,19 @@ def compiler() -> Compiler:
     return Compiler()
 
 
-# either takes 15 s
+# each takes 12 s
 @pytest.mark.parametrize(
-    "case", [demo_case(), pytest.param(TINY_GEMMA, marks=pytest.mark.slow)], ids=lambda c: c.name
+    ("case", "architecture"),
+    [
+        pytest.param(demo_case(), "sm_90", id="demo"),
+        *(
+            pytest.param(TINY_GEMMA, name, id=name, marks=pytest.mark.slow)
+            for name in ARCHITECTURES
+        ),
+    ],
 )
-def test_the_chain_compiles(case: ChainCase, compiler: Compiler) -> None:
-    compiled = compiler.compile_for("sm_90", case.macros())
+def test_the_chain_compiles(case: ChainCase, architecture: str, compiler: Compiler) -> None:
+    compiled = compiler.compile_for(architecture, case.macros())
     assert compiled is not None
     assert [kernel.rows for kernel in compiled.kernels] == [1, 2, 4, 8]
     assert compiled.kernels[0].spilled_bytes == 0
@@ -85,6 +92,33 @@ def test_the_chain_compiles(case: ChainCase, compiler: Compiler) -> None:
     assert 0 < facts.min_blocks <= facts.max_blocks
     assert facts.table_bytes > 0
     assert facts.scratch_bytes > 0
+
+
+WIDE = ["Mistral-7B"]
+
+
+@pytest.mark.parametrize(
+    ("target", "left_out"),
+    [
+        ("compute_80", []),
+        ("compute_89", WIDE),
+        ("compute_90a", []),
+        ("compute_120", WIDE),
+    ],
+)
+def test_ordinary_shapes_fit_shared_memory(
+    target: str,
+    left_out: list[str],
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    layout = tmp_path / "layout.cu"
+    layout.write_text('#include "shared.cuh"')
+    monkeypatch.setattr("sedac_export.cuda.compiler.SOURCE", str(layout))
+    cases = [demo_case(), *MODELS]
+    refused = [case for case in cases if compiler.compile_for(target, case.macros()) is None]
+    assert [case.name for case in refused] == left_out
 
 
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:

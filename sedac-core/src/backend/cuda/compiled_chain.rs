@@ -59,6 +59,17 @@ impl CompiledChain {
                 facts.min_blocks
             )));
         }
+        let shared = facts.shared_bytes.into_iter().max().unwrap_or(0);
+        let available = attribute(
+            stream,
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?;
+        if shared > available {
+            return Err(refused(format!(
+                "its kernels need {shared} bytes of shared memory a block and the GPU has \
+                 {available}; use --backend onnxruntime"
+            )));
+        }
         if capacity > facts.max_capacity as usize {
             return Err(refused(format!(
                 "its kernels hold {} positions and the bundle's caches {capacity}; build it with \
