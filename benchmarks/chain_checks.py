@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from chain_abi import Condition
 from chain_launcher import ChainLauncher, SequenceInput
 from torch import Tensor
+
+from sedac_export.cuda.chain_abi import Condition
 
 # relative norm of the difference; fp16 activations give some 1.2e-3
 TOLERANCE = 1e-2

@@ -17,20 +17,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import torch
-from chain_abi import Pass
 from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_checks import TOKENS, ChainChecks, KernelCheck
 from chain_decoder import ChainCase
 from chain_launcher import (
     ChainLauncher,
     SequenceInput,
-    UnsupportedError,
     card_architecture,
     compile_chain,
 )
 
 from sedac_export.bundle.cuda_entry import ChainShape
+from sedac_export.cuda.chain_abi import Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
+from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 from sedac_export.errors import SedacError
 from sedac_runtime.flavour import find_gpu
 
@@ -83,7 +83,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         result.checks.extend(ChainChecks(launcher).run())
         if case in MODELS:
             result.measurements.extend(measure(launcher, copy_rate))
-    except (UnsupportedError, torch.cuda.OutOfMemoryError) as error:
+    except (UnsupportedGpuError, torch.cuda.OutOfMemoryError) as error:
         result.unsupported = str(error).splitlines()[0]
     return result
 
@@ -213,7 +213,7 @@ def main() -> int:
     cases = [TINY, TINY_GEMMA, *(case for case in MODELS if case.name in arguments.shapes)]
     try:
         compiler, architecture = Compiler(), card_architecture()
-    except (SedacError, UnsupportedError) as error:
+    except SedacError as error:
         parser.error(str(error))
     host, copy_rate, results = describe_host(compiler), measure_copy(), []
     if not arguments.json:
