@@ -6,7 +6,8 @@ from typing import Any
 from cuda.bindings import driver
 
 from sedac_export.cuda.chain_abi import Facts, Pass
-from sedac_export.cuda.compiler import FACTS, ROWS
+from sedac_export.cuda.compiler import ROWS
+from sedac_export.cuda.cubin import FACTS
 from sedac_export.errors import SedacError
 
 

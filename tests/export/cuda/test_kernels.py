@@ -71,7 +71,7 @@ def test_the_chain_compiles(case: ChainCase, compiler: Compiler) -> None:
     assert compiled is not None
     assert [kernel.rows for kernel in compiled.kernels] == [1, 2, 4, 8]
     assert compiled.kernels[0].spilled_bytes == 0
-    facts = chain_abi.Facts.from_buffer_copy(compiler.facts(compiled.code))
+    facts = chain_abi.Facts.from_buffer_copy(compiler.cubin(compiled.code).facts())
     assert facts.fit()
     assert list(facts.shared_bytes) == [kernel.shared_bytes for kernel in compiled.kernels]
     # registers are allotted to whole blocks
