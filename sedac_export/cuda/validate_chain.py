@@ -49,7 +49,7 @@ def validate(directory: Path, progress: StageProgress = lambda *_: None) -> Targ
         progress("validate", count, 3)
         checks.append(check())
     progress("validate", 3, 3)
-    facts = chain.model_dump(include={"compiler", "fingerprint", "modules"})
+    facts = {"version": chain.compiler} | chain.model_dump(include={"fingerprint", "modules"})
     return TargetValidation("cuda", f"CUDA chain of NVRTC {chain.compiler}", facts, checks)
 
 
