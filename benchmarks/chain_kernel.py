@@ -2,8 +2,8 @@
 
 Needs an NVIDIA GPU that the chain is compiled for, and PyTorch built for CUDA. Each shape is first
 checked against PyTorch in fp32, and for the same bits in any pass. A figure is the median of 5
-rounds of 50 passes; the floor is the weights' bytes over the rate of a copy on the device. Positions
-500 and 4000 are measured in caches of 4096.
+rounds of 50 passes; the floor is the weights' bytes over the rate of a copy on the device.
+Positions 500 and 4000 are measured in caches of 4096.
 
     python benchmarks/chain_kernel.py [--json] [--shapes SmolLM2-135M ...]
 """
