@@ -28,7 +28,10 @@ class GpuMemory:
         self._hangs = False
 
     def __enter__(self) -> "GpuMemory":
-        checked(driver.cuInit(0))
+        try:
+            checked(driver.cuInit(0))
+        except RuntimeError as error:
+            raise SedacError("the NVIDIA driver's libcuda is not found") from error
         self._gpu = checked(driver.cuDeviceGet(0))
         checked(driver.cuCtxSetCurrent(checked(driver.cuDevicePrimaryCtxRetain(self._gpu))))
         return self

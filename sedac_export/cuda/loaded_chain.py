@@ -23,7 +23,8 @@ class LoadedChain:
     """
 
     def __init__(self, code: bytes) -> None:
-        self._module = checked(driver.cuModuleLoadData(code))
+        # the driver reads PTX up to a zero
+        self._module = checked(driver.cuModuleLoadData(code + b"\0"))
         self.facts = self._read_facts()
         count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
         units = checked(driver.cuDeviceGetAttribute(count, checked(driver.cuCtxGetDevice())))

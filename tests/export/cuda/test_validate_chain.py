@@ -21,9 +21,10 @@ from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
 from sedac_export.bundle.target_check import FAILED
 from sedac_export.cli import app
-from sedac_export.cuda import chain_agreement, gpu_chain, gpu_memory, validate_chain
+from sedac_export.cuda import chain_agreement, validate_chain
 from sedac_export.cuda.add_cuda import add_cuda
-from sedac_export.cuda.chain_abi import Facts, Pass
+from sedac_export.cuda.chain_abi import Facts, Outcome, Pass
+from sedac_export.cuda.compiler import ARCHITECTURES
 from sedac_export.cuda.recomputed_chain import RecomputedChain
 from sedac_export.cuda.validate_chain import choose_module, validate
 from sedac_runtime.flavour import Gpu, find_gpu
@@ -93,7 +94,7 @@ def test_a_sound_chain_passes(name: str, chained: Chained) -> None:
     validation = validate(chained(name))
     structure, agreement, execution = validation.checks
     assert validation.exit_code() == 0
-    assert len(structure.engines) == 5
+    assert len(structure.engines) == len(ARCHITECTURES) + 2
     names = [row["engine"] for row in agreement.engines]
     assert names[0] == "layer_000"
     assert any(name.startswith("exit before layer_") for name in names)
@@ -234,7 +235,7 @@ class ComputedChain:
             seen = [self.before[layer][position] for position in range(rows[-1].position + 1)]
             hidden = self.weights._run_layer(layer, torch.stack(seen))[-len(rows) :]
         cosine = torch.nn.functional.cosine_similarity(before[-1], hidden[-1], dim=0)
-        outcome = gpu_chain.Outcome.from_address(parameters.outcome)
+        outcome = Outcome.from_address(parameters.outcome)
         outcome.sequence[0].stability = float((cosine + 1) / 2)
         if sequence.max_depth < self.chain.shape.layers:
             for row, values in zip(rows, hidden.numpy(), strict=True):
@@ -269,8 +270,8 @@ def stand(
     monkeypatch.setattr(chain_agreement, "TOKENS", 20)
     monkeypatch.setattr(validate_chain, "BIT_TOKENS", 8)
     monkeypatch.setattr(validate_chain, "find_gpu", lambda: Gpu("H200", "9.0", "580.1"))
-    monkeypatch.setattr(gpu_memory, "GpuMemory", HostMemory)
-    monkeypatch.setattr(gpu_chain, "LoadedChain", lambda code: chain)
+    monkeypatch.setattr("sedac_export.cuda.gpu_memory.GpuMemory", HostMemory)
+    monkeypatch.setattr("sedac_export.cuda.gpu_chain.LoadedChain", lambda code: chain)
 
 
 def test_execution_is_held_to_the_gates(chained: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,8 +305,16 @@ def test_a_driver_that_fails_fails_the_check(
 
     directory = chained("llama")
     stand(directory, monkeypatch)
-    monkeypatch.setattr(gpu_chain, "LoadedChain", failing)
+    monkeypatch.setattr("sedac_export.cuda.gpu_chain.LoadedChain", failing)
     assert_fails(directory, "execution", "the chain does not run: the CUDA driver failed")
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this host has an NVIDIA GPU")
+def test_a_host_without_the_driver_is_told_so() -> None:
+    from sedac_export.cuda.gpu_memory import GpuMemory
+
+    with pytest.raises(SedacError, match="the NVIDIA driver's libcuda is not found"):
+        GpuMemory().__enter__()
 
 
 def test_a_gpu_that_the_chain_is_not_for_is_said(
