@@ -6,27 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from chain_abi import COUNTERS, MAX_ROWS, Condition, Facts, Layer, Outcome, Pass, Row, SequenceRows
 from chain_decoder import ChainCase, History, RandomDecoder
-from cuda.bindings import driver
 from torch import Tensor
 
-from sedac_export.cuda.compiler import (
-    ARCHITECTURES,
-    FACTS,
-    NEWEST,
-    ROWS,
-    CompiledChain,
-    Compiler,
+from sedac_export.cuda.chain_abi import (
+    COUNTERS,
+    MAX_ROWS,
+    Condition,
+    Layer,
+    Outcome,
+    Pass,
+    Row,
+    RowRace,
+    SequenceRows,
 )
+from sedac_export.cuda.compiler import ARCHITECTURES, NEWEST, CompiledChain, Compiler
+from sedac_export.cuda.loaded_chain import LoadedChain, UnsupportedGpuError
 from sedac_export.cuda.packing import BLOCK, HALF, TILE
 
 # passes whose outcomes are kept until the host reads them
 OUTCOMES = 64
-
-
-class UnsupportedError(Exception):
-    """The card cannot run the chain, or not for this shape."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,26 @@ class SequenceInput:
 
 
 def card_architecture() -> str:
-    """What is compiled for the current device. Raises UnsupportedError where nothing is."""
+    """What is compiled for the current device. Raises UnsupportedGpuError where nothing is."""
     major, minor = torch.cuda.get_device_capability()
-    name = f"sm_{major}0"
-    if name in ARCHITECTURES:
-        return name
+    # machine code runs on later GPUs of the same major capability, and the list ascends
+    for name in reversed(ARCHITECTURES):
+        built_major, built_minor = divmod(int(name.removeprefix("sm_")), 10)
+        if built_major == major and built_minor <= minor:
+            return name
     if major > int(NEWEST.removeprefix("compute_")) // 10:
         return NEWEST
-    raise UnsupportedError(
+    raise UnsupportedGpuError(
         f"{torch.cuda.get_device_name()} is of compute capability {major}.{minor}, and the chain"
         f" is compiled for {', '.join(ARCHITECTURES)}"
     )
 
 
 def compile_chain(compiler: Compiler, case: ChainCase, architecture: str) -> CompiledChain:
-    """The chain for the case. Raises UnsupportedError where it does not fit."""
+    """The chain for the case. Raises UnsupportedGpuError where it does not fit."""
     compiled = compiler.compile_for(architecture, case.macros())
     if compiled is None:
-        raise UnsupportedError(f"shared memory of {architecture} is too small")
+        raise UnsupportedGpuError(f"shared memory of {architecture} is too small")
     return compiled
 
 
@@ -79,7 +80,7 @@ class ChainLauncher:
     def __init__(self, case: ChainCase, compiled: CompiledChain, slots: int = 4) -> None:
         self.decoder, self.capacity = RandomDecoder(case), case.capacity
         torch.zeros(1, device="cuda")  # makes the context current
-        self._load(compiled)
+        self._chain = LoadedChain(compiled.code)
         self._hold_weights(slots)
         self._allocate(slots)
         self._previous_rows, self._parity = MAX_ROWS, 0
@@ -94,9 +95,25 @@ class ChainLauncher:
                 cache[slot, :, :positions] = filled
         return history
 
-    def make_pass(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Pass:
-        """The parameter of a pass. logits_rows: bits of the rows that want logits, default all."""
-        made = Pass(capacity=self.capacity, blocks=self.blocks, sequences=len(sequences))
+    def hold_probe(self, depth: int, weights: Tensor) -> None:
+        """Give the chain the entropy probe after `depth` layers: its numbers in one row."""
+        self._probes.append(weights)
+        self._layers[depth - 1].probe = weights.data_ptr()
+        self._buffers["layers"] = _on_device(self._layers)
+
+    def make_pass(
+        self,
+        sequences: Sequence[SequenceInput],
+        logits_rows: int | None = None,
+        races: Sequence[RowRace] = (),
+    ) -> Pass:
+        """The parameter of a pass.
+
+        logits_rows: bits of the rows that want logits, default all; races: of the first rows, whose
+        tokens are sampled.
+        """
+        blocks = self._chain.blocks
+        made = Pass(capacity=self.capacity, blocks=blocks, sequences=len(sequences))
         for name, tensor in self._buffers.items():
             setattr(made, name, tensor.data_ptr())
         first = 0
@@ -107,26 +124,28 @@ class ChainLauncher:
             first += len(sequence.rows)
         made.rows = first
         made.logits_rows = (1 << first) - 1 if logits_rows is None else logits_rows
+        made.sampled_rows = (1 << len(races)) - 1
+        for row, race in enumerate(races):
+            made.race[row] = race
         return made
 
     def launch(self, wanted: Pass, outcome: int = 0) -> None:
-        """Enqueue a pass on the smallest kernel that takes its rows."""
+        """Enqueue a pass, which leaves its outcome at the index `outcome`."""
         scratch, following = self._scratch[self._parity], self._scratch[1 - self._parity]
         wanted.scratch, wanted.next_scratch = scratch.data_ptr(), following.data_ptr()
         wanted.clear_rows, self._previous_rows = self._previous_rows, wanted.rows
         wanted.outcome = self._outcomes.data_ptr() + outcome * ctypes.sizeof(Outcome)
         self._parity = 1 - self._parity
-        entry = next(rows for rows in ROWS if rows >= wanted.rows)
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(wanted))
-        shared = self.facts.shared_bytes[ROWS.index(entry)]
-        grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
-        function, stream = self._entries[entry], self._stream.cuda_stream
-        at = ctypes.addressof(parameters)
-        _succeed(driver.cuLaunchCooperativeKernel(function, *grid, *block, shared, stream, at))
+        self._chain.launch(wanted, self._stream.cuda_stream)
 
-    def run(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Tensor:
+    def run(
+        self,
+        sequences: Sequence[SequenceInput],
+        logits_rows: int | None = None,
+        races: Sequence[RowRace] = (),
+    ) -> Tensor:
         """Run one pass to its end; logits [rows, vocabulary], NaN where none are wanted."""
-        wanted = self.make_pass(sequences, logits_rows)
+        wanted = self.make_pass(sequences, logits_rows, races)
         self._buffers["logits"].fill_(float("nan"))
         torch.cuda.synchronize()
         self.launch(wanted)
@@ -140,29 +159,7 @@ class ChainLauncher:
     @property
     def saved(self) -> Tensor:
         """Hidden states at exits, [slot, capacity, hidden]."""
-        return self._buffers["saved"]
-
-    def _load(self, compiled: CompiledChain) -> None:
-        self._module = _succeed(driver.cuModuleLoadData(compiled.code))
-        address, _ = _succeed(driver.cuModuleGetGlobal(self._module, FACTS.encode()))
-        facts = self.facts = Facts()
-        size = ctypes.sizeof(Facts)
-        _succeed(driver.cuMemcpyDtoH(ctypes.addressof(facts), address, size))
-        mirrors = [ctypes.sizeof(mirror) for mirror in (Layer, Pass, Outcome)]
-        assert [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes] == mirrors
-        units = torch.cuda.get_device_properties().multi_processor_count
-        self.blocks = min(facts.max_blocks, units)
-        if self.blocks < facts.min_blocks:
-            raise UnsupportedError(
-                f"it takes {facts.min_blocks} multiprocessors, and the card has {units}"
-            )
-        self._entries = {rows: self._function(f"chain_{rows}") for rows in ROWS}
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for function, shared in zip(self._entries.values(), facts.shared_bytes, strict=True):
-            _succeed(driver.cuFuncSetAttribute(function, limit, shared))
-
-    def _function(self, name: str) -> Any:
-        return _succeed(driver.cuModuleGetFunction(self._module, name.encode()))
+        return self._buffers["saved"][..., : self.decoder.shape.hidden]
 
     def _hold_weights(self, slots: int) -> None:
         decoder, shape = self.decoder, self.decoder.shape
@@ -172,7 +169,8 @@ class ChainLauncher:
             for _ in range(2)
         )
         self._weights = [_packed_layer(decoder.layer(i)) for i in range(shape.layers)]
-        layers = (Layer * shape.layers)()
+        layers = self._layers = (Layer * shape.layers)()
+        self._probes: list[Tensor] = []
         for layer, weights, keys, values in zip(
             layers, self._weights, self.keys, self.values, strict=True
         ):
@@ -190,11 +188,11 @@ class ChainLauncher:
         }
 
     def _allocate(self, slots: int) -> None:
-        shape, facts = self.decoder.shape, self.facts
+        shape, facts = self.decoder.shape, self._chain.facts
         self._buffers |= {
             "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
-            "saved": torch.zeros(slots, self.capacity, shape.hidden, device="cuda"),
-            "tables": _zeros(facts.table_bytes * self.blocks),
+            "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
+            "tables": _zeros(facts.table_bytes * self._chain.blocks),
             "counters": _zeros(COUNTERS * ctypes.sizeof(ctypes.c_uint)),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
@@ -205,12 +203,8 @@ class ChainLauncher:
         self._stream = torch.cuda.Stream()
 
     def _prepare(self) -> None:
-        function, stream = self._function("prepare"), self._stream.cuda_stream
-        arguments = (self._buffers["tables"].data_ptr(), self.blocks)
-        parameters = (arguments, (ctypes.c_uint64, ctypes.c_int))
-        grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
         torch.cuda.synchronize()
-        _succeed(driver.cuLaunchKernel(function, *grid, *block, 0, stream, parameters, 0))
+        self._chain.prepare(self._buffers["tables"].data_ptr(), self._stream.cuda_stream)
         torch.cuda.synchronize()
 
     def _sequence_rows(self, sequence: SequenceInput, first: int) -> SequenceRows:
@@ -243,11 +237,3 @@ def _on_device(structures: "ctypes.Array[Any]") -> Tensor:
 
 def _zeros(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8, device="cuda")
-
-
-def _succeed(results: tuple[Any, ...]) -> Any:
-    """What a call of the driver gives."""
-    status, *values = results
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver failed: {status.name}")
-    return values[0] if len(values) == 1 else values

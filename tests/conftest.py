@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tiny_models import ARCHITECTURES, OTHERS
 
+from sedac_runtime.flavour import find_gpu
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -78,3 +80,14 @@ def in_rotation(config: pytest.Config) -> set[str]:
         return [listed[(first + n) % len(listed)] for n in range(ROTATED)]
 
     return {*chosen(ARCHITECTURES), *chosen(OTHERS)}
+
+
+def require_chain() -> None:
+    """Skip the test where the target cuda cannot be compiled or run."""
+    for module in ("cuda.bindings.nvrtc", "elftools"):
+        pytest.importorskip(module, reason="of the extra sedac[cuda]")
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("this host has no NVIDIA GPU")
+    if float(gpu.compute_capability) < 9:
+        pytest.skip(f"the chain does not run on {gpu.name}")

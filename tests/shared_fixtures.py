@@ -1,6 +1,7 @@
 """Bundles that many tests share, built once, and what makes a run of many tests fast."""
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sedac_runtime.model
 from sedac_export import BuildRequest
 from sedac_export.build import exporter
+from sedac_export.device_graphs import onnxruntime_cuda
 from sedac_export.tensorrt import portable_writer
 from sedac_runtime import SedacModel
 
 torch.set_num_threads(THREADS)
+# tracing makes so many objects that looking for garbage among them takes a tenth of its time
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +47,7 @@ def default_threads() -> Iterator[None]:
 def cached_traces(build_cache: BuildCache) -> Iterator[None]:
     """Trace each model once: that is most of the time that a build takes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporter, portable_writer):
+        for module in (exporter, onnxruntime_cuda, portable_writer):
             patch.setattr(module, "trace_graphs", build_cache.tracing(module.trace_graphs))
         yield
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sedac_export.bundle.signature import SIGNATURE
-from sedac_export.cli import target_commands
+from sedac_export.cli import target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
 from sedac_export.cli.exit_commands import register_exit_commands, spread_data
 from sedac_export.cli.progress import progress_bar
@@ -172,7 +172,7 @@ def inspect(
     if facts["unread_tensors"]:
         names = ", ".join(facts["unread_tensors"])
         out.print(f"tensors of the checkpoint that no engine needs: {names}")
-    out.print(_cuda(facts))
+    out.print(_cuda(facts), soft_wrap=True)
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
     table = Table("engine", "layers", "weights MB", "error", "cosine")
@@ -246,7 +246,7 @@ def verify(
 
 register_exit_commands(app)
 target_commands.register(app)
-tensorrt.register(app)
+validate_command.register(app)
 
 
 def main() -> None:

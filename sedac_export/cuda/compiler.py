@@ -1,7 +1,6 @@
 """Compile the chain for a model's shape with NVRTC, which needs no GPU."""
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -20,26 +19,25 @@ logger = logging.getLogger(__name__)
 KERNELS = Path(__file__).with_name("kernels")
 SOURCE = "chain.cu"
 
-# bulk copies to shared memory came with 9.0; the newest is also kept as PTX for what comes later
-ARCHITECTURES = ("sm_90", "sm_100", "sm_120")
+# the newest is also kept as PTX for what comes later
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 NEWEST = "compute_120"
 
-# targets with the instructions that only some GPUs have, such as setmaxnreg; PTX must do without,
-# and the sources tell by __CUDA_ARCH_SPECIFIC__ and __CUDA_ARCH_FAMILY_SPECIFIC__
-_TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f", "sm_120": "sm_120f"}
+# targets with setmaxnreg, which moves registers between warps; the sources tell them by
+# __CUDA_ARCH_SPECIFIC__ and __CUDA_ARCH_FAMILY_SPECIFIC__ (for sm_120f, ptxas 13.0 ignores it)
+_TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f"}
 
 # rows that an entry chain_N takes at most
 ROWS = (1, 2, 4, 8)
 
 _FLAGS = ("-std=c++17", "-fmad=false", "-default-device", "--ptxas-options=-v")
-# the constant that holds a struct Facts
-FACTS = "sedac_facts"
 # what the sources assert
 _NO_ROOM = "shared memory is too small"
 # where a struct Facts has the dynamic shared memory of each entry, unsigned each
 _SHARED_BYTES = range(20, 36, 4)
+# of an entry: functions that it calls have properties, too, but no line of registers
 _KERNEL = re.compile(
-    r"Function properties for (\w+)\s.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
+    r"Function properties for (\w+)\n.*?(\d+) bytes spill stores.*\n.*Used (\d+) registers"
 )
 
 
@@ -68,7 +66,8 @@ class Compiler:
         try:
             from cuda import pathfinder
             from cuda.bindings import nvrtc
-            from elftools.elf.elffile import ELFFile
+
+            from sedac_export.cuda.cubin import Cubin
 
             self.headers = pathfinder.find_nvidia_header_directory("cudart")
             pathfinder.load_nvidia_dynamic_lib("nvrtc")
@@ -80,7 +79,7 @@ class Compiler:
                 "--target cuda needs NVRTC and CUDA's headers, which are not installed;"
                 " pip install 'sedac[cuda]'"
             ) from error
-        self.nvrtc, self.elf = nvrtc, ELFFile
+        self.nvrtc, self.cubin = nvrtc, Cubin
 
     @property
     def version(self) -> str:
@@ -132,23 +131,16 @@ class Compiler:
             if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
                 raise _refusal(architecture, log, self.version)
             if architecture.startswith("compute_"):
-                return CompiledChain(architecture, self._text(program, "PTX"), [])
+                # the core refuses the zero at its end
+                return CompiledChain(architecture, self._text(program, "PTX").rstrip(b"\0"), [])
             cubin = self._text(program, "CUBIN")
             return CompiledChain(architecture, cubin, self._kernels(log, cubin))
         finally:
             nvrtc.nvrtcDestroyProgram(program)
 
-    def facts(self, cubin: bytes) -> bytes:
-        """The struct Facts in `cubin`, see abi.cuh."""
-        elf: Any = self.elf(io.BytesIO(cubin))
-        (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(FACTS)
-        start, size = symbol["st_value"], symbol["st_size"]
-        held: bytes = elf.get_section(symbol["st_shndx"]).data()[start : start + size]
-        return held
-
     def _kernels(self, log: str, cubin: bytes) -> list[ChainKernel]:
         """What each entry takes: ptxas tells it in the log, and the cubin in its facts."""
-        facts = self.facts(cubin)
+        facts = self.cubin(cubin).facts()
         used = {name: (int(count), int(spilled)) for name, spilled, count in _KERNEL.findall(log)}
         kernels = []
         for rows, place in zip(ROWS, _SHARED_BYTES, strict=True):

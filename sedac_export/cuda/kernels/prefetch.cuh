@@ -16,7 +16,7 @@ struct Prefetch {
     constexpr int WEIGHTS =
         (divided_up(QKV_TILES, USUAL_BLOCKS) * HIDDEN_COLUMNS + divided_up(O_TILES, USUAL_BLOCKS) * ATTENTION_COLUMNS +
          divided_up(GATE_UP_TILES, USUAL_BLOCKS) * HIDDEN_COLUMNS +
-         divided_up(DOWN_TILES, USUAL_BLOCKS) * DOWN_COLUMNS) /
+         divided_up(DOWN_TILES, USUAL_BLOCKS) * INNER_COLUMNS) /
         WARPS;
     if (WEIGHTS > RING_SLOTS<N> && stage == STAGE_QKV && !(tid & 31)) {
       const int2 range = shared.tables.range[STAGE_DOWN][warp];
@@ -24,9 +24,7 @@ struct Prefetch {
         const Piece piece = shared.tables.piece[warp][i];
         const char* from = reinterpret_cast<const char*>(shared.layers[layer].matrices[STAGE_DOWN]) +
                            static_cast<size_t>(piece.offset) * BLOCK_BYTES;
-        if (piece.count)
-          asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(piece.count * BLOCK_BYTES)
-                       : "memory");
+        if (piece.count) prefetch_weights(from, piece.count * BLOCK_BYTES);
       }
     }
     if (stage == STAGE_QKV && layer + 1 < last_layer && block_index() == layer % pass.blocks) vectors(layer + 1);

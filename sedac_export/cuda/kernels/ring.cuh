@@ -1,37 +1,20 @@
-// Weights never wait for data: each warp owns a ring in shared memory that bulk copies fill, in the order in which the
-// warp reads its share of every stage of every layer, and then of the head. So memory streams across stages and layers,
-// however long a stage waits for its input. (Loads at the time of use: 799 us a token of Qwen2.5-0.5B's shape against
-// 481; ordinary asynchronous copies block where they are issued, and gained nothing.)
+// Weights never wait for data: each warp owns a ring in shared memory that asynchronous copies fill, in the order in
+// which the warp reads its share of every stage of every layer, and then of the head. So memory streams across stages
+// and layers, however long a stage waits for its input. (Loads at the time of use: 799 us a token of Qwen2.5-0.5B's
+// shape against 481.)
 //
 // Matrices are packed: a tile of 16 rows by 32 columns is 1 KB, in the order of the mma's lanes. So a warp's share is
 // contiguous, and reads of it have no bank conflicts.
 //
-// A warp of its own sends the copies, one lane for each ring. (When each warp's first lane did, gate and up took 5.3 us
-// a layer of Qwen2.5-0.5B's shape instead of 3.6.)
+// A warp beside those that compute sends the copies, one lane for each ring, where it can give them its registers.
+// (When each warp's first lane did, gate and up took 5.3 us a layer of Qwen2.5-0.5B's shape instead of 3.6. Two lanes
+// in each of four warps: 575 us for its layers instead of 558, since they take issue slots from the others.) Elsewhere
+// each warp fills its own ring, see copies.cuh.
 #pragma once
-#include "mma.cuh"
+#include "copies.cuh"
 #include "tables.cuh"
 
 constexpr int PIECES_UNDER_WAY = 16, BLOCK_BYTES = 1024;
-
-__device__ __forceinline__ void bulk_copy(unsigned to, const char* from, int bytes, unsigned barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void init_barrier(unsigned barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0],1;" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void expect_bytes(unsigned barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
-  asm volatile(
-      "{.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1;\n@p bra DONE;\nbra AGAIN;\nDONE:}" ::
-          "r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 
 // What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
 struct alignas(16) RingState {
@@ -64,39 +47,40 @@ __device__ __forceinline__ int4 head_share(int warp, int base, int tiles, int bl
   return base + WARPS <= tiles ? make_int4(block_index() + (base + warp) * blocks, 0, HIDDEN_COLUMNS, 1 << 8) : last;
 }
 
-// Fills the ring of warp `warp` until it has finished.
+// Fills the ring of warp `warp`.
 template <int SLOTS>
 struct Producer {
   unsigned slots, barriers;  // shared addresses
-  volatile RingState* state;
-  Source source;
+  Source source = {};
   int warp;
+  int layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
   int sent = 0, sent_slots = 0, slot = 0;  // pieces, slots, and the next slot
-  int at = 0, layer, round = 0,
-      column = -1;  // the next piece: of a layer, or of the head; column -1 is the tile's first
+  int at = 0, round = 0, column = -1;  // the next piece: of the layer, or of the head; column -1 is the tile's first
 
-  __device__ __forceinline__ void run() {
-    layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
+  // By a lane beside the computing warps, until the warp has finished.
+  __device__ __forceinline__ void run(volatile RingState* state) {
     bool left = false;
 #pragma unroll 1
     while (!state->finished) {
       if (!left && state->skips) {
-        layer = source.last_layer, round = 0, column = -1, left = true;
+        left = true;
+        leave_layers();
         state->slots_sent = sent_slots;
         __threadfence_block();
         state->skipped = sent + 1;
       }
-      if (!send()) __nanosleep(20);
+      if (!send(state->used_slots, state->used_pieces)) __nanosleep(20);
     }
   }
 
- private:
+  __device__ __forceinline__ void leave_layers() { layer = source.last_layer, round = 0, column = -1; }
+
   // The next piece, if there is one and room for it.
-  __device__ __forceinline__ bool send() {
+  __device__ __forceinline__ bool send(int used_slots, int used_pieces) {
     int count;
     const char* from;
-    if (sent - state->used_pieces >= PIECES_UNDER_WAY) return false;
-    const int free = SLOTS - (sent_slots - state->used_slots);
+    if (sent - used_pieces >= PIECES_UNDER_WAY) return false;
+    const int free = SLOTS - (sent_slots - used_slots);
     if (layer < source.last_layer) {
       const Piece piece = source.table[at];
       count = piece.count;
@@ -116,11 +100,12 @@ struct Producer {
     }
     if (count <= 0) return true;
     const unsigned barrier = barriers + sent % PIECES_UNDER_WAY * 8;
-    expect_bytes(barrier, count * BLOCK_BYTES);
+    announce(barrier, count * BLOCK_BYTES);
     const int before_end = min(count, SLOTS - slot);
-    bulk_copy(slots + slot * BLOCK_BYTES, from, before_end * BLOCK_BYTES, barrier);
+    copy_weights(slots + slot * BLOCK_BYTES, from, before_end * BLOCK_BYTES, barrier);
     if (count > before_end)
-      bulk_copy(slots, from + before_end * BLOCK_BYTES, (count - before_end) * BLOCK_BYTES, barrier);
+      copy_weights(slots, from + before_end * BLOCK_BYTES, (count - before_end) * BLOCK_BYTES, barrier);
+    conclude(barrier);
     slot += count;
     if (slot >= SLOTS) slot -= SLOTS;
     sent++, sent_slots += count;
@@ -132,22 +117,23 @@ struct Producer {
 template <int SLOTS>
 struct Ring {
   unsigned operands, barriers;  // shared addresses; operands: the lane's, in the first slot
-  volatile RingState* state;
-  int next = 0;   // slot that is read next
-  int piece = 0;  // its piece
-  int used = 0;   // slots that were read
+  volatile RingState* state;    // where another warp fills the ring
+  Producer<SLOTS> producer;     // where this one does
+  int next = 0;                 // slot that is read next
+  int piece = 0;                // its piece
+  int used = 0;                 // slots that were read
 
   // A piece of `count` column blocks times `x`, added to two accumulators.
   __device__ __forceinline__ void multiply(int count, float (&c)[4], float (&d)[4], const uint4 (&x)[PIECE]) {
     wait();
     uint4 upper[PIECE], lower[PIECE];
+    // slots beyond a short piece are read and not used
 #pragma unroll
-    for (int i = 0; i < PIECE; i++)
-      if (i < count) {
-        const int slot = next + i >= SLOTS ? next + i - SLOTS : next + i;
-        const unsigned address = operands + slot * BLOCK_BYTES;
-        upper[i] = load_shared(address), lower[i] = load_shared(address + BLOCK_BYTES / 2);
-      }
+    for (int i = 0; i < PIECE; i++) {
+      const int slot = next + i >= SLOTS ? next + i - SLOTS : next + i;
+      const unsigned address = operands + slot * BLOCK_BYTES;
+      upper[i] = load_shared(address), lower[i] = load_shared(address + BLOCK_BYTES / 2);
+    }
 #pragma unroll
     for (int i = 0; i < PIECE; i++)
       if (i < count) {
@@ -162,13 +148,17 @@ struct Ring {
 
   // After an exit: let the pieces land that are under way, and go on with the head.
   __device__ __forceinline__ void skip_to_head() {
-    const bool first = !(threadIdx.x & 31);
-    if (first) state->skips = 1;
-    int sent;
-    while (!(sent = state->skipped)) pause();
-    __threadfence_block();
-    const int slots = state->slots_sent;
-    for (; piece < sent - 1; piece++) wait();
+    int sent, slots;
+    if constexpr (REGISTERS_MOVE) {
+      if (!(threadIdx.x & 31)) state->skips = 1;
+      while (!(sent = state->skipped)) pause();
+      __threadfence_block();
+      sent--, slots = state->slots_sent;
+    } else {
+      sent = producer.sent, slots = producer.sent_slots;
+      producer.leave_layers();
+    }
+    for (; piece < sent; piece++) wait();
     next = (next + (slots - used)) % SLOTS;
     used = slots;
     give_back();
@@ -179,13 +169,19 @@ struct Ring {
     if (!(threadIdx.x & 31)) state->finished = 1;
   }
 
+  // Slots that were read are free.
+  __device__ __forceinline__ void give_back() {
+    __syncwarp();  // every lane has read what will be overwritten
+    if constexpr (REGISTERS_MOVE) {
+      if (!(threadIdx.x & 31)) state->used_slots = used, state->used_pieces = piece;
+    } else {
+#pragma unroll 1
+      while (producer.send(used, piece)) continue;
+    }
+  }
+
  private:
   __device__ __forceinline__ void wait() const {
     wait_for(barriers + piece % PIECES_UNDER_WAY * 8, piece / PIECES_UNDER_WAY & 1);
-  }
-
-  __device__ __forceinline__ void give_back() {
-    __syncwarp();  // every lane has read what will be overwritten
-    if (!(threadIdx.x & 31)) state->used_slots = used, state->used_pieces = piece;
   }
 };

@@ -5,17 +5,16 @@ import json
 import re
 from pathlib import Path
 
-import chain_abi
 import numpy as np
 import pytest
 import torch
-from chain_cases import TINY, TINY_GEMMA
+from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_decoder import ChainCase
 from conftest import DEMO_MODEL
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
-from sedac_export.cuda import packing
-from sedac_export.cuda.compiler import Compiler
+from sedac_export.cuda import chain_abi, packing
+from sedac_export.cuda.compiler import ARCHITECTURES, Compiler
 
 CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
 
@@ -25,9 +24,11 @@ MIRRORS = {
     "LayerPointers": chain_abi.Layer,
     "PassRow": chain_abi.Row,
     "SequenceRows": chain_abi.SequenceRows,
+    "RowRace": chain_abi.RowRace,
     "PassParameters": chain_abi.Pass,
     "SequenceOutcome": chain_abi.SequenceOutcome,
     "RowOutcome": chain_abi.RowOutcome,
+    "RaceOutcome": chain_abi.RaceOutcome,
     "PassOutcome": chain_abi.Outcome,
     "Condition": chain_abi.Condition,
 }
@@ -63,20 +64,24 @@ def compiler() -> Compiler:
     return Compiler()
 
 
-# either takes 15 s
+# each takes 12 s
 @pytest.mark.parametrize(
-    "case", [demo_case(), pytest.param(TINY_GEMMA, marks=pytest.mark.slow)], ids=lambda c: c.name
+    ("case", "architecture"),
+    [
+        pytest.param(demo_case(), "sm_90", id="demo"),
+        *(
+            pytest.param(TINY_GEMMA, name, id=name, marks=pytest.mark.slow)
+            for name in ARCHITECTURES
+        ),
+    ],
 )
-def test_the_chain_compiles(case: ChainCase, compiler: Compiler) -> None:
-    compiled = compiler.compile_for("sm_90", case.macros())
+def test_the_chain_compiles(case: ChainCase, architecture: str, compiler: Compiler) -> None:
+    compiled = compiler.compile_for(architecture, case.macros())
     assert compiled is not None
     assert [kernel.rows for kernel in compiled.kernels] == [1, 2, 4, 8]
     assert compiled.kernels[0].spilled_bytes == 0
-    facts = chain_abi.Facts.from_buffer_copy(compiler.facts(compiled.code))
-    assert facts.abi == 1
-    mirrors = (chain_abi.Layer, chain_abi.Pass, chain_abi.Outcome)
-    sizes = [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes]
-    assert sizes == [ctypes.sizeof(mirror) for mirror in mirrors]
+    facts = chain_abi.Facts.from_buffer_copy(compiler.cubin(compiled.code).facts())
+    assert facts.fit()
     assert list(facts.shared_bytes) == [kernel.shared_bytes for kernel in compiled.kernels]
     # registers are allotted to whole blocks
     assert all(kernel.registers * facts.threads <= 65536 for kernel in compiled.kernels)
@@ -85,10 +90,37 @@ def test_the_chain_compiles(case: ChainCase, compiler: Compiler) -> None:
     assert facts.scratch_bytes > 0
 
 
+WIDE = ["Mistral-7B"]
+
+
+@pytest.mark.parametrize(
+    ("target", "left_out"),
+    [
+        ("compute_80", []),
+        ("compute_89", WIDE),
+        ("compute_90a", []),
+        ("compute_120", WIDE),
+    ],
+)
+def test_ordinary_shapes_fit_shared_memory(
+    target: str,
+    left_out: list[str],
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    layout = tmp_path / "layout.cu"
+    layout.write_text('#include "shared.cuh"')
+    monkeypatch.setattr("sedac_export.cuda.compiler.SOURCE", str(layout))
+    cases = [demo_case(), *MODELS]
+    refused = [case for case in cases if compiler.compile_for(target, case.macros()) is None]
+    assert [case.name for case in refused] == left_out
+
+
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
     source = CORE.read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 7
+    assert len(sizes) == 8
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
@@ -111,11 +143,13 @@ def test_the_benchmark_packs_as_bundles_do() -> None:
 @pytest.mark.parametrize("case", [TINY, TINY_GEMMA], ids=lambda case: case.name)
 def test_passes_agree_with_pytorch_and_each_other(case: ChainCase, compiler: Compiler) -> None:
     from chain_checks import ChainChecks
-    from chain_launcher import ChainLauncher, UnsupportedError, card_architecture, compile_chain
+    from chain_launcher import ChainLauncher, card_architecture, compile_chain
+
+    from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 
     try:
         architecture = card_architecture()
-    except UnsupportedError as error:
+    except UnsupportedGpuError as error:
         pytest.skip(str(error))
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
     checks = list(ChainChecks(launcher).run())

@@ -5,7 +5,7 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 1;
+pub(super) const ABI: u32 = 2;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -31,6 +31,8 @@ pub(super) struct ChainFacts {
     pub(super) max_capacity: u32,
     /// Of a block.
     pub(super) table_bytes: u32,
+    /// Of a position: its hidden state at an exit, and what belongs to it.
+    pub(super) saved_floats: u32,
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
 }
@@ -55,6 +57,7 @@ impl ChainFacts {
             max_blocks: word(10),
             max_capacity: word(11),
             table_bytes: word(12),
+            saved_floats: word(13),
             scratch_bytes: u64::from_le_bytes(scratch_bytes),
         })
     }
@@ -85,6 +88,8 @@ pub(super) struct LayerPointers {
     pub(super) window: i32,
     /// Index of its rotary tables.
     pub(super) rotary: i32,
+    /// The entropy probe after it: see `probe_weights.rs`.
+    pub(super) probe: u64,
 }
 
 /// A position that a pass takes through layers.
@@ -122,6 +127,18 @@ pub struct SequenceRows {
     pub conditions: u64,
 }
 
+/// By what the token of a row is sampled.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RowRace {
+    /// Of the position, see [`Race`](crate::sampler::Race).
+    pub key: u64,
+    /// What logits are multiplied by.
+    pub inverse_temperature: f32,
+    /// Padding.
+    pub unused: i32,
+}
+
 /// The kernels' only parameter.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -155,6 +172,10 @@ pub(super) struct PassParameters {
     pub(super) logits_rows: u32,
     pub(super) row: [PassRow; MAX_ROWS],
     pub(super) sequence: [SequenceRows; MAX_ROWS],
+    pub(super) race: [RowRace; MAX_ROWS],
+    /// Bit r: the token of row r is sampled; its logits are wanted too.
+    pub(super) sampled_rows: u32,
+    pub(super) unused: u32,
 }
 
 /// Where a sequence of a pass stopped.
@@ -167,8 +188,8 @@ pub struct SequenceOutcome {
     pub criterion: i32,
     /// Stability of the newest row's last layer.
     pub stability: f32,
-    /// Padding.
-    pub unused: i32,
+    /// The entropy probe's risk there, 0 where the rule does not ask for it.
+    pub risk: f32,
 }
 
 /// The logits of a row.
@@ -185,6 +206,20 @@ pub struct RowOutcome {
     pub margin: f32,
 }
 
+/// How the race of a row whose token is sampled ended, whatever filters keep.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RaceOutcome {
+    /// The winner.
+    pub token: u32,
+    /// Its logit.
+    pub logit: f32,
+    /// The sum of exp(logit - the highest) over all tokens.
+    pub total: f32,
+    /// Whether rounding cannot have made the token the winner.
+    pub is_certain: i32,
+}
+
 /// What the host reads after a pass.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -199,15 +234,18 @@ pub struct PassOutcome {
     pub layers_ended: u64,
     /// When the head ended.
     pub ended: u64,
+    /// By row of the pass; of those only whose tokens are sampled.
+    pub race: [RaceOutcome; MAX_ROWS],
 }
 
 const _: () = {
     assert!(size_of::<ChainFacts>() == 64);
-    assert!(size_of::<LayerPointers>() == 136);
+    assert!(size_of::<LayerPointers>() == 144);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
-    assert!(size_of::<PassParameters>() == 512);
-    assert!(size_of::<PassOutcome>() == 280);
+    assert!(size_of::<RowRace>() == 16);
+    assert!(size_of::<PassParameters>() == 648);
+    assert!(size_of::<PassOutcome>() == 408);
     assert!(size_of::<Condition>() == 32);
 };
 
@@ -217,15 +255,14 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = 1..=13_u32;
+        let words = 1..=14_u32;
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend([0; 4]);
-        bytes.extend(14_u64.to_le_bytes());
+        bytes.extend(15_u64.to_le_bytes());
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
-            (facts.abi, facts.table_bytes, facts.scratch_bytes),
-            (1, 13, 14)
+            (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
+            (13, 14, 15)
         );
         assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 56);
         assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);

@@ -59,6 +59,17 @@ impl CompiledChain {
                 facts.min_blocks
             )));
         }
+        let shared = facts.shared_bytes.into_iter().max().unwrap_or(0);
+        let available = attribute(
+            stream,
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )?;
+        if shared > available {
+            return Err(refused(format!(
+                "its kernels need {shared} bytes of shared memory a block and the GPU has \
+                 {available}; use --backend onnxruntime"
+            )));
+        }
         if capacity > facts.max_capacity as usize {
             return Err(refused(format!(
                 "its kernels hold {} positions and the bundle's caches {capacity}; build it with \
@@ -199,9 +210,9 @@ mod tests {
     fn kernels_of_another_abi_are_refused() {
         let facts = ChainFacts {
             abi: ABI,
-            layer_bytes: 136,
-            pass_bytes: 512,
-            outcome_bytes: 280,
+            layer_bytes: size_of::<LayerPointers>() as u32,
+            pass_bytes: size_of::<PassParameters>() as u32,
+            outcome_bytes: size_of::<PassOutcome>() as u32,
             ..ChainFacts::default()
         };
         assert_eq!(check_abi(&facts), Ok(()));
@@ -210,7 +221,7 @@ mod tests {
             ..facts
         };
         let other = ChainFacts {
-            pass_bytes: 520,
+            pass_bytes: facts.pass_bytes + 8,
             ..facts
         };
         for facts in [newer, other] {

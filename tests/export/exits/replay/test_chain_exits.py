@@ -28,7 +28,7 @@ def bundle(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def beginnings(documents: list[Document], quick: bool) -> list[Document]:
-    texts, length = (4, 100) if quick else (len(documents), 300)
+    texts, length = (2, 100) if quick else (len(documents), 300)
     return [replace(document, tokens=document.tokens[:length]) for document in documents[:texts]]
 
 

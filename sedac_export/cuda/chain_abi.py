@@ -1,7 +1,9 @@
-"""What the host and the kernel exchange: mirrors of sedac_export/cuda/kernels/abi.cuh."""
+"""What the host and the kernel exchange: mirrors of kernels/abi.cuh."""
 
-from ctypes import Structure, c_float, c_int, c_uint, c_uint64
+from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
+# version of the mirrors
+ABI = 2
 MAX_ROWS = 8
 # counters that a pass uses, all zero between passes
 COUNTERS = 64
@@ -34,8 +36,15 @@ class Facts(Structure):
         ("max_blocks", c_uint),
         ("max_capacity", c_uint),
         ("table_bytes", c_uint),
+        ("saved_floats", c_uint),
         ("scratch_bytes", c_uint64),
     )
+
+    def fit(self) -> bool:
+        """Whether they are of a chain whose structs are those of this file."""
+        sizes = [self.layer_bytes, self.pass_bytes, self.outcome_bytes]
+        mirrors = [sizeof(mirror) for mirror in (Layer, Pass, Outcome)]
+        return self.abi == ABI and sizes == mirrors
 
 
 class Layer(Structure):
@@ -45,6 +54,7 @@ class Layer(Structure):
         *((name, c_uint64) for name in _LAYER_POINTERS),
         ("window", c_int),
         ("rotary", c_int),
+        ("probe", c_uint64),
     )
 
 
@@ -88,6 +98,12 @@ class Condition(Structure):
     )
 
 
+class RowRace(Structure):
+    """By what the token of a row is sampled."""
+
+    _fields_ = (("key", c_uint64), ("inverse_temperature", c_float), ("unused", c_int))
+
+
 class SequenceOutcome(Structure):
     """Where a sequence stopped, and the criterion that stopped it, -1 for none."""
 
@@ -95,7 +111,7 @@ class SequenceOutcome(Structure):
         ("depth", c_int),
         ("criterion", c_int),
         ("stability", c_float),
-        ("unused", c_int),
+        ("risk", c_float),
     )
 
 
@@ -110,6 +126,17 @@ class RowOutcome(Structure):
     )
 
 
+class RaceOutcome(Structure):
+    """The winner of a row's race; total is the sum of exp(logit - the highest)."""
+
+    _fields_ = (
+        ("token", c_uint),
+        ("logit", c_float),
+        ("total", c_float),
+        ("is_certain", c_int),
+    )
+
+
 class Outcome(Structure):
     """What the host reads after a pass; times in nanoseconds of the device's clock."""
 
@@ -119,6 +146,7 @@ class Outcome(Structure):
         ("started", c_uint64),
         ("layers_ended", c_uint64),
         ("ended", c_uint64),
+        ("race", RaceOutcome * MAX_ROWS),
     )
 
 
@@ -131,4 +159,7 @@ class Pass(Structure):
         ("logits_rows", c_uint),
         ("row", Row * MAX_ROWS),
         ("sequence", SequenceRows * MAX_ROWS),
+        ("race", RowRace * MAX_ROWS),
+        ("sampled_rows", c_uint),
+        ("unused", c_uint),
     )
