@@ -34,6 +34,7 @@ class Facts(Structure):
         ("max_blocks", c_uint),
         ("max_capacity", c_uint),
         ("table_bytes", c_uint),
+        ("saved_floats", c_uint),
         ("scratch_bytes", c_uint64),
     )
 

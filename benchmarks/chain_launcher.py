@@ -142,7 +142,7 @@ class ChainLauncher:
     @property
     def saved(self) -> Tensor:
         """Hidden states at exits, [slot, capacity, hidden]."""
-        return self._buffers["saved"]
+        return self._buffers["saved"][..., : self.decoder.shape.hidden]
 
     def _load(self, compiled: CompiledChain) -> None:
         # the driver reads PTX up to a zero
@@ -196,7 +196,7 @@ class ChainLauncher:
         shape, facts = self.decoder.shape, self.facts
         self._buffers |= {
             "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
-            "saved": torch.zeros(slots, self.capacity, shape.hidden, device="cuda"),
+            "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
             "tables": _zeros(facts.table_bytes * self.blocks),
             "counters": _zeros(COUNTERS * ctypes.sizeof(ctypes.c_uint)),
         }

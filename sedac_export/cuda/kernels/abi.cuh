@@ -14,6 +14,7 @@ struct Facts {
   unsigned min_blocks, max_blocks;
   unsigned max_capacity;  // positions of a cache slot
   unsigned table_bytes;   // of a block, written by prepare
+  unsigned saved_floats;  // of a position
   unsigned long long scratch_bytes;
 };
 
@@ -77,7 +78,7 @@ struct Pass {
   const half *embed, *head;
   const float* final_norm;
   const float *cos, *sin;        // [tables][capacity][rotary size / 2]
-  float* saved;                  // [slot][capacity][hidden], hidden states at exits
+  float* saved;                  // [slot][capacity][saved floats], hidden states at exits
   char *scratch, *next_scratch;  // this pass's, all zero, and the next one's, which this pass clears
   const char* tables;
   unsigned* counters;

@@ -34,18 +34,13 @@ __device__ __forceinline__ int chunk_shift(int capacity) {
   return shift;
 }
 
-// The parity of the flags of row `row` in layer `layer`: that of the row's layers so far, of which the first has 1.
-__device__ __forceinline__ unsigned row_parity(const Pass& pass, int row, int layer) {
-  return (layer - pass.row[row].first_layer + 1) & 1;
-}
-
 template <int N>
 struct Attention {
   const Pass& pass;
   Shared<N>& shared;
   const Layer& layer;
   float* scratch;
-  int depth;  // the layer's number
+  unsigned parities;
   int tid;
 
   static constexpr int UNITS = divided_up(HEAD / 8, WARPS);  // of 16 rows by 8 numbers of the output, a warp
@@ -133,63 +128,95 @@ struct Attention {
     }
   }
 
-  // Queries of the two rows, and keys and values of all of the pass's own, as they arrive.
+  // Four numbers of a head that a thread takes: elements low, low + 1, high and high + 1, of queries and keys those
+  // that rotate into each other.
+  struct Quarter {
+    enum { NONE, QUERY, KEY, VALUE } of;
+    int token, in_group, low, high;
+  };
+  // The i-th of the queries of the item's two rows, then of keys, then of values of all of the pass's own.
+  __device__ __forceinline__ Quarter quarter(const Item& item, int i, int first_key, int sub) const {
+    constexpr int QUARTERS = HEAD / 4;
+    const int tokens = item.rows.count, queries = (N == 1 ? 1 : min(2, tokens - item.token)) * GROUP * QUARTERS,
+              keys = queries + tokens * QUARTERS;
+    if (i >= keys + tokens * QUARTERS) return {Quarter::NONE};
+    const bool query = i < queries, rotates = i < keys;
+    const int j = i - (query ? 0 : rotates ? queries : keys), part = j % QUARTERS, head = j / QUARTERS;
+    const int token = N == 1 ? 0 : query ? item.token + head / GROUP : head;
+    const int key = item.rows.start + token - first_key;
+    if (query ? sub > 0 : key < 0 || key >= KEYS) return {Quarter::NONE};
+    const bool in_pairs = rotates && part < ROTARY / 4;
+    const int low = in_pairs ? 2 * part : rotates ? ROTARY + 4 * (part - ROTARY / 4) : 4 * part;
+    return {query     ? Quarter::QUERY
+            : rotates ? Quarter::KEY
+                      : Quarter::VALUE,
+            token, head % GROUP, low, low + (in_pairs ? ROTARY / 2 : 2)};
+  }
+
+  // Queries, and keys and values of the pass's own rows, as they arrive.
   __device__ __forceinline__ void load_rows(const Item& item, int first_key, int sub) {
-    constexpr int QUARTERS = HEAD / 4;  // a thread takes two pairs of a head, or four values
-    const ActiveRows& rows = item.rows;
-    const int queries = (N == 1 ? 1 : min(2, rows.count - item.token)) * GROUP * QUARTERS,
-              keys = queries + rows.count * QUARTERS;
-    const int all = keys + rows.count * QUARTERS;
+    constexpr int AT_ONCE = N == 1 ? 1 : 2;
+    const int all =
+        (N == 1 ? 1 : min(2, item.rows.count - item.token)) * GROUP * (HEAD / 4) + item.rows.count * (HEAD / 2);
 #pragma unroll 1
-    for (int i = fresh<N>(tid); i < all; i += THREADS) {
-      const bool query = i < queries, rotate = i < keys;
-      const int j = i - (query ? 0 : rotate ? queries : keys), quarter = j % QUARTERS, rest = j / QUARTERS;
-      const int token = N == 1 ? 0 : query ? item.token + rest / GROUP : rest, in_group = rest % GROUP;
-      const int row = rows.start + token - first_key;  // of the keys in shared memory
-      if (query ? sub > 0 : row < 0 || row >= KEYS) continue;
-      const unsigned parity = row_parity(pass, rows.first + token, depth);
-      const float* qkv = scratch + (rows.first + token) * SCRATCH_ROW + SCRATCH_QKV;
-      const size_t at =
-          ((static_cast<size_t>(rows.slot) * KV_HEADS + item.kv_head) * pass.capacity + rows.start + token) * HEAD;
-      const bool writes = !query && !item.token;  // of the blocks with this chunk, one
-      if (rotate) {
-        const int head = query ? item.kv_head * GROUP + in_group : HEADS + item.kv_head;
-        rotate_quarter(qkv + head * HEAD, !query, quarter, rows.first + token, parity,
-                       query ? shared.queries[(token - item.token) * 8 + in_group] : shared.keys[row],
-                       writes ? layer.keys + at : nullptr);
-      } else {
-        const float* from = qkv + (HEADS + KV_HEADS + item.kv_head) * HEAD + 4 * quarter;
-        float4 v;
-        do v = load4(from);
-        while (!arrived(v, parity));
-        const uint2 halves = make_uint2(packed(unflagged(v.x), unflagged(v.y)), packed(unflagged(v.z), unflagged(v.w)));
-        *reinterpret_cast<uint2*>(&shared.values[row][4 * quarter]) = halves;
-        if (writes) *reinterpret_cast<uint2*>(layer.values + at + 4 * quarter) = halves;
-      }
+    for (int first = fresh<N>(tid); first < all; first += AT_ONCE * THREADS) {
+      float2 u[AT_ONCE], v[AT_ONCE];
+      Quarter quarters[AT_ONCE];
+      bool all_here;
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) quarters[k] = quarter(item, first + k * THREADS, first_key, sub);
+      do {
+        all_here = true;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+          const Quarter& q = quarters[k];
+          if (q.of == Quarter::NONE) continue;
+          const int head = q.of == Quarter::QUERY ? item.kv_head * GROUP + q.in_group
+                                                  : HEADS + (q.of == Quarter::VALUE) * KV_HEADS + item.kv_head;
+          const float* from = scratch + (item.rows.first + q.token) * SCRATCH_ROW + SCRATCH_QKV + head * HEAD;
+          u[k] = load2(from + q.low), v[k] = load2(from + q.high);
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+          if (quarters[k].of == Quarter::NONE) continue;
+          const unsigned parity = row_parity<N>(parities, item.rows.first + quarters[k].token);
+          all_here &= arrived(u[k], parity) && arrived(v[k], parity);
+        }
+      } while (!all_here);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (quarters[k].of != Quarter::NONE) place(item, quarters[k], u[k], v[k], first_key);
     }
   }
 
-  // Two pairs of a head: elements low, low + 1 and high, high + 1, which rotate into each other.
-  __device__ __forceinline__ void rotate_quarter(const float* from, bool is_key, int quarter, int pass_row,
-                                                 unsigned parity, half* to, half* cache) {
-    const bool rotates = quarter < ROTARY / 4;
-    const int low = rotates ? 2 * quarter : ROTARY + 4 * (quarter - ROTARY / 4),
-              high = low + (rotates ? ROTARY / 2 : 2);
-    float2 u, v;
-    do u = load2(from + low), v = load2(from + high);
-    while (!arrived(u, parity) || !arrived(v, parity));
+  // To shared memory, rotated; by one of the blocks with this chunk also to the cache.
+  __device__ __forceinline__ void place(const Item& item, const Quarter& q, float2 u, float2 v, int first_key) {
+    const bool query = q.of == Quarter::QUERY, value = q.of == Quarter::VALUE;
     u = make_float2(unflagged(u.x), unflagged(u.y)), v = make_float2(unflagged(v.x), unflagged(v.y));
-    if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, is_key ? layer.key_norm : layer.query_norm, low, high);
-    if (rotates) {
-      const float2 c = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][0][low]);
-      const float2 s = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][1][low]);
-      const float2 x = u, y = v;
-      u = make_float2(x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y);
-      v = make_float2(y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y);
+    if (!value) {
+      if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, query ? layer.query_norm : layer.key_norm, q.low, q.high);
+      if (q.low < ROTARY) rotate(u, v, item.rows.first + q.token, q.low);
     }
     const unsigned lower = packed(u.x, u.y), upper = packed(v.x, v.y);
-    *reinterpret_cast<unsigned*>(to + low) = lower, *reinterpret_cast<unsigned*>(to + high) = upper;
-    if (cache) *reinterpret_cast<unsigned*>(cache + low) = lower, *reinterpret_cast<unsigned*>(cache + high) = upper;
+    const int key = item.rows.start + q.token - first_key;
+    half* to = query   ? shared.queries[(q.token - item.token) * 8 + q.in_group]
+               : value ? shared.values[key]
+                       : shared.keys[key];
+    *reinterpret_cast<unsigned*>(to + q.low) = lower, *reinterpret_cast<unsigned*>(to + q.high) = upper;
+    if (query || item.token) return;
+    half* cache =
+        (value ? layer.values : layer.keys) +
+        ((static_cast<size_t>(item.rows.slot) * KV_HEADS + item.kv_head) * pass.capacity + item.rows.start + q.token) *
+            HEAD;
+    *reinterpret_cast<unsigned*>(cache + q.low) = lower, *reinterpret_cast<unsigned*>(cache + q.high) = upper;
+  }
+
+  __device__ __forceinline__ void rotate(float2& u, float2& v, int pass_row, int low) const {
+    const float2 c = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][0][low]);
+    const float2 s = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][1][low]);
+    const float2 x = u, y = v;
+    u = make_float2(x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y);
+    v = make_float2(y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y);
   }
 
   // RMS norm of a head, whose elements consecutive lanes hold.
@@ -334,7 +361,7 @@ struct Attention {
       for (int upper = 0; upper < (N == 1 ? 1 : 2); upper++) {
         const int token = item.token + upper, row = item.rows.first + token;
         if (g >= GROUP || token >= item.rows.count || item.chunk > item.rows.start + token >> shift) continue;
-        const unsigned parity = row_parity(pass, row, depth);
+        const unsigned parity = row_parity<N>(parities, row);
         float* to = scratch + row * SCRATCH_ROW;
         const int index = (item.kv_head * GROUP + g) * MAX_CHUNKS + item.chunk;
         store2(to + SCRATCH_PARTIAL + index * HEAD + column + 2 * t,

@@ -1,6 +1,5 @@
 // A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit
 // is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head.
-#include "exits.cuh"
 #include "head.cuh"
 #include "prefetch.cuh"
 
@@ -25,11 +24,9 @@ struct Chain {
   Shared<N>& shared;
   float* scratch;
   Ring<RING_SLOTS<N>> ring;
-  float2 input[N == 1 ? PAIRS : 1];  // of the layer, whose stability is asked for; more rows have theirs in the scratch
-  int own[PAIRS];                    // which of the block's tiles of O and of down the thread's elements belong to
   Exits exits;
-  unsigned frozen = 0, deciding = 0;  // rows
-  int next_stop = 0;                  // the depth at which the next sequence stops at the latest
+  unsigned frozen = 0, deciding = 0, odd = 0;  // rows; odd: whose first layer's number is
+  int next_stop = 0;                           // the depth at which the next sequence stops at the latest
 
   __device__ __forceinline__ void run() {
     int first_layer = LAYERS, last_layer = 0;
@@ -83,11 +80,13 @@ struct Chain {
       frozen |= ((1u << of.frozen) - 1) << of.first_row;
       if (of.criteria) deciding |= 1u << (of.first_row + of.rows - 1);
     }
+#pragma unroll
+    for (int t = 0; t < N; t++)
+      if (t < rows()) odd |= (pass.row[t].first_layer & 1) << t;
     find_next_stop();
     if (!tid) shared.chunk_shift = chunk_shift(pass.capacity);
+    if (tid < MAX_ROWS) shared.stability[tid] = __int_as_float(0x7fffffff);
     load_rotary();
-    for (int i = tid; i < 3 * MAX_ROWS * WARPS; i += THREADS) shared.segments[0][i] = 0;
-    find_own(tid);
     const int cleared = pass.clear_rows * SCRATCH_ROW / 4;
     for (int i = block * THREADS + tid; i < cleared; i += pass.blocks * THREADS)
       reinterpret_cast<float4*>(pass.next_scratch)[i] = make_float4(0, 0, 0, 0);
@@ -102,19 +101,12 @@ struct Chain {
   __device__ __forceinline__ void compute(int first_layer, int last_layer) {
     prepare_ring(first_layer, last_layer);
     prepare_rows();
-    Stages<N> stages{pass, shared, ring, scratch};
-    const int layer = run_layers(stages, first_layer, last_layer);
+    Residual<N> residual{pass, shared, scratch};
+    Stages<N> stages{pass, shared, ring, residual, scratch};
+    const int layer = run_layers(residual, stages, first_layer, last_layer);
     if (!block_index() && !threadIdx.x) pass.outcome->layers_ended = now();
-    if (layer < last_layer) {
-      ring.skip_to_head();
-      float2 weight[PAIRS], h[N][PAIRS];
-      Stability<N> none;
-      const int tid = thread_index();
-      clear(h);
-      load_weight(tid, pass.final_norm, weight);
-      load_stopped(tid, stages, h);
-      normalise<N>(tid, h, weight, shared.input, shared.segments, none, false);
-    }
+    if (layer < last_layer) ring.skip_to_head();
+    if (pass.logits_rows) residual.finish(thread_index(), pass.logits_rows, exits, odd);
     Head<N> head{pass, shared, ring, stages, scratch};
     if (pass.logits_rows) head.run();
     ring.finish();
@@ -154,43 +146,6 @@ struct Chain {
     }
   }
 
-  __device__ __forceinline__ float* saved(int t) const {
-    const SequenceRows& of = pass.sequence[pass.row[t].sequence];
-    return pass.saved + (static_cast<size_t>(of.slot) * pass.capacity + pass.row[t].position) * HIDDEN;
-  }
-
-  // What a row starts from.
-  __device__ __forceinline__ float2 start_of(int t, int d) const {
-    const int token = pass.row[t].token;
-    if (token < 0) return *reinterpret_cast<const float2*>(saved(t) + d);
-    // rows of a packed matrix: 32 columns are contiguous
-    const size_t block = (static_cast<size_t>(token / 16) * HIDDEN_COLUMNS + d / 32) * 2 + token % 16 / 8;
-    const half2 v = *reinterpret_cast<const half2*>(pass.embed + block * 256 + token % 8 * 32 + d % 32);
-    return make_float2(__low2float(v) * SEDAC_EMBEDDING_SCALE, __high2float(v) * SEDAC_EMBEDDING_SCALE);
-  }
-
-  __device__ __forceinline__ void find_own(int tid) {
-    const int2 o = shared.tables.tiles[STAGE_O], down = shared.tables.tiles[STAGE_DOWN];
-    const auto index = [&](int tile, int2 tiles) {  // plus 1; 0: not the block's
-      const int from = tile - tiles.y;
-      return from >= 0 && from % pass.blocks == 0 && from / pass.blocks < tiles.x ? from / pass.blocks + 1 : 0;
-    };
-#pragma unroll
-    for (int p = 0; p < PAIRS; p++) own[p] = 0;
-    for_pairs(fresh<N>(tid), [&](int p, int d) { own[p] = index(d / 16, o) | index(d / 16, down) << 8; });
-  }
-
-  // Rows in whose place this thread's blocks will add: before O, or before down.
-  __device__ __forceinline__ void stash(int tid, const float2 (&h)[N][PAIRS], bool before_down) {
-    for_pairs(fresh<N>(tid), [&](int p, int d) {
-      const int index = own[p] >> (before_down ? 8 : 0) & 255;
-      if (!index) return;
-      float (*to)[16] = before_down ? shared.before_down[index - 1] : shared.before_o[index - 1];
-#pragma unroll
-      for (int t = 0; t < N; t++) *reinterpret_cast<float2*>(&to[t][d % 16]) = h[t][p];
-    });
-  }
-
   // Rows that run `layer`.
   __device__ __forceinline__ unsigned active_at(int layer) const {
     if (N == 1) return exits.stopped ? 0 : 1;
@@ -202,23 +157,34 @@ struct Chain {
     return active;
   }
 
+  // Rows whose input of `layer` is what they start from: those that start there, and frozen ones, which stay as they
+  // are. (What layers make of these is computed and waited for all the same: it is what holds the blocks together.)
+  __device__ __forceinline__ unsigned starting_at(int layer) const {
+    unsigned starting = frozen;
+#pragma unroll
+    for (int t = 0; t < N; t++)
+      if (t < rows() && pass.row[t].first_layer == layer) starting |= 1u << t;
+    return starting;
+  }
+
   // Returns the layer at which the last sequence stopped.
-  __device__ __forceinline__ int run_layers(Stages<N>& stages, int first_layer, int last_layer) {
-    unsigned before = 0;  // rows that ran the layer before
+  __device__ __forceinline__ int run_layers(Residual<N>& residual, Stages<N>& stages, int first_layer, int last_layer) {
+    unsigned active = 0;  // rows that ran the layer before, or that run this one
     int layer = first_layer;
 #pragma unroll 1
     for (;; layer++) {
-      unsigned active = 0;
       bool out = false;
 #pragma unroll 1
       for (int next = 0; next < STAGES; next++) {
         int stage = next;
         asm volatile("" : "+r"(stage));  // opaque, or the compiler makes a copy of everything for each stage
         const int tid = thread_index();
-        float bias = 0;
+        const unsigned parities = layer_parities(odd, layer);
+        const auto vectors = stages.first_vectors(tid, stage, min(layer, LAYERS - 1));
         if (stage == STAGE_QKV || stage == STAGE_GATE_UP) {
-          active =
-              begin(tid, stages, stage, layer, first_layer, last_layer, stage == STAGE_QKV ? before : active, bias);
+          MARK(layer, stage == STAGE_QKV ? 0 : 6)
+          active = begin(tid, residual, stage == STAGE_GATE_UP, layer, first_layer, active);
+          MARK(layer, stage == STAGE_QKV ? 2 : 8)
           if (exits.stopped == (1u << sequences()) - 1) {
             out = true;
             break;
@@ -226,15 +192,15 @@ struct Chain {
         }
         if (stage == STAGE_O) {
           MARK(layer, 3)
-          Attention<N>{pass, shared, shared.layers[layer], scratch, layer, tid}.run(active);
+          Attention<N>{pass, shared, shared.layers[layer], scratch, parities, tid}.run(active);
           MARK(layer, 4)
-          Combine<N>{pass, shared, scratch, active, layer, tid}.run(shared.tables.tiles[STAGE_O].x);
+          Combine<N>{pass, shared, scratch, active, parities, tid}.run(shared.tables.tiles[STAGE_O].x);
           MARK(layer, 5)
         }
         if (stage == STAGE_DOWN) {
           MARK(layer, 9)
         }
-        stages.run(tid, stage, layer, active, bias);
+        stages.run(tid, stage, layer, active, parities, vectors, deciding);
         if (stage == STAGE_QKV) {
           MARK(layer, 11)
         }
@@ -251,146 +217,30 @@ struct Chain {
         __syncwarp();
       }
       if (out) break;
-      before = active;
     }
     return layer;
   }
 
-  // The residual after the layer before, the exits there, and the norm before QKV; or the residual after attention, and
-  // the norm before the MLP. `before`: rows that ran what came before. Returns the rows that run what follows.
-  __device__ __forceinline__ unsigned begin(int tid, Stages<N>& stages, int stage, int layer, int first_layer,
-                                            int last_layer, unsigned before, float& bias) {
-    const bool of_layer = stage == STAGE_QKV;
-    MARK(layer, of_layer ? 0 : 6)
-    float2 weight[PAIRS], h[N][PAIRS];
-    load_weight(tid,
-                layer == last_layer ? pass.final_norm
-                : of_layer          ? shared.layers[layer].attention_norm
-                                    : shared.layers[layer].mlp_norm,
-                weight);
-    if (of_layer && layer < last_layer) bias = first_bias(tid, layer);
-    const bool compared = of_layer && deciding && layer > first_layer;
+  // The input of the MLP; or the exits after the layer before, and the input of QKV. `active`: rows that ran what came
+  // before. Returns the rows that run what follows.
+  __device__ __forceinline__ unsigned begin(int tid, Residual<N>& residual, bool mlp, int layer, int first_layer,
+                                            unsigned active) {
+    const bool compared = !mlp && deciding && layer > first_layer;
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
-    clear(h);
-    receive<N>(
-        tid, h, scratch, [&](int t) { return of_layer ? stages.down_offset(t, layer - 1) : SCRATCH_O; },
-        of_layer ? DOWN_SPLITS : 1,
-        [&](int t) { return of_layer ? stages.down_parity(t, layer - 1) : row_parity(pass, t, layer); }, before);
-    if (SEDAC_POST_NORMS) {
-      const Layer& of = shared.layers[of_layer ? max(layer - 1, 0) : layer];
-      add_normalised<N>(tid, h, before, of_layer ? of.mlp_post_norm : of.attention_post_norm, shared.segments[3],
-                        [&](int t, int d) { return *reinterpret_cast<const float2*>(remembered(t, of_layer) + d); });
-    }
-    load_started(tid, of_layer ? layer : -1, h);
-    if (N > 1 && layer == last_layer) load_stopped(tid, stages, h);
-    MARK(layer, of_layer ? 1 : 7)
-    stash(tid, h, !of_layer);
-    Stability<N> stability;
-    if (compared) compare(tid, h, stability);
-    const float value = normalise<N>(tid, h, weight, shared.input, shared.segments, stability, compared);
-    if (!of_layer) {
-      if (SEDAC_POST_NORMS) remember(tid, h, before, true);
-      MARK(layer, 8)
-      return before;
-    }
-    if (compared || layer >= next_stop) decide(tid, layer, condition, value, before, h);
-    const unsigned active = active_at(layer);
-    if (SEDAC_POST_NORMS) {
-      remember(tid, h, before | active, false);
-    } else if (N > 1) {
-      if (deciding & active) remember(tid, h, deciding & active, false);
-    } else {
-#pragma unroll
-      for (int p = 0; p < PAIRS; p++) input[N == 1 ? p : 0] = h[0][p];
-    }
-    MARK(layer, 2)
-    return active;
+    const unsigned starting = mlp ? 0 : starting_at(layer);
+    residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1));
+    if (starting && layer < LAYERS) residual.start(tid, layer, starting);
+    sync_block();
+    MARK(layer, mlp ? 7 : 1)
+    if (mlp) return active;
+    if (compared || layer >= next_stop) decide(tid, residual, layer, condition, active);
+    return active_at(layer);
   }
 
-  // Of the thread's first output of QKV.
-  __device__ __forceinline__ float first_bias(int tid, int layer) const {
-    const int2 tiles = shared.tables.tiles[STAGE_QKV];
-    const float* biases = shared.layers[layer].qkv_bias;
-    return biases && tid < tiles.x * 16 * N ? biases[(tiles.y + tid / (16 * N) * pass.blocks) * 16 + (tid & 15)] : 0;
-  }
-
-  __device__ __forceinline__ static void clear(float2 (&h)[N][PAIRS]) {
-#pragma unroll
-    for (int t = 0; t < N; t++)
-#pragma unroll
-      for (int p = 0; p < PAIRS; p++) h[t][p] = make_float2(0, 0);
-  }
-
-  // Rows that start at `layer`, and frozen ones, which stay as they are. (What layers make of these is computed and
-  // waited for all the same: it is what holds the blocks together.)
-  __device__ __forceinline__ void load_started(int tid, int layer, float2 (&h)[N][PAIRS]) const {
-#pragma unroll
-    for (int t = 0; t < N; t++) {
-      if (t >= rows() || (!(frozen >> t & 1) && pass.row[t].first_layer != layer)) continue;
-      for_pairs(fresh<N>(tid), [&](int p, int d) { h[t][p] = start_of(t, d); });
-    }
-  }
-
-  // Rows that stopped at depths up to `layer`: what was received last is still there.
-  __device__ __forceinline__ void load_stopped(int tid, Stages<N>& stages, float2 (&h)[N][PAIRS]) const {
-#pragma unroll
-    for (int t = 0; t < N; t++) {
-      if (t >= rows() || !(exits.stopped >> pass.row[t].sequence & 1)) continue;
-      const int depth = exits.stopped_at(pass.row[t].sequence);
-      if (SEDAC_POST_NORMS) {
-        for_pairs(fresh<N>(tid),
-                  [&](int p, int d) { h[t][p] = *reinterpret_cast<const float2*>(remembered(t, false) + d); });
-        continue;
-      }
-      const float* from = scratch + t * SCRATCH_ROW + stages.down_offset(t, depth - 1);
-      for_pairs(fresh<N>(tid), [&](int p, int d) {
-        h[t][p] = make_float2(0, 0);
-#pragma unroll
-        for (int k = 0; k < DOWN_SPLITS; k++) {
-          const float2 v = load2(from + k * HIDDEN + d);
-          h[t][p].x += unflagged(v.x), h[t][p].y += unflagged(v.y);
-        }
-      });
-    }
-  }
-
-  __device__ __forceinline__ void load_weight(int tid, const float* from, float2 (&weight)[PAIRS]) const {
-    for_pairs(fresh<N>(tid), [&](int p, int d) { weight[p] = *reinterpret_cast<const float2*>(from + d); });
-  }
-
-  // The residual before attention, or before the MLP.
-  __device__ __forceinline__ float* remembered(int t, bool before_mlp) const {
-    return scratch + SCRATCH_INPUTS + (static_cast<size_t>(block_index() * 2 + before_mlp) * MAX_ROWS + t) * HIDDEN;
-  }
-
-  __device__ __forceinline__ void remember(int tid, const float2 (&h)[N][PAIRS], unsigned rows, bool before_mlp) const {
-#pragma unroll
-    for (int t = 0; t < N; t++)
-      if (has<N>(rows, t))
-        for_pairs(fresh<N>(tid),
-                  [&](int p, int d) { *reinterpret_cast<float2*>(remembered(t, before_mlp) + d) = h[t][p]; });
-  }
-
-  __device__ __forceinline__ void compare(int tid, const float2 (&h)[N][PAIRS], Stability<N>& stability) const {
-    stability.clear();
-#pragma unroll
-    for (int t = 0; t < N; t++)
-      if (has<N>(deciding, t)) {
-        for_pairs(fresh<N>(tid), [&](int p, int d) {
-          stability.note(t,
-                         N == 1 && !SEDAC_POST_NORMS ? input[N == 1 ? p : 0]
-                                                     : *reinterpret_cast<const float2*>(remembered(t, false) + d),
-                         h[t][p]);
-        });
-      }
-  }
-
-  // value: lane 4t has the stability of row t.
-  __device__ __forceinline__ void decide(int tid, int depth, const Condition& condition, float value, unsigned before,
-                                         const float2 (&h)[N][PAIRS]) {
+  __device__ __forceinline__ void decide(int tid, const Residual<N>& residual, int depth, const Condition& condition,
+                                         unsigned active) {
     const int s = Exits::lane_sequence(tid), present = s < sequences() ? s : 0;
-    const int newest = pass.sequence[present].first_row + pass.sequence[present].rows - 1;
-    const float stability = __shfl_sync(~0u, value, newest * 4);
+    const float stability = shared.stability[pass.sequence[present].first_row + pass.sequence[present].rows - 1];
     int criterion;
     const unsigned stops = exits.decide(tid, pass, depth, condition, stability, criterion);
     if (!stops) return;
@@ -400,21 +250,16 @@ struct Chain {
       pass.outcome->sequence[s].criterion = criterion;
       pass.outcome->sequence[s].stability = stability;
     }
-    if (depth < LAYERS) save(tid, stops, before, h);
+    if (depth == LAYERS) return;
+    const int row = block_index();
+    if (row < rows() && has<N>(active & ~frozen, row) && (stops >> pass.row[row].sequence & 1))
+      residual.save(tid, row, row_parity<N>(layer_parities(odd, depth - 1), row));
   }
 
   __device__ __forceinline__ void find_next_stop() {
     next_stop = LAYERS;
     for (int s = 0; s < sequences(); s++)
       if (!(exits.stopped >> s & 1)) next_stop = min(next_stop, pass.sequence[s].max_depth);
-  }
-
-  // The hidden states of rows that stop with their sequences `stops`; each row by one block.
-  __device__ __forceinline__ void save(int tid, unsigned stops, unsigned before, const float2 (&h)[N][PAIRS]) {
-#pragma unroll
-    for (int t = 0; t < N; t++)
-      if (has<N>(before & ~frozen, t) && (stops >> pass.row[t].sequence & 1) && block_index() == t)
-        for_pairs(fresh<N>(tid), [&](int p, int d) { *reinterpret_cast<float2*>(saved(t) + d) = h[t][p]; });
   }
 
   // The last block to come here writes what the head found.
@@ -455,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_8(const __gri
   run_chain<8>(pass);
 }
 
-extern "C" __device__ const Facts sedac_facts = {1,
+extern "C" __device__ const Facts sedac_facts = {2,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),
@@ -465,4 +310,5 @@ extern "C" __device__ const Facts sedac_facts = {1,
                                                  MAX_BLOCKS,
                                                  1u << 20,
                                                  sizeof(Tables),
+                                                 SAVED,
                                                  SCRATCH_BYTES};

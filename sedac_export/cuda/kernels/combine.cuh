@@ -58,17 +58,20 @@ struct Combine {
   Shared<N>& shared;
   float* scratch;
   unsigned active;
-  int layer;
+  unsigned parities;
   int tid;
 
   __device__ __forceinline__ void run(bool has_tile) {
     if (SHARED_WORK) publish();
     if (!has_tile) return;
+    if (SHARED_WORK) {
+      receive();
+    } else {
 #pragma unroll 1
-    for (int i = tid; i < (N == 1 ? 1 : pass.rows) * ITEMS; i += THREADS) {
-      const int row = N == 1 ? 0 : i / ITEMS, item = N == 1 ? i : i % ITEMS;
-      if (has<N>(active, row))
-        *reinterpret_cast<uint2*>(&shared.input[row][item * 4]) = SHARED_WORK ? receive(row, item) : compute(row, item);
+      for (int i = tid; i < (N == 1 ? 1 : pass.rows) * ITEMS; i += THREADS) {
+        const int row = N == 1 ? 0 : i / ITEMS, item = N == 1 ? i : i % ITEMS;
+        if (has<N>(active, row)) *reinterpret_cast<uint2*>(&shared.input[row][item * 4]) = compute(row, item);
+      }
     }
     sync_block();
   }
@@ -79,7 +82,7 @@ struct Combine {
     const float* from = scratch + row * SCRATCH_ROW;
     return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD,
                     from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2, (pass.row[row].position >> shared.chunk_shift) + 1,
-                    row_parity(pass, row, layer));
+                    row_parity<N>(parities, row));
   }
   __device__ __forceinline__ half* output(int row, int item) const {
     return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_ATTENTION) + item * 4;
@@ -91,15 +94,33 @@ struct Combine {
     if (tid < share && i < all && has<N>(active, i / ITEMS)) {
       const uint2 four = compute(i / ITEMS, i % ITEMS);
       store_halves(output(i / ITEMS, i % ITEMS),
-                   (static_cast<unsigned long long>(four.y) << 32 | four.x) | row_parity(pass, i / ITEMS, layer));
+                   (static_cast<unsigned long long>(four.y) << 32 | four.x) | row_parity<N>(parities, i / ITEMS));
     }
     __syncwarp();
   }
-  __device__ __forceinline__ uint2 receive(int row, int item) const {
-    const unsigned parity = row_parity(pass, row, layer);
-    unsigned long long v;
-    do asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(v) : "l"(output(row, item)));
-    while ((v ^ parity) & 1);
-    return make_uint2(static_cast<unsigned>(v) & ~1u, static_cast<unsigned>(v >> 32));
+  // Several items at once: one after another, each would be a trip to L2.
+  __device__ __forceinline__ void receive() const {
+    constexpr int PAIRS_OF_ROW = ITEMS / 2, AT_ONCE = 4;
+    const int all = pass.rows * PAIRS_OF_ROW;
+#pragma unroll 1
+    for (int first = tid; first < all; first += AT_ONCE * THREADS) {
+      Awaited<AT_ONCE> words;
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = first + k * THREADS, row = i / PAIRS_OF_ROW;
+        words.set(k, i < all && has<N>(active, row),
+                  static_cast<int>(output(row, i % PAIRS_OF_ROW * 2) - reinterpret_cast<const half*>(scratch)),
+                  row_parity<N>(parities, row));
+      }
+      words.ask(scratch);
+      words.wait(scratch);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = first + k * THREADS;
+        if (words.at[k] >= 0)
+          *reinterpret_cast<uint4*>(&shared.input[i / PAIRS_OF_ROW][i % PAIRS_OF_ROW * 8]) = halves_of(words.words[k]);
+      }
+    }
+    __syncwarp();
   }
 };

@@ -88,7 +88,7 @@ struct Head {
     for (int column = first; column < end;) {
       const int count = min(PIECE, end - column);
       uint4 x[PIECE];
-      stages.input(thread_index(), x, count, column);
+      stages.input(thread_index(), x, column);
       ring.multiply(count, c, d, x);
       column += count;
     }
@@ -98,6 +98,7 @@ struct Head {
 
   __device__ __forceinline__ void write(int row, int token, float logit, Highest& highest) {
     if (row >= (N == 1 ? 1 : pass.rows) || !(pass.logits_rows >> row & 1) || token >= VOCABULARY) return;
+    logit *= shared.scale[row];
     if (SEDAC_LOGITS_SOFTCAP != 0.f) logit = tanhf(logit * (1.f / SEDAC_LOGITS_SOFTCAP)) * SEDAC_LOGITS_SOFTCAP;
     pass.logits[static_cast<size_t>(row) * VOCABULARY + token] = logit;
     highest.note(logit, token);

@@ -16,7 +16,7 @@ struct Prefetch {
     constexpr int WEIGHTS =
         (divided_up(QKV_TILES, USUAL_BLOCKS) * HIDDEN_COLUMNS + divided_up(O_TILES, USUAL_BLOCKS) * ATTENTION_COLUMNS +
          divided_up(GATE_UP_TILES, USUAL_BLOCKS) * HIDDEN_COLUMNS +
-         divided_up(DOWN_TILES, USUAL_BLOCKS) * DOWN_COLUMNS) /
+         divided_up(DOWN_TILES, USUAL_BLOCKS) * INNER_COLUMNS) /
         WARPS;
     if (WEIGHTS > RING_SLOTS<N> && stage == STAGE_QKV && !(tid & 31)) {
       const int2 range = shared.tables.range[STAGE_DOWN][warp];

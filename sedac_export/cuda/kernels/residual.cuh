@@ -1,8 +1,19 @@
-// The residual stream. Whoever has a tile of O or of down adds it to what the residual was before, and publishes the
-// sum; every block reads all of it twice a layer, for the norms. So each block also has what an exit is decided by, and
-// all decide the same.
+// The residual stream. Whoever has a tile of O or of down adds it to what the residual was there, and publishes for
+// each row
+// - the sums, in fp32, for who has the tile next,
+// - the sums times the weight of the norm that follows, as halves, which every block reads: they are the next stage's
+//   input but for a factor,
+// - the tile's share of the sum of squares, which gives that factor, and of what a layer's stability is computed from.
+// So every block decides about exits alike, and nobody needs the residual itself. (When every block read all of the
+// residual in fp32 and normalised it, the layers of Qwen2.5-0.5B's shape took 1079 us for eight rows; so, and with the
+// other polls for several rows joined, 672.)
 #pragma once
+#include "exits.cuh"
 #include "shared.cuh"
+
+// What is published as halves is scaled by the factor of the row's norm before over this: room for a residual that
+// grows by some thousands within half a layer, and small numbers are not subnormal.
+constexpr float HEADROOM = 64;
 
 // Whether row `row` of up to N is in `rows`.
 template <int N>
@@ -10,166 +21,244 @@ __device__ __forceinline__ bool has(unsigned rows, int row) {
   return rows >> (N == 1 ? 0 : row) & 1;
 }
 
-// The elements of a row that this thread holds: f(pair, first element).
-template <class F>
-__device__ __forceinline__ void for_pairs(int tid, F f) {
+// Bit r: the parity of the flags of row r in layer `layer`, that of the row's layers so far, of which the first has 1.
+// `odd`: rows whose first layer's number is odd.
+__device__ __forceinline__ unsigned layer_parities(unsigned odd, int layer) { return layer & 1 ? odd : ~odd; }
+template <int N>
+__device__ __forceinline__ unsigned row_parity(unsigned parities, int row) {
+  return parities >> (N == 1 ? 0 : row) & 1;
+}
+
+template <int LANES>
+__device__ __forceinline__ float sum_of_lanes(float v) {
 #pragma unroll
-  for (int p = 0; p < PAIRS; p++) {
-    const int d = 2 * tid + 2 * THREADS * p;
-    if (d < HIDDEN) f(p, d);
+  for (int step = LANES / 2; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+  return v;
+}
+
+// An output of a block's tiles, of O or of down: thread `tid` of a block has items tid, tid + THREADS, and so on.
+template <int N>
+struct TileItem {
+  int row, token, index, element;
+  __device__ __forceinline__ TileItem(int i, int2 tiles, int blocks)
+      : row(i & 15), token(i / 16 % N), index(i / (16 * N)), element((tiles.y + index * blocks) * 16 + row) {}
+};
+
+template <int N>
+struct Residual {
+  const Pass& pass;
+  Shared<N>& shared;
+  float* scratch;
+
+  __device__ __forceinline__ float* stream(int row, bool mlp) const {
+    return scratch + row * SCRATCH_ROW + (mlp ? SCRATCH_AFTER_ATTENTION : SCRATCH_AFTER_LAYER);
   }
-}
 
-// f(row, pair - first pair, part, element) for the thread's words of `rows`.
-template <int ROWS, int AT_ONCE, class F>
-__device__ __forceinline__ void for_words(int tid, int first_pair, unsigned rows, int parts, F f) {
+  // The input of QKV, or of gate and up, of the rows that ran what came before, as it arrives. Frozen rows and those of
+  // `starting` have other inputs. A poll is a trip to L2, some 0.7 us, so all is asked for at once.
+  __device__ __forceinline__ void receive(int tid, bool mlp, unsigned rows, unsigned starting, unsigned parities) {
+    constexpr int EIGHTS = HIDDEN / 8, ALL = divided_up(N * EIGHTS, THREADS), AT_ONCE = ALL < 4 ? ALL : 4;
+    const int2 tiles = shared.tables.tiles[mlp ? STAGE_DOWN : STAGE_O];
+    const int count = N == 1 ? 1 : pass.rows, warp = tid >> 5, lane = tid & 31;
+    const int items = max(count * max(EIGHTS, 32), tiles.x * 16 * N);
+    const float* sums_of_row = stream(warp, mlp) + STREAM_SUMS;
+#pragma unroll 1
+    for (int first = tid; first - lane < items; first += AT_ONCE * THREADS) {
+      Awaited<AT_ONCE> inputs;
+      const float* before_at[AT_ONCE];
+      float before[AT_ONCE];
+      float4 sums[TILES_OF_LANE];
+      const bool summing = first < THREADS && warp < count && has<N>(rows, warp);
 #pragma unroll
-  for (int t = 0; t < ROWS; t++)
-    if (has<ROWS>(rows, t))
-#pragma unroll
-      for (int p = 0; p < AT_ONCE; p++) {
-        const int d = 2 * tid + 2 * THREADS * (first_pair + p);
-        if (first_pair + p < PAIRS && d < HIDDEN)
-#pragma unroll
-          for (int k = 0; k < DOWN_SPLITS; k++)
-            if (k < parts) f(t, p, k, d);
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = first + k * THREADS, row = N == 1 ? 0 : i / EIGHTS, input = N == 1 ? i : i % EIGHTS;
+        inputs.set(k, i < count * EIGHTS && has<N>(rows, row),
+                   static_cast<int>(stream(row, mlp) - scratch + STREAM_INPUT) * 2 + input * 8,
+                   row_parity<N>(parities, row));
+        const TileItem<N> item(i, tiles, pass.blocks);
+        before_at[k] =
+            i < tiles.x * 16 * N && has<N>(rows, item.token) ? stream(item.token, mlp) + item.element : nullptr;
       }
-}
+      bool all;
+      do {
+        inputs.ask(scratch);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          if (before_at[k]) before[k] = load1(before_at[k]);
+#pragma unroll
+        for (int k = 0; k < TILES_OF_LANE; k++)
+          if (summing && lane + 32 * k < O_TILES) sums[k] = load4(sums_of_row + (lane + 32 * k) * 4);
+        all = inputs.here();
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          all &= !before_at[k] || arrived(before[k], row_parity<N>(parities, (first + k * THREADS) / 16 % N));
+#pragma unroll
+        for (int k = 0; k < TILES_OF_LANE; k++)
+          if (summing && lane + 32 * k < O_TILES) all &= arrived(sums[k], row_parity<N>(parities, warp));
+        if (!all) pause();
+      } while (!all);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int i = first + k * THREADS, row = N == 1 ? 0 : i / EIGHTS, input = N == 1 ? i : i % EIGHTS;
+        if (inputs.at[k] >= 0 && !has<N>(starting, row))
+          *reinterpret_cast<uint4*>(&shared.input[row][input * 8]) = halves_of(inputs.words[k]);
+        const TileItem<N> item(i, tiles, pass.blocks);
+        if (before_at[k] && !has<N>(starting, item.token))
+          shared.before[item.index][item.token][item.row] = unflagged(before[k]);
+      }
+      __syncwarp();
+      if (summing) sum_up(warp, lane, sums);
+      __syncwarp();
+    }
+  }
 
-// The residual of `rows`, as it arrives: the sum of `parts` vectors, which begin at from(row) in the row's scratch and
-// have flags of parity(row). A poll is a trip to L2, some 0.7 us, so it asks for as many words at once as registers
-// allow: of two rows, four spill, and of all pairs where they are few. (Pair after pair, and down's activations piece
-// after piece: 512 us for the layers of Qwen2.5-0.5B's shape; so: 478.)
-template <int N, class From, class Parity>
-__device__ __forceinline__ void receive(int tid, float2 (&h)[N][PAIRS], const float* scratch, From from, int parts,
-                                        Parity parity, unsigned rows) {
-  constexpr int ROWS = N < 4 ? N : 2, AT_ONCE = PAIRS <= 2 || N == 1 ? (PAIRS < 4 ? PAIRS : 4) : 1;
-  tid = fresh<N>(tid);
+  // What rows `starting` at `layer` start from: a row to each warp.
+  __device__ __forceinline__ void start(int tid, int layer, unsigned starting) {
+    const int warp = tid >> 5;
+    if (warp < N && has<N>(starting, warp)) {
+      // a hidden state from an exit goes on with the very bits that it would have had without
+      const float before = pass.row[warp].token < 0 ? saved(warp)[HIDDEN] : 0;
+      const float factor = normalise<false>(tid, warp, shared.layers[layer].attention_norm, before, 0,
+                                            [&](int d) { return pair_of_start(warp, d); });
+      if (!(tid & 31)) set_factor(warp, before ? saved(warp)[HIDDEN + 1] : factor, before ? before : factor);
+    }
+    const int2 o = shared.tables.tiles[STAGE_O], down = shared.tables.tiles[STAGE_DOWN];
+#pragma unroll 1
+    for (int i = tid; i < max(o.x, down.x) * 16 * N; i += THREADS) {
+      const TileItem<N> of_o(i, o, pass.blocks), of_down(i, down, pass.blocks);
+      if (!has<N>(starting, of_o.token)) continue;
+      if (of_o.index < o.x) shared.before[of_o.index][of_o.token][of_o.row] = start_of(of_o.token, of_o.element);
+      if (of_down.index < down.x)
+        shared.layer_input[of_down.index][of_down.token][of_down.row] = start_of(of_down.token, of_down.element);
+    }
+  }
+
+  // The head's input, of rows that have stopped: a row to each warp.
+  __device__ __forceinline__ void finish(int tid, unsigned rows, const Exits& exits, unsigned odd) {
+    const int warp = tid >> 5;
+    if (warp < N && has<N>(rows, warp)) {
+      const int depth = exits.stopped_at(N == 1 ? 0 : pass.row[warp].sequence);
+      normalise<true>(tid, warp, pass.final_norm, 0, row_parity<N>(layer_parities(odd, depth - 1), warp),
+                      [&](int d) { return load2(stream(warp, false) + d); });
+      if (!(tid & 31)) shared.scale[warp] = HEADROOM;
+    }
+    sync_block();
+  }
+
+  // By the block of the row's number: its residual to where rows start from.
+  __device__ __forceinline__ void save(int tid, int row, unsigned parity) const {
+#pragma unroll 1
+    for (int d = tid; d < HIDDEN; d += THREADS) {
+      float v;
+      do v = load1(stream(row, false) + d);
+      while (!arrived(v, parity));
+      saved(row)[d] = unflagged(v);
+    }
+    if (!tid) saved(row)[HIDDEN] = shared.factor_before[row], saved(row)[HIDDEN + 1] = shared.factor[row];
+    __syncwarp();
+  }
+
+  // An element of O or of down, to which the residual was added; lanes l to l + 15 have a tile's of one token. `next`:
+  // the weight of the norm that follows; `compared`: whether the layer's stability is asked for.
+  __device__ __forceinline__ void publish(const TileItem<N>& item, float v, float next, bool mlp, unsigned parity,
+                                          bool there, bool compared) {
+    const float h = unflagged(v), scale = shared.factor[item.token] * (1.f / HEADROOM);
+    float* to = stream(item.token, !mlp);
+    float inner = 0, before = 0;
+    if (mlp) {
+      float& input = shared.layer_input[item.index][item.token][item.row];
+      if (compared) inner = sum_of_lanes<16>(input * h), before = sum_of_lanes<16>(input * input);
+      if (there) input = h;
+    }
+    const float squares = sum_of_lanes<16>(h * h);
+    const unsigned long long word = packed_lanes(h * next * scale, item.row & 3);
+    if (!there) return;
+    store1(to + item.element, flagged(h, parity));
+    if (!(item.row & 3)) store_halves(reinterpret_cast<half*>(to + STREAM_INPUT) + item.element, word | parity);
+    if (!item.row) store4(to + STREAM_SUMS + item.element / 4, squares, inner, before, parity);
+  }
+
+  __device__ __forceinline__ static float norm_factor(float squares) {
+    return rsqrtf(squares * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
+  }
+
+ private:
+  // By a warp: the factor of its row's norm, and the stability, from the tiles' sums.
+  __device__ __forceinline__ void sum_up(int row, int lane, const float4 (&sums)[TILES_OF_LANE]) {
+    float squares = 0, inner = 0, before = 0;
 #pragma unroll
-  for (int base = 0; base < N; base += ROWS) {
-    const unsigned mine = rows >> base & ((1u << ROWS) - 1);
+    for (int k = 0; k < TILES_OF_LANE; k++)
+      if (lane + 32 * k < O_TILES)
+        squares += unflagged(sums[k].x), inner += unflagged(sums[k].y), before += unflagged(sums[k].z);
+    squares = sum_of_lanes<32>(squares), inner = sum_of_lanes<32>(inner), before = sum_of_lanes<32>(before);
+    if (lane) return;
+    set_factor(row, norm_factor(squares), shared.factor[row]);
+    shared.stability[row] = fmaf(inner * rsqrtf(before * squares), 0.5f, 0.5f);
+  }
+
+  __device__ __forceinline__ float* saved(int row) const {
+    const SequenceRows& of = pass.sequence[pass.row[row].sequence];
+    return pass.saved + (static_cast<size_t>(of.slot) * pass.capacity + pass.row[row].position) * SAVED;
+  }
+
+  // Two elements of what a row starts from.
+  __device__ __forceinline__ float2 pair_of_start(int row, int d) const {
+    const int token = pass.row[row].token;
+    if (token < 0) return *reinterpret_cast<const float2*>(saved(row) + d);
+    // rows of a packed matrix: 32 columns are contiguous
+    const size_t block = (static_cast<size_t>(token / 16) * HIDDEN_COLUMNS + d / 32) * 2 + token % 16 / 8;
+    const half2 v = *reinterpret_cast<const half2*>(pass.embed + block * 256 + token % 8 * 32 + d % 32);
+    return make_float2(__low2float(v) * SEDAC_EMBEDDING_SCALE, __high2float(v) * SEDAC_EMBEDDING_SCALE);
+  }
+  __device__ __forceinline__ float start_of(int row, int d) const {
+    const float2 v = pair_of_start(row, d & ~1);
+    return d & 1 ? v.y : v.x;
+  }
+
+  __device__ __forceinline__ void set_factor(int row, float factor, float before) {
+    shared.scale[row] = factor * HEADROOM / before;
+    shared.factor[row] = factor, shared.factor_before[row] = before;
+  }
+
+  // By a warp: a row's norm, of the elements h(d) and h(d + 1), to the stage's input. Returns the factor; the input is
+  // scaled as if the one before had been `scaled_by`, or by it where that is 0.
+  template <bool FLAGGED, class F>
+  __device__ __forceinline__ float normalise(int tid, int row, const float* weight, float scaled_by, unsigned parity,
+                                             F h) {
+    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS < 16 ? PAIRS : 16;
+    const int lane = tid & 31;
+    float2 v[AT_ONCE];
+    const auto each = [&](int first, auto f) {
 #pragma unroll
-    for (int pair = 0; pair < PAIRS; pair += AT_ONCE) {
-      float2 v[ROWS][AT_ONCE][DOWN_SPLITS];
+      for (int k = 0; k < AT_ONCE; k++)
+        if ((first + k) * 64 + 2 * lane < HIDDEN) f(v[k], (first + k) * 64 + 2 * lane);
+    };
+    const auto load = [&](int first) {
       bool all;
       do {
         all = true;
-        for_words<ROWS, AT_ONCE>(tid, pair, mine, parts, [&](int t, int p, int k, int d) {
-          v[t][p][k] = load2(scratch + (base + t) * SCRATCH_ROW + from(base + t) + k * HIDDEN + d);
-        });
-        for_words<ROWS, AT_ONCE>(tid, pair, mine, parts,
-                                 [&](int t, int p, int k, int) { all &= arrived(v[t][p][k], parity(base + t)); });
-        if (!all) pause();
+        each(first, [&](float2& to, int d) { to = h(d); });
+        if (FLAGGED) each(first, [&](float2 x, int) { all &= arrived(x, parity); });
       } while (!all);
-      for_words<ROWS, AT_ONCE>(tid, pair, mine, parts, [&](int t, int p, int k, int) {
-        float2& to = h[base + t][pair + p];
-        const float x = unflagged(v[t][p][k].x), y = unflagged(v[t][p][k].y);
-        to = k ? make_float2(to.x + x, to.y + y) : make_float2(x, y);
+      if (FLAGGED) each(first, [&](float2& x, int) { x = make_float2(unflagged(x.x), unflagged(x.y)); });
+    };
+    float squares = 0;
+#pragma unroll 1
+    for (int first = 0; first < PAIRS; first += AT_ONCE) {
+      load(first);
+      each(first, [&](float2 x, int) { squares = fmaf(x.y, x.y, fmaf(x.x, x.x, squares)); });
+    }
+    const float factor = norm_factor(sum_of_lanes<32>(squares));
+    const float k = (scaled_by ? scaled_by : factor) * (1.f / HEADROOM);
+#pragma unroll 1
+    for (int first = 0; first < PAIRS; first += AT_ONCE) {
+      if (PAIRS > AT_ONCE) load(first);
+      each(first, [&](float2 x, int d) {
+        const float2 w = *reinterpret_cast<const float2*>(weight + d);
+        const unsigned halves = packed(x.x * w.x * k, x.y * w.y * k);
+        *reinterpret_cast<unsigned*>(&shared.input[row][d]) = d & 3 ? halves : with_room(halves);
       });
     }
-  }
-  __syncwarp();
-}
-
-// Sums over the block of one number a row, in one order for every N. Afterwards lanes 4t to 4t + 3 hold row t's.
-template <int N>
-struct RowSums {
-  // Before the block's barrier: each warp's sums to `segments` [MAX_ROWS][WARPS].
-  static __device__ __forceinline__ void store(int tid, float (&q)[N], float* segments) {
-    const int warp = tid >> 5, lane = tid & 31;
-    int step = 16;
-#pragma unroll
-    for (int n = N; n > 1; step >>= 1) {  // halve the rows that a lane sums with each step
-      n /= 2;
-      const bool upper = lane & step;
-#pragma unroll
-      for (int i = 0; i < n; i++) {
-        const float send = upper ? q[i] : q[i + n], keep = upper ? q[i + n] : q[i];
-        q[i] = keep + __shfl_xor_sync(~0u, send, step);
-      }
-    }
-#pragma unroll
-    for (int r = N; r < 32; r *= 2) q[0] += __shfl_xor_sync(~0u, q[0], 16 / r);
-    if (lane % (32 / N) == 0) segments[lane / (32 / N) * WARPS + warp] = q[0];
-  }
-  // After it.
-  static __device__ __forceinline__ float load(int tid, const float* segments) {
-    const float2 s = *reinterpret_cast<const float2*>(segments + (tid & 31) * 2);
-    float r = s.x + s.y;
-    r += __shfl_xor_sync(~0u, r, 1);
-    return r + __shfl_xor_sync(~0u, r, 2);
+    return factor;
   }
 };
-static_assert(WARPS == 8 && MAX_ROWS == 8, "RowSums: a lane loads two of a row's eight sums");
-
-// Before the block's barrier: each warp's sums of h squared.
-template <int N>
-__device__ __forceinline__ void store_squares(int tid, const float2 (&h)[N][PAIRS], float* segments) {
-  float q[N];
-#pragma unroll
-  for (int t = 0; t < N; t++) {
-    q[t] = 0;
-#pragma unroll
-    for (int p = 0; p < PAIRS; p++) q[t] = fmaf(h[t][p].y, h[t][p].y, fmaf(h[t][p].x, h[t][p].x, q[t]));
-  }
-  RowSums<N>::store(tid, q, segments);
-}
-
-// The norm of what attention or the MLP gives, before it is added: h = before(row, element) + rmsnorm(h) * weight.
-template <int N, class Before>
-__device__ __forceinline__ void add_normalised(int tid, float2 (&h)[N][PAIRS], unsigned rows, const float* weight,
-                                               float* segments, Before before) {
-  store_squares<N>(tid, h, segments);
-  sync_block();
-  const float factor = rsqrtf(RowSums<N>::load(tid, segments) * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
-#pragma unroll
-  for (int t = 0; t < N; t++) {
-    const float k = __shfl_sync(~0u, factor, t * 4);
-    if (has<N>(rows, t))
-      for_pairs(fresh<N>(tid), [&](int p, int d) {
-        const float2 old = before(t, d), w = *reinterpret_cast<const float2*>(weight + d);
-        h[t][p] = make_float2(old.x + h[t][p].x * k * w.x, old.y + h[t][p].y * k * w.y);
-      });
-  }
-}
-
-// What a layer's stability is computed from: products of its input x0 and its output.
-template <int N>
-struct Stability {
-  float inner[N], before[N];
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int t = 0; t < N; t++) inner[t] = before[t] = 0;
-  }
-  __device__ __forceinline__ void note(int t, float2 x0, float2 h) {
-    inner[t] = fmaf(x0.y, h.y, fmaf(x0.x, h.x, inner[t]));
-    before[t] = fmaf(x0.y, x0.y, fmaf(x0.x, x0.x, before[t]));
-  }
-};
-
-// x = rmsnorm(h) * weight, as halves. Where `compared`, returns (cos(x0, h) + 1) / 2 of row t in lane 4t.
-template <int N>
-__device__ __forceinline__ float normalise(int tid, const float2 (&h)[N][PAIRS], const float2 (&weight)[PAIRS],
-                                           half (*x)[INPUT], float (*segments)[MAX_ROWS * WARPS],
-                                           Stability<N>& stability, bool compared) {
-  store_squares<N>(tid, h, segments[0]);
-  if (compared)
-    RowSums<N>::store(tid, stability.inner, segments[1]), RowSums<N>::store(tid, stability.before, segments[2]);
-  sync_block();
-  const float squares = RowSums<N>::load(tid, segments[0]);
-  float value = 0;
-  if (compared) {
-    const float inner = RowSums<N>::load(tid, segments[1]), before = RowSums<N>::load(tid, segments[2]);
-    value = fmaf(inner * rsqrtf(before * squares), 0.5f, 0.5f);
-  }
-  const float factor = rsqrtf(squares * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
-#pragma unroll
-  for (int t = 0; t < N; t++) {
-    const float k = __shfl_sync(~0u, factor, t * 4);
-    for_pairs(fresh<N>(tid), [&](int p, int d) {
-      *reinterpret_cast<unsigned*>(&x[t][d]) = packed(h[t][p].x * k * weight[p].x, h[t][p].y * k * weight[p].y);
-    });
-  }
-  sync_block();
-  return value;
-}

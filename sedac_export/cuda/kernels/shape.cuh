@@ -23,13 +23,11 @@ constexpr int WARPS = 8, THREADS = WARPS * 32;
 // move between groups of four.
 constexpr int ALL_THREADS = THREADS + (REGISTERS_MOVE ? 128 : 0);
 
-// Blocks of 32 columns, of each matrix. Down's columns are cut in two where that is even, to have more tiles.
+// Blocks of 32 columns, of each matrix.
 constexpr int HIDDEN_COLUMNS = HIDDEN / 32, ATTENTION_COLUMNS = ATTENTION / 32, INNER_COLUMNS = INNER / 32;
-constexpr int DOWN_SPLITS = INNER_COLUMNS % 2 ? 1 : 2, DOWN_COLUMNS = INNER_COLUMNS / DOWN_SPLITS;
 
 // Tiles of 16 weight rows; one of gate_up has 8 rows of gate and the 8 of up that they meet.
-constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER / 8,
-              DOWN_TILES = O_TILES * DOWN_SPLITS;
+constexpr int QKV_TILES = QKV / 16, O_TILES = HIDDEN / 16, GATE_UP_TILES = INNER / 8, DOWN_TILES = HIDDEN / 16;
 constexpr int HEAD_TILES = divided_up(VOCABULARY, 16);
 
 // Every block has a tile of gate_up: by it the flags of words.cuh are safe. No block has more than MAX_TILES of a
@@ -38,8 +36,11 @@ constexpr int MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
 constexpr int MOST_TILES = larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES));
 constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = divided_up(MOST_TILES, MAX_TILES);
 
-// Pairs of residual elements that a thread holds: 2 * tid, 2 * tid + 1, and so on by 2 * THREADS.
-constexpr int PAIRS = divided_up(HIDDEN, 2 * THREADS);
+// What is saved at an exit: the hidden state, and the factors of the norms before and after it (residual.cuh).
+constexpr int SAVED = HIDDEN + 4;
+
+// Tiles of the residual whose sums a lane adds.
+constexpr int TILES_OF_LANE = divided_up(O_TILES, 32);
 
 // Keys that attention takes at a time, and the most partial sums of a row and head.
 constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
@@ -51,16 +52,17 @@ static_assert(!SEDAC_QUERY_KEY_NORM || 32 % (HEAD / 4) == 0, "norms of heads are
 
 // Scratch of one row, in floats: what blocks exchange. Rows lie one after another.
 constexpr int SCRATCH_QKV = 0;
-constexpr int SCRATCH_O = SCRATCH_QKV + QKV;
-constexpr int SCRATCH_DOWN = SCRATCH_O + HIDDEN;  // two buffers, for even and odd layers, of DOWN_SPLITS partial sums
-constexpr int SCRATCH_ACTIVATION = SCRATCH_DOWN + 2 * DOWN_SPLITS * HIDDEN;   // halves
+// The residual stream after attention, and after the layer: the residual, then the next stage's input as halves, then
+// four sums of each tile, then the tiles' sums of squares before a norm that comes before adding.
+constexpr int STREAM_INPUT = HIDDEN, STREAM_SUMS = STREAM_INPUT + HIDDEN / 2,
+              STREAM_OUTPUT_SUMS = STREAM_SUMS + O_TILES * 4, STREAM_WORDS = STREAM_OUTPUT_SUMS + (O_TILES + 3) / 4 * 4;
+constexpr int SCRATCH_AFTER_ATTENTION = SCRATCH_QKV + QKV;
+constexpr int SCRATCH_AFTER_LAYER = SCRATCH_AFTER_ATTENTION + STREAM_WORDS;
+constexpr int SCRATCH_ACTIVATION = SCRATCH_AFTER_LAYER + STREAM_WORDS;        // halves
 constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;             // halves
 constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;            // [head][chunk][head size]
 constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
 constexpr int SCRATCH_ROW = (SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2 + 31) / 32 * 32;
-// After the rows: each block's copies of the residual before attention and before the MLP, where norms or exits need
-// them.
-constexpr long long SCRATCH_INPUTS = 1ll * MAX_ROWS * SCRATCH_ROW;
-// Then each block's highest logit of each row.
-constexpr long long SCRATCH_HIGHEST = SCRATCH_INPUTS + 2ll * MAX_BLOCKS * MAX_ROWS * HIDDEN;
+// After the rows: each block's highest logit of each row.
+constexpr long long SCRATCH_HIGHEST = 1ll * MAX_ROWS * SCRATCH_ROW;
 constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 4ll * MAX_BLOCKS * MAX_ROWS) * 4;

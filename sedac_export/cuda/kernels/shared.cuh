@@ -4,10 +4,9 @@
 
 constexpr int INPUT = larger(HIDDEN, ATTENTION) + 32;  // a row of a stage's input; 32 more against bank conflicts
 constexpr int HEAD_ROW = HEAD + 8, KEY_ROW = KEYS + 8;
-constexpr int QKV_TILES_OF_BLOCK = divided_up(QKV_TILES, MIN_BLOCKS),
-              O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);
+constexpr int QKV_TILES_OF_BLOCK = divided_up(QKV_TILES, MIN_BLOCKS);
+constexpr int O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);  // and of down
 constexpr int GATE_UP_TILES_OF_BLOCK = divided_up(GATE_UP_TILES, MIN_BLOCKS);
-constexpr int DOWN_TILES_OF_BLOCK = divided_up(DOWN_TILES, MIN_BLOCKS);
 
 // Members of a union belong to different steps of a layer, between which all of the block's warps meet (sync_block).
 template <int N>
@@ -18,16 +17,19 @@ struct Shared {
   Tables tables;
   RingState ring[WARPS];
   unsigned long long barriers[WARPS][PIECES_UNDER_WAY];
-  alignas(16) float segments[4][MAX_ROWS * WARPS];
-  float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];                               // cos, sin
-  float before_o[O_TILES_OF_BLOCK][N][16], before_down[DOWN_TILES_OF_BLOCK][N][16];  // residual that a tile is added to
-  // Activations that a warp multiplies in down, at most GROUP pieces at once.
-  static constexpr int GROUP = N < 4 ? 4 : N < 8 ? 2 : 1;
+  float rotary[SEDAC_ROTARY_TABLES][N][2][ROTARY / 2];  // cos, sin
+  // Of the block's tiles, by who publishes them: the residual that O or down is added to, and the layer's input.
+  float before[O_TILES_OF_BLOCK][N][16], layer_input[O_TILES_OF_BLOCK][N][16];
+  float output[SEDAC_POST_NORMS ? O_TILES_OF_BLOCK : 1][N][16];  // before its norm
+  // Of rows: the factor of the last norm and of the one before; by what the stage's input is to be scaled.
+  float factor[MAX_ROWS], factor_before[MAX_ROWS], scale[MAX_ROWS], stability[MAX_ROWS], output_factor[MAX_ROWS];
+  // Activations that a warp multiplies in down, this many column blocks at once.
+  static constexpr int GROUP = N < 4 ? 24 : N < 8 ? 16 : REGISTERS_MOVE ? 8 : 4;
   // The input of QKV, attention's keys (until weigh's last sync_block), the input of O, that of gate_up, activations.
   union {
     alignas(16) half input[N][INPUT];
     alignas(16) half keys[KEYS][HEAD_ROW];
-    alignas(16) half activations[WARPS][GROUP][PIECE][N][32];
+    alignas(16) half activations[WARPS][GROUP][N][32];
   };
   // The rest of attention, then gate_up's sums. Those of the other stages are apart: some warps still read QKV's when
   // others attend, and gate_up's when others multiply in down.
@@ -40,7 +42,7 @@ struct Shared {
     };
     alignas(16) float gate_up_sums[WARPS + GATE_UP_TILES_OF_BLOCK][128];
   };
-  alignas(16) float sums[WARPS + larger(QKV_TILES_OF_BLOCK, DOWN_TILES_OF_BLOCK)][128];
+  alignas(16) float sums[WARPS + larger(QKV_TILES_OF_BLOCK, O_TILES_OF_BLOCK)][128];
 };
 template <int N>
 constexpr int RING_START = (sizeof(Shared<N>) + 127) / 128 * 128;

@@ -3,44 +3,115 @@
 #pragma once
 #include "combine.cuh"
 
+// What down multiplies, as it arrives: a warp waits only for the activations of its own column blocks, and for those of
+// a group of them at once. The next group's are asked for before a group is multiplied.
+template <int N>
+struct Activations {
+  const Pass& pass;
+  Shared<N>& shared;
+  float* scratch;
+  unsigned active, parities;
+  int next, end;  // column blocks of the block's tiles, one tile after another
+
+  static constexpr int GROUP = Shared<N>::GROUP, LOADS = GROUP * N * 4 / 32;  // of 16 bytes
+  Awaited<LOADS> words;
+
+  __device__ __forceinline__ void ask(int tid) {
+    const int lane = fresh<N>(tid) & 31;
+    words.parities = 0;
+#pragma unroll
+    for (int l = 0; l < LOADS; l++) {
+      const int item = lane + 32 * l, column = item / (N * 4), row = item / 4 % N, quarter = item % 4;
+      words.set(l, next + column < end && has<N>(active, row),
+                (row * SCRATCH_ROW + SCRATCH_ACTIVATION) * 2 + (next + column) % INNER_COLUMNS * 32 + quarter * 8,
+                row_parity<N>(parities, row));
+    }
+    words.ask(scratch);
+  }
+
+  // The group that was asked for, to shared memory; asks for the one after it.
+  __device__ __forceinline__ void receive(int tid) {
+    __syncwarp();  // the group before is read
+    words.wait(scratch);
+    half* to = &shared.activations[tid >> 5][0][0][0] + (tid & 31) * 8;
+#pragma unroll
+    for (int l = 0; l < LOADS; l++)
+      if (words.at[l] >= 0) *reinterpret_cast<uint4*>(to + l * 256) = halves_of(words.words[l]);
+    __syncwarp();
+    next += GROUP;
+    if (next < end) ask(tid);
+  }
+};
+
 template <int N>
 struct Stages {
   const Pass& pass;
   Shared<N>& shared;
   Ring<RING_SLOTS<N>>& ring;
+  Residual<N>& residual;
   float* scratch;
 
-  // The block's tiles of `stage`, from the input in shared memory, or for down from the scratch. bias: of the thread's
-  // first output of QKV.
-  __device__ __forceinline__ void run(int tid, int stage, int layer, unsigned active, float bias) {
+  // Numbers of an output: what is added to it, and the weights of the norm before the residual is added and after.
+  struct OutputVectors {
+    float bias, output_norm, next_norm;
+  };
+  // Those of the thread's first output, loaded long before they are needed.
+  __device__ __forceinline__ OutputVectors first_vectors(int tid, int stage, int layer) const {
+    const int2 tiles = shared.tables.tiles[stage];
+    if (stage == STAGE_GATE_UP || tid >= tiles.x * 16 * N) return {0, 0, 0};
+    return vectors(TileItem<N>(tid, tiles, pass.blocks).element, stage, layer);
+  }
+
+  // The block's tiles of `stage`, from the input in shared memory, or for down from the scratch. compared: whether
+  // stability is asked for.
+  __device__ __forceinline__ void run(int tid, int stage, int layer, unsigned active, unsigned parities,
+                                      const OutputVectors& first, bool compared) {
     const int2 tiles = shared.tables.tiles[stage];
     if (!tiles.x) return;
     float (*sums)[128] = stage == STAGE_GATE_UP ? shared.gate_up_sums : shared.sums;
-    multiply(tid, stage, layer, active, sums);
+    multiply(tid, stage, active, parities, sums);
     sync_block();
-    if (stage == STAGE_GATE_UP) {
-      activate(tid, tiles, layer, active, sums);
+    if (stage == STAGE_QKV) {
+      write(tid, tiles, layer, active, parities, first);
+    } else if (stage == STAGE_GATE_UP) {
+      activate(tid, tiles, layer, active, parities);
     } else {
-      write(tid, stage, tiles, layer, active, sums, bias);
+      if (SEDAC_POST_NORMS) normalise_outputs(tid, stage, tiles, layer, active, parities, sums, first);
+      add(tid, stage, tiles, layer, active, parities, sums, first, compared);
     }
   }
 
  private:
-  __device__ __forceinline__ void multiply(int tid, int stage, int layer, unsigned active, float (*sums)[128]) {
+  __device__ __forceinline__ OutputVectors vectors(int element, int stage, int layer) const {
+    const Layer& of = shared.layers[layer];
+    const float* bias = stage == STAGE_QKV ? of.qkv_bias : stage == STAGE_O ? of.o_bias : of.down_bias;
+    OutputVectors v = {bias ? bias[element] : 0, 0, 0};
+    if (stage == STAGE_QKV) return v;
+    if (SEDAC_POST_NORMS) v.output_norm = (stage == STAGE_O ? of.attention_post_norm : of.mlp_post_norm)[element];
+    v.next_norm = (stage == STAGE_O ? of.mlp_norm : shared.layers[min(layer + 1, LAYERS - 1)].attention_norm)[element];
+    return v;
+  }
+
+  __device__ __forceinline__ void multiply(int tid, int stage, unsigned active, unsigned parities, float (*sums)[128]) {
     const int warp = tid >> 5, lane = tid & 31;
     const int2 range = shared.tables.range[stage][warp];
     float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
+    const int columns_of_block = shared.tables.tiles[STAGE_DOWN].x * INNER_COLUMNS,
+              start = share_start(warp, columns_of_block);
+    Activations<N> activations{pass, shared, scratch, active, parities, start, share_start(warp + 1, columns_of_block)};
     constexpr int GROUP = Shared<N>::GROUP;
+    if (stage == STAGE_DOWN) activations.ask(tid);
+    int at = 0;  // column blocks of the group that are multiplied
 #pragma unroll 1
     for (int i = range.x; i < range.y; i++) {
       const Piece piece = shared.tables.piece[warp][i];
-      const int in_group = (i - range.x) % GROUP;
       uint4 x[PIECE];
       if (stage == STAGE_DOWN) {
-        if (!in_group) receive_activations(tid, warp, i, min(i + GROUP, range.y), layer, active);
-        columns(tid, x, piece.count, &shared.activations[warp][in_group][0][0][0], 32, N * 32);
+        if (at % GROUP == 0) activations.receive(tid);
+        columns(tid, x, &shared.activations[warp][at % GROUP][0][0], 32, N * 32);
+        at += piece.count;
       } else {
-        input(tid, x, piece.count, piece.column);
+        input(tid, x, piece.column);
       }
       if (piece.count) ring.multiply(piece.count, c, d, x);
       if (piece.slot) {
@@ -52,60 +123,19 @@ struct Stages {
   }
 
  public:
-  __device__ __forceinline__ void input(int tid, uint4 (&x)[PIECE], int count, int column) const {
-    columns(tid, x, count, shared.input[0] + column * 32, INPUT, 32);
+  __device__ __forceinline__ void input(int tid, uint4 (&x)[PIECE], int column) const {
+    columns(tid, x, shared.input[0] + column * 32, INPUT, 32);
   }
 
  private:
-  // The mma's columns: a token's numbers, zeros where there is no token.
-  __device__ __forceinline__ void columns(int tid, uint4 (&x)[PIECE], int count, const half* from, int row,
-                                          int block) const {
+  // The mma's columns: a token's numbers, zeros where there is no token; what lies beyond a short piece is not used.
+  __device__ __forceinline__ void columns(int tid, uint4 (&x)[PIECE], const half* from, int row, int block) const {
     tid = fresh<N>(tid);
     const int g = tid >> 2 & 7, t = tid & 3;
     const bool token = g < (N == 1 ? 1 : pass.rows);
 #pragma unroll
     for (int i = 0; i < PIECE; i++)
-      if (i < count)
-        x[i] = token ? *reinterpret_cast<const uint4*>(from + g * row + i * block + t * 8) : make_uint4(0, 0, 0, 0);
-  }
-
-  // Activations of the warp's pieces `first` to `end`, as they arrive: a warp waits only for those that it multiplies,
-  // and for all of a group at once.
-  __device__ __forceinline__ void receive_activations(int tid, int warp, int first, int end, int layer,
-                                                      unsigned active) {
-    constexpr int GROUP = Shared<N>::GROUP, LOADS = divided_up(PIECE * N * 4, 32);  // of 16 bytes, to a piece
-    const int lane = fresh<N>(tid) & 31;
-    ulonglong2 v[GROUP][LOADS];
-    const auto each = [&](auto f) {
-#pragma unroll
-      for (int p = 0; p < GROUP; p++)
-        if (first + p < end) {
-          const Piece piece = shared.tables.piece[warp][first + p];
-#pragma unroll
-          for (int l = 0; l < LOADS; l++) {
-            const int item = lane + 32 * l, block = item / (N * 4), row = item / 4 % N, quarter = item % 4;
-            if (block < piece.count && has<N>(active, row))
-              f(p, l, row, (piece.column + block) * 32 + quarter * 8, (block * N + row) * 32 + quarter * 8);
-          }
-        }
-    };
-    __syncwarp();  // the group before is read
-    bool all;
-    do {
-      all = true;
-      each([&](int p, int l, int row, int from, int) {
-        v[p][l] = load_halves(reinterpret_cast<const half*>(scratch + row * SCRATCH_ROW + SCRATCH_ACTIVATION) + from);
-      });
-      each([&](int p, int l, int row, int, int) { all &= arrived(v[p][l], row_parity(pass, row, layer)); });
-      if (!all) pause();
-    } while (!all);
-    each([&](int p, int l, int, int, int to) {
-      const ulonglong2 w = v[p][l];
-      *reinterpret_cast<uint4*>(&shared.activations[warp][p][0][0][0] + to) =
-          make_uint4(static_cast<unsigned>(w.x) & ~1u, static_cast<unsigned>(w.x >> 32),
-                     static_cast<unsigned>(w.y) & ~1u, static_cast<unsigned>(w.y >> 32));
-    });
-    __syncwarp();
+      x[i] = token ? *reinterpret_cast<const uint4*>(from + g * row + i * block + t * 8) : make_uint4(0, 0, 0, 0);
   }
 
   // An output of a tile: the sum over the warps that had a part of it, in their order.
@@ -129,7 +159,7 @@ struct Stages {
   }
 
   // act(gate) * up. Four rows make one word with one flag.
-  __device__ __forceinline__ void activate(int tid, int2 tiles, int layer, unsigned active, const float (*sums)[128]) {
+  __device__ __forceinline__ void activate(int tid, int2 tiles, int layer, unsigned active, unsigned parities) {
     tid = fresh<N>(tid);
     const int warp = tid >> 5, lane = tid & 31, all = tiles.x * 8 * N;
     const float* bias = shared.layers[layer].gate_up_bias;
@@ -138,54 +168,90 @@ struct Stages {
       const int i = min(first + lane, all - 1), row = i & 7, token = i / 8 % N, index = i / (8 * N),
                 tile = tiles.y + index * pass.blocks;
       const int2 parts = shared.tables.parts[STAGE_GATE_UP][index];
-      float gate = gather(sums, parts, row, token), up = gather(sums, parts, row + 8, token);
+      const float scale = shared.scale[token];
+      float gate = gather(shared.gate_up_sums, parts, row, token) * scale,
+            up = gather(shared.gate_up_sums, parts, row + 8, token) * scale;
       if (bias) gate += bias[tile * 16 + row], up += bias[tile * 16 + 8 + row];
-      unsigned word = __half_as_ushort(__float2half(activation(gate) * up));
-      word |= __shfl_down_sync(~0u, word, 1) << 16;
-      const unsigned upper = __shfl_down_sync(~0u, word, 2);
-      if (!(row & 3) && has<N>(active, token) && first + lane < all) {
-        half* to = reinterpret_cast<half*>(scratch + token * SCRATCH_ROW + SCRATCH_ACTIVATION) + tile * 8 + row;
-        store_halves(to,
-                     (static_cast<unsigned long long>(upper) << 32 | (word & ~1u)) | row_parity(pass, token, layer));
-      }
+      const unsigned long long word = packed_lanes(activation(gate) * up, row & 3);
+      if (!(row & 3) && has<N>(active, token) && first + lane < all)
+        store_halves(reinterpret_cast<half*>(scratch + token * SCRATCH_ROW + SCRATCH_ACTIVATION) + tile * 8 + row,
+                     word | row_parity<N>(parities, token));
       __syncwarp();
     }
   }
 
-  __device__ __forceinline__ void write(int tid, int stage, int2 tiles, int layer, unsigned active,
-                                        const float (*sums)[128], float bias) {
-    const Layer& weights = shared.layers[layer];
+  // Queries, keys and values.
+  __device__ __forceinline__ void write(int tid, int2 tiles, int layer, unsigned active, unsigned parities,
+                                        const OutputVectors& first) {
 #pragma unroll 1
     for (int i = fresh<N>(tid); i < tiles.x * 16 * N; i += THREADS) {
-      const int row = i & 15, token = i / 16 % N, index = i / (16 * N), tile = tiles.y + index * pass.blocks;
-      if (!has<N>(active, token)) continue;
-      float v = gather(sums, shared.tables.parts[stage][index], row, token);
-      float* to = scratch + token * SCRATCH_ROW;
-      unsigned parity = row_parity(pass, token, layer);
-      if (stage == STAGE_QKV) {
-        if (weights.qkv_bias) v += i < THREADS ? bias : weights.qkv_bias[tile * 16 + row];
-        to += SCRATCH_QKV + tile * 16 + row;
-      } else if (stage == STAGE_O) {
-        if (weights.o_bias) v += weights.o_bias[tile * 16 + row];
-        if (!SEDAC_POST_NORMS) v += shared.before_o[index][token][row];
-        to += SCRATCH_O + tile * 16 + row;
-      } else {
-        const int output = tile % O_TILES * 16 + row, split = tile / O_TILES;
-        if (weights.down_bias && !split) v += weights.down_bias[output];
-        if (!SEDAC_POST_NORMS && !split) v += shared.before_down[index][token][row];
-        to += down_offset(token, layer) + split * HIDDEN + output;
-        parity = down_parity(token, layer);
-      }
-      store1(to, flagged(v, parity));
+      const TileItem<N> item(i, tiles, pass.blocks);
+      if (!has<N>(active, item.token)) continue;
+      const float bias = i < THREADS ? first.bias : vectors(item.element, STAGE_QKV, layer).bias;
+      const float v = gather(shared.sums, shared.tables.parts[STAGE_QKV][item.index], item.row, item.token);
+      store1(scratch + item.token * SCRATCH_ROW + SCRATCH_QKV + item.element,
+             flagged(fmaf(v, shared.scale[item.token], bias), row_parity<N>(parities, item.token)));
     }
   }
 
- public:
-  // Down's results have two buffers: blocks without a tile of QKV may still read those of the layer before.
-  __device__ __forceinline__ int down_offset(int row, int layer) const {
-    return SCRATCH_DOWN + ((layer - pass.row[row].first_layer) & 1) * DOWN_SPLITS * HIDDEN;
+  // f(item, its vectors, whether it is one) for the thread's outputs of O or of down; by whole warps.
+  template <class F>
+  __device__ __forceinline__ void each_output(int tid, int stage, int2 tiles, int layer, const OutputVectors& first,
+                                              F f) {
+    tid = fresh<N>(tid);
+    const int all = tiles.x * 16 * N;
+#pragma unroll 1
+    for (int base = tid & ~31; base < all; base += THREADS) {
+      const int i = base + (tid & 31);
+      const TileItem<N> item(min(i, all - 1), tiles, pass.blocks);
+      f(item, base < THREADS ? first : vectors(item.element, stage, layer), i < all);
+    }
   }
-  __device__ __forceinline__ unsigned down_parity(int row, int layer) const {
-    return ((layer - pass.row[row].first_layer) >> 1 & 1) ^ 1;
+
+  // Outputs with the residual added.
+  __device__ __forceinline__ void add(int tid, int stage, int2 tiles, int layer, unsigned active, unsigned parities,
+                                      const float (*sums)[128], const OutputVectors& first, bool compared) {
+    each_output(tid, stage, tiles, layer, first, [&](const TileItem<N>& item, const OutputVectors& of, bool there) {
+      float v;
+      if (SEDAC_POST_NORMS) {
+        v = shared.output[item.index][item.token][item.row] * shared.output_factor[item.token] * of.output_norm;
+      } else {
+        v = gather(sums, shared.tables.parts[stage][item.index], item.row, item.token) + of.bias;
+      }
+      residual.publish(item, v + shared.before[item.index][item.token][item.row], of.next_norm, stage == STAGE_DOWN,
+                       row_parity<N>(parities, item.token), there && has<N>(active, item.token), compared);
+    });
+    __syncwarp();
+  }
+
+  // Where a norm comes before adding: those who have tiles exchange its sums of squares.
+  __device__ __forceinline__ void normalise_outputs(int tid, int stage, int2 tiles, int layer, unsigned active,
+                                                    unsigned parities, const float (*sums)[128],
+                                                    const OutputVectors& first) {
+    const auto squares = [&](int row) { return residual.stream(row, stage == STAGE_O) + STREAM_OUTPUT_SUMS; };
+    each_output(tid, stage, tiles, layer, first, [&](const TileItem<N>& item, const OutputVectors& of, bool there) {
+      const float v = gather(sums, shared.tables.parts[stage][item.index], item.row, item.token) + of.bias;
+      const float sum = sum_of_lanes<16>(v * v);
+      if (!there) return;
+      shared.output[item.index][item.token][item.row] = v;
+      if (!item.row && has<N>(active, item.token))
+        store1(squares(item.token) + item.element / 16, flagged(sum, row_parity<N>(parities, item.token)));
+    });
+    __syncwarp();
+    const int warp = tid >> 5, lane = tid & 31;
+    if (warp < N && has<N>(active, warp)) {
+      float sum = 0;
+#pragma unroll 1
+      for (int tile = lane; tile < O_TILES; tile += 32) {
+        float v;
+        do v = load1(squares(warp) + tile);
+        while (!arrived(v, row_parity<N>(parities, warp)));
+        sum += unflagged(v);
+      }
+      __syncwarp();
+      sum = sum_of_lanes<32>(sum);
+      if (!lane) shared.output_factor[warp] = Residual<N>::norm_factor(sum);
+    }
+    sync_block();
   }
 };

@@ -23,10 +23,10 @@ struct Piece {
 constexpr int warp_share(int tiles, int columns) { return divided_up(tiles * columns, WARPS) + 1; }
 constexpr int most_pieces(int tiles, int columns) {
   const int blocks = warp_share(divided_up(tiles, MIN_BLOCKS), columns);
-  return divided_up(blocks, PIECE) + blocks / columns + 2;
+  return divided_up(blocks, PIECE) + 2 * (blocks / columns) + 2;
 }
 constexpr int MAX_PIECES = most_pieces(QKV_TILES, HIDDEN_COLUMNS) + most_pieces(O_TILES, ATTENTION_COLUMNS) +
-                           most_pieces(GATE_UP_TILES, HIDDEN_COLUMNS) + most_pieces(DOWN_TILES, DOWN_COLUMNS);
+                           most_pieces(GATE_UP_TILES, HIDDEN_COLUMNS) + most_pieces(DOWN_TILES, INNER_COLUMNS);
 
 struct alignas(16) Tables {
   Piece piece[WARPS][MAX_PIECES];
@@ -56,7 +56,7 @@ __device__ __forceinline__ StageShape stage_shape(int stage, int block, int bloc
     case STAGE_GATE_UP:
       return {GATE_UP_TILES, HIDDEN_COLUMNS, block};
     default:
-      return {DOWN_TILES, DOWN_COLUMNS, blocks - 1 - block};
+      return {DOWN_TILES, INNER_COLUMNS, blocks - 1 - block};
   }
 }
 
@@ -69,15 +69,15 @@ __device__ __forceinline__ int cut_stage(Tables& tables, int stage, int warp, in
   int at = start;
   while (count && (at < end || (at == start && start == end))) {
     const int index = min(at, all - 1) / shape.columns, column = at - index * shape.columns;
-    const int length = min(min(PIECE, end - at), shape.columns - column);
+    // down's input comes in groups of whole pieces, from the warp's first column block on
+    const int most = stage == STAGE_DOWN ? PIECE - (at - start) % PIECE : PIECE;
+    const int length = min(min(most, end - at), shape.columns - column);
     const int tile = shape.first + index * blocks;
     const bool ends = at + length == end || column + length == shape.columns;
-    const int split = stage == STAGE_DOWN ? tile / O_TILES : 0;
-    const int row_tile = stage == STAGE_DOWN ? tile % O_TILES : tile;
-    const int whole = stage == STAGE_DOWN ? INNER_COLUMNS : shape.columns, input = split * shape.columns + column;
     if (piece >= MAX_PIECES) __trap();
-    tables.piece[warp][piece++] = {static_cast<unsigned>(row_tile * whole + input), static_cast<unsigned short>(input),
-                                   static_cast<unsigned char>(length), static_cast<unsigned char>(stage),
+    tables.piece[warp][piece++] = {static_cast<unsigned>(tile * shape.columns + column),
+                                   static_cast<unsigned short>(column), static_cast<unsigned char>(length),
+                                   static_cast<unsigned char>(stage),
                                    static_cast<unsigned char>(ends ? warp + index + 1 : 0)};
     if (!length) break;
     at += length;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void sum_parts(Tables& tables, int stage, int index, 
 // The head: a tile to each warp in a round; in the last round warps share tiles.
 __device__ __forceinline__ int4 last_head_share(int warp, int block, int blocks) {
   const int count = tile_count(block, HEAD_TILES, blocks), base = (count - 1) / WARPS * WARPS, rest = count - base;
-  const int parts = WARPS / larger(rest, 1), index = warp / parts, part = warp % parts;
+  const int parts = min(WARPS / larger(rest, 1), HIDDEN_COLUMNS), index = warp / parts, part = warp % parts;
   const int start = part * HIDDEN_COLUMNS / parts, end = (part + 1) * HIDDEN_COLUMNS / parts;
   return make_int4(block + (base + index) * blocks, start, index < rest ? end : start, part | parts << 8);
 }

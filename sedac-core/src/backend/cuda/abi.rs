@@ -5,7 +5,7 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 1;
+pub(super) const ABI: u32 = 2;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -31,6 +31,8 @@ pub(super) struct ChainFacts {
     pub(super) max_capacity: u32,
     /// Of a block.
     pub(super) table_bytes: u32,
+    /// Of a position: its hidden state at an exit, and what belongs to it.
+    pub(super) saved_floats: u32,
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
 }
@@ -55,6 +57,7 @@ impl ChainFacts {
             max_blocks: word(10),
             max_capacity: word(11),
             table_bytes: word(12),
+            saved_floats: word(13),
             scratch_bytes: u64::from_le_bytes(scratch_bytes),
         })
     }
@@ -217,15 +220,14 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = 1..=13_u32;
+        let words = 1..=14_u32;
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend([0; 4]);
-        bytes.extend(14_u64.to_le_bytes());
+        bytes.extend(15_u64.to_le_bytes());
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
-            (facts.abi, facts.table_bytes, facts.scratch_bytes),
-            (1, 13, 14)
+            (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
+            (13, 14, 15)
         );
         assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 56);
         assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);

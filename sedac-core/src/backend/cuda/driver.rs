@@ -113,7 +113,7 @@ impl MemorySizes {
             layers: shape.layers,
             vocabulary: shape.vocabulary,
             slot: key_size * positions * HALF,
-            saved: slots * positions * shape.hidden as u64 * FLOAT,
+            saved: slots * positions * u64::from(chain.facts.saved_floats) * FLOAT,
             tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
             scratch: chain.facts.scratch_bytes,
             conditions: MAX_CRITERIA * shape.layers,
