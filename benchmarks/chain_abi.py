@@ -46,6 +46,7 @@ class Layer(Structure):
         *((name, c_uint64) for name in _LAYER_POINTERS),
         ("window", c_int),
         ("rotary", c_int),
+        ("probe", c_uint64),
     )
 
 
@@ -89,6 +90,12 @@ class Condition(Structure):
     )
 
 
+class RowRace(Structure):
+    """By what the token of a row is sampled."""
+
+    _fields_ = (("key", c_uint64), ("inverse_temperature", c_float), ("unused", c_int))
+
+
 class SequenceOutcome(Structure):
     """Where a sequence stopped, and the criterion that stopped it, -1 for none."""
 
@@ -96,7 +103,7 @@ class SequenceOutcome(Structure):
         ("depth", c_int),
         ("criterion", c_int),
         ("stability", c_float),
-        ("unused", c_int),
+        ("risk", c_float),
     )
 
 
@@ -111,6 +118,17 @@ class RowOutcome(Structure):
     )
 
 
+class RaceOutcome(Structure):
+    """The winner of a row's race; total is the sum of exp(logit - the highest)."""
+
+    _fields_ = (
+        ("token", c_uint),
+        ("logit", c_float),
+        ("total", c_float),
+        ("is_certain", c_int),
+    )
+
+
 class Outcome(Structure):
     """What the host reads after a pass; times in nanoseconds of the device's clock."""
 
@@ -120,6 +138,7 @@ class Outcome(Structure):
         ("started", c_uint64),
         ("layers_ended", c_uint64),
         ("ended", c_uint64),
+        ("race", RaceOutcome * MAX_ROWS),
     )
 
 
@@ -132,4 +151,7 @@ class Pass(Structure):
         ("logits_rows", c_uint),
         ("row", Row * MAX_ROWS),
         ("sequence", SequenceRows * MAX_ROWS),
+        ("race", RowRace * MAX_ROWS),
+        ("sampled_rows", c_uint),
+        ("unused", c_uint),
     )

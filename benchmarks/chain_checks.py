@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from chain_abi import Condition
+from chain_abi import Condition, RowRace
 from chain_launcher import ChainLauncher, SequenceInput
 from torch import Tensor
 
@@ -17,10 +19,14 @@ from torch import Tensor
 TOLERANCE = 1e-2
 MARGIN_TOLERANCE = 1e-4
 STABILITY_TOLERANCE = 1e-3
+RISK_TOLERANCE = 1e-2
 
 TOKENS = (5, 17, 33, 99, 120, 7, 8, 150)
 PASSES = (1, 2, 3, 5, 8)
 REPETITIONS = 100
+TEMPERATURES = (0.3, 0.8, 1.0, 1.7)
+RACES = 5  # passes at each temperature
+MIN_CERTAIN = 0.95
 RUN_LENGTH = 2
 
 
@@ -51,6 +57,7 @@ class ChainChecks:
         with torch.no_grad():
             yield from self._agreement_with_pytorch()
             yield from self._margins()
+            yield from self._races()
             yield self._tokens_one_by_one()
             yield self._sequences_together()
             yield from self._exits()
@@ -59,6 +66,7 @@ class ChainChecks:
             yield from self._frozen_rows()
             yield self._gap_between_sequences()
             yield from self._stability_exits()
+            yield from self._risk_exits()
             yield self._repetitions()
 
     def _agreement_with_pytorch(self) -> Iterator[KernelCheck]:
@@ -91,6 +99,33 @@ class ChainChecks:
         margins = torch.tensor([row.margin for row in rows], device=first.device)
         error = (margins - (first - second)).abs().max().item()
         yield KernelCheck("margins", error < MARGIN_TOLERANCE, f"error {error:.1e}")
+
+    def _races(self) -> Iterator[KernelCheck]:
+        """Against the sampler's own arithmetic on the logits, which are those without races."""
+        wins = certain = drawn = 0
+        same, worst = True, 0.0
+        for temperature in TEMPERATURES:
+            for first in range(RACES):
+                keys = [_key(first * len(TOKENS) + row) for row in range(len(TOKENS))]
+                self._launcher.fill(0, self._position)
+                races = [RowRace(key, 1 / temperature) for key in keys]
+                logits = self._launcher.run([self._sequence(TOKENS)], races=races)
+                same = same and torch.equal(logits, self._bits)
+                outcomes = self._launcher.outcome().race[: len(keys)]
+                for key, row, outcome in zip(keys, logits.cpu().numpy(), outcomes, strict=True):
+                    right = outcome.token == race_winner(row, temperature, key)
+                    certain += outcome.is_certain
+                    wins += right and outcome.logit == row[outcome.token] and outcome.is_certain
+                    total = np.exp(row.astype(np.float64) - row.max()).sum()
+                    worst = max(worst, abs(outcome.total / total - 1))
+                drawn += len(keys)
+        yield KernelCheck("the same bits where tokens are sampled", same)
+        yield KernelCheck(
+            "sampled tokens", wins == certain, f"{wins} of {certain} are the sampler's"
+        )
+        passed = certain >= MIN_CERTAIN * drawn
+        yield KernelCheck("races that are certain", passed, f"{certain} of {drawn}")
+        yield KernelCheck("sums of weights", worst < MARGIN_TOLERANCE, f"error {worst:.1e}")
 
     def _tokens_one_by_one(self) -> KernelCheck:
         self._launcher.fill(0, self._position)
@@ -198,13 +233,51 @@ class ChainChecks:
         same = all(torch.equal(logits, found[0]) for logits in found)
         yield KernelCheck("the same bits at stability exits", same)
 
-    def _run_rule(self, rule: list[Condition], others: int) -> tuple[Tensor, list[int]]:
-        """The first token's logits and all depths, beside another sequence's rows."""
+    def _risk_exits(self) -> Iterator[KernelCheck]:
+        """Probes after some layers only; the deepest of them says stop."""
+        history = self._launcher.fill(0, self._position)
+        decoder = self._launcher.decoder
+        depths = [depth for depth in range(1, self._layers) if depth % 3]
+        risks = {}
+        for depth in depths:
+            self._launcher.hold_probe(
+                depth, torch.cat([w.flatten() for w in decoder.probe(depth).values()])
+            )
+            hidden = decoder.compute(history, TOKENS[:1], depth).hidden
+            risks[depth] = decoder.risk(depth, hidden).item()
+        rule = [Condition() for _ in range(self._layers)]
+        for depth, risk in risks.items():
+            bound = risk + RISK_TOLERANCE * (1 if depth == depths[-1] else -1)
+            rule[depth - 1] = _risk_condition(bound)
+        found = []
+        for others, both in ((0, False), (3, False), (7, False), (1, True)):
+            logits, stops = self._run_rule(rule, others, both)
+            outcome = self._launcher.outcome().sequence[0]
+            error = abs(outcome.risk - risks[depths[-1]])
+            detail = f"depth {stops[0]} of {depths[-1]}, risk's error {error:.1e}"
+            passed = (stops[0], outcome.criterion) == (depths[-1], 0) and error < RISK_TOLERANCE
+            yield KernelCheck(
+                f"risk exit beside {others} rows{' with risks' * both}", passed, detail
+            )
+            found.append((logits, outcome.risk))
+        same = all(
+            torch.equal(logits, found[0][0]) and risk == found[0][1] for logits, risk in found
+        )
+        yield KernelCheck("the same bits at risk exits", same)
+
+    def _run_rule(
+        self, rule: list[Condition], others: int, both: bool = False
+    ) -> tuple[Tensor, list[int]]:
+        """The first token's logits and all depths, beside another sequence's rows.
+
+        both: the rule decides about the other sequence too.
+        """
         self._launcher.fill(0, self._position)
         self._launcher.fill(1, 37, seed=5)
         sequences = [self._sequence(TOKENS[:1], conditions=rule)]
         if others:
-            sequences.append(self._sequence(range(3, 3 + others), 37, slot=1))
+            theirs = rule if both else ()
+            sequences.append(self._sequence(range(3, 3 + others), 37, slot=1, conditions=theirs))
         logits = self._launcher.run(sequences)[0]
         outcome = self._launcher.outcome()
         return logits, [outcome.sequence[index].depth for index in range(len(sequences))]
@@ -246,6 +319,23 @@ class ChainChecks:
         return [keys[0, :, self._position].clone() for keys in self._launcher.keys]
 
 
+def race_winner(logits: npt.NDArray[np.float32], temperature: float, key: int) -> int:
+    """The token that sedac-core/src/sampler/race.rs chooses without filters."""
+    z = np.uint64(key) + np.arange(len(logits), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    uniform = ((z >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    weights = np.exp((logits - logits.max()) / np.float32(temperature))
+    with np.errstate(divide="ignore"):
+        return int((-np.log(uniform) / weights.astype(np.float64)).argmin())
+
+
+def _key(number: int) -> int:
+    """A key of 64 random bits."""
+    return int(np.random.default_rng(number).integers(1 << 64, dtype=np.uint64))
+
+
 def stability_threshold(stabilities: list[float]) -> tuple[float, int]:
     """A threshold at which the token exits before its last layer, and after how many.
 
@@ -273,6 +363,10 @@ def _first_run(stabilities: list[float], threshold: float) -> int:
 
 def _stability_condition(threshold: float) -> Condition:
     return Condition(signal=1, comparison=0, threshold=threshold, run_length=RUN_LENGTH, may_exit=1)
+
+
+def _risk_condition(threshold: float) -> Condition:
+    return Condition(signal=2, comparison=1, threshold=threshold, run_length=1, may_exit=1)
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:

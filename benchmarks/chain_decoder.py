@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
 from sedac_export.cuda.compiler import chain_macros
+from sedac_export.exits.replay.probes import RISK_WIDTH, LREProbe
 
 _ROTARY_BASE = 1e6
 
@@ -76,6 +77,25 @@ class RandomDecoder:
             numbers = 0.1 * self._random(generator, self._vector_size(name))
             weights[name] = numbers if name.endswith("_bias") else 1 + numbers
         return weights
+
+    def probe(self, depth: int) -> dict[str, Tensor]:
+        """An entropy probe as sedac_export.exits.replay.probes.LREProbe has them, fp32."""
+        generator = self._generator(-1000 - depth)
+        sizes = {
+            "down.weight": (RISK_WIDTH, self.shape.hidden),
+            "norm.weight": (RISK_WIDTH,),
+            "norm.bias": (RISK_WIDTH,),
+            "up.weight": (1, RISK_WIDTH),
+            "up.bias": (1,),
+        }
+        return {name: 0.2 * self._random(generator, *size) for name, size in sizes.items()}
+
+    def risk(self, depth: int, hidden: Tensor) -> Tensor:
+        """What that probe gives for hidden states [tokens, hidden]: [tokens]."""
+        probe = LREProbe(self.shape.hidden).to(self.device)
+        probe.load_state_dict(self.probe(depth))
+        risks: Tensor = probe(hidden)
+        return risks[:, 0]
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [positions, rotary size / 2]."""

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from chain_abi import COUNTERS, MAX_ROWS, Condition, Facts, Layer, Outcome, Pass, Row, SequenceRows
+from chain_abi import (
+    COUNTERS,
+    MAX_ROWS,
+    Condition,
+    Facts,
+    Layer,
+    Outcome,
+    Pass,
+    Row,
+    RowRace,
+    SequenceRows,
+)
 from chain_decoder import ChainCase, History, RandomDecoder
 from cuda.bindings import driver
 from torch import Tensor
@@ -96,8 +107,23 @@ class ChainLauncher:
                 cache[slot, :, :positions] = filled
         return history
 
-    def make_pass(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Pass:
-        """The parameter of a pass. logits_rows: bits of the rows that want logits, default all."""
+    def hold_probe(self, depth: int, weights: Tensor) -> None:
+        """Give the chain the entropy probe after `depth` layers: its numbers in one row."""
+        self._probes.append(weights)
+        self._layers[depth - 1].probe = weights.data_ptr()
+        self._buffers["layers"] = _on_device(self._layers)
+
+    def make_pass(
+        self,
+        sequences: Sequence[SequenceInput],
+        logits_rows: int | None = None,
+        races: Sequence[RowRace] = (),
+    ) -> Pass:
+        """The parameter of a pass.
+
+        logits_rows: bits of the rows that want logits, default all; races: of the first rows, whose
+        tokens are sampled.
+        """
         made = Pass(capacity=self.capacity, blocks=self.blocks, sequences=len(sequences))
         for name, tensor in self._buffers.items():
             setattr(made, name, tensor.data_ptr())
@@ -109,6 +135,9 @@ class ChainLauncher:
             first += len(sequence.rows)
         made.rows = first
         made.logits_rows = (1 << first) - 1 if logits_rows is None else logits_rows
+        made.sampled_rows = (1 << len(races)) - 1
+        for row, race in enumerate(races):
+            made.race[row] = race
         return made
 
     def launch(self, wanted: Pass, outcome: int = 0) -> None:
@@ -126,9 +155,14 @@ class ChainLauncher:
         at = ctypes.addressof(parameters)
         _succeed(driver.cuLaunchCooperativeKernel(function, *grid, *block, shared, stream, at))
 
-    def run(self, sequences: Sequence[SequenceInput], logits_rows: int | None = None) -> Tensor:
+    def run(
+        self,
+        sequences: Sequence[SequenceInput],
+        logits_rows: int | None = None,
+        races: Sequence[RowRace] = (),
+    ) -> Tensor:
         """Run one pass to its end; logits [rows, vocabulary], NaN where none are wanted."""
-        wanted = self.make_pass(sequences, logits_rows)
+        wanted = self.make_pass(sequences, logits_rows, races)
         self._buffers["logits"].fill_(float("nan"))
         torch.cuda.synchronize()
         self.launch(wanted)
@@ -175,7 +209,8 @@ class ChainLauncher:
             for _ in range(2)
         )
         self._weights = [_packed_layer(decoder.layer(i)) for i in range(shape.layers)]
-        layers = (Layer * shape.layers)()
+        layers = self._layers = (Layer * shape.layers)()
+        self._probes: list[Tensor] = []
         for layer, weights, keys, values in zip(
             layers, self._weights, self.keys, self.values, strict=True
         ):

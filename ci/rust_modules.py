@@ -18,7 +18,7 @@ ALLOWED = {
     "sequence": "error kv",
     "bundle": "error interrupt kv policy",
     "backend": "error interrupt sampler kv policy sequence bundle",
-    "draft": "error interrupt policy sequence bundle backend",
+    "draft": "error interrupt sampler policy sequence bundle backend",
     "chain": "error interrupt sampler kv policy sequence bundle backend draft",
     "certification": "error sampler kv policy bundle chain",
     "bench": "error interrupt sampler kv chain",

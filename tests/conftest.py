@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sedac_runtime.model
 from sedac_export import BuildRequest
 from sedac_export.build import exporter
+from sedac_export.device_graphs import onnxruntime_cuda
 from sedac_export.tensorrt import portable_writer
 from sedac_runtime import SedacModel
+from sedac_runtime.flavour import find_gpu
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 # threads of several workers that spin for the same cores hold each other up
@@ -106,7 +108,7 @@ def default_threads() -> Iterator[None]:
 def cached_traces(build_cache: BuildCache) -> Iterator[None]:
     """Trace each model once: that is most of the time that a build takes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporter, portable_writer):
+        for module in (exporter, onnxruntime_cuda, portable_writer):
             patch.setattr(module, "trace_graphs", build_cache.tracing(module.trace_graphs))
         yield
 
@@ -149,3 +151,14 @@ def demo_reference() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         DEMO_MODEL, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+def require_chain() -> None:
+    """Skip the test where the target cuda cannot be compiled or run."""
+    for module in ("cuda.bindings.nvrtc", "elftools"):
+        pytest.importorskip(module, reason="of the extra sedac[cuda]")
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("this host has no NVIDIA GPU")
+    if float(gpu.compute_capability) < 9:
+        pytest.skip(f"the chain does not run on {gpu.name}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_MODEL, THREADS
+from conftest import DEMO_MODEL, THREADS, require_chain
 from rehearsal import add_stand_ins
 
 from sedac_export.bundle.plan_entries import BuildOptions
@@ -73,13 +73,7 @@ def test_plans_run(target: Target, own_demo: Path, demo_model: SedacModel) -> No
 @pytest.fixture(scope="module")
 def chain_model(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> SedacModel:
     """The demo bundle with the target cuda, loaded on the GPU."""
-    for module in ("cuda.bindings.nvrtc", "elftools"):
-        pytest.importorskip(module, reason="of the extra sedac[cuda]")
-    gpu = find_gpu()
-    if gpu is None:
-        pytest.skip("this host has no NVIDIA GPU")
-    if float(gpu.compute_capability) < 9:
-        pytest.skip(f"the chain does not run on {gpu.name}")
+    require_chain()
     directory = tmp_path_factory.mktemp("chain") / "bundle"
     shutil.copytree(demo_bundle, directory)
     add_cuda(directory, str(DEMO_MODEL))
@@ -96,11 +90,18 @@ def test_the_chain_generates_the_texts_of_onnxruntime(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("drafter", ["auto", "early-exit"])
-def test_the_chain_is_lossless_bit_for_bit(drafter: str, chain_model: SedacModel) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}],
+    ids=["greedy", "sampled", "filtered"],
+)
+def test_the_chain_is_lossless_bit_for_bit(
+    sampling: dict[str, float], drafter: str, chain_model: SedacModel
+) -> None:
     """A token's logits are the same bits in every pass, so there are not even ties to break."""
     drafted = 0
     for prompt in PROMPTS:
-        wanted = {"max_new_tokens": 200, "stop_tokens": []}
+        wanted = {"max_new_tokens": 200, "stop_tokens": []} | sampling
         full = chain_model.generate(prompt, mode="full", **wanted)
         lossless = chain_model.generate(prompt, mode="lossless", drafter=drafter, **wanted)
         assert lossless.tokens == full.tokens

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
@@ -9,6 +9,7 @@ from typing_extensions import Buffer
 from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.choices import (
     Backend,
+    DeviceChoice,
     Drafter,
     ExitKind,
     ExitReason,
@@ -19,7 +20,7 @@ from sedac_runtime.choices import (
     PolicyName,
     Verify,
 )
-from sedac_runtime.flavour import Executor
+from sedac_runtime.flavour import Device, Executor
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -197,6 +198,8 @@ class Model:
         executor: Executor | None = None,
         *,
         backend: Literal["auto", "onnxruntime", "cuda"] = ...,
+        device: Device | None = None,
+        prepare: Callable[[Backend], Executor | None] | None = None,
         verify: Verify = ...,
         memory_limit: int | None = None,
     ) -> Model: ...
@@ -204,7 +207,9 @@ class Model:
     @property
     def backend(self) -> Backend: ...
     @property
-    def fallback(self) -> str | None: ...
+    def device(self) -> DeviceChoice: ...
+    @property
+    def passed_over(self) -> list[tuple[str, str]]: ...
     @property
     def name(self) -> str: ...
     @property

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from sedac_runtime._core import BenchCase, DecodingMode, InputError
 from sedac_runtime.bench_row import BenchRow
-from sedac_runtime.choices import BackendChoice, LosslessDrafter, Verify
+from sedac_runtime.choices import BackendChoice, DeviceChoice, LosslessDrafter, Verify
 from sedac_runtime.model import SedacModel
 from sedac_runtime.ranges import check_count
 
@@ -25,6 +25,7 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     backend: BackendChoice = "onnxruntime",
+    device: DeviceChoice | None = None,
     verify: Verify = "always",
     memory_limit: int | None = None,
 ) -> list[BenchRow]:
@@ -58,7 +59,12 @@ def bench(
     # any tokens will do; these differ, and exist in any vocabulary of 98 or more
     meaningless = [1 + position % 97 for position in range(prompt_tokens)]
     model = SedacModel.from_pretrained(
-        bundle, threads=threads, backend=backend, verify=verify, memory_limit=memory_limit
+        bundle,
+        threads=threads,
+        backend=backend,
+        device=device,
+        verify=verify,
+        memory_limit=memory_limit,
     )
     return model.measure(
         cases,

@@ -13,6 +13,8 @@ Drafter = Literal["none"] | LosslessDrafter
 Verify = Literal["always", "changed"]
 Backend = Literal["onnxruntime", "cuda"] | Target
 BackendChoice = Literal["auto"] | Backend
+# where a backend runs
+DeviceChoice = Literal["cpu", "cuda"]
 ExitReason = Literal[
     "full_depth",
     "depth_limit",

@@ -58,9 +58,23 @@ BackendOption = Annotated[
     BackendName,
     typer.Option(
         "--backend",
-        help="Runs the engines: ONNX Runtime on the CPU, or on a GPU the CUDA kernels or TensorRT."
-        " auto takes the CUDA kernels where they can run, else ONNX Runtime.",
+        help="Runs the engines: ONNX Runtime on the CPU or a GPU, or on a GPU the CUDA kernels or"
+        " TensorRT. auto takes the first that can run of CUDA kernels, TensorRT, ONNX Runtime on"
+        " the GPU and on the CPU.",
     ),
+]
+
+
+class DeviceName(StrEnum):
+    """What --device takes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+DeviceOption = Annotated[
+    DeviceName | None,
+    typer.Option("--device", help="Where ONNX Runtime runs. [default: cpu]"),
 ]
 
 
@@ -208,6 +222,7 @@ def generate(
     ] = None,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
+    device: DeviceOption = None,
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
     stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
@@ -227,6 +242,7 @@ def generate(
         engines,
         threads=threads,
         backend=backend.value,
+        device=None if device is None else device.value,
         verify=verify.value,
         memory_limit=_bytes(memory_limit),
     )
@@ -298,6 +314,7 @@ def bench(
     repeat: Annotated[int, typer.Option(help="Timed repetitions of each row.")] = 5,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
+    device: DeviceOption = None,
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
     as_json: JsonOption = False,
@@ -314,6 +331,7 @@ def bench(
         repeat=repeat,
         threads=threads,
         backend=backend.value,
+        device=None if device is None else device.value,
         verify=verify.value,
         memory_limit=_bytes(memory_limit),
     )

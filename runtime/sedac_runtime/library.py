@@ -1,5 +1,6 @@
 """Find the ONNX Runtime library inside the installed onnxruntime package."""
 
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -10,9 +11,11 @@ _PATTERNS = ("libonnxruntime.so*", "libonnxruntime*.dylib", "onnxruntime.dll")
 
 
 def find_onnxruntime() -> Path:
-    """Path of the shared library that the onnxruntime (or onnxruntime-gpu) wheel carries.
+    """Path of the shared library that the onnxruntime wheel carries, or onnxruntime-gpu's.
 
-    Raises EngineError when the package is not installed or carries no library.
+    Both wheels write into one package; where both are installed it is onnxruntime-gpu's library,
+    which can do what the other can. Raises EngineError when the package is not installed or
+    carries no library.
     """
     # the package itself is not imported: its Python side would load a second copy of itself
     spec = importlib.util.find_spec("onnxruntime")
@@ -22,8 +25,17 @@ def find_onnxruntime() -> Path:
     for pattern in _PATTERNS:
         found = sorted(capi.glob(pattern))
         if found:
-            return found[0]
+            version = _gpu_version()
+            own = (path for path in found if version and path.name.endswith(f".so.{version}"))
+            return next(own, found[0])
     raise EngineError(f"{capi} holds no ONNX Runtime library; pip install --force onnxruntime")
+
+
+def _gpu_version() -> str | None:
+    try:
+        return importlib.metadata.version("onnxruntime-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def default_threads() -> int:

@@ -3,14 +3,24 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sedac_runtime import _core
 from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.chat import Message, render_chat
-from sedac_runtime.choices import Backend, BackendChoice, Drafter, KvFill, Mode, PolicyName, Verify
+from sedac_runtime.choices import (
+    Backend,
+    BackendChoice,
+    DeviceChoice,
+    Drafter,
+    KvFill,
+    Mode,
+    PolicyName,
+    Verify,
+)
+from sedac_runtime.cuda_libraries import load_cuda_libraries
 from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
 from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
@@ -179,30 +189,33 @@ class SedacModel:
         *,
         threads: int | None = None,
         backend: BackendChoice = "onnxruntime",
+        device: DeviceChoice | None = None,
         verify: Verify = "always",
         memory_limit: int | None = None,
     ) -> "SedacModel":
         """Check and load the bundle in directory `bundle`.
 
         threads: fixed for the process by the first bundle loaded; None uses all processors.
-        backend: "onnxruntime" runs the engines on the CPU; "cuda" the bundle's kernels, and
-        "tensorrt" and "tensorrt-rtx" its plans for that target, on the first NVIDIA GPU. "auto" is
-        "cuda" where that can run, else "onnxruntime", and a warning in the log says why. verify:
-        "always" hashes every file, "changed" skips files whose size, times and inode are those of
-        their last successful check.
+        backend: "onnxruntime" runs the engines on the CPU, or with device "cuda" the bundle's
+        graphs for GPUs; "cuda" runs the bundle's kernels, "tensorrt" and "tensorrt-rtx" its plans
+        for that target. All of these take the first NVIDIA GPU. "auto" is the first that can run of
+        "cuda", TensorRT, "onnxruntime" on the GPU and on the CPU; the log says which it is, and in
+        warnings why no better one.
+        device: where "onnxruntime" runs; None for the CPU.
+        verify: "always" hashes every file, "changed" skips files whose size, times and inode are
+        those of their last successful check.
         memory_limit: bytes for engines and KV cache; None for the available memory.
 
         Raises BundleError when the bundle is damaged, does not fit into memory or has no engines
-        for the backend, EngineError when ONNX Runtime, TensorRT or the GPU's driver fails.
+        for the backend, EngineError when ONNX Runtime, its CUDA provider, TensorRT or the GPU's
+        driver fails.
         """
-        known = ("auto", *_core.SPELLINGS["backend"])
-        if backend not in known:
-            raise _core.InputError(f"backend {backend} is out of range: {' or '.join(known)}")
+        _check_backend(backend, device)
         count = default_threads() if threads is None else threads
         check_count("threads", count, 1, MOST_THREADS)
         if memory_limit is not None:
             check_count("memory_limit", memory_limit, 1, LARGEST_SEED)
-        path = Path(bundle)
+        path, library = Path(bundle), find_onnxruntime()
         executor: Executor | None = None
         runner: Literal["auto", "onnxruntime", "cuda"] = "onnxruntime"
         if backend == "tensorrt" or backend == "tensorrt-rtx":
@@ -211,12 +224,16 @@ class SedacModel:
             executor = PlanExecutor(backend, path)
         else:
             runner = backend
+        if device == "cuda":
+            load_cuda_libraries(library)
         core = _core.Model(
             path,
-            find_onnxruntime(),
+            library,
             count,
             executor,
             backend=runner,
+            device="cuda" if device == "cuda" else None,
+            prepare=partial(_prepare, path, library),
             verify=verify,
             memory_limit=memory_limit,
         )
@@ -230,9 +247,14 @@ class SedacModel:
         return self._core.backend
 
     @property
-    def fallback(self) -> str | None:
-        """Why backend "auto" did not choose "cuda"; None where it did or was not asked."""
-        return self._core.fallback
+    def device(self) -> DeviceChoice:
+        """Where it runs: on the CPU or on the first NVIDIA GPU ("cuda")."""
+        return self._core.device
+
+    @property
+    def passed_over(self) -> list[tuple[str, str]]:
+        """The better backends that "auto" could not take, the best first, each with the reason."""
+        return self._core.passed_over
 
     @property
     def num_layers(self) -> int:
@@ -418,9 +440,32 @@ class SedacModel:
         return self._core.bench(list(cases), start, prompt_tokens, new_tokens, repeat, against)
 
 
+def _check_backend(backend: BackendChoice, device: DeviceChoice | None) -> None:
+    known = ("auto", *_core.SPELLINGS["backend"])
+    if backend not in known:
+        raise _core.InputError(f"backend {backend} is out of range: {' or '.join(known)}")
+    if device not in (None, *get_args(DeviceChoice)):
+        raise _core.InputError(f"device {device} is out of range: cpu or cuda")
+    if device is not None and backend != "onnxruntime":
+        raise _core.InputError(
+            f"device {device} belongs to backend onnxruntime, and backend {backend} has its own;"
+            " leave it out"
+        )
+
+
+def _prepare(bundle: Path, library: Path, backend: Backend) -> Executor | None:
+    """What `backend` needs before "auto" tries it on a GPU. Raises EngineError."""
+    if backend == "tensorrt" or backend == "tensorrt-rtx":
+        from sedac_runtime.tensorrt import PlanExecutor
+
+        return PlanExecutor(backend, bundle)
+    load_cuda_libraries(library)
+    return None
+
+
 def _log_choice(core: _core.Model) -> None:
     """Log what backend "auto" has chosen; without any handler, warnings appear on stderr."""
-    if core.fallback is None:
-        _LOG.info("backend auto: %s", core.backend)
-    else:
-        _LOG.warning("backend auto: %s, not cuda: %s", core.backend, core.fallback)
+    level = logging.WARNING if core.passed_over else logging.INFO
+    _LOG.log(level, "backend auto: %s on %s", core.backend, core.device)
+    for backend, reason in core.passed_over:
+        _LOG.warning("backend auto: not %s: %s", backend, reason)

@@ -116,7 +116,9 @@ impl Manifest {
     /// below `engines`, which are of GPUs. It is taken of JSON with sorted keys and without spaces:
     /// `{"engines": .., "exit_layers": .., "files": {path: digest}}`.
     pub fn engines_sha256(&self) -> String {
-        let files = self.digests().filter(|(file, _)| !self.is_of_plans(file));
+        let files = self
+            .digests()
+            .filter(|(file, _)| !self.is_for_devices(file));
         let run = json!({
             "engines": self.engines,
             "exit_layers": self.exit_layers,

@@ -134,6 +134,7 @@ class Manifest(StrictModel):
     tool_versions: dict[str, str]
     portable: PortableGraphs | None = None
     plans: dict[Target, PlanSet] = Field(default_factory=dict)
+    onnxruntime_cuda: PortableGraphs | None = None
     cuda: CudaChain | None = None
     cuda_refusal: str | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)

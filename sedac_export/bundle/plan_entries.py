@@ -15,16 +15,22 @@ class PortableContext(StrictModel):
 
 
 class PortableLayers(StrictModel):
-    """A portable graph of consecutive decoder layers, counted from 0, and its mask inputs."""
+    """A portable graph of consecutive decoder layers, counted from 0, and its mask inputs.
+
+    stability says whether it gives that of its layers.
+    """
 
     file: str
     first_layer: int
     num_layers: int
     masks: list[str]
+    stability: bool = True
 
 
 class PortableGraphs(StrictModel):
-    """The graphs that TensorRT builds from, in the order of the bundle's own engines.
+    """Graphs in the bundle's precision, in the order of its own engines.
+
+    They are those that TensorRT builds from, or those that ONNX Runtime runs on a GPU.
 
     contexts are tensors, which the graph contexts_graph gives; it is None where there are none.
     masks gives for each mask input the positions that a token sees through it, 0 for all.

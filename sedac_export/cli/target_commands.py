@@ -20,18 +20,28 @@ from sedac_runtime.flavour import Target
 
 @dataclass(frozen=True)
 class ChosenTargets:
-    """The targets to build for, which this host can do: TensorRT's flavours, and cuda or not."""
+    """The targets to build for, which this host can do: TensorRT's flavours, and others or not."""
 
     flavours: list[Target]
     options: BuildOptions
     cuda: bool
+    onnxruntime_cuda: bool
 
     @classmethod
     def check(
         cls, targets: list[TargetName], options: BuildOptions, precision: Precision
     ) -> "ChosenTargets":
         """Those among `targets`. Raises SedacError when one cannot be built here."""
-        chosen = cls(tensorrt.check_flavours(targets, options), options, TargetName.CUDA in targets)
+        chosen = cls(
+            tensorrt.check_flavours(targets, options),
+            options,
+            cuda=TargetName.CUDA in targets,
+            onnxruntime_cuda=TargetName.ONNXRUNTIME_CUDA in targets,
+        )
+        if chosen.onnxruntime_cuda:
+            from sedac_export.device_graphs.onnxruntime_cuda import check_precision
+
+            check_precision(precision)
         if chosen.cuda:
             from sedac_export.cuda.add_cuda import check_cuda
 
@@ -40,6 +50,8 @@ class ChosenTargets:
 
     def add(self, directory: Path, model: str | None) -> None:
         """Build for them into the bundle `directory`."""
+        if self.onnxruntime_cuda:
+            _add_onnxruntime_cuda(directory, model)
         if self.cuda:
             _add_cuda(directory, model)
         tensorrt.add_flavours(directory, self.flavours, self.options, model)
@@ -69,6 +81,16 @@ def engines(
         hardware_compatible,
     )
     ChosenTargets.check(target, options, read_manifest(bundle).precision).add(bundle, model)
+
+
+def _add_onnxruntime_cuda(directory: Path, model: str | None) -> None:
+    from sedac_export.device_graphs.onnxruntime_cuda import add_onnxruntime_cuda
+
+    silence_libraries()
+    with progress_bar("trace") as progress:
+        graphs = add_onnxruntime_cuda(directory, model, progress)
+    summary = f"graphs for ONNX Runtime's CUDA provider: {len(graphs.layers)} layer engines"
+    console.print(summary, highlight=False, soft_wrap=True)
 
 
 def _add_cuda(directory: Path, model: str | None) -> None:

@@ -10,6 +10,7 @@ class TargetName(StrEnum):
     """A target that engines are built for."""
 
     ONNXRUNTIME = "onnxruntime"
+    ONNXRUNTIME_CUDA = "onnxruntime-cuda"
     CUDA = "cuda"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
@@ -19,5 +20,7 @@ OTHERS = " or ".join(name for name in TargetName if name is not TargetName.ONNXR
 
 Targets = Annotated[
     list[TargetName],
-    typer.Option("--target", help="Target to build for; repeatable. ONNX Runtime is always built."),
+    typer.Option(
+        "--target", help="Target to build for; repeatable. ONNX Runtime's for CPUs is always built."
+    ),
 ]

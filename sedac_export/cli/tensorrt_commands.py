@@ -72,6 +72,11 @@ def _validated(directory: Path, target: TargetName | None) -> list[Target]:
             "--target onnxruntime: the build has compared those engines with the original;"
             " sedac-export inspect shows by how much they differ"
         )
+    if target is TargetName.ONNXRUNTIME_CUDA:
+        raise SedacError(
+            "--target onnxruntime-cuda: validate does not run these graphs yet; they are traced"
+            " from the model, with the weights of the bundle's engines"
+        )
     if target is TargetName.CUDA:
         raise SedacError(
             "--target cuda: validate does not run this target's kernel yet; the build has compared"

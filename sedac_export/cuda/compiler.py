@@ -38,8 +38,9 @@ FACTS = "sedac_facts"
 _NO_ROOM = "shared memory is too small"
 # where a struct Facts has the dynamic shared memory of each entry, unsigned each
 _SHARED_BYTES = range(20, 36, 4)
+# of an entry: functions that it calls have properties, too, but no line of registers
 _KERNEL = re.compile(
-    r"Function properties for (\w+)\s.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL
+    r"Function properties for (\w+)\n.*?(\d+) bytes spill stores.*\n.*Used (\d+) registers"
 )
 
 

@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from sedac_export.device_graphs.graph_writer import MASK, WINDOW_MASK
 from sedac_export.graph.modules import (
     HeadModule,
     RecordingCache,
@@ -24,9 +25,6 @@ from sedac_export.graph.trace import TracedGraph, Tracer, stand_in, trace
 
 # traced with more than one sequence, so that no axis is taken for the constant 1
 BATCH = 2
-
-MASK = "mask"
-_WINDOW_MASK = "mask_window_"
 
 
 class PortableLayerModule(SingleLayerModule):
@@ -91,7 +89,7 @@ class PortableTracer(Tracer):
         graph = trace(module, inputs, outputs, dynamic)
         _slice_splits(graph.model.graph)
         if module.window > 0:
-            _rename_input(graph.model.graph, MASK, f"{_WINDOW_MASK}{module.window}")
+            _rename_input(graph.model.graph, MASK, f"{WINDOW_MASK}{module.window}")
         return graph
 
     def key_value(self, index: int) -> TracedGraph:
@@ -99,25 +97,6 @@ class PortableTracer(Tracer):
         graph = super().key_value(index)
         _slice_splits(graph.model.graph)
         return graph
-
-
-def masks_of(model: onnx.ModelProto) -> list[str]:
-    """Names of the mask inputs of a layer's or a block's graph."""
-    return [value.name for value in model.graph.input if value.name.startswith(MASK)]
-
-
-def window_of(mask: str) -> int:
-    """The positions that a layer with the mask input `mask` sees, 0 for all before it."""
-    return int(mask.removeprefix(_WINDOW_MASK)) if mask.startswith(_WINDOW_MASK) else 0
-
-
-def with_cache_length(model: onnx.ModelProto, length: int) -> onnx.ModelProto:
-    """`model` for caches of exactly `length` positions, as TensorRT needs them."""
-    for value in [*model.graph.input, *model.graph.output]:
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param == "cache_length":
-                axis.dim_value = length
-    return model
 
 
 def _slice_splits(graph: onnx.GraphProto) -> None:

@@ -16,12 +16,12 @@ pub(super) fn new_stream() -> Result<Arc<CudaStream>> {
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::Device {
             what: "the NVIDIA driver".into(),
-            reason: "libcuda is not installed; use --backend onnxruntime".into(),
+            reason: "libcuda is not installed; use --backend onnxruntime --device cpu".into(),
         });
     }
     let context = CudaContext::new(0).map_err(|error| Error::Device {
         what: "the first GPU".into(),
-        reason: format!("{error}; check nvidia-smi, or use --backend onnxruntime"),
+        reason: format!("{error}; check nvidia-smi, or use --backend onnxruntime --device cpu"),
     })?;
     // SAFETY: both backends keep their allocations to themselves and use them on this one stream,
     // whose order is all that is needed; events would be recorded into captured graphs

@@ -89,7 +89,7 @@ impl<E: Engines> HostDecided<E> {
             step.max_depth,
             interrupt,
         )?;
-        let logits = self.logits(step.sequence, step.logits, exit, interrupt)?;
+        let logits = self.logits(step.sequence, &step.logits, exit, interrupt)?;
         self.note_costs(step.tokens.len(), exit);
         Ok(StepOutcome {
             exit,
@@ -276,31 +276,35 @@ impl<E: Engines> HostDecided<E> {
     fn logits(
         &mut self,
         sequence: &Sequence,
-        wanted: LogitsRequest,
+        wanted: &LogitsRequest,
         exit: StepExit,
         interrupt: &Interrupt,
     ) -> Result<Logits> {
-        let rows = match (wanted, exit.reason) {
-            (LogitsRequest::None, _) => return Ok(Logits::None),
-            (LogitsRequest::Rows(rows) | LogitsRequest::Tokens(rows), ExitReason::FullDepth) => {
-                rows
-            }
-            (LogitsRequest::Rows(_) | LogitsRequest::Tokens(_), _) => 1,
+        let positions = match exit.reason {
+            ExitReason::FullDepth => wanted.positions(),
+            _ => wanted.positions().min(1),
         };
-        self.engines.head(rows)?;
+        if positions == 0 {
+            return Ok(Logits::None);
+        }
+        self.engines.head(positions)?;
         let logits = self.engines.logits();
-        let width = logits.len() / rows;
+        let width = logits.len() / positions;
         if all_finite(logits) {
+            let rows = || logits.chunks_exact(width);
             return Ok(match wanted {
-                LogitsRequest::Tokens(_) => {
-                    Logits::Tokens(logits.chunks_exact(width).map(argmax).collect())
+                LogitsRequest::Tokens(_) => Logits::Tokens(rows().map(argmax).collect()),
+                LogitsRequest::Sampled(race) => {
+                    let later = (0..positions).rev();
+                    let token = |(later, row)| race.choose(later, row);
+                    Logits::Tokens(later.zip(rows()).map(token).collect())
                 }
                 _ => Logits::Rows(logits.to_vec()),
             });
         }
         let finite = logits.chunks_exact(width).take_while(|row| all_finite(row));
-        let position = sequence.kv().length() - rows + finite.count();
-        let engine = self.origin(sequence, rows, exit.layer, interrupt)?;
+        let position = sequence.kv().length() - positions + finite.count();
+        let engine = self.origin(sequence, positions, exit.layer, interrupt)?;
         self.engines.clear()?;
         Err(Error::NotFinite { position, engine })
     }

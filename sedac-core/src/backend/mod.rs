@@ -21,7 +21,7 @@ use std::ops::Range;
 pub use capabilities::Capabilities;
 pub use costs::Costs;
 pub use host_decided::HostDecided;
-pub use onnxruntime::{Exits, Layout, OnnxRuntime};
+pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
 pub use step::{Logits, LogitsRequest, PositionLogits, SequenceStep, StepExit, StepOutcome};
 pub use timing::{EnginePart, EngineTiming, Stopwatch};
 

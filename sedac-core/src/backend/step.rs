@@ -1,6 +1,7 @@
 //! One call of a backend: what each sequence is to run, and what came of it.
 
 use crate::policy::{ExitReason, ExitRule, ExitSignals};
+use crate::sampler::{Race, Sampler};
 use crate::sequence::Sequence;
 
 /// What one sequence is to run.
@@ -30,7 +31,7 @@ pub struct SequenceStep<'a> {
 }
 
 /// Which logits a step is to give.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum LogitsRequest {
     /// None.
     None,
@@ -41,6 +42,31 @@ pub enum LogitsRequest {
     /// positions and as many as [`Rows`](Self::Rows) gives. A device hands these over in place of
     /// the logits.
     Tokens(usize),
+    /// The token that wins the race at each of the newest positions, as many as the race has, given
+    /// as [`Tokens`](Self::Tokens) are.
+    Sampled(Race),
+}
+
+impl LogitsRequest {
+    /// What `sampler` chooses tokens from at each of the newest `positions` positions: its next
+    /// tokens, in turn.
+    pub fn of(sampler: &mut Sampler, positions: usize) -> Self {
+        if sampler.settings().is_argmax() {
+            return Self::Tokens(positions);
+        }
+        sampler
+            .race(positions)
+            .map_or(Self::Rows(positions), Self::Sampled)
+    }
+
+    /// The number of positions.
+    pub fn positions(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Rows(positions) | Self::Tokens(positions) => *positions,
+            Self::Sampled(race) => race.positions(),
+        }
+    }
 }
 
 /// How a step ended.
@@ -53,7 +79,8 @@ pub struct StepOutcome {
     /// The logits wanted.
     pub logits: Logits,
     /// The probability of the newest position's most probable token less that of the second, where
-    /// tokens were requested of a backend that [measures](super::Capabilities::margins) it.
+    /// tokens, sampled or not, were requested of a backend that
+    /// [measures](super::Capabilities::margins) it.
     pub margin: Option<f32>,
 }
 
@@ -73,17 +100,18 @@ pub enum Logits {
     None,
     /// `[rows, vocabulary]`, row by row.
     Rows(Vec<f32>),
-    /// The token with the highest logit at each position, the lowest of equals.
+    /// The token at each position: the one with the highest logit, the lowest of equals, or the one
+    /// that wins the race.
     Tokens(Vec<u32>),
 }
 
-/// What the token after one position is chosen from.
+/// What the token after one position is chosen from, or that it was chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum PositionLogits<'a> {
     /// All logits, one for each token.
     All(&'a [f32]),
-    /// The token with the highest logit.
-    Highest(u32),
+    /// The token.
+    Chosen(u32),
 }
 
 impl Logits {
@@ -111,7 +139,7 @@ impl Logits {
         match self {
             Self::None => panic!("no logits were requested"),
             Self::Rows(rows) => PositionLogits::All(&rows[index * vocabulary..][..vocabulary]),
-            Self::Tokens(tokens) => PositionLogits::Highest(tokens[index]),
+            Self::Tokens(tokens) => PositionLogits::Chosen(tokens[index]),
         }
     }
 }
@@ -119,16 +147,34 @@ impl Logits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sampler::Sampling;
 
     #[test]
     fn positions_are_counted_in_rows_and_in_tokens() {
         let rows = Logits::Rows(vec![0.0, 1.0, 2.0, 3.0]);
         assert_eq!(rows.at(1, 2), PositionLogits::All(&[2.0, 3.0]));
         let tokens = Logits::Tokens(vec![7, 5]);
-        assert_eq!(tokens.at(1, 2), PositionLogits::Highest(5));
+        assert_eq!(tokens.at(1, 2), PositionLogits::Chosen(5));
         assert_eq!(
             (rows.tokens(), tokens.rows()),
             (&[] as &[u32], &[] as &[f32])
         );
+    }
+
+    #[test]
+    fn logits_are_requested_where_nothing_less_will_do() {
+        let request = |temperature, repetition_penalty| {
+            let settings = Sampling {
+                temperature,
+                repetition_penalty,
+                ..Sampling::default()
+            };
+            LogitsRequest::of(&mut Sampler::new(settings).unwrap(), 3)
+        };
+        assert_eq!(request(0.0, 1.0), LogitsRequest::Tokens(3));
+        assert_eq!(request(0.5, 1.1), LogitsRequest::Rows(3));
+        let sampled = request(0.5, 1.0);
+        assert!(matches!(sampled, LogitsRequest::Sampled(_)));
+        assert_eq!(sampled.positions(), 3);
     }
 }

@@ -21,8 +21,10 @@ pub(super) type Graphs = BTreeMap<PathBuf, GraphFacts>;
 /// What a graph needs beside itself.
 #[derive(Debug, Clone)]
 pub(super) struct GraphFacts {
-    /// Bytes that it takes once loaded, its weights included.
+    /// Bytes that it takes once loaded, its weights included and in fp32.
     pub(super) bytes: u64,
+    /// Bytes that it takes where it is computed in the precision of its weights.
+    pub(super) stored_bytes: u64,
     /// The files that hold its weights.
     pub(super) data: BTreeSet<PathBuf>,
 }
@@ -197,21 +199,27 @@ impl Check<'_> {
     /// Check where the graph in `file` has its weights.
     fn weights(&mut self, file: &Path) -> Result<()> {
         let graph = OpenGraph::read(self.gate, file)?;
+        let own = self.gate.bytes(file).unwrap_or(0);
         let mut facts = GraphFacts {
-            bytes: self.gate.bytes(file).unwrap_or(0),
+            bytes: own,
+            stored_bytes: own,
             data: BTreeSet::new(),
         };
         for tensor in graph.model.external_tensors() {
-            let (data, bytes) = self.weight(&graph, file, tensor)?;
+            let (data, stored) = self.weight(&graph, file, tensor)?;
+            let loaded = match tensor.element_bits() {
+                Some(16) => stored.saturating_mul(2),
+                _ => stored,
+            };
             facts.data.insert(data);
-            facts.bytes = facts.bytes.saturating_add(bytes);
+            facts.bytes = facts.bytes.saturating_add(loaded);
+            facts.stored_bytes = facts.stored_bytes.saturating_add(stored);
         }
         self.graphs.insert(file.to_owned(), facts);
         Ok(())
     }
 
-    /// The file that an external tensor is in, and the bytes that it takes once loaded: half
-    /// precision is computed with in fp32.
+    /// The file that an external tensor is in, and its bytes there.
     fn weight(&self, graph: &OpenGraph, file: &Path, tensor: &Tensor) -> Result<(PathBuf, u64)> {
         let name = &tensor.name;
         let parsed = || {
@@ -224,7 +232,7 @@ impl Check<'_> {
             return Err(graph.wrong(&format!("weight {name} has no place or no size")));
         };
         let data = file.with_file_name(location);
-        let is_weights = location_is_name(location) && !self.manifest.is_of_plans(&data);
+        let is_weights = location_is_name(location) && !self.manifest.is_for_devices(&data);
         let (Some(bytes), true) = (self.gate.bytes(&data), is_weights) else {
             let reason =
                 format!("weight {name} is in {location:?}, which bundle.json does not list");
@@ -235,11 +243,7 @@ impl Check<'_> {
             let reason = format!("weight {name} of {length} bytes does not fit its place or shape");
             return Err(graph.wrong(&reason));
         }
-        let loaded = match tensor.element_bits() {
-            Some(16) => length.saturating_mul(2),
-            _ => length,
-        };
-        Ok((data, loaded))
+        Ok((data, length))
     }
 }
 

@@ -228,6 +228,8 @@ pub struct Manifest {
     /// TensorRT plans by target.
     #[serde(default)]
     pub plans: BTreeMap<String, PlanSet>,
+    /// The graphs that ONNX Runtime runs on a GPU, where the bundle has some.
+    pub onnxruntime_cuda: Option<PortableGraphs>,
     /// The kernels that run the whole chain, where the bundle has them.
     pub cuda: Option<ChainKernels>,
     /// Why no such kernels can run the model, where they were asked for.
@@ -264,9 +266,9 @@ impl Manifest {
         Err(Error::bundle(path, reason))
     }
 
-    /// Whether `file` is a listed graph, and none that is there for TensorRT.
+    /// Whether `file` is a listed graph, and none that is there for GPUs.
     fn is_engine(&self, file: &Path) -> bool {
-        self.is_graph(file) && !self.is_of_plans(file)
+        self.is_graph(file) && !self.is_for_devices(file)
     }
 
     /// Whether `file` is listed and a graph by its name.

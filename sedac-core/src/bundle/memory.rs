@@ -31,14 +31,17 @@ impl Bundle {
         self.hold(self.weight_bytes(graphs).saturating_add(sequence), None)
     }
 
-    /// As [`check_memory`](Self::check_memory), for `plans` on a device with `free` bytes; None
-    /// stands for the host's memory.
+    /// As [`check_memory`](Self::check_memory), for plans or graphs on a device with `free` bytes;
+    /// None stands for the host's memory.
     pub(crate) fn check_device_memory<'a>(
         &self,
         plans: impl Iterator<Item = &'a Path>,
         free: Option<u64>,
     ) -> Result<()> {
-        let plans = plans.filter_map(|plan| self.gate.bytes(plan));
+        let plans = plans.filter_map(|plan| match self.gate.graphs.get(plan) {
+            Some(graph) => Some(graph.stored_bytes),
+            None => self.gate.bytes(plan),
+        });
         let sequence = self.sequence_bytes(self.manifest.precision.bytes() as u64);
         self.hold(plans.fold(sequence, u64::saturating_add), free)
     }

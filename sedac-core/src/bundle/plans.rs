@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{LayerEntry, MAX_BUFFER, Manifest};
+use super::{Bundle, LayerEntry, MAX_BUFFER, Manifest};
+use crate::error::{Error, Result};
 
 /// How a bundle's graphs store and, on a device, compute numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -110,16 +111,30 @@ pub struct PortableLayers {
     first_layer: usize,
     /// Its number of layers.
     pub num_layers: usize,
+    /// Whether it gives the stability of its layers.
+    #[serde(default = "given")]
+    pub stability: bool,
+}
+
+fn given() -> bool {
+    true
 }
 
 impl PortableLayers {
+    /// Whether its layers' stability can be known: the host has the residual streams before and after
+    /// an engine, and not those inside of it.
+    fn tells_stability(&self) -> bool {
+        self.stability || self.num_layers == 1
+    }
+
     /// Its layers, from 0.
     pub fn range(&self) -> Range<usize> {
         self.first_layer..self.first_layer.saturating_add(self.num_layers)
     }
 }
 
-/// The graphs that plans are built from.
+/// The graphs of all engines in the bundle's own precision: those that plans are built from, or those
+/// that ONNX Runtime runs on a GPU.
 #[derive(Debug, Clone, Deserialize)]
 pub struct PortableGraphs {
     embed: PathBuf,
@@ -131,7 +146,8 @@ pub struct PortableGraphs {
     head: PathBuf,
     /// What layers take beside the residual stream, by name.
     pub contexts: BTreeMap<String, PortableContext>,
-    /// By name of the mask input: positions that a token sees through it, 0 for all.
+    /// By name of the mask input: positions that a token sees through it, 0 for all. None of ONNX
+    /// Runtime's graphs has one.
     pub masks: BTreeMap<String, usize>,
 }
 
@@ -149,6 +165,7 @@ impl PortableGraphs {
         let own = self.layers.iter().map(PortableLayers::range);
         let engines = manifest.engines.layers.iter();
         own.eq(engines.map(|entry: &LayerEntry| entry.first_layer..entry.end()))
+            && self.layers.iter().all(PortableLayers::tells_stability)
             && self.key_value.len() == manifest.model.num_layers
             && self.contexts_graph.is_some() != self.contexts.is_empty()
             && self.contexts.values().all(PortableContext::is_sound)
@@ -206,15 +223,34 @@ impl Manifest {
     pub(crate) fn plan_references_hold(&self) -> bool {
         let plans = self.plans.values().flat_map(|set| &set.plans);
         let plans = plans.flat_map(|entry| [&entry.file, &entry.graph]);
-        let graphs = self.portable.iter().flat_map(PortableGraphs::files);
         plans.into_iter().all(|file| self.files.contains_key(file))
-            && graphs.into_iter().all(|file| self.is_graph(file))
+            && self.device_graphs().all(|file| self.is_graph(file))
     }
 
-    /// Whether `file` is there for TensorRT only.
-    pub(crate) fn is_of_plans(&self, file: &Path) -> bool {
-        let mut graphs = self.portable.iter().flat_map(PortableGraphs::files);
-        file.starts_with("engines") || graphs.any(|graph| graph == file)
+    /// Whether `file` is there for GPUs only.
+    pub(crate) fn is_for_devices(&self, file: &Path) -> bool {
+        file.starts_with("engines") || self.device_graphs().any(|graph| graph == file)
+    }
+
+    fn device_graphs(&self) -> impl Iterator<Item = &PathBuf> {
+        let graphs = self.portable.iter().chain(&self.onnxruntime_cuda);
+        graphs.flat_map(PortableGraphs::files)
+    }
+
+    /// The graphs that ONNX Runtime runs on a GPU, as plans that need no building. None where the
+    /// bundle has none of its engines.
+    fn graphs_for_cuda(&self) -> Option<(&PortableGraphs, PlanFiles)> {
+        let graphs = self.onnxruntime_cuda.as_ref()?;
+        let layers = graphs.layers.iter().map(|entry| entry.file.clone());
+        let files = PlanFiles {
+            max_prefill_chunk: usize::MAX,
+            embed: graphs.embed.clone(),
+            contexts: graphs.contexts_graph.clone(),
+            layers: layers.collect(),
+            key_value: graphs.key_value.clone(),
+            head: graphs.head.clone(),
+        };
+        graphs.matches(self).then_some((graphs, files))
     }
 
     /// The portable graphs and the plans of `target`, such as `tensorrt-rtx`. None where one of
@@ -241,6 +277,21 @@ impl Manifest {
             head: plan(&portable.head)?,
         };
         portable.matches(self).then_some((portable, plans))
+    }
+}
+
+impl Bundle {
+    /// The graphs that ONNX Runtime runs on a GPU, as plans that need no building.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`](crate::Error::Bundle) when it holds none of its engines.
+    pub fn graphs_for_cuda(&self) -> Result<(&PortableGraphs, PlanFiles)> {
+        let graphs = self.manifest.graphs_for_cuda();
+        graphs.ok_or_else(|| {
+            let reason = "holds no graphs for ONNX Runtime on a GPU; add them with sedac-export \
+                          engines --target onnxruntime-cuda and --model";
+            Error::bundle(&self.gate.shown_directory(), reason)
+        })
     }
 }
 

@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use tracing::{debug, debug_span};
 
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
-use crate::backend::{Backend, Logits, PositionLogits, SequenceStep, StepExit};
-use crate::draft::{BaselineCost, Draft, DraftContext, Drafter};
+use crate::backend::{Backend, Logits, LogitsRequest, PositionLogits, SequenceStep, StepExit};
+use crate::draft::{BaselineCost, Draft, DraftContext, Drafter, Foresight};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::policy::ExitReason;
@@ -62,7 +62,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             tokens: &[newest],
             rule,
             max_depth,
-            logits: self.text.request.logits(1),
+            logits: LogitsRequest::of(&mut self.text.sampler, 1),
         };
         let outcome = step_one(self.backend, step, self.interrupt)?;
         let logits = outcome.logits.at(0, self.vocab_size);
@@ -121,8 +121,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             backend: self.backend,
             sequence: &mut self.sequence,
             rule: self.exits.rule(),
-            choose: &mut ahead(&mut self.text.sampler, history),
-            is_greedy: self.text.request.sampling.is_argmax(),
+            choice: Foresight::new(&mut self.text.sampler, history),
             interrupt: self.interrupt,
         };
         drafter.propose(history, max_tokens, &mut context)
@@ -147,7 +146,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             tokens: &tokens,
             rule: None,
             max_depth: self.backend.num_layers(),
-            logits: self.text.request.logits(draft.tokens.len() + 1),
+            logits: LogitsRequest::of(&mut self.text.sampler, draft.tokens.len() + 1),
         };
         step_one(self.backend, step, self.interrupt).map(|outcome| outcome.logits)
     }
@@ -215,7 +214,10 @@ impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
     pub(super) fn take(&mut self, logits: PositionLogits<'_>, exit: StepExit) -> u32 {
         let id = match logits {
             PositionLogits::All(logits) => self.sampler.sample(logits, &self.tokens),
-            PositionLogits::Highest(token) => token,
+            PositionLogits::Chosen(token) => {
+                self.sampler.skip();
+                token
+            }
         };
         let flow = (self.emit)(Token { id, exit });
         self.tokens.push(id);
@@ -224,20 +226,6 @@ impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
         } else if self.room() == 0 {
             self.finished = Some(FinishReason::Length);
         }
-        id
-    }
-}
-
-/// What `sampler` will choose after `history`, of the logits of the next tokens in turn.
-fn ahead(sampler: &mut Sampler, history: &[u32]) -> impl FnMut(PositionLogits<'_>) -> u32 {
-    let before = history.len();
-    let mut tokens = history.to_vec();
-    move |logits| {
-        let id = match logits {
-            PositionLogits::All(logits) => sampler.foresee(tokens.len() - before, logits, &tokens),
-            PositionLogits::Highest(token) => token,
-        };
-        tokens.push(id);
         id
     }
 }

@@ -43,17 +43,6 @@ pub struct Request {
     pub sampling: Sampling,
 }
 
-impl Request {
-    /// What tokens are chosen from at each of the newest `rows` positions.
-    fn logits(&self, rows: usize) -> LogitsRequest {
-        if self.sampling.is_argmax() {
-            LogitsRequest::Tokens(rows)
-        } else {
-            LogitsRequest::Rows(rows)
-        }
-    }
-}
-
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
@@ -212,11 +201,12 @@ impl Chain {
         emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<Summary> {
         let exits = self.exit_schedule(&request.mode, request.kv_fill)?;
-        let sampler = Sampler::new(request.sampling)?;
+        let mut sampler = Sampler::new(request.sampling)?;
         self.check_prompt(request)?;
         let mut sequence = self.backend.open(request.mode.kv_fill(request.kv_fill))?;
         let started = Instant::now();
-        let outcome = self.prefill(&mut sequence, &request.prompt, request.logits(1), interrupt)?;
+        let logits = LogitsRequest::of(&mut sampler, 1);
+        let outcome = self.prefill(&mut sequence, &request.prompt, logits, interrupt)?;
         let prefill = started.elapsed();
         let mut text = Text::new(request, sampler, sequence.room(), emit);
         text.take(outcome.logits.at(0, self.vocab_size), outcome.exit);

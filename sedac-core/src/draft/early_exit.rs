@@ -1,8 +1,8 @@
 //! Drafts by the model's own shallow layers.
 
 use super::baseline::baseline_cost;
-use super::{AcceptanceRate, Draft, DraftContext, Drafter, TakenExit, full_depth_cost};
-use crate::backend::{Costs, PositionLogits, SequenceStep, StepOutcome};
+use super::{AcceptanceRate, Draft, DraftContext, Drafter, Foresight, TakenExit, full_depth_cost};
+use crate::backend::{Costs, SequenceStep, StepOutcome};
 use crate::error::Result;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
 
@@ -182,11 +182,7 @@ impl EarlyExit {
     }
 
     /// What `outcome` of the newest token says of the next.
-    fn next(
-        &self,
-        outcome: &StepOutcome,
-        choose: &mut dyn FnMut(PositionLogits<'_>) -> u32,
-    ) -> Next {
+    fn next(&self, outcome: &StepOutcome, choice: &mut Foresight<'_>) -> Next {
         // of an exit, there is one row
         let row = outcome.logits.rows();
         let logits = outcome.logits.at(0, row.len());
@@ -196,9 +192,9 @@ impl EarlyExit {
                 let probability = outcome.exit_signals.map(|signals| signals.learned);
                 let probability = probability.or(outcome.margin);
                 let bin = bin(probability.unwrap_or_else(|| margin(row)));
-                Next::Drafted(choose(logits), bin)
+                Next::Drafted(choice.choose(logits), bin)
             }
-            _ => Next::Exited(choose(logits)),
+            _ => Next::Exited(choice.choose(logits)),
         }
     }
 }
@@ -273,7 +269,7 @@ impl Drafter for EarlyExit {
                 self.cost_of_next(drafted, context.backend.costs()) / (all_accepted * worth)
             };
             let outcome = self.run(newest, min_rate, context)?;
-            let next = self.next(&outcome, context.choose);
+            let next = self.next(&outcome, &mut context.choice);
             let depth = match next {
                 Next::Verified => draft.depth,
                 _ => outcome.exit.layer,

@@ -24,6 +24,7 @@ use crate::bundle::DrafterKind;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::policy::ExitRule;
+use crate::sampler::Sampler;
 use crate::sequence::Sequence;
 
 /// A drafter for a model of `layers` layers with exits after the depths `exit_layers`, of which it
@@ -83,22 +84,56 @@ pub struct DraftContext<'a> {
     pub sequence: &'a mut Sequence,
     /// What lets tokens exit; None in lossless mode.
     pub rule: Option<&'a ExitRule>,
-    /// Chooses the next token of the draft by its logits, as the token itself will be chosen.
-    pub choose: &'a mut dyn FnMut(PositionLogits<'_>) -> u32,
-    /// Whether that is the token with the highest logit.
-    pub is_greedy: bool,
+    /// Chooses the tokens of the draft.
+    pub choice: Foresight<'a>,
     /// Stops it.
     pub interrupt: &'a Interrupt,
 }
 
 impl DraftContext<'_> {
-    /// What tokens, and how probable they are, is known from, at each of the newest `rows` positions.
-    fn logits(&self, rows: usize) -> LogitsRequest {
-        if self.is_greedy && self.backend.capabilities().margins {
-            LogitsRequest::Tokens(rows)
+    /// What tokens, and how probable they are, is known from, at each of the newest `positions`
+    /// positions: all of the draft so far.
+    fn logits(&mut self, positions: usize) -> LogitsRequest {
+        if self.backend.capabilities().margins {
+            LogitsRequest::of(self.choice.sampler, positions)
         } else {
-            LogitsRequest::Rows(rows)
+            LogitsRequest::Rows(positions)
         }
+    }
+}
+
+/// Chooses the tokens of a draft as the tokens themselves will be chosen.
+pub struct Foresight<'a> {
+    sampler: &'a mut Sampler,
+    /// The text so far, and the draft.
+    tokens: Vec<u32>,
+    drafted: usize,
+}
+
+impl<'a> Foresight<'a> {
+    /// By `sampler`, after `history`.
+    pub fn new(sampler: &'a mut Sampler, history: &[u32]) -> Self {
+        Self {
+            sampler,
+            tokens: history.to_vec(),
+            drafted: 0,
+        }
+    }
+
+    /// The draft's next token.
+    fn choose(&mut self, logits: PositionLogits<'_>) -> u32 {
+        let token = match logits {
+            PositionLogits::All(logits) => {
+                let Self {
+                    sampler, tokens, ..
+                } = self;
+                sampler.foresee(self.drafted, logits, tokens)
+            }
+            PositionLogits::Chosen(token) => token,
+        };
+        self.tokens.push(token);
+        self.drafted += 1;
+        token
     }
 }
 

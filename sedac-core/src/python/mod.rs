@@ -8,6 +8,7 @@ mod error;
 mod executor;
 mod files;
 mod generation;
+mod loading;
 mod model;
 mod outcomes;
 mod policy_settings;

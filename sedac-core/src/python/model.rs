@@ -1,7 +1,6 @@
 //! A loaded bundle.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use pyo3::prelude::*;
 
@@ -11,14 +10,14 @@ use super::door;
 use super::error::InputError;
 use super::executor::PythonExecutor;
 use super::generation::{Generation, GenerationWork};
+use super::loading::{BackendName, Library, Loaded, PassedOver, Preparation, load};
 use super::outcomes::PyFollowedText;
 use super::process::ProcessLocal;
-use super::spellings::{BackendChoice, CUDA, PlanDevice};
+use super::spellings::{BackendChoice, PlanDevice};
 use super::turns::Turns;
-use crate::backend::tensorrt::{Cuda, Host, TensorRt};
-use crate::backend::{Exits, Layout};
+use crate::backend::Layout;
 use crate::bench::BenchCase;
-use crate::bundle::{Bundle, Opening, PlanTarget, Target, Verify};
+use crate::bundle::{Bundle, Opening, Verify};
 use crate::certification::{Certification, GenerationSetting};
 use crate::chain::{Chain, DecodingChoice, DecodingMode, DrafterChoice, ModeName, Request};
 use crate::error::{Error, Result};
@@ -35,41 +34,7 @@ pub(super) struct Model {
     codec: ProcessLocal<Option<TextCodec>>,
     library: Library,
     backend: BackendName,
-    fallback: Option<String>,
-}
-
-/// What runs a loaded bundle.
-#[derive(Debug, Clone, Copy)]
-enum BackendName {
-    Onnxruntime,
-    Plans(PlanTarget),
-    Cuda,
-}
-
-impl BackendName {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Onnxruntime => Target::Onnxruntime.name(),
-            Self::Plans(target) => target.name(),
-            Self::Cuda => CUDA,
-        }
-    }
-
-    /// What runs instead of ONNX Runtime's engines.
-    fn others(self) -> Option<&'static str> {
-        match self {
-            Self::Onnxruntime => None,
-            Self::Plans(_) => Some("TensorRT plans"),
-            Self::Cuda => Some("CUDA kernels"),
-        }
-    }
-}
-
-/// ONNX Runtime, and the threads it runs with.
-#[derive(Clone)]
-struct Library {
-    path: PathBuf,
-    threads: usize,
+    passed_over: Vec<PassedOver>,
 }
 
 #[pymethods]
@@ -79,12 +44,16 @@ impl Model {
     /// since they were last found whole. memory_limit, in bytes, is what the loaded bundle may
     /// take, None for what is free. `executor` runs the bundle's TensorRT plans of its target
     /// instead of ONNX Runtime's engines, over the memory of its device. Without one `backend` says
-    /// what runs: "onnxruntime", the bundle's CUDA kernels ("cuda"), or these where they can
-    /// ("auto").
+    /// what runs: "onnxruntime" or the bundle's CUDA kernels ("cuda"). "auto" takes the first that
+    /// can run of these kernels, the bundle's plans, ONNX Runtime on a GPU and on the CPU.
+    /// `device` is for "onnxruntime": where it runs the bundle's graphs for GPUs, None for its
+    /// engines on the CPU. "auto" calls `prepare` with the name of a backend of another library
+    /// before it tries that: it gives the executor of a target's plans, or makes ONNX Runtime's CUDA
+    /// provider ready, and raises where that cannot be.
     #[new]
     #[pyo3(signature = (
         directory, library, threads, executor = None, *, backend = BackendChoice::Onnxruntime,
-        verify = Verify::Always, memory_limit = None
+        device = None, prepare = None, verify = Verify::Always, memory_limit = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn new(
@@ -94,6 +63,8 @@ impl Model {
         threads: usize,
         executor: Option<PythonExecutor>,
         backend: BackendChoice,
+        device: Option<PlanDevice>,
+        prepare: Option<Preparation>,
         verify: Verify,
         memory_limit: Option<u64>,
     ) -> PyResult<Self> {
@@ -112,18 +83,22 @@ impl Model {
             let Loaded {
                 chain,
                 backend,
-                fallback,
-            } = match executor {
-                Some(executor) => load_plans(&bundle, &library, executor)?,
-                None => load_chain(&bundle, &library, backend)?,
-            };
+                passed_over,
+            } = load(
+                &bundle,
+                &library,
+                backend,
+                device,
+                executor,
+                prepare.as_ref(),
+            )?;
             Ok(Self {
                 bundle,
                 turns: ProcessLocal::new(Turns::new(chain)),
                 codec: ProcessLocal::new(codec),
                 library,
                 backend,
-                fallback,
+                passed_over,
             })
         })
     }
@@ -146,10 +121,16 @@ impl Model {
         self.backend.name()
     }
 
-    /// Why "auto" did not choose the bundle's CUDA kernels; None where it did, or was not asked.
+    /// Where it runs, "cpu" or "cuda".
     #[getter]
-    fn fallback(&self) -> Option<&str> {
-        self.fallback.as_deref()
+    fn device(&self) -> &'static str {
+        self.backend.device()
+    }
+
+    /// The backends that "auto" could not take, the best first, each with the reason.
+    #[getter]
+    fn passed_over(&self) -> Vec<PassedOver> {
+        self.passed_over.clone()
     }
 
     #[getter]
@@ -393,70 +374,6 @@ impl Model {
             )
         })
     }
-}
-
-/// A chain, and how it was chosen.
-struct Loaded {
-    chain: Chain,
-    backend: BackendName,
-    fallback: Option<String>,
-}
-
-impl Loaded {
-    fn new(chain: Chain, backend: BackendName) -> Self {
-        Self {
-            chain,
-            backend,
-            fallback: None,
-        }
-    }
-}
-
-/// A chain over what `choice` says.
-fn load_chain(bundle: &Bundle, library: &Library, choice: BackendChoice) -> Result<Loaded> {
-    let fallback = match choice {
-        BackendChoice::Onnxruntime => None,
-        BackendChoice::Cuda => {
-            return Ok(Loaded::new(Chain::load_cuda(bundle)?, BackendName::Cuda));
-        }
-        BackendChoice::Auto => match Chain::load_cuda(bundle) {
-            Ok(chain) => return Ok(Loaded::new(chain, BackendName::Cuda)),
-            Err(error @ (Error::Bundle { .. } | Error::Device { .. } | Error::Memory { .. })) => {
-                Some(error.to_string())
-            }
-            Err(error) => return Err(error),
-        },
-    };
-    let chain = Chain::load(bundle, Layout::Engines, &library.path, library.threads)?;
-    Ok(Loaded {
-        fallback,
-        ..Loaded::new(chain, BackendName::Onnxruntime)
-    })
-}
-
-/// A chain over the plans that `executor` runs.
-fn load_plans(bundle: &Bundle, library: &Library, executor: PythonExecutor) -> Result<Loaded> {
-    let exits = Exits::of(bundle, &library.path, library.threads)?;
-    let backend = BackendName::Plans(executor.target);
-    let (target, device) = (executor.target.name(), executor.device);
-    let executor = Arc::new(executor);
-    let chain = match device {
-        PlanDevice::Cuda => {
-            let gpu = Cuda::new()?;
-            Chain::over(
-                bundle,
-                TensorRt::load(bundle, target, gpu, executor, exits)?,
-            )
-        }
-        PlanDevice::Host => {
-            let host = Host::default();
-            Chain::over(
-                bundle,
-                TensorRt::load(bundle, target, host, executor, exits)?,
-            )
-        }
-    };
-    Ok(Loaded::new(chain, backend))
 }
 
 fn codec(bundle: &Bundle) -> Result<Option<TextCodec>> {

@@ -17,6 +17,12 @@ pub(super) const NO_DRAFTER: &str = "none";
 /// The name of the backend of CUDA kernels.
 pub(super) const CUDA: &str = "cuda";
 
+/// The name of the processor that others stand beside.
+pub(super) const CPU: &str = "cpu";
+
+/// The name of ONNX Runtime on a GPU where "auto" does not take it.
+pub(super) const ONNXRUNTIME_CUDA: &str = "onnxruntime on cuda";
+
 /// An enum whose values have names.
 pub(super) trait Spelled: Copy + 'static {
     /// The setting's name.
@@ -94,7 +100,7 @@ spelled! {
     "decoding": TokenChoice,
 }
 
-/// Whose memory plans run over.
+/// Whose memory plans, or graphs for GPUs, run over.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum PlanDevice {
     /// The first GPU's.
@@ -114,10 +120,11 @@ impl PlanDevice {
     }
 }
 
-/// What runs a bundle's chain where no executor runs its plans.
+/// What runs a bundle's chain where no executor has to run its plans.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum BackendChoice {
-    /// The bundle's CUDA kernels where they can run, or else ONNX Runtime.
+    /// The first of these that can: the bundle's CUDA kernels, its plans, ONNX Runtime on a
+    /// GPU, and on the CPU.
     Auto,
     /// ONNX Runtime.
     Onnxruntime,

@@ -9,6 +9,7 @@ use sedac_core::backend::{Backend, HostDecided, LogitsRequest, SequenceStep, Ste
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
 use sedac_core::policy::{ExitPolicy, ExitRule, Stability};
+use sedac_core::sampler::{Sampler, Sampling};
 use sedac_core::sequence::Sequence;
 
 /// What a sequence does next.
@@ -21,12 +22,36 @@ enum Planned {
         max_depth: usize,
         /// Logits of this share of the new tokens, in eighths.
         logits: usize,
-        greedy: bool,
+        wants: Wants,
     },
     /// Run what waits at full depth.
     Complete,
     /// Forget this many of the newest tokens.
     Truncate(usize),
+}
+
+/// What is wanted of logits.
+#[derive(Debug, Clone)]
+enum Wants {
+    Rows,
+    Tokens,
+    Sampled(Sampling),
+}
+
+fn wants() -> impl Strategy<Value = Wants> {
+    let sampling = (0.2..2.0_f32, 0..4_usize, 0.3..1.0_f32, any::<u64>());
+    let sampling = sampling.prop_map(|(temperature, top_k, top_p, seed)| Sampling {
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        ..Sampling::default()
+    });
+    prop_oneof![
+        Just(Wants::Rows),
+        Just(Wants::Tokens),
+        sampling.prop_map(Wants::Sampled),
+    ]
 }
 
 fn planned() -> impl Strategy<Value = Planned> {
@@ -37,14 +62,14 @@ fn planned() -> impl Strategy<Value = Planned> {
         prop::option::of(0..2_usize),
         1..10_usize,
         0..=8_usize,
-        any::<bool>(),
+        wants(),
     )
-        .prop_map(|(tokens, rule, max_depth, logits, greedy)| Planned::Step {
+        .prop_map(|(tokens, rule, max_depth, logits, wants)| Planned::Step {
             tokens,
             rule,
             max_depth,
             logits,
-            greedy,
+            wants,
         });
     prop_oneof![
         8 => step,
@@ -66,7 +91,7 @@ fn step_of<'a>(
             rule,
             max_depth,
             logits,
-            greedy,
+            wants,
         } => {
             // rows of one pass, as the toy on the host has at most so many
             let rows = (tokens.len() * logits / 8).min(8);
@@ -79,10 +104,14 @@ fn step_of<'a>(
                 tokens,
                 rule,
                 max_depth: *max_depth,
-                logits: match (rows, greedy) {
-                    (0, _) => LogitsRequest::None,
-                    (rows, true) => LogitsRequest::Tokens(rows),
-                    (rows, false) => LogitsRequest::Rows(rows),
+                logits: match wants {
+                    _ if rows == 0 => LogitsRequest::None,
+                    Wants::Rows => LogitsRequest::Rows(rows),
+                    Wants::Tokens => LogitsRequest::Tokens(rows),
+                    Wants::Sampled(sampling) => {
+                        let race = Sampler::new(*sampling).unwrap().race(rows);
+                        LogitsRequest::Sampled(race.unwrap())
+                    }
                 },
             })
         }

@@ -27,6 +27,7 @@ struct Layer {
   half *keys, *values;  // [slot][key-value head][capacity][head size]
   int window;           // positions that a token sees, 0 for all
   int rotary;           // which tables
+  const float* probe;   // the entropy probe after it: see probe.cuh; null: none
 };
 
 // A row of a pass: one token at one position.
@@ -48,12 +49,19 @@ struct SequenceRows {
 
 // A row of an exit rule's table, for one depth: see sedac-core/src/policy/rule.rs.
 struct Condition {
-  unsigned signal;      // 0: none, 1: stability
+  unsigned signal;      // 0: none, 1: stability, 2: the entropy probe's risk
   unsigned comparison;  // 0: at least, 1: below, 2: accumulated
   float threshold;
   unsigned run_length;
   float decay, weight, target;
   unsigned may_exit;
+};
+
+// By what the token of a row is sampled: see race.cuh.
+struct RowRace {
+  unsigned long long key;
+  float inverse_temperature;
+  int unused;
 };
 
 // What came of a pass.
@@ -62,7 +70,7 @@ struct Outcome {
     int depth;      // layers that ran
     int criterion;  // which said stop, -1 for none
     float stability;
-    int unused;
+    float risk;  // 0 where no criterion asked for it
   } sequence[MAX_ROWS];
   struct {
     unsigned token;  // with the highest logit, the lowest of equals
@@ -71,6 +79,12 @@ struct Outcome {
     float margin;  // its probability less that of the second
   } row[MAX_ROWS];
   unsigned long long started, layers_ended, ended;  // globaltimer, ns
+  struct {
+    unsigned token;  // that wins the race
+    float logit;
+    float total;     // sum of exp(logit - the highest) over all tokens
+    int is_certain;  // whether rounding cannot have made it win
+  } race[MAX_ROWS];  // of sampled rows
 };
 
 struct Pass {
@@ -89,4 +103,7 @@ struct Pass {
   unsigned logits_rows;  // bit r: the logits of row r are wanted
   Row row[MAX_ROWS];
   SequenceRows sequence[MAX_ROWS];
+  RowRace race[MAX_ROWS];
+  unsigned sampled_rows;  // bit r: the token of row r is sampled; its logits are wanted too
+  unsigned unused;
 };

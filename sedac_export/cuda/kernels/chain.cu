@@ -2,6 +2,7 @@
 // is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head.
 #include "head.cuh"
 #include "prefetch.cuh"
+#include "probe.cuh"
 
 __device__ __forceinline__ unsigned long long now() {
   unsigned long long t;
@@ -240,15 +241,18 @@ struct Chain {
   __device__ __forceinline__ void decide(int tid, const Residual<N>& residual, int depth, const Condition& condition,
                                          unsigned active) {
     const int s = Exits::lane_sequence(tid), present = s < sequences() ? s : 0;
-    const float stability = shared.stability[pass.sequence[present].first_row + pass.sequence[present].rows - 1];
+    const int newest = pass.sequence[present].first_row + pass.sequence[present].rows - 1;
+    const float stability = shared.stability[newest];
+    const float risk = __shfl_sync(~0u, risks(depth, exits.risky(pass, condition)), newest * 4);
     int criterion;
-    const unsigned stops = exits.decide(tid, pass, depth, condition, stability, criterion);
+    const unsigned stops = exits.decide(tid, pass, depth, condition, stability, risk, criterion);
     if (!stops) return;
     find_next_stop();
     if (!block_index() && tid < 32 && tid % MAX_CRITERIA == 0 && (stops >> s & 1)) {
       pass.outcome->sequence[s].depth = depth;
       pass.outcome->sequence[s].criterion = criterion;
       pass.outcome->sequence[s].stability = stability;
+      pass.outcome->sequence[s].risk = risk;
     }
     if (depth == LAYERS) return;
     const int row = block_index();
@@ -260,6 +264,13 @@ struct Chain {
     next_stop = LAYERS;
     for (int s = 0; s < sequences(); s++)
       if (!(exits.stopped >> s & 1)) next_stop = min(next_stop, pass.sequence[s].max_depth);
+  }
+
+  // The entropy probe's risks of `rows`; lane 4t gets row t's.
+  __device__ __forceinline__ float risks(int depth, unsigned rows) const {
+    if (!rows) return 0;
+    return probe_risks(rows, shared.layers[depth - 1].probe, scratch, depth, pass.blocks,
+                       layer_parities(odd, depth - 1));
   }
 
   // The last block to come here writes what the head found.

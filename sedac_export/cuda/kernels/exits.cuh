@@ -6,6 +6,7 @@
 #include "words.cuh"
 
 constexpr int MAX_CRITERIA = 4;
+enum Signal : unsigned { SIGNAL_NONE, SIGNAL_STABILITY, SIGNAL_RISK };
 
 struct Exits {
   unsigned run = 0;
@@ -23,12 +24,24 @@ struct Exits {
     return pass.sequence[s].conditions[c * LAYERS + depth - 1];
   }
 
-  // `depth` layers have run, and `stability` is that of this lane's sequence: which sequences stop here, a bit each.
+  // Rows about which a criterion asks for the risk: the newest of their sequences.
+  __device__ __forceinline__ unsigned risky(const Pass& pass, const Condition& condition) const {
+    const unsigned lanes = __ballot_sync(~0u, condition.signal == SIGNAL_RISK);
+    if (!lanes) return 0;
+    unsigned rows = 0;
+#pragma unroll 1
+    for (int s = 0; s < pass.sequences; s++)
+      if (lanes >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1) && !(stopped >> s & 1))
+        rows |= 1u << (pass.sequence[s].first_row + pass.sequence[s].rows - 1);
+    return rows;
+  }
+
+  // `depth` layers have run, and these are the signals of this lane's sequence: which sequences stop here, a bit each.
   // `criterion` becomes the one that says so, -1 where the depth does.
   __device__ __forceinline__ unsigned decide(int tid, const Pass& pass, int depth, const Condition& condition,
-                                             float stability, int& criterion) {
+                                             float stability, float risk, int& criterion) {
     const int s = lane_sequence(tid);
-    const bool says = satisfied(condition, stability);
+    const bool says = satisfied(condition, condition.signal == SIGNAL_RISK ? risk : stability);
     const unsigned ballot = __ballot_sync(~0u, says);
     const unsigned of_sequence = ballot >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1);
     criterion = of_sequence ? __ffs(of_sequence) - 1 : -1;
@@ -51,7 +64,7 @@ struct Exits {
 
  private:
   __device__ __forceinline__ bool satisfied(const Condition& condition, float value) {
-    if (condition.signal != 1) return false;
+    if (condition.signal == SIGNAL_NONE) return false;
     bool yes;
     if (condition.comparison == 0) {
       yes = value >= condition.threshold;

@@ -45,6 +45,9 @@ constexpr int TILES_OF_LANE = divided_up(O_TILES, 32);
 // Keys that attention takes at a time, and the most partial sums of a row and head.
 constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
 
+// Outputs of the entropy probe's first matrix.
+constexpr int PROBE_WIDTH = 64;
+
 static_assert(HIDDEN % 32 == 0 && ATTENTION % 32 == 0 && INNER % 32 == 0 && QKV % 16 == 0, "matrices of whole tiles");
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a key-value head");
 static_assert(HEAD % 16 == 0 && ROTARY % 4 == 0 && ROTARY <= HEAD, "head size");
@@ -62,7 +65,8 @@ constexpr int SCRATCH_ACTIVATION = SCRATCH_AFTER_LAYER + STREAM_WORDS;        //
 constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;             // halves
 constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;            // [head][chunk][head size]
 constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
-constexpr int SCRATCH_ROW = (SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2 + 31) / 32 * 32;
-// After the rows: each block's highest logit of each row.
+constexpr int SCRATCH_PROBE = SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2;
+constexpr int SCRATCH_ROW = (SCRATCH_PROBE + 2 * PROBE_WIDTH + 31) / 32 * 32;
+// After the rows: each block's highest logit of each row, and its first of each row's race.
 constexpr long long SCRATCH_HIGHEST = 1ll * MAX_ROWS * SCRATCH_ROW;
-constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 4ll * MAX_BLOCKS * MAX_ROWS) * 4;
+constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 2 * 4ll * MAX_BLOCKS * MAX_ROWS) * 4;

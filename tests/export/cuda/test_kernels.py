@@ -25,9 +25,11 @@ MIRRORS = {
     "LayerPointers": chain_abi.Layer,
     "PassRow": chain_abi.Row,
     "SequenceRows": chain_abi.SequenceRows,
+    "RowRace": chain_abi.RowRace,
     "PassParameters": chain_abi.Pass,
     "SequenceOutcome": chain_abi.SequenceOutcome,
     "RowOutcome": chain_abi.RowOutcome,
+    "RaceOutcome": chain_abi.RaceOutcome,
     "PassOutcome": chain_abi.Outcome,
     "Condition": chain_abi.Condition,
 }
@@ -122,7 +124,7 @@ def test_ordinary_shapes_fit_shared_memory(
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
     source = CORE.read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 7
+    assert len(sizes) == 8
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))

@@ -88,6 +88,8 @@ pub(super) struct LayerPointers {
     pub(super) window: i32,
     /// Index of its rotary tables.
     pub(super) rotary: i32,
+    /// The entropy probe after it: see `probe_weights.rs`.
+    pub(super) probe: u64,
 }
 
 /// A position that a pass takes through layers.
@@ -125,6 +127,18 @@ pub struct SequenceRows {
     pub conditions: u64,
 }
 
+/// By what the token of a row is sampled.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RowRace {
+    /// Of the position, see [`Race`](crate::sampler::Race).
+    pub key: u64,
+    /// What logits are multiplied by.
+    pub inverse_temperature: f32,
+    /// Padding.
+    pub unused: i32,
+}
+
 /// The kernels' only parameter.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -158,6 +172,10 @@ pub(super) struct PassParameters {
     pub(super) logits_rows: u32,
     pub(super) row: [PassRow; MAX_ROWS],
     pub(super) sequence: [SequenceRows; MAX_ROWS],
+    pub(super) race: [RowRace; MAX_ROWS],
+    /// Bit r: the token of row r is sampled; its logits are wanted too.
+    pub(super) sampled_rows: u32,
+    pub(super) unused: u32,
 }
 
 /// Where a sequence of a pass stopped.
@@ -170,8 +188,8 @@ pub struct SequenceOutcome {
     pub criterion: i32,
     /// Stability of the newest row's last layer.
     pub stability: f32,
-    /// Padding.
-    pub unused: i32,
+    /// The entropy probe's risk there, 0 where the rule does not ask for it.
+    pub risk: f32,
 }
 
 /// The logits of a row.
@@ -188,6 +206,20 @@ pub struct RowOutcome {
     pub margin: f32,
 }
 
+/// How the race of a row whose token is sampled ended, whatever filters keep.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RaceOutcome {
+    /// The winner.
+    pub token: u32,
+    /// Its logit.
+    pub logit: f32,
+    /// The sum of exp(logit - the highest) over all tokens.
+    pub total: f32,
+    /// Whether rounding cannot have made the token the winner.
+    pub is_certain: i32,
+}
+
 /// What the host reads after a pass.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -202,15 +234,18 @@ pub struct PassOutcome {
     pub layers_ended: u64,
     /// When the head ended.
     pub ended: u64,
+    /// By row of the pass; of those only whose tokens are sampled.
+    pub race: [RaceOutcome; MAX_ROWS],
 }
 
 const _: () = {
     assert!(size_of::<ChainFacts>() == 64);
-    assert!(size_of::<LayerPointers>() == 136);
+    assert!(size_of::<LayerPointers>() == 144);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
-    assert!(size_of::<PassParameters>() == 512);
-    assert!(size_of::<PassOutcome>() == 280);
+    assert!(size_of::<RowRace>() == 16);
+    assert!(size_of::<PassParameters>() == 648);
+    assert!(size_of::<PassOutcome>() == 408);
     assert!(size_of::<Condition>() == 32);
 };
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::abi::{MAX_ROWS, PassOutcome, PassRow, SequenceRows};
+use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
 use crate::error::Result;
 use crate::policy::Condition;
 
@@ -14,7 +14,7 @@ pub const MAX_CRITERIA: usize = 4;
 pub const MAX_TABLES: usize = 2 * MAX_ROWS;
 
 /// The rows of a pass, at most [`MAX_ROWS`], and what is to become of them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct PassPlan {
     /// The rows, those of a sequence one after the other.
     pub rows: Vec<PassRow>,
@@ -22,6 +22,10 @@ pub struct PassPlan {
     pub sequences: Vec<SequenceRows>,
     /// Bit r: the logits of row r are wanted.
     pub logits_rows: u32,
+    /// Bit r: the token of row r is sampled, which needs its logits.
+    pub sampled_rows: u32,
+    /// By what, by row; of no meaning where it is not.
+    pub races: [RowRace; MAX_ROWS],
 }
 
 /// A device that runs whole passes: weights, caches and saved hidden states of every slot.
@@ -35,6 +39,12 @@ pub struct PassPlan {
 ///
 /// Every method reports an [`Error::Device`](crate::Error::Device) when the driver fails.
 pub trait ChainDevice: Send {
+    /// Tokens that the model knows.
+    fn vocabulary(&self) -> usize;
+
+    /// Depths after which rules may ask for an entropy probe's risk.
+    fn probes(&self) -> &[usize];
+
     /// Write `conditions`, [criteria, layers] with up to [`MAX_CRITERIA`] criteria, as the table
     /// number `table`, below [`MAX_TABLES`]. Returns its address.
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64>;

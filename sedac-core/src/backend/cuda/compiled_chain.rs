@@ -210,9 +210,9 @@ mod tests {
     fn kernels_of_another_abi_are_refused() {
         let facts = ChainFacts {
             abi: ABI,
-            layer_bytes: 136,
-            pass_bytes: 512,
-            outcome_bytes: 280,
+            layer_bytes: size_of::<LayerPointers>() as u32,
+            pass_bytes: size_of::<PassParameters>() as u32,
+            outcome_bytes: size_of::<PassOutcome>() as u32,
             ..ChainFacts::default()
         };
         assert_eq!(check_abi(&facts), Ok(()));
@@ -221,7 +221,7 @@ mod tests {
             ..facts
         };
         let other = ChainFacts {
-            pass_bytes: 520,
+            pass_bytes: facts.pass_bytes + 8,
             ..facts
         };
         for facts in [newer, other] {

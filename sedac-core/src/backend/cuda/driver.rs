@@ -13,6 +13,7 @@ use super::abi::{COUNTERS, LayerPointers, MAX_ROWS, PassOutcome, PassParameters}
 use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 use super::compiled_chain::CompiledChain;
 use super::packed_weights::{PackedWeights, WeightAddresses};
+use super::probe_weights::{self, ProbeWeights};
 use crate::backend::gpu::{failed, new_stream};
 use crate::bundle::{Bundle, ChainKernels};
 use crate::error::{Error, Result};
@@ -56,6 +57,9 @@ pub struct CudaDriver {
     /// What only the kernels read and write.
     _memory: Vec<CudaSlice<u8>>,
     _layers: CudaSlice<LayerPointers>,
+    _probes: Vec<CudaSlice<f32>>,
+    /// Depths with an entropy probe.
+    probes: Vec<usize>,
 }
 
 impl CudaChain<CudaDriver> {
@@ -147,13 +151,18 @@ impl CudaDriver {
         let stream = new_stream()?;
         let chain = CompiledChain::load(bundle, kernels, capacity, &stream)?;
         let weights = PackedWeights::open(bundle, kernels)?;
+        let probes = probe_weights::read(bundle)?;
         let sizes = MemorySizes::new(kernels, &chain, capacity, sequences);
         let weight_bytes = bundle.gate.bytes(&kernels.weights).unwrap_or(0);
         let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
+        let probe_bytes = probes
+            .iter()
+            .map(|probe| probe.numbers.len() as u64 * FLOAT);
+        let weight_bytes = weight_bytes + probe_bytes.sum::<u64>();
         bundle.check_device_bytes(sizes.total() + weight_bytes, free as u64)?;
         let mut memory = Vec::new();
         let addresses = weights.upload(kernels, capacity, &stream, &mut memory)?;
-        Self::allocate(stream, chain, sizes, addresses, memory)
+        Self::allocate(stream, chain, sizes, addresses, &probes, memory)
     }
 
     /// Allocate what `sizes` says, and make tables.
@@ -162,6 +171,7 @@ impl CudaDriver {
         chain: CompiledChain,
         sizes: MemorySizes,
         mut weights: WeightAddresses,
+        probes: &[ProbeWeights],
         mut memory: Vec<CudaSlice<u8>>,
     ) -> Result<Self> {
         let mut caches = Vec::new();
@@ -171,6 +181,16 @@ impl CudaDriver {
                 *pointer = cache.device_ptr(&stream).0;
                 caches.push(cache);
             }
+        }
+        let mut uploaded = Vec::new();
+        for probe in probes {
+            let numbers = stream.clone_htod(&probe.numbers);
+            // they are read until then, also where the call failed
+            let waited = stream.synchronize();
+            let numbers = numbers.and_then(|numbers| waited.map(|()| numbers));
+            let numbers = numbers.map_err(failed("a probe's copy to the GPU"))?;
+            weights.layers[probe.depth - 1].probe = numbers.device_ptr(&stream).0;
+            uploaded.push(numbers);
         }
         let mut allocate = |bytes| -> Result<u64> {
             let slice = zeros(&stream, bytes)?;
@@ -218,6 +238,8 @@ impl CudaDriver {
             last_rows: 0,
             _memory: memory,
             _layers: layers,
+            probes: probes.iter().map(|probe| probe.depth).collect(),
+            _probes: uploaded,
             stream,
             chain,
             parameters,
@@ -314,6 +336,14 @@ fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
 }
 
 impl ChainDevice for CudaDriver {
+    fn vocabulary(&self) -> usize {
+        self.sizes.vocabulary
+    }
+
+    fn probes(&self) -> &[usize] {
+        &self.probes
+    }
+
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
         let most = self.sizes.conditions;
         let mut place = self.conditions.slice_mut(table * most..(table + 1) * most);
@@ -331,6 +361,8 @@ impl ChainDevice for CudaDriver {
         parameters.sequences = pass.sequences.len() as i32;
         parameters.clear_rows = self.last_rows as i32;
         parameters.logits_rows = pass.logits_rows;
+        parameters.sampled_rows = pass.sampled_rows;
+        parameters.race = pass.races;
         parameters.row[..pass.rows.len()].copy_from_slice(&pass.rows);
         parameters.sequence[..pass.sequences.len()].copy_from_slice(&pass.sequences);
         let (kernel, config) = self.chain.kernel(pass.rows.len());

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassRow};
-use crate::backend::{EngineTiming, Logits, LogitsRequest, SequenceStep, StepExit};
+use crate::backend::{EngineTiming, Logits, SequenceStep, StepExit};
 use crate::error::Result;
 use crate::kv::{KvFill, KvState};
 use crate::policy::ExitReason;
@@ -22,7 +22,7 @@ pub(super) struct Lane {
     wanted: Range<usize>,
     pub(super) exit: StepExit,
     pub(super) logits: Logits,
-    /// Of the newest row, where tokens are wanted.
+    /// Of the newest row, where tokens are wanted, sampled or not.
     pub(super) margin: Option<f32>,
     pub(super) timings: Vec<EngineTiming>,
 }
@@ -55,10 +55,9 @@ impl Lane {
                     ..PassRow::default()
                 }),
         );
-        let wanted = match step.logits {
-            LogitsRequest::None => 0,
-            LogitsRequest::Rows(_) | LogitsRequest::Tokens(_) if limit < layers => 1,
-            LogitsRequest::Rows(wanted) | LogitsRequest::Tokens(wanted) => wanted,
+        let wanted = match step.logits.positions() {
+            wanted if limit < layers => wanted.min(1),
+            wanted => wanted,
         };
         assert!(wanted <= rows.len(), "logits of positions that do not run");
         Ok(Self {
@@ -83,6 +82,11 @@ impl Lane {
     /// Whether there is more to run.
     pub(super) fn is_open(&self) -> bool {
         !self.pieces.is_empty()
+    }
+
+    /// The number of its rows after the one numbered `row`.
+    pub(super) fn later(&self, row: usize) -> usize {
+        self.rows.len() - 1 - row
     }
 
     /// Take the next piece, if there is one of at most `room` rows.

@@ -1,4 +1,4 @@
-//! The whole chain in one kernel: embedding, layers, exits, head and greedy choice.
+//! The whole chain in one kernel: embedding, layers, exits, head and the choice of tokens.
 //!
 //! The kernel takes passes of up to [`MAX_ROWS`] rows, of one sequence or of several, and decides
 //! about exits by the rule's table. This backend turns steps into passes and keeps the books; the
@@ -11,11 +11,14 @@ mod driver;
 mod lane;
 mod packed_weights;
 mod pass_costs;
+mod probe_weights;
 mod rule_tables;
 
 use std::time::Duration;
 
-pub use self::abi::{MAX_ROWS, PassOutcome, PassRow, RowOutcome, SequenceOutcome, SequenceRows};
+pub use self::abi::{
+    MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
+};
 pub use self::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
@@ -28,7 +31,8 @@ use super::{
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
-use crate::policy::{Condition, ExitReason, ExitRule};
+use crate::policy::{Condition, Criterion, ExitReason, ExitRule, Signal};
+use crate::sampler::{Race, RaceResult};
 use crate::sequence::{Sequence, Slots};
 
 /// Turns steps into passes of a device.
@@ -65,13 +69,13 @@ impl<D: ChainDevice> CudaChain<D> {
         sequences: usize,
     ) -> Self {
         Self {
-            device,
             exit_allowed: (0..=layers)
                 .map(|depth| depth < layers && exit_layers.contains(&depth))
                 .collect(),
             capacity,
             capabilities: Capabilities {
                 sequences,
+                probes: device.probes().to_vec(),
                 margins: true,
                 ..Capabilities::default()
             },
@@ -79,6 +83,7 @@ impl<D: ChainDevice> CudaChain<D> {
             costs: Costs::default(),
             tables: RuleTables::default(),
             epoch: None,
+            device,
         }
     }
 
@@ -125,7 +130,7 @@ impl<D: ChainDevice> CudaChain<D> {
             lane.timings
                 .extend(cost.timings(Duration::from_nanos(start), exit.layer));
             note_filled(lane, &piece, step.sequence, exit.layer);
-            self.take_logits(lane, &piece, exit, first_row, &outcome, step.logits)?;
+            self.take_logits(lane, &piece, exit, first_row, &outcome, &step.logits)?;
             lane.exit = exit;
         }
         Ok(cost)
@@ -157,7 +162,16 @@ impl<D: ChainDevice> CudaChain<D> {
             ..row
         }));
         for row in piece.wanted.clone() {
-            pass.logits_rows |= 1 << (first_row + row - piece.rows.start);
+            let in_pass = first_row + row - piece.rows.start;
+            pass.logits_rows |= 1 << in_pass;
+            if let LogitsRequest::Sampled(race) = &step.logits {
+                pass.sampled_rows |= 1 << in_pass;
+                pass.races[in_pass] = RowRace {
+                    key: race.key(lane.later(row)),
+                    inverse_temperature: 1.0 / race.temperature(),
+                    unused: 0,
+                };
+            }
         }
         Ok(Placed {
             lane: index,
@@ -177,23 +191,27 @@ impl<D: ChainDevice> CudaChain<D> {
         let criteria = rule.criteria();
         assert!(!rule.is_soft(), "exits are hard, as capabilities say");
         assert!(criteria.len() <= MAX_CRITERIA, "a rule has few criteria");
-        let rows = criteria.iter().flat_map(|criterion| {
-            let depths = 1..=self.num_layers();
-            depths.map(|depth| {
-                criterion
-                    .conditions
-                    .get(depth - 1)
-                    .copied()
-                    .unwrap_or_default()
-            })
-        });
-        let allowed = self.exit_allowed[1..].iter().cycle();
-        rows.zip(allowed)
-            .map(|(condition, &allowed)| Condition {
-                may_exit: condition.may_exit & u32::from(allowed),
-                ..condition
-            })
+        let depths = |criterion| (1..=self.num_layers()).map(move |depth| (criterion, depth));
+        let rows = criteria.iter().flat_map(depths);
+        rows.map(|(criterion, depth)| self.condition(criterion, depth))
             .collect()
+    }
+
+    /// The row of `criterion` for `depth`; one that compares nothing where its signal is not measured.
+    fn condition(&self, criterion: &Criterion, depth: usize) -> Condition {
+        let condition = criterion.conditions.get(depth - 1);
+        let allowed = self.exit_allowed[depth];
+        let measured = |condition: &&Condition| match condition.signal {
+            Signal::None | Signal::Stability => true,
+            Signal::Risk => allowed && self.capabilities.probes.contains(&depth),
+            Signal::Margin | Signal::Learned => false,
+        };
+        let condition = condition.copied().filter(|row| measured(&row));
+        let condition = condition.unwrap_or_default();
+        Condition {
+            may_exit: condition.may_exit & u32::from(allowed),
+            ..condition
+        }
     }
 
     /// Where the pass over `piece` ended, as the device says it.
@@ -237,7 +255,7 @@ impl<D: ChainDevice> CudaChain<D> {
         exit: StepExit,
         first_row: usize,
         outcome: &PassOutcome,
-        request: LogitsRequest,
+        request: &LogitsRequest,
     ) -> Result<()> {
         let mut wanted = piece.wanted.clone();
         if exit.reason != ExitReason::FullDepth && !wanted.is_empty() {
@@ -257,20 +275,58 @@ impl<D: ChainDevice> CudaChain<D> {
                 engine: None,
             });
         }
-        if let (LogitsRequest::Tokens(_), Some(newest)) = (request, outcomes.last()) {
-            lane.margin = Some(newest.margin);
+        if let LogitsRequest::Rows(_) = request {
+            let logits = self.device.logits(rows)?;
+            match &mut lane.logits {
+                Logits::Rows(earlier) => earlier.extend(logits),
+                other => *other = Logits::Rows(logits),
+            }
+            return Ok(());
         }
-        match (request, &mut lane.logits) {
-            (LogitsRequest::Tokens(_), Logits::Tokens(tokens)) => {
-                tokens.extend(outcomes.iter().map(|row| row.token));
-            }
-            (LogitsRequest::Tokens(_), logits) => {
-                *logits = Logits::Tokens(outcomes.iter().map(|row| row.token).collect());
-            }
-            (_, Logits::Rows(earlier)) => earlier.extend(self.device.logits(rows)?),
-            (_, logits) => *logits = Logits::Rows(self.device.logits(rows)?),
+        lane.margin = outcomes.last().map(|newest| newest.margin);
+        let mut tokens = Vec::new();
+        for (row, in_pass) in wanted.zip(rows) {
+            tokens.push(match request {
+                LogitsRequest::Sampled(race) => {
+                    self.sample(race, lane.later(row), in_pass, outcome)?
+                }
+                _ => outcome.row[in_pass].token,
+            });
+        }
+        match &mut lane.logits {
+            Logits::Tokens(earlier) => earlier.extend(tokens),
+            other => *other = Logits::Tokens(tokens),
         }
         Ok(())
+    }
+
+    /// The token of the row `in_pass`, which `later` others of its sequence follow. Where the
+    /// device's race does not settle it, the row's logits do.
+    fn sample(
+        &mut self,
+        race: &Race,
+        later: usize,
+        in_pass: usize,
+        outcome: &PassOutcome,
+    ) -> Result<u32> {
+        let (row, won) = (&outcome.row[in_pass], &outcome.race[in_pass]);
+        let result = RaceResult {
+            token: won.token,
+            logit: won.logit,
+            is_certain: won.is_certain != 0,
+            most_probable: row.token,
+            highest: row.logit,
+            is_unique: row.margin > 0.0,
+            total: won.total,
+            vocabulary: self.device.vocabulary(),
+        };
+        match race.settle(&result) {
+            Some(token) => Ok(token),
+            None => {
+                let logits = self.device.logits(in_pass..in_pass + 1)?;
+                Ok(race.choose(later, &logits))
+            }
+        }
     }
 
     fn run(

@@ -112,6 +112,7 @@ mod tests {
             rows: first_layers.iter().map(row).collect(),
             sequences: vec![SequenceRows::default()],
             logits_rows: 1,
+            ..PassPlan::default()
         };
         let mut outcome = PassOutcome {
             started: 1_000_000_000,

@@ -1,6 +1,7 @@
 //! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
 
 mod exits;
+mod graph_executor;
 mod pass;
 mod runtime;
 
@@ -14,6 +15,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 pub use self::exits::Exits;
+pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::pass::{Contexts, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,

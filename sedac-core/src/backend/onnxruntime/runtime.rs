@@ -1,17 +1,19 @@
 //! The few calls into `ort` that the backend needs, with errors that say what they were about.
 
+use std::ffi::CString;
 use std::path::Path;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
 use ort::environment::{Environment, GlobalThreadPoolOptions};
-use ort::ep::CPU;
+use ort::ep::{ArenaExtendStrategy, CPU, CUDA, ExecutionProviderDispatch};
 use ort::logging::LogLevel;
-use ort::memory::Allocator;
+use ort::memory::{Allocator, MemoryInfo};
 use ort::session::builder::GraphOptimizationLevel;
-use ort::session::{IoBinding, Session};
+use ort::session::{IoBinding, RunOptions, Session};
 use ort::value::{
-    DynTensor, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value, ValueTypeMarker,
+    DynTensor, Outlet, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, Value,
+    ValueType, ValueTypeMarker,
 };
 use ort::{AsPointer, LoadDynamicError};
 
@@ -73,19 +75,70 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
 /// kOrtSessionOptionsModelExternalInitializersFileFolderPath.
 const WEIGHTS_DIRECTORY: &str = "session.model_external_initializers_file_folder_path";
 
-/// Load the graph in `file` of `bundle`.
-///
-/// Sessions get no arena and no memory plans of their own: with plain allocation the buffers that
-/// one layer gives back are the ones the next takes, and dozens of engines hold nothing between
-/// runs, however many lengths of prompt they have seen.
-/// `sedac-runtime bench --against monolith` measures what the chain costs.
+/// A session fails to load rather than leave a node to the CPU.
+const NO_CPU_NODES: &str = "session.disable_cpu_ep_fallback";
+
+/// What computes the nodes of a graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Provider {
+    /// The CPU.
+    Cpu,
+    /// The first GPU, on a stream of the driver's.
+    Cuda(u64),
+}
+
+impl Provider {
+    /// # Safety
+    /// The stream is live, and stays so while sessions of the provider run.
+    unsafe fn dispatch(self) -> ExecutionProviderDispatch {
+        match self {
+            // Sessions get no arena and no memory plans of their own: with plain allocation the
+            // buffers that one layer gives back are the ones the next takes, and dozens of engines
+            // hold nothing between runs, however many lengths of prompt they have seen.
+            // `sedac-runtime bench --against monolith` measures what the chain costs.
+            Self::Cpu => CPU::default().with_arena_allocator(false).build(),
+            Self::Cuda(stream) => {
+                // captured work goes on using the arena; it grows by what is asked for, since there
+                // are dozens of them
+                let provider = CUDA::default()
+                    .with_device_id(0)
+                    .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested);
+                // SAFETY: what the caller promises.
+                let provider = unsafe {
+                    provider.with_compute_stream(ptr::without_provenance_mut(stream as usize))
+                };
+                provider.build().error_on_failure()
+            }
+        }
+    }
+}
+
+/// Load the graph in `file` of `bundle` for the CPU.
 pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -> Result<Session> {
+    // SAFETY: there is no stream.
+    unsafe { device_session(environment, bundle, file, Provider::Cpu) }
+}
+
+/// Load the graph in `file` of `bundle` for `provider`, which takes all of its nodes or fails.
+///
+/// # Safety
+/// As [`Provider::dispatch`].
+pub(super) unsafe fn device_session(
+    environment: &Environment,
+    bundle: &Bundle,
+    file: &Path,
+    provider: Provider,
+) -> Result<Session> {
     let (graph, directory) = bundle.gate.graph(file)?;
+    let no_cpu_nodes = if provider == Provider::Cpu { "0" } else { "1" };
+    // SAFETY: what the caller promises.
+    let provider = unsafe { provider.dispatch() };
     let load = || {
         Session::builder(environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
             .with_memory_pattern(false)?
-            .with_execution_providers([CPU::default().with_arena_allocator(false).build()])?
+            .with_execution_providers([provider])?
+            .with_config_entry(NO_CPU_NODES, no_cpu_nodes)?
             .with_config_entry(WEIGHTS_DIRECTORY, directory.to_string_lossy())?
             // what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
             .with_config_entry("session.load_model_format", "ONNX")?
@@ -149,24 +202,115 @@ pub(super) fn bind_output<T: ValueTypeMarker + ?Sized>(
         .map_err(|source| engine_error(format!("output {name} cannot be bound"), source))
 }
 
-/// Run `session` over bound tensors; `what` names it in an error.
+/// Whether a tensor goes into a session or comes out of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Input,
+    Output,
+}
+
+/// Memory of a device in which a tensor lies.
+pub(super) struct Memory<'a> {
+    pub(super) info: &'a MemoryInfo<'static>,
+    pub(super) address: u64,
+    pub(super) shape: &'a [usize],
+    pub(super) bytes: usize,
+}
+
+/// Bind `memory` as the session's tensor `value`.
 ///
-/// `Session::run_binding` would also fetch the bound outputs, at a cost that shows when a token
-/// passes dozens of engines; here they are in tensors of ours already.
+/// # Errors
+/// [`Error::Engine`] when the tensor takes other bytes than the memory has.
+///
+/// # Safety
+/// The memory has its `bytes`, which live, and which nothing else uses, until the work of the binding
+/// is done.
+pub(super) unsafe fn bind_memory(
+    binding: &mut IoBinding,
+    side: Side,
+    value: &Outlet,
+    memory: &Memory<'_>,
+) -> Result<()> {
+    let mut bind = || {
+        let name =
+            CString::new(value.name()).map_err(|error| ort::Error::new(error.to_string()))?;
+        let element = element_of(value, memory)?;
+        let shape: Vec<i64> = memory.shape.iter().map(|&size| size as i64).collect();
+        let address = ptr::with_exposed_provenance_mut(memory.address as usize);
+        let api = ort::api();
+        let mut tensor = ptr::null_mut();
+        // SAFETY: all pointers are live, and `tensor` is written before it is read. It describes
+        // memory that the caller answers for, and has the bytes of its shape, which `element_of` has
+        // compared. The binding takes a share of the tensor, so that ours is released.
+        unsafe {
+            ort::Error::result_from_status((api.CreateTensorWithDataAsOrtValue)(
+                memory.info.ptr(),
+                address,
+                memory.bytes,
+                shape.as_ptr(),
+                shape.len(),
+                element.into(),
+                &mut tensor,
+            ))?;
+            let bind = match side {
+                Side::Input => api.BindInput,
+                Side::Output => api.BindOutput,
+            };
+            let bound = bind(binding.ptr_mut(), name.as_ptr(), tensor);
+            (api.ReleaseValue)(tensor);
+            ort::Error::result_from_status(bound)
+        }
+    };
+    bind().map_err(|source| engine_error(format!("{} cannot be bound", value.name()), source))
+}
+
+/// The element type of the session's tensor `value`, of which `memory` has room for exactly its
+/// shape.
+fn element_of(value: &Outlet, memory: &Memory<'_>) -> ort::Result<TensorElementType> {
+    let ValueType::Tensor { ty, .. } = value.dtype() else {
+        return Err(ort::Error::new("it is no tensor"));
+    };
+    let bytes = ty.byte_size(memory.shape.iter().product());
+    if bytes != Some(memory.bytes) {
+        let reason = format!(
+            "it is {ty} of shape {:?} where the bundle's has {} bytes; build the bundle again",
+            memory.shape, memory.bytes
+        );
+        return Err(ort::Error::new(reason));
+    }
+    Ok(*ty)
+}
+
+/// Run `session` over bound tensors; `what` names it in an error.
 pub(super) fn run(
     session: &mut Session,
     binding: &IoBinding,
     what: impl Fn() -> String,
 ) -> Result<()> {
-    // SAFETY: both pointers are live, and the call keeps neither. `binding` shares the ownership of
-    // all values bound in it, so that these live too; ONNX Runtime compares their names, types and
-    // shapes with the session's in every run and fails when the binding is another session's. It
-    // reads and writes them until it returns: slices of them (`read`, `write`) are borrowed from
-    // tensors that belong to the same structures as `session` and `binding`, and none is kept over
-    // a run but those of tensors bound elsewhere. The status goes to `result_from_status` once.
+    run_with(session, binding, None, what)
+}
+
+/// As [`run`], with `options`.
+///
+/// `Session::run_binding` would also fetch the bound outputs, at a cost that shows when a token
+/// passes dozens of engines; here they are in tensors of ours already.
+pub(super) fn run_with(
+    session: &mut Session,
+    binding: &IoBinding,
+    options: Option<&RunOptions>,
+    what: impl Fn() -> String,
+) -> Result<()> {
+    let options = options.map_or(ptr::null(), AsPointer::ptr);
+    // SAFETY: all pointers are live, and the call keeps none. `binding` shares the ownership of
+    // all values bound in it, so that these live too, but for memory that `bind_memory`'s caller
+    // answers for; ONNX Runtime compares their names, types and shapes with the session's in every
+    // run and fails when the binding is another session's. It reads and writes them until it
+    // returns: slices of them (`read`, `write`) are borrowed from tensors that belong to the same
+    // structures as `session` and `binding`, and none is kept over a run but those of tensors bound
+    // elsewhere. The status goes to `result_from_status` once.
     let result = unsafe {
         let run = ort::api().RunWithBinding;
-        ort::Error::result_from_status(run(session.ptr_mut(), ptr::null(), binding.ptr()))
+        ort::Error::result_from_status(run(session.ptr_mut(), options, binding.ptr()))
     };
     result.map_err(|source| engine_error(format!("{} failed", what()), source))
 }
@@ -179,6 +323,11 @@ fn no_memory(source: ort::Error) -> Error {
     engine_error("a tensor cannot be allocated".into(), source)
 }
 
-fn engine_error(what: String, source: ort::Error) -> Error {
+pub(super) fn engine_error(what: String, source: ort::Error) -> Error {
     Error::Engine { what, source }
+}
+
+/// What is wrong with ONNX Runtime itself.
+pub(super) fn provider_error(source: ort::Error) -> Error {
+    engine_error("ONNX Runtime".into(), source)
 }

@@ -139,6 +139,8 @@ pub(super) struct Frame {
     input_ids: Buffer,
     position_ids: Buffer,
     write_index: Buffer,
+    /// The newest position, which ONNX Runtime's attention reads.
+    seqlens_k: Buffer,
     contexts: Vec<(String, PortableContext, Buffer)>,
 }
 
@@ -165,6 +167,7 @@ impl Frame {
             position_ids,
             contexts,
             write_index: allocate(device, &[1], size_of::<i64>())?,
+            seqlens_k: allocate(device, &[1], size_of::<i32>())?,
         })
     }
 
@@ -176,7 +179,9 @@ impl Frame {
     ) -> Result<()> {
         let ids = encode_i64(positions.clone().map(|position| position as i64));
         device.write(self.position_ids, 0, &ids)?;
-        device.write(self.write_index, 0, &encode_i64([positions.start as i64]))
+        device.write(self.write_index, 0, &encode_i64([positions.start as i64]))?;
+        let last = positions.end as i32 - 1;
+        device.write(self.seqlens_k, 0, &last.to_le_bytes())
     }
 
     /// Write the ids of `tokens`.
@@ -203,12 +208,10 @@ impl Frame {
 
     /// What layers and kv engines take of this frame beside the residual stream.
     pub(super) fn shared(&self, tokens: usize) -> Vec<Bound> {
-        let mut tensors = vec![bound(
-            "write_index",
-            self.write_index,
-            &[1],
-            size_of::<i64>(),
-        )];
+        let mut tensors = vec![
+            bound("write_index", self.write_index, &[1], size_of::<i64>()),
+            bound("seqlens_k", self.seqlens_k, &[1], size_of::<i32>()),
+        ];
         tensors.extend(self.contexts(tokens));
         tensors
     }

@@ -40,6 +40,11 @@ impl Cuda {
         })
     }
 
+    /// The stream on which everything happens.
+    pub fn stream(&self) -> Arc<CudaStream> {
+        self.stream.clone()
+    }
+
     fn bind(&self) -> Result<()> {
         let context = self.stream.context();
         context.bind_to_thread().map_err(failed("the GPU"))

@@ -5,6 +5,8 @@
 //! [`Executor`]); the [`Device`] captures that, and from then on decoding is launches of captured
 //! work, a few bytes written before a pass and the stability read after each engine. The graphs
 //! behind the plans are the portable ones of `sedac_export/tensorrt/portable.py`.
+//!
+//! ONNX Runtime's CUDA provider runs in the same manner, with its sessions as the executor.
 
 mod buffers;
 mod cuda;
@@ -23,7 +25,7 @@ pub use host_device::Host;
 use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
 use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
-use crate::bundle::{Bundle, Gate, PlanFiles, PortableLayers};
+use crate::bundle::{Bundle, Gate, PlanFiles, PortableGraphs, PortableLayers};
 use crate::error::{Error, Result};
 use crate::policy::ExitSignals;
 
@@ -91,7 +93,7 @@ struct Launched<Mark> {
 
 impl<D: Device> TensorRt<D> {
     /// Run the plans of `bundle` for the target named, such as `tensorrt-rtx`, on `device`. `exits`
-    /// tell about exits, on the host.
+    /// compute exit heads and lenses, on the host.
     ///
     /// # Errors
     /// [`Error::Bundle`] when it holds no plans for the target, [`Error::Device`] when memory is
@@ -99,14 +101,37 @@ impl<D: Device> TensorRt<D> {
     pub fn load(
         bundle: &Bundle,
         target: &str,
+        device: D,
+        executor: Arc<dyn Executor>,
+        exits: Exits,
+    ) -> Result<Self> {
+        let plans = bundle.manifest.plans_for(target);
+        let plans = plans.ok_or_else(|| missing_plans(&bundle.gate.shown(""), target))?;
+        Self::over(bundle, plans, device, executor, exits)
+    }
+
+    /// As [`load`](Self::load), for the bundle's graphs for ONNX Runtime's CUDA provider, which need
+    /// no plans: the executor runs the graphs themselves.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`] when it holds no such graphs, and as [`load`](Self::load).
+    pub fn load_graphs(
+        bundle: &Bundle,
+        device: D,
+        executor: Arc<dyn Executor>,
+        exits: Exits,
+    ) -> Result<Self> {
+        Self::over(bundle, bundle.graphs_for_cuda()?, device, executor, exits)
+    }
+
+    fn over(
+        bundle: &Bundle,
+        (portable, plans): (&PortableGraphs, PlanFiles),
         mut device: D,
         executor: Arc<dyn Executor>,
         exits: Exits,
     ) -> Result<Self> {
         let manifest = &bundle.manifest;
-        let (portable, plans) = manifest
-            .plans_for(target)
-            .ok_or_else(|| missing_plans(&bundle.gate.shown(""), target))?;
         bundle.check_device_memory(plans.files(), device.free_memory()?)?;
         let length = manifest.max_cache_length;
         let sizes = Sizes {
@@ -275,6 +300,16 @@ impl<D: Device> TensorRt<D> {
         (self.pass.hidden[self.engines_run % 2], offset)
     }
 
+    /// The newest token's residual stream after `engines` engines, of which the last or the one
+    /// before it must have run last.
+    fn newest_row(&mut self, engines: usize) -> Result<Vec<f32>> {
+        let offset = (self.tokens - 1) * self.sizes.row();
+        let mut bytes = vec![0; self.sizes.row()];
+        self.device
+            .read(self.pass.hidden[engines % 2], offset, &mut bytes)?;
+        Ok(self.sizes.precision.decode(&bytes))
+    }
+
     /// Make the pass at `positions` the current one.
     fn begin(&mut self, positions: Range<usize>) -> Result<()> {
         let (tokens, start) = (positions.len(), positions.start);
@@ -387,6 +422,11 @@ impl<D: Device> Engines for TensorRt<D> {
     }
 
     fn stability(&mut self, engine: usize) -> Result<Vec<f32>> {
+        if !self.layers[engine].stability {
+            let before = self.newest_row(engine)?;
+            let after = self.newest_row(engine + 1)?;
+            return Ok(vec![stability(&before, &after)]);
+        }
         let newest = self.layers[engine].num_layers * size_of::<f32>();
         let mut bytes = vec![0; newest];
         let offset = (self.tokens - 1) * newest;
@@ -425,6 +465,18 @@ impl<D: Device> Engines for TensorRt<D> {
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         std::mem::take(&mut self.timings)
     }
+}
+
+/// (cos + 1) / 2 of two residual streams.
+fn stability(before: &[f32], after: &[f32]) -> f32 {
+    let dot = |left: &[f32], right: &[f32]| -> f32 {
+        left.iter()
+            .zip(right)
+            .map(|(left, right)| left * right)
+            .sum()
+    };
+    let norms = dot(before, before) * dot(after, after);
+    dot(before, after) / norms.sqrt() * 0.5 + 0.5
 }
 
 fn missing_plans(directory: &Path, target: &str) -> Error {

@@ -12,7 +12,7 @@ use sedac_core::sampler::argmax;
 use sedac_core::sequence::{Sequence, Slots};
 use sedac_core::{Error, Result};
 
-use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
+use super::{CAPACITY, Cache, Caches, Hidden, ends};
 
 const SEQUENCES: usize = 3;
 
@@ -141,24 +141,29 @@ impl ToyDevice {
         }
     }
 
-    fn outcome(&self, lane: Lane, wanted: LogitsRequest) -> StepOutcome {
+    fn outcome(&self, lane: Lane, wanted: &LogitsRequest) -> StepOutcome {
         let exit = lane.exit.unwrap_or(StepExit {
             layer: self.num_layers,
             reason: ExitReason::FullDepth,
         });
         let is_full = exit.reason == ExitReason::FullDepth;
-        let count = |rows| if is_full { rows } else { 1 };
-        let newest = |count: usize| {
-            let rows = &lane.rows[lane.rows.len() - count..];
-            let logits = |row: &Hidden| row.logits(exit.layer, self.num_layers, self.agreement);
-            rows.iter().flat_map(logits).collect::<Vec<f32>>()
-        };
+        let positions = wanted.positions();
+        let positions = if is_full { positions } else { positions.min(1) };
+        let newest = &lane.rows[lane.rows.len() - positions..];
+        let rows: Vec<_> = newest
+            .iter()
+            .map(|row| row.logits(exit.layer, self.num_layers, self.agreement))
+            .collect();
         let logits = match wanted {
             LogitsRequest::None => Logits::None,
-            LogitsRequest::Rows(rows) => Logits::Rows(newest(count(rows))),
-            LogitsRequest::Tokens(rows) => {
-                let rows = newest(count(rows));
-                Logits::Tokens(rows.chunks_exact(VOCABULARY).map(argmax).collect())
+            LogitsRequest::Rows(_) => Logits::Rows(rows.concat()),
+            LogitsRequest::Tokens(_) => {
+                Logits::Tokens(rows.iter().map(|row| argmax(row)).collect())
+            }
+            LogitsRequest::Sampled(race) => {
+                let later = (0..positions).rev();
+                let token = |(later, row): (_, &Vec<f32>)| race.choose(later, row);
+                Logits::Tokens(later.zip(&rows).map(token).collect())
             }
         };
         StepOutcome {
@@ -228,7 +233,7 @@ impl Backend for ToyDevice {
         }
         let outcomes = lanes.into_iter().zip(steps);
         Ok(outcomes
-            .map(|(lane, step)| self.outcome(lane, step.logits))
+            .map(|(lane, step)| self.outcome(lane, &step.logits))
             .collect())
     }
 

@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    ChainDevice, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RowOutcome,
-    SequenceOutcome, SequenceRows,
+    ChainDevice, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome,
+    RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
 use sedac_core::policy::{Comparison, Condition, Signal};
 use sedac_core::sampler::argmax;
 
-use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
+use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
 
 /// Runs passes of the toy model.
 pub(crate) struct ToyKernel {
@@ -65,6 +65,7 @@ impl ToyKernel {
     fn check(&self, pass: &PassPlan) {
         assert!((1..=MAX_ROWS).contains(&pass.rows.len()));
         assert!(pass.logits_rows < 1 << pass.rows.len());
+        assert_eq!(pass.sampled_rows & !pass.logits_rows, 0);
         let mut next = 0;
         for (index, sequence) in pass.sequences.iter().enumerate() {
             assert_eq!(sequence.first_row, next);
@@ -166,6 +167,31 @@ impl ToyKernel {
     }
 }
 
+/// The race among all tokens. A quarter of the time, rounding is said to leave it open.
+fn race(by: RowRace, logits: &[f32]) -> RaceOutcome {
+    let noise = |token: u64| {
+        let mut z = by
+            .key
+            .wrapping_add(token.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        let uniform = ((z ^ (z >> 31)) as f64 + 1.0) / 2_f64.powi(64);
+        -(-uniform.ln()).ln()
+    };
+    let score =
+        |token: usize| f64::from(logits[token] * by.inverse_temperature) + noise(token as u64);
+    let mut order: Vec<_> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
+    let (first, lead) = (order[0], score(order[0]) - score(order[1]));
+    let highest = logits[argmax(logits) as usize];
+    RaceOutcome {
+        token: first as u32,
+        logit: logits[first],
+        total: logits.iter().map(|logit| (logit - highest).exp()).sum(),
+        is_certain: (lead > 1e-4 && mix(by.key, 0) & 3 > 0).into(),
+    }
+}
+
 fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
     &pass.rows[sequence.first_row as usize..][..sequence.rows as usize]
 }
@@ -190,6 +216,7 @@ impl State {
         let value = match row.signal {
             Signal::None => return false,
             Signal::Stability => newest.signal(depth, 0),
+            Signal::Risk => newest.signal(depth, 1),
             signal => panic!("the kernel does not measure {signal:?}"),
         };
         let satisfied = match row.comparison {
@@ -207,6 +234,14 @@ impl State {
 }
 
 impl ChainDevice for ToyKernel {
+    fn vocabulary(&self) -> usize {
+        VOCABULARY
+    }
+
+    fn probes(&self) -> &[usize] {
+        &self.exit_layers
+    }
+
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
         assert!(conditions.len() <= MAX_CRITERIA * self.layers);
         self.conditions[table] = conditions.to_vec();
@@ -230,6 +265,10 @@ impl ChainDevice for ToyKernel {
                 self.logits.push(vec![f32::NAN; VOCABULARY]);
             } else {
                 outcome.row[index] = self.head(hidden, depth);
+                if pass.sampled_rows >> index & 1 == 1 {
+                    let logits = self.logits.last().unwrap();
+                    outcome.race[index] = race(pass.races[index], logits);
+                }
             }
         }
         outcome.started = self.clock;

@@ -316,7 +316,7 @@ pub(crate) enum Decides {
     Host,
     /// The device, by the rule's table.
     Device,
-    /// The kernel, likewise, in passes of a few rows; by stability only.
+    /// The kernel, likewise, in passes of a few rows; by stability and risk only.
     Kernel,
 }
 

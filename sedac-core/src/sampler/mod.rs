@@ -1,10 +1,14 @@
 //! Choose the next token from logits.
 
+mod race;
+
 use std::collections::VecDeque;
 
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
+use self::race::choose;
+pub use self::race::{Race, RaceResult};
 use crate::error::{Error, Result};
 
 /// How to sample. The defaults are greedy.
@@ -113,8 +117,31 @@ impl Sampler {
     /// The next token after `history` (prompt and output so far) given its `logits`.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
         let token = self.foresee(0, logits, history);
-        self.keys.pop_front();
+        self.skip();
         token
+    }
+
+    /// The race that gives the next `positions` tokens, in turn, of their logits alone; None where
+    /// the most likely token is taken, or what is in the text changes the logits.
+    pub fn race(&mut self, positions: usize) -> Option<Race> {
+        let Sampling {
+            temperature,
+            repetition_penalty,
+            ..
+        } = self.settings;
+        let keys = |sampler: &mut Self| (0..positions).map(|later| sampler.key(later)).collect();
+        (temperature > 0.0 && repetition_penalty == 1.0)
+            .then(|| Race::new(self.settings, keys(self)))
+    }
+
+    /// The next token was chosen as [`sample`](Self::sample) would have.
+    pub fn skip(&mut self) {
+        self.keys.pop_front();
+    }
+
+    /// How it samples.
+    pub fn settings(&self) -> Sampling {
+        self.settings
     }
 
     /// What [`sample`](Self::sample) will give after `later` other tokens, for the same arguments.
@@ -140,69 +167,17 @@ impl Sampler {
         if self.settings.temperature == 0.0 {
             return argmax(logits);
         }
-        self.keep_candidates(logits);
+        let key = self.key(later);
+        choose(&self.settings, key, logits, &mut self.candidates)
+    }
+
+    /// The key of the token that `later` others precede.
+    fn key(&mut self, later: usize) -> u64 {
         while self.keys.len() <= later {
             self.keys.push_back(self.random.random());
         }
-        let key = self.keys[later];
-        let race = |&(token, weight): &(u32, f32)| exponential(key, token) / f64::from(weight);
-        let first = self
-            .candidates
-            .iter()
-            .min_by(|a, b| race(a).total_cmp(&race(b)));
-        first.map_or_else(|| argmax(logits), |&(token, _)| token)
+        self.keys[later]
     }
-
-    /// Fill `candidates` with the kept tokens and their unnormalised weights.
-    fn keep_candidates(&mut self, logits: &[f32]) {
-        let Sampling {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            ..
-        } = self.settings;
-        let candidates = &mut self.candidates;
-        candidates.clear();
-        candidates.extend((0..).zip(logits.iter().copied()));
-        let likeliest_first = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1);
-        if top_k > 0 && top_k < candidates.len() {
-            candidates.select_nth_unstable_by(top_k - 1, likeliest_first);
-            candidates.truncate(top_k);
-        }
-        let logits = candidates.iter().map(|&(_, logit)| logit);
-        let highest = logits.fold(f32::NEG_INFINITY, f32::max);
-        for (_, logit) in candidates.iter_mut() {
-            *logit = ((*logit - highest) / temperature).exp();
-        }
-        if top_p < 1.0 {
-            candidates.sort_unstable_by(|a, b| likeliest_first(a, b).then(a.0.cmp(&b.0)));
-            let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
-            let mut sum = 0.0;
-            let nucleus = candidates.iter().position(|(_, weight)| {
-                sum += weight;
-                sum >= top_p * total
-            });
-            candidates.truncate(nucleus.map_or(candidates.len(), |last| last + 1));
-        }
-        candidates.retain(|&(_, weight)| weight >= min_p);
-    }
-}
-
-/// An exponential variable of rate 1, the same for the same `key` and `token`.
-///
-/// Of such variables divided by weights, each is the smallest with its weight's probability
-/// (Gumbel-max, <https://arxiv.org/abs/1611.00712>). Against logits that were rounded otherwise,
-/// as passes over one or several tokens do, this choice hardly ever changes; a point drawn on the
-/// sum of all weights would fall beside some boundary once in a few hundred tokens.
-fn exponential(key: u64, token: u32) -> f64 {
-    // SplitMix64, Steele et al. 2014, <https://doi.org/10.1145/2660193.2660195>
-    let mut z = key.wrapping_add(u64::from(token).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^= z >> 31;
-    let uniform = ((z >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
-    -uniform.ln()
 }
 
 /// The index of the largest logit, the first of equals.
@@ -336,6 +311,31 @@ mod tests {
                 assert_eq!(sampler.sample(&logits, &[0]), token);
                 assert_eq!(untouched.sample(&logits, &[0]), token);
             }
+        }
+    }
+
+    #[test]
+    fn races_give_the_tokens_to_come() {
+        let settings = Sampling {
+            temperature: 1.0,
+            top_k: 2,
+            seed: 5,
+            ..Sampling::default()
+        };
+        let logits = [0.1, 0.2, 0.3];
+        let mut sampler = Sampler::new(settings).unwrap();
+        let race = sampler.race(20).unwrap();
+        sampler.skip();
+        for later in (0..19).rev() {
+            assert_eq!(sampler.sample(&logits, &[]), race.choose(later, &logits));
+        }
+        let greedy = Sampling::default();
+        let penalised = Sampling {
+            repetition_penalty: 1.1,
+            ..settings
+        };
+        for settings in [greedy, penalised] {
+            assert_eq!(Sampler::new(settings).unwrap().race(1), None);
         }
     }
 

@@ -1,0 +1,94 @@
+// V6's entropy probe: the risk softplus(up(norm(down(h)))) of a hidden state, in fp32; see LREProbe in
+// sedac_export/exits/replay/probes.py.
+//
+// Down's outputs go round the blocks, which exchange them as words of a float and the depth: not every layer has a
+// probe, so that parities would not alternate. The rest is small, and every warp computes it: so all decide alike about
+// exits.
+#pragma once
+#include "residual.cuh"
+
+constexpr float PROBE_EPSILON = 1e-5f;
+
+struct Probe {
+  // down [PROBE_WIDTH][hidden], the norm's weight and bias and up [PROBE_WIDTH] each, and up's bias
+  const float* weights;
+  float* scratch;
+  int depth, blocks;
+  unsigned parities;  // of the layer's flags, a bit for each row
+
+  // The risks of `rows`; lane 4t gets row t's.
+  __device__ __forceinline__ float run(unsigned rows) const {
+    const int tid = thread_index(), lane = tid & 31;
+    if (rows >> tid / 32 & 1)
+      for (int output = block_index(); output < PROBE_WIDTH; output += blocks) publish(tid / 32, lane, output);
+    __syncwarp();
+    float of_lane = 0;
+#pragma unroll 1
+    for (; rows; rows &= rows - 1) {
+      const int row = __ffs(rows) - 1;
+      const float risk = receive(row, lane);
+      if (lane / 4 == row) of_lane = risk;
+    }
+    return of_lane;
+  }
+
+ private:
+  __device__ __forceinline__ half* word(int row, int output) const {
+    return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_PROBE + 2 * output);
+  }
+
+  // By the row's warp: one of the block's outputs of down.
+  __device__ __forceinline__ void publish(int row, int lane, int output) const {
+    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS < 16 ? PAIRS : 16;
+    const float *hidden = scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER, *weight = weights + output * HIDDEN;
+    float sum = 0;
+#pragma unroll 1
+    for (int first = 2 * lane; first < HIDDEN; first += AT_ONCE * 64) {
+      float2 v[AT_ONCE];
+      bool all;
+      do {
+        all = true;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          if (first + k * 64 < HIDDEN) v[k] = load2(hidden + first + k * 64);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+          if (first + k * 64 < HIDDEN) all &= arrived(v[k], parities >> row);
+      } while (!all);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (first + k * 64 < HIDDEN) {
+          const float2 w = load(weight + first + k * 64);
+          sum = fmaf(w.y, unflagged(v[k].y), fmaf(w.x, unflagged(v[k].x), sum));
+        }
+    }
+    __syncwarp();
+    sum = sum_of_lanes<32>(sum);
+    if (!lane) store_halves(word(row, output), static_cast<unsigned long long>(depth) << 32 | __float_as_uint(sum));
+  }
+
+  // A lane has two of the outputs.
+  __device__ __forceinline__ float receive(int row, int lane) const {
+    const float* rest = weights + PROBE_WIDTH * HIDDEN + 2 * lane;
+    const float2 weight = load(rest), bias = load(rest + PROBE_WIDTH), up = load(rest + 2 * PROBE_WIDTH);
+    const float up_bias = weights[PROBE_WIDTH * (HIDDEN + 3)];
+    ulonglong2 words;
+    while (words = load_halves(word(row, 2 * lane)), words.x >> 32 != depth || words.y >> 32 != depth) pause();
+    __syncwarp();
+    float x = __uint_as_float(static_cast<unsigned>(words.x)), y = __uint_as_float(static_cast<unsigned>(words.y));
+    const float mean = sum_of_lanes<32>(x + y) / PROBE_WIDTH;
+    x -= mean, y -= mean;
+    const float factor = rsqrtf(sum_of_lanes<32>(fmaf(x, x, y * y)) / PROBE_WIDTH + PROBE_EPSILON);
+    x = fmaf(x * factor, weight.x, bias.x), y = fmaf(y * factor, weight.y, bias.y);
+    const float risk = sum_of_lanes<32>(fmaf(x, up.x, y * up.y)) + up_bias;
+    return fmaxf(risk, 0.f) + log1pf(expf(-fabsf(risk)));
+  }
+
+  __device__ __forceinline__ static float2 load(const float* p) { return *reinterpret_cast<const float2*>(p); }
+};
+// Apart from the kernel's own code, whose registers are scarce.
+__device__ __noinline__ float probe_risks(unsigned rows, const float* weights, float* scratch, int depth, int blocks,
+                                          unsigned parities) {
+  return Probe{weights, scratch, depth, blocks, parities}.run(rows);
+}
+static_assert(PROBE_WIDTH == 64, "a lane has two outputs");

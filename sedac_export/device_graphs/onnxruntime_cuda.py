@@ -1,0 +1,143 @@
+"""Add the graphs for ONNX Runtime's CUDA provider to a bundle.
+
+They are the bundle's own engines in its own precision. The engines for CPUs compute in fp32, for
+which the provider has no kernel of GroupQueryAttention.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from sedac_export.bundle import Bundle
+from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.plan_entries import PortableGraphs
+from sedac_export.bundle.staging import claimed
+from sedac_export.console import StageProgress
+from sedac_export.device_graphs.graph_writer import write_graphs
+from sedac_export.errors import SedacError
+from sedac_export.graph.trace import TracedGraph, Tracer
+from sedac_export.graph.trace_model import trace_graphs
+from sedac_export.model.precision import DTYPES
+from sedac_export.model.skeleton import Skeleton
+from sedac_export.model.source import opened_model
+
+TARGET = "onnxruntime-cuda"
+PREFIX = "cuda"
+
+
+class CudaTracer(Tracer):
+    """Traces the form of a skeleton's engines that the CUDA provider has kernels for."""
+
+    def layer(self, index: int) -> TracedGraph:
+        """As for CPUs."""
+        return _with_kernels(super().layer(index))
+
+    def key_value(self, index: int) -> TracedGraph:
+        """As for CPUs."""
+        return _with_kernels(super().key_value(index))
+
+
+def check_precision(precision: bundle.Precision) -> None:
+    """Raise SedacError when weights are not of 16 bits."""
+    if precision == "fp32":
+        raise SedacError(
+            f"--target {TARGET} takes fp16 or bf16 weights, and these are fp32; build with"
+            " --precision fp16"
+        )
+
+
+def add_onnxruntime_cuda(
+    directory: Path, model: str | None = None, progress: StageProgress = lambda *_: None
+) -> PortableGraphs:
+    """Trace `model` and write the graphs into the bundle in `directory`.
+
+    model: a directory, a GGUF file or a hub id, whose configuration is read; the weights are those
+    of the bundle. Raises SedacError.
+    """
+    with claimed(directory) as claim:
+        bundle.settle_manifest(directory)
+        manifest = Bundle.open(directory).manifest
+        check_precision(manifest.precision)
+        if model is None:
+            raise SedacError(
+                f"{directory} does not say how its layers are made; name the model with --model"
+            )
+        with opened_model(model, claim.scratch) as source, torch.no_grad():
+            skeleton = Skeleton.load(source.directory)
+            graphs = trace_graphs(skeleton, progress, CudaTracer, DTYPES[manifest.precision])
+        if manifest.layers_per_engine == 1:
+            # the host has both residual streams, and some 14 kernels a layer are not launched
+            layers = [without_stability(graph) for graph in graphs.layers]
+            graphs = replace(graphs, layers=layers)
+        rest = _withdraw(directory, manifest)
+        entry = write_graphs(directory, rest, graphs, PREFIX)
+        files = {name: bundle.file_entry(directory, name) for name in entry.files()}
+        update = {"onnxruntime_cuda": entry, "files": rest.files | files}
+        bundle.write_manifest(directory, rest.model_copy(update=update))
+    return entry
+
+
+def _withdraw(directory: Path, manifest: bundle.Manifest) -> bundle.Manifest:
+    """Take older graphs out of the manifest, which never names a file that is being replaced."""
+    held = manifest.onnxruntime_cuda
+    if held is None:
+        return manifest
+    files = {name: e for name, e in manifest.files.items() if name not in held.files()}
+    rest = manifest.model_copy(update={"onnxruntime_cuda": None, "files": files})
+    bundle.write_manifest(directory, rest)
+    return rest
+
+
+def without_stability(graph: TracedGraph) -> TracedGraph:
+    """A layer's graph that leaves it to the host how much the layer changes the residual stream."""
+    model = ir.from_proto(graph.model)
+    outputs = model.graph.outputs
+    kept = [value for value in outputs if value.name != "stability"]
+    outputs.clear()
+    outputs.extend(kept)
+    RemoveUnusedNodesPass()(model)
+    return graph.of_part(ir.to_proto(model))
+
+
+def _with_kernels(graph: TracedGraph) -> TracedGraph:
+    """`graph` in operators that the provider has, or fuses."""
+    _split_tensors(graph.model.graph)
+    for node in graph.model.graph.node:
+        # ONNX Runtime's older name of it: what it fuses residual additions into knows only that
+        if node.op_type == "RMSNormalization":
+            node.op_type = "SimplifiedLayerNormalization"
+    return graph
+
+
+def _split_tensors(graph: onnx.GraphProto) -> None:
+    """Split into tensors by Split, not into sequences of them, which only the CPU does."""
+    constants = {
+        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    constants |= {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.raw_data}
+    taken: dict[str, dict[int, onnx.NodeProto]] = defaultdict(dict)
+    for node in graph.node:
+        if node.op_type == "SequenceAt":
+            taken[node.input[0]][int(constants[node.input[1]])] = node
+    for node in [node for node in graph.node if node.op_type == "SplitToSequence"]:
+        sequence, sizes = node.output[0], constants[node.input[1]]
+        if sizes.ndim == 0:
+            # equal parts; were there more than are taken, their sum would not be the axis
+            sizes = sizes.repeat(max(taken[sequence]) + 1)
+        parts = [f"{sequence}_{index}" for index in range(len(sizes))]
+        for index, user in taken[sequence].items():
+            parts[index] = user.output[0]
+            graph.node.remove(user)
+        tensor = helper.make_tensor(f"{sequence}_sizes", TensorProto.INT64, [len(sizes)], sizes)
+        graph.initializer.append(tensor)
+        axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+        split = helper.make_node("Split", [node.input[0], tensor.name], parts, axis=axis)
+        node.CopyFrom(split)
