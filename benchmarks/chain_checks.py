@@ -11,9 +11,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-from chain_abi import Condition, RowRace
 from chain_launcher import ChainLauncher, SequenceInput
 from torch import Tensor
+
+from sedac_export.cuda.chain_abi import Condition, RowRace
 
 # relative norm of the difference; fp16 activations give some 1.2e-3
 TOLERANCE = 1e-2

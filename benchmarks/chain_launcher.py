@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from chain_abi import (
+from chain_decoder import ChainCase, History, RandomDecoder
+from torch import Tensor
+
+from sedac_export.cuda.chain_abi import (
     COUNTERS,
     MAX_ROWS,
     Condition,
-    Facts,
     Layer,
     Outcome,
     Pass,
@@ -18,26 +20,12 @@ from chain_abi import (
     RowRace,
     SequenceRows,
 )
-from chain_decoder import ChainCase, History, RandomDecoder
-from cuda.bindings import driver
-from torch import Tensor
-
-from sedac_export.cuda.compiler import (
-    ARCHITECTURES,
-    FACTS,
-    NEWEST,
-    ROWS,
-    CompiledChain,
-    Compiler,
-)
+from sedac_export.cuda.compiler import ARCHITECTURES, NEWEST, CompiledChain, Compiler
+from sedac_export.cuda.loaded_chain import LoadedChain, UnsupportedGpuError
 from sedac_export.cuda.packing import BLOCK, HALF, TILE
 
 # passes whose outcomes are kept until the host reads them
 OUTCOMES = 64
-
-
-class UnsupportedError(Exception):
-    """The card cannot run the chain, or not for this shape."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,7 @@ class SequenceInput:
 
 
 def card_architecture() -> str:
-    """What is compiled for the current device. Raises UnsupportedError where nothing is."""
+    """What is compiled for the current device. Raises UnsupportedGpuError where nothing is."""
     major, minor = torch.cuda.get_device_capability()
     # machine code runs on later GPUs of the same major capability, and the list ascends
     for name in reversed(ARCHITECTURES):
@@ -64,17 +52,17 @@ def card_architecture() -> str:
             return name
     if major > int(NEWEST.removeprefix("compute_")) // 10:
         return NEWEST
-    raise UnsupportedError(
+    raise UnsupportedGpuError(
         f"{torch.cuda.get_device_name()} is of compute capability {major}.{minor}, and the chain"
         f" is compiled for {', '.join(ARCHITECTURES)}"
     )
 
 
 def compile_chain(compiler: Compiler, case: ChainCase, architecture: str) -> CompiledChain:
-    """The chain for the case. Raises UnsupportedError where it does not fit."""
+    """The chain for the case. Raises UnsupportedGpuError where it does not fit."""
     compiled = compiler.compile_for(architecture, case.macros())
     if compiled is None:
-        raise UnsupportedError(f"shared memory of {architecture} is too small")
+        raise UnsupportedGpuError(f"shared memory of {architecture} is too small")
     return compiled
 
 
@@ -92,7 +80,7 @@ class ChainLauncher:
     def __init__(self, case: ChainCase, compiled: CompiledChain, slots: int = 4) -> None:
         self.decoder, self.capacity = RandomDecoder(case), case.capacity
         torch.zeros(1, device="cuda")  # makes the context current
-        self._load(compiled)
+        self._chain = LoadedChain(compiled.code)
         self._hold_weights(slots)
         self._allocate(slots)
         self._previous_rows, self._parity = MAX_ROWS, 0
@@ -124,7 +112,8 @@ class ChainLauncher:
         logits_rows: bits of the rows that want logits, default all; races: of the first rows, whose
         tokens are sampled.
         """
-        made = Pass(capacity=self.capacity, blocks=self.blocks, sequences=len(sequences))
+        blocks = self._chain.blocks
+        made = Pass(capacity=self.capacity, blocks=blocks, sequences=len(sequences))
         for name, tensor in self._buffers.items():
             setattr(made, name, tensor.data_ptr())
         first = 0
@@ -141,19 +130,13 @@ class ChainLauncher:
         return made
 
     def launch(self, wanted: Pass, outcome: int = 0) -> None:
-        """Enqueue a pass on the smallest kernel that takes its rows."""
+        """Enqueue a pass, which leaves its outcome at the index `outcome`."""
         scratch, following = self._scratch[self._parity], self._scratch[1 - self._parity]
         wanted.scratch, wanted.next_scratch = scratch.data_ptr(), following.data_ptr()
         wanted.clear_rows, self._previous_rows = self._previous_rows, wanted.rows
         wanted.outcome = self._outcomes.data_ptr() + outcome * ctypes.sizeof(Outcome)
         self._parity = 1 - self._parity
-        entry = next(rows for rows in ROWS if rows >= wanted.rows)
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(wanted))
-        shared = self.facts.shared_bytes[ROWS.index(entry)]
-        grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
-        function, stream = self._entries[entry], self._stream.cuda_stream
-        at = ctypes.addressof(parameters)
-        _succeed(driver.cuLaunchCooperativeKernel(function, *grid, *block, shared, stream, at))
+        self._chain.launch(wanted, self._stream.cuda_stream)
 
     def run(
         self,
@@ -177,29 +160,6 @@ class ChainLauncher:
     def saved(self) -> Tensor:
         """Hidden states at exits, [slot, capacity, hidden]."""
         return self._buffers["saved"][..., : self.decoder.shape.hidden]
-
-    def _load(self, compiled: CompiledChain) -> None:
-        # the driver reads PTX up to a zero
-        self._module = _succeed(driver.cuModuleLoadData(compiled.code + b"\0"))
-        address, _ = _succeed(driver.cuModuleGetGlobal(self._module, FACTS.encode()))
-        facts = self.facts = Facts()
-        size = ctypes.sizeof(Facts)
-        _succeed(driver.cuMemcpyDtoH(ctypes.addressof(facts), address, size))
-        mirrors = [ctypes.sizeof(mirror) for mirror in (Layer, Pass, Outcome)]
-        assert [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes] == mirrors
-        units = torch.cuda.get_device_properties().multi_processor_count
-        self.blocks = min(facts.max_blocks, units)
-        if self.blocks < facts.min_blocks:
-            raise UnsupportedError(
-                f"it takes {facts.min_blocks} multiprocessors, and the card has {units}"
-            )
-        self._entries = {rows: self._function(f"chain_{rows}") for rows in ROWS}
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for function, shared in zip(self._entries.values(), facts.shared_bytes, strict=True):
-            _succeed(driver.cuFuncSetAttribute(function, limit, shared))
-
-    def _function(self, name: str) -> Any:
-        return _succeed(driver.cuModuleGetFunction(self._module, name.encode()))
 
     def _hold_weights(self, slots: int) -> None:
         decoder, shape = self.decoder, self.decoder.shape
@@ -228,11 +188,11 @@ class ChainLauncher:
         }
 
     def _allocate(self, slots: int) -> None:
-        shape, facts = self.decoder.shape, self.facts
+        shape, facts = self.decoder.shape, self._chain.facts
         self._buffers |= {
             "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
             "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
-            "tables": _zeros(facts.table_bytes * self.blocks),
+            "tables": _zeros(facts.table_bytes * self._chain.blocks),
             "counters": _zeros(COUNTERS * ctypes.sizeof(ctypes.c_uint)),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
@@ -243,12 +203,8 @@ class ChainLauncher:
         self._stream = torch.cuda.Stream()
 
     def _prepare(self) -> None:
-        function, stream = self._function("prepare"), self._stream.cuda_stream
-        arguments = (self._buffers["tables"].data_ptr(), self.blocks)
-        parameters = (arguments, (ctypes.c_uint64, ctypes.c_int))
-        grid, block = (self.blocks, 1, 1), (self.facts.threads, 1, 1)
         torch.cuda.synchronize()
-        _succeed(driver.cuLaunchKernel(function, *grid, *block, 0, stream, parameters, 0))
+        self._chain.prepare(self._buffers["tables"].data_ptr(), self._stream.cuda_stream)
         torch.cuda.synchronize()
 
     def _sequence_rows(self, sequence: SequenceInput, first: int) -> SequenceRows:
@@ -281,11 +237,3 @@ def _on_device(structures: "ctypes.Array[Any]") -> Tensor:
 
 def _zeros(size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8, device="cuda")
-
-
-def _succeed(results: tuple[Any, ...]) -> Any:
-    """What a call of the driver gives."""
-    status, *values = results
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the CUDA driver failed: {status.name}")
-    return values[0] if len(values) == 1 else values

@@ -10,6 +10,7 @@ from rehearsal import add_stand_ins
 
 from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.cuda.add_cuda import add_cuda
+from sedac_export.cuda.validate_chain import validate
 from sedac_export.tensorrt.add import add_target
 from sedac_runtime import SedacModel, _core
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
@@ -86,6 +87,13 @@ def test_the_chain_generates_the_texts_of_onnxruntime(
 ) -> None:
     assert chain_model.backend == "cuda"
     assert_same_texts(chain_model, demo_model)
+
+
+@pytest.mark.gpu
+def test_the_chain_is_validated(chain_model: SedacModel) -> None:
+    validation = validate(chain_model.directory)
+    assert [check.problems for check in validation.checks] == [[], [], []]
+    assert validation.checks[2].checked
 
 
 @pytest.mark.gpu

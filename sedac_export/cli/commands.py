@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sedac_export.bundle.signature import SIGNATURE
-from sedac_export.cli import target_commands
+from sedac_export.cli import target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
 from sedac_export.cli.exit_commands import register_exit_commands, spread_data
 from sedac_export.cli.progress import progress_bar
@@ -246,7 +246,7 @@ def verify(
 
 register_exit_commands(app)
 target_commands.register(app)
-tensorrt.register(app)
+validate_command.register(app)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
-"""The part of the command sedac-export that is about TensorRT."""
+"""The part of the command sedac-export that builds for TensorRT."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +10,7 @@ from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.cli.targets import TargetName
 from sedac_export.console import console
-from sedac_export.errors import SedacError
 from sedac_runtime.flavour import FLAVOURS, Target
-from sedac_runtime.terminal import visible
-
-_OTHERS = " or ".join(FLAVOURS)
 
 MaxBatchSize = Annotated[int, typer.Option(help="TensorRT: maximum sequences per pass.")]
 MaxPrefillChunk = Annotated[int, typer.Option(help="TensorRT: maximum prompt tokens per pass.")]
@@ -29,67 +24,6 @@ VersionCompatible = Annotated[
 HardwareCompatible = Annotated[
     bool, typer.Option("--hardware-compatible", help="TensorRT: plans for every GPU since Ampere.")
 ]
-
-
-def validate(
-    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    target: Annotated[
-        TargetName | None,
-        typer.Option(help="Target whose engines to check. [default: all in the bundle]"),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
-) -> None:
-    """Check a bundle's TensorRT engines as far as this host allows.
-
-    The exit code is 0 when all that could be checked held, 3 when an engine's structure did not, 4
-    when a graph disagrees with ONNX Runtime's engines, 5 when an engine does on the GPU.
-    """
-    from sedac_export.tensorrt.validate_plans import summary
-    from sedac_export.tensorrt.validate_plans import validate as run
-
-    silence_libraries()
-    results = []
-    for flavour in _validated(bundle, target):
-        with progress_bar("validate") as progress:
-            results.append(run(bundle, flavour, progress))
-    if as_json:
-        targets = {result.target: result.as_json() for result in results}
-        passed = all(result.exit_code() == 0 for result in results)
-        print(json.dumps({"bundle": str(bundle), "passed": passed, "targets": targets}))
-    else:
-        for result in results:
-            print(visible(summary(result)))
-    raise typer.Exit(next((code for result in results if (code := result.exit_code())), 0))
-
-
-def _validated(directory: Path, target: TargetName | None) -> list[Target]:
-    from sedac_export.bundle.manifest import read_manifest
-
-    if target is TargetName.ONNXRUNTIME:
-        raise SedacError(
-            "--target onnxruntime: the build has compared those engines with the original;"
-            " sedac-export inspect shows by how much they differ"
-        )
-    if target is TargetName.ONNXRUNTIME_CUDA:
-        raise SedacError(
-            "--target onnxruntime-cuda: validate does not run these graphs yet; they are traced"
-            " from the model, with the weights of the bundle's engines"
-        )
-    if target is TargetName.CUDA:
-        raise SedacError(
-            "--target cuda: validate does not run this target's kernel yet; the build has compared"
-            " what it computes with the original's layers"
-        )
-    held = list(read_manifest(directory).plans)
-    chosen = [flavour for flavour in FLAVOURS if target == TargetName(flavour)]
-    if not chosen and not held:
-        raise SedacError(
-            f"{directory} holds no TensorRT engines; add them with"
-            f" sedac-export engines {directory} and {_OTHERS} as --target"
-        )
-    return chosen or held
 
 
 def build_options(
@@ -155,8 +89,3 @@ def _summary(directory: Path, target: Target, plans: PlanSet) -> str:
         f" {sum(sizes) / 1e6:.1f} MB, built in {sum(seconds):.1f} s, {per_layer:.2f} s per layer"
         f" engine; for compute capability {capabilities}"
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
-    app.command()(validate)

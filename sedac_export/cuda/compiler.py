@@ -1,7 +1,6 @@
 """Compile the chain for a model's shape with NVRTC, which needs no GPU."""
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -32,8 +31,6 @@ _TARGETS = {"sm_90": "sm_90a", "sm_100": "sm_100f"}
 ROWS = (1, 2, 4, 8)
 
 _FLAGS = ("-std=c++17", "-fmad=false", "-default-device", "--ptxas-options=-v")
-# the constant that holds a struct Facts
-FACTS = "sedac_facts"
 # what the sources assert
 _NO_ROOM = "shared memory is too small"
 # where a struct Facts has the dynamic shared memory of each entry, unsigned each
@@ -69,7 +66,8 @@ class Compiler:
         try:
             from cuda import pathfinder
             from cuda.bindings import nvrtc
-            from elftools.elf.elffile import ELFFile
+
+            from sedac_export.cuda.cubin import Cubin
 
             self.headers = pathfinder.find_nvidia_header_directory("cudart")
             pathfinder.load_nvidia_dynamic_lib("nvrtc")
@@ -81,7 +79,7 @@ class Compiler:
                 "--target cuda needs NVRTC and CUDA's headers, which are not installed;"
                 " pip install 'sedac[cuda]'"
             ) from error
-        self.nvrtc, self.elf = nvrtc, ELFFile
+        self.nvrtc, self.cubin = nvrtc, Cubin
 
     @property
     def version(self) -> str:
@@ -140,17 +138,9 @@ class Compiler:
         finally:
             nvrtc.nvrtcDestroyProgram(program)
 
-    def facts(self, cubin: bytes) -> bytes:
-        """The struct Facts in `cubin`, see abi.cuh."""
-        elf: Any = self.elf(io.BytesIO(cubin))
-        (symbol,) = elf.get_section_by_name(".symtab").get_symbol_by_name(FACTS)
-        start, size = symbol["st_value"], symbol["st_size"]
-        held: bytes = elf.get_section(symbol["st_shndx"]).data()[start : start + size]
-        return held
-
     def _kernels(self, log: str, cubin: bytes) -> list[ChainKernel]:
         """What each entry takes: ptxas tells it in the log, and the cubin in its facts."""
-        facts = self.facts(cubin)
+        facts = self.cubin(cubin).facts()
         used = {name: (int(count), int(spilled)) for name, spilled, count in _KERNEL.findall(log)}
         kernels = []
         for rows, place in zip(ROWS, _SHARED_BYTES, strict=True):

@@ -97,6 +97,11 @@ def pack(matrix: Array) -> Array:
     return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2, 4))
 
 
+def unpack(packed: Array, rows: int) -> Array:
+    """What `pack` was given, [rows, columns]."""
+    return packed.transpose(0, 2, 3, 1, 4).reshape(-1, packed.shape[1] * BLOCK)[:rows]
+
+
 def _header(tensors: list[PackedTensor]) -> bytes:
     """https://huggingface.co/docs/safetensors: length of the JSON text, and the text."""
     entries, end = {}, 0
@@ -116,7 +121,7 @@ def _layer(
     stored: StoredWeights, description: ChainDescription, index: int
 ) -> Iterator[PackedTensor]:
     weights, read = description.weights[index], stored.reader(index)
-    for name, sizes in _matrix_shapes(description.shape).items():
+    for name, sizes in matrix_shapes(description.shape).items():
 
         def matrix(name: str = name) -> Array:
             result: Array = weights.matrix(name, read).numpy()
@@ -132,7 +137,8 @@ def _layer(
         yield _vector(f"layers.{index}.{name}", [_vector_size(description.shape, name)], vector)
 
 
-def _matrix_shapes(shape: ChainShape) -> dict[str, list[int]]:
+def matrix_shapes(shape: ChainShape) -> dict[str, list[int]]:
+    """Rows and columns of a layer's matrices, by name."""
     attended = shape.heads * shape.head_size
     sizes = [
         [attended + 2 * shape.key_value_heads * shape.head_size, shape.hidden],
@@ -147,7 +153,7 @@ def _vector_size(shape: ChainShape, name: str) -> int:
     if name in ("query_norm", "key_norm"):
         return shape.head_size
     if name.endswith("_bias"):
-        return _matrix_shapes(shape)[name.removesuffix("_bias")][0]
+        return matrix_shapes(shape)[name.removesuffix("_bias")][0]
     return shape.hidden
 
 
@@ -169,7 +175,7 @@ def _vector(name: str, shape: list[int], vector: Callable[[], Array]) -> PackedT
 def _rotary(bundle: Bundle, description: ChainDescription) -> Iterator[Tables]:
     """Tables [positions, half the rotary size] of every position that the caches have room for."""
     length, half = bundle.manifest.max_cache_length, description.shape.rotary_size // 2
-    whole = _contexts(bundle, max(length, FIRST_POSITION + TOKENS))
+    whole = context_tables(bundle, max(length, FIRST_POSITION + TOKENS))
     observed = slice(FIRST_POSITION, FIRST_POSITION + TOKENS)
     for tables in description.tables:
         if tables is None:
@@ -186,7 +192,7 @@ def _rotary(bundle: Bundle, description: ChainDescription) -> Iterator[Tables]:
         yield cos[:length], sin[:length]
 
 
-def _contexts(bundle: Bundle, positions: int) -> list[torch.Tensor]:
+def context_tables(bundle: Bundle, positions: int) -> list[torch.Tensor]:
     """What the contexts engine gives for the first `positions`, [positions, numbers] each."""
     file = bundle.manifest.engines.contexts
     if file is None:

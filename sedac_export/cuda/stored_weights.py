@@ -23,16 +23,21 @@ class StoredWeights:
 
     def reader(self, layer: int) -> WeightReader:
         """Gives weights of `layer` by their names below it."""
-        # a monolith of one layer is that layer's graph, its names unchanged
-        prefix = f"layer_{layer}." if self.bundle.manifest.model.num_layers > 1 else ""
+        prefix = self._prefix(layer)
 
         def read(name: str) -> torch.Tensor:
-            item = self.monolith.get(f"{prefix}layer.{name}")
+            item = self.monolith.get(f"{prefix}{name}")
             if item is None:
                 raise self._other_model(f"no weight {name} of layer {layer}")
             return torch.from_numpy(self._array(item))
 
         return read
+
+    def of_layer(self, layer: int) -> list[Array]:
+        """All weights of `layer`."""
+        prefix = self._prefix(layer)
+        items = self.monolith.items()
+        return [self._array(item) for name, item in items if name.startswith(prefix)]
 
     def embedding(self) -> Array:
         """The embedding's rows, [vocabulary, hidden]."""
@@ -50,6 +55,10 @@ class StoredWeights:
         """Whether embedding and projection are one matrix."""
         embed, head = (_place(self._of_rank(items, 2)) for items in (self.embed, self.head))
         return embed == head
+
+    def _prefix(self, layer: int) -> str:
+        # a monolith of one layer is that layer's graph, its names unchanged
+        return f"layer_{layer}.layer." if self.bundle.manifest.model.num_layers > 1 else "layer."
 
     def _weights(self, file: str) -> list[TensorProto]:
         return [item for item in self.bundle.graph(file).graph.initializer if item.external_data]

@@ -1,19 +1,21 @@
 """`sedac-export validate`: what can be known of a bundle's plans on this host."""
 
 import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.agreement_row import GATES, Gates, failures
 from sedac_export.bundle.plan_entries import PlanEntry, PlanSet, PortableGraphs
 from sedac_export.bundle.portable_runner import PortableRunner
+from sedac_export.bundle.target_check import TargetCheck, TargetValidation
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
-from sedac_export.tensorrt.agreement import GATES, Gates, compare
+from sedac_export.tensorrt.agreement import compare
 from sedac_export.tensorrt.build_plans import fingerprint
 from sedac_export.tensorrt.installed import check_compatible
 from sedac_export.tensorrt.plan_runner import GpuPlanRunner
@@ -22,53 +24,10 @@ from sedac_export.tensorrt.structure import Expected, expectations
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import FLAVOURS, Target, find_gpu
 
-# exit codes of the command, by the first check that failed
-FAILED = {"structure": 3, "onnxruntime": 4, "execution": 5}
-
-
-@dataclass
-class PlanCheck:
-    """One of the three checks; without `checked` the problems are empty and the reason is given."""
-
-    name: Literal["structure", "onnxruntime", "execution"]
-    checked: bool = True
-    reason: str = ""
-    problems: list[str] = field(default_factory=list)
-    engines: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """What --json prints of it."""
-        passed = not self.problems if self.checked else None
-        report: dict[str, Any] = {"checked": self.checked, "passed": passed}
-        if not self.checked:
-            report["reason"] = self.reason
-        return report | {"problems": self.problems, "engines": self.engines}
-
-
-@dataclass(frozen=True)
-class PlanValidation:
-    """The checks of one target's plans, in the order in which they were made."""
-
-    target: Target
-    plans: PlanSet
-    checks: list[PlanCheck]
-
-    def exit_code(self) -> int:
-        """0, or that of the first check that failed."""
-        return next((FAILED[check.name] for check in self.checks if check.problems), 0)
-
-    def as_json(self) -> dict[str, Any]:
-        """The object that --json prints of this target."""
-        facts = self.plans.model_dump(exclude={"plans"})
-        seconds = {Path(plan.file).stem: plan.seconds for plan in self.plans.plans}
-        checks = {check.name: check.as_json() for check in self.checks}
-        passed = self.exit_code() == 0
-        return facts | {"build_seconds": seconds, "checks": checks, "passed": passed}
-
 
 def validate(
     directory: Path, target: Target, progress: StageProgress = lambda *_: None
-) -> PlanValidation:
+) -> TargetValidation:
     """Check the plans of `target` in the bundle `directory`, as far as this host allows.
 
     structure: each plan is of the graph beside it and holds its layers, and the network that
@@ -92,7 +51,10 @@ def validate(
             progress("validate", count, 3)
             checks.append(check())
         progress("validate", 3, 3)
-    return PlanValidation(target, plans, checks)
+    facts = plans.model_dump(exclude={"plans"})
+    seconds = {Path(plan.file).stem: plan.seconds for plan in plans.plans}
+    title = f"{FLAVOURS[target].title} {plans.version}"
+    return TargetValidation(target, title, facts | {"build_seconds": seconds}, checks)
 
 
 @dataclass
@@ -107,8 +69,8 @@ class _PlanValidator:
     def __post_init__(self) -> None:
         self.expected = expectations(self.directory, self.manifest, self.portable)
 
-    def structure(self) -> PlanCheck:
-        check = PlanCheck("structure")
+    def structure(self) -> TargetCheck:
+        check = TargetCheck("structure")
         built = {plan.graph: plan for plan in self.plans.plans}
         for graph, expected in self.expected.items():
             problems = self._graph_problems(graph, expected)
@@ -117,22 +79,22 @@ class _PlanValidator:
             check.engines.append({"engine": Path(graph).stem, "passed": not problems})
         return check
 
-    def onnxruntime(self) -> PlanCheck:
+    def onnxruntime(self) -> TargetCheck:
         runner = PortableRunner(self.directory, self.manifest.precision)
         return self._agreement("onnxruntime", runner, GATES[runner.computes])
 
-    def execution(self) -> PlanCheck:
+    def execution(self) -> TargetCheck:
         """Load each plan and run it, where there is a GPU that can."""
         gpu = find_gpu()
         if gpu is None:
-            return _unchecked("no NVIDIA GPU with its driver is found on this host")
+            return TargetCheck.not_executed("no NVIDIA GPU with its driver is found on this host")
         try:
             check_compatible(self.target, self.plans, self.worker.call("version"), gpu)
         except SedacError as error:
-            return _unchecked(str(error))
+            return TargetCheck.not_executed(str(error))
         problems = [problem for plan in self.plans.plans for problem in self._engine_problems(plan)]
         if problems:
-            return PlanCheck("execution", problems=problems)
+            return TargetCheck("execution", problems=problems)
         length = self.manifest.max_cache_length
         runner = GpuPlanRunner(self.directory, self.portable, self.plans, length, self.worker)
         return self._agreement("execution", runner, GATES[self.manifest.precision])
@@ -142,20 +104,13 @@ class _PlanValidator:
         name: Literal["onnxruntime", "execution"],
         runner: PortableRunner | GpuPlanRunner,
         gates: Gates,
-    ) -> PlanCheck:
+    ) -> TargetCheck:
         try:
             rows = compare(self.directory, self.manifest, self.portable, runner, gates)
         except Exception as error:  # a graph broken so that it does not even run
             reason = " ".join(str(error).split())
-            return PlanCheck(name, problems=[f"the engines do not run: {reason}"])
-        failed = [row for row in rows if not row["passed"]]
-        problems = [
-            f"{row['engine']}: cosine {row['cosine_p5']:.5f}, relative L2"
-            f" {row['relative_l2_p95']:.4f}, stability off by {row['stability_difference']:.4f},"
-            f" argmax agreement {row['argmax_agreement']}"
-            for row in failed
-        ]
-        return PlanCheck(name, problems=problems, engines=rows)
+            return TargetCheck(name, problems=[f"the engines do not run: {reason}"])
+        return TargetCheck(name, problems=failures(rows), engines=rows)
 
     def _graph_problems(self, graph: str, expected: Expected) -> list[str]:
         try:
@@ -215,20 +170,3 @@ class _PlanValidator:
         if len(wanted) != len(engine["profiles"]):
             problems.append(f"{len(engine['profiles'])} profiles instead of {len(wanted)}")
         return [f"{Path(plan.file).stem}: {problem}" for problem in problems]
-
-
-def _unchecked(reason: str) -> PlanCheck:
-    return PlanCheck("execution", checked=False, reason=f"no supported GPU: {reason}")
-
-
-def summary(validation: PlanValidation) -> str:
-    """What the command prints: a line for each check, and what is wrong."""
-    lines = [f"{FLAVOURS[validation.target].title} {validation.plans.version}"]
-    for check in validation.checks:
-        if not check.checked:
-            lines.append(f"{check.name} not checked: {check.reason}")
-        elif check.problems:
-            lines += [f"{check.name} failed:", *(f"  {problem}" for problem in check.problems)]
-        else:
-            lines.append(f"{check.name} passed: {len(check.engines)} engines")
-    return "\n".join(lines)

@@ -50,7 +50,7 @@ def run(
     if execution is not None:
         (directory / "plans.json").write_text(json.dumps({"tokens": over_plans or [1, 2]}))
     checks = {
-        "structure": check(True),
+        "structure": check(True) | {"engines": [{}, {}, {}]},
         "onnxruntime": check(agreement),
         "execution": check(execution),
     }
@@ -127,6 +127,36 @@ def test_tests_on_the_gpu_are_part_of_the_report(
     (tmp_path / "gpu_tests.log").write_text("collected\n1 failed in 2 s\n")
     assert report.write(tmp_path, allow_no_gpu=False) == code
     assert f"- tests on the GPU {word}\n" in (tmp_path / "report.md").read_text()
+
+
+def test_the_chain_is_reported_beside_the_plans(report: ModuleType, tmp_path: Path) -> None:
+    run(tmp_path, 1, execution=True)
+    directory = tmp_path / "run-1"
+    (directory / "target").write_text("cuda\n")
+    facts = json.loads((directory / "validate.json").read_text())["targets"][RTX]
+    del facts["build_seconds"]
+    facts["version"] = "13.2"
+    (directory / "validate.json").write_text(json.dumps({"targets": {"cuda": facts}}))
+    assert report.write(tmp_path, allow_no_gpu=False) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| demo | CUDA chain 13.2 | 3 |  | passed | passed | passed | passed |" in text
+
+
+def test_a_model_that_the_kernel_does_not_compute_is_no_failure(
+    report: ModuleType, tmp_path: Path
+) -> None:
+    run(tmp_path, 1, execution=True)
+    directory = tmp_path / "run-2"
+    (directory / "bundle").mkdir(parents=True)
+    (directory / "model").write_text("gpt2\n")
+    (directory / "target").write_text("cuda\n")
+    (directory / "build.log").write_text("error: the cuda target cannot run this model\n")
+    manifest = directory / "bundle" / "bundle.json"
+    manifest.write_text(json.dumps({"cuda_refusal": "its norms are odd"}))
+    assert report.write(tmp_path, allow_no_gpu=False) == 0
+    assert "| gpt2 | CUDA chain | not built |" in (tmp_path / "report.md").read_text()
+    manifest.unlink()
+    assert report.write(tmp_path, allow_no_gpu=False) == 1
 
 
 def test_a_host_with_a_gpu_names_it(

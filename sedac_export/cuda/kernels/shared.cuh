@@ -24,7 +24,8 @@ struct Shared {
   // Of rows: the factor of the last norm and of the one before; by what the stage's input is to be scaled.
   float factor[MAX_ROWS], factor_before[MAX_ROWS], scale[MAX_ROWS], stability[MAX_ROWS], output_factor[MAX_ROWS];
   // Activations that a warp multiplies in down, this many column blocks at once.
-  static constexpr int GROUP = N < 4 ? 24 : N < 8 ? 16 : REGISTERS_MOVE ? 8 : 4;
+  static constexpr int GROUP = REGISTERS_MOVE ? (N < 4 ? 24 : N < 8 ? 16 : 8) : N < 4 ? 16 : 32 / N;
+  static_assert(GROUP % PIECE == 0 && GROUP * N % 8 == 0, "whole pieces, and whole loads of a warp");
   // The input of QKV, attention's keys (until weigh's last sync_block), the input of O, that of gate_up, activations.
   union {
     alignas(16) half input[N][INPUT];

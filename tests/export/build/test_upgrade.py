@@ -22,11 +22,12 @@ from sedac_export import SedacError
 from sedac_export.build import upgrade as module
 from sedac_export.build.upgrade import upgrade_bundle
 from sedac_export.bundle import Bundle
+from sedac_export.bundle.agreement_row import GATES
 from sedac_export.bundle.certified import read_certification
 from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.cli.tensorrt_commands import flags
-from sedac_export.tensorrt.agreement import GATES, compare
+from sedac_export.tensorrt.agreement import compare
 from sedac_runtime import SedacModel
 
 ARCHIVE = Path(__file__).with_name("schema_1.tar.xz")

@@ -1,6 +1,8 @@
 """Random tiny models, their bundles, and a stand-in for the chain that compiles at once."""
 
+import ctypes
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from build_cache import BuildCache
 from tiny_models import save_tiny_model
 
 from sedac_export import BuildRequest
-from sedac_export.cuda import compiler
+from sedac_export.cuda import chain_abi, compiler
 from sedac_export.model.skeleton import Skeleton
 
 TinySkeleton = Callable[[str], Skeleton]
@@ -43,8 +45,13 @@ def half_bundle(build_cache: BuildCache, tmp_path: Path) -> HalfBundle:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile the stand-in in the chain's place."""
     for module in ("cuda.bindings.nvrtc", "elftools"):
         pytest.importorskip(module, reason="of the extra sedac[cuda]")
-    monkeypatch.setattr(compiler, "KERNELS", Path(__file__).with_name("stand_in"))
+    kernels = tmp_path_factory.mktemp("stand_in") / "kernels"
+    shutil.copytree(Path(__file__).with_name("stand_in"), kernels)
+    mirrors = (chain_abi.Layer, chain_abi.Pass, chain_abi.Outcome)
+    structs = ", ".join(map(str, [chain_abi.ABI, *map(ctypes.sizeof, mirrors)]))
+    (kernels / "structs.cuh").write_text(f"#define STRUCTS {structs}\n")
+    monkeypatch.setattr(compiler, "KERNELS", kernels)

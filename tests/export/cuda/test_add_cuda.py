@@ -194,9 +194,3 @@ def test_a_link_out_of_the_bundle_is_refused(half_bundle: HalfBundle, tmp_path: 
     with pytest.raises(SedacError, match="leads out of the bundle"):
         add_cuda(directory, str(model))
     assert list((tmp_path / "elsewhere").iterdir()) == []
-
-
-def test_it_is_not_validated_yet(half_bundle: HalfBundle, export: Run) -> None:
-    _, directory = half_bundle("llama")
-    result = export("validate", directory, "--target", "cuda")
-    assert_one_line_error(result, "validate does not run this target's kernel yet")

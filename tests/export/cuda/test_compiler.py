@@ -82,7 +82,8 @@ def test_spills_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
           for (int i = 0; i < 64; i++) kept[i] = out[i];
           for (int i = 0; i < 64; i++) out[i] = kept[63 - i];
         }"""
-    (tmp_path / "facts.cuh").write_text((compiler.KERNELS / "facts.cuh").read_text())
+    for header in ("facts.cuh", "structs.cuh"):
+        (tmp_path / header).write_text((compiler.KERNELS / header).read_text())
     source = "\n".join(['#include "facts.cuh"', *entries, spilling])
     (tmp_path / "chain.cu").write_text(source)
     monkeypatch.setattr(compiler, "KERNELS", tmp_path)

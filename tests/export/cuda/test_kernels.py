@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import chain_abi
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from chain_decoder import ChainCase
 from conftest import DEMO_MODEL
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
-from sedac_export.cuda import packing
+from sedac_export.cuda import chain_abi, packing
 from sedac_export.cuda.compiler import ARCHITECTURES, Compiler
 
 CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
@@ -81,11 +80,8 @@ def test_the_chain_compiles(case: ChainCase, architecture: str, compiler: Compil
     assert compiled is not None
     assert [kernel.rows for kernel in compiled.kernels] == [1, 2, 4, 8]
     assert compiled.kernels[0].spilled_bytes == 0
-    facts = chain_abi.Facts.from_buffer_copy(compiler.facts(compiled.code))
-    assert facts.abi == 1
-    mirrors = (chain_abi.Layer, chain_abi.Pass, chain_abi.Outcome)
-    sizes = [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes]
-    assert sizes == [ctypes.sizeof(mirror) for mirror in mirrors]
+    facts = chain_abi.Facts.from_buffer_copy(compiler.cubin(compiled.code).facts())
+    assert facts.fit()
     assert list(facts.shared_bytes) == [kernel.shared_bytes for kernel in compiled.kernels]
     # registers are allotted to whole blocks
     assert all(kernel.registers * facts.threads <= 65536 for kernel in compiled.kernels)
@@ -147,11 +143,13 @@ def test_the_benchmark_packs_as_bundles_do() -> None:
 @pytest.mark.parametrize("case", [TINY, TINY_GEMMA], ids=lambda case: case.name)
 def test_passes_agree_with_pytorch_and_each_other(case: ChainCase, compiler: Compiler) -> None:
     from chain_checks import ChainChecks
-    from chain_launcher import ChainLauncher, UnsupportedError, card_architecture, compile_chain
+    from chain_launcher import ChainLauncher, card_architecture, compile_chain
+
+    from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 
     try:
         architecture = card_architecture()
-    except UnsupportedError as error:
+    except UnsupportedGpuError as error:
         pytest.skip(str(error))
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
     checks = list(ChainChecks(launcher).run())

@@ -27,6 +27,8 @@ RTX = "tensorrt-rtx"
 def planned_demo(
     demo_bundle: Path, build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    pytest.importorskip("tensorrt_rtx", reason="of the extra sedac[tensorrt-rtx]")
+
     def plan(directory: Path) -> None:
         bundle = shutil.copytree(demo_bundle, directory / "bundle")
         add_target(bundle, RTX, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))

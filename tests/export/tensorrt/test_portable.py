@@ -11,10 +11,11 @@ from onnx import TensorProto
 from tiny_models import ARCHITECTURES
 
 from sedac_export import SedacError
+from sedac_export.bundle.agreement_row import GATES
 from sedac_export.bundle.manifest import Manifest, read_manifest
 from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.model.skeleton import Skeleton
-from sedac_export.tensorrt.agreement import GATES, compare, visible
+from sedac_export.tensorrt.agreement import compare, visible
 from sedac_export.tensorrt.portable_writer import add_portable_graphs
 from sedac_export.tensorrt.structure import expectations
 from sedac_export.tensorrt.worker import Worker

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.portable_runner import PortableRunner
+from sedac_export.bundle.target_check import FAILED, TargetValidation
 from sedac_export.cli import app
 from sedac_export.tensorrt import validate_plans as module
 from sedac_export.tensorrt.profiles import graph_profiles
-from sedac_export.tensorrt.validate_plans import FAILED, PlanValidation, validate
+from sedac_export.tensorrt.validate_plans import validate
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import Gpu, find_gpu
 
@@ -25,7 +26,7 @@ from .conftest import RTX, rewrite
 LAYER = "onnx/portable_layer_003.onnx"
 
 
-def problems(validation: PlanValidation) -> dict[str, list[str]]:
+def problems(validation: TargetValidation) -> dict[str, list[str]]:
     return {check.name: check.problems for check in validation.checks if check.problems}
 
 
@@ -220,4 +221,4 @@ def test_the_command_prints_one_object_and_its_exit_code_says_what_failed(own_de
 
 def test_a_bundle_without_plans_says_how_to_add_them(demo_bundle: Path) -> None:
     run = CliRunner().invoke(app, ["validate", str(demo_bundle)])
-    assert "holds no TensorRT engines; add them with sedac-export engines" in str(run.exception)
+    assert "holds no engines for GPUs; add them with sedac-export engines" in str(run.exception)

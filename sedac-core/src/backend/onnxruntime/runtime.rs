@@ -6,6 +6,7 @@ use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
 use ort::environment::{Environment, GlobalThreadPoolOptions};
+use ort::ep::cuda::AttentionBackend;
 use ort::ep::{ArenaExtendStrategy, CPU, CUDA, ExecutionProviderDispatch};
 use ort::logging::LogLevel;
 use ort::memory::{Allocator, MemoryInfo};
@@ -102,7 +103,14 @@ impl Provider {
                 // are dozens of them
                 let provider = CUDA::default()
                     .with_device_id(0)
-                    .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested);
+                    .with_arena_extend_strategy(ArenaExtendStrategy::SameAsRequested)
+                    // not cuDNN's attention, which ONNX Runtime prefers: it reads and writes
+                    // elsewhere when replayed from a capture (an H200, onnxruntime-gpu 1.31)
+                    .with_attention_backend(
+                        AttentionBackend::FLASH_ATTENTION
+                            | AttentionBackend::EFFICIENT_ATTENTION
+                            | AttentionBackend::MATH,
+                    );
                 // SAFETY: what the caller promises.
                 let provider = unsafe {
                     provider.with_compute_stream(ptr::without_provenance_mut(stream as usize))

@@ -1,5 +1,8 @@
 #pragma once
+#include "structs.cuh"
 struct Facts {
   unsigned abi, layer_bytes, pass_bytes, outcome_bytes, threads, shared_bytes[4];
+  unsigned min_blocks, max_blocks, max_capacity, table_bytes, saved_floats;
+  unsigned long long scratch_bytes;
 };
-extern "C" __constant__ Facts sedac_facts = {1, 2, 3, 4, 256, {100, 200, 400, 800}};
+extern "C" __constant__ Facts sedac_facts = {STRUCTS, 256, {100, 200, 400, 800}, 1, 1, 1, 1, 1, 1};

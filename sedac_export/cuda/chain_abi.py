@@ -1,7 +1,9 @@
-"""What the host and the kernel exchange: mirrors of sedac_export/cuda/kernels/abi.cuh."""
+"""What the host and the kernel exchange: mirrors of kernels/abi.cuh."""
 
-from ctypes import Structure, c_float, c_int, c_uint, c_uint64
+from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
+# version of the mirrors
+ABI = 2
 MAX_ROWS = 8
 # counters that a pass uses, all zero between passes
 COUNTERS = 64
@@ -37,6 +39,12 @@ class Facts(Structure):
         ("saved_floats", c_uint),
         ("scratch_bytes", c_uint64),
     )
+
+    def fit(self) -> bool:
+        """Whether they are of a chain whose structs are those of this file."""
+        sizes = [self.layer_bytes, self.pass_bytes, self.outcome_bytes]
+        mirrors = [sizeof(mirror) for mirror in (Layer, Pass, Outcome)]
+        return self.abi == ABI and sizes == mirrors
 
 
 class Layer(Structure):

@@ -1,0 +1,219 @@
+"""One runtime on the GPU in a process of its own, with random fp16 weights of one shape.
+
+    python benchmarks/gpu_worker.py RUNTIME SHAPE DIRECTORY
+
+The first line on stdout says {"ready": true}, or why not: {"error": ...}. Then every line of stdin
+asks for a number of passes, {"passes": 50}, and the answer has the microseconds of each, from its
+launch to its token on the host. Of SEDAC's kernel "rows", "layers" and "position" may be asked for.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from chain_cases import MODELS
+from chain_checks import TOKENS
+from chain_decoder import ChainCase
+from torch import Tensor
+
+Handle = Callable[[dict[str, Any]], list[float]]
+
+CAPACITY, LONG_CAPACITY = 1024, 4096
+# tokens before those that are timed, which come to lie around position 511
+PROMPT = 416
+WARM_UP = 16
+
+
+def load_sedac(case: ChainCase, _: Path) -> Handle:
+    from chain_launcher import ChainLauncher, SequenceInput, card_architecture, compile_chain
+
+    from sedac_export.cuda.compiler import Compiler
+
+    launcher = ChainLauncher(case, compile_chain(Compiler(), case, card_architecture()), slots=1)
+    filled = 0
+
+    def handle(request: dict[str, Any]) -> list[float]:
+        nonlocal filled
+        position = request.get("position", case.position)
+        if filled < position:
+            launcher.fill(0, position)
+            filled = position
+        count, layers = request.get("rows", 1), request.get("layers", case.shape.layers)
+        rows = [(token, position + row, 0) for row, token in enumerate(TOKENS[:count])]
+        wanted = launcher.make_pass([SequenceInput(rows, max_depth=layers)])
+
+        def step() -> None:
+            launcher.launch(wanted)
+            torch.cuda.synchronize()
+
+        return timed(step, request["passes"])
+
+    return handle
+
+
+def load_long(case: ChainCase, directory: Path) -> Handle:
+    """Caches that hold more."""
+    return load_sedac(dataclasses.replace(case, capacity=LONG_CAPACITY), directory)
+
+
+def load_transformers(case: ChainCase, _: Path, device: str = "cuda") -> Handle:
+    from transformers import StaticCache
+
+    model = random_model(case, device)
+    cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+    forward = torch.compile(model.forward, mode="reduce-overhead") if device == "cuda" else model
+
+    @torch.no_grad()
+    def next_token(run: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Tensor:
+        settings = {"past_key_values": cache, "use_cache": True}
+        logits = run(input_ids=tokens, position_ids=positions, **settings).logits
+        return logits[:, -1:].argmax(-1)
+
+    prompt = torch.arange(PROMPT, device=device)[None]
+    position = torch.full((1, 1), PROMPT, device=device)
+    token = next_token(model, prompt % case.shape.vocabulary, prompt)
+
+    def step() -> None:
+        nonlocal token
+        torch.compiler.cudagraph_mark_step_begin()
+        token = next_token(forward, token, position)
+        position.add_(1)
+        token.tolist()
+
+    return counted(step)
+
+
+def load_genai(case: ChainCase, directory: Path, device: str = "cuda") -> Handle:
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise RuntimeError("not installed: pip install onnxruntime-genai-cuda") from error
+
+    if device == "cuda" and not onnxruntime_genai.is_cuda_available():
+        raise RuntimeError("installed without CUDA: pip install onnxruntime-genai-cuda")
+    model = onnxruntime_genai.Model(str(built_genai(case, directory, device)))
+    options = onnxruntime_genai.GeneratorParams(model)
+    options.set_search_options(max_length=CAPACITY, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, options)
+    generator.append_tokens([token % case.shape.vocabulary for token in range(PROMPT)])
+
+    def step() -> None:
+        generator.generate_next_token()
+        int(generator.get_next_tokens()[0])
+
+    return counted(step)
+
+
+LOADERS: dict[str, Callable[[ChainCase, Path], Handle]] = {
+    "sedac": load_sedac,
+    "sedac-long": load_long,
+    "transformers": load_transformers,
+    "onnxruntime-genai": load_genai,
+}
+
+
+def counted(step: Callable[[], None]) -> Handle:
+    """Runs `step` as often as it is asked for, after it has warmed up."""
+    timed(step, WARM_UP)
+    return lambda request: timed(step, request["passes"])
+
+
+def timed(step: Callable[[], None], passes: int) -> list[float]:
+    """Microseconds of each pass."""
+    times = []
+    for _ in range(passes):
+        start = time.perf_counter()
+        step()
+        times.append(1e6 * (time.perf_counter() - start))
+    return times
+
+
+def random_model(case: ChainCase, device: str) -> Any:
+    """A transformers model of the case's shape, which is Qwen 2's architecture, in fp16."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    shape = case.shape
+    config = Qwen2Config(
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=LONG_CAPACITY,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=shape.vocabulary - 1,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+
+
+def built_genai(case: ChainCase, directory: Path, device: str) -> Path:
+    """The directory of the model in genai's own form, made by its builder."""
+    target, checkpoint = directory / "genai", directory / "checkpoint"
+    if target.exists():
+        return target
+    random_model(case, device).save_pretrained(checkpoint)
+    save_tokenizer(checkpoint)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
+            *("-i", checkpoint, "-o", target, "-c", directory / "cache"),
+            *("-p", "fp16" if device == "cuda" else "fp32", "-e", device),
+        ],
+        check=True,
+    )
+    never_end(target / "genai_config.json", case.shape.vocabulary - 1)
+    return target
+
+
+def save_tokenizer(checkpoint: Path) -> None:
+    """The builder copies one; nothing is asked of it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(checkpoint)
+
+
+def never_end(file: Path, token: int) -> None:
+    """Leave a single token that ends a text, which random weights hardly choose."""
+    config = json.loads(file.read_text())
+    config["model"]["eos_token_id"] = token
+    file.write_text(json.dumps(config, indent=2))
+
+
+@contextlib.contextmanager
+def own_stdout() -> Iterator[Callable[[Any], None]]:
+    """What answers: libraries print to stdout too, which becomes stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    yield lambda answer: print(json.dumps(answer), file=answers, flush=True)
+
+
+def main() -> None:
+    runtime, name, directory = sys.argv[1:]
+    case = next(case for case in MODELS if case.name == name)
+    with own_stdout() as answer:
+        try:
+            handle = LOADERS[runtime](case, Path(directory))
+        except Exception as error:  # whatever a peer fails with is its row
+            answer({"error": next(iter(str(error).splitlines()), type(error).__name__)})
+            raise
+        answer({"ready": True})
+        for line in sys.stdin:
+            answer(handle(json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A compiled chain on the current CUDA context: its kernels, and how passes are launched."""
+
+import ctypes
+from typing import Any
+
+from cuda.bindings import driver
+
+from sedac_export.cuda.chain_abi import Facts, Pass
+from sedac_export.cuda.compiler import ROWS
+from sedac_export.cuda.cubin import FACTS
+from sedac_export.errors import SedacError
+
+
+class UnsupportedGpuError(SedacError):
+    """The GPU cannot run the chain, or not for this shape."""
+
+
+class LoadedChain:
+    """The kernels of a cubin, or of PTX that the driver compiles.
+
+    blocks: of a pass. Raises UnsupportedGpuError where the GPU has too few multiprocessors, and
+    SedacError when the driver refuses the code or its structs are not those of chain_abi.
+    """
+
+    def __init__(self, code: bytes) -> None:
+        # the driver reads PTX up to a zero
+        self._module = checked(driver.cuModuleLoadData(code + b"\0"))
+        self.facts = self._read_facts()
+        count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        units = checked(driver.cuDeviceGetAttribute(count, checked(driver.cuCtxGetDevice())))
+        self.blocks = min(self.facts.max_blocks, units)
+        if self.blocks < self.facts.min_blocks:
+            raise UnsupportedGpuError(
+                f"the chain needs {self.facts.min_blocks} multiprocessors, and the GPU has {units}"
+            )
+        self._prepare = self._function("prepare")
+        self._entries = {rows: self._function(f"chain_{rows}") for rows in ROWS}
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for function, shared in zip(self._entries.values(), self.facts.shared_bytes, strict=True):
+            checked(driver.cuFuncSetAttribute(function, limit, shared))
+
+    def prepare(self, tables: int, stream: int = 0) -> None:
+        """Enqueue what writes the tables, table_bytes for each block, at an address."""
+        parameters = ((tables, self.blocks), (ctypes.c_uint64, ctypes.c_int))
+        checked(driver.cuLaunchKernel(self._prepare, *self._sizes(), 0, stream, parameters, 0))
+
+    def launch(self, parameters: Pass, stream: int = 0) -> None:
+        """Enqueue a pass on the smallest kernel that takes its rows."""
+        rows = next(rows for rows in ROWS if rows >= parameters.rows)
+        addresses = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        at, shared = ctypes.addressof(addresses), self.facts.shared_bytes[ROWS.index(rows)]
+        launch = driver.cuLaunchCooperativeKernel
+        checked(launch(self._entries[rows], *self._sizes(), shared, stream, at))
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Of the grid and of a block."""
+        return self.blocks, 1, 1, self.facts.threads, 1, 1
+
+    def _read_facts(self) -> Facts:
+        address, size = checked(driver.cuModuleGetGlobal(self._module, FACTS.encode()))
+        facts = Facts()
+        if size == ctypes.sizeof(Facts):
+            checked(driver.cuMemcpyDtoH(ctypes.addressof(facts), address, size))
+        if not facts.fit():
+            raise SedacError(
+                "the chain was compiled from the sources of another version; build it again with"
+                " sedac-export engines --target cuda"
+            )
+        return facts
+
+    def _function(self, name: str) -> Any:
+        return checked(driver.cuModuleGetFunction(self._module, name.encode()))
+
+
+def checked(results: tuple[Any, ...]) -> Any:
+    """What a call of the driver returns. Raises SedacError with the name of its error."""
+    status, *values = results
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise SedacError(f"the CUDA driver failed: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
