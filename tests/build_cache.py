@@ -128,13 +128,14 @@ class BuildCache:
 
     def prune(self) -> None:
         """Remove what was made from older sources."""
-        for kind, current in (("graphs", exporter_digest()), ("bundles", sources_digest())):
-            directory = self.directory / f"{kind}-{current}"
-            directory.mkdir(parents=True, exist_ok=True)
-            os.utime(directory)
-            found = sorted(self.directory.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime)
-            for old in found[:-GENERATIONS]:
-                shutil.rmtree(old, ignore_errors=True)
+        with FileLock(self.directory / "prune.lock"):
+            for kind, current in (("graphs", exporter_digest()), ("bundles", sources_digest())):
+                directory = self.directory / f"{kind}-{current}"
+                directory.mkdir(parents=True, exist_ok=True)
+                os.utime(directory)
+                found = sorted(self.directory.glob(f"{kind}-*"), key=lambda d: d.stat().st_mtime)
+                for old in found[:-GENERATIONS]:
+                    shutil.rmtree(old, ignore_errors=True)
 
 
 def save(directory: Path, value: Any) -> None:

@@ -54,11 +54,13 @@ def test_what_engines_cannot_express_is_refused_before_tracing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["phi3 with longrope"])
 def test_no_text_goes_past_where_rotary_tables_change(
-    tiny_bundle: Callable[[str], TinyBundle],
+    name: str, tiny_bundle: Callable[[str], TinyBundle]
 ) -> None:
     """At 311 positions transformers takes the long factors, for all positions anew."""
-    _, bundle = tiny_bundle("phi3 with longrope")
+    _, bundle = tiny_bundle(name)
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
     with pytest.raises(InputError, match="310"):
         model.generate([*prompts(1)[0], *range(11)], mode="full")

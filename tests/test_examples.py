@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from certificates import certificate_of, write_certified
 from conftest import DEMO_MODEL
 
@@ -47,6 +48,8 @@ def test_compare_modes(demo_bundle: Path) -> None:
     assert float(exits.split()[2]) < 12
 
 
+# tests/export/pytorch has its steps
+@pytest.mark.slow
 def test_exit_in_pytorch() -> None:
     lines = run("exit_in_pytorch.py", DEMO_MODEL, PROMPT)
     means = [float(line.split("layer ")[1].split(",")[0]) for line in lines]

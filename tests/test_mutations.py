@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from build_cache import BuildCache
-from tiny_models import save_tiny_model
+from tiny_models import save_model_with_tokenizer
 
 from sedac_export import BuildRequest
 
-COUNT = 300
+COUNT, QUICK_COUNT = 300, 100
 TESTS = Path(__file__).parent
-DEMO_MODEL = TESTS.parent / "demo" / "model"
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 # a successful open, its file as the kernel resolved it
@@ -26,11 +25,10 @@ _OPENED = re.compile(r"^(\d+) +open(?:at2?)?\(.*\) = \d+<(.*?)>(?:\(deleted\))?$
 def bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small bundle with a tokenizer and a chat template."""
     directory = tmp_path_factory.mktemp("mutations")
-    save_tiny_model("llama", directory / "model", vocab_size=4096)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / name, directory / "model" / name)
+    save_model_with_tokenizer(directory / "model")
     (directory / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    return build_cache.bundle(BuildRequest(str(directory / "model"), directory / "bundle"))
+    request = BuildRequest(str(directory / "model"), directory / "bundle", max_cache_length=320)
+    return build_cache.bundle(request)
 
 
 def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
@@ -58,11 +56,11 @@ def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProces
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_mutated_bundles_are_refused_or_right_and_open_nothing_outside(
-    bundle: Path, tmp_path: Path
+    bundle: Path, tmp_path: Path, quick: bool
 ) -> None:
     _, usual = run(bundle, 0, tmp_path / "whole")
     assert any(path.endswith("onnx/head.onnx") for path in usual)
-    ended, opened = run(bundle, COUNT, tmp_path / "mutated")
+    ended, opened = run(bundle, QUICK_COUNT if quick else COUNT, tmp_path / "mutated")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.search(r"'refused': \d+", ended.stdout), ended.stdout
     # modules that only an error needs are Python's and the packages' own, and temporary files ours

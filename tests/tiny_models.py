@@ -1,17 +1,13 @@
 """Random tiny models of every supported architecture, saved as a user would have them."""
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedModel,
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from sedac_export.model.weights import weights_of
+_DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 _COMMON = {
     "vocab_size": 256,
@@ -254,12 +250,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
-def save_tiny_model(name: str, directory: Path, **changes: Any) -> PreTrainedModel:
+def save_tiny_model(name: str, directory: Path, **changes: Any) -> "PreTrainedModel":
     """Write a random model of architecture `name` to `directory`; returns it, fp32 and eager.
 
     Weights are larger than at initialisation, so that logits are far apart and a wrong term shows;
     none is left at a constant, norms and persistent buffers included.
     """
+    # imported here, so that the names of architectures can be read at once
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from sedac_export.model.weights import weights_of
+
     model_type, settings, *_ = (ARCHITECTURES | OTHERS | REFUSED)[name]
     config = AutoConfig.for_model(model_type, **(settings | changes))
     torch.manual_seed(0)
@@ -271,3 +273,16 @@ def save_tiny_model(name: str, directory: Path, **changes: Any) -> PreTrainedMod
             weight.add_(torch.randn_like(weight) * spread)
     model.eval().save_pretrained(directory)
     return model
+
+
+def save_model_with_tokenizer(directory: Path) -> None:
+    """Write a random Llama with the demo's tokenizer and 32768 positions to `directory`."""
+    save_tiny_model(
+        "llama",
+        directory,
+        vocab_size=4096,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(_DEMO_MODEL / name, directory / name)

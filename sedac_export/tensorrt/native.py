@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from polygraphy import config
 from polygraphy.backend.trt import (
     CreateConfig,
@@ -132,11 +131,16 @@ def run(plan: str, profile: int, feeds: str, results: str) -> None:
 def _typed(array: Any, dtype: str) -> Any:
     """`array` in `dtype`, of which numpy has all but one."""
     if dtype == "bfloat16":
+        import torch
+
         return torch.from_numpy(array).bfloat16()
     return array.astype(dtype)
 
 
 def _array(output: Any) -> Any:
+    # imported here: it takes three seconds, and only plans that run need it
+    import torch
+
     tensor = output if isinstance(output, torch.Tensor) else torch.from_numpy(np.asarray(output))
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 from build_cache import BuildCache
-from tiny_models import save_tiny_model
+from tiny_models import save_model_with_tokenizer
 
 import sedac_export.cli
 import sedac_runtime.cli
 from bad_input.command import Command, call, rewrite_manifest
 from sedac_export import BuildRequest
 
-DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 LONG_CACHE = 32768
 SHORT_CACHE = 64
 
@@ -48,15 +47,7 @@ def mute_bundle(tiny_bundle: Callable[[str], tuple[object, Path]]) -> Path:
 def long_bundle(build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the demo's tokenizer and room for many tokens; not to be changed."""
     directory = tmp_path_factory.mktemp("long")
-    save_tiny_model(
-        "llama",
-        directory / "model",
-        vocab_size=4096,
-        max_position_embeddings=LONG_CACHE,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / name, directory / "model" / name)
+    save_model_with_tokenizer(directory / "model")
     output = directory / "bundle"
     return build_cache.bundle(
         BuildRequest(str(directory / "model"), output, max_cache_length=LONG_CACHE)

@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from build_cache import BuildCache
 from safetensors.torch import load_file, save_file
 
 import sedac_export.cli
@@ -24,6 +26,7 @@ from bad_input.command import (
     mounted_tmpfs,
     snapshot,
 )
+from sedac_export.build import exporter
 
 Damage = Callable[[Path], object]
 
@@ -335,24 +338,61 @@ def processes() -> ForkServerContext:
     return context
 
 
+@dataclass(frozen=True)
+class SeparateBuild:
+    """`sedac-export build` in a separate process, which waits with its engines written.
+
+    It goes on when `release` is called; stdout and stderr are in `log`.
+    """
+
+    process: ForkServerProcess
+    output: Path
+    log: Path
+    gate: Path
+
+    def wait_for_engines(self) -> None:
+        """Wait until all engines are written beside the output, and not yet validated."""
+        while not self.gate.with_suffix(".reached").exists():
+            assert self.process.is_alive()
+            time.sleep(0.002)
+        assert list(self.output.parent.glob(f".{self.output.name}.*/onnx/*"))
+
+    def release(self) -> None:
+        """Let the build finish."""
+        self.gate.touch()
+
+
+StartBuild = Callable[[Path, Path], SeparateBuild]
+
+
+@pytest.fixture
 def start_build(
-    processes: ForkServerContext, model: Path, output: Path, log: Path
-) -> ForkServerProcess:
-    """`sedac-export build` in a process of its own that writes stdout and stderr to `log`."""
-    arguments = ["build", "--model", str(model), "--output", str(output)]
-    process = processes.Process(target=run_in_process, args=(arguments, log))
-    process.start()
-    return process
+    processes: ForkServerContext, build_cache: BuildCache, tmp_path: Path
+) -> StartBuild:
+    def start(model: Path, output: Path) -> SeparateBuild:
+        arguments = ["build", "--model", str(model), "--output", str(output)]
+        log, gate = tmp_path / "log", tmp_path / "gate"
+        process = processes.Process(
+            target=run_in_process, args=(arguments, log, build_cache, gate), daemon=True
+        )
+        process.start()
+        return SeparateBuild(process, output, log, gate)
+
+    return start
 
 
-def wait_for_engines(process: ForkServerProcess, output: Path) -> None:
-    """Wait until the build has begun to write beside `output`."""
-    while not list(output.parent.glob(f".{output.name}.*/onnx/*")):
-        assert process.is_alive()
-        time.sleep(0.002)
+def run_in_process(arguments: list[str], log: Path, build_cache: BuildCache, gate: Path) -> None:
+    validate = exporter.validate
 
+    def validate_behind_gate(*given: Any) -> Any:
+        gate.with_suffix(".reached").touch()
+        while not gate.exists():
+            time.sleep(0.002)
+        return validate(*given)
 
-def run_in_process(arguments: list[str], log: Path) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(exporter, "trace_graphs", build_cache.tracing(exporter.trace_graphs))
+    patch.setattr(exporter, "validate", validate_behind_gate)
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -363,14 +403,14 @@ def run_in_process(arguments: list[str], log: Path) -> None:
 
 
 def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
-    export: Command, processes: ForkServerContext, model: Path, tmp_path: Path
+    export: Command, start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output" / "bundle"
-    process = start_build(processes, model, output, tmp_path / "log")
-    wait_for_engines(process, output)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    build = start_build(model, output)
+    build.wait_for_engines()
+    build.process.kill()
+    build.process.join()
+    assert build.process.exitcode == -signal.SIGKILL
     abandoned = sorted(path.name for path in output.parent.iterdir())
     assert abandoned == [".bundle.building", ".bundle.lock"]
     assert_one_line_error(export("build", "--model", "nowhere", "--output", output), "nowhere")
@@ -378,38 +418,37 @@ def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
 
 
 def test_interrupted_build_leaves_nothing(
-    processes: ForkServerContext, model: Path, tmp_path: Path
+    start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output" / "bundle"
-    process = start_build(processes, model, output, tmp_path / "log")
-    wait_for_engines(process, output)
-    os.kill(process.pid or 0, signal.SIGINT)
-    process.join(20)
-    assert process.exitcode == 130
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    build = start_build(model, output)
+    build.wait_for_engines()
+    os.kill(build.process.pid or 0, signal.SIGINT)
+    build.process.join(20)
+    assert build.process.exitcode == 130
+    assert "Traceback" not in build.log.read_text()
     assert not output.parent.exists()
 
 
-def test_libraries_do_not_add_lines(
-    processes: ForkServerContext, model: Path, tmp_path: Path
-) -> None:
+def test_libraries_do_not_add_lines(start_build: StartBuild, model: Path, tmp_path: Path) -> None:
     configure(rope_parameters={"rope_type": "odd"})(model)  # transformers would also warn of it
-    process = start_build(processes, model, tmp_path / "bundle", tmp_path / "log")
-    process.join(60)
-    result = Result(process.exitcode or 0, "", (tmp_path / "log").read_text())
+    build = start_build(model, tmp_path / "bundle")
+    build.process.join(60)
+    result = Result(build.process.exitcode or 0, "", build.log.read_text())
     assert_one_line_error(result, "config.json", "odd")
 
 
 def test_two_builds_of_one_bundle_do_not_meet(
-    export: Command, processes: ForkServerContext, model: Path, tmp_path: Path
+    export: Command, start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "output" / "bundle"
-    process = start_build(processes, model, output, tmp_path / "log")
-    wait_for_engines(process, output)
+    build = start_build(model, output)
+    build.wait_for_engines()
     result = export("build", "--model", model, "--output", output)
     assert_one_line_error(result, str(output), "another process", "wait")
-    process.join(120)
-    assert process.exitcode == 0
+    build.release()
+    build.process.join(120)
+    assert build.process.exitcode == 0
     assert [path.name for path in output.parent.iterdir()] == ["bundle"]
 
 

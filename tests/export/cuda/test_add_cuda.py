@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from bad_input.command import Result, assert_one_line_error, call, snapshot
 from conftest import THREADS
+from tiny_models import save_tiny_model
 
 import sedac_export.cli
 from sedac_export import SedacError
@@ -180,10 +181,12 @@ def test_without_a_chain_the_model_must_be_named(half_bundle: HalfBundle, export
     assert snapshot(directory) == before
 
 
-def test_a_model_of_other_depth_is_refused(half_bundle: HalfBundle, export: Run) -> None:
-    model, _ = half_bundle("smollm3")
+def test_a_model_of_other_depth_is_refused(
+    half_bundle: HalfBundle, export: Run, tmp_path: Path
+) -> None:
     _, directory = half_bundle("llama")
-    result = export("engines", directory, "--target", "cuda", "--model", model)
+    save_tiny_model("llama", tmp_path / "shallow", num_hidden_layers=2)
+    result = export("engines", directory, "--target", "cuda", "--model", tmp_path / "shallow")
     assert_one_line_error(result, "has 4 layers and the model 2")
 
 

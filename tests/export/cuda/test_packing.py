@@ -124,8 +124,12 @@ def test_rotary_tables_are_the_models(half_bundle: HalfBundle) -> None:
         np.testing.assert_allclose(file[f"rotary.{index}.sin"], np.sin(angles), atol=1e-4)
 
 
-def test_layers_that_rotate_nothing_have_tables_that_do_not(half_bundle: HalfBundle) -> None:
-    file, _, description = packed(*half_bundle("smollm3"))
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["smollm3"])
+def test_layers_that_rotate_nothing_have_tables_that_do_not(
+    name: str, half_bundle: HalfBundle
+) -> None:
+    file, _, description = packed(*half_bundle(name))
     index = description.layers[1].rotary
     np.testing.assert_array_equal(file[f"rotary.{index}.cos"], np.ones((320, 8)))
     np.testing.assert_array_equal(file[f"rotary.{index}.sin"], np.zeros((320, 8)))

@@ -32,19 +32,23 @@ def change(model: Path, **tensors: torch.Tensor) -> None:
     save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
 
 
-def test_buffers_are_weights(tiny_bundle: Callable[[str], TinyBundle]) -> None:
-    _, bundle = tiny_bundle("gemma4")
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["gemma4"])
+def test_buffers_are_weights(name: str, tiny_bundle: Callable[[str], TinyBundle]) -> None:
+    _, bundle = tiny_bundle(name)
     skeleton = Skeleton.load(bundle.parent / "model")
     assert skeleton.sources.names[SCALAR] == SCALAR
     assert SCALAR in dict(weights_of(skeleton.model))
     assert read_manifest(bundle).unread_tensors == []
 
 
+@pytest.mark.rotating
+@pytest.mark.parametrize("name", ["gemma4"])
 def test_the_reference_is_the_checkpoint(
-    tiny_bundle: Callable[[str], TinyBundle], tmp_path: Path
+    name: str, tiny_bundle: Callable[[str], TinyBundle], tmp_path: Path
 ) -> None:
     """A buffer that only the checkpoint knows is missed in engines that lack it."""
-    _, bundle = tiny_bundle("gemma4")
+    _, bundle = tiny_bundle(name)
     model = shutil.copytree(bundle.parent / "model", tmp_path / "model")
     skeleton, manifest = Skeleton.load(model), read_manifest(bundle)
     validate(skeleton, bundle, manifest, 1e-4).check()

@@ -1,4 +1,4 @@
-"""The demo bundle with all its TensorRT-RTX plans, built once."""
+"""Bundles with portable graphs, and with all their TensorRT-RTX plans, built once."""
 
 import functools
 import shutil
@@ -21,17 +21,23 @@ from sedac_export.tensorrt.build_plans import fingerprint
 from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
 RTX = "tensorrt-rtx"
+OPTIONS = BuildOptions(max_prefill_chunk=64)
+
+
+def require_rtx() -> None:
+    """Skip the test where TensorRT-RTX is not installed."""
+    pytest.importorskip("tensorrt_rtx", reason="of the extra sedac[tensorrt-rtx]")
 
 
 @pytest.fixture(scope="session")
 def planned_demo(
     demo_bundle: Path, build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    pytest.importorskip("tensorrt_rtx", reason="of the extra sedac[tensorrt-rtx]")
+    require_rtx()
 
     def plan(directory: Path) -> None:
         bundle = shutil.copytree(demo_bundle, directory / "bundle")
-        add_target(bundle, RTX, BuildOptions(max_prefill_chunk=64), str(DEMO_MODEL))
+        add_target(bundle, RTX, OPTIONS, str(DEMO_MODEL))
 
     planned = build_cache.made("planned", plan)
     return shutil.copytree(planned / "bundle", tmp_path_factory.mktemp("planned") / "bundle")
@@ -47,13 +53,12 @@ class PortableTiny(Protocol):
 def portable_tiny(
     build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
 ) -> PortableTiny:
-    """The bundle of a random model of two layers, with portable graphs."""
+    """The bundle of a random model, as in `tiny_bundle`, with portable graphs."""
 
     @functools.cache
     def get(name: str, precision: str, layers_per_engine: int = 1) -> tuple[Path, bundle.Manifest]:
         directory = tmp_path_factory.mktemp(f"{name}_{precision}")
-        depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
-        save_tiny_model(name, directory / "model", **{depth: 2})
+        save_tiny_model(name, directory / "model")
         request = BuildRequest(
             model=str(directory / "model"),
             output=directory / "bundle",
@@ -68,10 +73,32 @@ def portable_tiny(
     return get
 
 
+@pytest.fixture(scope="session")
+def planned_tiny(
+    portable_tiny: PortableTiny, build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Llama of four layers in fp16 with its plans."""
+    require_rtx()
+
+    def plan(directory: Path) -> None:
+        bundle = shutil.copytree(portable_tiny("llama", "fp16")[0], directory / "bundle")
+        add_target(bundle, RTX, OPTIONS)
+
+    planned = build_cache.made("planned_tiny", plan)
+    return shutil.copytree(planned / "bundle", tmp_path_factory.mktemp("planned") / "bundle")
+
+
 @pytest.fixture
-def own_demo(planned_demo: Path, tmp_path: Path) -> Path:
+def own_tiny(planned_tiny: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    return Path(shutil.copytree(planned_demo, tmp_path / "bundle"))
+    return Path(shutil.copytree(planned_tiny, tmp_path / "bundle"))
+
+
+@pytest.fixture(params=["planned_tiny", pytest.param("planned_demo", marks=pytest.mark.slow)])
+def planned(request: pytest.FixtureRequest) -> Path:
+    """A bundle of random weights, and the demo's with those that were trained."""
+    directory: Path = request.getfixturevalue(request.param)
+    return directory
 
 
 def rewrite(directory: Path, graph: str, change: Callable[[onnx.ModelProto], None]) -> None:

@@ -21,9 +21,7 @@ from sedac_export.tensorrt.profiles import graph_profiles
 from sedac_export.tensorrt.worker import Worker
 from sedac_runtime.flavour import Gpu
 
-from .conftest import RTX, PortableTiny
-
-SAME = BuildOptions(max_prefill_chunk=64)
+from .conftest import OPTIONS, RTX, PortableTiny
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[str]:
@@ -42,10 +40,10 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list
     return built
 
 
-def test_all_engines_of_the_demo_are_built(planned_demo: Path) -> None:
-    manifest = Bundle.open(planned_demo).manifest
+def test_all_engines_are_built(planned: Path) -> None:
+    manifest = Bundle.open(planned).manifest
     plans = manifest.plans[RTX]
-    layers = range(12)
+    layers = range(manifest.model.num_layers)
     names = [
         "embed",
         "contexts",
@@ -61,7 +59,7 @@ def test_all_engines_of_the_demo_are_built(planned_demo: Path) -> None:
         cached = Path(plan.file).stem.startswith(("layer_", "kv_"))
         caches = {"present_key_0": "past_key_0", "present_value_0": "past_value_0"}
         assert plan.aliases == (caches if cached else {})
-    left = {path.name for path in (planned_demo / "engines" / RTX).iterdir()}
+    left = {path.name for path in (planned / "engines" / RTX).iterdir()}
     assert left - {f"{name}.plan" for name in names} <= {"timing.cache", "timing.cache.lock"}
 
 
@@ -70,47 +68,48 @@ def test_all_engines_of_the_demo_are_built(planned_demo: Path) -> None:
 def test_every_architecture_builds_in_fp16(name: str, portable_tiny: PortableTiny) -> None:
     options = BuildOptions(max_batch_size=2, max_prefill_chunk=32)
     plans = add_target(portable_tiny(name, "fp16")[0], RTX, options)
-    assert len(plans.plans) == (6 if name in ("gpt2", "opt") else 7)
+    # embed, head and two of each layer; positions that rotate nothing have no contexts
+    assert len(plans.plans) == (10 if name in ("gpt2", "opt") else 11)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_precisions_build(precision: str, portable_tiny: PortableTiny) -> None:
     directory, _ = portable_tiny("llama", precision)
-    assert len(add_target(directory, RTX, BuildOptions()).plans) == 7
+    assert len(add_target(directory, RTX, BuildOptions()).plans) == 11
 
 
-def test_a_stopped_build_goes_on(own_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_build_goes_on(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other options: all plans are new. Interrupted after three, the rest are built later."""
     options = BuildOptions(max_prefill_chunk=64, compute_capabilities=["8.6"])
     with monkeypatch.context() as patch:
         first = counted(patch, stop_at=3)
         with pytest.raises(KeyboardInterrupt):
-            add_target(own_demo, RTX, options)
-    stopped = Bundle.open(own_demo).manifest
+            add_target(own_tiny, RTX, options)
+    stopped = Bundle.open(own_tiny).manifest
     assert stopped.plans == {}
     rest = counted(monkeypatch)
-    plans = add_target(own_demo, RTX, options)
+    plans = add_target(own_tiny, RTX, options)
     assert first == ["embed", "contexts", "layer_000"]
-    assert len(rest) == 24
+    assert len(rest) == 8
     assert not set(first) & set(rest)
     assert plans.compute_capabilities == ["8.6"]
-    Bundle.open(own_demo)
+    Bundle.open(own_tiny)
 
 
 def test_finished_plans_are_kept_and_damaged_ones_built_again(
-    own_demo: Path, monkeypatch: pytest.MonkeyPatch
+    own_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = counted(monkeypatch)
-    add_target(own_demo, RTX, SAME)
+    add_target(own_tiny, RTX, OPTIONS)
     assert built == []
-    (own_demo / "engines" / RTX / "layer_003.plan").write_bytes(b"cut off")
-    (own_demo / "engines" / RTX / "head.plan").unlink()
-    add_target(own_demo, RTX, SAME)
-    assert built == ["layer_003", "head"]
+    (own_tiny / "engines" / RTX / "layer_001.plan").write_bytes(b"cut off")
+    (own_tiny / "engines" / RTX / "head.plan").unlink()
+    add_target(own_tiny, RTX, OPTIONS)
+    assert built == ["layer_001", "head"]
 
 
-def test_profiles_are_decode_verify_and_prefill(planned_demo: Path) -> None:
-    graph = planned_demo / "onnx" / "portable_layer_000.onnx"
+def test_profiles_are_decode_verify_and_prefill(planned_tiny: Path) -> None:
+    graph = planned_tiny / "onnx" / "portable_layer_000.onnx"
     options = BuildOptions(max_batch_size=4, max_prefill_chunk=300)
     shapes = [profile["x"] for profile in graph_profiles(graph, options, 2048, head=False)]
     size = shapes[0][0][2]
@@ -127,7 +126,7 @@ def test_profiles_are_decode_verify_and_prefill(planned_demo: Path) -> None:
 
 def test_a_bundle_without_portable_graphs_asks_for_the_model(demo_bundle: Path) -> None:
     with pytest.raises(SedacError, match="holds no graphs that TensorRT takes; name the model"):
-        add_target(demo_bundle, RTX, SAME)
+        add_target(demo_bundle, RTX, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +156,8 @@ def test_a_missing_flavour_is_named_with_its_install_line(
         check_options(target, BuildOptions())
 
 
-def test_what_cannot_load_a_plan_is_named_on_both_sides(planned_demo: Path) -> None:
-    plans = read_manifest(planned_demo).plans[RTX]
+def test_what_cannot_load_a_plan_is_named_on_both_sides(planned_tiny: Path) -> None:
+    plans = read_manifest(planned_tiny).plans[RTX]
     fitting = Gpu("RTX 4090", "8.9", "580.1")
     check_compatible(RTX, plans, plans.version, fitting)
     with pytest.raises(SedacError, match=rf"of TensorRT-RTX {plans.version} and 9.9 is installed"):

@@ -1,14 +1,12 @@
 """The graphs that TensorRT gets: what they hold, and that they compute what the model does."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import TinyBundle
 from onnx import TensorProto
-from tiny_models import ARCHITECTURES
+from tiny_models import ARCHITECTURES, save_tiny_model
 
 from sedac_export import SedacError
 from sedac_export.bundle.agreement_row import GATES
@@ -72,7 +70,7 @@ def test_blocks_with_several_windows_agree(portable_tiny: PortableTiny) -> None:
     directory, manifest = portable_tiny("gemma2", "fp32", layers_per_engine=2)
     assert manifest.portable is not None
     assert manifest.portable.masks == {"mask": 0, "mask_window_9": 9}
-    assert [entry.masks for entry in manifest.portable.layers] == [["mask", "mask_window_9"]]
+    assert [entry.masks for entry in manifest.portable.layers] == [["mask", "mask_window_9"]] * 2
     assert disagreements(directory, manifest) == []
 
 
@@ -108,13 +106,12 @@ def test_masks_show_a_token_itself_and_what_is_before_it() -> None:
     assert mask.tolist() == [[False, True, True, False, False], [False, False, True, True, False]]
 
 
-def test_weights_are_those_of_the_bundle(
-    portable_tiny: PortableTiny, tiny_bundle: Callable[[str], TinyBundle]
-) -> None:
+def test_weights_are_those_of_the_bundle(portable_tiny: PortableTiny, tmp_path: Path) -> None:
     directory, manifest = portable_tiny("llama", "fp32")
     data = {path.name for path in (directory / "onnx").glob("*.data")}
-    assert data == {"embed.data", "layer_000.data", "layer_001.data", "head.data"}
+    assert data == {"embed.data", *(f"layer_00{i}.data" for i in range(4)), "head.data"}
     assert read_manifest(directory).portable == manifest.portable
-    with pytest.raises(SedacError, match=r"has 2 layers and the model 4; name the model"):
-        skeleton = Skeleton.load(tiny_bundle("llama")[1].parent / "model")
+    save_tiny_model("llama", tmp_path, num_hidden_layers=2)
+    with pytest.raises(SedacError, match=r"has 4 layers and the model 2; name the model"):
+        skeleton = Skeleton.load(tmp_path)
         add_portable_graphs(directory, manifest, skeleton, lambda *_: None)

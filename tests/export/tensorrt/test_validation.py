@@ -23,19 +23,21 @@ from sedac_runtime.flavour import Gpu, find_gpu
 
 from .conftest import RTX, rewrite
 
-LAYER = "onnx/portable_layer_003.onnx"
+LAYER = "onnx/portable_layer_001.onnx"
 
 
 def problems(validation: TargetValidation) -> dict[str, list[str]]:
     return {check.name: check.problems for check in validation.checks if check.problems}
 
 
-def test_sound_plans_pass(planned_demo: Path) -> None:
-    validation = validate(planned_demo, RTX)
+def test_sound_plans_pass(planned: Path) -> None:
+    validation = validate(planned, RTX)
     structure, agreement, execution = validation.checks
     assert problems(validation) == {}
     assert validation.exit_code() == 0
-    assert len(structure.engines) == 27
+    layers = bundle.read_manifest(planned).model.num_layers
+    # embed, contexts and head, and of each layer two
+    assert len(structure.engines) == 3 + 2 * layers
     assert [row["engine"] for row in agreement.engines][-1] == "end to end"
     assert agreement.engines[-1]["argmax_agreement"] >= 0.99
     if find_gpu() is None:
@@ -75,54 +77,54 @@ def permuted_weights(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "check", "message"),
     [
-        (renamed_output, "structure", "portable_layer_003: output present_key_0 is missing"),
-        (dropped_mask, "onnxruntime", "layer_003: cosine"),
+        (renamed_output, "structure", "portable_layer_001: output present_key_0 is missing"),
+        (dropped_mask, "onnxruntime", "layer_001: cosine"),
         (wrong_dtype, "structure", "output y is float32 [-1, -1, "),
-        (permuted_weights, "onnxruntime", "layer_003: cosine"),
+        (permuted_weights, "onnxruntime", "layer_001: cosine"),
     ],
 )
 def test_a_broken_graph_is_caught(
-    change: Callable[[onnx.ModelProto], None], check: str, message: str, own_demo: Path
+    change: Callable[[onnx.ModelProto], None], check: str, message: str, own_tiny: Path
 ) -> None:
-    rewrite(own_demo, LAYER, change)
-    validation = validate(own_demo, RTX)
+    rewrite(own_tiny, LAYER, change)
+    validation = validate(own_tiny, RTX)
     found = problems(validation)
     assert any(message in problem for problem in found[check])
     assert validation.exit_code() == min(FAILED[name] for name in found)
 
 
-def test_a_plan_of_another_graph_is_caught(own_demo: Path) -> None:
+def test_a_plan_of_another_graph_is_caught(own_tiny: Path) -> None:
     """Two plans change places, and their digests with them."""
-    manifest = bundle.read_manifest(own_demo)
+    manifest = bundle.read_manifest(own_tiny)
     plans = {Path(plan.file).stem: plan for plan in manifest.plans[RTX].plans}
-    first, second = plans["layer_003"], plans["layer_004"]
+    first, second = plans["layer_000"], plans["layer_001"]
     first.fingerprint, second.fingerprint = second.fingerprint, first.fingerprint
-    bundle.write_manifest(own_demo, manifest)
-    found = problems(validate(own_demo, RTX))["structure"]
+    bundle.write_manifest(own_tiny, manifest)
+    found = problems(validate(own_tiny, RTX))["structure"]
     assert [problem.partition(":")[0] for problem in found] == [
-        "portable_layer_003",
-        "portable_layer_004",
+        "portable_layer_000",
+        "portable_layer_001",
     ]
 
 
 def test_a_gpu_that_cannot_load_the_plans_is_said(
-    planned_demo: Path, monkeypatch: pytest.MonkeyPatch
+    planned_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "find_gpu", lambda: Gpu("H200", "9.0", "580.1"))
-    execution = validate(planned_demo, RTX).checks[2]
+    execution = validate(planned_tiny, RTX).checks[2]
     assert not execution.checked
     assert execution.reason.startswith("no supported GPU: the plans are for GPUs of compute")
     assert "H200 has 9.0" in execution.reason
 
 
 def test_a_gpu_on_which_plans_do_not_load_fails_the_check(
-    planned_demo: Path, monkeypatch: pytest.MonkeyPatch
+    planned_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way to the GPU is gone to where there is none: its error is a failure, no crash."""
     if find_gpu() is not None:
         pytest.skip("there is a GPU on this host")
     monkeypatch.setattr(module, "find_gpu", lambda: Gpu("RTX 4090", "8.9", "580.1"))
-    validation = validate(planned_demo, RTX)
+    validation = validate(planned_tiny, RTX)
     assert validation.exit_code() == FAILED["execution"]
     assert all("deserializeCudaEngine" in problem for problem in validation.checks[2].problems)
 
@@ -168,48 +170,48 @@ class Stand:
             np.savez(results, **self.run_portable(self.graphs[plan], dict(arrays)))
 
 
-def test_execution_is_held_to_the_gates(own_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_execution_is_held_to_the_gates(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but TensorRT itself: profiles are chosen, caches carried, gates asked."""
-    stand = Stand(own_demo, monkeypatch)
-    validation = validate(own_demo, RTX)
+    stand = Stand(own_tiny, monkeypatch)
+    validation = validate(own_tiny, RTX)
     assert validation.exit_code() == 0
     execution = validation.checks[2]
     assert execution.checked
     assert [row["engine"] for row in execution.engines][-1] == "end to end"
     assert stand.profiles == {0, 1, 2}
     # an engine that computes something else
-    first, second = (own_demo / f"engines/{RTX}/layer_00{layer}.plan" for layer in (4, 5))
+    first, second = (own_tiny / f"engines/{RTX}/layer_00{layer}.plan" for layer in (0, 1))
     stand.graphs[str(first)] = stand.graphs[str(second)]
-    validation = validate(own_demo, RTX)
+    validation = validate(own_tiny, RTX)
     assert validation.exit_code() == FAILED["execution"]
-    assert any("layer_004" in problem for problem in validation.checks[2].problems)
+    assert any("layer_000" in problem for problem in validation.checks[2].problems)
 
 
 def test_an_engine_with_other_profiles_or_layers_is_caught(
-    own_demo: Path, monkeypatch: pytest.MonkeyPatch
+    own_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand = Stand(own_demo, monkeypatch)
+    stand = Stand(own_tiny, monkeypatch)
     inspect = stand.inspect
     stand.inspect = lambda graph: inspect(graph) | {"information": ""}  # type: ignore[method-assign]
-    found = problems(validate(own_demo, RTX))
+    found = problems(validate(own_tiny, RTX))
     assert list(found) == ["execution"]
     assert "layer_000: its engine lacks the layer [ONNX Layer: " in found["execution"][0]
     stand.inspect = lambda graph: inspect(graph) | {"profiles": inspect(graph)["profiles"][:1]}  # type: ignore[method-assign]
-    found = problems(validate(own_demo, RTX))
+    found = problems(validate(own_tiny, RTX))
     assert "embed: 1 profiles instead of 3" in found["execution"]
 
 
 @pytest.mark.gpu
-def test_plans_run_on_the_gpu(planned_demo: Path) -> None:
-    execution = validate(planned_demo, RTX).checks[2]
+def test_plans_run_on_the_gpu(planned: Path) -> None:
+    execution = validate(planned, RTX).checks[2]
     if not execution.checked:
         pytest.skip(execution.reason)
     assert execution.problems == []
 
 
-def test_the_command_prints_one_object_and_its_exit_code_says_what_failed(own_demo: Path) -> None:
-    rewrite(own_demo, LAYER, permuted_weights)
-    run = CliRunner().invoke(app, ["validate", str(own_demo), "--json"])
+def test_the_command_prints_one_object_and_its_exit_code_says_what_failed(own_tiny: Path) -> None:
+    rewrite(own_tiny, LAYER, permuted_weights)
+    run = CliRunner().invoke(app, ["validate", str(own_tiny), "--json"])
     assert run.exit_code == FAILED["onnxruntime"]
     report = json.loads(run.stdout)
     assert not report["passed"]
