@@ -39,7 +39,7 @@ struct Probe {
 
   // By the row's warp: one of the block's outputs of down.
   __device__ __forceinline__ void publish(int row, int lane, int output) const {
-    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS < 16 ? PAIRS : 16;
+    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS <= 16 ? PAIRS : 8;
     const float *hidden = scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER, *weight = weights + output * HIDDEN;
     float sum = 0;
 #pragma unroll 1

@@ -225,7 +225,7 @@ struct Residual {
   template <bool FLAGGED, class F>
   __device__ __forceinline__ float normalise(int tid, int row, const float* weight, float scaled_by, unsigned parity,
                                              F h) {
-    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS < 16 ? PAIRS : 16;
+    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS <= 16 ? PAIRS : 8;
     const int lane = tid & 31;
     float2 v[AT_ONCE];
     const auto each = [&](int first, auto f) {

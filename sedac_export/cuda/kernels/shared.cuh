@@ -4,8 +4,8 @@
 
 constexpr int INPUT = larger(HIDDEN, ATTENTION) + 32;  // a row of a stage's input; 32 more against bank conflicts
 constexpr int HEAD_ROW = HEAD + 8, KEY_ROW = KEYS + 8;
-constexpr int QKV_TILES_OF_BLOCK = divided_up(QKV_TILES, MIN_BLOCKS),
-              O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);  // of O or of down
+constexpr int QKV_TILES_OF_BLOCK = divided_up(QKV_TILES, MIN_BLOCKS);
+constexpr int O_TILES_OF_BLOCK = divided_up(O_TILES, MIN_BLOCKS);  // and of down
 constexpr int GATE_UP_TILES_OF_BLOCK = divided_up(GATE_UP_TILES, MIN_BLOCKS);
 
 // Members of a union belong to different steps of a layer, between which all of the block's warps meet (sync_block).
@@ -24,7 +24,8 @@ struct Shared {
   // Of rows: the factor of the last norm and of the one before; by what the stage's input is to be scaled.
   float factor[MAX_ROWS], factor_before[MAX_ROWS], scale[MAX_ROWS], stability[MAX_ROWS], output_factor[MAX_ROWS];
   // Activations that a warp multiplies in down, this many column blocks at once.
-  static constexpr int GROUP = (N < 4 ? 24 : N < 8 ? 16 : 8) / (REGISTERS_MOVE ? 1 : 2);
+  static constexpr int GROUP = REGISTERS_MOVE ? (N < 4 ? 24 : N < 8 ? 16 : 8) : N < 4 ? 16 : 32 / N;
+  static_assert(GROUP % PIECE == 0 && GROUP * N % 8 == 0, "whole pieces, and whole loads of a warp");
   // The input of QKV, attention's keys (until weigh's last sync_block), the input of O, that of gate_up, activations.
   union {
     alignas(16) half input[N][INPUT];

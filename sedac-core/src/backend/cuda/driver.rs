@@ -393,15 +393,14 @@ impl ChainDevice for CudaDriver {
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
         let width = self.sizes.vocabulary;
         let from = self.logits.slice(rows.start * width..rows.end * width);
-        let copied = self.stream.memcpy_dtoh(&from, &mut self.read_logits);
+        let pinned = self.read_logits.as_mut_slice();
+        // a copy is as long as where it goes
+        let read = &mut pinned.map_err(failed("a copy from the GPU"))?[..rows.len() * width];
+        let copied = self.stream.memcpy_dtoh(&from, read);
         // waiting for the stream spins, where waiting for the copy's event would block
         let waited = self.stream.synchronize();
         copied.and(waited).map_err(failed("a copy from the GPU"))?;
-        let read = self
-            .read_logits
-            .as_slice()
-            .map_err(failed("a copy from the GPU"))?;
-        Ok(read[..rows.len() * width].to_vec())
+        Ok(read.to_vec())
     }
 
     fn clear(&mut self, slot: usize) -> Result<()> {
