@@ -332,7 +332,10 @@ def test_failed_rename_puts_the_old_bundle_back(
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Starts processes that need not import torch again: that takes seconds."""
+    """Starts processes that need not import torch again: that takes seconds.
+
+    Quick runs go without: tests/export/bundle kills what writes bundles.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sedac_export.build.exporter"])
     return context
@@ -402,6 +405,7 @@ def run_in_process(arguments: list[str], log: Path, build_cache: BuildCache, gat
     sedac_export.cli.main()
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
     export: Command, start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:
@@ -417,6 +421,21 @@ def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
     assert not list(output.parent.iterdir())
 
 
+def test_interrupt_within_a_build_leaves_nothing(
+    export: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporter, "validate", interrupted)
+    output = tmp_path / "output" / "bundle"
+    result = export("build", "--model", model, "--output", output)
+    assert (result.code, result.out) == (130, "")
+    assert "Traceback" not in result.err
+    assert not output.parent.exists()
+
+
+@pytest.mark.slow
 def test_interrupted_build_leaves_nothing(
     start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:
@@ -430,6 +449,7 @@ def test_interrupted_build_leaves_nothing(
     assert not output.parent.exists()
 
 
+@pytest.mark.slow
 def test_libraries_do_not_add_lines(start_build: StartBuild, model: Path, tmp_path: Path) -> None:
     configure(rope_parameters={"rope_type": "odd"})(model)  # transformers would also warn of it
     build = start_build(model, tmp_path / "bundle")
@@ -438,6 +458,7 @@ def test_libraries_do_not_add_lines(start_build: StartBuild, model: Path, tmp_pa
     assert_one_line_error(result, "config.json", "odd")
 
 
+@pytest.mark.slow
 def test_two_builds_of_one_bundle_do_not_meet(
     export: Command, start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:

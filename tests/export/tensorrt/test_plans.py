@@ -72,7 +72,7 @@ def test_every_architecture_builds_in_fp16(name: str, portable_tiny: PortableTin
     assert len(plans.plans) == (10 if name in ("gpt2", "opt") else 11)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_other_precisions_build(precision: str, portable_tiny: PortableTiny) -> None:
     directory, _ = portable_tiny("llama", precision)
     assert len(add_target(directory, RTX, BuildOptions()).plans) == 11

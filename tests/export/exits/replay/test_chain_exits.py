@@ -19,7 +19,7 @@ from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
 
 
-@pytest.fixture(scope="module", params=["trained_bundle", "lens_bundle"])
+@pytest.fixture(scope="module")
 def bundle(request: pytest.FixtureRequest) -> Path:
     directory: Path
     directory, _ = request.getfixturevalue(request.param)
@@ -64,7 +64,16 @@ def settings(seen: Observations) -> Iterator[dict[str, Any]]:
         }
 
 
-@pytest.mark.parametrize("kv_fill", ["propagate", "defer"])
+@pytest.mark.parametrize(
+    ("bundle", "kv_fill"),
+    [
+        ("trained_bundle", "propagate"),
+        pytest.param("trained_bundle", "defer", marks=pytest.mark.slow),
+        pytest.param("lens_bundle", "propagate", marks=pytest.mark.slow),
+        ("lens_bundle", "defer"),
+    ],
+    indirect=["bundle"],
+)
 def test_the_chain_exits_where_the_replay_exits(
     kv_fill: str,
     bundle: Path,
