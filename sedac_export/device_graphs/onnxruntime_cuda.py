@@ -34,6 +34,8 @@ PREFIX = "cuda"
 class CudaTracer(Tracer):
     """Traces the form of a skeleton's engines that the CUDA provider has kernels for."""
 
+    soft_exits = False
+
     def layer(self, index: int) -> TracedGraph:
         """As for CPUs."""
         return _with_kernels(super().layer(index))

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
@@ -53,8 +53,11 @@ class TracedGraph:
 class Tracer:
     """Traces the engines of one skeleton; use inside `fused_operators` and `stand_in_weights`.
 
-    dtype is that of the stand-in weights, and so of the residual stream.
+    dtype is that of the stand-in weights, and so of the residual stream. soft_exits says whether
+    `attention` is among the engines that the form has: soft exits run on CPUs only.
     """
+
+    soft_exits: ClassVar[bool] = True
 
     skeleton: Skeleton
     interface: LayerInterface

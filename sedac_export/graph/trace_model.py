@@ -21,7 +21,8 @@ from sedac_export.model.skeleton import Skeleton, kind_of, stand_in_weights
 class TracedGraphs:
     """The traced graphs: layers and kv graphs by kind, and each layer's kind.
 
-    contexts is None where the layers take the hidden states alone.
+    attention is empty where the form has no soft exits. contexts is None where the layers take the
+    hidden states alone.
     """
 
     interface: LayerInterface
@@ -78,10 +79,11 @@ def trace_graphs(
         interface = learn_interface(skeleton, router, batch)
         tracer = tracer_type(skeleton, interface, router, dtype)
         kinds, first = _kinds(skeleton, interface)
-        count = _Counter(progress, steps=3 * len(first) + 2)
+        with_attention = first if tracer.soft_exits else []
+        count = _Counter(progress, steps=2 * len(first) + len(with_attention) + 2)
         layers = [count(tracer.layer(index)) for index in first]
         key_value = [count(tracer.key_value(index)) for index in first]
-        attention = [count(tracer.attention(index)) for index in first]
+        attention = [count(tracer.attention(index)) for index in with_attention]
         _mark_used_contexts(interface, [*layers, *key_value])
         embed, contexts = _split(count(tracer.embed()))
         head = count(tracer.head())

@@ -72,6 +72,8 @@ class _ScatterCache(RecordingCache):
 class PortableTracer(Tracer):
     """Traces the portable form of a skeleton's engines."""
 
+    soft_exits = False
+
     def head(self) -> TracedGraph:
         """x -> logits."""
         module = HeadModule(self.skeleton, self.interface)

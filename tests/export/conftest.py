@@ -36,8 +36,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def documents(demo_bundle: Path, texts: list[Path]) -> list[Document]:
-    return read_documents(Bundle.open(demo_bundle), texts)
+def documents(demo_bundle: Path, texts: list[Path], quick: bool) -> list[Document]:
+    length = 500 if quick else None
+    whole = read_documents(Bundle.open(demo_bundle), texts)
+    return [replace(document, tokens=document.tokens[:length]) for document in whole]
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +48,13 @@ def trained_bundle(
     documents: list[Document],
     build_cache: BuildCache,
     tmp_path_factory: pytest.TempPathFactory,
+    quick: bool,
 ) -> TrainedBundle:
     def train(directory: Path) -> None:
         bundle = shutil.copytree(demo_bundle, directory / "bundle")
         save(directory, train_probes(bundle, documents, EXITS, PROBES))
 
-    trained = build_cache.made("trained", train)
+    trained = build_cache.made(f"trained-{quick}", train)
     bundle = tmp_path_factory.mktemp("trained") / "bundle"
     return shutil.copytree(trained / "bundle", bundle), load(trained)
 
@@ -62,6 +65,7 @@ def lens_bundle(
     documents: list[Document],
     build_cache: BuildCache,
     tmp_path_factory: pytest.TempPathFactory,
+    quick: bool,
 ) -> TrainedBundle:
     """The same with lenses that change many tokens, which trained ones do too little."""
 
@@ -71,7 +75,7 @@ def lens_bundle(
             patch.setattr(training, "train_lens", strong_lens)
             save(directory, train_probes(bundle, documents, EXITS, PROBES, with_lenses=True))
 
-    trained = build_cache.made("lens", train)
+    trained = build_cache.made(f"lens-{quick}", train)
     bundle = tmp_path_factory.mktemp("lens") / "bundle"
     return shutil.copytree(trained / "bundle", bundle), load(trained)
 
