@@ -402,6 +402,7 @@ def run_in_process(arguments: list[str], log: Path, build_cache: BuildCache, gat
     sedac_export.cli.main()
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_no_bundle_and_the_next_one_cleans_up(
     export: Command, start_build: StartBuild, model: Path, tmp_path: Path
 ) -> None:
