@@ -86,6 +86,7 @@ def test_the_kernel_is_compiled_anew_without_the_model(
     assert Bundle.open(directory).manifest.cuda == second
 
 
+@pytest.mark.slow
 def test_damaged_files_are_made_anew_with_the_model(half_bundle: HalfBundle) -> None:
     model, directory = half_bundle("mistral")
     chain = add_cuda(directory, str(model))
@@ -123,6 +124,7 @@ def test_edits_of_a_bundle_keep_the_chain(half_bundle: HalfBundle) -> None:
     assert (directory / chain.weights).stat().st_ino == inode
 
 
+@pytest.mark.slow
 def test_why_a_model_cannot_have_it_is_remembered(half_bundle: HalfBundle, export: Run) -> None:
     model, directory = half_bundle("gpt2")
     result = export("engines", directory, "--target", "cuda", "--model", model)

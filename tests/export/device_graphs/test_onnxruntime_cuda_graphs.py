@@ -43,7 +43,7 @@ def graphs_of(bundle: Path) -> dict[str, onnx.GraphProto]:
     return {n: onnx.load(file, load_external_data=False).graph for n, file in files.items()}
 
 
-@pytest.mark.parametrize("layers_per_engine", [1, 2])
+@pytest.mark.parametrize("layers_per_engine", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_graphs_have_kernels(layers_per_engine: int, tiny: Callable[..., Path]) -> None:
     """GPT-2 splits its fused projection. A block's inner residual streams are its own alone."""
     bundle = tiny("gpt2", layers_per_engine=layers_per_engine)

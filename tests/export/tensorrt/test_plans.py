@@ -72,12 +72,14 @@ def test_every_architecture_builds_in_fp16(name: str, portable_tiny: PortableTin
     assert len(plans.plans) == (10 if name in ("gpt2", "opt") else 11)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_precisions_build(precision: str, portable_tiny: PortableTiny) -> None:
     directory, _ = portable_tiny("llama", precision)
     assert len(add_target(directory, RTX, BuildOptions()).plans) == 11
 
 
+@pytest.mark.slow
 def test_a_stopped_build_goes_on(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other options: all plans are new. Interrupted after three, the rest are built later."""
     options = BuildOptions(max_prefill_chunk=64, compute_capabilities=["8.6"])
