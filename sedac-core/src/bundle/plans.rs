@@ -284,7 +284,7 @@ impl Bundle {
     /// The graphs that ONNX Runtime runs on a GPU, as plans that need no building.
     ///
     /// # Errors
-    /// [`Error::Bundle`](crate::Error::Bundle) when it holds none of its engines.
+    /// [`Error::Bundle`] when it holds none of its engines.
     pub fn graphs_for_cuda(&self) -> Result<(&PortableGraphs, PlanFiles)> {
         let graphs = self.manifest.graphs_for_cuda();
         graphs.ok_or_else(|| {
