@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sedac_export.bundle import Bundle
@@ -21,6 +21,7 @@ from sedac_export.bundle.staging import claimed
 from sedac_export.console import StageProgress
 from sedac_export.device_graphs.graph_writer import write_graphs
 from sedac_export.errors import SedacError
+from sedac_export.graph.constants import constants
 from sedac_export.graph.trace import TracedGraph, Tracer
 from sedac_export.graph.trace_model import trace_graphs
 from sedac_export.model.precision import DTYPES
@@ -119,18 +120,13 @@ def _with_kernels(graph: TracedGraph) -> TracedGraph:
 
 def _split_tensors(graph: onnx.GraphProto) -> None:
     """Split into tensors by Split, not into sequences of them, which only the CPU does."""
-    constants = {
-        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
-        for node in graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
-    constants |= {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.raw_data}
+    held = constants(graph)
     taken: dict[str, dict[int, onnx.NodeProto]] = defaultdict(dict)
     for node in graph.node:
         if node.op_type == "SequenceAt":
-            taken[node.input[0]][int(constants[node.input[1]])] = node
+            taken[node.input[0]][int(held[node.input[1]])] = node
     for node in [node for node in graph.node if node.op_type == "SplitToSequence"]:
-        sequence, sizes = node.output[0], constants[node.input[1]]
+        sequence, sizes = node.output[0], held[node.input[1]]
         if sizes.ndim == 0:
             # equal parts; were there more than are taken, their sum would not be the axis
             sizes = sizes.repeat(max(taken[sequence]) + 1)

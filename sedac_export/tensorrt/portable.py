@@ -8,10 +8,11 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from sedac_export.device_graphs.graph_writer import MASK, WINDOW_MASK
+from sedac_export.graph.constants import constants
 from sedac_export.graph.modules import (
     HeadModule,
     RecordingCache,
@@ -103,19 +104,14 @@ class PortableTracer(Tracer):
 
 def _slice_splits(graph: onnx.GraphProto) -> None:
     """Take parts of a tensor by Slice: TensorRT knows no sequences, which torch splits into."""
-    constants = {
-        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
-        for node in graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
-    constants |= {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.raw_data}
+    held = constants(graph)
     splits = {node.output[0]: node for node in graph.node if node.op_type == "SplitToSequence"}
     for node in graph.node:
         if node.op_type != "SequenceAt" or node.input[0] not in splits:
             continue
         split = splits[node.input[0]]
         axis = next(a.i for a in split.attribute if a.name == "axis")
-        index, sizes = int(constants[node.input[1]]), constants[split.input[1]]
+        index, sizes = int(held[node.input[1]]), held[split.input[1]]
         start = index * int(sizes) if sizes.ndim == 0 else int(sizes[:index].sum())
         end = start + int(sizes if sizes.ndim == 0 else sizes[index])
         bounds = []
