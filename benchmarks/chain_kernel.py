@@ -207,7 +207,8 @@ def markdown(result: CaseResult) -> str:
     if result.measurements:
         lines += [
             "",
-            "| rows | layers | steps | µs without head | with head | p10, p50, p90 | floor | share |",
+            "| rows | layers | steps | µs without head | with head | p10, p50, p90 | floor"
+            " | share |",
         ]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [_table_row(measurement) for measurement in result.measurements]
