@@ -6,7 +6,7 @@ use tracing::{debug, debug_span};
 
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
 use crate::backend::{Backend, Logits, LogitsRequest, PositionLogits, SequenceStep, StepExit};
-use crate::draft::{BaselineCost, Draft, DraftContext, Drafter, Foresight};
+use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, Foresight};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::policy::ExitReason;
@@ -26,6 +26,16 @@ impl Drafting {
             drafter,
             baseline: BaselineCost::new(layers),
         }
+    }
+
+    /// The next rounds are of another text.
+    pub(super) fn start(&mut self) {
+        self.drafter.start();
+    }
+
+    /// Write what was observed into `acceptance`.
+    pub(super) fn record(&self, acceptance: &mut Acceptance) {
+        self.drafter.record(acceptance);
     }
 }
 
