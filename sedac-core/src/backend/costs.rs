@@ -116,10 +116,13 @@ impl Curve {
     }
 
     fn record(&self) -> BTreeMap<usize, f64> {
-        let scale = self.scale();
-        let recorded = self.0.range(..=MAX_RECORDED);
-        let known = recorded.filter_map(|(&tokens, cost)| Some((tokens, cost.seconds(scale)?)));
-        known.collect()
+        let known = self
+            .0
+            .range(..=MAX_RECORDED)
+            .filter(|(_, cost)| cost.is_known());
+        known
+            .map(|(&tokens, _)| (tokens, self.at(tokens)))
+            .collect()
     }
 
     fn recall(&mut self, record: &BTreeMap<usize, f64>) {
@@ -137,17 +140,12 @@ impl Curve {
     }
 
     /// What is not known lies on a line between what is, and costs as much as the nearest known
-    /// beyond. More tokens never cost less than fewer.
+    /// beyond. More tokens never cost less than fewer: a measurement that says so was disturbed.
     fn at(&self, tokens: usize) -> f64 {
         let scale = self.scale();
         let known = |(&tokens, cost): (&usize, &Cost)| Some((tokens, cost.seconds(scale)?));
         let below = self.0.range(..=tokens).rev().find_map(known);
         let above = self.0.range(tokens..).find_map(known);
-        let least = self
-            .0
-            .iter()
-            .find_map(known)
-            .map_or(0.0, |(_, least)| least);
         let between = match (below, above) {
             (Some((n, low)), Some((m, high))) if n < m => {
                 low + (high - low) * (tokens - n) as f64 / (m - n) as f64
@@ -155,11 +153,18 @@ impl Curve {
             (Some((_, seconds)), _) | (None, Some((_, seconds))) => seconds,
             (None, None) => 0.0,
         };
-        between.max(least)
+        let least = self.0.iter().find_map(known);
+        let more = self.0.range(tokens..).filter_map(known);
+        let most = more.map(|(_, seconds)| seconds).fold(between, f64::min);
+        least.map_or(most, |(_, least)| most.max(least))
     }
 }
 
 impl Cost {
+    fn is_known(&self) -> bool {
+        self.measured.is_some() || self.remembered.is_some()
+    }
+
     /// What was remembered takes `scale` times as long now.
     fn seconds(&self, scale: f64) -> Option<f64> {
         let remembered = || self.remembered.map(|seconds| scale * seconds);
@@ -215,6 +220,20 @@ mod tests {
             costs.note_head(1, Duration::from_secs(1));
         }
         assert_eq!(costs.layers(1, 4), costs.layers(1, 1));
+    }
+
+    #[test]
+    fn more_tokens_show_that_fewer_were_disturbed() {
+        let mut costs = Costs::default();
+        for (tokens, seconds) in [(1, 2), (3, 30), (4, 4), (8, 6)] {
+            note(&mut costs, tokens, seconds);
+        }
+        let layer = |tokens| costs.layers(1, tokens);
+        assert_eq!(
+            [layer(1), layer(2), layer(3), layer(4)],
+            [1.0, 2.0, 2.0, 2.0]
+        );
+        assert_eq!(costs.record().layer[&3], 2.0);
     }
 
     #[test]

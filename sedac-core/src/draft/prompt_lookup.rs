@@ -260,7 +260,7 @@ mod tests {
         let earlier = [5, 6, 7, 8, 9, 10];
         draft(&mut lookup, &earlier, 1);
         lookup.start();
-        assert_eq!(draft(&mut lookup, &[6, 7], 9).1, []);
+        assert!(draft(&mut lookup, &[6, 7], 9).1.is_empty());
         assert_eq!(draft(&mut lookup, &[6, 7, 8], 9).1, [9, 10]);
         lookup.start();
         // the current text matches by one token, and says something else
