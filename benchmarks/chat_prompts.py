@@ -1,4 +1,4 @@
-"""Chat prompts: questions, and requests to edit or summarise the texts of Python's documentation."""
+"""Chat prompts: questions, and requests to edit or summarise what Python's modules document."""
 
 import importlib
 import inspect
