@@ -29,6 +29,7 @@ from sedac_runtime import SedacModel
 MODES = ("full", "lossless")
 SLOW = 0.97
 PACKAGES = ("asyncio", "email", "http", "json", "logging", "unittest")
+MIN_REPEATS = 2
 CUT = 3000
 CODE_TOKENS = 128
 
@@ -115,6 +116,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.repeats < MIN_REPEATS:
+        parser.error(f"--repeats must be at least {MIN_REPEATS}")
     # one process for each answer
     fresh = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as cache, fresh as processes:
