@@ -465,4 +465,8 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
     fn costs(&self) -> &Costs {
         &self.costs
     }
+
+    fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
 }
