@@ -9,6 +9,7 @@ import onnx
 from sedac_export.bundle import manifest as bundle
 from sedac_export.console import StageProgress
 from sedac_export.graph.block import compose
+from sedac_export.graph.fusion import fused
 from sedac_export.graph.modules import Context
 from sedac_export.graph.stamp import WeightStore, save_engine, stamp, with_precision
 from sedac_export.graph.trace import TracedGraph
@@ -100,7 +101,7 @@ def _write_layers(
     writer: EngineWriter, graphs: TracedGraphs, progress: StageProgress
 ) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
     """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
-    layers = [writer.stored(graph) for graph in graphs.layers]
+    layers = [fused(writer.stored(graph)) for graph in graphs.layers]
     fills = [writer.stored(graph) for graph in graphs.key_value]
     stamped, entries = [], []
     progress("write", 0, len(graphs.kinds))
@@ -116,7 +117,7 @@ def _write_layers(
 
 def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
-    stored = [writer.stored(graph) for graph in graphs.attention]
+    stored = [fused(writer.stored(graph)) for graph in graphs.attention]
     return [
         writer.stamp(stored[kind], f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}.")
         for index, kind in enumerate(graphs.kinds)
