@@ -15,6 +15,9 @@ from sedac_export.graph.trace import TracedGraph
 
 # in place of an open axis where the order of a tensor's numbers is followed
 _TOKENS = 3
+# how many times as wide as their input merged products may be: splitting the output copies it, and
+# for gate and up that took more of a prefill than one product less saved
+_WIDEST = 3
 
 
 def fused(graph: TracedGraph) -> TracedGraph:
@@ -81,14 +84,16 @@ def _merge_products(graph: ir.Graph) -> None:
         if product is not None:
             groups[_input(node, 0), product.kind].append(product)
     for products in groups.values():
-        _merge(graph, products)
+        narrow = sum(product.rows for product in products) <= _WIDEST * products[0].columns
+        for merged in [products] if narrow else [[product] for product in products]:
+            _merge(graph, merged)
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with a stored matrix whose rows count the outputs, by a node in place of `node`.
+    """A product with a stored matrix [rows, columns], and the operator to take for `node`.
 
-    factors: what is stored of the matrix; all have its `rows`.
+    factors: what is stored of the matrix; all have its rows.
     """
 
     node: ir.Node
@@ -96,6 +101,7 @@ class _Product:
     attributes: dict[str, int]
     factors: list[ir.Value | None]
     rows: int
+    columns: int
 
     @property
     def kind(self) -> str:
@@ -108,13 +114,13 @@ def _product(node: ir.Node) -> _Product | None:
     """What `node` multiplies, None where it is no product with a stored matrix."""
     if node.op_type == "MatMulNBits":
         attributes = {name: value.as_int() for name, value in node.attributes.items()}
-        rows = attributes.pop("N")
-        return _Product(node, node.op_type, attributes, list(node.inputs[1:]), rows)
+        size = attributes.pop("N"), attributes["K"]
+        return _Product(node, node.op_type, attributes, list(node.inputs[1:]), *size)
     weight = _transposed(node.inputs[1]) if node.op_type == "MatMul" else None
-    if weight is None or weight.shape is None or not isinstance(weight.shape[0], int):
+    if weight is None or weight.shape is None:
         return None
     # as it is stored: its transpose would be folded into a copy of it while the engine is loaded
-    return _Product(node, "FusedMatMul", {"transB": 1}, [weight], weight.shape[0])
+    return _Product(node, "FusedMatMul", {"transB": 1}, [weight], *weight.shape.numpy())
 
 
 def _transposed(matrix: ir.Value | None) -> ir.Value | None:
@@ -184,7 +190,7 @@ def _layout_change(value: ir.Value) -> ir.Node | None:
 
 def _comes_to_nothing(path: list[ir.Node], source: ir.Value) -> bool:
     """Whether `source` is the same after the changes of layout on `path`."""
-    if source.shape is None:
+    if source.shape is None or sum(not isinstance(size, int) for size in source.shape) > 1:
         return False
     shape = [size if isinstance(size, int) else _TOKENS for size in source.shape]
     before: Array = np.arange(np.prod(shape)).reshape(shape)
