@@ -101,13 +101,13 @@ def _write_layers(
     writer: EngineWriter, graphs: TracedGraphs, progress: StageProgress
 ) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
     """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
-    layers = [fused(writer.stored(graph)) for graph in graphs.layers]
+    layers = [writer.stored(graph) for graph in graphs.layers]
     fills = [writer.stored(graph) for graph in graphs.key_value]
     stamped, entries = [], []
     progress("write", 0, len(graphs.kinds))
     for index, kind in enumerate(graphs.kinds):
         name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
-        stamped.append(writer.stamp(layers[kind], name, prefix))
+        stamped.append(fused(writer.stamp(layers[kind], name, prefix)))
         fill = writer.stamp(fills[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
@@ -117,9 +117,10 @@ def _write_layers(
 
 def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
-    stored = [fused(writer.stored(graph)) for graph in graphs.attention]
+    stored = [writer.stored(graph) for graph in graphs.attention]
+    path = writer.skeleton.layers_path
     return [
-        writer.stamp(stored[kind], f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}.")
+        fused(writer.stamp(stored[kind], f"layer_{index:03}", f"{path}.{index}."))
         for index, kind in enumerate(graphs.kinds)
     ]
 

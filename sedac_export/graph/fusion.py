@@ -7,11 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
 from sedac_export.arrays import Array
-from sedac_export.graph.trace import TracedGraph
 
 # in place of an open axis where the order of a tensor's numbers is followed
 _TOKENS = 3
@@ -20,9 +20,9 @@ _TOKENS = 3
 _WIDEST = 3
 
 
-def fused(graph: TracedGraph) -> TracedGraph:
-    """`graph` of a layer with merged operators; its interface and its weights stay."""
-    model = ir.from_proto(graph.model)
+def fused(layer: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph of a layer with merged operators; its interface and its weights stay."""
+    model = ir.from_proto(layer)
     _infer_shapes(model)
     _drop_round_trips(model.graph)
     _merge_products(model.graph)
@@ -32,7 +32,7 @@ def fused(graph: TracedGraph) -> TracedGraph:
     TopologicalSortPass()(model)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
-    return graph.of_part(proto)
+    return proto
 
 
 def _infer_shapes(model: ir.Model) -> None:

@@ -66,3 +66,24 @@ unsafe extern "system" fn info_of(this: *const sys::OrtAllocator) -> *const sys:
     // SAFETY: `this` points to a whole `HugePages`, made in `register`.
     unsafe { (*this.cast::<HugePages>()).info.ptr() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ptr;
+
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_for_kernels() {
+        for size in [0, 1, 4096, 3 << 20] {
+            // SAFETY: `allocate` and `free` do not read their first argument, and what is freed
+            // comes from `allocate`.
+            unsafe {
+                let memory = allocate(ptr::null_mut(), size);
+                assert!(!memory.is_null());
+                assert_eq!(memory.addr() % ALIGNMENT, 0);
+                free(ptr::null_mut(), memory);
+            }
+        }
+    }
+}
