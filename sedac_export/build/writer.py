@@ -9,6 +9,7 @@ import onnx
 from sedac_export.bundle import manifest as bundle
 from sedac_export.console import StageProgress
 from sedac_export.graph.block import compose
+from sedac_export.graph.fusion import fused
 from sedac_export.graph.modules import Context
 from sedac_export.graph.stamp import WeightStore, save_engine, stamp, with_precision
 from sedac_export.graph.trace import TracedGraph
@@ -106,7 +107,7 @@ def _write_layers(
     progress("write", 0, len(graphs.kinds))
     for index, kind in enumerate(graphs.kinds):
         name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
-        stamped.append(writer.stamp(layers[kind], name, prefix))
+        stamped.append(fused(writer.stamp(layers[kind], name, prefix)))
         fill = writer.stamp(fills[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
@@ -117,8 +118,9 @@ def _write_layers(
 def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
     stored = [writer.stored(graph) for graph in graphs.attention]
+    path = writer.skeleton.layers_path
     return [
-        writer.stamp(stored[kind], f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}.")
+        fused(writer.stamp(stored[kind], f"layer_{index:03}", f"{path}.{index}."))
         for index, kind in enumerate(graphs.kinds)
     ]
 
