@@ -11,7 +11,7 @@ from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
 from sedac_export.bundle.runner import BundleRunner, PassInputs
 from sedac_export.bundle.sessions import Caches
 from sedac_export.errors import SedacError
-from sedac_export.model.reference import run_reference
+from sedac_export.model.reference import Rounding, run_reference
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.support import boundaries
 
@@ -72,9 +72,11 @@ class BundleValidation:
 
 
 def validate(
-    skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float
+    skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float, rounding: Rounding
 ) -> BundleValidation:
     """Run the bundle in `directory` against what transformers makes of the same model.
+
+    Its weights are rounded by `rounding` as the bundle's are.
 
     The text crosses every length at which the model's attention or rotary tables change, as far as
     the bundle has room.
@@ -86,7 +88,7 @@ def validate(
     runner = BundleRunner.engine_by_engine(directory, manifest)
     comparison = _BundleComparison(runner, tokens[0].numpy(), chunks)
     kept = _PREFILL + sum(_REST)
-    logits = run_reference(skeleton, tokens, manifest.precision, kept, comparison.observe)
+    logits = run_reference(skeleton, tokens, rounding, kept, comparison.observe)
     return comparison.finish(logits.numpy(), tolerance)
 
 

@@ -5,25 +5,37 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
+from sedac_export.build.quantized_weights import weight_sources
 from sedac_export.bundle import manifest as bundle
 from sedac_export.console import StageProgress
 from sedac_export.graph.block import compose
 from sedac_export.graph.modules import Context
-from sedac_export.graph.stamp import WeightStore, save_engine, stamp, with_precision
+from sedac_export.graph.quantized_graph import quantized_graph
+from sedac_export.graph.stamp import (
+    QuantizedStorage,
+    WeightStore,
+    save_engine,
+    stamp,
+    with_precision,
+)
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.graph.trace_model import TracedGraphs
+from sedac_export.model.precision import stored
 from sedac_export.model.skeleton import Skeleton
 
 
 class EngineWriter:
     """Writes engines of one bundle: weights first, each once, then graphs that point at them."""
 
-    def __init__(self, skeleton: Skeleton, staging: Path, precision: str) -> None:
+    def __init__(
+        self, skeleton: Skeleton, staging: Path, precision: str, quantized: QuantizedStorage | None
+    ) -> None:
         self.skeleton, self.precision = skeleton, precision
         self.directory = staging / "onnx"
         self.directory.mkdir()
-        self.store = WeightStore(self.directory, precision)
+        self.store = WeightStore(self.directory, precision, quantized)
 
     def stored(self, graph: TracedGraph) -> TracedGraph:
         """`graph` with its weights in the bundle's precision."""
@@ -31,12 +43,25 @@ class EngineWriter:
 
     def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
-        sources = {
-            initializer: self.skeleton.sources.names[prefix + parameter.split(".", 1)[1]]
-            for initializer, parameter in graph.weights.items()
-        }
+        sources = weight_sources(self.skeleton, graph, prefix)
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
+        quantized = self.store.quantized
+        if quantized is not None:
+            layouts = {
+                initializer: quantized.layouts[source]
+                for initializer, source in sources.items()
+                if source in quantized.layouts
+            }
+            graph = quantized_graph(graph, layouts, quantized.quantization)
         return stamp(graph, sources, self.store)
+
+    def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The model's weight `name` as engines compute with it, like `weight`, the original."""
+        source, quantized = self.skeleton.sources.names[name], self.store.quantized
+        if quantized is None or source not in quantized.layouts:
+            return stored(weight, self.precision, name).to(weight.dtype)
+        columns = weight.shape[1 - quantized.layouts[source].value]
+        return torch.from_numpy(self.store.dequantized(source, columns))
 
     def engine(self, graph: TracedGraph, name: str) -> str:
         """Write the engine `name`, which belongs to no layer, and its weights; its path."""
@@ -61,15 +86,12 @@ class EngineWriter:
 
 
 def write_engines(
-    skeleton: Skeleton,
+    writer: EngineWriter,
     graphs: TracedGraphs,
-    staging: Path,
-    precision: str,
     layers_per_engine: int,
     progress: StageProgress,
 ) -> dict[str, Any]:
-    """Write every engine into `staging`; the fields of the manifest that are about them."""
-    writer = EngineWriter(skeleton, staging, precision)
+    """Write every engine by `writer`; the fields of the manifest that are about them."""
     embed = writer.engine(graphs.embed, "embed")
     contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
     layers, key_value = _write_layers(writer, graphs, progress)
@@ -84,9 +106,8 @@ def write_engines(
         attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )
     heads = graphs.interface.heads
-    read = writer.store.places.keys()
+    read, skeleton = writer.store.places.keys(), writer.skeleton
     return {
-        "precision": precision,
         "layers_per_engine": layers_per_engine,
         "key_value_heads": [bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in heads],
         "contexts": [_context(context) for context in graphs.interface.contexts if context.used],

@@ -40,6 +40,15 @@ class PrecisionName(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class MethodName(StrEnum):
+    """What --method takes."""
+
+    RTN = "rtn"
+    K_QUANT = "k_quant"
 
 
 class VerifyName(StrEnum):
@@ -57,8 +66,25 @@ def build(
     output: Annotated[Path, typer.Option(help="Bundle directory to write.")],
     precision: Annotated[
         PrecisionName,
-        typer.Option(help="Storage type of weights; the CPU computes in fp32 in any case."),
+        typer.Option(help="Storage type of weights."),
     ] = PrecisionName.FP32,
+    block_size: Annotated[
+        int, typer.Option(help="int8, int4: weights that share a scale: 16, 32, 64, 128 or 256.")
+    ] = 32,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="int8, int4: without or with a zero point for each block. [default: --method's]",
+        ),
+    ] = None,
+    method: Annotated[
+        MethodName, typer.Option(help="int8, int4: how scales and zero points are chosen.")
+    ] = MethodName.RTN,
+    keep_precision: Annotated[
+        str,
+        typer.Option(help="int8, int4: what stays in fp32: head, layers from 0, such as head,0,29."),
+    ] = "",
     layers_per_engine: Annotated[
         int, typer.Option(help="Layers per engine; tokens exit between engines.")
     ] = 1,
@@ -90,6 +116,10 @@ def build(
         model=model,
         output=output,
         precision=precision.value,
+        block_size=block_size,
+        symmetric=symmetric,
+        method=method.value,
+        keep_precision=keep_precision,
         layers_per_engine=layers_per_engine,
         max_cache_length=max_cache_length,
         exit_layers=_depths(exit_layers),

@@ -19,6 +19,10 @@ pub enum Precision {
     Fp16,
     /// bfloat16.
     Bf16,
+    /// 8 bits a weight in blocks with a scale each; computed in single precision.
+    Int8,
+    /// The same with 4 bits.
+    Int4,
 }
 
 /// What TensorRT plans are built for.
