@@ -158,7 +158,10 @@ class _BundleComparison:
             outputs.append(self.runner.layers(entry, link, inputs, chain_caches)["y"])
         self.rows.append(row)
         for index in range(entry.num_layers):
-            filled = [caches[f"past_{kind}_{index}"].numpy() for kind in ("key", "value")]
+            filled = [
+                caches[f"past_{kind}_{index}"].numpy()[:, :, : self.chunks[-1].stop]
+                for kind in ("key", "value")
+            ]
             self._key_value(entry.first_layer + index, filled, index)
         return outputs
 
@@ -170,7 +173,7 @@ class _BundleComparison:
             self.runner.key_value(layer, x, inputs, caches)
         row = ValidationRow(Path(self.runner.manifest.engines.key_value[layer].file).stem)
         for kind, wanted in zip(("key", "value"), expected, strict=True):
-            row.add(length, caches[f"past_{kind}_0"].numpy(), wanted)
+            row.add(length, caches[f"past_{kind}_0"].numpy()[:, :, :length], wanted)
         self.rows.append(row)
 
     def _head(self, logits: Array) -> ValidationRow:

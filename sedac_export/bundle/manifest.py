@@ -158,6 +158,10 @@ class Manifest(StrictModel):
         own = self.files.get("onnx/head.data")
         return (own or self.files["onnx/embed.data"]).sha256
 
+    def spare_positions(self) -> int:
+        """What caches have room for beside a sequence: attention over it may compute a row more."""
+        return 0 if self.quantization is None else 1
+
     def cache_bytes(self) -> int:
         """Bytes of one sequence's full cache; keys and values are fp32 on CPU."""
         per_token = sum(2 * 4 * kv.heads * kv.head_size for kv in self.key_value_heads)

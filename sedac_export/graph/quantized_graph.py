@@ -6,15 +6,18 @@ from enum import Enum
 import onnx
 from onnx import TensorProto, helper
 
+from sedac_export.graph.attention_rows import with_spare_row
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.quantization import Quantization
 
 # beside the initialiser that holds a quantized weight's values, those of its scales and zero points
 SCALES, ZERO_POINTS = ".scales", ".zero_points"
 
-# int8 activations: measured to be the fastest on CPUs, and the only level at which a row has the
-# same bits whatever the number of rows
+# activations are rounded to 8 bits: the fastest on CPUs (docs/measurements.md), and the only level
+# at which a row has the same bits whatever the number of rows
 ACCURACY_LEVEL = 4
+
+_LAYOUT_CHANGES = frozenset({"Transpose", "Concat"})
 
 
 class Layout(Enum):
@@ -22,6 +25,10 @@ class Layout(Enum):
 
     ROWS = 0
     COLUMNS = 1
+
+    def transposed(self) -> "Layout":
+        """That of the transposed weight."""
+        return Layout(1 - self.value)
 
 
 def layouts(graph: TracedGraph) -> dict[str, Layout | None]:
@@ -41,19 +48,26 @@ def quantized_graph(
     The weights of the result have those of their scales and zero points beside them: the same names
     with `SCALES` and `ZERO_POINTS` added.
     """
-    if not chosen:
-        return graph
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    uses = _Uses(model.graph)
-    weights = dict(graph.weights)
-    for initializer in list(model.graph.initializer):
-        layout = chosen.get(initializer.name)
-        if layout is not None:
-            name, parts = initializer.name, _Parts(initializer, layout, quantization)
-            uses.replace(name, parts)
-            added = parts.declare(model.graph, gathered=uses.is_embedding(name))
-            weights |= {part: weights[name] + part.removeprefix(name) for part in added}
+    uses, weights = _Uses(model.graph), dict(graph.weights)
+    with_spare_row(model.graph)
+    parts = {
+        initializer.name: _Parts(initializer, chosen[initializer.name], quantization)
+        for initializer in model.graph.initializer
+        if initializer.name in chosen
+    }
+    for name, stored in parts.items():
+        added = stored.declare(model.graph, gathered=uses.is_embedding(name))
+        weights |= {part: weights[name] for part in added}
+    for node in list(model.graph.node):
+        if node.op_type == "Gather" and node.input[0] in parts:
+            _put(model.graph, node, [parts[node.input[0]].embedding(node)])
+        elif node.op_type in ("MatMul", "Gemm"):
+            operands = uses.operands(node.input[1])
+            if operands and operands[0] in parts:
+                _put(model.graph, node, _product(node, [parts[name] for name in operands]))
+    _drop_unread(model.graph)
     if all(opset.domain != "com.microsoft" for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return TracedGraph(model, weights)
@@ -74,10 +88,8 @@ class _Parts:
         self.weight, self.quantization = weight, quantization
         self.rows = weight.dims[layout.value]
         self.columns = weight.dims[1 - layout.value]
-        name = weight.name
-        self.added = [f"{name}{SCALES}"]
-        if not quantization.symmetric:
-            self.added.append(f"{name}{ZERO_POINTS}")
+        added = (SCALES,) if quantization.symmetric else (SCALES, ZERO_POINTS)
+        self.names = [weight.name, *(f"{weight.name}{suffix}" for suffix in added)]
 
     def declare(self, graph: onnx.GraphProto, gathered: bool) -> list[str]:
         """Make the weight's initialiser that of its values, and add the others; their names."""
@@ -91,33 +103,17 @@ class _Parts:
             SCALES: (TensorProto.FLOAT, blocks),
             ZERO_POINTS: (TensorProto.UINT8, quantization.bytes_of(blocks)),
         }
-        for name in self.added:
-            kind, count = shapes[name.removeprefix(self.weight.name)]
+        for name in self.names[1:]:
+            kind, count = shapes[weight_of_part(name)[1]]
             graph.initializer.add(name=name, data_type=kind, dims=[self.rows, count])
-        return self.added
-
-    def product(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """`node`, a product with the weight, from its parts."""
-        inputs = [node.input[0], self.weight.name, *self.added]
-        if len(node.input) > 2:  # after the zero points and an order of columns comes the bias
-            inputs += [""] * (5 - len(inputs)) + [node.input[2]]
-        return helper.make_node(
-            "MatMulNBits",
-            inputs,
-            node.output,
-            domain="com.microsoft",
-            K=self.columns,
-            N=self.rows,
-            bits=self.quantization.bits,
-            block_size=self.quantization.block_size,
-            accuracy_level=ACCURACY_LEVEL,
-        )
+        return self.names[1:]
 
     def embedding(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """`node`, which gathers rows of the weight, from its parts."""
+        values, *others = self.names
         return helper.make_node(
             "GatherBlockQuantized",
-            [self.weight.name, node.input[1], *self.added],
+            [values, node.input[1], *others],
             node.output,
             domain="com.microsoft",
             gather_axis=0,
@@ -127,69 +123,126 @@ class _Parts:
         )
 
 
+def _product(node: onnx.NodeProto, operands: list[_Parts]) -> list[onnx.NodeProto]:
+    """`node`, a product with the weights side by side, from their parts.
+
+    ONNX Runtime joins parts of several weights when it loads the graph.
+    """
+    joined, names = [], operands[0].names
+    if len(operands) > 1:
+        columns = list(zip(*(parts.names for parts in operands), strict=True))
+        names = [f"{node.output[0]}_weights_{index}" for index in range(len(columns))]
+        joined = [
+            helper.make_node("Concat", inputs, [name], axis=0)
+            for inputs, name in zip(columns, names, strict=True)
+        ]
+    inputs = [node.input[0], *names]
+    if len(node.input) > 2:  # after the zero points and an order of columns comes the bias
+        inputs += [""] * (5 - len(inputs)) + [node.input[2]]
+    product = helper.make_node(
+        "MatMulNBits",
+        inputs,
+        node.output,
+        domain="com.microsoft",
+        K=operands[0].columns,
+        N=sum(parts.rows for parts in operands),
+        bits=operands[0].quantization.bits,
+        block_size=operands[0].quantization.block_size,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+    return [*joined, product]
+
+
 class _Uses:
-    """The nodes of a graph by what they read."""
+    """What the nodes of a graph make of its weights."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
         self.ranks = {item.name: len(item.dims) for item in graph.initializer}
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
 
     def layout(self, weight: str) -> Layout | None:
         """How `weight` lies, None where one of its uses is no product and no embedding."""
-        found = {self._layout_of(weight, node) for node in self._readers(weight)}
-        one = found.pop() if len(found) == 1 and self.ranks[weight] == 2 else None
-        return one
+        if self.ranks[weight] != 2:
+            return None
+        found = set(self._layouts(weight, Layout.COLUMNS))
+        return found.pop() if len(found) == 1 else None
 
     def is_embedding(self, weight: str) -> bool:
         """Whether rows of `weight` are gathered."""
-        return any(node.op_type.startswith("Gather") for node in self._readers(weight))
+        return any(node.op_type == "Gather" for node in self.readers.get(weight, ()))
 
-    def replace(self, weight: str, parts: _Parts) -> None:
-        """Put operators on `parts` in the place of each use of `weight`."""
-        for node in list(self._readers(weight)):
-            if node.op_type == "Gather":
-                self._put(node, parts.embedding(node))
-            elif node.op_type == "Transpose":
-                for product in list(self._readers(node.output[0])):
-                    self._put(product, parts.product(product))
-                self.graph.node.remove(node)
-            else:
-                self._put(node, parts.product(node))
+    def operands(self, matrix: str) -> list[str]:
+        """The initialisers that `matrix` consists of, side by side; none if it is something else.
 
-    def _put(self, old: onnx.NodeProto, new: onnx.NodeProto) -> None:
-        position = list(self.graph.node).index(old)
-        self.graph.node[position].CopyFrom(new)
+        They may be transposed.
+        """
+        if matrix in self.ranks:
+            return [matrix]
+        node = self.producers.get(matrix)
+        if node is None or node.op_type not in _LAYOUT_CHANGES:
+            return []
+        found = [self.operands(name) for name in node.input]
+        return [name for names in found for name in names] if all(found) else []
 
-    def _readers(self, value: str) -> Iterator[onnx.NodeProto]:
-        return (node for node in self.graph.node if value in node.input)
+    def _layouts(self, value: str, layout: Layout) -> Iterator[Layout | None]:
+        """How a weight lies by each use of `value`, the weight itself or what is made of it."""
+        for node in self.readers.get(value, ()):
+            attributes = _attributes(node)
+            match node.op_type:
+                case "Transpose":
+                    yield from self._layouts(node.output[0], layout.transposed())
+                case "Concat" if attributes["axis"] == 1 and self.operands(node.output[0]):
+                    yield from self._layouts(node.output[0], layout)
+                case "MatMul" if list(node.input).index(value) == 1:
+                    yield layout
+                case "Gemm" if self._is_product(node, value):
+                    yield layout.transposed() if attributes.get("transB") else layout
+                case "Gather" if self._tokens(node.input[1]) and not attributes.get("axis"):
+                    yield layout.transposed()
+                case _:
+                    yield None
 
-    def _layout_of(self, weight: str, node: onnx.NodeProto) -> Layout | None:
-        """How `node` takes `weight`."""
-        match node.op_type:
-            case "Gather":
-                embeds = node.input[1] == "input_ids" and not _attributes(node).get("axis", 0)
-                return Layout.ROWS if embeds else None
-            case "Transpose":
-                products = self._readers(node.output[0])
-                ready = all(_multiplies_by(product, node.output[0]) for product in products)
-                return Layout.ROWS if ready else None
-            case "MatMul":
-                return Layout.COLUMNS if _multiplies_by(node, weight) else None
-            case "Gemm":
-                return self._gemm_layout(weight, node)
-        return None
+    def _tokens(self, value: str) -> bool:
+        """Whether `value` holds the token ids, in some shape."""
+        node = self.producers.get(value)
+        if node is not None and node.op_type == "Reshape":
+            return self._tokens(node.input[0])
+        return value == "input_ids"
 
-    def _gemm_layout(self, weight: str, node: onnx.NodeProto) -> Layout | None:
+    def _is_product(self, node: onnx.NodeProto, matrix: str) -> bool:
+        """Whether a Gemm is x times `matrix`, and a vector for bias if any."""
         attributes = _attributes(node)
-        scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
-        bias_fits = len(node.input) < 3 or self.ranks.get(node.input[2]) == 1
-        if node.input[1] != weight or scaled or attributes.get("transA") or not bias_fits:
-            return None
-        return Layout.ROWS if attributes.get("transB") else Layout.COLUMNS
+        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+        vector = len(node.input) < 3 or self.ranks.get(node.input[2]) == 1
+        return node.input[1] == matrix and plain and vector and not attributes.get("transA")
 
 
-def _multiplies_by(node: onnx.NodeProto, matrix: str) -> bool:
-    return node.op_type == "MatMul" and node.input[1] == matrix and node.input[0] != matrix
+def _put(graph: onnx.GraphProto, old: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:
+    """Replace the node `old` of `graph`."""
+    position = list(graph.node).index(old)
+    graph.node.remove(old)
+    for offset, node in enumerate(new):
+        graph.node.insert(position + offset, node)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Drop the nodes that laid weights out for products that are replaced."""
+    while True:
+        read = {name for node in graph.node for name in node.input}
+        read |= {value.name for value in graph.output}
+        unread = [
+            node
+            for node in graph.node
+            if node.op_type in _LAYOUT_CHANGES and not read & set(node.output)
+        ]
+        if not unread:
+            return
+        for node in unread:
+            graph.node.remove(node)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, object]:

@@ -24,11 +24,11 @@ def add_target(
     model is needed where the bundle holds no portable graphs: a directory, a GGUF file or a
     hub id, whose configuration is read; the weights are those of the bundle. Raises SedacError.
     """
-    check_options(target, options)
     with claimed(directory) as claim:
         settle_manifest(directory)
         # what is wrong with this target's own plans is put right by building them
         manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
+        check_options(target, options, manifest.precision)
         if manifest.portable is None and model is not None:
             from sedac_export.model.skeleton import Skeleton
             from sedac_export.tensorrt.portable_writer import add_portable_graphs

@@ -10,10 +10,12 @@ import onnx
 from pydantic import BaseModel
 
 from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.manifest import Precision
 from sedac_export.bundle.plan_entries import BuildOptions, PlanEntry, PlanSet, PortableGraphs
 from sedac_export.bundle.staging import replace_file, sync
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
+from sedac_export.model.precision import DTYPES
 from sedac_export.tensorrt.installed import cuda_version, require
 from sedac_export.tensorrt.profiles import Shapes, graph_profiles
 from sedac_export.tensorrt.worker import Worker
@@ -23,8 +25,16 @@ _FINISHED = "finished.json"
 _TIMING_CACHE = "timing.cache"
 
 
-def check_options(target: Target, options: BuildOptions) -> None:
-    """Raise SedacError when `target` is not installed or cannot be built with `options`."""
+def check_options(target: Target, options: BuildOptions, precision: Precision) -> None:
+    """Raise SedacError when `target` is not installed or cannot be built with `options`.
+
+    Nor can it from quantized weights: the portable graphs multiply with unquantized ones.
+    """
+    if precision not in DTYPES:
+        raise SedacError(
+            f"--target {target} is built from fp32, fp16 or bf16 weights, and these are"
+            f" {precision}; build with --precision fp16"
+        )
     flavour = require(target)
     if options.max_batch_size < 1:
         raise SedacError(f"--max-batch-size {options.max_batch_size} is out of range: 1 or more")

@@ -25,6 +25,17 @@ pub enum Precision {
     Int4,
 }
 
+impl Precision {
+    /// What caches have room for beside a sequence: with quantized weights, attention computes a row
+    /// more than it is asked for.
+    pub fn spare_positions(self) -> usize {
+        match self {
+            Self::Int8 | Self::Int4 => 1,
+            Self::Fp32 | Self::Fp16 | Self::Bf16 => 0,
+        }
+    }
+}
+
 /// What TensorRT plans are built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PlanTarget {
