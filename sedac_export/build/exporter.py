@@ -3,13 +3,16 @@
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sedac_export.build.quality import measure_quality
 from sedac_export.build.quantized_weights import KeptPrecision, choose_quantized
+from sedac_export.build.texts import read_texts
 from sedac_export.build.validate import BundleValidation, validate
 from sedac_export.build.writer import EngineWriter, write_engines
 from sedac_export.bundle import manifest as bundle
@@ -36,8 +39,9 @@ MOST_TOLERANCE = 1e-2
 class BuildRequest:
     """What to build. exit_layers None means all; max_cache_length None means the default cap.
 
-    block_size, symmetric, method and keep_precision (layers from 0, "head") are for the precisions
-    int8 and int4; symmetric None means as the method needs it.
+    What follows the precision is for int8 and int4 only. symmetric None means as the method needs
+    it. keep_precision: layers, from 0, and "head". data: texts to calibrate on and, others, to
+    compare with the original on; without them, some that ship with Python.
     """
 
     model: str
@@ -47,6 +51,7 @@ class BuildRequest:
     symmetric: bool | None = None
     method: Method = "rtn"
     keep_precision: str = ""
+    data: Sequence[Path] = ()
     layers_per_engine: int = 1
     max_cache_length: int | None = None
     exit_layers: list[int] | None = None
@@ -89,14 +94,18 @@ def _build(
     exits = _exit_layers(skeleton, request)
     kept = KeptPrecision.parse(request.keep_precision, len(skeleton.layers))
     facts = _facts(source, skeleton, tokenizer)
+    quantization, texts = _quantization(request), None
+    if quantization is not None and tokenizer is not None:
+        texts = read_texts(tokenizer, request.data, length)
     check_attention(skeleton, length)
     with claim.staging() as staging:
         logger.info(
             "tracing %s: %d layers, caches of %d positions", facts.name, facts.num_layers, length
         )
         graphs = trace_graphs(skeleton, progress)
-        quantization = _quantization(request)
-        quantized = quantization and choose_quantized(skeleton, graphs, quantization, kept)
+        quantized = None
+        if quantization is not None:
+            quantized = choose_quantized(skeleton, graphs, quantization, kept)
         precision = "fp32" if quantized else request.precision
         writer = EngineWriter(skeleton, staging, precision, quantized)
         manifest = bundle.Manifest(
@@ -114,6 +123,9 @@ def _build(
         logger.info("largest difference from the original %.1e", validation.worst().error)
         validation.check()
         progress("validate", 1, 1)
+        if texts is not None:
+            quality = measure_quality(skeleton, staging, manifest, texts, progress)
+            validation = replace(validation, quality=quality)
         manifest = _finish(staging, manifest, validation, tokenizer)
         claim.publish(staging, replace=request.force)
     return manifest, validation

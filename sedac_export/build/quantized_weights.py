@@ -29,8 +29,8 @@ class KeptPrecision:
         wrong = [n for n in numbers if not n.isdecimal() or int(n) >= num_layers]
         if wrong:
             raise SedacError(
-                f"--keep-precision {wrong[0]} is neither {HEAD} nor one of this model's layers, 0 to"
-                f" {num_layers - 1}"
+                f"--keep-precision {wrong[0]} is neither {HEAD} nor one of this model's layers, 0"
+                f" to {num_layers - 1}"
             )
         return cls(frozenset(map(int, numbers)), HEAD in words)
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from sedac_export.arrays import Array
+from sedac_export.build.quality import Quality
 from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
 from sedac_export.bundle.runner import BundleRunner, PassInputs
 from sedac_export.bundle.sessions import Caches
 from sedac_export.errors import SedacError
-from sedac_export.model.reference import Rounding, run_reference
+from sedac_export.model.reference import Rounding, opened_reference
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.support import boundaries
 
@@ -51,11 +52,16 @@ class ValidationRow:
 
 @dataclass(frozen=True)
 class BundleValidation:
-    """Per-engine rows on the original's own hidden states, and the chain end to end."""
+    """Per-engine rows on the original's own hidden states, and the chain end to end.
+
+    The original's weights are rounded as the bundle's are; quality is what the rounding itself
+    costs, measured for quantized weights where there is a tokenizer.
+    """
 
     tolerance: float
     engines: list[ValidationRow]
     end_to_end: ValidationRow
+    quality: Quality | None = None
 
     def worst(self) -> ValidationRow:
         """The row furthest over the tolerance, or nearest to it."""
@@ -88,7 +94,8 @@ def validate(
     runner = BundleRunner.engine_by_engine(directory, manifest)
     comparison = _BundleComparison(runner, tokens[0].numpy(), chunks)
     kept = _PREFILL + sum(_REST)
-    logits = run_reference(skeleton, tokens, rounding, kept, comparison.observe)
+    with opened_reference(skeleton, rounding) as reference:
+        logits = reference(tokens, kept, comparison.observe)
     return comparison.finish(logits.numpy(), tolerance)
 
 

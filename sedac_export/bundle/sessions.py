@@ -91,7 +91,8 @@ def exact_graph(path: Path) -> bytes:
         for attribute in list(node.attribute):
             if attribute.name == "accuracy_level":
                 node.attribute.remove(attribute)
-    return model.SerializeToString()
+    graph: bytes = model.SerializeToString()
+    return graph
 
 
 def _past(present: str) -> str:

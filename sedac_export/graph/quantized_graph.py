@@ -59,7 +59,7 @@ def quantized_graph(
     }
     for name, stored in parts.items():
         added = stored.declare(model.graph, gathered=uses.is_embedding(name))
-        weights |= {part: weights[name] for part in added}
+        weights |= dict.fromkeys(added, weights[name])
     for node in list(model.graph.node):
         if node.op_type == "Gather" and node.input[0] in parts:
             _put(model.graph, node, [parts[node.input[0]].embedding(node)])

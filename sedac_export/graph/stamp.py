@@ -51,11 +51,11 @@ class QuantizedStorage:
 
     def rows(self, name: str, pieces: Iterator[torch.Tensor]) -> Iterator[QuantizedRows]:
         """The weight `name`, quantized some rows at a time."""
-        floats = (stored(piece, "fp32", name) for piece in pieces)
         if self.layouts[name] is Layout.COLUMNS:
-            floats = iter([torch.cat(list(floats)).T])
-        for piece in floats:
-            yield quantize(piece.numpy(), self.quantization)
+            pieces = iter([torch.cat(list(pieces)).T])
+        for piece in pieces:
+            floats = stored(piece, "fp32", name)
+            yield quantize(floats.numpy(), self.quantization)
 
 
 @dataclass
@@ -106,17 +106,19 @@ class WeightStore:
         return np.fromfile(self.directory / place.location, kind, count, offset=place.offset)
 
     def _write_quantized(self, file: BinaryIO, name: str, rows: Iterator[QuantizedRows]) -> None:
-        scales, zeros = [], []
+        scales: list[memoryview] = []
+        zeros: list[memoryview] = []
 
         def values() -> Iterator[memoryview]:
             for piece in rows:
                 scales.append(piece.scales.data)
-                zeros.append(None if piece.zero_points is None else piece.zero_points.data)
+                if piece.zero_points is not None:
+                    zeros.append(piece.zero_points.data)
                 yield piece.values.data
 
         self._write(file, name, values())
         self._write(file, f"{name}{SCALES}", iter(scales))
-        if zeros[0] is not None:
+        if zeros:
             self._write(file, f"{name}{ZERO_POINTS}", iter(zeros))
 
     def _write(self, file: BinaryIO, name: str, chunks: Iterator[memoryview]) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -138,7 +138,7 @@ def _packed(numbers: Array, bits: int) -> Array:
 
 @contextlib.contextmanager
 def _library() -> Iterator[None]:
-    """Importing ONNX Runtime's quantizers sets the root logger up; within this it stays as it is."""
+    """Within this the root logger stays as it is: importing the quantizers sets it up."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

@@ -5,6 +5,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,38 @@ Observer = Callable[[int, Tensor], None]
 Rounding = Callable[[str, Tensor], Tensor]
 
 
-@torch.no_grad()
-def run_reference(
-    skeleton: Skeleton, input_ids: Tensor, rounding: Rounding, kept: int, observe: Observer
-) -> Tensor:
-    """Logits of `input_ids` [1, tokens] by transformers' own loading, masks and eager attention.
+@dataclass(frozen=True)
+class Reference:
+    """The original model, loaded by transformers, with its masks and eager attention."""
 
-    At most the newest `kept` positions' logits come back, [1, positions, vocabulary], where the
-    model can leave out the others. Of `skeleton` only names are used: the model is what
-    from_pretrained gives. Weights are rounded by `rounding` as they are in the bundle and computed
-    with in fp32; each module's are in memory only while it runs.
+    model: PreTrainedModel
+    layers: nn.Module
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, kept: int, observe: Observer) -> Tensor:
+        """Logits of `input_ids` [1, tokens].
+
+        At most the newest `kept` positions' come back, [1, positions, vocabulary], where the model
+        can leave out the others.
+        """
+        wanted = inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": kept} if "logits_to_keep" in wanted else {}
+        with _observed(self.layers, observe):
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **few).logits
+        return logits
+
+
+@contextlib.contextmanager
+def opened_reference(skeleton: Skeleton, rounding: Rounding) -> Iterator[Reference]:
+    """The model that from_pretrained gives; of `skeleton` only names are used.
+
+    Weights are rounded by `rounding` as they are in the bundle and computed with in fp32; each
+    module's are in memory only while it runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = _load(skeleton.directory, folder)
         _round_weights(model, rounding)
-        wanted = inspect.signature(model.forward).parameters
-        few = {"logits_to_keep": kept} if "logits_to_keep" in wanted else {}
-        with _observed(model.get_submodule(skeleton.layers_path), observe):
-            logits: Tensor = model(input_ids=input_ids, use_cache=False, **few).logits
-    return logits
+        yield Reference(model, model.get_submodule(skeleton.layers_path))
 
 
 def _load(directory: Path, folder: str) -> PreTrainedModel:

@@ -81,8 +81,8 @@ def build_plans(
     progress is called with the target, the plans done and their number. Raises SedacError when the
     bundle holds no portable graphs, and when TensorRT cannot take one of them.
     """
-    check_options(target, options)
     manifest = bundle.read_manifest(directory)
+    check_options(target, options, manifest.precision)
     portable = manifest.portable
     if portable is None:
         raise SedacError(
