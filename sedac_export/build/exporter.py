@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sedac_export.build.calibration import Calibration
 from sedac_export.build.quality import measure_quality
 from sedac_export.build.quantized_weights import KeptPrecision, choose_quantized
-from sedac_export.build.texts import read_texts
+from sedac_export.build.texts import Texts, read_texts
 from sedac_export.build.validate import BundleValidation, validate
 from sedac_export.build.writer import EngineWriter, write_engines
 from sedac_export.bundle import manifest as bundle
@@ -20,7 +21,7 @@ from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.bundle.staging import Claim, claimed
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
-from sedac_export.graph.trace_model import check_attention, trace_graphs
+from sedac_export.graph.trace_model import TracedGraphs, check_attention, trace_graphs
 from sedac_export.model.quantization import BITS, Method, Quantization
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.source import ModelSource, opened_model
@@ -39,16 +40,16 @@ MOST_TOLERANCE = 1e-2
 class BuildRequest:
     """What to build. exit_layers None means all; max_cache_length None means the default cap.
 
-    What follows the precision is for int8 and int4 only. symmetric None means as the method needs
-    it. keep_precision: layers, from 0, and "head". data: texts to calibrate on and, others, to
-    compare with the original on; without them, some that ship with Python.
+    What follows the precision is for int8 and int4 only. keep_precision: layers, from 0, and
+    "head". data: texts to calibrate on and, others, to compare with the original on; without them,
+    some that ship with Python.
     """
 
     model: str
     output: Path
     precision: bundle.Precision = "fp32"
     block_size: int = 32
-    symmetric: bool | None = None
+    symmetric: bool = True
     method: Method = "rtn"
     keep_precision: str = ""
     data: Sequence[Path] = ()
@@ -103,9 +104,11 @@ def _build(
             "tracing %s: %d layers, caches of %d positions", facts.name, facts.num_layers, length
         )
         graphs = trace_graphs(skeleton, progress)
-        quantized = None
+        quantized, calibration = None, None
         if quantization is not None:
             quantized = choose_quantized(skeleton, graphs, quantization, kept)
+            if quantization.method == "gptq":
+                calibration = _calibration(skeleton, graphs, texts)
         precision = "fp32" if quantized else request.precision
         writer = EngineWriter(skeleton, staging, precision, quantized)
         manifest = bundle.Manifest(
@@ -116,7 +119,7 @@ def _build(
             tolerance=request.tolerance,
             precision=request.precision,
             quantization=quantization and _entry(quantization, kept),
-            **write_engines(writer, graphs, request.layers_per_engine, progress),
+            **write_engines(writer, graphs, request.layers_per_engine, calibration, progress),
         )
         progress("validate", 0, 1)
         validation = validate(skeleton, staging, manifest, request.tolerance, writer.rounded)
@@ -136,10 +139,16 @@ def _quantization(request: BuildRequest) -> Quantization | None:
     bits = BITS.get(request.precision)
     if bits is None:
         return None
-    symmetric = request.symmetric
-    if symmetric is None:
-        symmetric = request.method == "rtn"
-    return Quantization(bits, request.block_size, symmetric, request.method)
+    return Quantization(bits, request.block_size, request.symmetric, request.method)
+
+
+def _calibration(skeleton: Skeleton, graphs: TracedGraphs, texts: Texts | None) -> Calibration:
+    if texts is None:
+        raise SedacError(
+            f"--method gptq calibrates on text, and {skeleton.directory} has no tokenizer; build"
+            " with --method rtn"
+        )
+    return Calibration(skeleton, texts.calibration, graphs.interface.heads)
 
 
 def _entry(quantization: Quantization, kept: KeptPrecision) -> bundle.QuantizedWeights:

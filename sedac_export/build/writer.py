@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 import torch
 
+from sedac_export.build.calibration import Calibration
 from sedac_export.build.quantized_weights import weight_sources
 from sedac_export.bundle import manifest as bundle
 from sedac_export.console import StageProgress
@@ -89,12 +90,16 @@ def write_engines(
     writer: EngineWriter,
     graphs: TracedGraphs,
     layers_per_engine: int,
+    calibration: Calibration | None,
     progress: StageProgress,
 ) -> dict[str, Any]:
     """Write every engine by `writer`; the fields of the manifest that are about them."""
     embed = writer.engine(graphs.embed, "embed")
     contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
-    layers, key_value = _write_layers(writer, graphs, progress)
+    if calibration is not None:
+        root = writer.directory.parent
+        calibration.begin(root / embed, None if contexts is None else root / contexts)
+    layers, key_value = _write_layers(writer, graphs, calibration, progress)
     attention = _stamp_attention(writer, graphs)
     engines = bundle.EngineFiles(
         embed=embed,
@@ -118,7 +123,10 @@ def write_engines(
 
 
 def _write_layers(
-    writer: EngineWriter, graphs: TracedGraphs, progress: StageProgress
+    writer: EngineWriter,
+    graphs: TracedGraphs,
+    calibration: Calibration | None,
+    progress: StageProgress,
 ) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
     """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
     layers = [writer.stored(graph) for graph in graphs.layers]
@@ -127,12 +135,29 @@ def _write_layers(
     progress("write", 0, len(graphs.kinds))
     for index, kind in enumerate(graphs.kinds):
         name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
-        stamped.append(writer.stamp(layers[kind], name, prefix))
+        if calibration is None:
+            stamped.append(writer.stamp(layers[kind], name, prefix))
+        else:
+            stamped.append(_stamp_calibrated(writer, layers[kind], index, calibration))
         fill = writer.stamp(fills[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
         progress("write", index + 1, len(graphs.kinds))
     return stamped, entries
+
+
+def _stamp_calibrated(
+    writer: EngineWriter, graph: TracedGraph, index: int, calibration: Calibration
+) -> onnx.ModelProto:
+    """`graph`, that of the layer `index`, with weights that are quantized for the texts."""
+    prefix = f"{writer.skeleton.layers_path}.{index}."
+    sources = weight_sources(writer.skeleton, graph, prefix)
+    assert writer.store.quantized is not None
+    writer.store.quantized.squares.clear()
+    writer.store.quantized.squares.update(calibration.observe(graph, sources, index))
+    layer = writer.stamp(graph, f"layer_{index:03}", prefix)
+    calibration.advance(layer, index, writer.directory)
+    return layer
 
 
 def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:

@@ -113,7 +113,7 @@ class QuantizedWeights(StrictModel):
 
     block_size: int
     symmetric: bool
-    method: Literal["rtn", "k_quant"]
+    method: Literal["rtn", "gptq"]
     kept_layers: list[int] = Field(default_factory=list)
     kept_head: bool = False
 

@@ -52,7 +52,7 @@ class MethodName(StrEnum):
     """What --method takes."""
 
     RTN = "rtn"
-    K_QUANT = "k_quant"
+    GPTQ = "gptq"
 
 
 class VerifyName(StrEnum):
@@ -76,14 +76,17 @@ def build(
         int, typer.Option(help="int8, int4: weights that share a scale: 16, 32, 64, 128 or 256.")
     ] = 32,
     symmetric: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             "--symmetric/--asymmetric",
-            help="int8, int4: without or with a zero point for each block. [default: --method's]",
+            help="int8, int4: blocks without a zero point, or with one each.",
         ),
-    ] = None,
+    ] = True,
     method: Annotated[
-        MethodName, typer.Option(help="int8, int4: how scales and zero points are chosen.")
+        MethodName,
+        typer.Option(
+            help="int8, int4: round to nearest, or calibrate the layers on --data by GPTQ."
+        ),
     ] = MethodName.RTN,
     keep_precision: Annotated[
         str,

@@ -40,6 +40,18 @@ def layouts(graph: TracedGraph) -> dict[str, Layout | None]:
     return {initializer: uses.layout(initializer) for initializer in graph.weights}
 
 
+def product_inputs(graph: TracedGraph) -> dict[str, str]:
+    """By weight that `graph` multiplies with, the name of what it is multiplied with."""
+    uses = _Uses(graph.model.graph)
+    return {
+        weight: node.input[0]
+        for node in graph.model.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        for weight in uses.operands(node.input[1])
+        if weight in graph.weights
+    }
+
+
 def quantized_graph(
     graph: TracedGraph, chosen: Mapping[str, Layout], quantization: Quantization
 ) -> TracedGraph:

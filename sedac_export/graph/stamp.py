@@ -19,7 +19,12 @@ from sedac_export.graph.quantized_graph import (
 )
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.precision import stored
-from sedac_export.model.quantization import Quantization, QuantizedRows, quantize
+from sedac_export.model.quantization import (
+    Quantization,
+    QuantizedRows,
+    quantize,
+    quantize_calibrated,
+)
 
 # ONNX Runtime maps external data from page-aligned offsets without copying
 _ALIGNMENT = 4096
@@ -44,18 +49,28 @@ class Place:
 
 @dataclass(frozen=True)
 class QuantizedStorage:
-    """How the weights in `layouts` are quantized."""
+    """How the weights in `layouts` are quantized.
+
+    squares: by weight, for those that are calibrated, what `quantize_calibrated` takes.
+    """
 
     quantization: Quantization
     layouts: Mapping[str, Layout]
+    squares: dict[str, Floats] = field(default_factory=dict)
 
     def rows(self, name: str, pieces: Iterator[torch.Tensor]) -> Iterator[QuantizedRows]:
         """The weight `name`, quantized some rows at a time."""
+        squares = self.squares.get(name)
         if self.layouts[name] is Layout.COLUMNS:
             pieces = iter([torch.cat(list(pieces)).T])
+        elif squares is not None:
+            pieces = iter([torch.cat(list(pieces))])
         for piece in pieces:
-            floats = stored(piece, "fp32", name)
-            yield quantize(floats.numpy(), self.quantization)
+            floats = stored(piece, "fp32", name).numpy()
+            if squares is None:
+                yield quantize(floats, self.quantization)
+            else:
+                yield quantize_calibrated(floats, squares, self.quantization)
 
 
 @dataclass

@@ -2,16 +2,17 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from sedac_export.arrays import Array, Floats
 from sedac_export.errors import SedacError
 
-Method = Literal["rtn", "k_quant"]
+Method = Literal["rtn", "gptq"]
 
 BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -34,10 +35,6 @@ class Quantization:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise SedacError(f"--block-size {self.block_size} is none of {sizes}")
-        if self.symmetric and self.method == "k_quant":
-            raise SedacError(
-                "--method k_quant fits a zero point to each block; build with --asymmetric"
-            )
 
     def blocks(self, columns: int) -> int:
         """Blocks of a row of `columns` weights; the last may be padded."""
@@ -65,58 +62,104 @@ class QuantizedRows:
         """The weights that the kernels compute with, fp32 [rows, columns]."""
         bits, (rows, blocks) = quantization.bits, self.scales.shape
         numbers = _unpacked(self.values.reshape(rows, -1), bits).reshape(rows, blocks, -1)
-        if self.zero_points is None:
-            zeros: Floats = np.full((rows, blocks), 2 ** (bits - 1), dtype=np.float32)
-        else:
-            zeros = _unpacked(self.zero_points, bits)[:, :blocks]
-        weights = (numbers - zeros[..., None]) * self.scales[..., None]
+        weights = (numbers - self.zeros(quantization)[..., None]) * self.scales[..., None]
         return weights.reshape(rows, -1)[:, :columns]
+
+    def zeros(self, quantization: Quantization) -> Floats:
+        """The number that stands for zero in each block, fp32 [rows, blocks]."""
+        if self.zero_points is None:
+            return np.full(self.scales.shape, 2 ** (quantization.bits - 1), dtype=np.float32)
+        return _unpacked(self.zero_points, quantization.bits)[:, : self.scales.shape[1]]
 
 
 def quantize(weight: Floats, quantization: Quantization) -> QuantizedRows:
-    """Quantize `weight`, fp32 [rows, columns], row by row."""
+    """Round `weight`, fp32 [rows, columns], to the nearest numbers of each block's range."""
     with _library():
-        return _METHODS[quantization.method](weight, quantization)
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
 
-
-def _round_to_nearest(weight: Floats, quantization: Quantization) -> QuantizedRows:
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
-
-    config = DefaultWeightOnlyQuantConfig(
-        bits=quantization.bits,
-        block_size=quantization.block_size,
-        is_symmetric=quantization.symmetric,
-    )
-    columns_first = np.ascontiguousarray(weight.T)
-    values, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns_first)
+        config = DefaultWeightOnlyQuantConfig(
+            bits=quantization.bits,
+            block_size=quantization.block_size,
+            is_symmetric=quantization.symmetric,
+        )
+        columns_first = np.ascontiguousarray(weight.T)
+        values, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns_first)
     return QuantizedRows(values, scales, None if quantization.symmetric else zeros)
 
 
-def _k_quant(weight: Floats, quantization: Quantization) -> QuantizedRows:
-    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+def quantize_calibrated(
+    weight: Floats, squares: Floats, quantization: Quantization
+) -> QuantizedRows:
+    """Quantize `weight`, fp32 [rows, columns], by GPTQ (https://arxiv.org/abs/2210.17323).
 
-    bits, size = quantization.bits, quantization.block_size
-    rows, columns = weight.shape
-    blocks = quantization.blocks(columns)
-    padded = np.pad(weight, ((0, 0), (0, blocks * size - columns)))
-    with np.errstate(divide="ignore", invalid="ignore"):  # blocks whose weights are all the same
-        numbers, scales, zeros = quant_tensor_k_quant_cpu(padded, bits, size)
+    What a column's rounding changes in the outputs is made up for by the columns after it. squares:
+    sum over a text of x x^T, fp32 [columns, columns], x being what the weight multiplies.
+
+    ONNX Runtime's own gptq() reads the wrong half of a triangular matrix and rounds to nearest.
+    """
+    rest = torch.from_numpy(weight.copy())
+    factor = _inverse_factor(squares)
+    pieces = []
+    for start in range(0, weight.shape[1], quantization.block_size):
+        stop = min(start + quantization.block_size, weight.shape[1])
+        block = rest[:, start:stop].clone()
+        grid = quantize(block.numpy(), quantization)
+        numbers, errors = _round_columns(block, grid, factor[start:stop, start:stop], quantization)
+        rest[:, stop:] -= errors @ factor[start:stop, stop:]
+        pieces.append((numbers, grid))
+    return _joined(pieces, quantization)
+
+
+def _inverse_factor(squares: Floats) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of `squares`, damped by 1 % of its mean diagonal."""
+    damped = torch.from_numpy(squares).double()
+    diagonal = damped.diagonal()
+    diagonal += 0.01 * diagonal.mean() + 1e-12
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
+
+
+def _round_columns(
+    block: torch.Tensor, grid: QuantizedRows, factor: torch.Tensor, quantization: Quantization
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of one block, uint8 [rows, columns], and what its columns leave to those after.
+
+    grid: the scale and zero point of each row.
+    """
+    scales = torch.from_numpy(grid.scales[:, 0])  # negative where the least weight is the largest
+    scales = torch.where(scales == 0, 1.0, scales)
+    zeros = torch.from_numpy(grid.zeros(quantization)[:, 0])
+    numbers = torch.empty_like(block)
+    errors = torch.empty_like(block)
+    for column in range(block.shape[1]):
+        wanted = block[:, column]
+        rounded = (wanted / scales).round().add(zeros).clamp(0, 2**quantization.bits - 1)
+        error = (wanted - (rounded - zeros) * scales) / factor[column, column]
+        block[:, column:] -= error[:, None] * factor[column, column:]
+        numbers[:, column], errors[:, column] = rounded, error
+    return numbers.byte(), errors
+
+
+def _joined(
+    pieces: list[tuple[torch.Tensor, QuantizedRows]], quantization: Quantization
+) -> QuantizedRows:
+    """Rows of blocks of numbers, the last filled up with zeros, with each block's grid."""
+    numbers = torch.cat([numbers for numbers, _ in pieces], dim=1).numpy()
+    zeros = np.concatenate([grid.zeros(quantization) for _, grid in pieces], axis=1)
+    padding = len(pieces) * quantization.block_size - numbers.shape[1]
+    padded = np.pad(numbers, ((0, 0), (0, padding)))
+    if padding:
+        padded[:, -padding:] = zeros[:, -1:]
+    values = _packed(padded, quantization.bits)
     return QuantizedRows(
-        _packed(numbers.astype(np.uint8).reshape(rows * blocks, size), bits).reshape(
-            rows, blocks, -1
-        ),
-        scales.astype(np.float32).reshape(rows, blocks),
-        _packed(zeros.reshape(rows, blocks), bits),
+        values.reshape(len(values), len(pieces), -1),
+        np.concatenate([grid.scales for _, grid in pieces], axis=1),
+        None if quantization.symmetric else _packed(zeros.astype(np.uint8), quantization.bits),
     )
-
-
-_METHODS: dict[Method, Callable[[Floats, Quantization], QuantizedRows]] = {
-    "rtn": _round_to_nearest,
-    "k_quant": _k_quant,
-}
 
 
 def _unpacked(packed: Array, bits: int) -> Floats:
