@@ -17,8 +17,6 @@ SCALES, ZERO_POINTS = ".scales", ".zero_points"
 # at which a row has the same bits whatever the number of rows
 ACCURACY_LEVEL = 4
 
-_LAYOUT_CHANGES = frozenset({"Transpose", "Concat"})
-
 
 class Layout(Enum):
     """Which axis of a stored weight counts a product's outputs: the rows of what is quantized."""
@@ -43,13 +41,9 @@ def layouts(graph: TracedGraph) -> dict[str, Layout | None]:
 def product_inputs(graph: TracedGraph) -> dict[str, str]:
     """By weight that `graph` multiplies with, the name of what it is multiplied with."""
     uses = _Uses(graph.model.graph)
-    return {
-        weight: node.input[0]
-        for node in graph.model.graph.node
-        if node.op_type in ("MatMul", "Gemm")
-        for weight in uses.operands(node.input[1])
-        if weight in graph.weights
-    }
+    products = [node for node in graph.model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    read = {uses.operand(node.input[1]): node.input[0] for node in products}
+    return {weight: x for weight, x in read.items() if weight in graph.weights}
 
 
 def quantized_graph(
@@ -74,11 +68,11 @@ def quantized_graph(
         weights |= dict.fromkeys(added, weights[name])
     for node in list(model.graph.node):
         if node.op_type == "Gather" and node.input[0] in parts:
-            _put(model.graph, node, [parts[node.input[0]].embedding(node)])
+            _put(model.graph, node, parts[node.input[0]].embedding(node))
         elif node.op_type in ("MatMul", "Gemm"):
-            operands = uses.operands(node.input[1])
-            if operands and operands[0] in parts:
-                _put(model.graph, node, _product(node, [parts[name] for name in operands]))
+            operand = uses.operand(node.input[1])
+            if operand in parts:
+                _put(model.graph, node, parts[operand].product(node))
     _drop_unread(model.graph)
     if all(opset.domain != "com.microsoft" for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
@@ -120,6 +114,23 @@ class _Parts:
             graph.initializer.add(name=name, data_type=kind, dims=[self.rows, count])
         return self.names[1:]
 
+    def product(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """`node`, a product with the weight, from its parts."""
+        inputs = [node.input[0], *self.names]
+        if len(node.input) > 2:  # after the zero points and an order of columns comes the bias
+            inputs += [""] * (5 - len(inputs)) + [node.input[2]]
+        return helper.make_node(
+            "MatMulNBits",
+            inputs,
+            node.output,
+            domain="com.microsoft",
+            K=self.columns,
+            N=self.rows,
+            bits=self.quantization.bits,
+            block_size=self.quantization.block_size,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
     def embedding(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """`node`, which gathers rows of the weight, from its parts."""
         values, *others = self.names
@@ -133,36 +144,6 @@ class _Parts:
             bits=self.quantization.bits,
             block_size=self.quantization.block_size,
         )
-
-
-def _product(node: onnx.NodeProto, operands: list[_Parts]) -> list[onnx.NodeProto]:
-    """`node`, a product with the weights side by side, from their parts.
-
-    ONNX Runtime joins parts of several weights when it loads the graph.
-    """
-    joined, names = [], operands[0].names
-    if len(operands) > 1:
-        columns = list(zip(*(parts.names for parts in operands), strict=True))
-        names = [f"{node.output[0]}_weights_{index}" for index in range(len(columns))]
-        joined = [
-            helper.make_node("Concat", inputs, [name], axis=0)
-            for inputs, name in zip(columns, names, strict=True)
-        ]
-    inputs = [node.input[0], *names]
-    if len(node.input) > 2:  # after the zero points and an order of columns comes the bias
-        inputs += [""] * (5 - len(inputs)) + [node.input[2]]
-    product = helper.make_node(
-        "MatMulNBits",
-        inputs,
-        node.output,
-        domain="com.microsoft",
-        K=operands[0].columns,
-        N=sum(parts.rows for parts in operands),
-        bits=operands[0].quantization.bits,
-        block_size=operands[0].quantization.block_size,
-        accuracy_level=ACCURACY_LEVEL,
-    )
-    return [*joined, product]
 
 
 class _Uses:
@@ -187,18 +168,12 @@ class _Uses:
         """Whether rows of `weight` are gathered."""
         return any(node.op_type == "Gather" for node in self.readers.get(weight, ()))
 
-    def operands(self, matrix: str) -> list[str]:
-        """The initialisers that `matrix` consists of, side by side; none if it is something else.
-
-        They may be transposed.
-        """
+    def operand(self, matrix: str) -> str | None:
+        """The initialiser that `matrix` is, transposed or not; None where it is something else."""
         if matrix in self.ranks:
-            return [matrix]
+            return matrix
         node = self.producers.get(matrix)
-        if node is None or node.op_type not in _LAYOUT_CHANGES:
-            return []
-        found = [self.operands(name) for name in node.input]
-        return [name for names in found for name in names] if all(found) else []
+        return self.operand(node.input[0]) if node and node.op_type == "Transpose" else None
 
     def _layouts(self, value: str, layout: Layout) -> Iterator[Layout | None]:
         """How a weight lies by each use of `value`, the weight itself or what is made of it."""
@@ -207,8 +182,6 @@ class _Uses:
             match node.op_type:
                 case "Transpose":
                     yield from self._layouts(node.output[0], layout.transposed())
-                case "Concat" if attributes["axis"] == 1 and self.operands(node.output[0]):
-                    yield from self._layouts(node.output[0], layout)
                 case "MatMul" if list(node.input).index(value) == 1:
                     yield layout
                 case "Gemm" if self._is_product(node, value):
@@ -233,27 +206,17 @@ class _Uses:
         return node.input[1] == matrix and plain and vector and not attributes.get("transA")
 
 
-def _put(graph: onnx.GraphProto, old: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:
+def _put(graph: onnx.GraphProto, old: onnx.NodeProto, new: onnx.NodeProto) -> None:
     """Replace the node `old` of `graph`."""
-    position = list(graph.node).index(old)
-    graph.node.remove(old)
-    for offset, node in enumerate(new):
-        graph.node.insert(position + offset, node)
+    graph.node[list(graph.node).index(old)].CopyFrom(new)
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Drop the nodes that laid weights out for products that are replaced."""
-    while True:
-        read = {name for node in graph.node for name in node.input}
-        read |= {value.name for value in graph.output}
-        unread = [
-            node
-            for node in graph.node
-            if node.op_type in _LAYOUT_CHANGES and not read & set(node.output)
-        ]
-        if not unread:
-            return
-        for node in unread:
+    """Drop the nodes that transposed weights for products that are replaced."""
+    read = {name for node in graph.node for name in node.input}
+    read |= {value.name for value in graph.output}
+    for node in list(graph.node):
+        if node.op_type == "Transpose" and node.output[0] not in read:
             graph.node.remove(node)
 
 

@@ -7,15 +7,14 @@ import numpy as np
 import onnx
 import pytest
 from build_cache import BuildCache
-from onnx import TensorProto, helper
+from onnx import helper
 from tiny_models import save_tiny_model
 
 from sedac_export import BuildRequest
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.runner import BundleRunner
-from sedac_export.graph.quantized_graph import Layout, layouts, quantized_graph
+from sedac_export.graph.quantized_graph import layouts
 from sedac_export.graph.trace import TracedGraph
-from sedac_export.model.quantization import Quantization
 
 LENGTH = 24
 
@@ -81,35 +80,6 @@ def chained(runner: BundleRunner, tokens: np.ndarray, ends: object) -> np.ndarra
         logits.append(runner.head(x))
         start = end
     return np.concatenate(logits, axis=1)
-
-
-def test_weights_side_by_side_are_one_product() -> None:
-    """As where a layer's projections are merged: Concat of transposed weights, one MatMul."""
-    weights = {"a": [6, 32], "b": [2, 32]}
-    nodes = [
-        *(helper.make_node("Transpose", [n], [f"{n}_t"], perm=[1, 0]) for n in weights),
-        helper.make_node("Concat", ["a_t", "b_t"], ["both"], axis=1),
-        helper.make_node("MatMul", ["x", "both"], ["y"]),
-    ]
-    model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "graph",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, None, 32])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, None, 8])],
-            [onnx.TensorProto(name=n, data_type=1, dims=dims) for n, dims in weights.items()],
-        )
-    )
-    graph = TracedGraph(model, {n: f"layer.{n}" for n in weights})
-    found = layouts(graph)
-    assert found == {"a": Layout.ROWS, "b": Layout.ROWS}
-    result = quantized_graph(
-        graph, dict.fromkeys(weights, Layout.ROWS), Quantization(4)
-    ).model.graph
-    assert [node.op_type for node in result.node] == ["Concat", "Concat", "MatMulNBits"]
-    assert list(result.node[0].input) == ["a", "b"]
-    attributes = {a.name: a.i for a in result.node[-1].attribute}
-    assert (attributes["K"], attributes["N"]) == (32, 8)
 
 
 def test_weights_that_are_also_read_otherwise_stay() -> None:
