@@ -4,6 +4,7 @@ A token's numbers must be the same bits in whatever pass it is computed, so most
 no difference at all.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ import torch
 from chain_launcher import ChainLauncher, SequenceInput
 from torch import Tensor
 
-from sedac_export.cuda.chain_abi import Condition, RowRace
+from sedac_export.cuda.chain_abi import MARGIN_BINS, MAX_ROWS, Condition, RowRace
 
 # relative norm of the difference; fp16 activations give some 1.2e-3
 TOLERANCE = 1e-2
@@ -68,6 +69,7 @@ class ChainChecks:
             yield self._gap_between_sequences()
             yield from self._stability_exits()
             yield from self._risk_exits()
+            yield from self._steps()
             yield self._repetitions()
 
     def _agreement_with_pytorch(self) -> Iterator[KernelCheck]:
@@ -282,6 +284,66 @@ class ChainChecks:
         logits = self._launcher.run(sequences)[0]
         outcome = self._launcher.outcome()
         return logits, [outcome.sequence[index].depth for index in range(len(sequences))]
+
+    def _steps(self) -> Iterator[KernelCheck]:
+        """Passes that go on with the tokens they chose, against passes of one step."""
+        for count in (1, 2, 4):
+            for depth in (self._layers, self._exit, self._exit + 1):
+                for temperature in (0.0, 1.0):
+                    yield self._steps_as_passes(count, depth, temperature)
+        yield self._end_of_chunk()
+        yield self._end_of_draft()
+
+    def _steps_as_passes(self, count: int, depth: int, temperature: float) -> KernelCheck:
+        """`count` sequences of a row each, to `depth` layers."""
+        starts, steps = (129, 37, 200, 5), MAX_ROWS // count
+        keys = [_key(index) for index in range(steps * count)] if temperature else []
+        races = [RowRace(key, 1 / temperature) for key in keys]
+
+        def sequences(step: int, tokens: Sequence[int]) -> list[SequenceInput]:
+            chosen = enumerate(zip(starts[:count], tokens, strict=True))
+            return [
+                self._sequence([token], start + step, slot, depth)
+                for slot, (start, token) in chosen
+            ]
+
+        def fill() -> None:
+            for slot, start in enumerate(starts[:count]):
+                self._launcher.fill(slot, start, seed=slot + 1)
+
+        fill()
+        tokens, rows = list(TOKENS[:count]), []
+        for step in range(steps):
+            its_races = races[step * count : (step + 1) * count]
+            rows.append(self._launcher.run(sequences(step, tokens), races=its_races))
+            outcome = self._launcher.outcome()
+            tokens = [(outcome.race if races else outcome.row)[row].token for row in range(count)]
+        fill()
+        wanted = self._launcher.make_pass(sequences(0, TOKENS[:count]), races=races, steps=steps)
+        logits, outcome = self._launcher.run_pass(wanted), self._launcher.outcome()
+        depths = {sequence.depth for sequence in outcome.sequence[: steps * count]}
+        same = torch.equal(logits, torch.cat(rows)) and outcome.steps == steps
+        chosen = "sampled" if temperature else "most probable"
+        name = f"{steps} steps of {count} rows, {depth} layers, {chosen} tokens"
+        return KernelCheck(name, same and depths == {depth}, f"{outcome.steps} steps")
+
+    def _end_of_chunk(self) -> KernelCheck:
+        """A position that begins a chunk of attention takes a pass of its own."""
+        self._launcher.fill(0, 125)
+        wanted = self._launcher.make_pass([self._sequence(TOKENS[:1], 125)], steps=MAX_ROWS)
+        self._launcher.run_pass(wanted)
+        steps = self._launcher.outcome().steps
+        return KernelCheck("steps end where a chunk begins", steps == 3, f"{steps} steps")
+
+    def _end_of_draft(self) -> KernelCheck:
+        """Steps go on while the product of the tokens' acceptance rates is large enough."""
+        self._launcher.fill(0, 129)
+        wanted = self._launcher.make_pass([self._sequence(TOKENS[:1], 129)], steps=MAX_ROWS)
+        wanted.acceptance = (ctypes.c_float * MARGIN_BINS)(*[0.5] * MARGIN_BINS)
+        wanted.min_accepted = (ctypes.c_float * MAX_ROWS)(*[0.125] * MAX_ROWS)
+        self._launcher.run_pass(wanted)
+        steps = self._launcher.outcome().steps
+        return KernelCheck("steps end where a draft does", steps == 4, f"{steps} steps")
 
     def _repetitions(self) -> KernelCheck:
         self._launcher.fill(0, self._position)

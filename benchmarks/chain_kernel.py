@@ -33,7 +33,7 @@ from chain_launcher import (
 )
 
 from sedac_export.bundle.cuda_entry import ChainShape
-from sedac_export.cuda.chain_abi import Pass
+from sedac_export.cuda.chain_abi import MAX_ROWS, Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 from sedac_export.errors import SedacError
@@ -56,10 +56,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Passes of `rows` tokens of one sequence through `layers` layers; floors in microseconds."""
+    """Passes of `rows` tokens of one sequence through `layers` layers; floors in microseconds.
+
+    steps: of a pass, each with the token that the one before chose; times and floors are of one.
+    """
 
     rows: int
     layers: int
+    steps: int
     without_head: Timing
     with_head: Timing
     layers_floor: float
@@ -101,19 +105,24 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
 
 def measure(launcher: ChainLauncher, copy_rate: float) -> Iterator[Measurement]:
     """All layers with 1, 2, 4 and 8 rows, and one row through a half, a quarter and an eighth."""
-    shape, position = launcher.decoder.shape, launcher.decoder.case.position
+    # steps end where a chunk of attention begins
+    shape, position = launcher.decoder.shape, launcher.decoder.case.position + 1
     launcher.fill(0, position)
-    combinations = [(rows, shape.layers) for rows in ROWS]
-    combinations += [(1, shape.layers // part) for part in (2, 4, 8)]
+    combinations = [(rows, shape.layers, 1) for rows in ROWS]
+    combinations += [
+        (1, shape.layers // part, steps) for steps in (1, MAX_ROWS) for part in (1, 2, 4, 8)
+    ][1:]
     layer_floor, head_floor = (1e6 * size / copy_rate for size in weight_bytes(shape))
-    for rows, layers in combinations:
+    for rows, layers, steps in combinations:
         tokens = [(token, position + row, 0) for row, token in enumerate(TOKENS[:rows])]
         sequences = [SequenceInput(tokens, max_depth=layers)]
+        without_head = time_pass(launcher, launcher.make_pass(sequences, logits_rows=0))
         yield Measurement(
             rows,
             layers,
-            time_pass(launcher, launcher.make_pass(sequences, logits_rows=0)),
-            time_pass(launcher, launcher.make_pass(sequences)),
+            steps,
+            without_head,
+            time_pass(launcher, launcher.make_pass(sequences, steps=steps)),
             layers * layer_floor,
             head_floor,
         )
@@ -131,7 +140,8 @@ def measure_positions(launcher: ChainLauncher) -> dict[int, Timing]:
 
 
 def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
-    """Passes one after another, without the host waiting in between."""
+    """Passes one after another, without the host waiting in between; of one of their steps."""
+    steps = max(wanted.steps, 1)
     for _ in range(WARM_UP):
         launcher.launch(wanted)
     torch.cuda.synchronize()
@@ -141,9 +151,11 @@ def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
         for index in range(PASSES):
             launcher.launch(wanted, outcome=index)
         torch.cuda.synchronize()
-        rounds.append((time.perf_counter() - start) / PASSES * 1e6)
+        rounds.append((time.perf_counter() - start) / PASSES / steps * 1e6)
         outcomes = [launcher.outcome(index) for index in range(PASSES)]
-        durations += [(outcome.ended - outcome.started) / 1e3 for outcome in outcomes]
+        durations += [
+            (outcome.ended[steps - 1] - outcome.started) / steps / 1e3 for outcome in outcomes
+        ]
     deciles = statistics.quantiles(durations, n=10)
     return Timing(statistics.median(rounds), deciles[0], deciles[4], deciles[8])
 
@@ -195,9 +207,10 @@ def markdown(result: CaseResult) -> str:
     if result.measurements:
         lines += [
             "",
-            "| rows | layers | µs without head | with head | p10, p50, p90 | floor | share |",
+            "| rows | layers | steps | µs without head | with head | p10, p50, p90 | floor"
+            " | share |",
         ]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [_table_row(measurement) for measurement in result.measurements]
     if result.positions:
         first, last = (timing.median for timing in result.positions.values())
@@ -213,7 +226,8 @@ def _table_row(measurement: Measurement) -> str:
     floor = measurement.layers_floor + measurement.head_floor
     percentiles = f"{whole.device_p10:.0f}, {whole.device_p50:.0f}, {whole.device_p90:.0f}"
     return (
-        f"| {measurement.rows} | {measurement.layers} | {measurement.without_head.median:.0f}"
+        f"| {measurement.rows} | {measurement.layers} | {measurement.steps}"
+        f" | {measurement.without_head.median:.0f}"
         f" | {whole.median:.0f} | {percentiles} | {floor:.0f} | {floor / whole.median:.0%} |"
     )
 

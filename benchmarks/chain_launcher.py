@@ -10,7 +10,6 @@ from chain_decoder import ChainCase, History, RandomDecoder
 from torch import Tensor
 
 from sedac_export.cuda.chain_abi import (
-    COUNTERS,
     MAX_ROWS,
     Condition,
     Layer,
@@ -106,11 +105,12 @@ class ChainLauncher:
         sequences: Sequence[SequenceInput],
         logits_rows: int | None = None,
         races: Sequence[RowRace] = (),
+        steps: int = 1,
     ) -> Pass:
         """The parameter of a pass.
 
         logits_rows: bits of the rows that want logits, default all; races: of the first rows, whose
-        tokens are sampled.
+        tokens are sampled, or of all rows of each step; steps: at most as many, whatever is chosen.
         """
         blocks = self._chain.blocks
         made = Pass(capacity=self.capacity, blocks=blocks, sequences=len(sequences))
@@ -124,7 +124,8 @@ class ChainLauncher:
             first += len(sequence.rows)
         made.rows = first
         made.logits_rows = (1 << first) - 1 if logits_rows is None else logits_rows
-        made.sampled_rows = (1 << len(races)) - 1
+        made.sampled_rows = (1 << min(len(races), first)) - 1
+        made.steps = steps
         for row, race in enumerate(races):
             made.race[row] = race
         return made
@@ -145,12 +146,15 @@ class ChainLauncher:
         races: Sequence[RowRace] = (),
     ) -> Tensor:
         """Run one pass to its end; logits [rows, vocabulary], NaN where none are wanted."""
-        wanted = self.make_pass(sequences, logits_rows, races)
+        return self.run_pass(self.make_pass(sequences, logits_rows, races))
+
+    def run_pass(self, wanted: Pass) -> Tensor:
+        """The same of a pass that is made; the rows of each step in turn."""
         self._buffers["logits"].fill_(float("nan"))
         torch.cuda.synchronize()
         self.launch(wanted)
         torch.cuda.synchronize()
-        return self._buffers["logits"][: wanted.rows].clone()
+        return self._buffers["logits"][: wanted.rows * self.outcome().steps].clone()
 
     def outcome(self, index: int = 0) -> Outcome:
         """What a pass left, once it has ended."""
@@ -193,7 +197,6 @@ class ChainLauncher:
             "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
             "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
             "tables": _zeros(facts.table_bytes * self._chain.blocks),
-            "counters": _zeros(COUNTERS * ctypes.sizeof(ctypes.c_uint)),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
         # the device writes pinned memory at the address that it has on the host

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use sedac_core::Result;
 use sedac_core::backend::{
-    Backend, Capabilities, EngineTiming, Engines, HostDecided, LogitsRequest, SequenceStep,
+    Ahead, Backend, Capabilities, EngineTiming, Engines, HostDecided, LogitsRequest, SequenceStep,
     StepExit,
 };
 use sedac_core::interrupt::Interrupt;
@@ -225,6 +225,7 @@ fn step(
             0 => LogitsRequest::None,
             rows => LogitsRequest::Rows(rows),
         },
+        ahead: Ahead::default(),
     };
     let outcomes = backend.step(&mut [step], &Interrupt::default())?;
     Ok(outcomes[0].exit)
@@ -331,6 +332,7 @@ fn an_interrupt_stops_between_engines() {
         rule: None,
         max_depth: 2,
         logits: LogitsRequest::Rows(1),
+        ahead: Ahead::default(),
     };
     assert!(backend.step(&mut [interrupted], &interrupt).is_err());
     // the only slot is taken until the sequence is dropped

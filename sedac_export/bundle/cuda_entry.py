@@ -6,6 +6,9 @@ from sedac_export.bundle.schema import StrictModel
 
 Activation = Literal["silu", "gelu_tanh"]
 
+# of bundles whose weights the kernel takes
+PRECISIONS = ("fp16", "bf16")
+
 
 class ChainShape(StrictModel, frozen=True):
     """The sizes that the kernel is compiled for; rotary_size is 0 where nothing is rotated."""

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sedac_export.bundle.cuda_entry import PRECISIONS
 from sedac_export.bundle.signature import SIGNATURE
 from sedac_export.cli import target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
@@ -347,8 +348,8 @@ def _cuda(facts: dict[str, Any]) -> str:
         return f"CUDA chain for {architectures}, compiled by NVRTC {chain['compiler']}"
     if refusal is not None:
         return f"no CUDA chain: {refusal}"
-    if facts["precision"] != "fp16":
-        return f"no CUDA chain: it takes fp16 weights, and these are {facts['precision']}"
+    if facts["precision"] not in PRECISIONS:
+        return f"no CUDA chain: it takes fp16 or bf16 weights, and these are {facts['precision']}"
     return "no CUDA chain; sedac-export engines --target cuda adds it"
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.cuda_entry import (
+    PRECISIONS,
     ChainLayer,
     ChainModule,
     ChainOptions,
@@ -33,11 +34,11 @@ WEIGHTS = f"{PLACE}/weights.safetensors"
 
 
 def check_cuda(precision: bundle.Precision) -> Compiler:
-    """The compiler. Raises SedacError when it is not installed or weights are not of fp16."""
-    if precision != "fp16":
+    """The compiler. Raises SedacError when it is not installed, or for other weights."""
+    if precision not in PRECISIONS:
         raise SedacError(
-            f"--target cuda takes fp16 weights, and these are {precision}; build with --precision"
-            " fp16"
+            f"--target cuda takes weights of fp16 or bf16, and these are {precision}; build with"
+            " --precision fp16"
         )
     return Compiler()
 

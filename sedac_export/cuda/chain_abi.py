@@ -3,10 +3,10 @@
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
 # version of the mirrors
-ABI = 2
+ABI = 3
 MAX_ROWS = 8
-# counters that a pass uses, all zero between passes
-COUNTERS = 64
+# bins of a token's margin, by which the acceptance of drafts is known
+MARGIN_BINS = 8
 
 _LAYER_POINTERS = (
     *("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
@@ -17,7 +17,7 @@ _LAYER_POINTERS = (
 )
 _PASS_POINTERS = (
     *("layers", "embed", "head", "final_norm", "cos", "sin", "saved"),
-    *("scratch", "next_scratch", "tables", "counters", "logits", "outcome"),
+    *("scratch", "next_scratch", "tables", "logits", "outcome"),
 )
 _PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
 
@@ -138,15 +138,20 @@ class RaceOutcome(Structure):
 
 
 class Outcome(Structure):
-    """What the host reads after a pass; times in nanoseconds of the device's clock."""
+    """What the host reads after a pass: of rows and sequences by step, times by step.
+
+    Times are nanoseconds of the device's clock; steps is the number that ran.
+    """
 
     _fields_ = (
         ("sequence", SequenceOutcome * MAX_ROWS),
         ("row", RowOutcome * MAX_ROWS),
-        ("started", c_uint64),
-        ("layers_ended", c_uint64),
-        ("ended", c_uint64),
         ("race", RaceOutcome * MAX_ROWS),
+        ("started", c_uint64),
+        ("layers_ended", c_uint64 * MAX_ROWS),
+        ("ended", c_uint64 * MAX_ROWS),
+        ("steps", c_int),
+        ("unused", c_int),
     )
 
 
@@ -161,5 +166,9 @@ class Pass(Structure):
         ("sequence", SequenceRows * MAX_ROWS),
         ("race", RowRace * MAX_ROWS),
         ("sampled_rows", c_uint),
-        ("unused", c_uint),
+        ("number", c_uint),
+        ("steps", c_int),
+        ("unused", c_int),
+        ("min_accepted", c_float * MAX_ROWS),
+        ("acceptance", c_float * MARGIN_BINS),
     )

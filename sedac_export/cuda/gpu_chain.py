@@ -11,7 +11,6 @@ from sedac_export.arrays import Array, Floats
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
 from sedac_export.cuda.chain_abi import (
-    COUNTERS,
     MAX_ROWS,
     Condition,
     Layer,
@@ -121,7 +120,6 @@ class GpuChain:
         self._common |= {
             "saved": zeros(self._capacity * facts.saved_floats * _FLOAT),
             "tables": zeros(facts.table_bytes * self._chain.blocks),
-            "counters": zeros(COUNTERS * ctypes.sizeof(ctypes.c_uint)),
             "logits": zeros(MAX_ROWS * shape.vocabulary * _FLOAT),
         }
         self._scratch = [zeros(facts.scratch_bytes) for _ in range(2)]

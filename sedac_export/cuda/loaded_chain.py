@@ -34,6 +34,7 @@ class LoadedChain:
                 f"the chain needs {self.facts.min_blocks} multiprocessors, and the GPU has {units}"
             )
         self._prepare = self._function("prepare")
+        self._steps = 1  # the next pass's number: scratch that nothing wrote to holds 0
         self._entries = {rows: self._function(f"chain_{rows}") for rows in ROWS}
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         for function, shared in zip(self._entries.values(), self.facts.shared_bytes, strict=True):
@@ -45,7 +46,8 @@ class LoadedChain:
         checked(driver.cuLaunchKernel(self._prepare, *self._sizes(), 0, stream, parameters, 0))
 
     def launch(self, parameters: Pass, stream: int = 0) -> None:
-        """Enqueue a pass on the smallest kernel that takes its rows."""
+        """Enqueue a pass on the smallest kernel that takes its rows, and number it."""
+        parameters.number, self._steps = self._steps, self._steps + max(parameters.steps, 1)
         rows = next(rows for rows in ROWS if rows >= parameters.rows)
         addresses = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         at, shared = ctypes.addressof(addresses), self.facts.shared_bytes[ROWS.index(rows)]

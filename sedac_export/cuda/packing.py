@@ -51,8 +51,9 @@ def write_weights(
 ) -> None:
     """Write the weights of `bundle`, laid out for the kernel, to `path`.
 
-    Memory holds one matrix at a time. Raises SedacError when the bundle is of another model than
-    `description`.
+    Memory holds one matrix at a time. Weights of bf16 become fp16: the same numbers down to 2^-17,
+    and below that to the nearest multiple of 2^-24. Raises SedacError when the bundle is of another
+    model than `description`, and where a weight is beyond fp16.
     """
     tensors = list(packed_tensors(bundle, description))
     with path.open("wb") as file:
@@ -61,7 +62,7 @@ def write_weights(
             progress("pack", done, len(tensors))
             start = file.tell()
             for piece in tensor.pieces():
-                file.write(np.ascontiguousarray(piece, dtype=_DTYPES[tensor.dtype]).data)
+                file.write(_stored(tensor, piece).data)
             if file.tell() - start != tensor.bytes:
                 raise SedacError(
                     f"{bundle.directory}: {tensor.name} has another size than the model's; name the"
@@ -100,6 +101,17 @@ def pack(matrix: Array) -> Array:
 def unpack(packed: Array, rows: int) -> Array:
     """What `pack` was given, [rows, columns]."""
     return packed.transpose(0, 2, 3, 1, 4).reshape(-1, packed.shape[1] * BLOCK)[:rows]
+
+
+def _stored(tensor: PackedTensor, piece: Array) -> Array:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(piece, dtype=_DTYPES[tensor.dtype])
+    if not np.isfinite(stored).all():
+        raise SedacError(
+            f"{tensor.name} has weights beyond the range of fp16, which the cuda target stores;"
+            " leave the target out"
+        )
+    return stored
 
 
 def _header(tensors: list[PackedTensor]) -> bytes:

@@ -73,13 +73,15 @@ class StoredWeights:
 
     def _array(self, item: TensorProto) -> Array:
         place = _place(item)
-        return np.memmap(
+        mapped: Array = np.memmap(
             self.bundle.path(str(Path("onnx") / place["location"])),
             helper.tensor_dtype_to_np_dtype(item.data_type),
             "c",  # torch takes no arrays that cannot be written
             int(place["offset"]),
             tuple(item.dims),
         )
+        # torch takes no array of bf16
+        return mapped.astype(np.float32) if item.data_type == TensorProto.BFLOAT16 else mapped
 
     def _other_model(self, what: str) -> SedacError:
         return SedacError(

@@ -16,6 +16,8 @@ pub struct Capabilities {
     pub attention_only: bool,
     /// Whether tokens come with a [margin](super::StepOutcome::margin).
     pub margins: bool,
+    /// Tokens that a step may give at most, where it goes [ahead](super::Ahead).
+    pub ahead: usize,
 }
 
 impl Default for Capabilities {
@@ -27,6 +29,7 @@ impl Default for Capabilities {
             exit_heads: Vec::new(),
             attention_only: false,
             margins: false,
+            ahead: 1,
         }
     }
 }

@@ -95,7 +95,7 @@ impl<E: Engines> HostDecided<E> {
             exit,
             exit_signals: deciding.and_then(|deciding| deciding.exit_signals),
             logits,
-            margin: None,
+            margins: Vec::new(),
         })
     }
 

@@ -22,7 +22,10 @@ pub use capabilities::Capabilities;
 pub use costs::Costs;
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
-pub use step::{Logits, LogitsRequest, PositionLogits, SequenceStep, StepExit, StepOutcome};
+pub use step::{
+    Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
+    StepOutcome, margin_bin,
+};
 pub use timing::{EnginePart, EngineTiming, Stopwatch};
 
 use crate::error::Result;

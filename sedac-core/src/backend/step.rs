@@ -28,6 +28,52 @@ pub struct SequenceStep<'a> {
     pub max_depth: usize,
     /// Which logits are wanted.
     pub logits: LogitsRequest,
+    /// How far to go on with the tokens that it chooses.
+    pub ahead: Ahead,
+}
+
+/// Bins of equal width in which a margin, of 0 to 1, lies.
+pub const MARGIN_BINS: usize = 8;
+
+/// The most tokens that a step may give.
+pub const MAX_AHEAD: usize = 8;
+
+/// How far a step of one token without a rule goes on: each time as a step of the token that it
+/// chose last would, to the same depth. Then as many positions of [`LogitsRequest`] are wanted, and
+/// of these the last as many as there are tokens.
+///
+/// Where the backend cannot, or not as far, it gives fewer tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ahead {
+    /// The most tokens that the step gives, 1 to [`MAX_AHEAD`].
+    pub tokens: usize,
+    /// By the bin of its margin, the probability that a token is accepted.
+    pub acceptance: [f32; MARGIN_BINS],
+    /// It goes on after n tokens where the product of their acceptance is at least the n-th.
+    pub min_accepted: [f32; MAX_AHEAD],
+}
+
+impl Default for Ahead {
+    /// One token.
+    fn default() -> Self {
+        Self::of(1)
+    }
+}
+
+impl Ahead {
+    /// Up to `tokens` tokens, whatever they are.
+    pub fn of(tokens: usize) -> Self {
+        Self {
+            tokens,
+            acceptance: [1.0; MARGIN_BINS],
+            min_accepted: [0.0; MAX_AHEAD],
+        }
+    }
+}
+
+/// The bin of a margin, or of another probability.
+pub fn margin_bin(margin: f32) -> usize {
+    ((margin * MARGIN_BINS as f32) as usize).min(MARGIN_BINS - 1)
 }
 
 /// Which logits a step is to give.
@@ -78,10 +124,10 @@ pub struct StepOutcome {
     pub exit_signals: Option<ExitSignals>,
     /// The logits wanted.
     pub logits: Logits,
-    /// The probability of the newest position's most probable token less that of the second, where
-    /// tokens, sampled or not, were requested of a backend that
-    /// [measures](super::Capabilities::margins) it.
-    pub margin: Option<f32>,
+    /// For each of the logits' positions, the probability of the most probable token less that of
+    /// the second, where tokens, sampled or not, were requested of a backend that
+    /// [measures](super::Capabilities::margins) it; empty elsewhere.
+    pub margins: Vec<f32>,
 }
 
 /// The depth at which a step ended.

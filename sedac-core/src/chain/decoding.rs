@@ -5,7 +5,9 @@ use std::ops::ControlFlow;
 use tracing::{debug, debug_span};
 
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
-use crate::backend::{Backend, Logits, LogitsRequest, PositionLogits, SequenceStep, StepExit};
+use crate::backend::{
+    Ahead, Backend, Logits, LogitsRequest, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
+};
 use crate::draft::{BaselineCost, Draft, DraftContext, Drafter, Foresight};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -17,6 +19,8 @@ use crate::sequence::Sequence;
 pub(super) struct Drafting {
     drafter: Box<dyn Drafter>,
     baseline: BaselineCost,
+    /// Tokens since the last draft.
+    undrafted: usize,
 }
 
 impl Drafting {
@@ -25,6 +29,7 @@ impl Drafting {
         Self {
             drafter,
             baseline: BaselineCost::new(layers),
+            undrafted: 0,
         }
     }
 }
@@ -46,27 +51,41 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
         while self.text.finished.is_none() {
             match &mut drafting {
                 Some(drafting) => self.round(drafting)?,
-                None => self.decode().map(|_| ())?,
+                None => self.decode(MAX_AHEAD).map(|_| ())?,
             }
         }
         complete(self.backend, &mut self.sequence, self.interrupt)
     }
 
-    /// One token, which exits where the rule says so.
-    fn decode(&mut self) -> Result<StepExit> {
+    /// One token, which exits where the rule says so, or up to `most` where no token has to wait for
+    /// what is decided about the one before.
+    fn decode(&mut self, most: usize) -> Result<StepExit> {
         let _span = debug_span!("decode").entered();
         let newest = self.text.newest();
+        let most = match self.exits.is_constant() {
+            true => most.min(self.backend.capabilities().ahead),
+            false => 1,
+        };
+        let ahead = Ahead::of(most.min(self.text.room()));
         let (rule, max_depth) = self.exits.advance();
         let step = SequenceStep {
             sequence: &mut self.sequence,
             tokens: &[newest],
             rule,
             max_depth,
-            logits: LogitsRequest::of(&mut self.text.sampler, 1),
+            logits: LogitsRequest::of(&mut self.text.sampler, ahead.tokens),
+            ahead,
         };
         let outcome = step_one(self.backend, step, self.interrupt)?;
-        let logits = outcome.logits.at(0, self.vocab_size);
-        self.text.take(logits, outcome.exit);
+        for index in 0..outcome.logits.tokens().len().max(1) {
+            let logits = outcome.logits.at(index, self.vocab_size);
+            self.text.take(logits, outcome.exit);
+            if self.text.finished.is_some() {
+                break;
+            }
+        }
+        // the newest token is never run yet
+        self.sequence.truncate(self.text.tokens.len() - 1);
         Ok(outcome.exit)
     }
 
@@ -88,10 +107,16 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
         };
         if speedup <= 1.0 || speedup.is_nan() {
             debug!(speedup, max_tokens, "no draft: it would not pay");
-            let exit = self.decode()?;
-            drafting.baseline.observe(exit.layer, self.backend.costs());
+            let before = self.text.tokens.len();
+            // whether the next token can be drafted is worth knowing where others were lately
+            let exit = self.decode((drafting.undrafted / 2).clamp(1, MAX_AHEAD))?;
+            for _ in before..self.text.tokens.len() {
+                drafting.baseline.observe(exit.layer, self.backend.costs());
+                drafting.undrafted += 1;
+            }
             return Ok(());
         }
+        drafting.undrafted = 0;
         let draft = self.propose(drafting.drafter.as_mut(), max_tokens)?;
         let before = self.text.tokens.len();
         self.verify(&draft)?;
@@ -147,6 +172,7 @@ impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
             rule: None,
             max_depth: self.backend.num_layers(),
             logits: LogitsRequest::of(&mut self.text.sampler, draft.tokens.len() + 1),
+            ahead: Ahead::default(),
         };
         step_one(self.backend, step, self.interrupt).map(|outcome| outcome.logits)
     }

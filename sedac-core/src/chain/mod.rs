@@ -15,8 +15,8 @@ use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
 use crate::backend::cuda::CudaChain;
 use crate::backend::{
-    Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep, StepExit,
-    StepOutcome,
+    Ahead, Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep,
+    StepExit, StepOutcome,
 };
 use crate::bundle::{Bundle, DrafterKind};
 use crate::draft::{Draft, new_drafter};
@@ -261,6 +261,7 @@ impl Chain {
                 rule,
                 max_depth,
                 logits: LogitsRequest::Tokens(1),
+                ahead: Ahead::default(),
             };
             let outcome = step_one(self.backend.as_mut(), step, interrupt)?;
             if let &[id] = outcome.logits.tokens() {
@@ -287,6 +288,7 @@ impl Chain {
             rule: None,
             max_depth,
             logits,
+            ahead: Ahead::default(),
         };
         step_one(self.backend.as_mut(), step, interrupt)
     }
@@ -371,6 +373,7 @@ fn complete(
         rule: None,
         max_depth: backend.num_layers(),
         logits: LogitsRequest::None,
+        ahead: Ahead::default(),
         sequence,
     };
     step_one(backend, step, interrupt).map(|_| ())

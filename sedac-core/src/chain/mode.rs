@@ -221,6 +221,11 @@ impl ExitSchedule {
         (self.rule.as_ref(), max_depth)
     }
 
+    /// Whether every token has the same depth limit and no rule.
+    pub(super) fn is_constant(&self) -> bool {
+        self.rule.is_none() && self.depths.len() == 1
+    }
+
     /// The fewest layers that drafts run, of the depths `exit_layers` up to half of `layers`: to
     /// pass over an exit that the rule takes would lose what it saves. None without a rule.
     pub(super) fn min_draft_depth(&self, exit_layers: &[usize], layers: usize) -> Option<usize> {

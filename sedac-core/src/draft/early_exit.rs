@@ -2,7 +2,7 @@
 
 use super::baseline::baseline_cost;
 use super::{AcceptanceRate, Draft, DraftContext, Drafter, Foresight, TakenExit, full_depth_cost};
-use crate::backend::{Costs, SequenceStep, StepOutcome};
+use crate::backend::{Ahead, Costs, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome, margin_bin};
 use crate::error::Result;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
 
@@ -12,7 +12,7 @@ const MAX_DRAFTED: usize = 8;
 const DEPTH_SHARES: [f64; 5] = [0.5, 0.375, 0.25, 0.1875, 0.125];
 /// Drafted tokens are binned by an exit head's probability that they are full depth's, or else by
 /// the margin of the most probable token.
-const BINS: usize = 8;
+const BINS: usize = MARGIN_BINS;
 /// The prior speedup of the deepest drafts,
 const PRIOR_SPEEDUP: f64 = 1.2;
 /// and of shallower ones relative to the next deeper.
@@ -159,39 +159,91 @@ impl EarlyExit {
         baseline_cost(costs, self.layers, depth)
     }
 
+    /// The acceptance rate from which on one more token, after `drafted` others of which all are
+    /// accepted with probability `all_accepted`, is worth what it costs.
+    fn min_rate(&self, drafted: usize, all_accepted: f64, costs: &Costs) -> f64 {
+        // a token is worth what it would cost otherwise
+        let worth = self.baseline / self.expected_speedup;
+        self.cost_of_next(drafted, costs) / (all_accepted * worth)
+    }
+
+    /// How far to go on from a token after `drafted` others, at most to `tokens` tokens.
+    fn ahead(&self, drafted: usize, tokens: usize, all_accepted: f64, costs: &Costs) -> Ahead {
+        let rates = &self.depths[self.current].rates;
+        let mut ahead = Ahead {
+            acceptance: std::array::from_fn(|bin| rates[bin].estimate() as f32),
+            ..Ahead::of(tokens.min(MAX_AHEAD))
+        };
+        for (index, min_accepted) in ahead.min_accepted.iter_mut().enumerate() {
+            *min_accepted = self.min_rate(drafted + index, all_accepted, costs) as f32;
+        }
+        ahead
+    }
+
     /// Run `newest` up to the draft's depth, and further where its acceptance rate there would be
     /// below `min_rate`: the positions that wait then run with it.
     fn run(
         &mut self,
         newest: u32,
         min_rate: f64,
+        ahead: Ahead,
         context: &mut DraftContext<'_>,
     ) -> Result<StepOutcome> {
         let current = &self.depths[self.current];
         let (rule, max_depth) = current.rule(context.rule, self.runs.len(), min_rate, self.layers);
-        let logits = context.logits(self.runs.len() + 1);
+        let ahead = if rule.is_none() {
+            ahead
+        } else {
+            Ahead::default()
+        };
+        let logits = context.logits(self.runs.len() + ahead.tokens);
         let step = SequenceStep {
             sequence: context.sequence,
             tokens: &[newest],
             rule: rule.as_ref(),
             max_depth,
             logits,
+            ahead,
         };
         let mut outcomes = context.backend.step(&mut [step], context.interrupt)?;
         Ok(outcomes.swap_remove(0))
     }
 
-    /// What `outcome` of the newest token says of the next.
-    fn next(&self, outcome: &StepOutcome, choice: &mut Foresight<'_>) -> Next {
+    /// Note the run of the `index`-th token of `outcome`. Returns what it says of the next.
+    fn note_run(
+        &mut self,
+        outcome: &StepOutcome,
+        index: usize,
+        draft: &mut Draft,
+        context: &mut DraftContext<'_>,
+    ) -> Next {
+        let next = self.next(outcome, index, &mut context.choice);
+        let depth = match next {
+            Next::Verified => draft.depth,
+            _ => outcome.exit.layer,
+        };
+        self.runs.push(Run { depth, next });
+        draft.exits.push(match next {
+            Next::Exited(_) => Some(TakenExit {
+                exit: outcome.exit,
+                logits: outcome.logits.clone(),
+            }),
+            _ => None,
+        });
+        next
+    }
+
+    /// What `outcome` says of the token after its `index`-th.
+    fn next(&self, outcome: &StepOutcome, index: usize, choice: &mut Foresight<'_>) -> Next {
         // of an exit, there is one row
         let row = outcome.logits.rows();
-        let logits = outcome.logits.at(0, row.len());
+        let logits = outcome.logits.at(index, row.len());
         match outcome.exit.reason {
             ExitReason::FullDepth => Next::Verified,
             ExitReason::DepthLimit | ExitReason::Draft => {
                 let probability = outcome.exit_signals.map(|signals| signals.learned);
-                let probability = probability.or(outcome.margin);
-                let bin = bin(probability.unwrap_or_else(|| margin(row)));
+                let probability = probability.or(outcome.margins.get(index).copied());
+                let bin = margin_bin(probability.unwrap_or_else(|| margin(row)));
                 Next::Drafted(choice.choose(logits), bin)
             }
             _ => Next::Exited(choice.choose(logits)),
@@ -256,49 +308,45 @@ impl Drafter for EarlyExit {
             ..Draft::default()
         };
         let max_tokens = max_tokens.min(MAX_DRAFTED);
-        // a token is worth what it would cost otherwise
-        let worth = self.baseline / self.expected_speedup;
         let mut newest = history[history.len() - 1];
         let mut all_accepted = 1.0;
         self.runs.clear();
         loop {
-            let drafted = draft.tokens.len();
-            let min_rate = if drafted == max_tokens {
-                f64::INFINITY
-            } else {
-                self.cost_of_next(drafted, context.backend.costs()) / (all_accepted * worth)
+            let (drafted, costs) = (draft.tokens.len(), context.backend.costs());
+            let min_rate = match max_tokens - drafted {
+                0 => f64::INFINITY,
+                _ => self.min_rate(drafted, all_accepted, costs),
             };
-            let outcome = self.run(newest, min_rate, context)?;
-            let next = self.next(&outcome, &mut context.choice);
-            let depth = match next {
-                Next::Verified => draft.depth,
-                _ => outcome.exit.layer,
+            let most = (max_tokens - drafted + 1).min(context.backend.capabilities().ahead);
+            let ahead = self.ahead(drafted, most, all_accepted, costs);
+            let outcome = self.run(newest, min_rate, ahead, context)?;
+            let count = match outcome.exit.reason {
+                ExitReason::DepthLimit => outcome.logits.tokens().len().max(1),
+                _ => 1,
             };
-            self.runs.push(Run { depth, next });
-            draft.exits.push(match next {
-                Next::Exited(_) => Some(TakenExit {
-                    exit: outcome.exit,
-                    logits: outcome.logits.clone(),
-                }),
-                _ => None,
-            });
-            match next {
-                Next::Exited(token) => newest = token,
-                Next::Drafted(token, bin) => {
-                    let rate = self.depths[self.current].rates[bin].estimate();
-                    if rate < min_rate {
-                        return Ok(draft);
+            for index in 0..count {
+                let drafted = draft.tokens.len();
+                let next = self.note_run(&outcome, index, &mut draft, context);
+                match next {
+                    Next::Exited(token) => newest = token,
+                    Next::Drafted(token, bin) => {
+                        let min_rate =
+                            self.min_rate(drafted, all_accepted, context.backend.costs());
+                        let rate = self.depths[self.current].rates[bin].estimate();
+                        if index + 1 == count && (drafted == max_tokens || rate < min_rate) {
+                            return Ok(draft);
+                        }
+                        all_accepted *= rate;
+                        newest = token;
                     }
-                    all_accepted *= rate;
-                    newest = token;
+                    Next::Verified => draft.verified = Some(outcome.logits.clone()),
                 }
-                Next::Verified => draft.verified = Some(outcome.logits),
+                // before the first drafted token there is nothing that a token would have to wait for
+                if draft.is_certain() || draft.verified.is_some() || drafted == max_tokens {
+                    return Ok(draft);
+                }
+                draft.tokens.push(newest);
             }
-            // before the first drafted token there is nothing that a token would have to wait for
-            if draft.is_certain() || draft.verified.is_some() || drafted == max_tokens {
-                return Ok(draft);
-            }
-            draft.tokens.push(newest);
         }
     }
 
@@ -335,11 +383,6 @@ fn nearest(exit_layers: &[usize], layers: usize, depth: f64) -> Option<usize> {
         .copied()
         .filter(|exit| (1..layers).contains(exit))
         .min_by(|&a, &b| distance(a).total_cmp(&distance(b)))
-}
-
-/// Which of [`BINS`] equal bins of 0..=1 a probability falls into.
-fn bin(probability: f32) -> usize {
-    ((probability * BINS as f32) as usize).min(BINS - 1)
 }
 
 /// The probability of the most probable token less that of the second.

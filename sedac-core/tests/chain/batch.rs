@@ -2,7 +2,7 @@
 
 use super::toy::{Caches, ToyDevice, VOCABULARY, ends};
 use proptest::prelude::*;
-use sedac_core::backend::{Backend, LogitsRequest, SequenceStep, StepOutcome};
+use sedac_core::backend::{Ahead, Backend, LogitsRequest, SequenceStep, StepOutcome};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
 use sedac_core::policy::{ByDepth, ExitPolicy, ExitRule, Learned};
@@ -36,6 +36,7 @@ fn step_of<'a>(
         rule: planned.with_rule.then_some(rule),
         max_depth: planned.max_depth,
         logits: LogitsRequest::Rows(1),
+        ahead: Ahead::default(),
     }
 }
 

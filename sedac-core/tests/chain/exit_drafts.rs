@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use super::toy::{CAPACITY, Caches, Decides, Toy, VOCABULARY, chain, ends};
 use proptest::prelude::*;
-use sedac_core::backend::{Backend, HostDecided, LogitsRequest, SequenceStep, StepExit};
+use sedac_core::backend::{Ahead, Backend, HostDecided, LogitsRequest, SequenceStep, StepExit};
 use sedac_core::bundle::DrafterKind;
 use sedac_core::chain::{Chain, DecodingMode, DraftSummary, Request, Token};
 use sedac_core::interrupt::Interrupt;
@@ -43,6 +43,7 @@ impl Plain {
             rule,
             max_depth: self.backend.num_layers(),
             logits: LogitsRequest::Rows(1),
+            ahead: Ahead::default(),
         };
         let outcomes = self.backend.step(&mut [step], &Interrupt::default());
         let outcome = outcomes.unwrap().swap_remove(0);
@@ -163,7 +164,7 @@ proptest! {
     ) {
         // the kernel knows no exit heads
         let kind = match (decides, kind) {
-            (Decides::Kernel, 2 | 3) => 0,
+            (Decides::Kernel | Decides::KernelByToken, 2 | 3) => 0,
             _ => kind,
         };
         let policy = policy(kind, threshold, &ends(&engine_sizes));

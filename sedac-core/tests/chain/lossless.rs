@@ -87,7 +87,7 @@ proptest! {
         requests in prop::collection::vec(requests(), 1..6),
     ) {
         let of = |decides| chain(decides, &engine_sizes, agreement, per_token).0;
-        let (mut engines, mut passes) = (of(Decides::Host), of(Decides::Kernel));
+        let (mut engines, mut passes) = (of(Decides::Host), of(Decides::KernelByToken));
         for mut request in requests {
             request.mode = DecodingMode::Lossless { drafter };
             let (expected, theirs) = generate(&mut engines, &request, 100);

@@ -3,9 +3,12 @@
 
 use super::toy::{CAPACITY, Caches, Toy, ToyKernel, VOCABULARY, ends};
 use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
 use sedac_core::Error;
 use sedac_core::backend::cuda::CudaChain;
-use sedac_core::backend::{Backend, HostDecided, LogitsRequest, SequenceStep, StepOutcome};
+use sedac_core::backend::{
+    Ahead, Backend, HostDecided, LogitsRequest, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome,
+};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
 use sedac_core::policy::{ExitPolicy, ExitRule, Stability};
@@ -113,6 +116,7 @@ fn step_of<'a>(
                         LogitsRequest::Sampled(race.unwrap())
                     }
                 },
+                ahead: Ahead::default(),
             })
         }
         Planned::Complete => Some(SequenceStep {
@@ -121,6 +125,7 @@ fn step_of<'a>(
             rule: None,
             max_depth: layers,
             logits: LogitsRequest::None,
+            ahead: Ahead::default(),
         }),
         Planned::Truncate(count) => {
             sequence.truncate(sequence.tokens().len().saturating_sub(*count));
@@ -165,8 +170,8 @@ proptest! {
             let theirs = step_of(planned, &mut reference, &rules, layers);
             if let (Some(ours), Some(theirs)) = (ours, theirs) {
                 let mut ours = run(&mut passes, &mut [ours]).remove(0);
-                let margin = ours.margin.take();
-                prop_assert_eq!(margin.is_some(), !ours.logits.tokens().is_empty());
+                let margins = std::mem::take(&mut ours.margins);
+                prop_assert_eq!(margins.len(), ours.logits.tokens().len());
                 prop_assert_eq!(ours, run(&mut engines, &mut [theirs]).remove(0));
             }
             // where waiting positions did not fit into a pass, they went deeper before
@@ -178,6 +183,39 @@ proptest! {
         for (layer, (ours, theirs)) in ours.iter().zip(theirs.iter()).enumerate() {
             let filled = reference.kv().filled(layer);
             prop_assert_eq!(&ours[..filled], &theirs[..filled]);
+        }
+    }
+
+    #[test]
+    fn steps_ahead_are_single_steps(
+        engine_sizes in prop::collection::vec(1..=2_usize, 1..5),
+        seed in prop::option::of(0..100_u64),
+        aheads in prop::collection::vec((1..=MAX_AHEAD, 1..10_usize, 0.0..1.0_f32), 1..8),
+        sequences in 1..4_usize,
+    ) {
+        let exits = ends(&engine_sizes);
+        let layers = *exits.last().unwrap();
+        let kernel = ToyKernel::new(&engine_sizes, 200, sequences, &Caches::default());
+        let mut ahead = CudaChain::new(kernel, layers, &exits, CAPACITY, sequences);
+        let mut lanes: Vec<_> = (0..sequences as u32)
+            .map(|first| Followed::new(first, seed, &mut ahead, &engine_sizes))
+            .collect();
+        for &(tokens, max_depth, acceptance) in &aheads {
+            let ahead_of = Ahead {
+                acceptance: [acceptance; MARGIN_BINS],
+                min_accepted: [0.2; MAX_AHEAD],
+                ..Ahead::of(tokens)
+            };
+            let mut steps: Vec<_> = lanes
+                .iter_mut()
+                .map(|lane| lane.step(max_depth, ahead_of))
+                .collect();
+            let outcomes = run(&mut ahead, &mut steps);
+            for (lane, outcome) in lanes.iter_mut().zip(outcomes) {
+                prop_assert!((1..=tokens).contains(&outcome.logits.tokens().len()));
+                prop_assert_eq!(outcome.margins.len(), outcome.logits.tokens().len());
+                lane.check(&outcome, max_depth)?;
+            }
         }
     }
 
@@ -222,6 +260,74 @@ proptest! {
     }
 }
 
+/// A sequence that goes ahead, and one of another backend that takes its tokens one by one.
+struct Followed {
+    sequence: Sequence,
+    sampler: Sampler,
+    newest: [u32; 1],
+    reference: Sequence,
+    engines: HostDecided<Toy>,
+}
+
+impl Followed {
+    fn new(
+        first: u32,
+        seed: Option<u64>,
+        ahead: &mut CudaChain<ToyKernel>,
+        engine_sizes: &[usize],
+    ) -> Self {
+        let sampling = Sampling {
+            temperature: seed.map_or(0.0, |_| 0.8),
+            seed: seed.unwrap_or(0) + u64::from(first),
+            ..Sampling::default()
+        };
+        let toy = Toy::new(engine_sizes, 200, &Caches::default());
+        let mut engines = HostDecided::new(toy, &ends(engine_sizes), CAPACITY);
+        Self {
+            sequence: ahead.open(KvFill::Defer).unwrap(),
+            sampler: Sampler::new(sampling).unwrap(),
+            newest: [first],
+            reference: engines.open(KvFill::Defer).unwrap(),
+            engines,
+        }
+    }
+
+    fn step(&mut self, max_depth: usize, ahead: Ahead) -> SequenceStep<'_> {
+        SequenceStep {
+            sequence: &mut self.sequence,
+            tokens: &self.newest,
+            rule: None,
+            max_depth,
+            logits: LogitsRequest::of(&mut self.sampler, ahead.tokens),
+            ahead,
+        }
+    }
+
+    /// The tokens of `outcome` are those of single steps, and the sequence is as after these.
+    fn check(&mut self, outcome: &StepOutcome, max_depth: usize) -> Result<(), TestCaseError> {
+        for &token in outcome.logits.tokens() {
+            let step = SequenceStep {
+                sequence: &mut self.reference,
+                tokens: &self.newest,
+                rule: None,
+                max_depth,
+                logits: LogitsRequest::of(&mut self.sampler, 1),
+                ahead: Ahead::default(),
+            };
+            let single = run(&mut self.engines, &mut [step]).remove(0);
+            prop_assert_eq!(single.exit, outcome.exit);
+            prop_assert_eq!(single.logits.tokens(), &[token]);
+            self.sampler.skip();
+            self.newest = [token];
+        }
+        prop_assert_eq!(self.sequence.tokens(), self.reference.tokens());
+        for layer in 0..self.engines.num_layers() {
+            prop_assert!(self.sequence.kv().filled(layer) >= self.reference.kv().filled(layer));
+        }
+        Ok(())
+    }
+}
+
 fn chain(slots: usize) -> CudaChain<ToyKernel> {
     let kernel = ToyKernel::new(&[1; 4], 200, slots, &Caches::default());
     CudaChain::new(kernel, 4, &[1, 2, 3, 4], CAPACITY, slots)
@@ -234,7 +340,37 @@ fn step<'a>(sequence: &'a mut Sequence, tokens: &'a [u32], max_depth: usize) -> 
         rule: None,
         max_depth,
         logits: LogitsRequest::Tokens(1),
+        ahead: Ahead::default(),
     }
+}
+
+#[test]
+fn a_step_ahead_is_one_pass() {
+    let mut backend = chain(2);
+    let mut sequences = [0, 1].map(|_| backend.open(KvFill::Defer).unwrap());
+    let [first, second] = &mut sequences;
+    fn ahead(sequence: &mut Sequence, tokens: usize) -> SequenceStep<'_> {
+        SequenceStep {
+            logits: LogitsRequest::Tokens(tokens),
+            ahead: Ahead::of(tokens),
+            ..step(sequence, &[1], 4)
+        }
+    }
+    let alone = run(&mut backend, &mut [ahead(first, 4)]);
+    assert_eq!(alone[0].logits.tokens().len(), 4);
+    // two sequences share the rows of a pass
+    let together = run(&mut backend, &mut [ahead(first, 8), ahead(second, 3)]);
+    let tokens: Vec<_> = together
+        .iter()
+        .map(|outcome| outcome.logits.tokens().len())
+        .collect();
+    assert_eq!(
+        tokens,
+        [1, 1],
+        "the first is before the beginning of a chunk"
+    );
+    assert_eq!(backend.device().passes, [1, 2]);
+    assert_eq!((first.tokens().len(), second.tokens().len()), (5, 1));
 }
 
 #[test]

@@ -5,6 +5,9 @@
 
 constexpr int MAX_ROWS = 8;
 
+// Bins of a token's margin, by which the acceptance of drafts is known.
+constexpr int MARGIN_BINS = 8;
+
 // What the host has to know of a module.
 struct Facts {
   unsigned abi;  // version of this file
@@ -57,14 +60,14 @@ struct Condition {
   unsigned may_exit;
 };
 
-// By what the token of a row is sampled: see race.cuh.
+// By what a token is sampled: see race.cuh.
 struct RowRace {
   unsigned long long key;
   float inverse_temperature;
   int unused;
 };
 
-// What came of a pass.
+// What came of a pass. What a step gives of a row or of a sequence is at step * (rows or sequences) + its index.
 struct Outcome {
   struct {
     int depth;      // layers that ran
@@ -78,13 +81,15 @@ struct Outcome {
     int finite;    // whether all its logits are
     float margin;  // its probability less that of the second
   } row[MAX_ROWS];
-  unsigned long long started, layers_ended, ended;  // globaltimer, ns
   struct {
     unsigned token;  // that wins the race
     float logit;
     float total;     // sum of exp(logit - the highest) over all tokens
     int is_certain;  // whether rounding cannot have made it win
-  } race[MAX_ROWS];  // of sampled rows
+  } race[MAX_ROWS];            // of sampled rows
+  unsigned long long started;  // globaltimer, ns
+  unsigned long long layers_ended[MAX_ROWS], ended[MAX_ROWS];  // by step
+  int steps, unused;           // that ran
 };
 
 struct Pass {
@@ -95,15 +100,21 @@ struct Pass {
   float* saved;                  // [slot][capacity][saved floats], hidden states at exits
   char *scratch, *next_scratch;  // this pass's, all zero, and the next one's, which this pass clears
   const char* tables;
-  unsigned* counters;
-  float* logits;  // [rows][vocabulary]
+  float* logits;  // [step][row][vocabulary]
   Outcome* outcome;
   int capacity, blocks, rows, sequences;
   int clear_rows;        // rows that the pass before used of next_scratch
   unsigned logits_rows;  // bit r: the logits of row r are wanted
   Row row[MAX_ROWS];
   SequenceRows sequence[MAX_ROWS];
-  RowRace race[MAX_ROWS];
-  unsigned sampled_rows;  // bit r: the token of row r is sampled; its logits are wanted too
-  unsigned unused;
+  RowRace race[MAX_ROWS];  // [step][row]
+  unsigned sampled_rows;   // bit r: the token of row r is sampled; its logits are wanted too
+  unsigned number;         // of the pass's first step, counted over all passes
+  // Steps that the pass may take: after the first, each row's next token is the one that was chosen for it. Then every
+  // sequence has one row, of a token, with logits and without a rule, and steps * rows are at most MAX_ROWS.
+  int steps;
+  int unused;
+  // A further step is taken where the probability that all tokens chosen so far are accepted is at least this, by step.
+  float min_accepted[MAX_ROWS];
+  float acceptance[MARGIN_BINS];  // of a token, by the bin of its margin
 };

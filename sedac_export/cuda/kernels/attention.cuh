@@ -18,13 +18,14 @@ struct ActiveRows {
   int slot;
 };
 template <int N>
-__device__ __forceinline__ ActiveRows active_rows(const Pass& pass, int sequence, unsigned active) {
-  if (N == 1) return {0, 1, pass.row[0].position, pass.sequence[0].slot};
+__device__ __forceinline__ ActiveRows active_rows(const Pass& pass, const Shared<N>& shared, int sequence,
+                                                  unsigned active) {
+  if (N == 1) return {0, 1, shared.position[0], pass.sequence[0].slot};
   const SequenceRows& rows = pass.sequence[sequence];
   const unsigned mine = active >> rows.first_row & ((1u << rows.rows) - 1);
   const int skipped = mine ? __ffs(mine) - 1 : rows.rows;  // rows that start deeper come first
   const int first = rows.first_row + skipped;
-  return {first, rows.rows - skipped, mine ? pass.row[first].position : 0, rows.slot};
+  return {first, rows.rows - skipped, mine ? shared.position[first] : 0, rows.slot};
 }
 
 // Keys to a chunk, as a power of two.
@@ -63,7 +64,7 @@ struct Attention {
     bool again = false;
 #pragma unroll 1
     for (int s = 0; s < (N == 1 ? 1 : pass.sequences); s++) {
-      const ActiveRows rows = active_rows<N>(pass, s, active);
+      const ActiveRows rows = active_rows<N>(pass, shared, s, active);
       if (!rows.count) continue;
       const int chunks = ((rows.start + rows.count - 1) >> shift) + 1, pairs = N == 1 ? 1 : (rows.count + 1) / 2,
                 items = KV_HEADS * chunks * pairs;
@@ -114,7 +115,8 @@ struct Attention {
     for (int q = 0; q < LOADS_OF_THREAD; q++) {
       const int i = (tid + q * THREADS) % LOADS, key = min(first_key + i / (HEAD / 8), pass.capacity - 1);
       const half* from = (q * THREADS < LOADS ? layer.keys : layer.values) + (cache + key) * HEAD + i % (HEAD / 8) * 8;
-      asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
+      // from L2: another block may have written them in the step before
+      asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];"
                    : "=r"(loaded[q].x), "=r"(loaded[q].y), "=r"(loaded[q].z), "=r"(loaded[q].w)
                    : "l"(from));
     }

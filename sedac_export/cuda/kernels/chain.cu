@@ -1,5 +1,6 @@
 // A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit
-// is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head.
+// is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head, and may
+// go on with the tokens that it chose.
 #include "head.cuh"
 #include "prefetch.cuh"
 #include "probe.cuh"
@@ -60,6 +61,9 @@ struct Chain {
     }
     copy(&shared.tables, pass.tables + static_cast<size_t>(block) * sizeof(Tables), sizeof(Tables));
     copy(shared.layers, pass.layers, sizeof(shared.layers));
+    if (tid < N) shared.token[tid] = pass.row[tid].token, shared.position[tid] = pass.row[tid].position;
+    if (tid < N) shared.accepted[tid] = 1;
+    if (!tid) shared.step = shared.going_on = 0;
     __syncthreads();
   }
 
@@ -104,14 +108,47 @@ struct Chain {
     prepare_rows();
     Residual<N> residual{pass, shared, scratch};
     Stages<N> stages{pass, shared, ring, residual, scratch};
-    const int layer = run_layers(residual, stages, first_layer, last_layer);
-    if (!block_index() && !threadIdx.x) pass.outcome->layers_ended = now();
-    if (layer < last_layer) ring.skip_to_head();
-    if (pass.logits_rows) residual.finish(thread_index(), pass.logits_rows, exits, odd);
     Head<N> head{pass, shared, ring, stages, scratch};
-    if (pass.logits_rows) head.run();
+    bool again;
+#pragma unroll 1
+    do {
+      const int layer = run_layers(residual, stages, first_layer, last_layer);
+      if (!block_index() && !threadIdx.x) pass.outcome->layers_ended[shared.step] = now();
+      if (layer < last_layer) ring.leave_out(SKIP_TO_HEAD);
+      if (pass.logits_rows) residual.finish(thread_index(), pass.logits_rows, exits, odd);
+      if (pass.logits_rows) head.run();
+      again = finish_step(head);
+    } while (again);
     ring.finish();
-    finish(head);
+  }
+
+  // Returns whether there is another step, with the tokens chosen.
+  __device__ __forceinline__ bool finish_step(Head<N>& head) {
+    const int step = shared.step;
+    const bool writes = !block_index(), may_go_on = step + 1 < pass.steps;
+    if (writes || may_go_on) head.collect(writes);
+    sync_block();
+    const bool again = may_go_on && shared.going_on == pass.logits_rows;
+    if (writes && !threadIdx.x) pass.outcome->ended[step] = now(), pass.outcome->steps = step + 1;
+    if (!again) {
+      if (may_go_on) ring.leave_out(SKIP_TO_END);
+      return false;
+    }
+    begin_step(step + 1);
+    return true;
+  }
+
+  __device__ __forceinline__ void begin_step(int step) {
+    // the flags of a row go on alternating
+#pragma unroll
+    for (int t = 0; t < N; t++)
+      if (t < rows()) odd ^= (exits.stopped_at(N == 1 ? 0 : pass.row[t].sequence) & 1) << t;
+    exits = {};
+    find_next_stop();
+    load_rotary();
+    sync_block();
+    if (!threadIdx.x) shared.step = step, shared.going_on = 0;
+    sync_block();
   }
 
   // The warp that sends weights.
@@ -129,7 +166,8 @@ struct Chain {
                         last_layer,
                         shared.tables.range[STAGES - 1][warp].y,
                         head_tiles(pass),
-                        pass.blocks};
+                        pass.blocks,
+                        pass.steps};
     return {slots_of(warp), shared_address(shared.barriers[warp]), source, warp};
   }
 
@@ -142,7 +180,7 @@ struct Chain {
     constexpr int HALF = ROTARY / 2;
     for (int i = threadIdx.x; i < SEDAC_ROTARY_TABLES * rows() * HALF; i += THREADS) {
       const int table = i / (rows() * HALF), t = i / HALF % rows(), k = i % HALF;
-      const size_t at = (static_cast<size_t>(table) * pass.capacity + pass.row[t].position) * HALF + k;
+      const size_t at = (static_cast<size_t>(table) * pass.capacity + shared.position[t]) * HALF + k;
       shared.rotary[table][t][0][k] = pass.cos[at], shared.rotary[table][t][1][k] = pass.sin[at];
     }
   }
@@ -249,10 +287,9 @@ struct Chain {
     if (!stops) return;
     find_next_stop();
     if (!block_index() && tid < 32 && tid % MAX_CRITERIA == 0 && (stops >> s & 1)) {
-      pass.outcome->sequence[s].depth = depth;
-      pass.outcome->sequence[s].criterion = criterion;
-      pass.outcome->sequence[s].stability = stability;
-      pass.outcome->sequence[s].risk = risk;
+      auto& outcome = pass.outcome->sequence[shared.step * sequences() + s];
+      outcome.depth = depth, outcome.criterion = criterion;
+      outcome.stability = stability, outcome.risk = risk;
     }
     if (depth == LAYERS) return;
     const int row = block_index();
@@ -271,23 +308,6 @@ struct Chain {
     if (!rows) return 0;
     return probe_risks(rows, shared.layers[depth - 1].probe, scratch, depth, pass.blocks,
                        layer_parities(odd, depth - 1));
-  }
-
-  // The last block to come here writes what the head found.
-  __device__ __forceinline__ void finish(Head<N>& head) {
-    sync_block();
-    int* last = reinterpret_cast<int*>(shared.sums[0]);
-    if (!threadIdx.x) {
-      __threadfence();
-      *last = atomicAdd(pass.counters, 1u) == pass.blocks - 1u;
-    }
-    sync_block();
-    if (!*last) return;
-    __threadfence();
-    head.finish();
-    if (threadIdx.x) return;
-    *pass.counters = 0;
-    pass.outcome->ended = now();
   }
 };
 
@@ -311,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_8(const __gri
   run_chain<8>(pass);
 }
 
-extern "C" __device__ const Facts sedac_facts = {2,
+extern "C" __device__ const Facts sedac_facts = {3,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),

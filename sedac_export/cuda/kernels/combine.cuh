@@ -81,7 +81,7 @@ struct Combine {
     const int head = item * 4 / HEAD;
     const float* from = scratch + row * SCRATCH_ROW;
     return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD,
-                    from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2, (pass.row[row].position >> shared.chunk_shift) + 1,
+                    from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2, (shared.position[row] >> shared.chunk_shift) + 1,
                     row_parity<N>(parities, row));
   }
   __device__ __forceinline__ half* output(int row, int item) const {

@@ -45,7 +45,7 @@ struct Prefetch {
 
   __device__ __forceinline__ void cache(int layer) const {
     const int keys = 1 << shared.chunk_shift, item = pass.blocks - 1 - block_index();
-    const int chunks = (pass.row[N == 1 ? 0 : pass.rows - 1].position >> shared.chunk_shift) + 1;
+    const int chunks = (shared.position[N == 1 ? 0 : pass.rows - 1] >> shared.chunk_shift) + 1;
     if (N > 1 || item >= KV_HEADS * chunks) return;
     const int first = item % chunks * keys, lines = min(keys, pass.capacity - first) * HEAD / 64;
     const size_t at =

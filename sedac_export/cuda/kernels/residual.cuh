@@ -117,7 +117,7 @@ struct Residual {
     const int warp = tid >> 5;
     if (warp < N && has<N>(starting, warp)) {
       // a hidden state from an exit goes on with the very bits that it would have had without
-      const float before = pass.row[warp].token < 0 ? saved(warp)[HIDDEN] : 0;
+      const float before = shared.token[warp] < 0 ? saved(warp)[HIDDEN] : 0;
       const float factor = normalise<false>(tid, warp, shared.layers[layer].attention_norm, before, 0,
                                             [&](int d) { return pair_of_start(warp, d); });
       if (!(tid & 31)) set_factor(warp, before ? saved(warp)[HIDDEN + 1] : factor, before ? before : factor);
@@ -198,12 +198,12 @@ struct Residual {
 
   __device__ __forceinline__ float* saved(int row) const {
     const SequenceRows& of = pass.sequence[pass.row[row].sequence];
-    return pass.saved + (static_cast<size_t>(of.slot) * pass.capacity + pass.row[row].position) * SAVED;
+    return pass.saved + (static_cast<size_t>(of.slot) * pass.capacity + shared.position[row]) * SAVED;
   }
 
   // Two elements of what a row starts from.
   __device__ __forceinline__ float2 pair_of_start(int row, int d) const {
-    const int token = pass.row[row].token;
+    const int token = shared.token[row];
     if (token < 0) return *reinterpret_cast<const float2*>(saved(row) + d);
     // rows of a packed matrix: 32 columns are contiguous
     const size_t block = (static_cast<size_t>(token / 16) * HIDDEN_COLUMNS + d / 32) * 2 + token % 16 / 8;

@@ -19,22 +19,25 @@ constexpr int PIECES_UNDER_WAY = 16, BLOCK_BYTES = 1024;
 // What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
 struct alignas(16) RingState {
   int used_slots, used_pieces;  // by the warp
-  int skips;                    // set by the warp: an exit leaves the rest of the layers out
+  int skips;                    // set by the warp: what is left out, a Skip
   int finished;                 // set by the warp: nothing more will be read
-  int skipped;                  // set by the lane: 1 + the pieces sent before it left the layers
+  int skipped;                  // set by the lane: 1 + the pieces sent before it did so
   int slots_sent;               // then also
 };
 
-// What is sent, and where from.
+// An exit leaves out the rest of the layers, and the last step of a pass all that may have followed.
+enum Skip { SKIP_TO_HEAD = 1, SKIP_TO_END };
+
+// What is sent, and where from: for each step of the pass the layers, then the head.
 struct Source {
   const Piece* table;
   const Layer* layers;  // in shared memory
   const char* head;
   const int4* last_head;
-  int first_layer, last_layer;  // streamed before the head
+  int first_layer, last_layer;
   int pieces_of_layer;
   int head_tiles;
-  int blocks;
+  int blocks, steps;
 };
 
 // The block's tiles of the head, none where no logits are wanted.
@@ -53,7 +56,7 @@ struct Producer {
   unsigned slots, barriers;  // shared addresses
   Source source = {};
   int warp;
-  int layer = source.pieces_of_layer ? source.first_layer : source.last_layer;
+  int layer = first_layer(), step = 0;
   int sent = 0, sent_slots = 0, slot = 0;  // pieces, slots, and the next slot
   int at = 0, round = 0, column = -1;  // the next piece: of the layer, or of the head; column -1 is the tile's first
 
@@ -64,7 +67,7 @@ struct Producer {
     while (!state->finished) {
       if (!left && state->skips) {
         left = true;
-        leave_layers();
+        leave_out(state->skips);
         state->slots_sent = sent_slots;
         __threadfence_block();
         state->skipped = sent + 1;
@@ -73,7 +76,10 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ void leave_layers() { layer = source.last_layer, round = 0, column = -1; }
+  __device__ __forceinline__ void leave_out(int skip) {
+    layer = source.last_layer, step = source.steps - 1;
+    round = skip == SKIP_TO_HEAD ? 0 : source.head_tiles, column = -1;
+  }
 
   // The next piece, if there is one and room for it.
   __device__ __forceinline__ bool send(int used_slots, int used_pieces) {
@@ -89,7 +95,11 @@ struct Producer {
              static_cast<size_t>(piece.offset) * BLOCK_BYTES;
       if (++at == source.pieces_of_layer) at = 0, layer++;
     } else {
-      if (round >= source.head_tiles) return false;
+      if (round >= source.head_tiles) {
+        if (step + 1 >= source.steps) return false;
+        step++, layer = first_layer(), at = round = 0;
+        return true;
+      }
       const int4 share = head_share(warp, round, source.head_tiles, source.blocks, *source.last_head);
       if (column < 0) column = share.y;
       count = min(PIECE, share.z - column);
@@ -110,6 +120,11 @@ struct Producer {
     if (slot >= SLOTS) slot -= SLOTS;
     sent++, sent_slots += count;
     return true;
+  }
+
+ private:
+  __device__ __forceinline__ int first_layer() const {
+    return source.pieces_of_layer ? source.first_layer : source.last_layer;
   }
 };
 
@@ -146,17 +161,17 @@ struct Ring {
     give_back();
   }
 
-  // After an exit: let the pieces land that are under way, and go on with the head.
-  __device__ __forceinline__ void skip_to_head() {
+  // Lets the pieces land that are under way, and goes on with what `skip` does not leave out.
+  __device__ __forceinline__ void leave_out(Skip skip) {
     int sent, slots;
     if constexpr (REGISTERS_MOVE) {
-      if (!(threadIdx.x & 31)) state->skips = 1;
+      if (!(threadIdx.x & 31)) state->skips = skip;
       while (!(sent = state->skipped)) pause();
       __threadfence_block();
       sent--, slots = state->slots_sent;
     } else {
       sent = producer.sent, slots = producer.sent_slots;
-      producer.leave_layers();
+      producer.leave_out(skip);
     }
     for (; piece < sent; piece++) wait();
     next = (next + (slots - used)) % SLOTS;

@@ -67,6 +67,6 @@ constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;            //
 constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
 constexpr int SCRATCH_PROBE = SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2;
 constexpr int SCRATCH_ROW = (SCRATCH_PROBE + 2 * PROBE_WIDTH + 31) / 32 * 32;
-// After the rows: each block's highest logit of each row, and its first of each row's race.
+// After the rows: each block's highest logit of each row, and its first of each row's race, see head.cuh.
 constexpr long long SCRATCH_HIGHEST = 1ll * MAX_ROWS * SCRATCH_ROW;
-constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 2 * 4ll * MAX_BLOCKS * MAX_ROWS) * 4;
+constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 2 * 8ll * MAX_BLOCKS * MAX_ROWS) * 4;

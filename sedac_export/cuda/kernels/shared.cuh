@@ -13,6 +13,10 @@ template <int N>
 struct Shared {
   static constexpr int QUERY_ROWS = 16;  // two tokens of eight heads
   int chunk_shift;                       // keys to a chunk of attention, as a power of two
+  int token[N], position[N];             // of the pass's rows, in this step
+  int step;                              // of the pass
+  unsigned going_on;                     // rows that take another step
+  float accepted[N];                     // probability that the tokens chosen for a row so far are accepted
   Layer layers[LAYERS];
   Tables tables;
   RingState ring[WARPS];

@@ -30,11 +30,17 @@ __device__ __forceinline__ float4 load4(const float* p) {
                : "l"(p));
   return v;
 }
-// Eight halves; one flag for each four.
-__device__ __forceinline__ ulonglong2 load_halves(const half* p) {
+__device__ __forceinline__ ulonglong2 load_words(const ulonglong2* p) {
   ulonglong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1},[%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
   return v;
+}
+// Eight halves; one flag for each four.
+__device__ __forceinline__ ulonglong2 load_halves(const half* p) {
+  return load_words(reinterpret_cast<const ulonglong2*>(p));
+}
+__device__ __forceinline__ void store_words(ulonglong2* p, unsigned long long x, unsigned long long y) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0],{%1,%2};" ::"l"(p), "l"(x), "l"(y) : "memory");
 }
 __device__ __forceinline__ void store1(float* p, float v) {
   asm volatile("st.relaxed.gpu.global.f32 [%0],%1;" ::"l"(p), "f"(v) : "memory");

@@ -11,11 +11,12 @@ from build_cache import BuildCache
 from tiny_models import save_tiny_model
 
 from sedac_export import BuildRequest
+from sedac_export.bundle.manifest import Precision
 from sedac_export.cuda import chain_abi, compiler
 from sedac_export.model.skeleton import Skeleton
 
 TinySkeleton = Callable[[str], Skeleton]
-HalfBundle = Callable[[str], tuple[Path, Path]]
+HalfBundle = Callable[..., tuple[Path, Path]]
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +34,12 @@ def tiny_skeleton(tmp_path_factory: pytest.TempPathFactory) -> TinySkeleton:
 
 @pytest.fixture
 def half_bundle(build_cache: BuildCache, tmp_path: Path) -> HalfBundle:
-    """A model and its fp16 bundle, which the test may change."""
+    """A model and its bundle, by default of fp16, which the test may change."""
 
-    def get(name: str) -> tuple[Path, Path]:
+    def get(name: str, precision: Precision = "fp16") -> tuple[Path, Path]:
         model = tmp_path / f"{name}-model"
         save_tiny_model(name, model)
-        request = BuildRequest(str(model), tmp_path / name, precision="fp16")
+        request = BuildRequest(str(model), tmp_path / name, precision=precision)
         return model, build_cache.bundle(request)
 
     return get

@@ -168,11 +168,10 @@ def test_other_precisions_are_refused_before_anything_is_built(
 ) -> None:
     model, _ = half_bundle("llama")
     built = tmp_path / "built"
-    for precision in ("fp32", "bf16"):
-        options = ("--precision", precision, "--target", "cuda")
-        result = export("build", "--model", model, "--output", built, *options)
-        assert_one_line_error(result, f"these are {precision}", "--precision fp16")
-        assert not built.exists()
+    options = ("--precision", "fp32", "--target", "cuda")
+    result = export("build", "--model", model, "--output", built, *options)
+    assert_one_line_error(result, "these are fp32", "--precision fp16")
+    assert not built.exists()
 
 
 def test_without_a_chain_the_model_must_be_named(half_bundle: HalfBundle, export: Run) -> None:

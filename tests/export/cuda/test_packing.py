@@ -11,6 +11,7 @@ from safetensors.torch import load_file as load_model
 from sedac_export import SedacError
 from sedac_export.arrays import Array
 from sedac_export.bundle import Bundle
+from sedac_export.bundle.manifest import file_entry, read_manifest, write_manifest
 from sedac_export.cuda.description import ChainDescription, describe
 from sedac_export.cuda.packing import pack, write_weights
 from sedac_export.model.skeleton import Skeleton
@@ -42,6 +43,35 @@ def plain(packed: Array) -> Array:
         [element(packed, row, column) for column in range(blocks * 32)] for row in range(tiles * 16)
     ]
     return np.array(elements, np.float16)
+
+
+def test_bf16_keeps_its_numbers(half_bundle: HalfBundle) -> None:
+    model, bundle = half_bundle("llama", "bf16")
+    file, _, _ = packed(model, bundle)
+    weights = {
+        name: weight.bfloat16().float().numpy()
+        for name, weight in load_model(model / "model.safetensors").items()
+    }
+    matrix = weights["model.layers.1.mlp.down_proj.weight"]
+    stored = plain(file["layers.1.down"])
+    exact = np.abs(matrix) >= 2**-17
+    assert exact.mean() > 0.9
+    np.testing.assert_array_equal(stored[exact], matrix[exact])
+    np.testing.assert_allclose(stored, matrix, rtol=0, atol=2**-25)
+    norm = weights["model.layers.1.input_layernorm.weight"]
+    np.testing.assert_array_equal(file["layers.1.attention_norm"], norm)
+
+
+def test_bf16_beyond_fp16_is_refused(half_bundle: HalfBundle) -> None:
+    model, bundle = half_bundle("llama", "bf16")
+    data = bundle / "onnx" / "layer_000.data"
+    largest = np.full(data.stat().st_size // 2, 0x7F7F, np.uint16)  # 3.4e38
+    data.write_bytes(largest.tobytes())
+    manifest = read_manifest(bundle)
+    files = manifest.files | {"onnx/layer_000.data": file_entry(bundle, "onnx/layer_000.data")}
+    write_manifest(bundle, manifest.model_copy(update={"files": files}))
+    with pytest.raises(SedacError, match=r"beyond the range of fp16.* leave the target out"):
+        packed(model, bundle)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (40, 64)])

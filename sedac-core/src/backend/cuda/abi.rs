@@ -1,17 +1,15 @@
 //! What the kernel and the core hand to each other, as it lies in memory: mirrors of the structs in
 //! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
 
+use crate::backend::{MARGIN_BINS, MAX_AHEAD};
 use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 2;
+pub(super) const ABI: u32 = 3;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
-
-/// Counters that a pass uses, all 0 between passes.
-pub(super) const COUNTERS: usize = 64;
 
 /// Facts about a compiled chain: the module's constant `sedac_facts`.
 #[repr(C)]
@@ -127,7 +125,7 @@ pub struct SequenceRows {
     pub conditions: u64,
 }
 
-/// By what the token of a row is sampled.
+/// By what a token is sampled.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RowRace {
@@ -157,8 +155,7 @@ pub(super) struct PassParameters {
     /// The next pass's set, which this one clears.
     pub(super) next_scratch: u64,
     pub(super) tables: u64,
-    pub(super) counters: u64,
-    /// [MAX_ROWS, vocabulary], fp32.
+    /// [step, row, vocabulary], fp32.
     pub(super) logits: u64,
     /// Pinned memory of the host.
     pub(super) outcome: u64,
@@ -172,10 +169,18 @@ pub(super) struct PassParameters {
     pub(super) logits_rows: u32,
     pub(super) row: [PassRow; MAX_ROWS],
     pub(super) sequence: [SequenceRows; MAX_ROWS],
+    /// By step and row.
     pub(super) race: [RowRace; MAX_ROWS],
     /// Bit r: the token of row r is sampled; its logits are wanted too.
     pub(super) sampled_rows: u32,
-    pub(super) unused: u32,
+    /// Of its first step, counted over all passes.
+    pub(super) number: u32,
+    /// The most steps.
+    pub(super) steps: i32,
+    pub(super) unused: i32,
+    /// See [`Ahead`](crate::backend::Ahead).
+    pub(super) min_accepted: [f32; MAX_AHEAD],
+    pub(super) acceptance: [f32; MARGIN_BINS],
 }
 
 /// Where a sequence of a pass stopped.
@@ -220,22 +225,27 @@ pub struct RaceOutcome {
     pub is_certain: i32,
 }
 
-/// What the host reads after a pass.
+/// What the host reads after a pass. What a step gives of a row, or of a sequence, is at the step's
+/// index times their number, plus its own index.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PassOutcome {
-    /// By sequence of the pass.
+    /// By step and sequence of the pass.
     pub sequence: [SequenceOutcome; MAX_ROWS],
-    /// By row of the pass; of those only whose logits are wanted.
+    /// By step and row of the pass; of those only whose logits are wanted.
     pub row: [RowOutcome; MAX_ROWS],
+    /// By step and row of the pass; of those only whose tokens are sampled.
+    pub race: [RaceOutcome; MAX_ROWS],
     /// When it started, in nanoseconds of the device's clock.
     pub started: u64,
-    /// When the last layer ended.
-    pub layers_ended: u64,
-    /// When the head ended.
-    pub ended: u64,
-    /// By row of the pass; of those only whose tokens are sampled.
-    pub race: [RaceOutcome; MAX_ROWS],
+    /// When the last layer ended, by step.
+    pub layers_ended: [u64; MAX_AHEAD],
+    /// When the head ended, by step.
+    pub ended: [u64; MAX_AHEAD],
+    /// Steps that ran.
+    pub steps: i32,
+    /// Padding.
+    pub unused: i32,
 }
 
 const _: () = {
@@ -244,8 +254,9 @@ const _: () = {
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
-    assert!(size_of::<PassParameters>() == 648);
-    assert!(size_of::<PassOutcome>() == 408);
+    assert!(size_of::<PassParameters>() == 712);
+    assert!(size_of::<PassOutcome>() == 528);
+    assert!(MAX_AHEAD == MAX_ROWS);
     assert!(size_of::<Condition>() == 32);
 };
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
+use crate::backend::Ahead;
 use crate::error::Result;
 use crate::policy::Condition;
 
@@ -24,8 +25,11 @@ pub struct PassPlan {
     pub logits_rows: u32,
     /// Bit r: the token of row r is sampled, which needs its logits.
     pub sampled_rows: u32,
-    /// By what, by row; of no meaning where it is not.
+    /// By what, by step and row; of no meaning where it is not.
     pub races: [RowRace; MAX_ROWS],
+    /// How far the pass goes on by itself: then every sequence has one row, of a token, with logits
+    /// and without a rule, and there is room for as many rows as all steps have.
+    pub ahead: Ahead,
 }
 
 /// A device that runs whole passes: weights, caches and saved hidden states of every slot.

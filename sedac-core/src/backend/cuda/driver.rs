@@ -9,7 +9,7 @@ use cudarc::driver::{
 };
 
 use super::CudaChain;
-use super::abi::{COUNTERS, LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
+use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
 use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 use super::compiled_chain::CompiledChain;
 use super::packed_weights::{PackedWeights, WeightAddresses};
@@ -208,9 +208,10 @@ impl CudaDriver {
             scratch: allocate(sizes.scratch)?,
             next_scratch: allocate(sizes.scratch)?,
             tables: allocate(sizes.tables)?,
-            counters: allocate((COUNTERS * size_of::<u32>()) as u64)?,
             capacity: sizes.capacity as i32,
             blocks: chain.blocks as i32,
+            // scratch that nothing wrote to holds 0
+            number: 1,
             ..PassParameters::default()
         };
         let layers = stream.clone_htod(&weights.layers);
@@ -288,6 +289,7 @@ impl CudaDriver {
             assert!(below(row.position, self.sizes.capacity) && below(row.sequence, sequences));
             assert!(below(row.first_layer, self.sizes.layers));
         }
+        self.check_steps(pass);
         let mut next = 0;
         for sequence in &pass.sequences {
             assert!(below(sequence.slot, self.sizes.sequences) && sequence.first_row == next);
@@ -303,6 +305,23 @@ impl CudaDriver {
             pass.rows.len(),
             "each row is of one sequence"
         );
+    }
+
+    /// Check that further steps of a pass stay inside, and that the kernel can run them.
+    ///
+    /// # Panics
+    /// When they do not.
+    fn check_steps(&self, pass: &PassPlan) {
+        let (steps, rows) = (pass.ahead.tokens, pass.rows.len());
+        assert!(steps > 0 && steps * rows <= MAX_ROWS, "steps of a pass");
+        let alone = pass.sequences.len() == rows && pass.logits_rows == (1 << rows) - 1;
+        let ruled = pass.sequences.iter().any(|sequence| sequence.criteria > 0);
+        assert!(steps == 1 || (alone && !ruled), "rows that go on");
+        for row in &pass.rows {
+            let last = row.position as usize + steps - 1;
+            assert!(steps == 1 || (row.token >= 0 && row.first_layer == 0));
+            assert!(last < self.sizes.capacity, "positions of a pass");
+        }
     }
 }
 
@@ -363,6 +382,9 @@ impl ChainDevice for CudaDriver {
         parameters.logits_rows = pass.logits_rows;
         parameters.sampled_rows = pass.sampled_rows;
         parameters.race = pass.races;
+        parameters.steps = pass.ahead.tokens as i32;
+        parameters.min_accepted = pass.ahead.min_accepted;
+        parameters.acceptance = pass.ahead.acceptance;
         parameters.row[..pass.rows.len()].copy_from_slice(&pass.rows);
         parameters.sequence[..pass.sequences.len()].copy_from_slice(&pass.sequences);
         let (kernel, config) = self.chain.kernel(pass.rows.len());
@@ -379,6 +401,8 @@ impl ChainDevice for CudaDriver {
         let launched = launched.map(drop).and(waited);
         launched.map_err(failed("a pass of the chain"))?;
         self.last_rows = pass.rows.len();
+        let parameters = &mut self.parameters;
+        parameters.number = parameters.number.wrapping_add(pass.ahead.tokens as u32);
         std::mem::swap(
             &mut self.parameters.scratch,
             &mut self.parameters.next_scratch,

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassRow};
-use crate::backend::{EngineTiming, Logits, SequenceStep, StepExit};
+use crate::backend::{Ahead, EngineTiming, Logits, LogitsRequest, SequenceStep, StepExit};
 use crate::error::Result;
 use crate::kv::{KvFill, KvState};
 use crate::policy::ExitReason;
@@ -22,8 +22,12 @@ pub(super) struct Lane {
     wanted: Range<usize>,
     pub(super) exit: StepExit,
     pub(super) logits: Logits,
-    /// Of the newest row, where tokens are wanted, sampled or not.
-    pub(super) margin: Option<f32>,
+    /// Of the logits' rows, where tokens are wanted, sampled or not.
+    pub(super) margins: Vec<f32>,
+    /// How far it can go on.
+    pub(super) ahead: Ahead,
+    /// How far it was asked to.
+    asked_ahead: usize,
     pub(super) timings: Vec<EngineTiming>,
 }
 
@@ -57,7 +61,17 @@ impl Lane {
         );
         let wanted = match step.logits.positions() {
             wanted if limit < layers => wanted.min(1),
+            wanted if step.ahead.tokens > 1 => wanted.min(step.tokens.len()),
             wanted => wanted,
+        };
+        let chooses = matches!(
+            step.logits,
+            LogitsRequest::Tokens(_) | LogitsRequest::Sampled(_)
+        );
+        let may_go_on = chooses && step.rule.is_none() && step.tokens.len() == 1 && rows.len() == 1;
+        let tokens = match may_go_on {
+            true => step.ahead.tokens.min(step.sequence.room() + 1),
+            false => 1,
         };
         assert!(wanted <= rows.len(), "logits of positions that do not run");
         Ok(Self {
@@ -74,7 +88,12 @@ impl Lane {
                 reason: ExitReason::FullDepth,
             },
             logits: Logits::None,
-            margin: None,
+            margins: Vec::new(),
+            ahead: Ahead {
+                tokens,
+                ..step.ahead
+            },
+            asked_ahead: step.ahead.tokens,
             timings: Vec::new(),
         })
     }
@@ -84,9 +103,18 @@ impl Lane {
         !self.pieces.is_empty()
     }
 
-    /// The number of its rows after the one numbered `row`.
-    pub(super) fn later(&self, row: usize) -> usize {
-        self.rows.len() - 1 - row
+    /// The token at the next of the positions wanted, and its margin.
+    pub(super) fn take_token(&mut self, token: u32, margin: f32) {
+        self.margins.push(margin);
+        match &mut self.logits {
+            Logits::Tokens(earlier) => earlier.push(token),
+            other => *other = Logits::Tokens(vec![token]),
+        }
+    }
+
+    /// The number of positions wanted after the one numbered `row` in the pass's step `step`.
+    pub(super) fn later(&self, row: usize, step: usize) -> usize {
+        self.rows.len() - 1 - row + self.asked_ahead - 1 - step
     }
 
     /// Take the next piece, if there is one of at most `room` rows.

@@ -14,7 +14,7 @@ mod pass_costs;
 mod probe_weights;
 mod rule_tables;
 
-use std::time::Duration;
+use std::ops::Range;
 
 pub use self::abi::{
     MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
@@ -26,7 +26,8 @@ use self::pass_costs::PassCost;
 use self::rule_tables::RuleTables;
 use super::profile;
 use super::{
-    Backend, Capabilities, Costs, Logits, LogitsRequest, SequenceStep, StepExit, StepOutcome,
+    Ahead, Backend, Capabilities, Costs, Logits, LogitsRequest, MAX_AHEAD, SequenceStep, StepExit,
+    StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -77,6 +78,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 sequences,
                 probes: device.probes().to_vec(),
                 margins: true,
+                ahead: MAX_AHEAD,
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
@@ -111,11 +113,13 @@ impl<D: ChainDevice> CudaChain<D> {
                 placed.push(self.place(index, lane, piece, &steps[index], &mut pass)?);
             }
         }
+        pass.ahead = shared_ahead(placed.iter().map(|placed| &lanes[placed.lane].ahead));
+        for placed in &placed {
+            place_races(placed, &lanes[placed.lane], &steps[placed.lane], &mut pass);
+        }
         let outcome = self.device.run(&pass)?;
         let cost = PassCost::new(&pass, &outcome);
-        let start = outcome
-            .started
-            .saturating_sub(*self.epoch.get_or_insert(outcome.started));
+        let epoch = *self.epoch.get_or_insert(outcome.started);
         for (
             sequence,
             Placed {
@@ -127,11 +131,12 @@ impl<D: ChainDevice> CudaChain<D> {
         {
             let (lane, step) = (&mut lanes[lane], &mut steps[lane]);
             let exit = self.exit(&piece, step.rule, outcome.sequence[sequence])?;
-            lane.timings
-                .extend(cost.timings(Duration::from_nanos(start), exit.layer));
+            lane.timings.extend(cost.timings(epoch, exit.layer));
             note_filled(lane, &piece, step.sequence, exit.layer);
             self.take_logits(lane, &piece, exit, first_row, &outcome, &step.logits)?;
             lane.exit = exit;
+            let rows = first_row..pass.rows.len();
+            self.take_further_steps(lane, rows, &outcome, step)?;
         }
         Ok(cost)
     }
@@ -164,13 +169,8 @@ impl<D: ChainDevice> CudaChain<D> {
         for row in piece.wanted.clone() {
             let in_pass = first_row + row - piece.rows.start;
             pass.logits_rows |= 1 << in_pass;
-            if let LogitsRequest::Sampled(race) = &step.logits {
+            if let LogitsRequest::Sampled(_) = &step.logits {
                 pass.sampled_rows |= 1 << in_pass;
-                pass.races[in_pass] = RowRace {
-                    key: race.key(lane.later(row)),
-                    inverse_temperature: 1.0 / race.temperature(),
-                    unused: 0,
-                };
             }
         }
         Ok(Placed {
@@ -261,6 +261,7 @@ impl<D: ChainDevice> CudaChain<D> {
         if exit.reason != ExitReason::FullDepth && !wanted.is_empty() {
             wanted.start = wanted.end - 1;
             lane.logits = Logits::None;
+            lane.margins.clear();
         }
         if wanted.is_empty() {
             return Ok(());
@@ -283,25 +284,59 @@ impl<D: ChainDevice> CudaChain<D> {
             }
             return Ok(());
         }
-        lane.margin = outcomes.last().map(|newest| newest.margin);
-        let mut tokens = Vec::new();
         for (row, in_pass) in wanted.zip(rows) {
-            tokens.push(match request {
-                LogitsRequest::Sampled(race) => {
-                    self.sample(race, lane.later(row), in_pass, outcome)?
-                }
-                _ => outcome.row[in_pass].token,
-            });
-        }
-        match &mut lane.logits {
-            Logits::Tokens(earlier) => earlier.extend(tokens),
-            other => *other = Logits::Tokens(tokens),
+            let token = self.token(lane.later(row, 0), in_pass, outcome, request)?;
+            lane.take_token(token, outcome.row[in_pass].margin);
         }
         Ok(())
     }
 
-    /// The token of the row `in_pass`, which `later` others of its sequence follow. Where the
-    /// device's race does not settle it, the row's logits do.
+    /// Take what further steps gave the lane whose only row was the first of `rows`, of which the
+    /// pass had as many as come after it: up to a token that the device did not go on with.
+    fn take_further_steps(
+        &mut self,
+        lane: &mut Lane,
+        rows: Range<usize>,
+        outcome: &PassOutcome,
+        step: &mut SequenceStep<'_>,
+    ) -> Result<()> {
+        for index in 1..outcome.steps as usize {
+            let in_pass = index * rows.end + rows.start;
+            let before = in_pass - rows.end;
+            let chosen = match step.logits {
+                LogitsRequest::Sampled(_) => outcome.race[before].token,
+                _ => outcome.row[before].token,
+            };
+            let newest = lane.logits.tokens().last();
+            if newest != Some(&chosen) || outcome.row[in_pass].finite == 0 {
+                break;
+            }
+            let appended = step.sequence.append(&[chosen])?;
+            for layer in 0..lane.exit.layer {
+                step.sequence.kv_mut().fill(layer, appended.end);
+            }
+            let token = self.token(lane.later(0, index), in_pass, outcome, &step.logits)?;
+            lane.take_token(token, outcome.row[in_pass].margin);
+        }
+        Ok(())
+    }
+
+    /// The token at `in_pass` of the outcome, of whose sequence `later` positions follow.
+    fn token(
+        &mut self,
+        later: usize,
+        in_pass: usize,
+        outcome: &PassOutcome,
+        request: &LogitsRequest,
+    ) -> Result<u32> {
+        match request {
+            LogitsRequest::Sampled(race) => self.sample(race, later, in_pass, outcome),
+            _ => Ok(outcome.row[in_pass].token),
+        }
+    }
+
+    /// The token sampled at `in_pass` of the outcome, of whose sequence `later` positions follow.
+    /// Where the device's race does not settle it, the logits do.
     fn sample(
         &mut self,
         race: &Race,
@@ -342,6 +377,34 @@ impl<D: ChainDevice> CudaChain<D> {
         }
         pass_costs::note(&mut self.costs, &passes);
         Ok(())
+    }
+}
+
+/// How far a pass goes on whose lanes can go on as `each` says: all of them, or none.
+fn shared_ahead<'a>(mut each: impl ExactSizeIterator<Item = &'a Ahead> + Clone) -> Ahead {
+    let (count, tokens) = (each.len(), each.clone().map(|ahead| ahead.tokens).min());
+    let tokens = tokens.unwrap_or(1).min(MAX_ROWS / count.max(1));
+    match each.next() {
+        Some(&ahead) if count == 1 => ahead,
+        Some(_) => Ahead::of(tokens),
+        None => Ahead::default(),
+    }
+}
+
+/// Write the races of the sampled rows of `placed`, of each step, to `pass`.
+fn place_races(placed: &Placed, lane: &Lane, step: &SequenceStep<'_>, pass: &mut PassPlan) {
+    let LogitsRequest::Sampled(race) = &step.logits else {
+        return;
+    };
+    for index in 0..pass.ahead.tokens {
+        for row in placed.piece.wanted.clone() {
+            let in_pass = placed.first_row + row - placed.piece.rows.start;
+            pass.races[index * pass.rows.len() + in_pass] = RowRace {
+                key: race.key(lane.later(row, index)),
+                inverse_temperature: 1.0 / race.temperature(),
+                unused: 0,
+            };
+        }
     }
 }
 
@@ -393,7 +456,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
                 exit: lane.exit,
                 exit_signals: None,
                 logits: lane.logits,
-                margin: lane.margin,
+                margins: lane.margins,
             }
         });
         Ok(outcomes.collect())

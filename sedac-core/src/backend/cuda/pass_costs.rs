@@ -17,61 +17,90 @@ pub(super) struct PassCost {
     first_layer: usize,
     /// The layers that every row ran; None where rows ran different ones.
     layers: Option<usize>,
-    layers_elapsed: Duration,
     logits_rows: usize,
-    head_elapsed: Duration,
+    /// What each of its steps took.
+    steps: Vec<StepCost>,
+}
+
+/// What one step of a pass took.
+#[derive(Debug, Clone, Copy)]
+struct StepCost {
+    /// When it began, of the device's clock.
+    started: u64,
+    layers: Duration,
+    head: Duration,
 }
 
 impl PassCost {
     pub(super) fn new(pass: &PassPlan, outcome: &PassOutcome) -> Self {
         let first_layers = pass.rows.iter().map(|row| row.first_layer);
         let nanoseconds = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
+        let begins = [outcome.started].into_iter().chain(outcome.ended);
+        let ends = outcome.layers_ended.into_iter().zip(outcome.ended);
+        let steps = begins.zip(ends).map(|(started, (layers, head))| StepCost {
+            started,
+            layers: nanoseconds(started, layers),
+            head: nanoseconds(layers, head),
+        });
         Self {
             rows: pass.rows.len(),
             first_layer: first_layers.min().unwrap_or(0) as usize,
             layers: shared_layers(pass, outcome),
-            layers_elapsed: nanoseconds(outcome.started, outcome.layers_ended),
             logits_rows: pass.logits_rows.count_ones() as usize,
-            head_elapsed: nanoseconds(outcome.layers_ended, outcome.ended),
+            steps: steps.take(outcome.steps as usize).collect(),
         }
     }
 
-    /// Its parts, which started at `start`, for a sequence that ran layers up to `depth`.
-    pub(super) fn timings(&self, start: Duration, depth: usize) -> Vec<EngineTiming> {
-        let layers = EngineTiming {
-            part: EnginePart::Layers(self.first_layer..depth),
-            tokens: self.rows,
-            start,
-            elapsed: self.layers_elapsed,
-        };
-        let head = EngineTiming {
-            part: EnginePart::Head,
-            tokens: self.logits_rows,
-            start: start + self.layers_elapsed,
-            elapsed: self.head_elapsed,
-        };
-        let head = (self.logits_rows > 0).then_some(head);
-        [layers].into_iter().chain(head).collect()
+    /// The parts of its steps, by a clock that began at `epoch`, for a sequence that ran layers up
+    /// to `depth`.
+    pub(super) fn timings(&self, epoch: u64, depth: usize) -> Vec<EngineTiming> {
+        let mut timings = Vec::new();
+        for step in &self.steps {
+            let start = Duration::from_nanos(step.started.saturating_sub(epoch));
+            timings.push(EngineTiming {
+                part: EnginePart::Layers(self.first_layer..depth),
+                tokens: self.rows,
+                start,
+                elapsed: step.layers,
+            });
+            if self.logits_rows > 0 {
+                timings.push(EngineTiming {
+                    part: EnginePart::Head,
+                    tokens: self.logits_rows,
+                    start: start + step.layers,
+                    elapsed: step.head,
+                });
+            }
+        }
+        timings
     }
 
-    /// It and `other` as one pass.
-    fn and(&self, other: &Self) -> Self {
-        Self {
+    /// It and `other` as one pass, where each has one step.
+    fn and(&self, other: &Self) -> Option<Self> {
+        let ([first], [second]) = (&self.steps[..], &other.steps[..]) else {
+            return None;
+        };
+        Some(Self {
             rows: self.rows + other.rows,
             first_layer: self.first_layer.min(other.first_layer),
-            layers: self.layers.filter(|_| self.layers == other.layers),
-            layers_elapsed: self.layers_elapsed + other.layers_elapsed,
+            layers: Some(self.layers.filter(|_| self.layers == other.layers)?),
             logits_rows: self.logits_rows + other.logits_rows,
-            head_elapsed: self.head_elapsed + other.head_elapsed,
-        }
+            steps: vec![StepCost {
+                started: first.started,
+                layers: first.layers + second.layers,
+                head: first.head + second.head,
+            }],
+        })
     }
 
     fn note(&self, costs: &mut Costs) {
-        if let Some(layers) = self.layers {
-            costs.note_layers(layers, self.rows, self.layers_elapsed);
-        }
-        if self.logits_rows > 0 {
-            costs.note_head(self.logits_rows, self.head_elapsed);
+        for step in &self.steps {
+            if let Some(layers) = self.layers {
+                costs.note_layers(layers, self.rows, step.layers);
+            }
+            if self.logits_rows > 0 {
+                costs.note_head(self.logits_rows, step.head);
+            }
         }
     }
 }
@@ -79,11 +108,11 @@ impl PassCost {
 /// Note what the passes of a step cost: each by itself, and both of a long verification together.
 pub(super) fn note(costs: &mut Costs, passes: &[PassCost]) {
     passes.iter().for_each(|pass| pass.note(costs));
-    if let [first, second] = passes {
-        let both = first.and(second);
-        if both.layers.is_some() && both.rows <= MAX_VERIFIED {
-            both.note(costs);
-        }
+    if let [first, second] = passes
+        && let Some(both) = first.and(second)
+        && both.rows <= MAX_VERIFIED
+    {
+        both.note(costs);
     }
 }
 
@@ -116,18 +145,18 @@ mod tests {
         };
         let mut outcome = PassOutcome {
             started: 1_000_000_000,
-            layers_ended: 9_000_000_000,
-            ended: 10_000_000_000,
+            steps: 1,
             ..PassOutcome::default()
         };
+        (outcome.layers_ended[0], outcome.ended[0]) = (9_000_000_000, 10_000_000_000);
+        (outcome.layers_ended[1], outcome.ended[1]) = (13_000_000_000, 15_000_000_000);
         outcome.sequence[0].depth = 4;
         PassCost::new(&plan, &outcome)
     }
 
     #[test]
     fn timings_are_of_what_ran() {
-        let start = Duration::from_secs(5);
-        let [layers, head] = &cost(&[3, 2]).timings(start, 4)[..] else {
+        let [layers, head] = &cost(&[3, 2]).timings(1_000_000_000, 4)[..] else {
             panic!("layers and head");
         };
         assert_eq!(

@@ -62,6 +62,7 @@ impl ToyDevice {
                 exit_heads: exit_layers.clone(),
                 attention_only: false,
                 margins: false,
+                ahead: 1,
             },
             exit_layers,
             num_layers,
@@ -170,7 +171,7 @@ impl ToyDevice {
             exit,
             exit_signals: lane.exit_signals,
             logits,
-            margin: None,
+            margins: Vec::new(),
         }
     }
 }

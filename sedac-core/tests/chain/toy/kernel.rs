@@ -8,6 +8,7 @@ use sedac_core::backend::cuda::{
     ChainDevice, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome,
     RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
+use sedac_core::backend::margin_bin;
 use sedac_core::policy::{Comparison, Condition, Signal};
 use sedac_core::sampler::argmax;
 
@@ -66,6 +67,14 @@ impl ToyKernel {
         assert!((1..=MAX_ROWS).contains(&pass.rows.len()));
         assert!(pass.logits_rows < 1 << pass.rows.len());
         assert_eq!(pass.sampled_rows & !pass.logits_rows, 0);
+        if pass.ahead.tokens > 1 {
+            assert!(pass.ahead.tokens * pass.rows.len() <= MAX_ROWS);
+            assert_eq!(pass.sequences.len(), pass.rows.len());
+            assert_eq!(pass.logits_rows, (1 << pass.rows.len()) - 1);
+            assert!(pass.sequences.iter().all(|sequence| sequence.criteria == 0));
+            let starts = |row: &PassRow| row.token >= 0 && row.first_layer == 0;
+            assert!(pass.rows.iter().all(starts));
+        }
         let mut next = 0;
         for (index, sequence) in pass.sequences.iter().enumerate() {
             assert_eq!(sequence.first_row, next);
@@ -150,6 +159,33 @@ impl ToyKernel {
         unreachable!("every sequence stops at its deepest layer")
     }
 
+    fn run_step(&mut self, pass: &PassPlan, step: usize, outcome: &mut PassOutcome) {
+        let mut hidden = vec![Hidden::default(); pass.rows.len()];
+        let first_sequence = step * pass.sequences.len();
+        for (index, sequence) in pass.sequences.iter().enumerate() {
+            assert_eq!(sequence.criteria == 0, sequence.conditions == 0);
+            let rows = sequence.first_row as usize..(sequence.first_row + sequence.rows) as usize;
+            outcome.sequence[first_sequence + index] =
+                self.run_sequence(pass, index, &mut hidden[rows]);
+        }
+        for (index, hidden) in hidden.into_iter().enumerate() {
+            let of_step = step * pass.rows.len() + index;
+            let sequence = first_sequence + pass.rows[index].sequence as usize;
+            if pass.logits_rows & 1 << index == 0 {
+                self.logits.push(vec![f32::NAN; VOCABULARY]);
+            } else {
+                outcome.row[of_step] = self.head(hidden, outcome.sequence[sequence].depth);
+                if pass.sampled_rows >> index & 1 == 1 {
+                    let logits = self.logits.last().unwrap();
+                    outcome.race[of_step] = race(pass.races[of_step], logits);
+                }
+            }
+        }
+        self.clock += 1000;
+        (outcome.layers_ended[step], outcome.ended[step]) = (self.clock - 10, self.clock);
+        outcome.steps = step as i32 + 1;
+    }
+
     fn head(&mut self, hidden: Hidden, depth: i32) -> RowOutcome {
         let mut logits = hidden.logits(depth as usize, self.layers, self.agreement);
         if self.poison == Some(hidden.token) {
@@ -190,6 +226,30 @@ fn race(by: RowRace, logits: &[f32]) -> RaceOutcome {
         total: logits.iter().map(|logit| (logit - highest).exp()).sum(),
         is_certain: (lead > 1e-4 && mix(by.key, 0) & 3 > 0).into(),
     }
+}
+
+/// Make the tokens chosen in a step those of the next. Returns whether it runs.
+fn go_on(
+    pass: &mut PassPlan,
+    step: usize,
+    outcome: &PassOutcome,
+    accepted: &mut [f32; MAX_ROWS],
+) -> bool {
+    let (count, mut goes_on) = (pass.rows.len(), true);
+    for (index, row) in pass.rows.iter_mut().enumerate() {
+        let of_step = step * count + index;
+        let chosen = outcome.row[of_step];
+        row.token = match pass.sampled_rows >> index & 1 {
+            1 => outcome.race[of_step].token as i32,
+            _ => chosen.token as i32,
+        };
+        row.position += 1;
+        accepted[index] *= pass.ahead.acceptance[margin_bin(chosen.margin)];
+        let worth = accepted[index] >= pass.ahead.min_accepted[step];
+        // as at the beginning of a chunk of attention
+        goes_on &= worth && chosen.finite == 1 && row.position % 5 > 0;
+    }
+    goes_on
 }
 
 fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
@@ -249,31 +309,20 @@ impl ChainDevice for ToyKernel {
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
-        self.check(pass);
         self.passes.push(pass.rows.len());
-        let mut outcome = PassOutcome::default();
-        let mut hidden = vec![Hidden::default(); pass.rows.len()];
-        for (index, sequence) in pass.sequences.iter().enumerate() {
-            assert_eq!(sequence.criteria == 0, sequence.conditions == 0);
-            let rows = sequence.first_row as usize..(sequence.first_row + sequence.rows) as usize;
-            outcome.sequence[index] = self.run_sequence(pass, index, &mut hidden[rows]);
-        }
         self.logits = Vec::new();
-        for (index, hidden) in hidden.into_iter().enumerate() {
-            let depth = outcome.sequence[pass.rows[index].sequence as usize].depth;
-            if pass.logits_rows & 1 << index == 0 {
-                self.logits.push(vec![f32::NAN; VOCABULARY]);
-            } else {
-                outcome.row[index] = self.head(hidden, depth);
-                if pass.sampled_rows >> index & 1 == 1 {
-                    let logits = self.logits.last().unwrap();
-                    outcome.race[index] = race(pass.races[index], logits);
-                }
+        let mut outcome = PassOutcome {
+            started: self.clock,
+            ..PassOutcome::default()
+        };
+        let (mut pass, mut accepted) = (pass.clone(), [1.0; MAX_ROWS]);
+        for step in 0..pass.ahead.tokens {
+            self.check(&pass);
+            self.run_step(&pass, step, &mut outcome);
+            if !go_on(&mut pass, step, &outcome, &mut accepted) {
+                break;
             }
         }
-        outcome.started = self.clock;
-        self.clock += 1000;
-        (outcome.layers_ended, outcome.ended) = (self.clock - 10, self.clock);
         Ok(outcome)
     }
 

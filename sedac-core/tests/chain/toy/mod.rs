@@ -268,9 +268,10 @@ impl Engines for Toy {
 struct Timed<B> {
     inner: B,
     costs: Costs,
+    capabilities: Capabilities,
 }
 
-impl<B> Timed<B> {
+impl<B: Backend> Timed<B> {
     fn new(inner: B, per_token: f64) -> Self {
         let mut costs = Costs::default();
         for tokens in 1..=16 {
@@ -279,7 +280,11 @@ impl<B> Timed<B> {
                 costs.note_layers(1, tokens, elapsed);
             }
         }
-        Self { inner, costs }
+        Self {
+            capabilities: inner.capabilities().clone(),
+            inner,
+            costs,
+        }
     }
 }
 
@@ -289,7 +294,7 @@ impl<B: Backend> Backend for Timed<B> {
     }
 
     fn capabilities(&self) -> &Capabilities {
-        self.inner.capabilities()
+        &self.capabilities
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
@@ -318,10 +323,12 @@ pub(crate) enum Decides {
     Device,
     /// The kernel, likewise, in passes of a few rows; by stability and risk only.
     Kernel,
+    /// The kernel, which does not go on by itself.
+    KernelByToken,
 }
 
 impl Decides {
-    pub(crate) const ALL: [Self; 3] = [Self::Host, Self::Device, Self::Kernel];
+    pub(crate) const ALL: [Self; 4] = [Self::Host, Self::Device, Self::Kernel, Self::KernelByToken];
 }
 
 /// A chain over the toy, and the toy's cache of the first sequence.
@@ -343,11 +350,15 @@ pub(crate) fn chain(
             let inner = ToyDevice::new(engine_sizes, agreement, &caches);
             Box::new(Timed::new(inner, per_token))
         }
-        Decides::Kernel => {
+        Decides::Kernel | Decides::KernelByToken => {
             let kernel = ToyKernel::new(engine_sizes, agreement, 1, &caches);
             let layers = *exits.last().unwrap();
             let inner = CudaChain::new(kernel, layers, &exits, CAPACITY, 1);
-            Box::new(Timed::new(inner, per_token))
+            let mut timed = Timed::new(inner, per_token);
+            if decides == Decides::KernelByToken {
+                timed.capabilities.ahead = 1;
+            }
+            Box::new(timed)
         }
     };
     (Chain::new(backend, exits, CAPACITY, VOCABULARY), caches)
