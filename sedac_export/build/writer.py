@@ -38,23 +38,23 @@ class EngineWriter:
         self.directory.mkdir()
         self.store = WeightStore(self.directory, precision, quantized)
 
-    def stored(self, graph: TracedGraph) -> TracedGraph:
-        """`graph` with its weights in the bundle's precision."""
-        return with_precision(graph, self.precision)
-
     def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
         sources = weight_sources(self.skeleton, graph, prefix)
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
+        return stamp(self._stored(graph, sources), sources, self.store)
+
+    def _stored(self, graph: TracedGraph, sources: dict[str, str]) -> TracedGraph:
+        """`graph` with its weights as the bundle stores them."""
         quantized = self.store.quantized
-        if quantized is not None:
-            layouts = {
-                initializer: quantized.layouts[source]
-                for initializer, source in sources.items()
-                if source in quantized.layouts
-            }
-            graph = quantized_graph(graph, layouts, quantized.quantization)
-        return stamp(graph, sources, self.store)
+        if quantized is None:
+            return with_precision(graph, self.precision)
+        layouts = {
+            initializer: quantized.layouts[source]
+            for initializer, source in sources.items()
+            if source in quantized.layouts
+        }
+        return quantized_graph(graph, layouts, quantized.quantization)
 
     def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The model's weight `name` as engines compute with it, like `weight`, the original."""
@@ -66,7 +66,7 @@ class EngineWriter:
 
     def engine(self, graph: TracedGraph, name: str) -> str:
         """Write the engine `name`, which belongs to no layer, and its weights; its path."""
-        return self.save(self.stamp(self.stored(graph), name), name)
+        return self.save(self.stamp(graph, name), name)
 
     def save(self, model: onnx.ModelProto, name: str) -> str:
         """Write `model` as onnx/`name`.onnx; its path in the bundle."""
@@ -129,17 +129,15 @@ def _write_layers(
     progress: StageProgress,
 ) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
     """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
-    layers = [writer.stored(graph) for graph in graphs.layers]
-    fills = [writer.stored(graph) for graph in graphs.key_value]
     stamped, entries = [], []
     progress("write", 0, len(graphs.kinds))
     for index, kind in enumerate(graphs.kinds):
         name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
         if calibration is None:
-            stamped.append(writer.stamp(layers[kind], name, prefix))
+            stamped.append(writer.stamp(graphs.layers[kind], name, prefix))
         else:
-            stamped.append(_stamp_calibrated(writer, layers[kind], index, calibration))
-        fill = writer.stamp(fills[kind], name, prefix)
+            stamped.append(_stamp_calibrated(writer, graphs.layers[kind], index, calibration))
+        fill = writer.stamp(graphs.key_value[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
         progress("write", index + 1, len(graphs.kinds))
@@ -162,9 +160,9 @@ def _stamp_calibrated(
 
 def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
-    stored = [writer.stored(graph) for graph in graphs.attention]
+    path = writer.skeleton.layers_path
     return [
-        writer.stamp(stored[kind], f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}.")
+        writer.stamp(graphs.attention[kind], f"layer_{index:03}", f"{path}.{index}.")
         for index, kind in enumerate(graphs.kinds)
     ]
 
