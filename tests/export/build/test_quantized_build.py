@@ -156,3 +156,18 @@ def test_targets_that_take_no_quantized_weights_say_so(precision: Any) -> None:
     for check in checks:
         with pytest.raises(SedacError, match=f"{precision}; build with --precision fp16"):
             check()
+
+
+def test_calibration_needs_text(tmp_path: Path) -> None:
+    with pytest.raises(SedacError, match="has no tokenizer; build with --method rtn"):
+        build(tmp_path, "llama", method="gptq")
+
+
+@pytest.mark.slow
+def test_calibrated_layers_are_nearer_the_original(build_cache: BuildCache, tmp_path: Path) -> None:
+    """The texts that are compared on are none of those that are calibrated on."""
+    found = {}
+    for method in ("rtn", "gptq"):
+        request = BuildRequest(str(DEMO_MODEL), tmp_path / method, "int4", method=method)
+        found[method] = inspect_bundle(build_cache.bundle(request))["validation"]["quality"]
+    assert found["gptq"]["divergence"] < 0.9 * found["rtn"]["divergence"]

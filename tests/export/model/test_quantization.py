@@ -9,7 +9,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sedac_export.errors import SedacError
-from sedac_export.model.quantization import Quantization, QuantizedRows, quantize
+from sedac_export.model.quantization import (
+    Quantization,
+    QuantizedRows,
+    quantize,
+    quantize_calibrated,
+)
 
 CASES = [
     Quantization(bits, block_size, symmetric)
@@ -102,3 +107,21 @@ def test_the_library_leaves_logging_as_it_was() -> None:
     before = (root.handlers[:], root.level)
     quantize(some_rows(32), Quantization(4))
     assert (root.handlers, root.level) == before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_calibrated_rows_change_outputs_less(bits: int, symmetric: bool) -> None:
+    """On inputs whose numbers depend on each other, which is what calibration makes use of."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((56, 56)).astype(np.float32)
+    x = rng.standard_normal((500, 56)).astype(np.float32) @ mixing
+    weight = some_rows(56)
+    quantization = Quantization(bits, 16, symmetric, "gptq")
+
+    def error(rows: QuantizedRows) -> float:
+        changed = rows.dequantized(quantization, 56) - weight
+        return float(np.linalg.norm(x @ changed.T))
+
+    calibrated = quantize_calibrated(weight, x.T @ x, quantization)
+    assert error(calibrated) < 0.85 * error(quantize(weight, quantization))
