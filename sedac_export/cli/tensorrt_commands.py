@@ -60,11 +60,12 @@ def check_flavours(
     targets: list[TargetName], options: BuildOptions, precision: Precision
 ) -> list[Target]:
     """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
-    from sedac_export.tensorrt.build_plans import check_options
+    from sedac_export.tensorrt.build_plans import check_options, check_precision
 
     chosen = [flavour for flavour in FLAVOURS if TargetName(flavour) in targets]
     for flavour in chosen:
-        check_options(flavour, options, precision)
+        check_precision(flavour, precision)
+        check_options(flavour, options)
     return chosen
 
 

@@ -10,7 +10,6 @@ import onnx
 from pydantic import BaseModel
 
 from sedac_export.bundle import manifest as bundle
-from sedac_export.bundle.manifest import Precision
 from sedac_export.bundle.plan_entries import BuildOptions, PlanEntry, PlanSet, PortableGraphs
 from sedac_export.bundle.staging import replace_file, sync
 from sedac_export.console import StageProgress
@@ -25,16 +24,17 @@ _FINISHED = "finished.json"
 _TIMING_CACHE = "timing.cache"
 
 
-def check_options(target: Target, options: BuildOptions, precision: Precision) -> None:
-    """Raise SedacError when `target` is not installed or cannot be built with `options`.
-
-    Nor can it from quantized weights: the portable graphs multiply with unquantized ones.
-    """
+def check_precision(target: Target, precision: bundle.Precision) -> None:
+    """Raise SedacError for quantized weights: portable graphs multiply with unquantized ones."""
     if precision not in DTYPES:
         raise SedacError(
             f"--target {target} is built from fp32, fp16 or bf16 weights, and these are"
             f" {precision}; build with --precision fp16"
         )
+
+
+def check_options(target: Target, options: BuildOptions) -> None:
+    """Raise SedacError when `target` is not installed or cannot be built with `options`."""
     flavour = require(target)
     if options.max_batch_size < 1:
         raise SedacError(f"--max-batch-size {options.max_batch_size} is out of range: 1 or more")
@@ -81,8 +81,8 @@ def build_plans(
     progress is called with the target, the plans done and their number. Raises SedacError when the
     bundle holds no portable graphs, and when TensorRT cannot take one of them.
     """
+    check_options(target, options)
     manifest = bundle.read_manifest(directory)
-    check_options(target, options, manifest.precision)
     portable = manifest.portable
     if portable is None:
         raise SedacError(

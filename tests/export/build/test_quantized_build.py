@@ -17,11 +17,10 @@ from sedac_export.build.inspection import inspect_bundle
 from sedac_export.build.quality import QualityRow
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.manifest import read_manifest
-from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.cuda.add_cuda import check_cuda
 from sedac_export.device_graphs.onnxruntime_cuda import check_precision
 from sedac_export.exits.training.head_graph import HeadGraph
-from sedac_export.tensorrt.build_plans import check_options
+from sedac_export.tensorrt.build_plans import check_precision as check_plans
 
 
 def data_bytes(bundle: Path) -> int:
@@ -151,7 +150,7 @@ def test_targets_that_take_no_quantized_weights_say_so(precision: Any) -> None:
     checks: list[Callable[[], object]] = [
         lambda: check_cuda(precision),
         lambda: check_precision(precision),
-        lambda: check_options("tensorrt-rtx", BuildOptions(), precision),
+        lambda: check_plans("tensorrt-rtx", precision),
     ]
     for check in checks:
         with pytest.raises(SedacError, match=f"{precision}; build with --precision fp16"):
