@@ -3,20 +3,26 @@
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sedac_export.build.calibration import Calibration
+from sedac_export.build.quality import measure_quality
+from sedac_export.build.quantized_weights import KeptPrecision, choose_quantized
+from sedac_export.build.texts import Texts, read_texts
 from sedac_export.build.validate import BundleValidation, validate
-from sedac_export.build.writer import write_engines
+from sedac_export.build.writer import EngineWriter, write_engines
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.bundle.staging import Claim, claimed
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
-from sedac_export.graph.trace_model import check_attention, trace_graphs
+from sedac_export.graph.trace_model import TracedGraphs, check_attention, trace_graphs
+from sedac_export.model.quantization import BITS, Method, Quantization
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.source import ModelSource, opened_model
 from sedac_export.model.support import check_stops
@@ -32,11 +38,21 @@ MOST_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. exit_layers None means all; max_cache_length None means the default cap."""
+    """What to build. exit_layers None means all; max_cache_length None means the default cap.
+
+    What follows the precision is for int8 and int4 only. keep_precision: layers, from 0, and
+    "head". data: texts to calibrate on and, others, to compare with the original on; without them,
+    some that ship with Python.
+    """
 
     model: str
     output: Path
     precision: bundle.Precision = "fp32"
+    block_size: int = 32
+    symmetric: bool = True
+    method: Method = "rtn"
+    keep_precision: str = ""
+    data: Sequence[Path] = ()
     layers_per_engine: int = 1
     max_cache_length: int | None = None
     exit_layers: list[int] | None = None
@@ -77,35 +93,79 @@ def _build(
     tokenizer = source.tokenizer or load_tokenizer(source.directory)
     length = _cache_length(skeleton, request)
     exits = _exit_layers(skeleton, request)
+    kept = KeptPrecision.parse(request.keep_precision, len(skeleton.layers))
     facts = _facts(source, skeleton, tokenizer)
+    quantization, texts = _quantization(request), None
+    if quantization is not None and tokenizer is not None:
+        texts = read_texts(tokenizer, request.data, length)
     check_attention(skeleton, length)
     with claim.staging() as staging:
         logger.info(
             "tracing %s: %d layers, caches of %d positions", facts.name, facts.num_layers, length
         )
         graphs = trace_graphs(skeleton, progress)
+        quantized, calibration = None, None
+        if quantization is not None:
+            quantized = choose_quantized(skeleton, graphs, quantization, kept)
+            if quantization.method == "gptq":
+                calibration = _calibration(skeleton, graphs, texts)
+        precision = "fp32" if quantized else request.precision
+        writer = EngineWriter(skeleton, staging, precision, quantized)
         manifest = bundle.Manifest(
             model=facts,
             max_cache_length=length,
             exit_layers=exits,
             tokenizer=tokenizer is not None,
             tolerance=request.tolerance,
-            **write_engines(
-                skeleton, graphs, staging, request.precision, request.layers_per_engine, progress
-            ),
+            precision=request.precision,
+            quantization=quantization and _entry(quantization, kept),
+            **write_engines(writer, graphs, request.layers_per_engine, calibration, progress),
         )
         progress("validate", 0, 1)
-        validation = validate(skeleton, staging, manifest, request.tolerance)
+        validation = validate(skeleton, staging, manifest, request.tolerance, writer.rounded)
         logger.info("largest difference from the original %.1e", validation.worst().error)
         validation.check()
         progress("validate", 1, 1)
+        if texts is not None:
+            quality = measure_quality(skeleton, staging, manifest, texts, progress)
+            validation = replace(validation, quality=quality)
         manifest = _finish(staging, manifest, validation, tokenizer)
         claim.publish(staging, replace=request.force)
     return manifest, validation
 
 
+def _quantization(request: BuildRequest) -> Quantization | None:
+    """How the weights are quantized, None where they are not."""
+    bits = BITS.get(request.precision)
+    if bits is None:
+        return None
+    return Quantization(bits, request.block_size, request.symmetric, request.method)
+
+
+def _calibration(skeleton: Skeleton, graphs: TracedGraphs, texts: Texts | None) -> Calibration:
+    if texts is None:
+        raise SedacError(
+            f"--method gptq calibrates on text, and {skeleton.directory} has no tokenizer; build"
+            " with --method rtn"
+        )
+    return Calibration(skeleton, texts.calibration, graphs.interface.heads)
+
+
+def _entry(quantization: Quantization, kept: KeptPrecision) -> bundle.QuantizedWeights:
+    return bundle.QuantizedWeights(
+        block_size=quantization.block_size,
+        symmetric=quantization.symmetric,
+        method=quantization.method,
+        kept_layers=sorted(kept.layers),
+        kept_head=kept.head,
+    )
+
+
 def _check_request(request: BuildRequest) -> None:
     output = request.output
+    quantization = _quantization(request)
+    if quantization is not None:
+        quantization.check()
     if not 0 <= request.tolerance <= MOST_TOLERANCE:
         raise SedacError(f"--atol {request.tolerance} is out of range: 0 to {MOST_TOLERANCE}")
     if output.exists() and not request.force:

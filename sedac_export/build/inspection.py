@@ -26,9 +26,27 @@ class _InspectedRow(BaseModel):
     agreement: float
 
 
+class _InspectedQualityRow(BaseModel):
+    engine: str
+    difference: float
+
+
+class _InspectedQuality(BaseModel):
+    """What `inspect` shows of the quantized model beside the original."""
+
+    text: str
+    tokens: int
+    original_perplexity: float
+    perplexity: float
+    agreement: float
+    divergence: float
+    engines: list[_InspectedQualityRow]
+
+
 class _InspectedValidation(BaseModel):
     engines: list[_InspectedRow]
     end_to_end: _InspectedRow
+    quality: _InspectedQuality | None = None
 
 
 def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]:
@@ -58,6 +76,7 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
     return {
         "model": manifest.model.model_dump(),
         "precision": manifest.precision,
+        "quantization": manifest.quantization and manifest.quantization.model_dump(),
         "target": manifest.target,
         "plans": {target: plans.version for target, plans in manifest.plans.items()},
         "cuda": manifest.cuda and manifest.cuda.model_dump(),
@@ -73,6 +92,7 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
         "engines": engines,
         "validation": {
             "end_to_end": validation.end_to_end.model_dump(),
+            "quality": validation.quality and validation.quality.model_dump(),
         },
         "tolerance": manifest.tolerance,
         "tolerance_note": tolerance_note(manifest.tolerance),

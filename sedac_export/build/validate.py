@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from sedac_export.arrays import Array
+from sedac_export.build.quality import Quality
 from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
 from sedac_export.bundle.runner import BundleRunner, PassInputs
 from sedac_export.bundle.sessions import Caches
 from sedac_export.errors import SedacError
-from sedac_export.model.reference import run_reference
+from sedac_export.model.reference import Rounding, opened_reference
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.support import boundaries
 
@@ -51,11 +52,16 @@ class ValidationRow:
 
 @dataclass(frozen=True)
 class BundleValidation:
-    """Per-engine rows on the original's own hidden states, and the chain end to end."""
+    """Per-engine rows on the original's own hidden states, and the chain end to end.
+
+    The original's weights are rounded as the bundle's are; quality is what the rounding itself
+    costs, measured for quantized weights where there is a tokenizer.
+    """
 
     tolerance: float
     engines: list[ValidationRow]
     end_to_end: ValidationRow
+    quality: Quality | None = None
 
     def worst(self) -> ValidationRow:
         """The row furthest over the tolerance, or nearest to it."""
@@ -72,9 +78,11 @@ class BundleValidation:
 
 
 def validate(
-    skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float
+    skeleton: Skeleton, directory: Path, manifest: Manifest, tolerance: float, rounding: Rounding
 ) -> BundleValidation:
     """Run the bundle in `directory` against what transformers makes of the same model.
+
+    Its weights are rounded by `rounding` as the bundle's are.
 
     The text crosses every length at which the model's attention or rotary tables change, as far as
     the bundle has room.
@@ -86,7 +94,8 @@ def validate(
     runner = BundleRunner.engine_by_engine(directory, manifest)
     comparison = _BundleComparison(runner, tokens[0].numpy(), chunks)
     kept = _PREFILL + sum(_REST)
-    logits = run_reference(skeleton, tokens, manifest.precision, kept, comparison.observe)
+    with opened_reference(skeleton, rounding) as reference:
+        logits = reference(tokens, kept, comparison.observe)
     return comparison.finish(logits.numpy(), tolerance)
 
 
@@ -156,7 +165,10 @@ class _BundleComparison:
             outputs.append(self.runner.layers(entry, link, inputs, chain_caches)["y"])
         self.rows.append(row)
         for index in range(entry.num_layers):
-            filled = [caches[f"past_{kind}_{index}"].numpy() for kind in ("key", "value")]
+            filled = [
+                caches[f"past_{kind}_{index}"].numpy()[:, :, : self.chunks[-1].stop]
+                for kind in ("key", "value")
+            ]
             self._key_value(entry.first_layer + index, filled, index)
         return outputs
 
@@ -168,7 +180,7 @@ class _BundleComparison:
             self.runner.key_value(layer, x, inputs, caches)
         row = ValidationRow(Path(self.runner.manifest.engines.key_value[layer].file).stem)
         for kind, wanted in zip(("key", "value"), expected, strict=True):
-            row.add(length, caches[f"past_{kind}_0"].numpy(), wanted)
+            row.add(length, caches[f"past_{kind}_0"].numpy()[:, :, :length], wanted)
         self.rows.append(row)
 
     def _head(self, logits: Array) -> ValidationRow:

@@ -5,43 +5,69 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
+from sedac_export.build.calibration import Calibration
+from sedac_export.build.quantized_weights import weight_sources
 from sedac_export.bundle import manifest as bundle
 from sedac_export.console import StageProgress
 from sedac_export.graph.block import compose
 from sedac_export.graph.fusion import fused
 from sedac_export.graph.modules import Context
-from sedac_export.graph.stamp import WeightStore, save_engine, stamp, with_precision
+from sedac_export.graph.quantized_graph import quantized_graph
+from sedac_export.graph.stamp import (
+    QuantizedStorage,
+    WeightStore,
+    save_engine,
+    stamp,
+    with_precision,
+)
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.graph.trace_model import TracedGraphs
+from sedac_export.model.precision import stored
 from sedac_export.model.skeleton import Skeleton
 
 
 class EngineWriter:
     """Writes engines of one bundle: weights first, each once, then graphs that point at them."""
 
-    def __init__(self, skeleton: Skeleton, staging: Path, precision: str) -> None:
+    def __init__(
+        self, skeleton: Skeleton, staging: Path, precision: str, quantized: QuantizedStorage | None
+    ) -> None:
         self.skeleton, self.precision = skeleton, precision
         self.directory = staging / "onnx"
         self.directory.mkdir()
-        self.store = WeightStore(self.directory, precision)
-
-    def stored(self, graph: TracedGraph) -> TracedGraph:
-        """`graph` with its weights in the bundle's precision."""
-        return with_precision(graph, self.precision)
+        self.store = WeightStore(self.directory, precision, quantized)
 
     def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
-        sources = {
-            initializer: self.skeleton.sources.names[prefix + parameter.split(".", 1)[1]]
-            for initializer, parameter in graph.weights.items()
-        }
+        sources = weight_sources(self.skeleton, graph, prefix)
         self.store.write(f"{name}.data", sources.values(), self.skeleton.checkpoint.pieces)
-        return stamp(graph, sources, self.store)
+        return stamp(self._stored(graph, sources), sources, self.store)
+
+    def _stored(self, graph: TracedGraph, sources: dict[str, str]) -> TracedGraph:
+        """`graph` with its weights as the bundle stores them."""
+        quantized = self.store.quantized
+        if quantized is None:
+            return with_precision(graph, self.precision)
+        layouts = {
+            initializer: quantized.layouts[source]
+            for initializer, source in sources.items()
+            if source in quantized.layouts
+        }
+        return quantized_graph(graph, layouts, quantized.quantization)
+
+    def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The model's weight `name` as engines compute with it, like `weight`, the original."""
+        source, quantized = self.skeleton.sources.names[name], self.store.quantized
+        if quantized is None or source not in quantized.layouts:
+            return stored(weight, self.precision, name).to(weight.dtype)
+        columns = weight.shape[1 - quantized.layouts[source].value]
+        return torch.from_numpy(self.store.dequantized(source, columns))
 
     def engine(self, graph: TracedGraph, name: str) -> str:
         """Write the engine `name`, which belongs to no layer, and its weights; its path."""
-        return self.save(self.stamp(self.stored(graph), name), name)
+        return self.save(self.stamp(graph, name), name)
 
     def save(self, model: onnx.ModelProto, name: str) -> str:
         """Write `model` as onnx/`name`.onnx; its path in the bundle."""
@@ -62,18 +88,19 @@ class EngineWriter:
 
 
 def write_engines(
-    skeleton: Skeleton,
+    writer: EngineWriter,
     graphs: TracedGraphs,
-    staging: Path,
-    precision: str,
     layers_per_engine: int,
+    calibration: Calibration | None,
     progress: StageProgress,
 ) -> dict[str, Any]:
-    """Write every engine into `staging`; the fields of the manifest that are about them."""
-    writer = EngineWriter(skeleton, staging, precision)
+    """Write every engine by `writer`; the fields of the manifest that are about them."""
     embed = writer.engine(graphs.embed, "embed")
     contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
-    layers, key_value = _write_layers(writer, graphs, progress)
+    if calibration is not None:
+        root = writer.directory.parent
+        calibration.begin(root / embed, None if contexts is None else root / contexts)
+    layers, key_value = _write_layers(writer, graphs, calibration, progress)
     attention = _stamp_attention(writer, graphs)
     engines = bundle.EngineFiles(
         embed=embed,
@@ -85,9 +112,8 @@ def write_engines(
         attention=_write_blocks(writer, attention, layers_per_engine, "attention", "attention"),
     )
     heads = graphs.interface.heads
-    read = writer.store.places.keys()
+    read, skeleton = writer.store.places.keys(), writer.skeleton
     return {
-        "precision": precision,
         "layers_per_engine": layers_per_engine,
         "key_value_heads": [bundle.KeyValueHeads(heads=h.count, head_size=h.size) for h in heads],
         "contexts": [_context(context) for context in graphs.interface.contexts if context.used],
@@ -98,29 +124,47 @@ def write_engines(
 
 
 def _write_layers(
-    writer: EngineWriter, graphs: TracedGraphs, progress: StageProgress
+    writer: EngineWriter,
+    graphs: TracedGraphs,
+    calibration: Calibration | None,
+    progress: StageProgress,
 ) -> tuple[list[onnx.ModelProto], list[bundle.KeyValueEngineEntry]]:
     """Write each layer's weights and kv engine; the layers' graphs and the kv engines' entries."""
-    layers = [writer.stored(graph) for graph in graphs.layers]
-    fills = [writer.stored(graph) for graph in graphs.key_value]
     stamped, entries = [], []
     progress("write", 0, len(graphs.kinds))
     for index, kind in enumerate(graphs.kinds):
         name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
-        stamped.append(fused(writer.stamp(layers[kind], name, prefix)))
-        fill = writer.stamp(fills[kind], name, prefix)
+        if calibration is None:
+            layer = writer.stamp(graphs.layers[kind], name, prefix)
+        else:
+            layer = _stamp_calibrated(writer, graphs.layers[kind], index, calibration)
+        stamped.append(fused(layer))
+        fill = writer.stamp(graphs.key_value[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
         progress("write", index + 1, len(graphs.kinds))
     return stamped, entries
 
 
+def _stamp_calibrated(
+    writer: EngineWriter, graph: TracedGraph, index: int, calibration: Calibration
+) -> onnx.ModelProto:
+    """`graph`, that of the layer `index`, with weights that are quantized for the texts."""
+    prefix = f"{writer.skeleton.layers_path}.{index}."
+    sources = weight_sources(writer.skeleton, graph, prefix)
+    assert writer.store.quantized is not None
+    writer.store.quantized.squares.clear()
+    writer.store.quantized.squares.update(calibration.observe(graph, sources, index))
+    layer = writer.stamp(graph, f"layer_{index:03}", prefix)
+    calibration.advance(layer, index, writer.directory)
+    return layer
+
+
 def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.ModelProto]:
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
-    stored = [writer.stored(graph) for graph in graphs.attention]
     path = writer.skeleton.layers_path
     return [
-        fused(writer.stamp(stored[kind], f"layer_{index:03}", f"{path}.{index}."))
+        fused(writer.stamp(graphs.attention[kind], f"layer_{index:03}", f"{path}.{index}."))
         for index, kind in enumerate(graphs.kinds)
     ]
 

@@ -27,7 +27,7 @@ MANIFEST_DIGEST = "bundle.sha256"
 EXIT_CONFIG = "sedac_config.json"
 VALIDATION = "validation.json"
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 class ModelFacts(StrictModel):
@@ -105,6 +105,19 @@ class EngineFiles(StrictModel):
         return fields
 
 
+class QuantizedWeights(StrictModel):
+    """How the weights of an int8 or int4 bundle are quantized, and what is left in fp32.
+
+    kept: layers, and whether the head and what is tied to it.
+    """
+
+    block_size: int
+    symmetric: bool
+    method: Literal["rtn", "gptq"]
+    kept_layers: list[int] = Field(default_factory=list)
+    kept_head: bool = False
+
+
 class FileEntry(StrictModel):
     """Size in bytes and SHA-256 of a file."""
 
@@ -122,6 +135,7 @@ class Manifest(StrictModel):
     model: ModelFacts
     precision: Precision
     target: Literal["onnxruntime"] = "onnxruntime"
+    quantization: QuantizedWeights | None = None
     layers_per_engine: int
     exit_layers: list[int]
     max_cache_length: int
@@ -143,6 +157,10 @@ class Manifest(StrictModel):
         """SHA-256 of the head's weights, which distinguishes the bundles of different models."""
         own = self.files.get("onnx/head.data")
         return (own or self.files["onnx/embed.data"]).sha256
+
+    def spare_positions(self) -> int:
+        """What caches have room for beside a sequence: attention over it may compute a row more."""
+        return 0 if self.quantization is None else 1
 
     def cache_bytes(self) -> int:
         """Bytes of one sequence's full cache; keys and values are fp32 on CPU."""

@@ -11,7 +11,14 @@ import numpy as np
 from sedac_export.arrays import Array, Floats
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
-from sedac_export.bundle.sessions import THREADS, Caches, Engine, empty_cache, load_engine
+from sedac_export.bundle.sessions import (
+    THREADS,
+    Caches,
+    Engine,
+    empty_cache,
+    exact_graph,
+    load_engine,
+)
 from sedac_export.errors import SedacError
 
 LoadEngine = Callable[[str], Engine]
@@ -45,10 +52,24 @@ class BundleRunner:
 
     @classmethod
     def engine_by_engine(cls, directory: Path, manifest: Manifest) -> "BundleRunner":
-        """For few passes over the files in `directory`: only the newest engine stays loaded."""
+        """For few passes over the files in `directory`: only the newest engine stays loaded.
+
+        Products with quantized weights are computed in fp32.
+        """
 
         def load(file: str) -> Engine:
-            return Engine(directory / file, os.cpu_count() or 1, optimized=False)
+            path = directory / file
+            threads = os.cpu_count() or 1
+            return Engine(exact_graph(path), threads, path.parent, optimized=False)
+
+        return cls(manifest, functools.lru_cache(maxsize=1)(load))
+
+    @classmethod
+    def as_shipped(cls, directory: Path, manifest: Manifest) -> "BundleRunner":
+        """As `engine_by_engine`, but engines compute as they do where the bundle is used."""
+
+        def load(file: str) -> Engine:
+            return Engine(directory / file, os.cpu_count() or 1)
 
         return cls(manifest, functools.lru_cache(maxsize=1)(load))
 
@@ -111,6 +132,7 @@ class BundleRunner:
 
     def empty_caches(self, first_layer: int, num_layers: int, length: int) -> Caches:
         """Zeroed caches of `length` positions for an engine of these layers."""
+        length += self.manifest.spare_positions()
         return {
             f"past_{kind}_{place}": empty_cache(kv.heads, length, kv.head_size)
             for place, kv in enumerate(self.manifest.key_value_heads[first_layer:][:num_layers])

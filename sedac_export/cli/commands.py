@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from sedac_export.bundle.cuda_entry import PRECISIONS
 from sedac_export.bundle.signature import SIGNATURE
 from sedac_export.cli import target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
-from sedac_export.cli.exit_commands import register_exit_commands, spread_data
+from sedac_export.cli.exit_commands import DATA, register_exit_commands, spread_data
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.cli.target_commands import ChosenTargets
@@ -41,6 +42,18 @@ class PrecisionName(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+_QUANTIZED = (PrecisionName.INT8, PrecisionName.INT4)
+
+
+class MethodName(StrEnum):
+    """What --method takes."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
 
 
 class VerifyName(StrEnum):
@@ -58,8 +71,38 @@ def build(
     output: Annotated[Path, typer.Option(help="Bundle directory to write.")],
     precision: Annotated[
         PrecisionName,
-        typer.Option(help="Storage type of weights; the CPU computes in fp32 in any case."),
+        typer.Option(help="Storage type of weights."),
     ] = PrecisionName.FP32,
+    block_size: Annotated[
+        int, typer.Option(help="int8, int4: weights that share a scale: 16, 32, 64, 128 or 256.")
+    ] = 32,
+    symmetric: Annotated[
+        bool,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="int8, int4: blocks without a zero point, or with one each.",
+        ),
+    ] = True,
+    method: Annotated[
+        MethodName,
+        typer.Option(
+            help="int8, int4: round to nearest, or calibrate the layers on --data by GPTQ."
+        ),
+    ] = MethodName.RTN,
+    keep_precision: Annotated[
+        str,
+        typer.Option(
+            help="int8, int4: what stays in fp32: head, layers from 0, such as head,0,29."
+        ),
+    ] = "",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            DATA,
+            help="int8, int4: UTF-8 texts to calibrate on and, others, to compare with the original"
+            " on; takes several. [default: texts that ship with Python]",
+        ),
+    ] = None,
     layers_per_engine: Annotated[
         int, typer.Option(help="Layers per engine; tokens exit between engines.")
     ] = 1,
@@ -91,6 +134,11 @@ def build(
         model=model,
         output=output,
         precision=precision.value,
+        block_size=block_size,
+        symmetric=symmetric,
+        method=method.value,
+        keep_precision=keep_precision,
+        data=data or (),
         layers_per_engine=layers_per_engine,
         max_cache_length=max_cache_length,
         exit_layers=_depths(exit_layers),
@@ -105,7 +153,8 @@ def build(
         hardware_compatible,
     )
     targets = ChosenTargets.check(target, options, precision.value)
-    with progress_bar("trace", "write", "validate") as progress:
+    stages = ("trace", "write", "validate", *(("compare",) if precision in _QUANTIZED else ()))
+    with progress_bar(*stages) as progress:
         built = run(request, progress)
     manifest, validation = built.manifest, built.validation
     size = sum(entry.bytes for entry in manifest.files.values())
@@ -118,6 +167,8 @@ def build(
         f" {manifest.max_cache_length} positions (--max-cache-length)",
         highlight=False,
     )
+    if validation.quality is not None:
+        console.print(_quality(asdict(validation.quality)), highlight=False, soft_wrap=True)
     if built.note is not None:
         console.print(built.note, highlight=False, soft_wrap=True)
     note = tolerance_note(manifest.tolerance)
@@ -173,10 +224,16 @@ def inspect(
     if facts["unread_tensors"]:
         names = ", ".join(facts["unread_tensors"])
         out.print(f"tensors of the checkpoint that no engine needs: {names}")
+    if facts["quantization"] is not None:
+        out.print(_quantization(facts["quantization"]), soft_wrap=True)
+    quality = validation["quality"]
+    if quality is not None:
+        out.print(_quality(quality), soft_wrap=True)
     out.print(_cuda(facts), soft_wrap=True)
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
-    table = Table("engine", "layers", "weights MB", "error", "cosine")
+    differences = {row["engine"]: row["difference"] for row in (quality or {}).get("engines", ())}
+    table = Table("engine", "layers", "weights MB", "error", "cosine", "quantization error")
     for engine in facts["engines"]:
         table.add_row(
             engine["name"],
@@ -184,6 +241,7 @@ def inspect(
             f"{engine['bytes'] / 1e6:.2f}",
             "" if engine["error"] is None else f"{engine['error']:.1e}",
             "" if engine["cosine"] is None else f"{engine['cosine']:.7f}",
+            f"{differences[engine['name']]:.1e}" if engine["name"] in differences else "",
         )
     out.print(table)
 
@@ -260,6 +318,26 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _quantization(quantization: dict[str, Any]) -> str:
+    """How the weights are quantized."""
+    kind = "symmetric" if quantization["symmetric"] else "asymmetric"
+    kept = [f"layer {layer}" for layer in quantization["kept_layers"]]
+    kept += ["head"] if quantization["kept_head"] else []
+    return (
+        f"quantized by {quantization['method']}, {kind} blocks of {quantization['block_size']}"
+        + (f"; fp32: {', '.join(kept)}" if kept else "")
+    )
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    """What quantization costs."""
+    return (
+        f"beside the original on {quality['tokens']} tokens of {quality['text']}: perplexity"
+        f" {quality['perplexity']:.3f} (original {quality['original_perplexity']:.3f}), agreement"
+        f" {100 * quality['agreement']:.1f} %, KL divergence {quality['divergence']:.4f}"
+    )
 
 
 def _cuda(facts: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class ChosenTargets:
     ) -> "ChosenTargets":
         """Those among `targets`. Raises SedacError when one cannot be built here."""
         chosen = cls(
-            tensorrt.check_flavours(targets, options),
+            tensorrt.check_flavours(targets, options, precision),
             options,
             cuda=TargetName.CUDA in targets,
             onnxruntime_cuda=TargetName.ONNXRUNTIME_CUDA in targets,

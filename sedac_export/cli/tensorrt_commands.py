@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sedac_export.bundle.manifest import Precision
 from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
@@ -55,12 +56,15 @@ def flags(options: BuildOptions) -> str:
     return "".join(words)
 
 
-def check_flavours(targets: list[TargetName], options: BuildOptions) -> list[Target]:
+def check_flavours(
+    targets: list[TargetName], options: BuildOptions, precision: Precision
+) -> list[Target]:
     """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
-    from sedac_export.tensorrt.build_plans import check_options
+    from sedac_export.tensorrt.build_plans import check_options, check_precision
 
     chosen = [flavour for flavour in FLAVOURS if TargetName(flavour) in targets]
     for flavour in chosen:
+        check_precision(flavour, precision)
         check_options(flavour, options)
     return chosen
 

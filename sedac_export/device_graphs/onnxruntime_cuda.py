@@ -48,9 +48,9 @@ class CudaTracer(Tracer):
 
 def check_precision(precision: bundle.Precision) -> None:
     """Raise SedacError when weights are not of 16 bits."""
-    if precision == "fp32":
+    if precision not in ("fp16", "bf16"):
         raise SedacError(
-            f"--target {TARGET} takes fp16 or bf16 weights, and these are fp32; build with"
+            f"--target {TARGET} takes fp16 or bf16 weights, and these are {precision}; build with"
             " --precision fp16"
         )
 

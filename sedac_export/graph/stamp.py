@@ -1,15 +1,30 @@
 """Fill traced graphs with weights: write each weight once, point every graph at it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
 
+from sedac_export.arrays import Array, Floats
+from sedac_export.graph.quantized_graph import (
+    SCALES,
+    ZERO_POINTS,
+    Layout,
+    weight_of_part,
+)
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.precision import stored
+from sedac_export.model.quantization import (
+    Quantization,
+    QuantizedRows,
+    quantize,
+    quantize_calibrated,
+)
 
 # ONNX Runtime maps external data from page-aligned offsets without copying
 _ALIGNMENT = 4096
@@ -32,12 +47,42 @@ class Place:
     length: int
 
 
+@dataclass(frozen=True)
+class QuantizedStorage:
+    """How the weights in `layouts` are quantized.
+
+    squares: by weight, for those that are calibrated, what `quantize_calibrated` takes.
+    """
+
+    quantization: Quantization
+    layouts: Mapping[str, Layout]
+    squares: dict[str, Floats] = field(default_factory=dict)
+
+    def rows(self, name: str, pieces: Iterator[torch.Tensor]) -> Iterator[QuantizedRows]:
+        """The weight `name`, quantized some rows at a time."""
+        squares = self.squares.get(name)
+        if self.layouts[name] is Layout.COLUMNS:
+            pieces = iter([torch.cat(list(pieces)).T])
+        elif squares is not None:
+            pieces = iter([torch.cat(list(pieces))])
+        for piece in pieces:
+            floats = stored(piece, "fp32", name).numpy()
+            if squares is None:
+                yield quantize(floats, self.quantization)
+            else:
+                yield quantize_calibrated(floats, squares, self.quantization)
+
+
 @dataclass
 class WeightStore:
-    """Writes weights in `precision` to data files in `directory`, each weight once."""
+    """Writes weights to data files in `directory`, each weight once.
+
+    Those that `quantized` lists are quantized, the others stored in `precision`.
+    """
 
     directory: Path
     precision: str
+    quantized: QuantizedStorage | None = None
     places: dict[str, Place] = field(default_factory=dict)
 
     def write(self, location: str, names: Iterable[str], read: WeightReader) -> None:
@@ -51,12 +96,57 @@ class WeightStore:
             return
         with (self.directory / location).open("xb") as file:
             for name in missing:
-                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                start = file.tell()
-                for piece in read(name):
-                    rows = stored(piece, self.precision, name).contiguous()
-                    file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
-                self.places[name] = Place(location, start, file.tell() - start)
+                if self.quantized is not None and name in self.quantized.layouts:
+                    self._write_quantized(file, name, self.quantized.rows(name, read(name)))
+                else:
+                    pieces = (stored(piece, self.precision, name) for piece in read(name))
+                    self._write(file, name, map(_bytes, pieces))
+
+    def dequantized(self, name: str, columns: int) -> Floats:
+        """The quantized weight `name` as engines compute with it, of rows of `columns` weights."""
+        assert self.quantized is not None
+        quantization = self.quantized.quantization
+        scales = self._read(f"{name}{SCALES}", np.float32)
+        scales = scales.reshape(-1, quantization.blocks(columns))
+        zeros = None
+        if not quantization.symmetric:
+            zeros = self._read(f"{name}{ZERO_POINTS}", np.uint8).reshape(len(scales), -1)
+        values = self._read(name, np.uint8).reshape(*scales.shape, -1)
+        rows = QuantizedRows(values, scales, zeros).dequantized(quantization, columns)
+        return rows if self.quantized.layouts[name] is Layout.ROWS else rows.T
+
+    def _read(self, name: str, kind: type[np.generic]) -> Array:
+        place = self.places[name]
+        count = place.length // np.dtype(kind).itemsize
+        return np.fromfile(self.directory / place.location, kind, count, offset=place.offset)
+
+    def _write_quantized(self, file: BinaryIO, name: str, rows: Iterator[QuantizedRows]) -> None:
+        scales: list[memoryview] = []
+        zeros: list[memoryview] = []
+
+        def values() -> Iterator[memoryview]:
+            for piece in rows:
+                scales.append(piece.scales.data)
+                if piece.zero_points is not None:
+                    zeros.append(piece.zero_points.data)
+                yield piece.values.data
+
+        self._write(file, name, values())
+        self._write(file, f"{name}{SCALES}", iter(scales))
+        if zeros:
+            self._write(file, f"{name}{ZERO_POINTS}", iter(zeros))
+
+    def _write(self, file: BinaryIO, name: str, chunks: Iterator[memoryview]) -> None:
+        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+        start = file.tell()
+        for chunk in chunks:
+            file.write(chunk)
+        self.places[name] = Place(Path(file.name).name, start, file.tell() - start)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    numbers: Array = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return numbers.data
 
 
 def with_precision(graph: TracedGraph, precision: str) -> TracedGraph:
@@ -102,7 +192,8 @@ def stamp(graph: TracedGraph, sources: dict[str, str], store: WeightStore) -> on
     model.CopyFrom(graph.model)
     for initializer in model.graph.initializer:
         if initializer.name in graph.weights:
-            point(initializer, store.places[sources[initializer.name]])
+            weight, part = weight_of_part(initializer.name)
+            point(initializer, store.places[sources[weight] + part])
     return model
 
 

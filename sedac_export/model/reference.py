@@ -5,6 +5,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,47 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sedac_export.errors import SedacError
-from sedac_export.model.precision import stored
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.weights import weights_of
 
 # called with a number of layers and the residual stream [1, tokens, hidden] after them
 Observer = Callable[[int, Tensor], None]
+# gives the numbers that engines compute with in the place of a weight of that name
+Rounding = Callable[[str, Tensor], Tensor]
 
 
-@torch.no_grad()
-def run_reference(
-    skeleton: Skeleton, input_ids: Tensor, precision: str, kept: int, observe: Observer
-) -> Tensor:
-    """Logits of `input_ids` [1, tokens] by transformers' own loading, masks and eager attention.
+@dataclass(frozen=True)
+class Reference:
+    """The original model, loaded by transformers, with its masks and eager attention."""
 
-    At most the newest `kept` positions' logits come back, [1, positions, vocabulary], where the
-    model can leave out the others. Of `skeleton` only names are used: the model is what
-    from_pretrained gives. Weights are rounded to `precision` as they are in the bundle and computed
-    with in fp32; each module's are in memory only while it runs.
+    model: PreTrainedModel
+    layers: nn.Module
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, kept: int, observe: Observer) -> Tensor:
+        """Logits of `input_ids` [1, tokens].
+
+        At most the newest `kept` positions' come back, [1, positions, vocabulary], where the model
+        can leave out the others.
+        """
+        wanted = inspect.signature(self.model.forward).parameters
+        few = {"logits_to_keep": kept} if "logits_to_keep" in wanted else {}
+        with _observed(self.layers, observe):
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **few).logits
+        return logits
+
+
+@contextlib.contextmanager
+def opened_reference(skeleton: Skeleton, rounding: Rounding) -> Iterator[Reference]:
+    """The model that from_pretrained gives; of `skeleton` only names are used.
+
+    Weights are rounded by `rounding` as they are in the bundle and computed with in fp32; each
+    module's are in memory only while it runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = _load(skeleton.directory, folder)
-        _round_weights(model, precision)
-        wanted = inspect.signature(model.forward).parameters
-        few = {"logits_to_keep": kept} if "logits_to_keep" in wanted else {}
-        with _observed(model.get_submodule(skeleton.layers_path), observe):
-            logits: Tensor = model(input_ids=input_ids, use_cache=False, **few).logits
-    return logits
+        _round_weights(model, rounding)
+        yield Reference(model, model.get_submodule(skeleton.layers_path))
 
 
 def _load(directory: Path, folder: str) -> PreTrainedModel:
@@ -100,27 +115,24 @@ def _quiet() -> Iterator[None]:
 class _Rounding(ModelHook):  # type: ignore[misc]
     """Rounds a module's weights once they are in memory, before it runs."""
 
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
+    def __init__(self, path: str, rounding: Rounding) -> None:
+        self.path, self.rounding = path, rounding
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for name, weight in module._parameters.items():
             if weight is not None:
-                weight.data = _rounded(weight.data, self.precision, name)
+                weight.data = self.rounding(f"{self.path}{name}", weight.data)
         return args, kwargs
 
 
-def _round_weights(model: nn.Module, precision: str) -> None:
-    for module in model.modules():
+def _round_weights(model: nn.Module, rounding: Rounding) -> None:
+    for path, module in model.named_modules():
         if module._parameters:
-            add_hook_to_module(module, _Rounding(precision), append=True)
+            hook = _Rounding(f"{path}." if path else "", rounding)
+            add_hook_to_module(module, hook, append=True)
     for name, weight in weights_of(model):
         if not isinstance(weight, nn.Parameter):
-            weight.copy_(_rounded(weight, precision, name))
-
-
-def _rounded(weight: Tensor, precision: str, name: str) -> Tensor:
-    return stored(weight, precision, name).to(weight.dtype)
+            weight.copy_(rounding(name, weight))
 
 
 @contextlib.contextmanager

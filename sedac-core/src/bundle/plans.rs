@@ -19,6 +19,21 @@ pub enum Precision {
     Fp16,
     /// bfloat16.
     Bf16,
+    /// 8 bits a weight in blocks with a scale each; computed in single precision.
+    Int8,
+    /// The same with 4 bits.
+    Int4,
+}
+
+impl Precision {
+    /// What caches have room for beside a sequence: with quantized weights, attention computes a row
+    /// more than it is asked for.
+    pub fn spare_positions(self) -> usize {
+        match self {
+            Self::Int8 | Self::Int4 => 1,
+            Self::Fp32 | Self::Fp16 | Self::Bf16 => 0,
+        }
+    }
 }
 
 /// What TensorRT plans are built for.

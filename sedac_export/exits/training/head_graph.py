@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,40 @@ from onnx import TensorProto, helper, numpy_helper
 from sedac_export.arrays import Floats
 from sedac_export.bundle import Bundle
 from sedac_export.errors import SedacError
+from sedac_export.model.quantization import Quantization, QuantizedRows
 
 BLOCK = 32
 _PRODUCTS = ("Gemm", "MatMul")
+_QUANTIZED_PRODUCT = "MatMulNBits"
+
+
+class HeadRows(Protocol):
+    """The product's weights [vocabulary, width], left on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and width."""
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.floating[Any]]:
+        """Some rows."""
+
+
+@dataclass(frozen=True)
+class _QuantizedHeadRows:
+    rows: QuantizedRows
+    quantization: Quantization
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.rows.scales), self.width
+
+    def __getitem__(self, rows: Any) -> Floats:
+        zeros = self.rows.zero_points
+        chosen = QuantizedRows(
+            self.rows.values[rows], self.rows.scales[rows], None if zeros is None else zeros[rows]
+        )
+        return chosen.dequantized(self.quantization, self.width)
 
 
 @dataclass(frozen=True)
@@ -25,7 +57,7 @@ class HeadGraph:
 
     model: onnx.ModelProto
     product: onnx.NodeProto
-    weight: npt.NDArray[np.float32]
+    weight: HeadRows
     bias: npt.NDArray[np.float32] | None
     vocabulary: int
 
@@ -41,6 +73,9 @@ class HeadGraph:
         known = {initializer.name: initializer for initializer in model.graph.initializer}
         casts = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}
         for node in model.graph.node:
+            if node.op_type == _QUANTIZED_PRODUCT:
+                rows, bias = _quantized_rows(node, known, path.parent)
+                return cls(model, node, rows, bias, vocabulary)
             source = (
                 known.get(casts.get(node.input[1], node.input[1])) if _is_product(node) else None
             )
@@ -134,6 +169,21 @@ def quantized_product(
         numpy_helper.from_array(whole.astype(np.uint8), f"{output}_rows"),
         numpy_helper.from_array(scales.reshape(-1), f"{output}_scales"),
     ]
+
+
+def _quantized_rows(
+    node: onnx.NodeProto, known: dict[str, TensorProto], directory: Path
+) -> tuple[_QuantizedHeadRows, npt.NDArray[np.float32] | None]:
+    """The weights of a product by MatMulNBits, and its bias."""
+    attributes = {a.name: a.i for a in node.attribute}
+    _, values, scales, zeros, _, bias = [
+        _read(known[name], directory) if name in known else None
+        for name in [*node.input, *[""] * (6 - len(node.input))]
+    ]
+    assert values is not None and scales is not None
+    quantization = Quantization(attributes["bits"], attributes["block_size"], zeros is None)
+    rows = QuantizedRows(values, scales.reshape(len(values), -1), zeros)
+    return _QuantizedHeadRows(rows, quantization, attributes["K"]), bias
 
 
 def _is_product(node: onnx.NodeProto) -> bool:

@@ -16,7 +16,7 @@ pub(super) struct Shared {
     pub(super) hidden_size: usize,
     pub(super) write_index: Tensor<i64>,
     contexts: Vec<ContextTensor>,
-    /// Key and value cache of each layer, [1, heads, max_cache_length, head_size].
+    /// Key and value cache of each layer, [1, heads, max_cache_length and spare ones, head_size].
     caches: Vec<[Tensor<f32>; 2]>,
     seqlens_k: Tensor<i32>,
     total_sequence_length: Tensor<i32>,
@@ -24,7 +24,7 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(manifest: &Manifest) -> Result<Self> {
-        let length = manifest.max_cache_length;
+        let length = manifest.max_cache_length + manifest.precision.spare_positions();
         let caches = manifest
             .key_value_heads
             .iter()

@@ -44,10 +44,10 @@ impl Sizes {
 }
 
 impl Precision {
-    /// Bytes of a number.
+    /// Bytes of a number where it is computed with.
     pub(crate) fn bytes(self) -> usize {
         match self {
-            Self::Fp32 => 4,
+            Self::Fp32 | Self::Int8 | Self::Int4 => 4,
             Self::Fp16 | Self::Bf16 => 2,
         }
     }
@@ -56,7 +56,7 @@ impl Precision {
     pub(super) fn decode(self, bytes: &[u8]) -> Vec<f32> {
         let two = |pair: &[u8]| [pair[0], pair[1]];
         match self {
-            Self::Fp32 => decode_f32(bytes),
+            Self::Fp32 | Self::Int8 | Self::Int4 => decode_f32(bytes),
             Self::Fp16 => bytes
                 .chunks_exact(2)
                 .map(|pair| f16::from_le_bytes(two(pair)).to_f32())
@@ -72,7 +72,9 @@ impl Precision {
     pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
         let values = values.iter();
         match self {
-            Self::Fp32 => values.flat_map(|value| value.to_le_bytes()).collect(),
+            Self::Fp32 | Self::Int8 | Self::Int4 => {
+                values.flat_map(|value| value.to_le_bytes()).collect()
+            }
             Self::Fp16 => values
                 .flat_map(|&value| f16::from_f32(value).to_le_bytes())
                 .collect(),
