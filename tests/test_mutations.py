@@ -41,6 +41,8 @@ def run(bundle: Path, count: int, log: Path) -> tuple[subprocess.CompletedProces
         "PYTHONPATH": str(TESTS),
         "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": str(temporary),
+        # what the core remembers of bundles, under names that do not come from them
+        "XDG_CACHE_HOME": str(temporary),
     }
     ended = subprocess.run(
         [*traced, *command], capture_output=True, text=True, env=environment, check=False
