@@ -14,7 +14,7 @@ pub struct Capabilities {
     pub exit_heads: Vec<usize>,
     /// Whether layers can run without their MLPs.
     pub attention_only: bool,
-    /// Whether tokens come with a [margin](super::StepOutcome::margin).
+    /// Whether tokens come with a [margin](super::StepOutcome::margins).
     pub margins: bool,
     /// Tokens that a step may give at most, where it goes [ahead](super::Ahead).
     pub ahead: usize,
