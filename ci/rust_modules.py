@@ -9,6 +9,7 @@ SOURCES = Path(__file__).parents[1] / "sedac-core" / "src"
 
 # module: the modules it may use, lowest first
 ALLOWED = {
+    "cache_file": "",
     "error": "",
     "interrupt": "error",
     "sampler": "error",
@@ -16,10 +17,10 @@ ALLOWED = {
     "kv": "error",
     "policy": "error",
     "sequence": "error kv",
-    "bundle": "error interrupt kv policy",
+    "bundle": "cache_file error interrupt kv policy",
     "backend": "error interrupt sampler kv policy sequence bundle",
     "draft": "error interrupt sampler policy sequence bundle backend",
-    "chain": "error interrupt sampler kv policy sequence bundle backend draft",
+    "chain": "cache_file error interrupt sampler kv policy sequence bundle backend draft",
     "certification": "error sampler kv policy bundle chain",
     "bench": "error interrupt sampler kv chain",
     "python": "error interrupt sampler text kv policy bundle backend chain certification bench",

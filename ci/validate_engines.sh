@@ -38,7 +38,7 @@ done
 [[ -x $bin/sedac-export ]] || refuse "$bin/sedac-export is missing, make demo installs it"
 
 targets=(tensorrt tensorrt-rtx)
-[[ $precision != fp16 ]] || targets=(cuda "${targets[@]}") # the kernel takes no other weights
+[[ $precision == fp32 ]] || targets=(cuda "${targets[@]}") # the kernel takes no such weights
 
 mkdir -p "$output"
 rm -rf "$output"/run-* "$output"/gpu_tests.*

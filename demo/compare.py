@@ -9,8 +9,9 @@ prefill included. Agreement is the share of generated tokens that the full-depth
 """
 
 import argparse
+import importlib
+import inspect
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sedac_runtime import SedacModel
 
-MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect", "json/decoder")
+MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect", "json.decoder")
 PROMPT_TOKENS = 64
 
 Generate = Callable[[list[int], int], tuple[list[int], float]]
@@ -29,9 +30,8 @@ Generate = Callable[[list[int], int], tuple[list[int], float]]
 def prompts(model: SedacModel, count: int) -> list[list[int]]:
     """`count` prompts of PROMPT_TOKENS tokens, from the middle of held-out modules."""
     found = []
-    library = Path(sysconfig.get_paths()["stdlib"])
     for index in range(count):
-        text = (library / f"{MODULES[index % len(MODULES)]}.py").read_text(encoding="utf-8")
+        text = inspect.getsource(importlib.import_module(MODULES[index % len(MODULES)]))
         start = len(text) * (1 + index // len(MODULES)) // (2 + count // len(MODULES))
         found.append(model.encode(text[start : start + 2000])[:PROMPT_TOKENS])
     return found

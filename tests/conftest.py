@@ -5,6 +5,7 @@ import, so what needs them is in shared_fixtures.py, for the processes that run 
 """
 
 import os
+import tempfile
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
@@ -42,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers are given the options that result here, so that all of them collect the same."""
     if config.option.day is None:
         config.option.day = date.today().toordinal()
+    if not hasattr(config, "workerinput"):
+        # what the core keeps there for later processes is for those of this run only
+        cache = tempfile.TemporaryDirectory(prefix="sedac-cache-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["XDG_CACHE_HOME"] = cache.name
     hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
     if not hands_out or config.option.collectonly:
         config.pluginmanager.import_plugin("shared_fixtures")

@@ -72,13 +72,19 @@ def test_plans_run(target: Target, own_demo: Path, demo_model: SedacModel) -> No
 
 
 @pytest.fixture(scope="module")
-def chain_model(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> SedacModel:
-    """The demo bundle with the target cuda, loaded on the GPU."""
+def chain_bundle(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo bundle with the target cuda."""
     require_chain()
     directory = tmp_path_factory.mktemp("chain") / "bundle"
     shutil.copytree(demo_bundle, directory)
     add_cuda(directory, str(DEMO_MODEL))
-    return SedacModel.from_pretrained(directory, threads=THREADS, backend="cuda")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def chain_model(chain_bundle: Path) -> SedacModel:
+    """That bundle on the GPU."""
+    return SedacModel.from_pretrained(chain_bundle, threads=THREADS, backend="cuda")
 
 
 @pytest.mark.gpu
@@ -90,8 +96,8 @@ def test_the_chain_generates_the_texts_of_onnxruntime(
 
 
 @pytest.mark.gpu
-def test_the_chain_is_validated(chain_model: SedacModel) -> None:
-    validation = validate(chain_model.directory)
+def test_the_chain_is_validated(chain_bundle: Path) -> None:
+    validation = validate(chain_bundle)
     assert [check.problems for check in validation.checks] == [[], [], []]
     assert validation.checks[2].checked
 

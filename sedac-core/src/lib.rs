@@ -40,6 +40,7 @@
 pub mod backend;
 pub mod bench;
 pub mod bundle;
+mod cache_file;
 pub mod certification;
 pub mod chain;
 pub mod draft;

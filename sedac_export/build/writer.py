@@ -12,6 +12,7 @@ from sedac_export.build.quantized_weights import weight_sources
 from sedac_export.bundle import manifest as bundle
 from sedac_export.console import StageProgress
 from sedac_export.graph.block import compose
+from sedac_export.graph.fusion import fused
 from sedac_export.graph.modules import Context
 from sedac_export.graph.quantized_graph import quantized_graph
 from sedac_export.graph.stamp import (
@@ -134,9 +135,10 @@ def _write_layers(
     for index, kind in enumerate(graphs.kinds):
         name, prefix = f"layer_{index:03}", f"{writer.skeleton.layers_path}.{index}."
         if calibration is None:
-            stamped.append(writer.stamp(graphs.layers[kind], name, prefix))
+            layer = writer.stamp(graphs.layers[kind], name, prefix)
         else:
-            stamped.append(_stamp_calibrated(writer, graphs.layers[kind], index, calibration))
+            layer = _stamp_calibrated(writer, graphs.layers[kind], index, calibration)
+        stamped.append(fused(layer))
         fill = writer.stamp(graphs.key_value[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
@@ -162,7 +164,7 @@ def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.Mo
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
     path = writer.skeleton.layers_path
     return [
-        writer.stamp(graphs.attention[kind], f"layer_{index:03}", f"{path}.{index}.")
+        fused(writer.stamp(graphs.attention[kind], f"layer_{index:03}", f"{path}.{index}."))
         for index, kind in enumerate(graphs.kinds)
     ]
 

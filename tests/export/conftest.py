@@ -1,7 +1,8 @@
 """Texts, and the demo bundle with probes trained on them."""
 
+import importlib
+import inspect
 import shutil
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sedac_export.exits.training.lens import LensRow, identity, judge
 from sedac_export.exits.training.train_probes import Trained, train_probes
 
 # never seen by the demo model; about a thousand tokens are kept of each
-MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect", "json/decoder")
+MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect", "json.decoder")
 EXITS, PROBES = (4, 8), (4, 6)
 
 TrainedBundle = tuple[Path, Trained]
@@ -26,11 +27,10 @@ TrainedBundle = tuple[Path, Trained]
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     directory = tmp_path_factory.mktemp("texts")
-    library = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for module in MODULES:
-        text = (library / f"{module}.py").read_text(encoding="utf-8")
-        files.append(directory / f"{Path(module).name}.py")
+        text = inspect.getsource(importlib.import_module(module))
+        files.append(directory / f"{module}.py")
         files[-1].write_text(text[4000:8000])
     return files
 

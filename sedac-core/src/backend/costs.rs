@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// A measurement may be too low by this much for each newer one: passes are only ever slowed down
 /// by what else the machine does, but caches that grow slow them for good.
 const RISE: f64 = 1.03;
 /// And too high by this much for each later pass over another number of tokens, so that what once
 /// seemed too slow to pay is tried again.
 const FALL: f64 = 0.9998;
+/// Longer passes are prefill's, and no draft's.
+const MAX_RECORDED: usize = 16;
 
 /// Seconds that passes over some numbers of tokens took, in a layer and in the head.
 ///
@@ -35,6 +39,20 @@ impl Costs {
         }
     }
 
+    /// What is known of passes that verify drafts, for later processes.
+    pub fn record(&self) -> CostRecord {
+        CostRecord {
+            layer: self.layer.record(),
+            head: self.head.record(),
+        }
+    }
+
+    /// Start from what an earlier process [recorded](Self::record).
+    pub fn recall(&mut self, record: &CostRecord) {
+        self.layer.recall(&record.layer);
+        self.head.recall(&record.head);
+    }
+
     /// Seconds for `tokens` tokens through `layers` layers.
     pub fn layers(&self, layers: usize, tokens: usize) -> f64 {
         layers as f64 * self.layer.at(tokens)
@@ -46,38 +64,88 @@ impl Costs {
     }
 }
 
-/// Measurements by the number of tokens; none yet after the first, which makes buffers too.
+/// Seconds by the number of tokens in a pass.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CostRecord {
+    /// For a layer.
+    pub layer: BTreeMap<usize, f64>,
+    /// For the head.
+    pub head: BTreeMap<usize, f64>,
+}
+
+impl CostRecord {
+    /// Whether every cost is finite and above 0.
+    pub(crate) fn is_sound(&self) -> bool {
+        let mut seconds = self.layer.values().chain(self.head.values());
+        seconds.all(|&seconds| seconds > 0.0 && seconds.is_finite())
+    }
+}
+
+/// Measurements by the number of tokens.
 #[derive(Debug, Clone, Default)]
-struct Curve(BTreeMap<usize, Option<f64>>);
+struct Curve(BTreeMap<usize, Cost>);
+
+/// Seconds for one number of tokens.
+#[derive(Debug, Clone, Copy, Default)]
+struct Cost {
+    /// Whether a pass has run. The first one makes buffers too and does not count.
+    has_run: bool,
+    measured: Option<f64>,
+    /// In an earlier process.
+    remembered: Option<f64>,
+}
 
 impl Curve {
     fn note(&mut self, tokens: usize, seconds: f64) {
-        if let Some(known) = self.0.get_mut(&tokens) {
-            *known = Some(known.map_or(seconds, |known| seconds.min(known * RISE)));
-        } else {
-            self.0.insert(tokens, None);
+        let cost = self.0.entry(tokens).or_default();
+        if cost.has_run {
+            let known = cost.measured.unwrap_or(f64::INFINITY);
+            cost.measured = Some(seconds.min(known * RISE));
         }
+        cost.has_run = true;
     }
 
     fn fall(&mut self, except: usize) {
-        for (&tokens, seconds) in &mut self.0 {
+        for (&tokens, cost) in &mut self.0 {
             if tokens != except {
-                *seconds = seconds.map(|seconds| seconds * FALL);
+                cost.measured = cost.measured.map(|seconds| seconds * FALL);
+                cost.remembered = cost.remembered.map(|seconds| seconds * FALL);
             }
         }
     }
 
+    fn record(&self) -> BTreeMap<usize, f64> {
+        let known = self
+            .0
+            .range(..=MAX_RECORDED)
+            .filter(|(_, cost)| cost.is_known());
+        known
+            .map(|(&tokens, _)| (tokens, self.at(tokens)))
+            .collect()
+    }
+
+    fn recall(&mut self, record: &BTreeMap<usize, f64>) {
+        for (&tokens, &seconds) in record {
+            self.0.entry(tokens).or_default().remembered = Some(seconds);
+        }
+    }
+
+    /// How much slower passes are now than when they were recorded: by as much as those over one
+    /// token.
+    fn scale(&self) -> f64 {
+        let one = self.0.get(&1);
+        let scale = one.and_then(|one| Some(one.measured? / one.remembered?));
+        scale.unwrap_or(1.0)
+    }
+
     /// What is not known lies on a line between what is, and costs as much as the nearest known
-    /// beyond. More tokens never cost less than fewer.
+    /// beyond. More tokens never cost less than fewer: a measurement that says so was disturbed.
     fn at(&self, tokens: usize) -> f64 {
-        let known = |(&tokens, seconds): (&usize, &Option<f64>)| Some((tokens, (*seconds)?));
+        let scale = self.scale();
+        let known = |(&tokens, cost): (&usize, &Cost)| Some((tokens, cost.seconds(scale)?));
         let below = self.0.range(..=tokens).rev().find_map(known);
         let above = self.0.range(tokens..).find_map(known);
-        let least = self
-            .0
-            .iter()
-            .find_map(known)
-            .map_or(0.0, |(_, least)| least);
         let between = match (below, above) {
             (Some((n, low)), Some((m, high))) if n < m => {
                 low + (high - low) * (tokens - n) as f64 / (m - n) as f64
@@ -85,7 +153,22 @@ impl Curve {
             (Some((_, seconds)), _) | (None, Some((_, seconds))) => seconds,
             (None, None) => 0.0,
         };
-        between.max(least)
+        let least = self.0.iter().find_map(known);
+        let more = self.0.range(tokens..).filter_map(known);
+        let most = more.map(|(_, seconds)| seconds).fold(between, f64::min);
+        least.map_or(most, |(_, least)| most.max(least))
+    }
+}
+
+impl Cost {
+    fn is_known(&self) -> bool {
+        self.measured.is_some() || self.remembered.is_some()
+    }
+
+    /// What was remembered takes `scale` times as long now.
+    fn seconds(&self, scale: f64) -> Option<f64> {
+        let remembered = || self.remembered.map(|seconds| scale * seconds);
+        self.measured.or_else(remembered)
     }
 }
 
@@ -137,5 +220,49 @@ mod tests {
             costs.note_head(1, Duration::from_secs(1));
         }
         assert_eq!(costs.layers(1, 4), costs.layers(1, 1));
+    }
+
+    #[test]
+    fn more_tokens_show_that_fewer_were_disturbed() {
+        let mut costs = Costs::default();
+        for (tokens, seconds) in [(1, 2), (3, 30), (4, 4), (8, 6)] {
+            note(&mut costs, tokens, seconds);
+        }
+        let layer = |tokens| costs.layers(1, tokens);
+        assert_eq!(
+            [layer(1), layer(2), layer(3), layer(4)],
+            [1.0, 2.0, 2.0, 2.0]
+        );
+        assert_eq!(costs.record().layer[&3], 2.0);
+    }
+
+    #[test]
+    fn remembered_costs_are_relative_to_those_of_one_token() {
+        let mut before = Costs::default();
+        note(&mut before, 1, 2);
+        note(&mut before, 8, 4);
+        note(&mut before, 256, 90);
+        let record = before.record();
+        assert_eq!(record.layer, BTreeMap::from([(1, 1.0), (8, 2.0)]));
+        let mut costs = Costs::default();
+        costs.recall(&record);
+        assert_eq!([costs.layers(1, 1), costs.layers(1, 8)], [1.0, 2.0]);
+        note(&mut costs, 1, 6);
+        assert_eq!([costs.layers(1, 1), costs.layers(1, 8)], [3.0, 6.0]);
+        assert_eq!(costs.record().layer, BTreeMap::from([(1, 3.0), (8, 6.0)]));
+        note(&mut costs, 8, 14);
+        assert_eq!(costs.layers(1, 8), 7.0);
+    }
+
+    #[test]
+    fn costs_are_numbers_above_zero() {
+        let of = |seconds| CostRecord {
+            layer: BTreeMap::from([(1, seconds)]),
+            head: BTreeMap::new(),
+        };
+        assert!(of(0.5).is_sound());
+        for seconds in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert!(!of(seconds).is_sound(), "{seconds}");
+        }
     }
 }

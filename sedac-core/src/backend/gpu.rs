@@ -6,6 +6,15 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
 
 use crate::error::{Error, Result};
 
+/// The first GPU's name; None without a driver or a GPU.
+pub(crate) fn gpu_name() -> Option<String> {
+    // SAFETY: as in `new_stream`
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    CudaContext::new(0).ok()?.name().ok()
+}
+
 /// A new stream of the first GPU, in the driver's primary context, which other libraries use too.
 /// Events are not tracked: whoever takes the stream uses its allocations on no other.
 ///

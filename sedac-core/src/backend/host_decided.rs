@@ -375,4 +375,8 @@ impl<E: Engines> Backend for HostDecided<E> {
     fn costs(&self) -> &Costs {
         &self.costs
     }
+
+    fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
 }

@@ -18,8 +18,9 @@ mod timing;
 
 use std::ops::Range;
 
+pub(crate) use self::gpu::gpu_name;
 pub use capabilities::Capabilities;
-pub use costs::Costs;
+pub use costs::{CostRecord, Costs};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
 pub use step::{
@@ -66,6 +67,9 @@ pub trait Backend: Send {
 
     /// What passes cost so far, as the backend measured it.
     fn costs(&self) -> &Costs;
+
+    /// The same, to start from what an earlier process measured.
+    fn costs_mut(&mut self) -> &mut Costs;
 }
 
 /// Single engines, for a host that decides between them.

@@ -77,6 +77,8 @@ pub struct Bundle {
     pub manifest: Manifest,
     /// Its exit configuration.
     pub exit_config: ExitConfig,
+    /// SHA-256 of its manifest, in lower-case hexadecimal.
+    pub digest: String,
     memory_limit: Option<u64>,
 }
 
@@ -102,6 +104,7 @@ impl Bundle {
             exit_config: ExitConfig::read(&files.gate, &files.manifest)?,
             gate: Arc::new(files.gate),
             manifest: files.manifest,
+            digest: files.digest,
             memory_limit: opening.memory_limit,
         })
     }
@@ -113,6 +116,7 @@ pub(crate) struct Files {
     /// The text of bundle.json.
     pub(crate) text: Vec<u8>,
     pub(crate) manifest: Manifest,
+    digest: String,
 }
 
 /// Check the files of the bundle in `directory`: its manifest, what that lists, and the graphs.
@@ -149,6 +153,7 @@ pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> 
         gate,
         text,
         manifest,
+        digest,
     })
 }
 

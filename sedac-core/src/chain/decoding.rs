@@ -8,7 +8,7 @@ use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, 
 use crate::backend::{
     Ahead, Backend, Logits, LogitsRequest, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
 };
-use crate::draft::{BaselineCost, Draft, DraftContext, Drafter, Foresight};
+use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, Foresight};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::policy::ExitReason;
@@ -31,6 +31,16 @@ impl Drafting {
             baseline: BaselineCost::new(layers),
             undrafted: 0,
         }
+    }
+
+    /// The next rounds are of another text.
+    pub(super) fn start(&mut self) {
+        self.drafter.start();
+    }
+
+    /// Write what was observed into `acceptance`.
+    pub(super) fn record(&self, acceptance: &mut Acceptance) {
+        self.drafter.record(acceptance);
     }
 }
 

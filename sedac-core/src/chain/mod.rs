@@ -1,6 +1,7 @@
 //! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
 
 mod decoding;
+mod drafting_record;
 mod mode;
 
 use std::collections::{BTreeMap, HashMap};
@@ -8,9 +9,10 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use tracing::{debug_span, info};
+use tracing::{debug, debug_span, info};
 
 use self::decoding::{Decoding, Drafting, Text};
+use self::drafting_record::{RecordFile, RecordKey};
 use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
 use crate::backend::cuda::CudaChain;
@@ -19,7 +21,7 @@ use crate::backend::{
     StepExit, StepOutcome,
 };
 use crate::bundle::{Bundle, DrafterKind};
-use crate::draft::{Draft, new_drafter};
+use crate::draft::{Acceptance, Draft, new_drafter};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
@@ -125,7 +127,17 @@ pub struct Chain {
     /// Kept between generations, since they learn what pays on this machine; by the fewest layers
     /// that drafts run, None in lossless mode.
     drafting: HashMap<(DrafterKind, Option<usize>), Drafting>,
+    /// What earlier processes observed, and this one in lossless mode.
+    acceptance: Acceptance,
+    record: Option<RecordFile>,
 }
+
+/// Numbers of tokens in the passes that are timed: drafts have up to 15 and the token before them.
+const TIMED: [usize; 5] = [1, 8, 16, 4, 2];
+/// How often each is timed again once all have been: what else the machine does comes and goes.
+const REPEATS: usize = 2;
+/// Passes are timed for no longer than this.
+const MAX_TIMING: Duration = Duration::from_millis(900);
 
 impl Chain {
     /// A chain over ONNX Runtime engines of `bundle`; see [`OnnxRuntime::load`].
@@ -176,7 +188,55 @@ impl Chain {
             capacity,
             vocab_size,
             drafting: HashMap::new(),
+            acceptance: Acceptance::default(),
+            record: None,
         }
+    }
+
+    /// Start from what drafting found out about `bundle` on this machine in earlier processes, and
+    /// record it for later ones in the user's cache directory. Without a record, passes are timed
+    /// now, which takes less than a second. `backend` names what runs the bundle, whether it does so
+    /// on a GPU, and with how many `threads`: each has its own record.
+    pub fn remember(&mut self, bundle: &Bundle, backend: &str, on_gpu: bool, threads: usize) {
+        let mut file = RecordFile::new(RecordKey::new(bundle, backend, on_gpu, threads));
+        if let Some(record) = file.read() {
+            self.backend.costs_mut().recall(&record.costs);
+            self.acceptance = record.acceptance;
+        } else {
+            if let Err(error) = self.time_passes() {
+                debug!(%error, "the costs of passes are not known");
+            }
+            file.write(self.backend.costs().record(), Acceptance::default());
+        }
+        self.record = Some(file);
+    }
+
+    /// Run passes as drafts do, for the backend to note what they cost.
+    fn time_passes(&mut self) -> Result<()> {
+        let mut sequence = self.backend.open(KvFill::Defer)?;
+        let started = Instant::now();
+        let mut longest = Duration::ZERO;
+        // the first pass of each number of tokens makes its buffers and does not count
+        let first = TIMED.into_iter().flat_map(|tokens| [tokens, tokens]);
+        for tokens in first.chain(TIMED.repeat(REPEATS)) {
+            if started.elapsed() + longest > MAX_TIMING {
+                break;
+            }
+            let before = Instant::now();
+            self.time_pass(&mut sequence, tokens.min(self.capacity))?;
+            longest = longest.max(before.elapsed());
+        }
+        Ok(())
+    }
+
+    fn time_pass(&mut self, sequence: &mut Sequence, tokens: usize) -> Result<()> {
+        // different ones: where experts are chosen by the token, each has its own to load
+        let token = |index| (index * self.vocab_size / tokens) as u32;
+        let text: Vec<u32> = (0..tokens).map(token).collect();
+        let logits = LogitsRequest::Tokens(tokens);
+        self.prefill(sequence, &text, logits, &Interrupt::default())?;
+        sequence.truncate(0);
+        Ok(())
     }
 
     /// Decoder layers of the model.
@@ -222,6 +282,10 @@ impl Chain {
         };
         let decoded = decoding.run(drafting.as_mut().map(|(_, drafting)| drafting));
         let (finish_reason, drafts) = (decoding.text.finished, decoding.drafts);
+        let drafted = drafting.as_ref().map(|(_, drafting)| drafting);
+        if let (DecodingMode::Lossless { .. }, Some(drafting)) = (&request.mode, drafted) {
+            drafting.record(&mut self.acceptance);
+        }
         self.drafting.extend(drafting);
         decoded?;
         let summary = Summary {
@@ -231,7 +295,18 @@ impl Chain {
             drafts,
         };
         info!(prompt_tokens = request.prompt.len(), ?summary, "generated");
+        self.write_record(&request.mode);
         Ok(summary)
+    }
+
+    /// Record what was observed in `mode`. Where tokens exit, drafts save less: that would mislead
+    /// lossless mode.
+    fn write_record(&mut self, mode: &DecodingMode) {
+        if let (DecodingMode::Lossless { .. }, Some(file)) = (mode, &mut self.record)
+            && file.is_due()
+        {
+            file.write(self.backend.costs().record(), self.acceptance.clone());
+        }
     }
 
     /// Run a given text token by token and hand to `emit`, for each token but the first, the most
@@ -315,10 +390,14 @@ impl Chain {
         let min_depth = exits.min_draft_depth(&self.exit_layers, layers);
         let key = (kind, min_depth);
         let known = self.drafting.remove(&key);
-        let drafting = known.unwrap_or_else(|| {
-            let drafter = new_drafter(kind, &self.exit_layers, layers, min_depth.unwrap_or(0));
+        let mut drafting = known.unwrap_or_else(|| {
+            let mut drafter = new_drafter(kind, &self.exit_layers, layers, min_depth.unwrap_or(0));
+            if min_depth.is_none() {
+                drafter.recall(&self.acceptance);
+            }
             Drafting::new(drafter, layers)
         });
+        drafting.start();
         Some((key, drafting))
     }
 

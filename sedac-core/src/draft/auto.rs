@@ -1,6 +1,6 @@
 //! Takes the drafter with the higher expected speedup at each point of the text.
 
-use super::{Draft, DraftContext, Drafter};
+use super::{Acceptance, Draft, DraftContext, Drafter};
 use crate::backend::Costs;
 use crate::error::Result;
 
@@ -31,6 +31,11 @@ impl<A: Drafter, B: Drafter> Auto<A, B> {
 }
 
 impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
+    fn start(&mut self) {
+        self.first.start();
+        self.second.start();
+    }
+
     fn expected_speedup(
         &mut self,
         history: &[u32],
@@ -56,5 +61,14 @@ impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
 
     fn observe(&mut self, tokens: &[u32], costs: &Costs) {
         self.current().observe(tokens, costs);
+    }
+    fn recall(&mut self, acceptance: &Acceptance) {
+        self.first.recall(acceptance);
+        self.second.recall(acceptance);
+    }
+
+    fn record(&self, acceptance: &mut Acceptance) {
+        self.first.record(acceptance);
+        self.second.record(acceptance);
     }
 }

@@ -1,7 +1,10 @@
 //! Drafts by the model's own shallow layers.
 
 use super::baseline::baseline_cost;
-use super::{AcceptanceRate, Draft, DraftContext, Drafter, Foresight, TakenExit, full_depth_cost};
+use super::{
+    Acceptance, AcceptanceRate, DepthAcceptance, Draft, DraftContext, Drafter, Foresight,
+    TakenExit, full_depth_cost,
+};
 use crate::backend::{Ahead, Costs, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome, margin_bin};
 use crate::error::Result;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
@@ -23,6 +26,8 @@ const PRIOR_WEIGHT: f64 = 3.0;
 const DECAY: f64 = 0.98;
 /// Observations of depths that are not used decay more slowly.
 const IDLE_DECAY: f64 = 0.999;
+/// Rounds of earlier processes count as much as this number of rounds at full depth's cost.
+const MAX_REMEMBERED: f64 = 16.0;
 
 /// Decodes to an exit layer and drafts the token there, again and again, for as long as the next
 /// token is worth what it costs. The tokens' hidden states at the exit are saved, so that
@@ -104,6 +109,26 @@ impl Depth {
         match bins {
             0 => f32::INFINITY,
             bins => (BINS - bins) as f32 / BINS as f32,
+        }
+    }
+}
+
+impl Depth {
+    fn recall(&mut self, remembered: &DepthAcceptance) {
+        let scale = (MAX_REMEMBERED / remembered.cost).min(1.0);
+        self.baseline = scale * remembered.baseline;
+        self.cost = scale * remembered.cost;
+        for (rate, &remembered) in self.rates.iter_mut().zip(&remembered.rates) {
+            rate.recall(remembered);
+        }
+    }
+
+    fn record(&self) -> DepthAcceptance {
+        DepthAcceptance {
+            depth: self.depth,
+            baseline: self.baseline,
+            cost: self.cost,
+            rates: self.rates.iter().map(AcceptanceRate::estimate).collect(),
         }
     }
 }
@@ -281,6 +306,8 @@ impl Depth {
 }
 
 impl Drafter for EarlyExit {
+    fn start(&mut self) {}
+
     fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
         let (mut best, mut prior) = (0.0, PRIOR_SPEEDUP);
         for (index, depth) in self.depths.iter_mut().enumerate() {
@@ -372,6 +399,19 @@ impl Drafter for EarlyExit {
         depth.decay(DECAY);
         depth.baseline += baseline / full;
         depth.cost += cost / full;
+    }
+
+    fn recall(&mut self, acceptance: &Acceptance) {
+        for remembered in &acceptance.early_exit {
+            let mut depths = self.depths.iter_mut();
+            if let Some(depth) = depths.find(|depth| depth.depth == remembered.depth) {
+                depth.recall(remembered);
+            }
+        }
+    }
+
+    fn record(&self, acceptance: &mut Acceptance) {
+        acceptance.early_exit = self.depths.iter().map(Depth::record).collect();
     }
 }
 

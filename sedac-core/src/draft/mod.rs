@@ -13,8 +13,10 @@ mod auto;
 mod baseline;
 mod early_exit;
 mod prompt_lookup;
+mod suffix_automaton;
 
 use self::acceptance::AcceptanceRate;
+pub use self::acceptance::{Acceptance, DepthAcceptance};
 use self::auto::Auto;
 pub(crate) use self::baseline::BaselineCost;
 use self::early_exit::EarlyExit;
@@ -142,6 +144,9 @@ impl<'a> Foresight<'a> {
 /// Whether, how deep and how far to draft is decided by the measured [`Costs`] of passes and by
 /// acceptance rates so far.
 pub trait Drafter: Send {
+    /// The next history is of another text.
+    fn start(&mut self);
+
     /// The expected speedup of a round with a draft, in tokens a second, over one without, where a
     /// token costs `baseline` seconds. At most `max_tokens` tokens, 1 or more, may be drafted after
     /// `history`.
@@ -168,6 +173,12 @@ pub trait Drafter: Send {
     /// `tokens` came after the last draft: the accepted ones and one more, or fewer where the text
     /// ended.
     fn observe(&mut self, tokens: &[u32], costs: &Costs);
+
+    /// Start from what an earlier process [recorded](Self::record).
+    fn recall(&mut self, acceptance: &Acceptance);
+
+    /// Write what was observed into `acceptance`.
+    fn record(&self, acceptance: &mut Acceptance);
 }
 
 /// Seconds for `tokens` tokens at full depth.

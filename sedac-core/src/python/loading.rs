@@ -87,7 +87,7 @@ pub(super) fn load(
     executor: Option<PythonExecutor>,
     preparation: Option<&Preparation>,
 ) -> Result<Loaded> {
-    match (choice, executor) {
+    let mut loaded = match (choice, executor) {
         (BackendChoice::Auto, _) => load_first(bundle, library, preparation),
         (_, Some(executor)) => load_plans(bundle, library, executor),
         (BackendChoice::Cuda, None) => load_kernels(bundle),
@@ -95,7 +95,12 @@ pub(super) fn load(
             Some(device) => load_graphs(bundle, library, device),
             None => load_engines(bundle, library),
         },
-    }
+    }?;
+    let (backend, on_gpu) = (loaded.backend.name(), loaded.backend.device() == CUDA);
+    loaded
+        .chain
+        .remember(bundle, backend, on_gpu, library.threads);
+    Ok(loaded)
 }
 
 /// What Python does before "auto" tries a backend of another library: called with the backend's name,

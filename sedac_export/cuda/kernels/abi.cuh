@@ -84,12 +84,12 @@ struct Outcome {
   struct {
     unsigned token;  // that wins the race
     float logit;
-    float total;     // sum of exp(logit - the highest) over all tokens
-    int is_certain;  // whether rounding cannot have made it win
-  } race[MAX_ROWS];            // of sampled rows
-  unsigned long long started;  // globaltimer, ns
+    float total;                                               // sum of exp(logit - the highest) over all tokens
+    int is_certain;                                            // whether rounding cannot have made it win
+  } race[MAX_ROWS];                                            // of sampled rows
+  unsigned long long started;                                  // globaltimer, ns
   unsigned long long layers_ended[MAX_ROWS], ended[MAX_ROWS];  // by step
-  int steps, unused;           // that ran
+  int steps, unused;                                           // that ran
 };
 
 struct Pass {

@@ -146,7 +146,8 @@ struct Head {
 
   // A block's four words about a row, each beside the number of the step.
   __device__ __forceinline__ ulonglong2* words(int row, int kind, int block) const {
-    return reinterpret_cast<ulonglong2*>(scratch + SCRATCH_HIGHEST) + ((kind * MAX_ROWS + row) * MAX_BLOCKS + block) * 2;
+    return reinterpret_cast<ulonglong2*>(scratch + SCRATCH_HIGHEST) +
+           ((kind * MAX_ROWS + row) * MAX_BLOCKS + block) * 2;
   }
   __device__ __forceinline__ void publish(int row, int kind, int4 v) const {
     const unsigned long long number = static_cast<unsigned long long>(pass.number + shared.step) << 32;

@@ -36,7 +36,7 @@ def test_layers_attend_by_one_operator(name: str, tiny_bundle: Callable[[str], T
         assert used.count("RotaryEmbedding") == 2
     if name not in ("gpt2", "opt", "gpt_neox"):
         norms = {"qwen3": 4, "olmo2": 4, "gemma2": 4}
-        assert used.count("RMSNormalization") == norms.get(name, 2)
+        assert used.count("SimplifiedLayerNormalization") == norms.get(name, 2)
 
 
 def test_layers_of_a_kind_share_one_graph(tiny_bundle: Callable[[str], TinyBundle]) -> None:

@@ -15,6 +15,7 @@ mod probe_weights;
 mod rule_tables;
 
 use std::ops::Range;
+use std::time::Instant;
 
 pub use self::abi::{
     MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
@@ -117,8 +118,9 @@ impl<D: ChainDevice> CudaChain<D> {
         for placed in &placed {
             place_races(placed, &lanes[placed.lane], &steps[placed.lane], &mut pass);
         }
+        let before = Instant::now();
         let outcome = self.device.run(&pass)?;
-        let cost = PassCost::new(&pass, &outcome);
+        let cost = PassCost::new(&pass, &outcome, before.elapsed());
         let epoch = *self.epoch.get_or_insert(outcome.started);
         for (
             sequence,
@@ -464,5 +466,9 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
 
     fn costs(&self) -> &Costs {
         &self.costs
+    }
+
+    fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
     }
 }

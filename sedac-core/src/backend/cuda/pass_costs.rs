@@ -1,4 +1,4 @@
-//! What passes cost, by the device's own clock.
+//! What passes cost: layers and head by the device's own clock, and the host's part.
 
 use std::time::Duration;
 
@@ -18,6 +18,9 @@ pub(super) struct PassCost {
     /// The layers that every row ran; None where rows ran different ones.
     layers: Option<usize>,
     logits_rows: usize,
+    /// What the host saw beyond the device's time, for each step: a pass is launched and waited for
+    /// once, so that steps which follow without the host cost less than passes of their own.
+    host: Duration,
     /// What each of its steps took.
     steps: Vec<StepCost>,
 }
@@ -32,7 +35,8 @@ struct StepCost {
 }
 
 impl PassCost {
-    pub(super) fn new(pass: &PassPlan, outcome: &PassOutcome) -> Self {
+    /// `elapsed`: on the host.
+    pub(super) fn new(pass: &PassPlan, outcome: &PassOutcome, elapsed: Duration) -> Self {
         let first_layers = pass.rows.iter().map(|row| row.first_layer);
         let nanoseconds = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
         let begins = [outcome.started].into_iter().chain(outcome.ended);
@@ -42,12 +46,16 @@ impl PassCost {
             layers: nanoseconds(started, layers),
             head: nanoseconds(layers, head),
         });
+        let steps: Vec<_> = steps.take(outcome.steps as usize).collect();
+        let on_device: Duration = steps.iter().map(|step| step.layers + step.head).sum();
+        let host = elapsed.saturating_sub(on_device) / steps.len().max(1) as u32;
         Self {
             rows: pass.rows.len(),
             first_layer: first_layers.min().unwrap_or(0) as usize,
             layers: shared_layers(pass, outcome),
             logits_rows: pass.logits_rows.count_ones() as usize,
-            steps: steps.take(outcome.steps as usize).collect(),
+            host,
+            steps,
         }
     }
 
@@ -85,6 +93,7 @@ impl PassCost {
             first_layer: self.first_layer.min(other.first_layer),
             layers: Some(self.layers.filter(|_| self.layers == other.layers)?),
             logits_rows: self.logits_rows + other.logits_rows,
+            host: self.host + other.host,
             steps: vec![StepCost {
                 started: first.started,
                 layers: first.layers + second.layers,
@@ -99,7 +108,7 @@ impl PassCost {
                 costs.note_layers(layers, self.rows, step.layers);
             }
             if self.logits_rows > 0 {
-                costs.note_head(self.logits_rows, step.head);
+                costs.note_head(self.logits_rows, step.head + self.host);
             }
         }
     }
@@ -133,6 +142,11 @@ mod tests {
     use super::*;
 
     fn cost(first_layers: &[i32]) -> PassCost {
+        cost_of_steps(first_layers, 1, 9)
+    }
+
+    /// Of `steps` steps, of 9 and 5 seconds; the host saw `elapsed`.
+    fn cost_of_steps(first_layers: &[i32], steps: i32, elapsed: u64) -> PassCost {
         let row = |&first_layer| PassRow {
             first_layer,
             ..PassRow::default()
@@ -145,13 +159,13 @@ mod tests {
         };
         let mut outcome = PassOutcome {
             started: 1_000_000_000,
-            steps: 1,
+            steps,
             ..PassOutcome::default()
         };
         (outcome.layers_ended[0], outcome.ended[0]) = (9_000_000_000, 10_000_000_000);
         (outcome.layers_ended[1], outcome.ended[1]) = (13_000_000_000, 15_000_000_000);
         outcome.sequence[0].depth = 4;
-        PassCost::new(&plan, &outcome)
+        PassCost::new(&plan, &outcome, Duration::from_secs(elapsed))
     }
 
     #[test]
@@ -165,6 +179,19 @@ mod tests {
         );
         assert_eq!((head.part.clone(), head.tokens), (EnginePart::Head, 1));
         assert_eq!(head.start, layers.start + layers.elapsed);
+    }
+
+    #[test]
+    fn steps_share_what_the_host_takes() {
+        let head = |steps, elapsed| {
+            let mut costs = Costs::default();
+            let pass = [cost_of_steps(&[0], steps, elapsed)];
+            (0..2).for_each(|_| note(&mut costs, &pass));
+            costs.head(1).round()
+        };
+        assert_eq!((head(1, 9), head(1, 13)), (1.0, 5.0));
+        // the second step's head took 2
+        assert_eq!((head(2, 14), head(2, 18)), (1.0, 3.0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod exits;
 mod graph_executor;
+mod huge_pages;
 mod pass;
 mod runtime;
 

@@ -18,6 +18,7 @@ use ort::value::{
 };
 use ort::{AsPointer, LoadDynamicError};
 
+use super::huge_pages;
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 
@@ -69,6 +70,7 @@ fn start(library: &Path, threads: usize) -> Result<Environment> {
     let environment = build().map_err(|error: ort::Error| failed(error.to_string()))?;
     // what fails is in the error that is returned
     environment.set_log_level(LogLevel::Fatal);
+    huge_pages::register(&environment).map_err(provider_error)?;
     Ok(environment)
 }
 
@@ -147,6 +149,7 @@ pub(super) unsafe fn device_session(
             .with_memory_pattern(false)?
             .with_execution_providers([provider])?
             .with_config_entry(NO_CPU_NODES, no_cpu_nodes)?
+            .with_env_allocators()?
             .with_config_entry(WEIGHTS_DIRECTORY, directory.to_string_lossy())?
             // what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
             .with_config_entry("session.load_model_format", "ONNX")?

@@ -241,4 +241,8 @@ impl Backend for ToyDevice {
     fn costs(&self) -> &Costs {
         &self.costs
     }
+
+    fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
 }

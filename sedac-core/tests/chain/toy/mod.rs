@@ -312,6 +312,10 @@ impl<B: Backend> Backend for Timed<B> {
     fn costs(&self) -> &Costs {
         &self.costs
     }
+
+    fn costs_mut(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
 }
 
 /// What decides about exits.

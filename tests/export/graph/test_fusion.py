@@ -1,0 +1,152 @@
+"""Merged operators give what those they stand for gave."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyBundle
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from sedac_export.arrays import Array
+from sedac_export.graph.fusion import fused
+from sedac_export.graph.modules import stability
+from sedac_export.graph.stamp import with_precision
+from sedac_export.graph.trace import TracedGraph, trace
+
+HIDDEN, HEADS = 24, 3
+
+
+class Layer(nn.Module):
+    """Products of one input, heads taken apart and joined, a residual addition and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.rand(HIDDEN))
+        self.query = nn.Linear(HIDDEN, HIDDEN)
+        self.value = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.gate = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed = F.rms_norm(x, self.norm.shape, self.norm, 1e-6)
+        heads = self.query(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        joined = heads.transpose(1, 2).flatten(2)
+        mixed = F.rms_norm(x + joined, self.norm.shape, self.norm, 1e-6)
+        gated = F.silu(self.gate(mixed)) * self.value(mixed) + self.value(normed)
+        # a change of layout that does come to something
+        turned = heads.reshape(*x.shape)
+        y = x + self.down(gated) + turned
+        return y, stability(x, y)
+
+
+def traced_layer() -> tuple[TracedGraph, dict[str, Array]]:
+    torch.manual_seed(0)
+    layer = Layer()
+    dynamic = {"x": {1: "tokens"}}
+    graph = trace(layer, {"x": torch.randn(1, 4, HIDDEN)}, ["y", "stability"], dynamic)
+    return graph, {name: weight.detach().numpy() for name, weight in layer.named_parameters()}
+
+
+def run(graph: TracedGraph, weights: dict[str, Array], feeds: dict[str, Array]) -> list[Array]:
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    for initializer in model.graph.initializer:
+        if initializer.name in graph.weights:
+            kind = helper.tensor_dtype_to_np_dtype(initializer.data_type)
+            weight = weights[graph.weights[initializer.name]].astype(kind)
+            initializer.CopyFrom(numpy_helper.from_array(weight, initializer.name))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    outputs: list[Array] = session.run(None, feeds)
+    return outputs
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_layer_computes_the_same(precision: str) -> None:
+    whole, weights = traced_layer()
+    graph = with_precision(whole, precision)
+    merged = TracedGraph(fused(graph.model), graph.weights)
+    assert [v.name for v in merged.model.graph.output] == ["y", "stability"]
+    rng = np.random.default_rng(0)
+    for tokens in (1, 5):
+        feeds = {"x": rng.standard_normal((1, tokens, HIDDEN)).astype(np.float32)}
+        for got, expected in zip(
+            run(merged, weights, feeds), run(graph, weights, feeds), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_products_of_one_input_are_one() -> None:
+    """query and value of the first norm, but not gate and value of the second, which are wider."""
+    graph, _ = traced_layer()
+    assert operators(graph.model)["MatMul"] == 5
+    counts = operators(fused(graph.model))
+    assert (counts["MatMul"], counts["FusedMatMul"], counts["Split"]) == (0, 4, 1)
+
+
+def test_layouts_that_come_to_nothing_are_dropped() -> None:
+    """Only what gives `turned` is left."""
+    graph, _ = traced_layer()
+    before, after = operators(graph.model), operators(fused(graph.model))
+    assert (before["Reshape"], after["Reshape"], after["Transpose"]) == (3, 2, 1)
+
+
+def test_quantized_products_are_merged() -> None:
+    rng = np.random.default_rng(0)
+    rows, block, sizes = 64, 32, {"a": 40, "b": 24}
+    values, nodes = {}, []
+    attributes: dict[str, Any] = {"bits": 4, "block_size": block, "accuracy_level": 4}
+    for name, size in sizes.items():
+        values[name] = rng.integers(0, 256, (size, rows // block, block // 2), dtype=np.uint8)
+        values[f"{name}.scales"] = rng.random((size, rows // block)).astype(np.float32)
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits",
+                ["x", name, f"{name}.scales"],
+                [f"{name}.product"],
+                domain="com.microsoft",
+                K=rows,
+                N=size,
+                **attributes,
+            )
+        )
+    nodes.append(helper.make_node("Concat", ["a.product", "b.product"], ["y"], axis=-1))
+    nodes.append(helper.make_node("Identity", ["x"], ["stability"]))
+    float_values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "tokens", width])
+        for name, width in (("x", rows), ("y", rows), ("stability", 1))
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        float_values[:1],
+        float_values[1:],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    versions = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    before = helper.make_model(graph, opset_imports=versions, ir_version=10)
+    after = fused(before)
+    assert operators(after)["MatMulNBits"] == 1
+    feeds = {"x": rng.standard_normal((1, 3, rows)).astype(np.float32)}
+    got, expected = (run(TracedGraph(model, {}), {}, feeds)[0] for model in (after, before))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_bundles_layers_are_merged(name: str, tiny_bundle: Callable[[str], TinyBundle]) -> None:
+    """QKV, output, gate and up of a narrow MLP, and down; attention engines stop before the MLP."""
+    _, bundle = tiny_bundle(name)
+    for engine, products in (("layer", 4), ("attention", 2)):
+        model = onnx.load(bundle / "onnx" / f"{engine}_000.onnx", load_external_data=False)
+        counts = operators(model)
+        assert (counts["FusedMatMul"], counts["MatMul"], counts["Transpose"]) == (products, 0, 0)
