@@ -166,6 +166,8 @@ def _check_request(request: BuildRequest) -> None:
     quantization = _quantization(request)
     if quantization is not None:
         quantization.check()
+    else:
+        _check_unquantized(request)
     if not 0 <= request.tolerance <= MOST_TOLERANCE:
         raise SedacError(f"--atol {request.tolerance} is out of range: 0 to {MOST_TOLERANCE}")
     if output.exists() and not request.force:
@@ -174,6 +176,22 @@ def _check_request(request: BuildRequest) -> None:
         raise SedacError(
             f"{output} is not a bundle, so --force does not replace it; remove it first"
         )
+
+
+def _check_unquantized(request: BuildRequest) -> None:
+    options = {
+        "--block-size": request.block_size != BuildRequest.block_size,
+        "--asymmetric": not request.symmetric,
+        "--method": request.method != BuildRequest.method,
+        "--keep-precision": bool(request.keep_precision),
+        "--data": bool(request.data),
+    }
+    for option, is_set in options.items():
+        if is_set:
+            raise SedacError(
+                f"{option} is for --precision int8 and int4, and this is {request.precision}; leave"
+                " it out or choose one of these"
+            )
 
 
 def _cache_length(skeleton: Skeleton, request: BuildRequest) -> int:

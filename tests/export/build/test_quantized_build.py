@@ -138,6 +138,23 @@ def test_what_cannot_be_quantized_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [
+        ("--block-size", {"block_size": 64}),
+        ("--asymmetric", {"symmetric": False}),
+        ("--method", {"method": "gptq"}),
+        ("--keep-precision", {"keep_precision": "head"}),
+        ("--data", {"data": [Path("text")]}),
+    ],
+)
+def test_options_of_quantized_builds_are_not_ignored(
+    option: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(SedacError, match=f"{option} is for --precision int8 and int4.*fp16"):
+        build_bundle(BuildRequest("model", tmp_path / "bundle", precision="fp16", **settings))
+
+
 def test_short_texts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     request = BuildRequest(str(DEMO_MODEL), tmp_path / "b", "int4", data=[tmp_path / "short.txt"])
