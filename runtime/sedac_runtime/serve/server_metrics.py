@@ -17,10 +17,10 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _GAUGES: dict[str, tuple[str, Callable[[Statistics], int]]] = {
     "sedac_sequences_running": ("Sequences that are generated.", lambda state: state.running),
     "sedac_sequences_waiting": ("Sequences in the queue.", lambda state: state.waiting),
-    "sedac_cache_tokens_used": ("Tokens in KV caches.", lambda state: state.cache_tokens_used),
+    "sedac_cache_tokens_used": ("Tokens in KV caches.", lambda state: state.used_cache_tokens),
     "sedac_cache_tokens_total": (
         "Tokens that KV caches have room for.",
-        lambda state: state.cache_tokens_total,
+        lambda state: state.cache_tokens,
     ),
 }
 _TOTALS: dict[str, tuple[str, Callable[[Statistics], int]]] = {
