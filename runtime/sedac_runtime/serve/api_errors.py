@@ -96,34 +96,42 @@ def client_gone() -> ApiError:
 
 
 def invalid_request(error: RequestValidationError) -> ApiError:
-    """400: the first thing in the body that does not match the schema."""
-    first = error.errors()[0]
-    location, kind = first["loc"][1:], first["type"]
-    if first["loc"][:1] != ("body",) or kind == "json_invalid":
+    """400: something in the body that does not match the schema.
+
+    Of the alternatives of a union all report what they lack: the deepest place is the one that
+    the client meant.
+    """
+    errors = error.errors()
+    if errors[0]["loc"][:1] != ("body",) or errors[0]["type"] == "json_invalid":
         return bad_request("the body is not JSON; send a JSON object", None)
-    param = field_path(location, error.body, missing=kind == "missing") or None
+    places = [
+        field_path(entry["loc"][1:], error.body, missing=entry["type"] == "missing")
+        for entry in errors
+    ]
+    deepest = max(range(len(places)), key=lambda index: len(places[index]))
+    param, kind = ".".join(places[deepest]).replace(".[", "[") or None, errors[deepest]["type"]
     if kind == "extra_forbidden":
         return bad_request(f"{param} is not supported; leave it out", param, "unknown_parameter")
     if kind == "missing":
         name = param or "the body"
         return bad_request(f"{name} is missing", param, "missing_required_parameter")
-    return bad_request(f"{param or 'the body'}: {first['msg']}", param, "invalid_value")
+    return bad_request(f"{param or 'the body'}: {errors[deepest]['msg']}", param, "invalid_value")
 
 
-def field_path(location: Sequence[int | str], body: Any, *, missing: bool) -> str:
-    """`location` as a client would write it, such as messages[0].content.
+def field_path(location: Sequence[int | str], body: Any, *, missing: bool) -> list[str]:
+    """The parts of `location` as a client would write it, such as messages, [0], content.
 
     pydantic also names the alternatives of a union in a location: what is not in `body` is left
     out, but for the last part, if that is what is missing.
     """
-    path, value = "", body
+    path, value = [], body
     for position, part in enumerate(location):
         last = position == len(location) - 1
         if isinstance(value, dict) and (part in value or (missing and last)):
-            path += f".{part}" if path else str(part)
+            path.append(str(part))
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            path += f"[{part}]"
+            path.append(f"[{part}]")
             value = value[part]
     return path
 
