@@ -57,3 +57,5 @@ def serving(*arguments: object) -> Iterator[RunningServer]:
         process.kill()
         process.wait()
         reader.join()
+        assert process.stderr is not None
+        process.stderr.close()

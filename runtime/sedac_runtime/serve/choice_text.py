@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sedac_runtime._core import DecodingSetting
+from sedac_runtime._core import DecodingSetting, DraftSummary, Progress, StepToken
 from sedac_runtime.serve.response_bodies import (
     ChoiceFinish,
     SedacChoice,
@@ -11,7 +11,6 @@ from sedac_runtime.serve.response_bodies import (
     TokenLogprob,
     TopLogprob,
 )
-from sedac_runtime.serve.scheduling import Drafts, Progress, StepToken
 from sedac_runtime.serve.served_model import ServedModel
 from sedac_runtime.serve.token_text import StopFilter
 
@@ -80,7 +79,7 @@ class ChoiceText:
         self._layers += token.exit_layer
         self.completion_tokens += 1
 
-    def _summary(self, drafts: Drafts | None) -> SedacSummary:
+    def _summary(self, drafts: DraftSummary | None) -> SedacSummary:
         return SedacSummary(
             mode=self._decoding.mode,
             drafter=self._decoding.drafter,

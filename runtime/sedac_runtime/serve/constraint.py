@@ -7,6 +7,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from sedac_runtime._core import InputError
 
+_LONGEST_REASON = 300
+
 
 class Constraint:
     """Follows the tokens of one sequence through a grammar of llguidance.
@@ -37,7 +39,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = " ".join(self._matcher.get_error().split())
+            reason = _first_sentence(self._matcher.get_error())
             raise InputError(f"the text cannot follow the schema ({reason}); simplify it")
 
 
@@ -54,6 +56,11 @@ def lark_grammar(lark: str) -> str:
 def _checked(grammar: str) -> str:
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if failed:
-        reason = " ".join(messages[0].split())
+        reason = _first_sentence(messages[0])
         raise InputError(f"the schema cannot be used ({reason}); simplify it")
     return grammar
+
+
+def _first_sentence(message: str) -> str:
+    """A message of llguidance without the state of the parser."""
+    return " ".join(message.partition("<state>")[0].split())[:_LONGEST_REASON]

@@ -14,10 +14,16 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Self
 
-from sedac_runtime._core import DecodingSetting, InputError, Sampling
+from sedac_runtime._core import (
+    DecodingSetting,
+    InputError,
+    Progress,
+    Sampling,
+    Scheduler,
+    SchedulerStatistics,
+)
 from sedac_runtime.serve.api_errors import ApiError, bad_request, engine_failed, server_busy
 from sedac_runtime.serve.constraint import Constraint
-from sedac_runtime.serve.scheduling import Progress, Scheduler, Statistics
 
 Command = Callable[[], None]
 
@@ -41,7 +47,7 @@ class SequenceRequest:
 class StepObserver:
     """Is told what happens in an engine thread, on that thread. This one ignores it."""
 
-    def stepped(self, statistics: Statistics) -> None:
+    def stepped(self, statistics: SchedulerStatistics) -> None:
         """A step has ended."""
 
     def progressed(

@@ -263,3 +263,5 @@ def _checked(param: str, make: Callable[[], T]) -> T:
         return make()
     except InputError as error:
         raise bad_request(str(error), param) from error
+    except UnicodeEncodeError as error:
+        raise bad_request(f"{param} has half a character (a lone surrogate)", param) from error

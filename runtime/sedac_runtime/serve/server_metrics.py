@@ -7,14 +7,14 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sedac_runtime._core import Progress, SchedulerStatistics
 from sedac_runtime.serve.engine_thread import StepObserver
-from sedac_runtime.serve.scheduling import Progress, Statistics
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN_TOKENS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
-_GAUGES: dict[str, tuple[str, Callable[[Statistics], int]]] = {
+_GAUGES: dict[str, tuple[str, Callable[[SchedulerStatistics], int]]] = {
     "sedac_sequences_running": ("Sequences that are generated.", lambda state: state.running),
     "sedac_sequences_waiting": ("Sequences in the queue.", lambda state: state.waiting),
     "sedac_cache_tokens_used": ("Tokens in KV caches.", lambda state: state.used_cache_tokens),
@@ -23,7 +23,7 @@ _GAUGES: dict[str, tuple[str, Callable[[Statistics], int]]] = {
         lambda state: state.cache_tokens,
     ),
 }
-_TOTALS: dict[str, tuple[str, Callable[[Statistics], int]]] = {
+_TOTALS: dict[str, tuple[str, Callable[[SchedulerStatistics], int]]] = {
     "sedac_preemptions": (
         "Sequences whose KV cache was given up, to be computed again.",
         lambda state: state.preemptions,
@@ -97,7 +97,7 @@ class ModelMetrics(StepObserver):
         self._states = metrics.schedulers.states
         self._model = model
 
-    def stepped(self, statistics: Statistics) -> None:
+    def stepped(self, statistics: SchedulerStatistics) -> None:
         """Show the scheduler's state."""
         self._states[self._model] = statistics
 
@@ -123,7 +123,7 @@ class _SchedulerStates(Collector):
     """The newest statistics of each model's scheduler."""
 
     def __init__(self) -> None:
-        self.states: dict[str, Statistics] = {}
+        self.states: dict[str, SchedulerStatistics] = {}
 
     def collect(self) -> Iterator[Metric]:
         states = dict(self.states)
