@@ -40,7 +40,7 @@ def page(request: pytest.FixtureRequest, browser: Any, server: RunningServer) ->
         lambda sent: None if sent.url.startswith((server.url, "data:")) else problems.append(sent.url),
     )
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#model').options.length === 2")
+    page.locator("#model option").nth(1).wait_for(state="attached")
     yield page
     assert problems == []
     context.close()
@@ -60,7 +60,7 @@ def ask(page: Any, text: str, tokens: int = 24) -> None:
     page.locator("#tokens").fill(str(tokens))
     page.locator("#prompt").fill(text)
     page.locator("#prompt").press("Enter")
-    page.wait_for_function("document.querySelector('#status').textContent.startsWith('Answered')")
+    page.locator("#status", has_text="Answered").wait_for()
 
 
 def layers(page: Any) -> list[int]:
@@ -124,9 +124,9 @@ def test_escape_stops_an_answer(page: Any) -> None:
     slide(page, "mode", "0")
     page.locator("#prompt").fill("def main():\n")
     page.locator("#prompt").press("Enter")
-    page.wait_for_selector(".assistant .token")
+    page.locator(".assistant .token").first.wait_for(state="attached")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('#status').textContent === 'Stopped.'")
+    page.locator("#status", has_text="Stopped.").wait_for()
     assert 0 < len(layers(page)) < 900
     assert page.locator("#send").is_enabled()
 
