@@ -29,7 +29,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(params=["light", "dark"])
 def page(request: pytest.FixtureRequest, browser: Any, server: RunningServer) -> Iterator[Any]:
     """The page; it must not report an error, nor ask another host for anything."""
-    context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900})
+    context = browser.new_context(
+        color_scheme=request.param, viewport={"width": 1280, "height": 900}
+    )
     page = context.new_page()
     page.set_default_timeout(SECONDS)
     problems: list[str] = []
@@ -37,7 +39,9 @@ def page(request: pytest.FixtureRequest, browser: Any, server: RunningServer) ->
     page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
     page.on(
         "request",
-        lambda sent: None if sent.url.startswith((server.url, "data:")) else problems.append(sent.url),
+        lambda sent: (
+            None if sent.url.startswith((server.url, "data:")) else problems.append(sent.url)
+        ),
     )
     page.goto(server.url)
     page.locator("#model option").nth(1).wait_for(state="attached")
@@ -64,7 +68,9 @@ def ask(page: Any, text: str, tokens: int = 24) -> None:
 
 
 def layers(page: Any) -> list[int]:
-    found = page.locator(".assistant .token").evaluate_all("spans => spans.map(s => s.dataset.layer)")
+    found = page.locator(".assistant .token").evaluate_all(
+        "spans => spans.map(s => s.dataset.layer)"
+    )
     return [int(layer) for layer in found]
 
 
@@ -176,7 +182,8 @@ CONTRAST = """
     return rgba(colour)[3] || !element.parentElement ? colour : ground(element.parentElement);
   };
   const texts = [...document.querySelectorAll('body *')].filter(
-    (e) => !e.matches(':disabled') && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
+    (e) => !e.matches(':disabled')
+      && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
   );
   return Math.min(...texts.map((element) => {
     const [a, b] = [getComputedStyle(element).color, ground(element)].map(luminance);

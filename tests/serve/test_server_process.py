@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-
 from bad_input.command import Command, assert_one_line_error
 from bad_input.conftest import runtime
+from prometheus_client.parser import text_string_to_metric_families
+
 from sedac_runtime.serve import serve_command
 from serve.running_server import COMMAND, SECONDS, RunningServer, serving
 
@@ -66,7 +66,8 @@ def is_idle(server: RunningServer) -> bool:
 def test_a_full_queue_is_429_and_has_room_again(small: RunningServer) -> None:
     with httpx.Client(base_url=small.url, timeout=SECONDS) as http:
         with http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True}) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # which closes the response when it is collected
+            next(lines)
             with ThreadPoolExecutor() as pool:
                 second = pool.submit(http.post, "/v1/completions", json=SHORT)
                 wait_until(lambda: metrics(small)["sedac_sequences_waiting", "bundle"] == 1)
@@ -178,7 +179,9 @@ def answers(url: str) -> bool:
 
 
 def test_metrics_count_what_happens(small: RunningServer) -> None:
-    answer = httpx.post(f"{small.url}/v1/completions", json=SHORT | {"max_tokens": 8}, timeout=SECONDS)
+    answer = httpx.post(
+        f"{small.url}/v1/completions", json=SHORT | {"max_tokens": 8}, timeout=SECONDS
+    )
     tokens = answer.json()["usage"]["completion_tokens"]
     wait_until(lambda: ("sedac_requests_total", "/v1/completions", "200") in metrics(small))
     samples = metrics(small)

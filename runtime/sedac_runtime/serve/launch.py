@@ -121,7 +121,8 @@ def _bound(host: str, port: int) -> socket.socket:
             return bound
     except OSError as error:
         raise OSError(
-            f"cannot serve at {host} port {port} ({error.strerror}); choose another --host or --port"
+            f"cannot serve at {host} port {port} ({error.strerror}); choose another --host or"
+            " --port"
         ) from error
 
 

@@ -42,9 +42,7 @@ def served_model(request: Request, name: str) -> ServedModel:
     return models[name]
 
 
-def begin(
-    request: Request, body: Body, prepare: Callable[[ServedModel, Body], Work]
-) -> Exchange:
+def begin(request: Request, body: Body, prepare: Callable[[ServedModel, Body], Work]) -> Exchange:
     """The exchange that answers `request`. Raises ApiError."""
     model = served_model(request, body.model)
     log: dict[str, Any] = request.state.log
