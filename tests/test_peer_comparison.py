@@ -117,7 +117,7 @@ def test_what_is_not_installed_is_left_out(
     ("arguments", "words"),
     [
         (["--against", "vllm"], ["--against vllm", "onnxruntime-genai", "llama.cpp"]),
-        (["--against", "llama.cpp,"], ["--against", "out of range"]),
+        (["--against", "llama.cpp,"], ["--against", "neither full, monolith nor"]),
         (["--against", "llama.cpp"], ["llama.cpp has no model", "--peer-model llama.cpp=PATH"]),
         (
             ["--against", "llama.cpp", "--peer-model", "llama.cpp=no.gguf"],

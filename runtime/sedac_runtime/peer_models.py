@@ -38,27 +38,30 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def parse_peers(text: str) -> list[PeerName]:
     """The names in a list such as onnxruntime-genai,llama.cpp. Raises InputError."""
-    return [_known(name, f"--against {text}") for name in text.split(",")]
+    found = [_known(name) for name in text.split(",")]
+    if None in found:
+        raise InputError(
+            f"--against {text} is neither full, monolith nor a list of {', '.join(PEERS)}"
+        )
+    return [name for name in found if name is not None]
 
 
 def parse_peer_models(texts: Sequence[str]) -> dict[PeerName, str]:
     """Models by peer, of texts such as llama.cpp=FILE. Raises InputError."""
     found = {}
     for text in texts:
-        name, equals, model = text.partition("=")
-        if not equals or not model:
-            raise InputError(f"--peer-model {text} is not a runtime's name and a path: NAME=PATH")
-        found[_known(name, f"--peer-model {text}")] = model
+        name, _, model = text.partition("=")
+        known = _known(name)
+        if known is None or not model:
+            raise InputError(
+                f"--peer-model {text} is not NAME=PATH with one of the names {', '.join(PEERS)}"
+            )
+        found[known] = model
     return found
 
 
-def _known(name: str, setting: str) -> PeerName:
-    for known in PEERS:
-        if name == known:
-            return known
-    raise InputError(
-        f"{setting}: there is no runtime {name or 'without a name'}: {', '.join(PEERS)}"
-    )
+def _known(name: str) -> PeerName | None:
+    return next((known for known in PEERS if known == name), None)
 
 
 def installed_peers(peers: Sequence[PeerName]) -> list[PeerName]:
