@@ -129,8 +129,10 @@ class GenerationStream:
 
         Raises RuntimeError if the stream was closed before the end.
         """
-        for _ in self:
-            pass
+        try:
+            self._generation.finish()
+        finally:
+            self.close()
         return self._collect()
 
     @property
