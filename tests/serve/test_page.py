@@ -10,7 +10,8 @@ import pytest
 from serve.running_server import RunningServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested in Chromium")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 SECONDS = 60_000  # milliseconds, for a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
