@@ -14,13 +14,12 @@ use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{Decision, ExitReason, ExitRule, ExitSignals, RuleState, Signal, Signals};
-use crate::sampler::argmax;
 use crate::sequence::{Sequence, Slots};
 
 /// Drives [`Engines`] one by one and interprets the exit rule after each.
 #[derive(Debug)]
 pub struct HostDecided<E> {
-    engines: E,
+    pub(super) engines: E,
     layers: Vec<Range<usize>>,
     exit_allowed: Vec<bool>,
     capabilities: Capabilities,
@@ -291,16 +290,7 @@ impl<E: Engines> HostDecided<E> {
         let logits = self.engines.logits();
         let width = logits.len() / positions;
         if all_finite(logits) {
-            let rows = || logits.chunks_exact(width);
-            return Ok(match wanted {
-                LogitsRequest::Tokens(_) => Logits::Tokens(rows().map(argmax).collect()),
-                LogitsRequest::Sampled(race) => {
-                    let later = (0..positions).rev();
-                    let token = |(later, row)| race.choose(later, row);
-                    Logits::Tokens(later.zip(rows()).map(token).collect())
-                }
-                _ => Logits::Rows(logits.to_vec()),
-            });
+            return Ok(wanted.of_rows(logits, width));
         }
         let finite = logits.chunks_exact(width).take_while(|row| all_finite(row));
         let position = sequence.kv().length() - positions + finite.count();
@@ -329,7 +319,7 @@ impl<E: Engines> HostDecided<E> {
     }
 
     /// Note what the step cost that took `tokens` tokens to `exit`.
-    fn note_costs(&mut self, tokens: usize, exit: StepExit) {
+    pub(super) fn note_costs(&mut self, tokens: usize, exit: StepExit) {
         let timings = self.engines.take_timings();
         profile::record_step(&timings, tokens, exit);
         for timing in timings {
@@ -358,6 +348,7 @@ impl<E: Engines> Backend for HostDecided<E> {
         if sequences > self.capabilities.sequences {
             self.capabilities.sequences = self.engines.reserve(sequences)?;
             self.slots.grow(self.capabilities.sequences);
+            self.capabilities.shares_passes = self.engines.rows().is_some();
         }
         Ok(())
     }
@@ -374,9 +365,27 @@ impl<E: Engines> Backend for HostDecided<E> {
         for step in steps.iter() {
             step.sequence.kv().check_room(step.tokens.len())?;
         }
+        let has_rows = self.engines.rows().is_some();
+        let is_row: Vec<_> = steps
+            .iter()
+            .map(|step| has_rows && self.is_row(step))
+            .collect();
+        let rows = steps.iter_mut().zip(&is_row);
+        let mut rows: Vec<_> = rows
+            .filter(|(_, is_row)| **is_row)
+            .map(|(step, _)| step)
+            .collect();
+        if rows.len() < 2 {
+            let steps = steps.iter_mut();
+            return steps.map(|step| self.step_one(step, interrupt)).collect();
+        }
+        let mut outcomes = self.step_rows(&mut rows, interrupt)?.into_iter();
+        let steps = steps.iter_mut().zip(is_row);
         steps
-            .iter_mut()
-            .map(|step| self.step_one(step, interrupt))
+            .map(|(step, is_row)| match is_row {
+                true => Ok(outcomes.next().expect("one for each row")),
+                false => self.step_one(step, interrupt),
+            })
             .collect()
     }
 

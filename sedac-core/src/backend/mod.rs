@@ -12,6 +12,7 @@ mod host_decided;
 mod not_finite;
 mod onnxruntime;
 pub mod profile;
+mod row_engines;
 mod step;
 pub mod tensorrt;
 mod timing;
@@ -23,6 +24,7 @@ pub use capabilities::Capabilities;
 pub use costs::{CostRecord, Costs};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
+pub use row_engines::{RowEngines, SequenceRow};
 pub use step::{
     Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
     StepOutcome, margin_bin,
@@ -124,6 +126,11 @@ pub trait Engines: Send {
     /// Take the residual stream through `engine`; its layers' caches then hold the pass's
     /// positions.
     fn run(&mut self, engine: usize) -> Result<()>;
+
+    /// Passes over rows of several sequences, where there are any.
+    fn rows(&mut self) -> Option<&mut dyn RowEngines> {
+        None
+    }
 
     /// The engines of attention alone, where there are any.
     fn attention_only(&mut self) -> Option<&mut dyn AttentionOnly> {

@@ -10,7 +10,8 @@ use std::time::Duration;
 use sedac_core::Result;
 use sedac_core::backend::cuda::CudaChain;
 use sedac_core::backend::{
-    Backend, Capabilities, Costs, EngineTiming, Engines, HostDecided, SequenceStep, StepOutcome,
+    Backend, Capabilities, Costs, EngineTiming, Engines, HostDecided, RowEngines, SequenceRow,
+    SequenceStep, StepOutcome,
 };
 use sedac_core::chain::Chain;
 use sedac_core::interrupt::Interrupt;
@@ -122,6 +123,8 @@ pub(crate) struct Toy {
     selected: usize,
     start: usize,
     pass: Vec<Hidden>,
+    /// Of the pass, where it is over several sequences.
+    rows: Vec<SequenceRow>,
     depth: usize,
     stability: Vec<f32>,
     logits: Vec<f32>,
@@ -162,6 +165,7 @@ impl Toy {
             selected: 0,
             start: 0,
             pass: Vec::new(),
+            rows: Vec::new(),
             depth: 0,
             stability: vec![0.0; count],
             logits: Vec::new(),
@@ -169,6 +173,16 @@ impl Toy {
             poison: None,
             is_sensitive: false,
         }
+    }
+
+    /// The logits of `hidden` after the layers that have run.
+    fn logits_of(&self, mut hidden: Hidden) -> Vec<f32> {
+        if self.is_sensitive {
+            hidden.digest = mix(hidden.digest, hidden.history);
+        }
+        let poison = self.poisoned(hidden, self.depth + 1);
+        let logits = hidden.logits(self.depth, self.stability.len(), self.agreement);
+        logits.iter().map(|logit| logit + poison).collect()
     }
 
     fn newest(&self) -> Hidden {
@@ -204,6 +218,10 @@ impl Engines for Toy {
         let slot = || ToySlot::new(layers, &Caches::default());
         self.slots.resize_with(sequences, slot);
         Ok(sequences)
+    }
+
+    fn rows(&mut self) -> Option<&mut dyn RowEngines> {
+        Some(self)
     }
 
     fn select(&mut self, slot: usize) {
@@ -277,17 +295,8 @@ impl Engines for Toy {
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
-        self.logits.clear();
-        for index in self.pass.len() - tokens..self.pass.len() {
-            let mut hidden = self.pass[index];
-            if self.is_sensitive {
-                hidden.digest = mix(hidden.digest, hidden.history);
-            }
-            let poison = self.poisoned(hidden, self.depth + 1);
-            let logits = hidden.logits(self.depth, self.stability.len(), self.agreement);
-            self.logits
-                .extend(logits.iter().map(|logit| logit + poison));
-        }
+        let rows = &self.pass[self.pass.len() - tokens..];
+        self.logits = rows.iter().flat_map(|&row| self.logits_of(row)).collect();
         Ok(())
     }
 
@@ -297,6 +306,32 @@ impl Engines for Toy {
 
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         Vec::new()
+    }
+}
+
+impl RowEngines for Toy {
+    fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
+        self.rows = rows.to_vec();
+        self.pass = rows.iter().map(|row| Hidden::of(row.token)).collect();
+        self.depth = 0;
+        Ok(())
+    }
+
+    fn run_rows(&mut self, engine: usize) -> Result<()> {
+        for layer in self.layers[engine].clone() {
+            assert_eq!(layer, self.depth, "engines run in order");
+            for (row, hidden) in self.rows.iter().zip(&mut self.pass) {
+                let mut cache = self.slots[row.slot].caches.lock().unwrap();
+                hidden.run(layer, row.position, &mut cache);
+            }
+            self.depth += 1;
+        }
+        Ok(())
+    }
+
+    fn rows_logits(&mut self) -> Result<Vec<f32>> {
+        let rows = self.pass.iter();
+        Ok(rows.flat_map(|&row| self.logits_of(row)).collect())
     }
 }
 
@@ -337,6 +372,7 @@ impl<B: Backend> Backend for Timed<B> {
     fn reserve(&mut self, sequences: usize) -> Result<()> {
         self.inner.reserve(sequences)?;
         self.capabilities.sequences = self.inner.capabilities().sequences;
+        self.capabilities.shares_passes = self.inner.capabilities().shares_passes;
         Ok(())
     }
 
