@@ -30,8 +30,8 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = nn.Parameter(torch.rand(HIDDEN))
         self.query = nn.Linear(HIDDEN, HIDDEN)
-        self.value = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
-        self.gate = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.value = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.gate = nn.Linear(HIDDEN, 2 * HIDDEN)
         self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 def test_a_layer_computes_the_same(precision: str) -> None:
     whole, weights = traced_layer()
     graph = with_precision(whole, precision)
-    merged = TracedGraph(fused(graph.model), graph.weights)
+    merged = TracedGraph(fused(graph.model, {}), graph.weights)
     assert [v.name for v in merged.model.graph.output] == ["y", "stability"]
     rng = np.random.default_rng(0)
     for tokens in (1, 5):
@@ -90,15 +90,23 @@ def test_products_of_one_input_are_one() -> None:
     """query and value of the first norm, but not gate and value of the second, which are wider."""
     graph, _ = traced_layer()
     assert operators(graph.model)["MatMul"] == 5
-    counts = operators(fused(graph.model))
+    counts = operators(fused(graph.model, {}))
     assert (counts["MatMul"], counts["FusedMatMul"], counts["Split"]) == (0, 4, 1)
 
 
 def test_layouts_that_come_to_nothing_are_dropped() -> None:
     """Only what gives `turned` is left."""
     graph, _ = traced_layer()
-    before, after = operators(graph.model), operators(fused(graph.model))
+    before, after = operators(graph.model), operators(fused(graph.model, {}))
     assert (before["Reshape"], after["Reshape"], after["Transpose"]) == (3, 2, 1)
+
+
+def test_an_addition_is_merged_with_the_norm_of_its_sum() -> None:
+    """The second norm's, which `y` adds to as well, and not `y`, which the graph gives."""
+    graph, _ = traced_layer()
+    counts = operators(fused(graph.model, {}))
+    assert counts["SkipSimplifiedLayerNormalization"] == 1
+    assert counts["SimplifiedLayerNormalization"] == 1
 
 
 def test_quantized_products_are_merged() -> None:
@@ -135,7 +143,7 @@ def test_quantized_products_are_merged() -> None:
     )
     versions = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
     before = helper.make_model(graph, opset_imports=versions, ir_version=10)
-    after = fused(before)
+    after = fused(before, {})
     assert operators(after)["MatMulNBits"] == 1
     feeds = {"x": rng.standard_normal((1, 3, rows)).astype(np.float32)}
     got, expected = (run(TracedGraph(model, {}), {}, feeds)[0] for model in (after, before))
@@ -150,3 +158,20 @@ def test_a_bundles_layers_are_merged(name: str, tiny_bundle: Callable[[str], Tin
         model = onnx.load(bundle / "onnx" / f"{engine}_000.onnx", load_external_data=False)
         counts = operators(model)
         assert (counts["FusedMatMul"], counts["MatMul"], counts["Transpose"]) == (products, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"), [("llama", True), ("qwen2", True), ("qwen3", False), ("phi3", False)]
+)
+def test_attention_takes_one_product_and_rotates_it(
+    name: str, packed: bool, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    """Unless something happens to query and key on the way, or only a part of them is rotated."""
+    _, bundle = tiny_bundle(name)
+    model = onnx.load(bundle / "onnx" / "layer_000.onnx", load_external_data=False)
+    counts = operators(model)
+    assert (counts["RotaryEmbedding"] == 0) is packed
+    attention = next(n for n in model.graph.node if n.op_type == "GroupQueryAttention")
+    assert (list(attention.input[1:3]) == ["", ""]) is packed
+    contexts = [v.name for v in model.graph.input if v.name.startswith("context_")]
+    assert (contexts == []) is packed
