@@ -365,27 +365,20 @@ impl<E: Engines> Backend for HostDecided<E> {
         for step in steps.iter() {
             step.sequence.kv().check_room(step.tokens.len())?;
         }
-        let has_rows = self.engines.rows().is_some();
-        let is_row: Vec<_> = steps
-            .iter()
-            .map(|step| has_rows && self.is_row(step))
-            .collect();
-        let rows = steps.iter_mut().zip(&is_row);
-        let mut rows: Vec<_> = rows
-            .filter(|(_, is_row)| **is_row)
-            .map(|(step, _)| step)
-            .collect();
-        if rows.len() < 2 {
-            let steps = steps.iter_mut();
-            return steps.map(|step| self.step_one(step, interrupt)).collect();
+        let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
+        for indices in self.passes_of_rows(steps) {
+            let rows = steps.iter_mut().enumerate();
+            let rows = rows.filter(|(index, _)| indices.contains(index));
+            let (indices, mut rows): (Vec<_>, Vec<_>) = rows.unzip();
+            for (index, outcome) in indices
+                .into_iter()
+                .zip(self.step_rows(&mut rows, interrupt)?)
+            {
+                outcomes[index] = Some(outcome);
+            }
         }
-        let mut outcomes = self.step_rows(&mut rows, interrupt)?.into_iter();
-        let steps = steps.iter_mut().zip(is_row);
-        steps
-            .map(|(step, is_row)| match is_row {
-                true => Ok(outcomes.next().expect("one for each row")),
-                false => self.step_one(step, interrupt),
-            })
+        let all = outcomes.into_iter().zip(steps);
+        all.map(|(outcome, step)| outcome.map_or_else(|| self.step_one(step, interrupt), Ok))
             .collect()
     }
 

@@ -21,6 +21,9 @@ pub struct SequenceRow {
 /// Engines that run rows of several sequences in one pass. What a row gives depends on no other, but
 /// for rounding.
 pub trait RowEngines {
+    /// Whether passes may include `slot`, between others, though it has no row in them.
+    fn may_idle(&self, slot: usize) -> bool;
+
     /// Start a pass over `rows`, each of another sequence.
     ///
     /// # Errors
@@ -43,13 +46,32 @@ pub trait RowEngines {
 
 impl<E: Engines> HostDecided<E> {
     /// Whether `step` may share a pass: it decodes one token at full depth, before which nothing waits.
-    pub(super) fn is_row(&self, step: &SequenceStep<'_>) -> bool {
+    fn is_row(&self, step: &SequenceStep<'_>) -> bool {
         let kv = step.sequence.kv();
         step.tokens.len() == 1
             && step.rule.is_none()
             && step.max_depth >= self.num_layers()
             && step.logits.positions() > 0
             && kv.complete() == kv.length()
+    }
+
+    /// The indices of those of `steps` that run as rows, for each pass.
+    pub(super) fn passes_of_rows(&mut self, steps: &[SequenceStep<'_>]) -> Vec<Vec<usize>> {
+        let rows = steps.iter().enumerate();
+        let rows = rows.filter(|(_, step)| self.is_row(step));
+        let mut rows: Vec<_> = rows
+            .map(|(index, step)| (step.sequence.slot(), index))
+            .collect();
+        rows.sort_unstable();
+        let Some(engines) = self.engines.rows() else {
+            return Vec::new();
+        };
+        let share = |&(one, _): &(usize, usize), &(next, _): &(usize, usize)| {
+            (one + 1..next).all(|slot| engines.may_idle(slot))
+        };
+        let passes = rows.chunk_by(share).filter(|rows| rows.len() > 1);
+        let indices = |rows: &[(usize, usize)]| rows.iter().map(|&(_, index)| index).collect();
+        passes.map(indices).collect()
     }
 
     /// Run `steps`, each a row, in one pass.

@@ -10,10 +10,6 @@ use super::runtime::{Memory, Side, bind_memory, provider_error, read, tensor};
 use crate::bundle::Manifest;
 use crate::error::Result;
 
-/// Rows of slots that have none in a pass of several are written behind the positions that sequences
-/// may have.
-const IDLE_POSITIONS: usize = 1;
-
 /// Caches of as many sequences as there are slots.
 pub(super) struct CacheMemory {
     slots: usize,
@@ -35,8 +31,7 @@ struct Cache {
 impl CacheMemory {
     /// Caches of zeros for `slots` sequences of the bundle of `manifest`.
     pub(super) fn new(manifest: &Manifest, slots: usize) -> Result<Self> {
-        let positions =
-            manifest.max_cache_length + manifest.precision.spare_positions() + IDLE_POSITIONS;
+        let positions = manifest.max_cache_length + manifest.precision.spare_positions();
         let layers = manifest.key_value_heads.iter().map(|kv| {
             let cache = || Cache::new(slots, kv.heads, positions, kv.head_size);
             Ok([cache()?, cache()?])

@@ -82,7 +82,7 @@ struct Slot {
     fillings: HashMap<usize, Filling>,
     /// Hidden states by position, `hidden_size` numbers each.
     saved: Vec<f32>,
-    /// Positions below which caches may hold something.
+    /// Positions from which on caches hold nothing that counts.
     used: usize,
 }
 
@@ -288,7 +288,7 @@ impl OnnxRuntime {
 impl Slot {
     /// `positions` are about to run.
     fn note_run(&mut self, positions: Range<usize>) {
-        self.used = self.used.max(positions.end);
+        self.used = positions.end;
         // exit hidden states at these positions are about to change
         for filling in self.fillings.values_mut() {
             if filling.positions.end > positions.start {

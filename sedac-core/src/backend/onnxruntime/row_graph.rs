@@ -319,7 +319,7 @@ mod tests {
                 "MatMul attended y",
             ]
         );
-        assert_eq!(graph.node[5].input[2], "", "what is left out stays so");
+        assert_eq!(graph.node[6].input[2], "", "what is left out stays so");
         let sizes = |value: &ValueInfo| value.tensor().unwrap().1;
         assert_eq!(sizes(&graph.input[0]), [Some(1), None, Some(8)]);
         assert_eq!(sizes(&graph.input[1]), [None]);
@@ -333,8 +333,8 @@ mod tests {
         let cut = Operator::new("Pad", &["attended", "cut"], "result");
         let graph = graph_of(vec![padding, attention("padded"), cut]);
         let operators = operators(&graph);
-        assert_eq!(operators[0], "Reshape query query_of_sequences_0_0");
-        assert_eq!(operators[1], "Pad query_of_sequences_0_0 padded");
+        assert_eq!(operators[0], "Reshape query query_of_sequences_1_0");
+        assert_eq!(operators[1], "Pad query_of_sequences_1_0 padded");
         assert_eq!(operators[4], "Pad attended result_of_sequences");
         assert_eq!(operators[5], "Reshape result_of_sequences result");
     }

@@ -1,7 +1,7 @@
 //! Passes over rows of several sequences.
 //!
 //! Attention takes neighbouring slots as a batch. A slot among them that has no row in the pass runs
-//! one that nothing reads, whose keys and values lie behind those of its sequence.
+//! one that nothing reads, whose keys and values lie behind those of its sequence: there has to be room.
 
 use std::ops::Range;
 
@@ -80,6 +80,10 @@ impl OnnxRuntime {
 }
 
 impl RowEngines for OnnxRuntime {
+    fn may_idle(&self, slot: usize) -> bool {
+        self.slots[slot].used < self.bundle.manifest.max_cache_length
+    }
+
     fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
         let slots = Self::neighbours(rows);
         let mut passes = self.rows.take().expect("rows are run where there are any");

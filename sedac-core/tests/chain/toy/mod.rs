@@ -310,6 +310,10 @@ impl Engines for Toy {
 }
 
 impl RowEngines for Toy {
+    fn may_idle(&self, slot: usize) -> bool {
+        slot.is_multiple_of(2)
+    }
+
     fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
         self.rows = rows.to_vec();
         self.pass = rows.iter().map(|row| Hidden::of(row.token)).collect();
