@@ -357,6 +357,14 @@ impl<E: Engines> Backend for HostDecided<E> {
         self.slots.open(self.num_layers(), self.capacity, kv_fill)
     }
 
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        let copied = self.engines.copy(from.slot(), length, to.slot());
+        if copied {
+            to.begin_as(from, length)?;
+        }
+        Ok(copied)
+    }
+
     fn step(
         &mut self,
         steps: &mut [SequenceStep<'_>],

@@ -64,6 +64,16 @@ pub trait Backend: Send {
     /// [`Error::Setting`](crate::Error::Setting) when every cache slot is taken.
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence>;
 
+    /// Copy the caches of the first `length` positions of `from`, which every layer holds, to the empty
+    /// sequence `to`. False where the backend cannot.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        let _ = (from, length, to);
+        Ok(false)
+    }
+
     /// Run one step of each of some sequences. The outcomes are in the order of the steps.
     ///
     /// # Errors
@@ -103,6 +113,13 @@ pub trait Engines: Send {
     fn reserve(&mut self, sequences: usize) -> Result<usize> {
         let _ = sequences;
         Ok(self.capabilities().sequences)
+    }
+
+    /// Copy the KV caches of the first `length` positions from the slot `from` to the slot `to`. False
+    /// where these engines cannot.
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
+        let _ = (from, length, to);
+        false
     }
 
     /// Make the KV cache and saved hidden states in `slot`, below

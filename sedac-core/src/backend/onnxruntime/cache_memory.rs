@@ -55,6 +55,19 @@ impl CacheMemory {
         }
     }
 
+    /// Copy the first `length` positions of the slot `from` to those of `to`.
+    pub(super) fn copy(&mut self, from: usize, length: usize, to: usize) {
+        for cache in self.layers.iter_mut().flatten() {
+            let row = cache.positions * cache.head_size;
+            let numbers = cache.tensor.extract_tensor_mut().1;
+            for head in 0..cache.heads {
+                let start = |slot: usize| (slot * cache.heads + head) * row;
+                let source = start(from)..start(from) + length * cache.head_size;
+                numbers.copy_within(source, start(to));
+            }
+        }
+    }
+
     /// Bind the cache of `layer` in `slots` as the `index`-th of `session`, input and output in the
     /// same memory.
     ///

@@ -336,6 +336,12 @@ impl Engines for OnnxRuntime {
         Ok(sequences)
     }
 
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
+        self.caches.copy(from, length, to);
+        self.slots[to].note_run(0..length);
+        true
+    }
+
     fn rows(&mut self) -> Option<&mut dyn RowEngines> {
         self.rows.is_some().then_some(self)
     }

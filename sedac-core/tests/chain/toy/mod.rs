@@ -220,6 +220,15 @@ impl Engines for Toy {
         Ok(sequences)
     }
 
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
+        let source = self.slots[from].caches.lock().unwrap().clone();
+        let mut target = self.slots[to].caches.lock().unwrap();
+        for (target, source) in target.iter_mut().zip(&source) {
+            target[..length].copy_from_slice(&source[..length]);
+        }
+        true
+    }
+
     fn rows(&mut self) -> Option<&mut dyn RowEngines> {
         Some(self)
     }
@@ -378,6 +387,10 @@ impl<B: Backend> Backend for Timed<B> {
         self.capabilities.sequences = self.inner.capabilities().sequences;
         self.capabilities.shares_passes = self.inner.capabilities().shares_passes;
         Ok(())
+    }
+
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        self.inner.copy(from, length, to)
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
