@@ -305,8 +305,8 @@ class Scheduler:
 
     def allow(self, sequence: int, mask: _Array) -> None:
         """Choose the next token of a constrained sequence among those whose bits are set: for token
-        t, bit t % 32 of the little-endian uint32 word t // 32. Those beyond the mask are not allowed.
-        From any thread. InputError where no token is allowed."""
+        t, bit t % 32 of the little-endian uint32 word t // 32. Tokens beyond the mask are not
+        allowed. From any thread. InputError where no token is allowed."""
 
     def step(self) -> list[Progress]:
         """Run one step of each sequence that can run, with the GIL released; empty where none can.
