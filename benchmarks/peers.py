@@ -1,24 +1,20 @@
-"""Decoding speed of SEDAC and its peers on SmolLM2-135M-Instruct, in one interleaved run.
+"""SEDAC beside other runtimes on SmolLM2-135M-Instruct, in fp32 and int4, on chat and code.
 
-Each runtime has a process of its own, which waits while another works. In every round all of them
-generate greedily after the same prompts, in random order. A figure is the median over the rounds.
-Agreement is the share of generated tokens that transformers would have chosen after the same text.
+Prints a table for each: what `sedac-runtime bench --against` measures, over three prompts. The
+weights come from a Q4_1 file, which is what llama.cpp runs.
 
     make benchmark
 """
 
 import argparse
-import json
-import random
-import statistics
-import subprocess
-import sys
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-from peer_models import prepare
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from smollm2 import SmolLM2
+from transformers import AutoTokenizer
+
+from sedac_runtime import bench_peers
+from sedac_runtime.bench_table import markdown_table
+from sedac_runtime.peer_models import PEERS, genai_model
 
 CHAT = (
     "Explain photosynthesis to a ten-year-old.",
@@ -31,44 +27,10 @@ CODE = (
     "import argparse\n\ndef parse_arguments():\n    parser = argparse.ArgumentParser()\n",
 )
 
-# the row's name, its process, and the mode where that has several
-ROWS = (
-    ("transformers, fp32", "transformers", ""),
-    ("onnxruntime-genai, fp32", "genai-fp32", ""),
-    ("SEDAC full depth, fp32", "sedac", "full"),
-    ("SEDAC lossless, fp32", "sedac", "lossless"),
-    ("llama.cpp, Q4_1", "llama.cpp", ""),
-    ("onnxruntime-genai, int4", "genai-int4", ""),
-)
 
-
-class Worker:
-    """A process that runs one runtime."""
-
-    def __init__(self, runtime: str, path: Path, threads: int) -> None:
-        script = Path(__file__).with_name("peer_worker.py")
-        self._process = subprocess.Popen(
-            [sys.executable, script, runtime, path, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to one request."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
-def encode(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+def encode(checkpoint: Path) -> dict[str, list[list[int]]]:
     """Token ids of the prompts, by kind."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     chats = [[{"role": "user", "content": text}] for text in CHAT]
     return {
         "chat": [
@@ -79,71 +41,6 @@ def encode(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     }
 
 
-def measure(
-    workers: dict[str, Worker], prompts: list[list[int]], rounds: int, new_tokens: int
-) -> dict[str, list[dict[str, float]]]:
-    """By row, for each round after the first: prefill (s a prompt), speed (tokens/s), agreement."""
-    shuffle = random.Random(0)
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for current in range(rounds + 1):
-        answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for prompt in prompts:
-            for name, runtime, mode in shuffle.sample(ROWS, len(ROWS)):
-                answer = workers[runtime].ask(prompt=prompt, new_tokens=new_tokens, mode=mode)
-                answers[name].append(answer)
-        if current == 0:
-            continue  # warms up
-        for name, given in answers.items():
-            found[name].append(summarise(workers["transformers"], prompts, given))
-    return found
-
-
-def summarise(
-    judge: Worker, prompts: list[list[int]], answers: list[dict[str, Any]]
-) -> dict[str, float]:
-    """One round of one row, over all prompts."""
-    decoded = sum(len(answer["tokens"]) - 1 for answer in answers)
-    shares = [
-        judge.ask(prompt=prompt, tokens=answer["tokens"])["agreement"]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    return {
-        "prefill": statistics.mean(answer["prefill"] for answer in answers),
-        "speed": decoded / sum(answer["decode"] for answer in answers),
-        "agreement": statistics.mean(shares),
-    }
-
-
-def print_table(kind: str, rows: dict[str, list[dict[str, float]]]) -> None:
-    """One line for each runtime, in the order of ROWS."""
-    base = [one["speed"] for one in rows[ROWS[0][0]]]
-    print(f"\n| {kind} | prefill, ms | tokens/s | min | max | against transformers | agreement |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, *_ in ROWS:
-        speeds = [one["speed"] for one in rows[name]]
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(speeds, base, strict=True))
-        prefill = 1e3 * statistics.median(one["prefill"] for one in rows[name])
-        agreement = 100 * statistics.median(one["agreement"] for one in rows[name])
-        print(
-            f"| {name} | {prefill:.0f} | {statistics.median(speeds):.0f} | {min(speeds):.0f} |"
-            f" {max(speeds):.0f} | {ratio:.2f}x | {agreement:.1f} % |"
-        )
-
-
-def print_summary(found: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    """Median decoding speed and agreement by kind of prompt, one line for each runtime."""
-    kinds = list(found)
-    print("\n| | " + " | ".join(f"{kind}, tokens/s | agreement" for kind in kinds) + " |")
-    print("| --- |" + " --- | --- |" * len(kinds))
-    for name, *_ in ROWS:
-        cells = []
-        for kind in kinds:
-            rows = found[kind][name]
-            cells.append(f"{statistics.median(one['speed'] for one in rows):.0f}")
-            cells.append(f"{100 * statistics.median(one['agreement'] for one in rows):.1f} %")
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path("target/benchmark"))
@@ -152,18 +49,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    paths = prepare(arguments.directory, arguments.threads)
-    prompts = encode(AutoTokenizer.from_pretrained(paths["transformers"]))
-    workers = {name: Worker(name, path, arguments.threads) for name, path in paths.items()}
-    found = {}
-    try:
-        for kind, cut in prompts.items():
-            found[kind] = measure(workers, cut, arguments.rounds, arguments.new_tokens)
-            print_table(kind, found[kind])
-        print_summary(found)
-    finally:
-        for worker in workers.values():
-            worker.close()
+    model = SmolLM2(arguments.directory)
+    checkpoint = str(model.checkpoint())
+    for precision in ("fp32", "int4"):
+        bundle, built = model.bundle(precision), arguments.directory / f"genai-{precision}"
+        if not built.exists():
+            genai_model(bundle, checkpoint, built)
+        models = {
+            "onnxruntime-genai": str(built / "model"),
+            "llama.cpp": str(model.gguf_file),
+            "transformers": checkpoint,
+        }
+        for kind, prompts in encode(model.checkpoint()).items():
+            rows = bench_peers(
+                bundle,
+                PEERS,
+                peer_models=models,
+                drafters=["auto"],
+                prompts=prompts,
+                new_tokens=arguments.new_tokens,
+                repeat=arguments.rounds,
+                threads=arguments.threads,
+            )
+            print(f"\n{precision}, {kind}:\n\n{markdown_table(rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Lossless mode on quantized bundles: the tokens of the quantized model at full depth."""
+"""Decoding on quantized bundles: full depth's tokens where they are promised, and exits."""
 
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from build_cache import BuildCache
@@ -16,20 +17,28 @@ PROMPTS, NEW_TOKENS = 24, 64
 MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect")
 
 
-def prompts() -> Iterator[str]:
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def model(
+    request: pytest.FixtureRequest,
+    build_cache: BuildCache,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SedacModel:
+    output = tmp_path_factory.mktemp(request.param) / "bundle"
+    bundle = build_cache.bundle(BuildRequest(str(DEMO_MODEL), output, request.param))
+    return SedacModel.from_pretrained(bundle, threads=THREADS)
+
+
+def prompts(count: int = PROMPTS) -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    for index in range(PROMPTS):
+    for index in range(count):
         text = (library / f"{MODULES[index % len(MODULES)]}.py").read_text(encoding="utf-8")
         start = 3000 + 331 * index
         yield text[start : start + 300]
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_no_token_flips(precision: str, build_cache: BuildCache, tmp_path: Path) -> None:
+def test_no_token_flips(model: SedacModel) -> None:
     """Where sums had other bits in passes of several tokens, half of the texts would differ."""
-    request = BuildRequest(str(DEMO_MODEL), tmp_path / "bundle", precision)
-    model = SedacModel.from_pretrained(build_cache.bundle(request), threads=THREADS)
-    settings = {"max_new_tokens": NEW_TOKENS, "stop_tokens": []}
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "stop_tokens": []}
     accepted = 0
     for prompt in prompts():
         expected = model.generate(prompt, mode="full", **settings).tokens
@@ -37,3 +46,32 @@ def test_no_token_flips(precision: str, build_cache: BuildCache, tmp_path: Path)
         assert lossless.tokens == expected
         accepted += lossless.accepted
     assert accepted > 0
+
+
+def test_deferred_tokens_leave_what_full_depth_leaves(model: SedacModel) -> None:
+    """Waiting tokens go through the skipped layers in one pass of several; every third token goes
+    to full depth, and it finds the caches that full depth would have left."""
+    for prompt in prompts(4):
+        deferred = model.generate(
+            prompt,
+            mode="exit",
+            forced_exit=[3, 6, 12],
+            kv_fill="defer",
+            max_new_tokens=NEW_TOKENS,
+            stop_tokens=[],
+        )
+        assert deferred.exit_layers[1:] == ([3, 6, 12] * NEW_TOKENS)[: NEW_TOKENS - 1]
+        text = model.encode(prompt) + deferred.tokens
+        # with all layers no token exits
+        chosen, depths = model.follow(text, policy="stability", min_layer_ratio=1.0)
+        assert set(depths) == {12}
+        full = [n for n, depth in enumerate(deferred.exit_layers) if depth == 12]
+        expected = chosen[len(text) - NEW_TOKENS - 1 :]
+        assert [deferred.tokens[n] for n in full] == [expected[n] for n in full]
+
+
+def test_sampled_texts_do_not_flip(model: SedacModel) -> None:
+    for seed, prompt in enumerate(prompts(6)):
+        settings: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": NEW_TOKENS}
+        expected = model.generate(prompt, mode="full", **settings).tokens
+        assert model.generate(prompt, mode="lossless", **settings).tokens == expected

@@ -11,6 +11,7 @@ from sedac_runtime._core import (
 )
 from sedac_runtime.bench import bench
 from sedac_runtime.model import GenerationOutput, GenerationStream, SedacModel, TokenOutput
+from sedac_runtime.peer_comparison import bench_peers
 
 __all__ = [
     "BundleError",
@@ -23,6 +24,7 @@ __all__ = [
     "Thresholds",
     "TokenOutput",
     "bench",
+    "bench_peers",
     "exits_by_risk",
     "exits_by_stability",
 ]

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar, get_args
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
 from sedac_runtime import SedacError, SedacModel
+from sedac_runtime.bench import Reference
 from sedac_runtime.bench import bench as run_bench
+from sedac_runtime.bench_table import markdown_table, print_rows
+from sedac_runtime.choices import LosslessDrafter as LosslessDrafterName
 from sedac_runtime.choices import PolicyName
 from sedac_runtime.engine_options import (
     BackendName,
     BackendOption,
+    DeviceName,
     DeviceOption,
     MemoryOption,
     ThreadsOption,
@@ -28,6 +31,8 @@ from sedac_runtime.engine_options import (
 )
 from sedac_runtime.logs import configure
 from sedac_runtime.model import GenerationStream
+from sedac_runtime.peer_comparison import bench_peers
+from sedac_runtime.peer_models import PEERS, parse_peer_models, parse_peers
 from sedac_runtime.serve.serve_command import serve
 from sedac_runtime.terminal import visible
 from sedac_runtime.text_file import replace_text
@@ -44,6 +49,7 @@ app.callback()(configure)
 console = Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
+REFERENCES: dict[str, Reference] = {name: name for name in get_args(Reference)}
 METHODS: dict[str, PolicyName] = {"v6": "probe", "v6.1": "cascade", "v7": "stability"}
 
 EnginesOption = Annotated[Path, typer.Option("--engines", help="Directory of the bundle.")]
@@ -90,13 +96,6 @@ class LosslessDrafter(StrEnum):
     AUTO = "auto"
     EARLY_EXIT = "early-exit"
     PROMPT_LOOKUP = "prompt-lookup"
-
-
-class Reference(StrEnum):
-    """What --against takes."""
-
-    FULL = "full"
-    MONOLITH = "monolith"
 
 
 @app.command()
@@ -255,9 +254,20 @@ def bench(
         typer.Option(help="Also measure lossless mode with this drafter; repeatable."),
     ] = None,
     against: Annotated[
-        Reference,
-        typer.Option(help="Baseline: the chain at full depth, or a single engine of all layers."),
-    ] = Reference.FULL,
+        str,
+        typer.Option(
+            help="Baseline: full for the chain at full depth, monolith for a single engine of all"
+            f" layers, or other runtimes on the CPU: {','.join(PEERS)}."
+        ),
+    ] = "full",
+    peer_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Where a runtime of --against has the model from: a checkpoint's directory, for"
+            " llama.cpp a GGUF file; repeatable. [default: the hub's, if the bundle is of there]",
+        ),
+    ] = None,
     prompt_file: Annotated[
         str | None, typer.Option(help="UTF-8 file with the prompt. [default: arbitrary tokens]")
     ] = None,
@@ -272,41 +282,53 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure time per token, the variants interleaved."""
-    rows = run_bench(
+    depths = _depths(forced_exit)
+    drafters: list[LosslessDrafterName] = [choice.value for choice in drafter or ()]
+    prompt = None if prompt_file is None else _read_prompt(None, prompt_file)
+    limit = parse_bytes(memory_limit)
+    models = parse_peer_models(peer_model or ())
+    reference = REFERENCES.get(against)
+    if reference is not None:
+        if models:
+            raise ValueError(f"--peer-model is for other runtimes, not for --against {against}")
+        rows = run_bench(
+            engines,
+            forced_exit=depths,
+            drafters=drafters,
+            against=reference,
+            prompt=prompt,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            threads=threads,
+            backend=backend.value,
+            device=None if device is None else device.value,
+            verify=verify.value,
+            memory_limit=limit,
+        )
+        if as_json:
+            print(json.dumps({"rows": rows}))
+        else:
+            print_rows(rows)
+        return
+    peers = parse_peers(against)
+    if backend is not BackendName.ONNXRUNTIME or device is DeviceName.CUDA:
+        raise ValueError("--against other runtimes measures on the CPU; leave --backend out")
+    peer_rows = bench_peers(
         engines,
-        forced_exit=_depths(forced_exit),
-        drafters=[choice.value for choice in drafter or ()],
-        against=against.value,
-        prompt=None if prompt_file is None else _read_prompt(None, prompt_file),
+        peers,
+        peer_models=models,
+        forced_exit=depths,
+        drafters=drafters,
+        prompts=[] if prompt is None else [prompt],
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeat=repeat,
         threads=threads,
-        backend=backend.value,
-        device=None if device is None else device.value,
         verify=verify.value,
-        memory_limit=parse_bytes(memory_limit),
+        memory_limit=limit,
     )
-    if as_json:
-        print(json.dumps({"rows": rows}))
-        return
-    table = Table(
-        Column("row", no_wrap=True),
-        *("ms/token", "min", "max", "tokens/s", "layers", "speed", "same"),
-        # fits into 80 columns
-        box=None,
-        pad_edge=False,
-    )
-    for row in rows:
-        table.add_row(
-            row["name"],
-            *(f"{row[key]:.3f}" for key in ("ms_per_token", "min_ms", "max_ms")),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['mean_exit_layer']:.1f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['agreement']:.1%}",
-        )
-    Console().print(table)
+    print(json.dumps({"rows": peer_rows}) if as_json else markdown_table(peer_rows))
 
 
 app.command()(serve)

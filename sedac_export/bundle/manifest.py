@@ -162,6 +162,10 @@ class Manifest(StrictModel):
         """What caches have room for beside a sequence: attention over it may compute a row more."""
         return 0 if self.quantization is None else 1
 
+    def device_precision(self) -> Precision:
+        """What engines for GPUs compute in."""
+        return self.precision if self.quantization is None else "fp16"
+
     def cache_bytes(self) -> int:
         """Bytes of one sequence's full cache; keys and values are fp32 on CPU."""
         per_token = sum(2 * 4 * kv.heads * kv.head_size for kv in self.key_value_heads)

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import Timeout, UnixFileLock
 
@@ -130,6 +131,22 @@ def replace_file(path: Path, text: str) -> None:
     sync(new)
     new.rename(path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends, and not if the block fails."""
+    new = path.with_name(f".{path.name}")
+    new.unlink(missing_ok=True)
+    try:
+        with new.open("xb") as file:
+            yield file
+        sync(new)
+        new.rename(path)
+        sync(path.parent)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -152,7 +152,7 @@ def build(
         version_compatible,
         hardware_compatible,
     )
-    targets = ChosenTargets.check(target, options, precision.value)
+    targets = ChosenTargets.check(target, options, precision.value, symmetric)
     stages = ("trace", "write", "validate", *(("compare",) if precision in _QUANTIZED else ()))
     with progress_bar(*stages) as progress:
         built = run(request, progress)

@@ -29,11 +29,18 @@ class ChosenTargets:
 
     @classmethod
     def check(
-        cls, targets: list[TargetName], options: BuildOptions, precision: Precision
+        cls,
+        targets: list[TargetName],
+        options: BuildOptions,
+        precision: Precision,
+        symmetric: bool,
     ) -> "ChosenTargets":
-        """Those among `targets`. Raises SedacError when one cannot be built here."""
+        """Those among `targets`. Raises SedacError when one cannot be built here.
+
+        symmetric: whether quantized weights, if any, have no zero points.
+        """
         chosen = cls(
-            tensorrt.check_flavours(targets, options, precision),
+            tensorrt.check_flavours(targets, options, symmetric),
             options,
             cuda=TargetName.CUDA in targets,
             onnxruntime_cuda=TargetName.ONNXRUNTIME_CUDA in targets,
@@ -80,7 +87,9 @@ def engines(
         version_compatible,
         hardware_compatible,
     )
-    ChosenTargets.check(target, options, read_manifest(bundle).precision).add(bundle, model)
+    manifest = read_manifest(bundle)
+    symmetric = manifest.quantization is None or manifest.quantization.symmetric
+    ChosenTargets.check(target, options, manifest.precision, symmetric).add(bundle, model)
 
 
 def _add_onnxruntime_cuda(directory: Path, model: str | None) -> None:

@@ -1,5 +1,6 @@
 """Write graphs for devices into a bundle: their weights are those that it holds already."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -19,15 +20,24 @@ MASK = "mask"
 WINDOW_MASK = "mask_window_"
 
 
+# the graph, its weights pointed at what is stored, given by name
+PointWeights = Callable[[TracedGraph, Mapping[str, TensorProto]], onnx.ModelProto]
+
+
 def write_graphs(
-    directory: Path, manifest: bundle.Manifest, graphs: TracedGraphs, prefix: str
+    directory: Path,
+    manifest: bundle.Manifest,
+    graphs: TracedGraphs,
+    prefix: str,
+    point: PointWeights | None = None,
 ) -> PortableGraphs:
     """Write `graphs`, traced in the bundle's precision, as onnx/`prefix`_*.onnx.
 
+    point: how graphs read weights that are stored in another form than they are traced with.
     Returns what the manifest says of them. Raises SedacError when the bundle in `directory` is of
     another model.
     """
-    writer = _Writer(directory, manifest, graphs, prefix)
+    writer = _Writer(directory, manifest, graphs, prefix, point or _point_at_stored)
     interface = graphs.interface
     entry = PortableGraphs(
         embed=writer.save("embed", writer.engine(graphs.embed, manifest.engines.embed)),
@@ -75,10 +85,15 @@ class _Writer:
     """Points graphs at the weights of a bundle's own engines, by their names there."""
 
     def __init__(
-        self, directory: Path, manifest: bundle.Manifest, graphs: TracedGraphs, prefix: str
+        self,
+        directory: Path,
+        manifest: bundle.Manifest,
+        graphs: TracedGraphs,
+        prefix: str,
+        point: PointWeights,
     ) -> None:
         self.directory, self.manifest, self.graphs = directory, manifest, graphs
-        self.prefix = prefix
+        self.prefix, self.point = prefix, point
         self.models: dict[str, onnx.ModelProto] = {}
         if len(graphs.kinds) != manifest.model.num_layers:
             raise SedacError(
@@ -138,22 +153,42 @@ class _Writer:
     def _point(
         self, graph: TracedGraph, weights: dict[str, TensorProto], prefix: str
     ) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        model.CopyFrom(graph.model)
-        for initializer in model.graph.initializer:
-            if initializer.name not in graph.weights:
-                continue
-            stored = weights.get(prefix + initializer.name)
-            if stored is None or stored.dims != initializer.dims:
-                raise SedacError(
-                    f"{self.directory} holds no weight {initializer.name} of shape"
-                    f" {list(initializer.dims)}; name the model that the bundle was built from"
-                )
-            name = initializer.name
-            initializer.CopyFrom(stored)
-            initializer.name = name
-        return model
+        own = {
+            name.removeprefix(prefix): stored
+            for name, stored in weights.items()
+            if name.startswith(prefix)
+        }
+        try:
+            return self.point(graph, own)
+        except WeightMismatch as error:
+            raise SedacError(
+                f"{self.directory} holds no weight {error}; name the model that the bundle was"
+                " built from"
+            ) from error
 
     def _weights(self, file: str) -> dict[str, TensorProto]:
         model = onnx.load(self.directory / file, load_external_data=False)
         return {item.name: item for item in model.graph.initializer if item.external_data}
+
+
+class WeightMismatch(Exception):
+    """A weight that a graph reads and the bundle does not hold: its name and shape."""
+
+
+def check_held(initializer: TensorProto, shape: Sequence[int] | None) -> None:
+    """Raise WeightMismatch unless `shape`, that of what is stored, is the initialiser's."""
+    if shape is None or list(shape) != list(initializer.dims):
+        raise WeightMismatch(f"{initializer.name} of shape {list(initializer.dims)}")
+
+
+def _point_at_stored(graph: TracedGraph, weights: Mapping[str, TensorProto]) -> onnx.ModelProto:
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    for initializer in model.graph.initializer:
+        if initializer.name in graph.weights:
+            stored = weights.get(initializer.name)
+            check_held(initializer, stored and stored.dims)
+            name = initializer.name
+            initializer.CopyFrom(stored)
+            initializer.name = name
+    return model

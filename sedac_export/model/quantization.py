@@ -162,6 +162,14 @@ def _joined(
     )
 
 
+def transposed(values: Array, bits: int) -> Array:
+    """Packed numbers, uint8 [rows, blocks, bytes], as packed rows of what were columns."""
+    if bits == 8:
+        return values.reshape(len(values), -1).T
+    numbers = np.stack((values & 0xF, values >> 4), axis=-1).reshape(len(values), -1)
+    return _packed(numbers.T, bits)
+
+
 def _unpacked(packed: Array, bits: int) -> Floats:
     """The numbers in `packed`, uint8 [rows, bytes], as fp32 [rows, numbers]."""
     if bits == 8:

@@ -14,7 +14,6 @@ from sedac_export.bundle.plan_entries import BuildOptions, PlanEntry, PlanSet, P
 from sedac_export.bundle.staging import replace_file, sync
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
-from sedac_export.model.precision import DTYPES
 from sedac_export.tensorrt.installed import cuda_version, require
 from sedac_export.tensorrt.profiles import Shapes, graph_profiles
 from sedac_export.tensorrt.worker import Worker
@@ -24,12 +23,12 @@ _FINISHED = "finished.json"
 _TIMING_CACHE = "timing.cache"
 
 
-def check_precision(target: Target, precision: bundle.Precision) -> None:
-    """Raise SedacError for quantized weights: portable graphs multiply with unquantized ones."""
-    if precision not in DTYPES:
+def check_symmetry(target: Target, symmetric: bool) -> None:
+    """Raise SedacError for quantized weights with zero points."""
+    if not symmetric:
         raise SedacError(
-            f"--target {target} is built from fp32, fp16 or bf16 weights, and these are"
-            f" {precision}; build with --precision fp16"
+            f"--target {target}: {FLAVOURS[target].title} takes quantized weights without zero"
+            " points only; build with --symmetric"
         )
 
 

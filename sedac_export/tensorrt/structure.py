@@ -80,7 +80,7 @@ def _words(tensor: list[Any]) -> str:
 class _Expectations:
     def __init__(self, directory: Path, manifest: Manifest, portable: PortableGraphs) -> None:
         self.directory, self.manifest, self.portable = directory, manifest, portable
-        self.float = _FLOATS[manifest.precision]
+        self.float = _FLOATS[manifest.device_precision()]
         self.hidden = [self.float, [_OPEN, _OPEN, manifest.model.hidden_size]]
         self.contexts = {name: [c.dtype, c.shape] for name, c in portable.contexts.items()}
 

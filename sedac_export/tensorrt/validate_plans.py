@@ -80,7 +80,7 @@ class _PlanValidator:
         return check
 
     def onnxruntime(self) -> TargetCheck:
-        runner = PortableRunner(self.directory, self.manifest.precision)
+        runner = PortableRunner(self.directory, self.manifest.device_precision())
         return self._agreement("onnxruntime", runner, GATES[runner.computes])
 
     def execution(self) -> TargetCheck:
@@ -97,7 +97,7 @@ class _PlanValidator:
             return TargetCheck("execution", problems=problems)
         length = self.manifest.max_cache_length
         runner = GpuPlanRunner(self.directory, self.portable, self.plans, length, self.worker)
-        return self._agreement("execution", runner, GATES[self.manifest.precision])
+        return self._agreement("execution", runner, GATES[self.manifest.device_precision()])
 
     def _agreement(
         self,

@@ -3,16 +3,19 @@
 import importlib
 import inspect
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from build_cache import BuildCache, load, save
+from conftest import DEMO_MODEL
 
+from sedac_export import BuildRequest
 from sedac_export.bundle import Bundle
+from sedac_export.bundle.manifest import Precision
 from sedac_export.exits.replay.documents import Document, read_documents
-from sedac_export.exits.training import train_probes as training
+from sedac_export.exits.training import train_probes as train_probes_module
 from sedac_export.exits.training.head_torch import TorchHead
 from sedac_export.exits.training.lens import LensRow, identity, judge
 from sedac_export.exits.training.train_probes import Trained, train_probes
@@ -42,42 +45,66 @@ def documents(demo_bundle: Path, texts: list[Path], quick: bool) -> list[Documen
     return [replace(document, tokens=document.tokens[:length]) for document in whole]
 
 
+@dataclass(frozen=True)
+class Training:
+    """Trains probes in copies of the demo bundle, once for all tests."""
+
+    documents: list[Document]
+    build_cache: BuildCache
+    directories: pytest.TempPathFactory
+    quick: bool
+
+    def __call__(self, name: str, untrained: Path, lenses: bool = False) -> TrainedBundle:
+        """Train in a copy of `untrained`; the result can be changed."""
+
+        def train(directory: Path) -> None:
+            bundle = shutil.copytree(untrained, directory / "bundle")
+            rows = train_probes(bundle, self.documents, EXITS, PROBES, with_lenses=lenses)
+            save(directory, rows)
+
+        trained = self.build_cache.made(f"{name}-{self.quick}", train)
+        bundle = self.directories.mktemp(name) / "bundle"
+        return shutil.copytree(trained / "bundle", bundle), load(trained)
+
+    def quantized(self, precision: Precision) -> TrainedBundle:
+        """Train in the demo model's bundle of `precision`."""
+        output = self.directories.mktemp(precision) / "bundle"
+        request = BuildRequest(model=str(DEMO_MODEL), output=output, precision=precision)
+        return self(f"trained-{precision}", self.build_cache.bundle(request), lenses=True)
+
+
 @pytest.fixture(scope="session")
-def trained_bundle(
-    demo_bundle: Path,
+def training(
     documents: list[Document],
     build_cache: BuildCache,
     tmp_path_factory: pytest.TempPathFactory,
     quick: bool,
-) -> TrainedBundle:
-    def train(directory: Path) -> None:
-        bundle = shutil.copytree(demo_bundle, directory / "bundle")
-        save(directory, train_probes(bundle, documents, EXITS, PROBES))
-
-    trained = build_cache.made(f"trained-{quick}", train)
-    bundle = tmp_path_factory.mktemp("trained") / "bundle"
-    return shutil.copytree(trained / "bundle", bundle), load(trained)
+) -> Training:
+    return Training(documents, build_cache, tmp_path_factory, quick)
 
 
 @pytest.fixture(scope="session")
-def lens_bundle(
-    demo_bundle: Path,
-    documents: list[Document],
-    build_cache: BuildCache,
-    tmp_path_factory: pytest.TempPathFactory,
-    quick: bool,
-) -> TrainedBundle:
+def trained_bundle(demo_bundle: Path, training: Training) -> TrainedBundle:
+    return training("trained", demo_bundle)
+
+
+@pytest.fixture(scope="session")
+def lens_bundle(demo_bundle: Path, training: Training) -> TrainedBundle:
     """The same with lenses that change many tokens, which trained ones do too little."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_probes_module, "train_lens", strong_lens)
+        return training("lens", demo_bundle, lenses=True)
 
-    def train(directory: Path) -> None:
-        bundle = shutil.copytree(demo_bundle, directory / "bundle")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "train_lens", strong_lens)
-            save(directory, train_probes(bundle, documents, EXITS, PROBES, with_lenses=True))
 
-    trained = build_cache.made(f"lens-{quick}", train)
-    bundle = tmp_path_factory.mktemp("lens") / "bundle"
-    return shutil.copytree(trained / "bundle", bundle), load(trained)
+@pytest.fixture(scope="session")
+def int4_bundle(training: Training) -> TrainedBundle:
+    """The demo model in int4, with probes and lenses that were trained on it."""
+    return training.quantized("int4")
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(training: Training) -> TrainedBundle:
+    return training.quantized("int8")
 
 
 def some_lens(size: int) -> torch.nn.Linear:

@@ -19,7 +19,8 @@ pub enum Precision {
     Fp16,
     /// bfloat16.
     Bf16,
-    /// 8 bits a weight in blocks with a scale each; computed in single precision.
+    /// 8 bits a weight in blocks with a scale each; computed in single precision on CPUs, on devices
+    /// in half.
     Int8,
     /// The same with 4 bits.
     Int4,

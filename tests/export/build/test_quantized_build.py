@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bad_input.command import assert_one_line_error, call, snapshot
 from build_cache import BuildCache
 from conftest import DEMO_MODEL, TinyBundle
 from tiny_models import save_tiny_model
@@ -17,10 +18,11 @@ from sedac_export.build.inspection import inspect_bundle
 from sedac_export.build.quality import QualityRow
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.manifest import read_manifest
+from sedac_export.cli import main
 from sedac_export.cuda.add_cuda import check_cuda
 from sedac_export.device_graphs.onnxruntime_cuda import check_precision
 from sedac_export.exits.training.head_graph import HeadGraph
-from sedac_export.tensorrt.build_plans import check_precision as check_plans
+from sedac_export.tensorrt.build_plans import check_symmetry
 
 
 def data_bytes(bundle: Path) -> int:
@@ -164,14 +166,15 @@ def test_short_texts_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_targets_that_take_no_quantized_weights_say_so(precision: Any) -> None:
-    checks: list[Callable[[], object]] = [
-        lambda: check_cuda(precision),
-        lambda: check_precision(precision),
-        lambda: check_plans("tensorrt-rtx", precision),
-    ]
-    for check in checks:
+    for check in (check_cuda, check_precision):
         with pytest.raises(SedacError, match=f"{precision}; build with --precision fp16"):
-            check()
+            check(precision)
+
+
+def test_tensorrt_takes_no_zero_points() -> None:
+    check_symmetry("tensorrt-rtx", symmetric=True)
+    with pytest.raises(SedacError, match=r"without zero points only; build with --symmetric"):
+        check_symmetry("tensorrt-rtx", symmetric=False)
 
 
 def test_calibration_needs_text(tmp_path: Path) -> None:
@@ -183,7 +186,36 @@ def test_calibration_needs_text(tmp_path: Path) -> None:
 def test_calibrated_layers_are_nearer_the_original(build_cache: BuildCache, tmp_path: Path) -> None:
     """The texts that are compared on are none of those that are calibrated on."""
     found = {}
-    for method in ("rtn", "gptq"):
-        request = BuildRequest(str(DEMO_MODEL), tmp_path / method, "int4", method=method)
-        found[method] = inspect_bundle(build_cache.bundle(request))["validation"]["quality"]
+    for name, settings in (
+        ("rtn", {}),
+        ("gptq", {"method": "gptq"}),
+        ("head", {"method": "gptq", "keep_precision": "head"}),
+    ):
+        request = BuildRequest(str(DEMO_MODEL), tmp_path / name, "int4", **settings)
+        found[name] = inspect_bundle(build_cache.bundle(request))["validation"]["quality"]
     assert found["gptq"]["divergence"] < 0.9 * found["rtn"]["divergence"]
+    assert found["head"]["divergence"] < 0.95 * found["gptq"]["divergence"]
+    # a kept head is exact, and so is the embedding that it is tied to
+    differences = {row["engine"]: row["difference"] for row in found["head"]["engines"]}
+    assert max(differences["embed"], differences["head"]) < 1e-5 < differences["layer_000"]
+    kept, quantized = (operators(tmp_path / name, "head") for name in ("head", "gptq"))
+    assert "MatMulNBits" in quantized and "MatMulNBits" not in kept
+    assert "MatMulNBits" in operators(tmp_path / "head", "layer_011")
+
+
+def test_commands_about_other_engines_say_why_not(
+    build_cache: BuildCache, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = build_cache.bundle(BuildRequest(str(DEMO_MODEL), tmp_path / "bundle", "int4"))
+    for command, words in (
+        (["upgrade", bundle], ["needs no upgrade"]),
+        (["engines", bundle, "--target", "cuda"], ["int4", "--precision fp16"]),
+        (["engines", bundle, "--target", "onnxruntime-cuda"], ["int4", "--precision fp16"]),
+        (["validate", bundle], ["holds no engines for GPUs"]),
+    ):
+        before = snapshot(bundle)
+        assert_one_line_error(call(main, list(map(str, command)), capfd), *words)
+        assert snapshot(bundle) == before
+    shown = call(main, ["inspect", str(bundle)], capfd)
+    assert "quantized by rtn, symmetric blocks of 32" in shown.out
+    assert "no CUDA chain: it takes fp16 or bf16 weights, and these are int4" in shown.out

@@ -86,6 +86,25 @@ def test_a_layer_computes_the_same(precision: str) -> None:
             np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 0.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_stability_is_exact(scale: float, offset: float) -> None:
+    """Of small changes too, of a residual stream with one large number, and of zeros."""
+    whole, weights = traced_layer()
+    weights["down.weight"] = weights["down.weight"] * scale
+    if scale == 0:
+        weights = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, 5, HIDDEN)) * (scale > 0)
+    x[..., 3] += offset
+    feeds = {"x": x.astype(np.float32)}
+    y, got = run(TracedGraph(fused(whole.model, {}), whole.weights), weights, feeds)
+    x, y = feeds["x"].astype(np.float64), y.astype(np.float64)
+    dot, squares = (x * y).sum(-1), (x * x).sum(-1) * (y * y).sum(-1)
+    expected = np.where(squares > 0, dot / np.sqrt(np.maximum(squares, 1e-300)) + 1, 0) / 2
+    np.testing.assert_allclose(got[..., 0], expected, atol=2e-6)
+
+
 def test_products_of_one_input_are_one() -> None:
     """query and value of the first norm, but not gate and value of the second, which are wider."""
     graph, _ = traced_layer()
@@ -102,11 +121,12 @@ def test_layouts_that_come_to_nothing_are_dropped() -> None:
 
 
 def test_an_addition_is_merged_with_the_norm_of_its_sum() -> None:
-    """The second norm's, which `y` adds to as well, and not `y`, which the graph gives."""
+    """The second norm's, which `y` adds to as well."""
     graph, _ = traced_layer()
     counts = operators(fused(graph.model, {}))
-    assert counts["SkipSimplifiedLayerNormalization"] == 1
-    assert counts["SimplifiedLayerNormalization"] == 1
+    # the last gives what stability is computed from, as the one of the input does
+    assert counts["SkipSimplifiedLayerNormalization"] == 2
+    assert counts["SimplifiedLayerNormalization"] == 2
 
 
 def test_quantized_products_are_merged() -> None:

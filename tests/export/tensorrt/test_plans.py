@@ -73,7 +73,7 @@ def test_every_architecture_builds_in_fp16(name: str, portable_tiny: PortableTin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_other_precisions_build(precision: str, portable_tiny: PortableTiny) -> None:
     directory, _ = portable_tiny("llama", precision)
     assert len(add_target(directory, RTX, BuildOptions()).plans) == 11

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto
 from tiny_models import ARCHITECTURES, save_tiny_model
 
-from sedac_export import SedacError
+from sedac_export import BuildRequest, SedacError, build_bundle
 from sedac_export.bundle.agreement_row import GATES
 from sedac_export.bundle.manifest import Manifest, read_manifest
 from sedac_export.bundle.portable_runner import PortableRunner
@@ -18,14 +18,14 @@ from sedac_export.tensorrt.portable_writer import add_portable_graphs
 from sedac_export.tensorrt.structure import expectations
 from sedac_export.tensorrt.worker import Worker
 
-from .conftest import RTX, PortableTiny
+from .conftest import RTX, PortableTiny, require_rtx
 
 LAYER = "onnx/portable_layer_000.onnx"
 
 
 def disagreements(directory: Path, manifest: Manifest) -> list[object]:
     assert manifest.portable is not None
-    runner = PortableRunner(directory, manifest.precision)
+    runner = PortableRunner(directory, manifest.device_precision())
     gates = GATES[runner.computes]
     rows = compare(directory, manifest, manifest.portable, runner, gates)
     assert rows[-1]["engine"] == "end to end"
@@ -63,6 +63,55 @@ def test_other_precisions_agree(precision: str, portable_tiny: PortableTiny) -> 
     assert types.pop("stability") == TensorProto.FLOAT
     assert set(types.values()) == {expected}
     assert {i.data_type for i in graph.initializer if i.external_data} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "kind"),
+    [
+        ("llama", "int4", TensorProto.INT4),
+        ("gpt2", "int4", TensorProto.INT4),
+        ("qwen2", "int8", TensorProto.INT8),
+        pytest.param("gpt2", "int8", TensorProto.INT8, marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_weights_are_dequantized_in_the_graph(
+    name: str, precision: str, kind: int, portable_tiny: PortableTiny
+) -> None:
+    """Matrices that lie by rows and by columns, tied ones; the numbers are those of the CPU."""
+    directory, manifest = portable_tiny(name, precision)
+    assert manifest.portable is not None
+    assert disagreements(directory, manifest) == []
+    half = TensorProto.FLOAT16
+    for file in (LAYER, manifest.portable.head):
+        graph = onnx.load(directory / file, load_external_data=False).graph
+        assert {node.domain for node in graph.node} == {""}
+        blocks = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+        kinds = {i.name: (i.data_type, len(i.dims)) for i in graph.initializer if i.external_data}
+        matrices = [name for name, found in kinds.items() if found == (kind, 2)]
+        assert sorted(node.input[0] for node in blocks) == sorted(matrices) != []
+        scales = [node.input[1] for node in blocks]
+        assert {kinds[name] for name in scales} == {(half, 2)}
+        assert {kinds[name] for name in kinds.keys() - {*matrices, *scales}} <= {(half, 1)}
+    # each once: the blocks, half of the scales' bytes, and the embedding in fp16
+    stored = (directory / "onnx" / "portable.data").stat().st_size
+    own = sum(path.stat().st_size for path in (directory / "onnx").glob("*.data")) - stored
+    assert stored < own + 2 * 320 * 64
+    assert "onnx/portable.data" in read_manifest(directory).files
+    require_rtx()
+    with Worker(RTX) as worker:
+        for file, expected in expectations(directory, manifest, manifest.portable).items():
+            assert expected.problems(worker.call("describe", graph=str(directory / file))) == []
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path / "model", intermediate_size=80)
+    request = BuildRequest(str(tmp_path / "model"), tmp_path / "bundle", "int4")
+    manifest = build_bundle(request).manifest
+    before = sorted((tmp_path / "bundle" / "onnx").iterdir())
+    with pytest.raises(SedacError, match=r"rows of 80 numbers.*--block-size that divides 80"):
+        skeleton = Skeleton.load(tmp_path / "model")
+        add_portable_graphs(tmp_path / "bundle", manifest, skeleton, lambda *_: None)
+    assert sorted((tmp_path / "bundle" / "onnx").iterdir()) == before
 
 
 def test_blocks_with_several_windows_agree(portable_tiny: PortableTiny) -> None:

@@ -44,11 +44,11 @@ impl Sizes {
 }
 
 impl Precision {
-    /// Bytes of a number where it is computed with.
+    /// Bytes of a number where a device computes with it; with quantized weights that is half.
     pub(crate) fn bytes(self) -> usize {
         match self {
-            Self::Fp32 | Self::Int8 | Self::Int4 => 4,
-            Self::Fp16 | Self::Bf16 => 2,
+            Self::Fp32 => 4,
+            Self::Fp16 | Self::Bf16 | Self::Int8 | Self::Int4 => 2,
         }
     }
 
@@ -56,8 +56,8 @@ impl Precision {
     pub(super) fn decode(self, bytes: &[u8]) -> Vec<f32> {
         let two = |pair: &[u8]| [pair[0], pair[1]];
         match self {
-            Self::Fp32 | Self::Int8 | Self::Int4 => decode_f32(bytes),
-            Self::Fp16 => bytes
+            Self::Fp32 => decode_f32(bytes),
+            Self::Fp16 | Self::Int8 | Self::Int4 => bytes
                 .chunks_exact(2)
                 .map(|pair| f16::from_le_bytes(two(pair)).to_f32())
                 .collect(),
@@ -72,10 +72,8 @@ impl Precision {
     pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
         let values = values.iter();
         match self {
-            Self::Fp32 | Self::Int8 | Self::Int4 => {
-                values.flat_map(|value| value.to_le_bytes()).collect()
-            }
-            Self::Fp16 => values
+            Self::Fp32 => values.flat_map(|value| value.to_le_bytes()).collect(),
+            Self::Fp16 | Self::Int8 | Self::Int4 => values
                 .flat_map(|&value| f16::from_f32(value).to_le_bytes())
                 .collect(),
             Self::Bf16 => values

@@ -98,10 +98,12 @@ def test_splits_are_by_document_and_even() -> None:
 
 
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("trained", ["trained_bundle", "int4_bundle"])
 def test_a_certified_setting_is_written(
-    trained_bundle: TrainedBundle, documents: list[Document], tmp_path: Path
+    trained: str, request: pytest.FixtureRequest, documents: list[Document], tmp_path: Path
 ) -> None:
-    bundle = shutil.copytree(trained_bundle[0], tmp_path / "bundle")
+    directory, _ = request.getfixturevalue(trained)
+    bundle = shutil.copytree(directory, tmp_path / "bundle")
     # seven short documents, so a generous risk
     many = [Document(d.name, d.tokens[k::2], f"{d.sha256}{k}") for d in documents for k in (0, 1)]
     # a damaged certificate is what calibrating again is the remedy for
