@@ -6,10 +6,11 @@
 use std::ops::Range;
 
 use super::OnnxRuntime;
-use super::pass::{Passes, Shared};
-use super::runtime::{row_session, run};
+use super::pass::{Pass, Passes, Shared};
+use super::runtime::{read, row_session, run};
 use crate::backend::{EnginePart, RowEngines, SequenceRow};
 use crate::error::Result;
+use crate::policy::ExitSignals;
 
 /// Passes of different slots that are kept.
 const MAX_READY: usize = 16;
@@ -19,8 +20,18 @@ const MAX_READY: usize = 16;
 pub(super) struct Rows {
     ready: Vec<Neighbours>,
     current: usize,
-    /// Indices of the sequences' rows in it.
-    places: Vec<usize>,
+    /// The sequences' rows in it.
+    rows: Vec<PlacedRow>,
+}
+
+/// A sequence's row.
+struct PlacedRow {
+    slot: usize,
+    position: usize,
+    /// Its index in the pass.
+    place: usize,
+    /// What the head is given of it, where it exited.
+    exited: Option<Vec<f32>>,
 }
 
 /// Neighbouring slots that run together.
@@ -103,10 +114,15 @@ impl RowEngines for OnnxRuntime {
             .iter()
             .map(|slot| slot.used + 1)
             .collect();
-        passes.places.clear();
+        passes.rows.clear();
         for row in rows {
             let place = row.slot - slots.start;
-            passes.places.push(place);
+            passes.rows.push(PlacedRow {
+                slot: row.slot,
+                position: row.position,
+                place,
+                exited: None,
+            });
             tokens[place] = row.token;
             positions[place] = row.position;
             lengths[place] = row.position + 1;
@@ -138,17 +154,71 @@ impl RowEngines for OnnxRuntime {
         Ok(())
     }
 
-    fn rows_logits(&mut self) -> Result<Vec<f32>> {
-        let size = self.hidden_size;
+    fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {
+        let (pass, place) = self.row(row);
+        let layers = self.entries[engine].num_layers;
+        read(&pass.stability[engine])[place * layers..][..layers].to_vec()
+    }
+
+    fn row_risk(&self, engine: usize, row: usize) -> Option<f32> {
+        let (pass, place) = self.row(row);
+        Some(read(pass.risk[engine].as_ref()?)[place])
+    }
+
+    fn row_exit_signals(
+        &mut self,
+        depth: usize,
+        row: usize,
+        stability: [f32; 3],
+    ) -> Result<Option<ExitSignals>> {
+        let hidden = self.hidden_of(row);
+        self.stopwatch.time(EnginePart::ExitHead(depth), 1, || {
+            self.exits.signals(depth, &hidden, stability)
+        })
+    }
+
+    fn exit_row(&mut self, row: usize) -> Result<()> {
+        let hidden = self.hidden_of(row);
         let rows = self.rows.as_mut().expect("embedded before");
-        let places = std::mem::take(&mut rows.places);
-        let Neighbours { shared, passes } = rows.current();
-        let hidden = passes.newest(shared.slots.len(), size);
-        let chosen = places
-            .iter()
-            .flat_map(|place| &hidden[place * size..][..size]);
-        let chosen: Vec<f32> = chosen.copied().collect();
-        self.run_head(&chosen)?;
+        let depth = self.entries[rows.current().passes.engines_run - 1].end();
+        let placed = &mut rows.rows[row];
+        let saved = &mut self.slots[placed.slot].saved;
+        saved[placed.position * self.hidden_size..][..self.hidden_size].copy_from_slice(&hidden);
+        placed.exited = Some(match self.exits.has_lens(depth) {
+            true => self.stopwatch.time(EnginePart::Lens(depth), 1, || {
+                let seen = self.exits.through_lens(depth, &hidden)?;
+                Ok(seen.unwrap_or(&hidden).to_vec())
+            })?,
+            false => hidden,
+        });
+        Ok(())
+    }
+
+    fn rows_logits(&mut self) -> Result<Vec<f32>> {
+        let rows = self.rows.as_ref().expect("embedded before");
+        let hidden = rows.rows.iter().enumerate().flat_map(|(row, placed)| {
+            let exited = placed.exited.clone();
+            exited.unwrap_or_else(|| self.hidden_of(row))
+        });
+        let hidden: Vec<f32> = hidden.collect();
+        self.run_head(&hidden)?;
         Ok(self.head_logits().to_vec())
+    }
+}
+
+impl OnnxRuntime {
+    /// The pass under way, and the place of the row `row` in it.
+    fn row(&self, row: usize) -> (&Pass, usize) {
+        let rows = self.rows.as_ref().expect("embedded before");
+        let passes = &rows.ready[rows.current].passes;
+        (passes.current(), rows.rows[row].place)
+    }
+
+    /// The residual stream of the row `row`.
+    fn hidden_of(&self, row: usize) -> Vec<f32> {
+        let rows = self.rows.as_ref().expect("embedded before");
+        let Neighbours { shared, passes } = &rows.ready[rows.current];
+        let all = passes.newest(shared.slots.len(), self.hidden_size);
+        all[rows.rows[row].place * self.hidden_size..][..self.hidden_size].to_vec()
     }
 }

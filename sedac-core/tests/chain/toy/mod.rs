@@ -125,6 +125,8 @@ pub(crate) struct Toy {
     pass: Vec<Hidden>,
     /// Of the pass, where it is over several sequences.
     rows: Vec<SequenceRow>,
+    /// Logits of its rows that have exited.
+    exited: Vec<Option<Vec<f32>>>,
     depth: usize,
     stability: Vec<f32>,
     logits: Vec<f32>,
@@ -166,6 +168,7 @@ impl Toy {
             start: 0,
             pass: Vec::new(),
             rows: Vec::new(),
+            exited: Vec::new(),
             depth: 0,
             stability: vec![0.0; count],
             logits: Vec::new(),
@@ -325,6 +328,7 @@ impl RowEngines for Toy {
 
     fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
         self.rows = rows.to_vec();
+        self.exited = vec![None; rows.len()];
         self.pass = rows.iter().map(|row| Hidden::of(row.token)).collect();
         self.depth = 0;
         Ok(())
@@ -342,9 +346,39 @@ impl RowEngines for Toy {
         Ok(())
     }
 
+    fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {
+        // what signals depend on is the same after every layer
+        let signal = |layer| self.pass[row].signal(layer + 1, 0);
+        self.layers[engine].clone().map(signal).collect()
+    }
+
+    fn row_risk(&self, _: usize, row: usize) -> Option<f32> {
+        Some(self.pass[row].signal(self.depth, 1))
+    }
+
+    fn row_exit_signals(
+        &mut self,
+        depth: usize,
+        row: usize,
+        _: [f32; 3],
+    ) -> Result<Option<ExitSignals>> {
+        Ok(Some(self.pass[row].exit_signals(depth)))
+    }
+
+    fn exit_row(&mut self, row: usize) -> Result<()> {
+        let SequenceRow { slot, position, .. } = self.rows[row];
+        self.slots[slot].saved[position] = self.pass[row];
+        self.exited[row] = Some(self.logits_of(self.pass[row]));
+        Ok(())
+    }
+
     fn rows_logits(&mut self) -> Result<Vec<f32>> {
-        let rows = self.pass.iter();
-        Ok(rows.flat_map(|&row| self.logits_of(row)).collect())
+        let rows = self.pass.iter().zip(&self.exited);
+        let logits = rows.map(|(&row, exited)| {
+            let exited = exited.clone();
+            exited.unwrap_or_else(|| self.logits_of(row))
+        });
+        Ok(logits.collect::<Vec<_>>().concat())
     }
 }
 
