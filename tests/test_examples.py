@@ -22,11 +22,13 @@ def run(name: str, *arguments: object) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def test_there_are_six_and_all_are_run_here() -> None:
+def test_there_are_eight_and_all_are_run() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert len(names) == 6
-    own = Path(__file__).read_text()
-    assert all(f'"{name}"' in own for name in names)
+    assert len(names) == 8
+    # those of the server are run where there is one
+    tests = (Path(__file__), Path(__file__).parent / "serve" / "test_server_examples.py")
+    text = "".join(path.read_text() for path in tests)
+    assert all(f'"{name}"' in text for name in names)
 
 
 def test_generate_text(demo_bundle: Path, demo_model: SedacModel) -> None:

@@ -42,8 +42,12 @@ __all__ = [
     "Model",
     "PlanTensor",
     "PolicySettings",
+    "Progress",
     "Sampling",
+    "Scheduler",
+    "SchedulerStatistics",
     "SedacError",
+    "StepToken",
     "Thresholds",
     "Token",
     "__version__",
@@ -262,6 +266,115 @@ class Model:
     ) -> list[BenchRow]: ...
 
 @final
+class Scheduler:
+    """Sequences that are generated together: they join and leave between steps. While it exists,
+    sequences that have ended may keep cache slots of the model."""
+
+    def __new__(
+        cls,
+        model: Model,
+        *,
+        max_sequences: int,
+        cache_tokens: int | None = None,
+        prefill_chunk: int = ...,
+    ) -> Scheduler:
+        """Up to `max_sequences` run at once; others wait. `cache_tokens` positions is what their
+        caches may hold together, None for what the slots have. A step prefills up to
+        `prefill_chunk` tokens of prompts. InputError where one is below 1, BundleError where the
+        memory does not suffice."""
+
+    def add(
+        self,
+        prompt: list[int],
+        decoding: DecodingSetting,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        stop_tokens: list[int],
+        top_logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        constrained: bool = False,
+    ) -> int:
+        """Queue a sequence and return its number; from any thread. With `top_logprobs` tokens come
+        with their log-probabilities and those of as many most probable tokens. `logit_bias` is added
+        to the logits of its tokens. Each token of a `constrained` sequence waits for `allow`.
+        InputError where the prompt cannot fit or a setting is out of range."""
+
+    def cancel(self, sequence: int) -> None:
+        """End a sequence before the next step; nothing more is reported of it. From any thread."""
+
+    def allow(self, sequence: int, mask: _Array) -> None:
+        """Choose the next token of a constrained sequence among those whose bits are set, bit t % 32
+        of the little-endian uint32 word t // 32 for token t; those beyond the mask are not allowed.
+        From any thread. InputError where no token is allowed."""
+
+    def step(self) -> list[Progress]:
+        """Run one step of each sequence that can run, with the GIL released; empty where none can.
+        An error ends the sequences that it concerns."""
+
+    def statistics(self) -> SchedulerStatistics:
+        """How it stands, as of the end of the last step."""
+
+@final
+class Progress:
+    """What one step did for one sequence: its new tokens and, at its end, why it ended and how its
+    drafts went, or the error that ended it. `cached_prompt_tokens` is the number of tokens of its
+    prompt that did not have to be prefilled."""
+
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def tokens(self) -> list[StepToken]: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def cached_prompt_tokens(self) -> int: ...
+    @property
+    def drafts(self) -> DraftSummary | None: ...
+
+@final
+class StepToken:
+    """One token of a sequence: its id, the layers executed and why no more, and whether it was
+    drafted and accepted. Where they were asked for, the natural logarithm of its probability by the
+    model's own logits, and the most probable tokens with theirs, the most probable first."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def exit_layer(self) -> int: ...
+    @property
+    def exit_reason(self) -> ExitReason: ...
+    @property
+    def drafted(self) -> bool: ...
+    @property
+    def logprob(self) -> float | None: ...
+    @property
+    def top_logprobs(self) -> list[tuple[int, float]]: ...
+
+@final
+class SchedulerStatistics:
+    """How a scheduler stands: sequences that run and that wait, cache positions in use and in total,
+    how often a sequence had to give up its cache to be recomputed later, how many sequences began
+    with tokens that a cache held, and these tokens."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def used_cache_tokens(self) -> int: ...
+    @property
+    def cache_tokens(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def prefix_hits(self) -> int: ...
+    @property
+    def prefix_tokens(self) -> int: ...
+
+@final
 class BenchCase:
     """A decoding mode to measure, and the name of its row."""
 
@@ -275,6 +388,9 @@ class Generation:
     def __iter__(self) -> Generation: ...
     def __next__(self) -> Token: ...
     def close(self) -> None: ...
+    def finish(self) -> None:
+        """Generate what is left, whose tokens are given in the summary only."""
+
     @property
     def certification(self) -> Certification | None: ...
     def summary(self) -> GenerationSummary: ...

@@ -21,16 +21,22 @@ _LONGEST_REASON = 300
 _CONFIG = "tokenizer_config.json"
 
 
-def render_chat(bundle: Path, read: ReadText, messages: list[Message]) -> str:
+def render_chat(
+    bundle: Path,
+    read: ReadText,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     """The prompt that asks the model of `bundle` for the next message.
 
     read: the text of one of its files, None where it has no such file. messages: dicts of role and
-    content. Raises InputError when the bundle has no chat template, or
-    the template refuses the messages, fails, or takes too much time or memory; BundleError when
-    what the bundle holds of it cannot be read.
+    content. tools: functions that the model may call, as the template expects them. Raises
+    InputError when the bundle has no chat template, or the template refuses the messages, fails,
+    or takes too much time or memory; BundleError when what the bundle holds of it cannot be read.
     """
-    template, tokens = _read(bundle, read)
-    return render(f"the chat template of {bundle}", template, {"messages": messages, **tokens})
+    template, tokens = read_template(bundle, read)
+    variables = {"messages": messages, "tools": tools, **tokens}
+    return render(f"the chat template of {bundle}", template, variables)
 
 
 def render(name: str, template: str, variables: dict[str, Any]) -> str:
@@ -78,8 +84,8 @@ def _ask(request: str) -> dict[str, str]:
         return answer
 
 
-def _read(bundle: Path, read: ReadText) -> tuple[str, dict[str, str]]:
-    """The template and the special tokens by name."""
+def read_template(bundle: Path, read: ReadText) -> tuple[str, dict[str, str]]:
+    """The chat template and the special tokens by name. Raises as `render_chat` does."""
     config: dict[str, Any] = {}
     text = read(_CONFIG)
     if text is not None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,10 +18,22 @@ from sedac_runtime.bench import bench as run_bench
 from sedac_runtime.bench_table import markdown_table, print_rows
 from sedac_runtime.choices import LosslessDrafter as LosslessDrafterName
 from sedac_runtime.choices import PolicyName
+from sedac_runtime.engine_options import (
+    BackendName,
+    BackendOption,
+    DeviceName,
+    DeviceOption,
+    MemoryOption,
+    ThreadsOption,
+    Verify,
+    VerifyOption,
+    parse_bytes,
+)
 from sedac_runtime.logs import configure
 from sedac_runtime.model import GenerationStream
 from sedac_runtime.peer_comparison import bench_peers
 from sedac_runtime.peer_models import PEERS, parse_peer_models, parse_peers
+from sedac_runtime.serve.serve_command import serve
 from sedac_runtime.terminal import visible
 from sedac_runtime.text_file import replace_text
 from sedac_runtime.tolerance import tolerance_note
@@ -38,69 +49,11 @@ app.callback()(configure)
 console = Console(stderr=True)
 
 Number = TypeVar("Number", int, float)
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 REFERENCES: dict[str, Reference] = {name: name for name in get_args(Reference)}
 METHODS: dict[str, PolicyName] = {"v6": "probe", "v6.1": "cascade", "v7": "stability"}
 
 EnginesOption = Annotated[Path, typer.Option("--engines", help="Directory of the bundle.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option(help="Threads that run the engines. [default: all processors]")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-
-
-class BackendName(StrEnum):
-    """What --backend takes."""
-
-    AUTO = "auto"
-    ONNXRUNTIME = "onnxruntime"
-    CUDA = "cuda"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
-
-
-BackendOption = Annotated[
-    BackendName,
-    typer.Option(
-        "--backend",
-        help="Runs the engines: ONNX Runtime on the CPU or a GPU, or on a GPU the CUDA kernels or"
-        " TensorRT. auto takes the first that can run of CUDA kernels, TensorRT, ONNX Runtime on"
-        " the GPU and on the CPU.",
-    ),
-]
-
-
-class DeviceName(StrEnum):
-    """What --device takes."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-DeviceOption = Annotated[
-    DeviceName | None,
-    typer.Option("--device", help="Where ONNX Runtime runs. [default: cpu]"),
-]
-
-
-class Verify(StrEnum):
-    """What --verify takes."""
-
-    ALWAYS = "always"
-    CHANGED = "changed"
-
-
-VerifyOption = Annotated[
-    Verify,
-    typer.Option(help="Hash every file, or only files changed since the last check."),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--memory-limit",
-        help="Limit for engines and KV cache, such as 6G. [default: available memory]",
-    ),
-]
 
 
 class GenerationMode(StrEnum):
@@ -242,7 +195,7 @@ def generate(
         backend=backend.value,
         device=None if device is None else device.value,
         verify=verify.value,
-        memory_limit=_bytes(memory_limit),
+        memory_limit=parse_bytes(memory_limit),
     )
     _print_tolerance(model)
     tokens = model.encode_chat([{"role": "user", "content": text}]) if chat else model.encode(text)
@@ -332,7 +285,7 @@ def bench(
     depths = _depths(forced_exit)
     drafters: list[LosslessDrafterName] = [choice.value for choice in drafter or ()]
     prompt = None if prompt_file is None else _read_prompt(None, prompt_file)
-    limit = _bytes(memory_limit)
+    limit = parse_bytes(memory_limit)
     models = parse_peer_models(peer_model or ())
     reference = REFERENCES.get(against)
     if reference is not None:
@@ -376,6 +329,9 @@ def bench(
         memory_limit=limit,
     )
     print(json.dumps({"rows": peer_rows}) if as_json else markdown_table(peer_rows))
+
+
+app.command()(serve)
 
 
 def main() -> None:
@@ -429,16 +385,6 @@ def _depths(text: str | None) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--forced-exit {text} is not a list of depths such as 6,12,24") from error
-
-
-def _bytes(text: str | None) -> int | None:
-    """Bytes written as a number with K, M, G or T, of 1024 each, or without; None for None."""
-    if text is None:
-        return None
-    size = re.fullmatch(r"(\d{1,15})([KMGT]?)", text, re.ASCII)
-    if size is None:
-        raise ValueError(f"--memory-limit {text} is not a size such as 800M or 6G")
-    return int(size[1]) * UNITS[size[2]]
 
 
 def _write(text: str) -> None:

@@ -129,8 +129,10 @@ class GenerationStream:
 
         Raises RuntimeError if the stream was closed before the end.
         """
-        for _ in self:
-            pass
+        try:
+            self._generation.finish()
+        finally:
+            self.close()
         return self._collect()
 
     @property
@@ -242,6 +244,11 @@ class SedacModel:
         return cls(path, core)
 
     @property
+    def core(self) -> _core.Model:
+        """The core's model."""
+        return self._core
+
+    @property
     def backend(self) -> Backend:
         """What runs the bundle."""
         return self._core.backend
@@ -279,13 +286,17 @@ class SedacModel:
         """
         return self._core.encode(text)
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a chat, rendered with the bundle's chat template.
 
-        Raises InputError when the bundle has no tokenizer or no template for these messages.
+        tools: functions that the model may call, as the template expects them. Raises InputError
+        when the bundle has no tokenizer or no template for these messages.
         """
         return self._core.encode(
-            render_chat(self.bundle, self._core.read_text, messages), add_special_tokens=False
+            render_chat(self.bundle, self._core.read_text, messages, tools),
+            add_special_tokens=False,
         )
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -70,9 +70,8 @@ def _render(template: str, variables: dict[str, Any]) -> str:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template).render(
-        tools=None, documents=None, add_generation_prompt=True, **variables
-    )
+    always = {"tools": None, "documents": None, "add_generation_prompt": True}
+    return environment.from_string(template).render(always | variables)
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

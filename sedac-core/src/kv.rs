@@ -88,6 +88,12 @@ impl KvState {
         self.filled[layer]
     }
 
+    /// The number of first positions that every layer holds entries for.
+    pub fn complete(&self) -> usize {
+        // filled never grows with depth
+        self.filled.last().copied().unwrap_or(self.length)
+    }
+
     /// Check that `tokens` new positions fit.
     ///
     /// # Errors

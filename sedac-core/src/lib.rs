@@ -49,6 +49,7 @@ pub mod interrupt;
 pub mod kv;
 pub mod policy;
 pub mod sampler;
+pub mod scheduler;
 pub mod sequence;
 pub mod text;
 

@@ -70,6 +70,22 @@ impl Sequence {
         Ok(positions)
     }
 
+    /// Go on as another sequence that begins with the first `length` tokens, which every layer holds.
+    /// Caches of layers that its tokens skip get what `kv_fill` says.
+    ///
+    /// # Panics
+    /// When a layer does not hold them.
+    pub fn reuse(&mut self, length: usize, kv_fill: KvFill) {
+        assert!(length <= self.complete(), "positions that a layer lacks");
+        self.truncate(length);
+        self.kv_fill = kv_fill;
+    }
+
+    /// The number of first positions that every layer holds.
+    pub fn complete(&self) -> usize {
+        self.kv.complete()
+    }
+
     /// Forget all positions from `length` on.
     pub fn truncate(&mut self, length: usize) {
         self.kv.truncate(length);
@@ -102,6 +118,21 @@ impl Slots {
             Error::setting("sequences", count + 1, range)
         })?;
         Ok(Sequence::new(slot, layers, capacity, kv_fill))
+    }
+
+    /// Have `count` slots, where there are fewer.
+    pub fn grow(&mut self, count: usize) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        // the lowest is taken first
+        free.splice(0..0, (self.count..count).rev());
+        drop(free);
+        self.count = self.count.max(count);
+    }
+
+    /// The number of slots that are taken.
+    pub fn taken(&self) -> usize {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        self.count - free.len()
     }
 
     /// Take a free slot, if there is one.
@@ -145,5 +176,32 @@ mod tests {
         assert!(error.contains("at most the backend's 2 at once"), "{error}");
         drop(first);
         assert_eq!(open().unwrap().slot(), 0);
+    }
+
+    #[test]
+    fn slots_are_added() {
+        let mut slots = Slots::new(1);
+        let first = slots.take();
+        slots.grow(3);
+        slots.grow(2);
+        assert_eq!(slots.taken(), 1);
+        let others = [slots.take().unwrap(), slots.take().unwrap()];
+        assert_eq!(others.each_ref().map(|slot| slot.index), [1, 2]);
+        assert!(slots.take().is_none());
+        drop(first);
+        assert_eq!(slots.taken(), 2);
+    }
+
+    #[test]
+    fn a_sequence_goes_on_from_what_every_layer_holds() {
+        let slots = Slots::new(1);
+        let mut sequence = slots.open(2, 4, KvFill::Propagate).unwrap();
+        sequence.append(&[7, 8, 9]).unwrap();
+        sequence.kv_mut().fill(0, 3);
+        sequence.kv_mut().fill(1, 2);
+        assert_eq!(sequence.complete(), 2);
+        sequence.reuse(1, KvFill::Defer);
+        assert_eq!(sequence.tokens(), [7]);
+        assert_eq!(sequence.kv_fill(), KvFill::Defer);
     }
 }

@@ -119,7 +119,9 @@ def _build(
             tolerance=request.tolerance,
             precision=request.precision,
             quantization=quantization and _entry(quantization, kept),
-            **write_engines(writer, graphs, request.layers_per_engine, calibration, progress),
+            **write_engines(
+                writer, graphs, request.layers_per_engine, length, calibration, progress
+            ),
         )
         progress("validate", 0, 1)
         validation = validate(skeleton, staging, manifest, request.tolerance, writer.rounded)

@@ -4,16 +4,21 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 
 from sedac_export.build.calibration import Calibration
 from sedac_export.build.quantized_weights import weight_sources
 from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.sessions import Engine
 from sedac_export.console import StageProgress
+from sedac_export.graph.attention_rows import with_spare_row
 from sedac_export.graph.block import compose
 from sedac_export.graph.fusion import fused
 from sedac_export.graph.modules import Context
+from sedac_export.graph.packed_attention import rotary_contexts
 from sedac_export.graph.quantized_graph import quantized_graph
 from sedac_export.graph.stamp import (
     QuantizedStorage,
@@ -38,6 +43,7 @@ class EngineWriter:
         self.directory = staging / "onnx"
         self.directory.mkdir()
         self.store = WeightStore(self.directory, precision, quantized)
+        self.tables: dict[str, ir.ExternalTensor] = {}
 
     def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
@@ -65,6 +71,32 @@ class EngineWriter:
         columns = weight.shape[1 - quantized.layouts[source].value]
         return torch.from_numpy(self.store.dequantized(source, columns))
 
+    def fuse(self, layer: onnx.ModelProto) -> onnx.ModelProto:
+        """`layer`, which has been stamped, with merged operators."""
+        merged = fused(layer, self.tables)
+        if self.store.quantized is not None:
+            with_spare_row(merged.graph)
+        return merged
+
+    def write_tables(self, contexts: str, names: set[str], positions: int) -> None:
+        """Write what the engine `contexts` gives as `names` at the first `positions`, for `fuse`.
+
+        Attention rotates by rows of these, fp32 [positions + 1, numbers]: a spare row of attention
+        may lie behind the last position, and it does not matter how it is rotated.
+        """
+        ids = np.arange(positions, dtype=np.int64)[None]
+        rows = Engine(self.directory.parent / contexts).run({"position_ids": ids})
+        tables = {name: np.pad(rows[name][0], ((0, 1), (0, 0))) for name in sorted(names)}
+        for name, place in self.store.write_arrays("rotary.data", tables).items():
+            self.tables[name] = ir.ExternalTensor(
+                place.location,
+                place.offset,
+                place.length,
+                ir.DataType.FLOAT,
+                shape=ir.Shape(tables[name].shape),
+                name=f"{name}_table",
+            )
+
     def engine(self, graph: TracedGraph, name: str) -> str:
         """Write the engine `name`, which belongs to no layer, and its weights; its path."""
         return self.save(self.stamp(graph, name), name)
@@ -91,12 +123,16 @@ def write_engines(
     writer: EngineWriter,
     graphs: TracedGraphs,
     layers_per_engine: int,
+    cache_length: int,
     calibration: Calibration | None,
     progress: StageProgress,
 ) -> dict[str, Any]:
     """Write every engine by `writer`; the fields of the manifest that are about them."""
     embed = writer.engine(graphs.embed, "embed")
     contexts = None if graphs.contexts is None else writer.engine(graphs.contexts, "contexts")
+    if contexts is not None:
+        rotary = rotary_contexts(graph.model for graph in graphs.layers)
+        writer.write_tables(contexts, rotary, cache_length)
     if calibration is not None:
         root = writer.directory.parent
         calibration.begin(root / embed, None if contexts is None else root / contexts)
@@ -138,7 +174,7 @@ def _write_layers(
             layer = writer.stamp(graphs.layers[kind], name, prefix)
         else:
             layer = _stamp_calibrated(writer, graphs.layers[kind], index, calibration)
-        stamped.append(fused(layer))
+        stamped.append(writer.fuse(layer))
         fill = writer.stamp(graphs.key_value[kind], name, prefix)
         file = writer.save(fill, f"kv_{index:03}")
         entries.append(bundle.KeyValueEngineEntry(file=file, contexts=_contexts(fill)))
@@ -164,7 +200,7 @@ def _stamp_attention(writer: EngineWriter, graphs: TracedGraphs) -> list[onnx.Mo
     """Each layer's graph without its MLP; the weights are the layer's, written before."""
     path = writer.skeleton.layers_path
     return [
-        fused(writer.stamp(graphs.attention[kind], f"layer_{index:03}", f"{path}.{index}."))
+        writer.fuse(writer.stamp(graphs.attention[kind], f"layer_{index:03}", f"{path}.{index}."))
         for index, kind in enumerate(graphs.kinds)
     ]
 

@@ -12,24 +12,32 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
 from sedac_export.arrays import Array
+from sedac_export.graph.packed_attention import RotaryTables, pack_attention
 
 # in place of an open axis where the order of a tensor's numbers is followed
 _TOKENS = 3
 # how many times as wide as their input merged products may be: splitting the output copies it, and
 # for gate and up that took more of a prefill than one product less saved
 _WIDEST = 3
+# of norms that only give a length: a residual stream of zeros has none
+_LENGTH = {"epsilon": 1e-30}
 
 
-def fused(layer: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph of a layer with merged operators; its interface and its weights stay."""
+def fused(layer: onnx.ModelProto, tables: RotaryTables) -> onnx.ModelProto:
+    """The graph of a layer with merged operators.
+
+    Its weights stay, and its interface but for context tensors whose `tables` attention reads.
+    """
     model = ir.from_proto(layer)
     _infer_shapes(model)
     _drop_round_trips(model.graph)
     _merge_products(model.graph)
-    _rename_norms(model.graph)
+    pack_attention(model.graph, tables)
+    _merge_norms(model.graph)
     _shorten_stability(model.graph)
-    RemoveUnusedNodesPass()(model)
     TopologicalSortPass()(model)
+    RemoveUnusedNodesPass()(model)
+    _drop_unread(model.graph, tables)
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     return proto
@@ -38,34 +46,116 @@ def fused(layer: onnx.ModelProto) -> onnx.ModelProto:
 def _infer_shapes(model: ir.Model) -> None:
     """Give values their shapes, as far as they follow from the graph's inputs and weights."""
     ShapeInferencePass()(model)
-    for node in model.graph:
-        if node.op_type == "GroupQueryAttention":  # which onnx does not know
-            output, query = node.outputs[0], _input(node, 0)
-            output.shape, output.type = query.shape, query.type
+    while sum(_infer_shape(node) for node in model.graph) > 0:
+        ShapeInferencePass()(model)
 
 
-def _rename_norms(graph: ir.Graph) -> None:
-    """Take ONNX Runtime's older name of RMS norms, the one it merges with additions."""
-    for node in graph:
-        if node.op_type == "RMSNormalization":
+def _infer_shape(node: ir.Node) -> bool:
+    """Give the result of `node`, which onnx does not know, its shape if it follows now."""
+    if node.op_type not in ("GroupQueryAttention", "MatMulNBits"):
+        return False
+    output, source = node.outputs[0], _input(node, 0)
+    if output.shape is not None or source.shape is None:
+        return False
+    sizes = list(source.shape)
+    if node.op_type == "MatMulNBits":
+        sizes[-1] = node.attributes["N"].as_int()
+    output.shape, output.type = ir.Shape(sizes), source.type
+    return True
+
+
+def _merge_norms(graph: ir.Graph) -> None:
+    """Add what is normalised in the same operator, ONNX Runtime's, which has other names."""
+    for node in list(graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        total = _input(node, 0)
+        addition = total.producer()
+        if addition is None or not _adds_alike(addition) or total.is_graph_output():
             node.op_type = "SimplifiedLayerNormalization"
+            continue
+        epsilon = node.attributes["epsilon"].as_float()
+        merged = _sum_and_norm(addition, _input(node, 1), epsilon)
+        graph.append(merged)
+        for before, after in ((node.outputs[0], 0), (total, 3)):
+            merged.outputs[after].shape, merged.outputs[after].type = before.shape, before.type
+            before.replace_all_uses_with(merged.outputs[after])
+
+
+def _sum_and_norm(addition: ir.Node, weight: ir.Value, epsilon: float) -> ir.Node:
+    """What gives the RMS norm of a sum as its first output and the sum as its fourth."""
+    return ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [*addition.inputs, weight],
+        {"epsilon": epsilon},
+        domain="com.microsoft",
+        # what training reads of the norm is left out
+        outputs=[ir.Value(), ir.Value(name=""), ir.Value(name=""), ir.Value()],
+    )
+
+
+def _adds_alike(node: ir.Node) -> bool:
+    """Whether `node` adds two tensors of one shape, [1, tokens, numbers]."""
+    if node.op_type != "Add":
+        return False
+    first, second = (_sizes(_input(node, position)) for position in (0, 1))
+    return first == second and len(first) == 3
+
+
+def _sizes(value: ir.Value) -> list[int]:
+    """The sizes of `value`, with _TOKENS for an open one; none where they are not known."""
+    sizes = [] if value.shape is None else list(value.shape)
+    return [size if isinstance(size, int) else _TOKENS for size in sizes]
+
+
+def _drop_unread(graph: ir.Graph, tables: RotaryTables) -> None:
+    """Drop inputs in whose place attention reads `tables`."""
+    for value in list(graph.inputs):
+        if value.name in tables and not value.uses():
+            graph.inputs.remove(value)
 
 
 def _shorten_stability(graph: ir.Graph) -> None:
-    """Compute (cos(x, y) + 1) / 2 as |a + b|^2 / 4 of the unit vectors a and b along x and y."""
+    """Compute (cos(x, y) + 1) / 2 as |a + b|^2 of vectors of length 1/2 along x and y.
+
+    An RMS norm gives such a vector, and the addition that gives y is merged with it: three
+    operators more in place of a dozen. The result is as far from the exact one as by dot products,
+    some 1e-6 (tests/export/graph/test_fusion.py).
+    """
     x = next(value for value in graph.inputs if value.name == "x")
     y = next(value for value in graph.outputs if value.name == "y")
-    units = [ir.node("LpNormalization", [value], {"axis": -1, "p": 2}) for value in (x, y)]
-    total = ir.node("Add", [unit.outputs[0] for unit in units])
+    size = _sizes(x)[-1]
+    length = np.full(size, 0.5 * size**-0.5, dtype=np.float32)
+    halves = _constant(graph, "stability_halves", ir.tensor(length))
+    along_x = ir.node("SimplifiedLayerNormalization", [x, halves], _LENGTH)
+    graph.append(along_x)
+    along_y = _along_sum(graph, y, halves)
+    total = ir.node("Add", [along_x.outputs[0], along_y])
     axes = _constant(graph, "stability_axes", ir.tensor([-1]))
     square = ir.node("ReduceSumSquare", [total.outputs[0], axes], {"keepdims": 1})
-    quarter = _constant(graph, "stability_quarter", ir.tensor(0.25, ir.DataType.FLOAT))
-    result = ir.node("Mul", [square.outputs[0], quarter])
-    graph.extend([*units, total, square, result])
+    graph.extend([total, square])
     before = next(value for value in graph.outputs if value.name == "stability")
-    before.replace_all_uses_with(result.outputs[0], replace_graph_outputs=True)
-    result.outputs[0].name, before.name = before.name, None
-    result.outputs[0].shape, result.outputs[0].type = before.shape, before.type
+    _replace_output(before, square.outputs[0])
+
+
+def _along_sum(graph: ir.Graph, y: ir.Value, halves: ir.Value) -> ir.Value:
+    """The vector of length 1/2 along `y`, by the operator that gives `y` where that is a sum."""
+    addition = y.producer()
+    if addition is None or not _adds_alike(addition):
+        norm = ir.node("SimplifiedLayerNormalization", [y, halves], _LENGTH)
+        graph.append(norm)
+        return norm.outputs[0]
+    merged = _sum_and_norm(addition, halves, _LENGTH["epsilon"])
+    graph.append(merged)
+    _replace_output(y, merged.outputs[3])
+    return merged.outputs[0]
+
+
+def _replace_output(before: ir.Value, after: ir.Value) -> None:
+    """Make `after` the graph's output in place of `before`, under its name."""
+    before.replace_all_uses_with(after, replace_graph_outputs=True)
+    after.name, before.name = before.name, None
+    after.shape, after.type = before.shape, before.type
 
 
 def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -93,7 +183,8 @@ def _merge_products(graph: ir.Graph) -> None:
 class _Product:
     """A product with a stored matrix [rows, columns], and the operator to take for `node`.
 
-    factors: what is stored of the matrix; all have its rows.
+    factors: what is stored of the matrix; all have its rows. bias: what is added to each row of the
+    product, giving `result`; without one that is the product's own.
     """
 
     node: ir.Node
@@ -102,25 +193,49 @@ class _Product:
     factors: list[ir.Value | None]
     rows: int
     columns: int
+    bias: ir.Value | None
+    result: ir.Value
 
     @property
     def kind(self) -> str:
         """The same for products that can be merged."""
-        kept = [factor is not None for factor in self.factors]
+        kept = [factor is not None for factor in (*self.factors, self.bias)]
         return f"{self.operator} {self.attributes} {kept}"
 
 
 def _product(node: ir.Node) -> _Product | None:
     """What `node` multiplies, None where it is no product with a stored matrix."""
+    if node.op_type not in ("MatMul", "MatMulNBits"):
+        return None
+    bias, result = _bias(node.outputs[0])
     if node.op_type == "MatMulNBits":
         attributes = {name: value.as_int() for name, value in node.attributes.items()}
-        size = attributes.pop("N"), attributes["K"]
-        return _Product(node, node.op_type, attributes, list(node.inputs[1:]), *size)
-    weight = _transposed(node.inputs[1]) if node.op_type == "MatMul" else None
+        rows, columns, factors = attributes.pop("N"), attributes["K"], list(node.inputs[1:])
+        return _Product(node, node.op_type, attributes, factors, rows, columns, bias, result)
+    weight = _transposed(node.inputs[1])
     if weight is None or weight.shape is None:
         return None
     # as it is stored: its transpose would be folded into a copy of it while the engine is loaded
-    return _Product(node, "FusedMatMul", {"transB": 1}, [weight], *weight.shape.numpy())
+    rows, columns = weight.shape.numpy()
+    return _Product(node, "FusedMatMul", {"transB": 1}, [weight], rows, columns, bias, result)
+
+
+def _bias(product: ir.Value) -> tuple[ir.Value | None, ir.Value]:
+    """The stored vector that is added to `product` if that is all it is used for, and the sum."""
+    users = [node for node, _ in product.uses()]
+    if len(users) != 1 or users[0].op_type != "Add" or product.is_graph_output():
+        return None, product
+    bias = next((value for value in users[0].inputs if value is not product), None)
+    if bias is None or not _is_stored(bias) or len(_sizes(bias)) != 1:
+        return None, product
+    return bias, users[0].outputs[0]
+
+
+def _is_stored(value: ir.Value) -> bool:
+    """Whether `value` is a weight, in the precision that it is stored in or cast from it."""
+    node = value.producer()
+    source = _input(node, 0) if node is not None and node.op_type == "Cast" else value
+    return source.is_initializer()
 
 
 def _transposed(matrix: ir.Value | None) -> ir.Value | None:
@@ -128,11 +243,8 @@ def _transposed(matrix: ir.Value | None) -> ir.Value | None:
     node = None if matrix is None else matrix.producer()
     if node is None or node.op_type != "Transpose":
         return None
-    source = weight = _input(node, 0)
-    cast = source.producer()
-    if cast is not None and cast.op_type == "Cast":
-        source = _input(cast, 0)
-    return weight if source.is_initializer() else None
+    weight = _input(node, 0)
+    return weight if _is_stored(weight) else None
 
 
 def _merge(graph: ir.Graph, products: list[_Product]) -> None:
@@ -145,6 +257,10 @@ def _merge(graph: ir.Graph, products: list[_Product]) -> None:
     inputs = [first.node.inputs[0], *(_stack(graph, list(stack)) for stack in stacks)]
     merged = ir.node(first.operator, inputs, attributes, domain="com.microsoft")
     graph.append(merged)
+    if first.bias is not None:
+        bias = _stack(graph, [product.bias for product in products])
+        merged = ir.node("Add", [merged.outputs[0], bias])
+        graph.append(merged)
     results = merged.outputs
     if len(products) > 1:
         lengths = ir.tensor([product.rows for product in products])
@@ -154,7 +270,8 @@ def _merge(graph: ir.Graph, products: list[_Product]) -> None:
         graph.append(split)
         results = split.outputs
     for product, result in zip(products, results, strict=True):
-        product.node.outputs[0].replace_all_uses_with(result)
+        result.shape, result.type = product.result.shape, product.result.type
+        product.result.replace_all_uses_with(result)
 
 
 def _stack(graph: ir.Graph, factors: list[ir.Value | None]) -> ir.Value | None:
@@ -192,7 +309,7 @@ def _comes_to_nothing(path: list[ir.Node], source: ir.Value) -> bool:
     """Whether `source` is the same after the changes of layout on `path`."""
     if source.shape is None or sum(not isinstance(size, int) for size in source.shape) > 1:
         return False
-    shape = [size if isinstance(size, int) else _TOKENS for size in source.shape]
+    shape = _sizes(source)
     before: Array = np.arange(np.prod(shape)).reshape(shape)
     after = before
     for node in path:

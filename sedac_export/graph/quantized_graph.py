@@ -6,7 +6,6 @@ from enum import Enum
 import onnx
 from onnx import TensorProto, helper
 
-from sedac_export.graph.attention_rows import with_spare_row
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.quantization import Quantization
 
@@ -57,7 +56,6 @@ def quantized_graph(
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     uses, weights = _Uses(model.graph), dict(graph.weights)
-    with_spare_row(model.graph)
     parts = {
         initializer.name: _Parts(initializer, chosen[initializer.name], quantization)
         for initializer in model.graph.initializer

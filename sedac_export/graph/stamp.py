@@ -102,6 +102,13 @@ class WeightStore:
                     pieces = (stored(piece, self.precision, name) for piece in read(name))
                     self._write(file, name, map(_bytes, pieces))
 
+    def write_arrays(self, location: str, arrays: Mapping[str, Floats]) -> dict[str, Place]:
+        """Write `arrays`, which are none of the model's weights, to the new file `location`."""
+        if not arrays:
+            return {}
+        with (self.directory / location).open("xb") as file:
+            return {name: _put(file, iter([array.data])) for name, array in arrays.items()}
+
     def dequantized(self, name: str, columns: int) -> Floats:
         """The quantized weight `name` as engines compute with it, of rows of `columns` weights."""
         assert self.quantized is not None
@@ -137,11 +144,16 @@ class WeightStore:
             self._write(file, f"{name}{ZERO_POINTS}", iter(zeros))
 
     def _write(self, file: BinaryIO, name: str, chunks: Iterator[memoryview]) -> None:
-        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-        start = file.tell()
-        for chunk in chunks:
-            file.write(chunk)
-        self.places[name] = Place(Path(file.name).name, start, file.tell() - start)
+        self.places[name] = _put(file, chunks)
+
+
+def _put(file: BinaryIO, chunks: Iterator[memoryview]) -> Place:
+    """Append `chunks` to `file`, where ONNX Runtime can map them."""
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    start = file.tell()
+    for chunk in chunks:
+        file.write(chunk)
+    return Place(Path(file.name).name, start, file.tell() - start)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,6 +8,8 @@ use crate::policy::{ExitRule, Signal};
 pub struct Capabilities {
     /// Sequences that can be under way at once.
     pub sequences: usize,
+    /// Whether sequences of one call share passes. Otherwise they run one after another.
+    pub shares_passes: bool,
     /// Depths after which an entropy probe gives a risk.
     pub probes: Vec<usize>,
     /// Depths with an exit head.
@@ -25,6 +27,7 @@ impl Default for Capabilities {
     fn default() -> Self {
         Self {
             sequences: 1,
+            shares_passes: false,
             probes: Vec::new(),
             exit_heads: Vec::new(),
             attention_only: false,

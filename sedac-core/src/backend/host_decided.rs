@@ -354,6 +354,14 @@ impl<E: Engines> Backend for HostDecided<E> {
         &self.capabilities
     }
 
+    fn reserve(&mut self, sequences: usize) -> Result<()> {
+        if sequences > self.capabilities.sequences {
+            self.capabilities.sequences = self.engines.reserve(sequences)?;
+            self.slots.grow(self.capabilities.sequences);
+        }
+        Ok(())
+    }
+
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
         self.slots.open(self.num_layers(), self.capacity, kv_fill)
     }

@@ -46,6 +46,16 @@ pub trait Backend: Send {
     /// What it can do beyond running layers.
     fn capabilities(&self) -> &Capabilities;
 
+    /// Make slots for `sequences` sequences at once, where there are fewer and the backend can:
+    /// [`Capabilities::sequences`] then says how many there are.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory) when they do not fit, and what the engines report.
+    fn reserve(&mut self, sequences: usize) -> Result<()> {
+        let _ = sequences;
+        Ok(())
+    }
+
     /// Start a sequence, in which caches of layers that a token skips get what `kv_fill` says.
     ///
     /// # Errors
@@ -82,6 +92,16 @@ pub trait Engines: Send {
 
     /// What there is beyond layers.
     fn capabilities(&self) -> Capabilities;
+
+    /// Make slots for `sequences` sequences, more than there are, where these engines can. Returns the
+    /// number of slots that there are.
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::Error::Memory) when they do not fit, and what the engines report.
+    fn reserve(&mut self, sequences: usize) -> Result<usize> {
+        let _ = sequences;
+        Ok(self.capabilities().sequences)
+    }
 
     /// Make the KV cache and saved hidden states in `slot`, below
     /// [`Capabilities::sequences`], those that the following calls use.

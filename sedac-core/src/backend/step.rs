@@ -97,7 +97,7 @@ impl LogitsRequest {
     /// What `sampler` chooses tokens from at each of the newest `positions` positions: its next
     /// tokens, in turn.
     pub fn of(sampler: &mut Sampler, positions: usize) -> Self {
-        if sampler.settings().is_argmax() {
+        if sampler.is_argmax() {
             return Self::Tokens(positions);
         }
         sampler

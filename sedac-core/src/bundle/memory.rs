@@ -60,6 +60,13 @@ impl Bundle {
         self.hold(self.weight_bytes(graphs), None)
     }
 
+    /// As [`check_memory`](Self::check_memory), for the caches of `slots` more sequences beside a loaded
+    /// bundle.
+    pub(crate) fn check_slots_memory(&self, slots: usize) -> Result<()> {
+        let needed = self.sequence_bytes(FLOAT).saturating_mul(slots as u64);
+        self.hold(needed, None)
+    }
+
     fn hold(&self, needed: u64, free: Option<u64>) -> Result<()> {
         hold(&self.gate, needed, self.memory_limit.or(free))
     }

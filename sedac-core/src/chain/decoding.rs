@@ -1,267 +1,433 @@
-//! The rounds of a generation, each of which gives one or more tokens.
+//! A text under way: what its next step is, and what comes of it.
+//!
+//! Whoever drives it owns the backend and the sequence: [`Chain::generate`](super::Chain::generate)
+//! takes one text to its end, the [scheduler](crate::scheduler) many at once.
 
 use std::ops::ControlFlow;
 
-use tracing::{debug, debug_span};
+use tracing::{Span, debug, debug_span};
 
-use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, complete, step_one};
+use super::drafting::Drafting;
+use super::growing_text::{Emit, Text};
+use super::model_limits::ModelLimits;
+use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, step_one};
 use crate::backend::{
-    Ahead, Backend, Logits, LogitsRequest, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
+    Ahead, Backend, Costs, Logits, LogitsRequest, MAX_AHEAD, SequenceStep, StepExit, StepOutcome,
 };
-use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, Foresight};
+use crate::bundle::DrafterKind;
+use crate::draft::{Draft, DraftContext, Foresight};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
+use crate::kv::KvFill;
 use crate::policy::ExitReason;
-use crate::sampler::Sampler;
+use crate::sampler::{LogitsProcessing, Sampler, TokenMask};
 use crate::sequence::Sequence;
 
-/// A drafter, and what tokens cost without it.
-pub(super) struct Drafting {
-    drafter: Box<dyn Drafter>,
-    baseline: BaselineCost,
-    /// Tokens since the last draft.
-    undrafted: usize,
-}
+/// The most tokens that a step other than prefill appends: a draft and the token before it.
+const MAX_STEP_TOKENS: usize = 16;
 
-impl Drafting {
-    /// For a model of `layers` layers.
-    pub(super) fn new(drafter: Box<dyn Drafter>, layers: usize) -> Self {
-        Self {
-            drafter,
-            baseline: BaselineCost::new(layers),
-            undrafted: 0,
-        }
-    }
-
-    /// The next rounds are of another text.
-    pub(super) fn start(&mut self) {
-        self.drafter.start();
-    }
-
-    /// Write what was observed into `acceptance`.
-    pub(super) fn record(&self, acceptance: &mut Acceptance) {
-        self.drafter.record(acceptance);
-    }
-}
-
-/// A generation under way.
-pub(super) struct Decoding<'a, F> {
-    pub(super) backend: &'a mut dyn Backend,
-    pub(super) vocab_size: usize,
-    pub(super) sequence: Sequence,
-    pub(super) exits: ExitSchedule,
-    pub(super) interrupt: &'a Interrupt,
-    pub(super) text: Text<'a, F>,
+/// A text under way.
+pub(crate) struct Decoding {
+    layers: usize,
+    vocab_size: usize,
+    kv_fill: KvFill,
+    exits: ExitSchedule,
+    text: Text,
+    pub(super) drafter: Option<DrafterKind>,
+    pub(super) drafting: Option<Drafting>,
+    planned: Planned,
+    /// The tokens that the planned step appends.
+    inputs: Vec<u32>,
     pub(super) drafts: DraftSummary,
 }
 
-impl<F: FnMut(Token) -> ControlFlow<()>> Decoding<'_, F> {
-    /// Decode until the text ends, and complete the caches.
-    pub(super) fn run(&mut self, mut drafting: Option<&mut Drafting>) -> Result<()> {
-        while self.text.finished.is_none() {
-            match &mut drafting {
-                Some(drafting) => self.round(drafting)?,
-                None => self.decode(MAX_AHEAD).map(|_| ())?,
-            }
-        }
-        complete(self.backend, &mut self.sequence, self.interrupt)
-    }
+/// What the next step is.
+#[derive(Default)]
+enum Planned {
+    /// What exits left open.
+    #[default]
+    Completion,
+    /// Known tokens, of which the last gives the first new one where it `chooses`.
+    Prefill { chooses: bool },
+    /// A token that has exited before the sequence lost its cache.
+    Replay,
+    /// The newest token, which exits where the rule says so.
+    Decode { ahead: Ahead },
+    /// At full depth, what the rule did not let exit.
+    Verify(Draft),
+}
 
-    /// One token, which exits where the rule says so, or up to `most` where no token has to wait for
-    /// what is decided about the one before.
-    fn decode(&mut self, most: usize) -> Result<StepExit> {
-        let _span = debug_span!("decode").entered();
-        let newest = self.text.newest();
-        let most = match self.exits.is_constant() {
-            true => most.min(self.backend.capabilities().ahead),
-            false => 1,
-        };
-        let ahead = Ahead::of(most.min(self.text.room()));
-        let (rule, max_depth) = self.exits.advance();
-        let step = SequenceStep {
-            sequence: &mut self.sequence,
-            tokens: &[newest],
-            rule,
-            max_depth,
-            logits: LogitsRequest::of(&mut self.text.sampler, ahead.tokens),
-            ahead,
-        };
-        let outcome = step_one(self.backend, step, self.interrupt)?;
-        for index in 0..outcome.logits.tokens().len().max(1) {
-            let logits = outcome.logits.at(index, self.vocab_size);
-            self.text.take(logits, outcome.exit);
-            if self.text.finished.is_some() {
-                break;
-            }
-        }
-        // the newest token is never run yet
-        self.sequence.truncate(self.text.tokens.len() - 1);
-        Ok(outcome.exit)
-    }
-
-    /// Draft where that pays, verify at full depth what the rule did not let exit, and take tokens
-    /// as long as they are those drafted; what was drafted beyond is forgotten.
+impl Decoding {
+    /// Start the text of `request`.
     ///
-    /// Drafts have no distribution to sample from, so that speculative sampling's rule comes down
-    /// to this: sample from full depth's, and go on if that is the drafted token. The same seed
-    /// hence gives the same tokens as without drafts.
-    fn round(&mut self, drafting: &mut Drafting) -> Result<()> {
-        let max_tokens = self.text.room() - 1;
-        let costs = self.backend.costs();
-        let baseline = drafting.baseline.seconds(costs);
-        let speedup = match max_tokens {
-            0 => 0.0,
-            _ => drafting
-                .drafter
-                .expected_speedup(&self.text.tokens, max_tokens, costs, baseline),
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) and [`Error::Prompt`](crate::Error::Prompt) where
+    /// the model does not take it.
+    pub(crate) fn new(
+        request: &Request,
+        processing: LogitsProcessing,
+        limits: &ModelLimits,
+    ) -> Result<Self> {
+        let exits = limits.exit_schedule(&request.mode, request.kv_fill)?;
+        let sampler = Sampler::new(request.sampling)?;
+        limits.check_request(request)?;
+        processing.check(limits.vocab_size)?;
+        Ok(Self {
+            layers: limits.layers,
+            vocab_size: limits.vocab_size,
+            kv_fill: request.mode.kv_fill(request.kv_fill),
+            exits,
+            // what a constrained token is chosen among depends on the one before
+            drafter: request.mode.drafter().filter(|_| !processing.constrained),
+            text: Text::new(
+                request,
+                sampler.with_processing(processing),
+                limits.capacity,
+            ),
+            drafting: None,
+            planned: Planned::default(),
+            inputs: Vec::new(),
+            drafts: DraftSummary::default(),
+        })
+    }
+
+    pub(crate) fn kv_fill(&self) -> KvFill {
+        self.kv_fill
+    }
+
+    pub(super) fn exits(&self) -> &ExitSchedule {
+        &self.exits
+    }
+
+    /// Why the text has ended, once it has.
+    pub(crate) fn finished(&self) -> Option<FinishReason> {
+        self.text.finished
+    }
+
+    /// How its drafts went so far.
+    pub(crate) fn drafts(&self) -> &DraftSummary {
+        &self.drafts
+    }
+
+    /// Choose the next token of a constrained text among those of `mask`.
+    pub(crate) fn allow(&mut self, mask: TokenMask) {
+        self.text.sampler.allow(mask);
+    }
+
+    pub(crate) fn is_constrained(&self) -> bool {
+        self.text.sampler.is_constrained()
+    }
+
+    /// Whether it waits to be told among which tokens the step after a sequence of `length` positions
+    /// chooses. Prefill of up to `max_chunk` tokens a step comes before.
+    pub(crate) fn waits(&self, length: usize, max_chunk: usize) -> bool {
+        let chooses = match self.known() - length {
+            0 => true,
+            left => left <= max_chunk && !self.text.has_output(),
         };
-        if speedup <= 1.0 || speedup.is_nan() {
-            debug!(speedup, max_tokens, "no draft: it would not pay");
-            let before = self.text.tokens.len();
-            // whether the next token can be drafted is worth knowing where others were lately
-            let exit = self.decode((drafting.undrafted / 2).clamp(1, MAX_AHEAD))?;
-            for _ in before..self.text.tokens.len() {
-                drafting.baseline.observe(exit.layer, self.backend.costs());
-                drafting.undrafted += 1;
+        chooses && self.text.sampler.lacks_mask()
+    }
+
+    /// The tokens that the sequence holds before a new one is decoded: all but the newest, or the
+    /// whole prompt, whose last position gives the first new token.
+    fn known(&self) -> usize {
+        self.text.tokens.len() - usize::from(self.text.has_output())
+    }
+
+    /// The number of tokens that the step after a sequence of `length` positions prefills, up to
+    /// `max_chunk`.
+    pub(crate) fn chunk(&self, length: usize, max_chunk: usize) -> usize {
+        let limit = match self.replays() {
+            true => self.text.prompt_tokens,
+            false => self.known(),
+        };
+        limit.saturating_sub(length).min(max_chunk)
+    }
+
+    /// The most positions that the sequence may have in the next decoding step.
+    pub(crate) fn reach(&self) -> usize {
+        let reach = self.known() + MAX_STEP_TOKENS;
+        // the last token is not run
+        reach.min(self.text.max_length - 1)
+    }
+
+    /// The first tokens, which may already be in a cache where full depth computed all entries.
+    pub(crate) fn reusable(&self) -> &[u32] {
+        let tokens = match (self.text.has_output(), self.replays()) {
+            // the last position of the prompt is run, since its logits are needed
+            (false, _) => self.text.prompt_tokens - 1,
+            (true, true) => self.text.prompt_tokens,
+            (true, false) => self.known(),
+        };
+        &self.text.tokens[..tokens]
+    }
+
+    /// Of a sequence of `length` positions, how many first ones have the entries that full depth
+    /// computes, once every layer holds them.
+    pub(crate) fn exact(&self, length: usize) -> usize {
+        match self.replays() {
+            true => length.min(self.text.prompt_tokens),
+            false => length,
+        }
+    }
+
+    /// Whether the caches hold something else than what full depth would compute, so that decoded
+    /// tokens have to exit again where they exited before.
+    fn replays(&self) -> bool {
+        let approximates = self.kv_fill == KvFill::Propagate || self.exits.is_soft();
+        approximates && self.exits.may_exit(self.layers)
+    }
+
+    /// The sequence has lost its cache: the tokens so far are run again.
+    pub(crate) fn restart(&mut self) {
+        if self.replays() {
+            self.exits.restart();
+        }
+    }
+
+    /// Plan a step, run it alone, and hand the tokens that come of it to `emit`; the text ends where
+    /// that breaks.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub(super) fn advance(
+        &mut self,
+        backend: &mut dyn Backend,
+        sequence: &mut Sequence,
+        interrupt: &Interrupt,
+        emit: impl FnMut(Token) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.plan(backend, sequence, usize::MAX, interrupt)?;
+        let outcome = match self.has_step() {
+            true => {
+                let _span = self.span().entered();
+                Some(step_one(backend, self.step(sequence), interrupt)?)
             }
+            false => None,
+        };
+        self.take(outcome, sequence, backend.costs(), emit);
+        Ok(())
+    }
+
+    /// Decide what the next step is; prefill takes up to `max_chunk` tokens at once. Drafts are made
+    /// here, and verified in the step.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub(crate) fn plan(
+        &mut self,
+        backend: &mut dyn Backend,
+        sequence: &mut Sequence,
+        max_chunk: usize,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        let length = sequence.tokens().len();
+        if length < self.known() {
+            self.plan_prefill(length, max_chunk);
             return Ok(());
         }
-        drafting.undrafted = 0;
-        let draft = self.propose(drafting.drafter.as_mut(), max_tokens)?;
-        let before = self.text.tokens.len();
-        self.verify(&draft)?;
-        let tokens = &self.text.tokens[before..];
+        let max_ahead = backend.capabilities().ahead;
+        match self.draft(backend, sequence, interrupt)? {
+            Some(draft) => self.plan_verification(draft),
+            None => self.plan_decode(max_ahead),
+        }
+        Ok(())
+    }
+
+    fn plan_prefill(&mut self, length: usize, max_chunk: usize) {
+        let (end, planned) = match self.chunk(length, max_chunk) {
+            0 => (length + 1, Planned::Replay),
+            chunk => {
+                let end = length + chunk;
+                let chooses = end == self.known() && !self.text.has_output();
+                (end, Planned::Prefill { chooses })
+            }
+        };
+        self.inputs.clear();
+        self.inputs.extend(&self.text.tokens[length..end]);
+        self.planned = planned;
+    }
+
+    /// One token, or up to `max_ahead` where no token has to wait for what is decided about the one
+    /// before.
+    fn plan_decode(&mut self, max_ahead: usize) {
+        // whether the next token can be drafted is worth knowing where others were lately
+        let wanted = self.drafting.as_ref().map_or(MAX_AHEAD, |drafting| {
+            (drafting.undrafted / 2).clamp(1, MAX_AHEAD)
+        });
+        let tokens = match self.exits.is_constant() {
+            true => wanted.min(max_ahead),
+            false => 1,
+        };
+        self.inputs.clear();
+        self.inputs.push(self.text.newest());
+        self.planned = Planned::Decode {
+            ahead: Ahead::of(tokens.min(self.text.room())),
+        };
+    }
+
+    fn plan_verification(&mut self, draft: Draft) {
+        self.inputs.clear();
+        if draft.depth == 0 {
+            self.inputs.push(self.text.newest());
+            self.inputs.extend(&draft.tokens);
+        }
+        self.planned = Planned::Verify(draft);
+    }
+
+    /// Draft where that pays.
+    fn draft(
+        &mut self,
+        backend: &mut dyn Backend,
+        sequence: &mut Sequence,
+        interrupt: &Interrupt,
+    ) -> Result<Option<Draft>> {
+        let Some(drafting) = &mut self.drafting else {
+            return Ok(None);
+        };
+        let max_tokens = self.text.room() - 1;
+        let history = &self.text.tokens;
+        let speedup = drafting.expected_speedup(history, max_tokens, backend.costs());
+        if speedup <= 1.0 || speedup.is_nan() {
+            debug!(speedup, max_tokens, "no draft: it would not pay");
+            return Ok(None);
+        }
+        let _span = debug_span!("draft").entered();
+        let mut context = DraftContext {
+            backend,
+            sequence,
+            rule: self.exits.rule(),
+            choice: Foresight::new(&mut self.text.sampler, history),
+            interrupt,
+        };
+        let draft = drafting.propose(history, max_tokens, &mut context)?;
         debug!(
             speedup,
             drafted = draft.tokens.len(),
             depth = draft.depth,
-            tokens = tokens.len(),
             "draft"
         );
-        self.drafts.count(&draft, tokens);
-        drafting.drafter.observe(tokens, self.backend.costs());
-        for taken in &draft.exits {
-            let depth = taken
-                .as_ref()
-                .map_or(self.backend.num_layers(), |taken| taken.exit.layer);
-            drafting.baseline.observe(depth, self.backend.costs());
-        }
-        Ok(())
+        Ok(Some(draft))
     }
 
-    fn propose(&mut self, drafter: &mut dyn Drafter, max_tokens: usize) -> Result<Draft> {
-        let _span = debug_span!("draft").entered();
-        let history = &self.text.tokens;
-        let mut context = DraftContext {
-            backend: self.backend,
-            sequence: &mut self.sequence,
-            rule: self.exits.rule(),
-            choice: Foresight::new(&mut self.text.sampler, history),
-            interrupt: self.interrupt,
-        };
-        drafter.propose(history, max_tokens, &mut context)
+    /// Whether anything has to run. Of a draft whose tokens all exited, or ran at full depth, nothing
+    /// has.
+    pub(crate) fn has_step(&self) -> bool {
+        match &self.planned {
+            Planned::Verify(draft) => draft.verified.is_none() && !draft.is_certain(),
+            _ => true,
+        }
     }
 
-    /// Full depth's logits for the positions of `draft`; none where all of them exited.
-    fn verification(&mut self, draft: &Draft) -> Result<Logits> {
-        if let Some(logits) = &draft.verified {
-            return Ok(logits.clone());
+    /// What the planned step is called in traces.
+    fn span(&self) -> Span {
+        match &self.planned {
+            Planned::Completion => debug_span!("complete"),
+            Planned::Prefill { .. } | Planned::Replay => debug_span!("prefill"),
+            Planned::Decode { .. } => debug_span!("decode"),
+            Planned::Verify(_) => debug_span!("verify"),
         }
-        if draft.is_certain() {
-            return Ok(Logits::None);
-        }
-        let _span = debug_span!("verify").entered();
-        let mut tokens = Vec::new();
-        if draft.depth == 0 {
-            tokens.push(self.text.newest());
-            tokens.extend(&draft.tokens);
-        }
-        let step = SequenceStep {
-            sequence: &mut self.sequence,
-            tokens: &tokens,
-            rule: None,
-            max_depth: self.backend.num_layers(),
-            logits: LogitsRequest::of(&mut self.text.sampler, draft.tokens.len() + 1),
-            ahead: Ahead::default(),
-        };
-        step_one(self.backend, step, self.interrupt).map(|outcome| outcome.logits)
     }
 
-    /// Verify `draft` and take the tokens.
-    fn verify(&mut self, draft: &Draft) -> Result<()> {
-        let full_depth = StepExit {
-            layer: self.backend.num_layers(),
-            reason: ExitReason::FullDepth,
+    /// The planned step.
+    pub(crate) fn step<'a>(&'a mut self, sequence: &'a mut Sequence) -> SequenceStep<'a> {
+        let (may_exit, positions, ahead) = match &self.planned {
+            Planned::Completion => (false, 0, Ahead::default()),
+            Planned::Prefill { chooses } => (false, usize::from(*chooses), Ahead::default()),
+            Planned::Replay => (true, 0, Ahead::default()),
+            Planned::Decode { ahead } => (true, ahead.tokens, *ahead),
+            Planned::Verify(draft) => (false, draft.tokens.len() + 1, Ahead::default()),
         };
-        let verified = self.verification(draft)?;
-        for index in 0..=draft.tokens.len() {
-            let (logits, exit) = match draft.exits.get(index) {
-                Some(Some(taken)) => (taken.logits.at(0, self.vocab_size), taken.exit),
-                _ => (verified.at(index, self.vocab_size), full_depth),
-            };
-            let id = self.text.take(logits, exit);
-            if self.text.finished.is_some() || draft.tokens.get(index) != Some(&id) {
+        SequenceStep {
+            sequence,
+            tokens: &self.inputs,
+            rule: self.exits.rule().filter(|_| may_exit),
+            max_depth: match may_exit {
+                true => self.exits.max_depth(),
+                false => self.layers,
+            },
+            logits: match positions {
+                0 => LogitsRequest::None,
+                _ => LogitsRequest::of(&mut self.text.sampler, positions),
+            },
+            ahead,
+        }
+    }
+
+    /// Take what came of the planned step, None where nothing had to run.
+    pub(crate) fn take(
+        &mut self,
+        outcome: Option<StepOutcome>,
+        sequence: &mut Sequence,
+        costs: &Costs,
+        mut emit: impl FnMut(Token) -> ControlFlow<()>,
+    ) {
+        match (std::mem::take(&mut self.planned), outcome) {
+            (Planned::Prefill { chooses: true }, Some(outcome)) => {
+                let logits = outcome.logits.at(0, self.vocab_size);
+                self.text.take(logits, outcome.exit, None, &mut emit);
+            }
+            (Planned::Replay, Some(_)) => self.exits.advance(),
+            (Planned::Decode { .. }, Some(outcome)) => {
+                self.exits.advance();
+                self.take_decoded(&outcome, costs, &mut emit);
+            }
+            (Planned::Verify(draft), outcome) => {
+                let verified = outcome.map(|outcome| outcome.logits);
+                let verified = verified.or_else(|| draft.verified.clone());
+                self.take_verified(&draft, &verified.unwrap_or(Logits::None), costs, &mut emit);
+            }
+            _ => {}
+        }
+        // the newest token is never run yet
+        sequence.truncate(self.text.tokens.len() - 1);
+    }
+
+    fn take_decoded(&mut self, outcome: &StepOutcome, costs: &Costs, emit: &mut impl Emit) {
+        for index in 0..outcome.logits.tokens().len().max(1) {
+            let logits = outcome.logits.at(index, self.vocab_size);
+            self.text.take(logits, outcome.exit, None, emit);
+            if let Some(drafting) = &mut self.drafting {
+                drafting.observe_undrafted(outcome.exit.layer, costs);
+            }
+            if self.text.finished.is_some() {
                 break;
             }
         }
-        // the newest token is never run yet
-        self.sequence.truncate(self.text.tokens.len() - 1);
-        Ok(())
-    }
-}
-
-/// The text as it grows, and when it ends.
-pub(super) struct Text<'a, F> {
-    request: &'a Request,
-    sampler: Sampler,
-    emit: F,
-    /// Prompt and output so far.
-    pub(super) tokens: Vec<u32>,
-    /// The length at which the text ends: max_new_tokens or the cache allows no more.
-    max_length: usize,
-    pub(super) finished: Option<FinishReason>,
-}
-
-impl<'a, F: FnMut(Token) -> ControlFlow<()>> Text<'a, F> {
-    /// The prompt, with cache positions for `room` tokens after it.
-    pub(super) fn new(request: &'a Request, sampler: Sampler, room: usize, emit: F) -> Self {
-        // the last token is not run, so it needs no position
-        let max_new_tokens = request.max_new_tokens.min(room + 1);
-        Self {
-            request,
-            sampler,
-            emit,
-            tokens: request.prompt.clone(),
-            max_length: request.prompt.len() + max_new_tokens,
-            finished: None,
-        }
     }
 
-    /// Tokens that may still follow.
-    fn room(&self) -> usize {
-        self.max_length - self.tokens.len()
-    }
-
-    fn newest(&self) -> u32 {
-        self.tokens[self.tokens.len() - 1]
-    }
-
-    /// Choose a token by `logits`, which `exit` gave, and hand it to `emit`.
-    pub(super) fn take(&mut self, logits: PositionLogits<'_>, exit: StepExit) -> u32 {
-        let id = match logits {
-            PositionLogits::All(logits) => self.sampler.sample(logits, &self.tokens),
-            PositionLogits::Chosen(token) => {
-                self.sampler.skip();
-                token
-            }
+    /// Take tokens as long as they are those of `draft`; what was drafted beyond is forgotten.
+    ///
+    /// Drafts have no distribution to sample from, so that speculative sampling's rule comes down
+    /// to this: sample from full depth's, and go on if that is the drafted token. The same seed
+    /// hence gives the same tokens as without drafts.
+    fn take_verified(
+        &mut self,
+        draft: &Draft,
+        verified: &Logits,
+        costs: &Costs,
+        emit: &mut impl Emit,
+    ) {
+        let full_depth = StepExit {
+            layer: self.layers,
+            reason: ExitReason::FullDepth,
         };
-        let flow = (self.emit)(Token { id, exit });
-        self.tokens.push(id);
-        if flow.is_break() || self.request.stop_tokens.contains(&id) {
-            self.finished = Some(FinishReason::Stop);
-        } else if self.room() == 0 {
-            self.finished = Some(FinishReason::Length);
+        let before = self.text.tokens.len();
+        for index in 0..=draft.tokens.len() {
+            let proposed = draft.tokens.get(index).copied();
+            let (logits, exit, drafted) = match draft.exits.get(index) {
+                Some(Some(taken)) => (taken.logits.at(0, self.vocab_size), taken.exit, None),
+                _ => (verified.at(index, self.vocab_size), full_depth, proposed),
+            };
+            let id = self.text.take(logits, exit, drafted, emit);
+            if self.text.finished.is_some() || proposed != Some(id) {
+                break;
+            }
         }
-        id
+        let tokens = &self.text.tokens[before..];
+        self.drafts.count(draft, tokens);
+        if let Some(drafting) = &mut self.drafting {
+            drafting.observe(draft, tokens, self.layers, costs);
+        }
     }
 }

@@ -1,8 +1,11 @@
 //! The decode loop: prompt -> prefill -> (sample -> decode)* -> tokens.
 
 mod decoding;
+mod drafting;
 mod drafting_record;
+mod growing_text;
 mod mode;
+mod model_limits;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
@@ -11,21 +14,23 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, debug_span, info};
 
-use self::decoding::{Decoding, Drafting, Text};
+pub(crate) use self::decoding::Decoding;
+use self::drafting::{Drafting, DraftingKey};
 use self::drafting_record::{RecordFile, RecordKey};
 use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
+pub(crate) use self::model_limits::ModelLimits;
 use crate::backend::cuda::CudaChain;
 use crate::backend::{
     Ahead, Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep,
     StepExit, StepOutcome,
 };
-use crate::bundle::{Bundle, DrafterKind};
-use crate::draft::{Acceptance, Draft, new_drafter};
-use crate::error::{Error, Result};
+use crate::bundle::Bundle;
+use crate::draft::{Acceptance, Draft};
+use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
-use crate::sampler::{Sampler, Sampling};
+use crate::sampler::{LogitsProcessing, Sampling, TokenLogprobs};
 use crate::sequence::Sequence;
 
 /// What to generate.
@@ -68,13 +73,17 @@ impl FinishReason {
 }
 
 /// One generated token.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Token {
     /// Its id.
     pub id: u32,
     /// The depth whose logits it was chosen from, and why no deeper. The first token comes from
     /// the prompt's last position, which always runs at full depth.
     pub exit: StepExit,
+    /// Whether it was drafted, and full depth accepted it.
+    pub is_accepted_draft: bool,
+    /// How probable it was, where that was asked for.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// How a generation went.
@@ -124,9 +133,8 @@ pub struct Chain {
     exit_layers: Vec<usize>,
     capacity: usize,
     vocab_size: usize,
-    /// Kept between generations, since they learn what pays on this machine; by the fewest layers
-    /// that drafts run, None in lossless mode.
-    drafting: HashMap<(DrafterKind, Option<usize>), Drafting>,
+    /// Kept between generations, since they learn what pays on this machine.
+    drafting: HashMap<DraftingKey, Drafting>,
     /// What earlier processes observed, and this one in lossless mode.
     acceptance: Acceptance,
     record: Option<RecordFile>,
@@ -252,61 +260,95 @@ impl Chain {
     /// Generate, handing each token to `emit` as it comes; the text ends where that breaks.
     ///
     /// # Errors
-    /// [`Error::Setting`] and [`Error::Prompt`] before anything runs, [`Error::Cancelled`] when
+    /// [`Error::Setting`](crate::Error::Setting) and [`Error::Prompt`](crate::Error::Prompt) before
+    /// anything runs, [`Error::Cancelled`](crate::Error::Cancelled) when
     /// interrupted, and what the backend reports.
     pub fn generate(
         &mut self,
         request: &Request,
         interrupt: &Interrupt,
-        emit: impl FnMut(Token) -> ControlFlow<()>,
+        mut emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<Summary> {
-        let exits = self.exit_schedule(&request.mode, request.kv_fill)?;
-        let mut sampler = Sampler::new(request.sampling)?;
-        self.check_prompt(request)?;
-        let mut sequence = self.backend.open(request.mode.kv_fill(request.kv_fill))?;
+        let limits = self.limits();
+        let mut decoding = Decoding::new(request, LogitsProcessing::default(), &limits)?;
+        let mut sequence = self.backend.open(decoding.kv_fill())?;
+        self.lend_drafter(&mut decoding);
         let started = Instant::now();
-        let logits = LogitsRequest::of(&mut sampler, 1);
-        let outcome = self.prefill(&mut sequence, &request.prompt, logits, interrupt)?;
-        let prefill = started.elapsed();
-        let mut text = Text::new(request, sampler, sequence.room(), emit);
-        text.take(outcome.logits.at(0, self.vocab_size), outcome.exit);
-        let mut drafting = self.take_drafting(&request.mode, &exits);
-        let mut decoding = Decoding {
-            backend: self.backend.as_mut(),
-            vocab_size: self.vocab_size,
-            sequence,
-            exits,
-            interrupt,
-            text,
-            drafts: DraftSummary::default(),
-        };
-        let decoded = decoding.run(drafting.as_mut().map(|(_, drafting)| drafting));
-        let (finish_reason, drafts) = (decoding.text.finished, decoding.drafts);
-        let drafted = drafting.as_ref().map(|(_, drafting)| drafting);
-        if let (DecodingMode::Lossless { .. }, Some(drafting)) = (&request.mode, drafted) {
-            drafting.record(&mut self.acceptance);
-        }
-        self.drafting.extend(drafting);
+        let mut prefill = None;
+        let decoded = self.decode(&mut decoding, &mut sequence, interrupt, |token| {
+            prefill.get_or_insert_with(|| started.elapsed());
+            emit(token)
+        });
+        self.return_drafter(&mut decoding);
         decoded?;
+        let prefill = prefill.unwrap_or_default();
         let summary = Summary {
-            finish_reason: finish_reason.unwrap_or(FinishReason::Length),
+            finish_reason: decoding.finished().unwrap_or(FinishReason::Length),
             prefill,
             decode: started.elapsed() - prefill,
-            drafts,
+            drafts: decoding.drafts,
         };
         info!(prompt_tokens = request.prompt.len(), ?summary, "generated");
-        self.write_record(&request.mode);
         Ok(summary)
     }
 
-    /// Record what was observed in `mode`. Where tokens exit, drafts save less: that would mislead
-    /// lossless mode.
-    fn write_record(&mut self, mode: &DecodingMode) {
-        if let (DecodingMode::Lossless { .. }, Some(file)) = (mode, &mut self.record)
-            && file.is_due()
-        {
-            file.write(self.backend.costs().record(), self.acceptance.clone());
+    /// Take `decoding` to its end, and complete the caches.
+    fn decode(
+        &mut self,
+        decoding: &mut Decoding,
+        sequence: &mut Sequence,
+        interrupt: &Interrupt,
+        mut emit: impl FnMut(Token) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let backend = self.backend.as_mut();
+        while decoding.finished().is_none() {
+            decoding.advance(backend, sequence, interrupt, &mut emit)?;
         }
+        complete(backend, sequence, interrupt)
+    }
+
+    /// What requests are checked against.
+    pub(crate) fn limits(&self) -> ModelLimits {
+        ModelLimits {
+            layers: self.num_layers(),
+            capacity: self.capacity,
+            vocab_size: self.vocab_size,
+            capabilities: self.backend.capabilities().clone(),
+        }
+    }
+
+    /// What runs the layers.
+    pub(crate) fn backend_mut(&mut self) -> &mut dyn Backend {
+        self.backend.as_mut()
+    }
+
+    /// Give `decoding` the drafter that it wants, with what it has learned so far.
+    pub(crate) fn lend_drafter(&mut self, decoding: &mut Decoding) {
+        let Some(kind) = decoding.drafter.filter(|_| decoding.drafting.is_none()) else {
+            return;
+        };
+        let layers = self.num_layers();
+        let key = Drafting::key(kind, decoding.exits(), &self.exit_layers, layers);
+        let known = self.drafting.remove(&key);
+        let mut drafting = known
+            .unwrap_or_else(|| Drafting::new(key, &self.exit_layers, layers, &self.acceptance));
+        drafting.start();
+        decoding.drafting = Some(drafting);
+    }
+
+    /// Take the drafter of `decoding` back, and record what it observed in lossless mode. Where
+    /// tokens exit, drafts save less: that would mislead lossless mode.
+    pub(crate) fn return_drafter(&mut self, decoding: &mut Decoding) {
+        let Some(drafting) = decoding.drafting.take() else {
+            return;
+        };
+        if drafting.is_lossless() {
+            drafting.record(&mut self.acceptance);
+            if let Some(file) = self.record.as_mut().filter(|file| file.is_due()) {
+                file.write(self.backend.costs().record(), self.acceptance.clone());
+            }
+        }
+        self.drafting.insert(drafting.key, drafting);
     }
 
     /// Run a given text token by token and hand to `emit`, for each token but the first, the most
@@ -323,25 +365,30 @@ impl Chain {
         interrupt: &Interrupt,
         mut emit: impl FnMut(Token),
     ) -> Result<()> {
-        let mut exits = self.exit_schedule(mode, kv_fill)?;
-        self.check_tokens(tokens)?;
+        let limits = self.limits();
+        let mut exits = limits.exit_schedule(mode, kv_fill)?;
+        limits.check_tokens(tokens)?;
         let mut sequence = self.backend.open(kv_fill)?;
         let (first, rest) = tokens.split_at(1);
         self.prefill(&mut sequence, first, LogitsRequest::None, interrupt)?;
         for token in rest {
-            let (rule, max_depth) = exits.advance();
             let step = SequenceStep {
                 sequence: &mut sequence,
                 tokens: std::slice::from_ref(token),
-                rule,
-                max_depth,
+                rule: exits.rule(),
+                max_depth: exits.max_depth(),
                 logits: LogitsRequest::Tokens(1),
                 ahead: Ahead::default(),
             };
             let outcome = step_one(self.backend.as_mut(), step, interrupt)?;
+            exits.advance();
             if let &[id] = outcome.logits.tokens() {
-                let exit = outcome.exit;
-                emit(Token { id, exit });
+                emit(Token {
+                    id,
+                    exit: outcome.exit,
+                    is_accepted_draft: false,
+                    logprobs: None,
+                });
             }
         }
         // what the last tokens left open is part of what exits cost
@@ -366,67 +413,6 @@ impl Chain {
             ahead: Ahead::default(),
         };
         step_one(self.backend.as_mut(), step, interrupt)
-    }
-
-    /// When the tokens of `mode` exit.
-    fn exit_schedule(&self, mode: &DecodingMode, kv_fill: KvFill) -> Result<ExitSchedule> {
-        let layers = self.num_layers();
-        let schedule = ExitSchedule::new(mode, kv_fill, layers)?;
-        if let (DecodingMode::Exit { policy, .. }, Some(rule)) = (mode, schedule.rule()) {
-            let capabilities = self.backend.capabilities();
-            capabilities.check(rule, policy.kind().name(), layers)?;
-        }
-        Ok(schedule)
-    }
-
-    /// The drafter of `mode`, with what it has learned so far.
-    fn take_drafting(
-        &mut self,
-        mode: &DecodingMode,
-        exits: &ExitSchedule,
-    ) -> Option<((DrafterKind, Option<usize>), Drafting)> {
-        let kind = mode.drafter()?;
-        let layers = self.num_layers();
-        let min_depth = exits.min_draft_depth(&self.exit_layers, layers);
-        let key = (kind, min_depth);
-        let known = self.drafting.remove(&key);
-        let mut drafting = known.unwrap_or_else(|| {
-            let mut drafter = new_drafter(kind, &self.exit_layers, layers, min_depth.unwrap_or(0));
-            if min_depth.is_none() {
-                drafter.recall(&self.acceptance);
-            }
-            Drafting::new(drafter, layers)
-        });
-        drafting.start();
-        Some((key, drafting))
-    }
-
-    fn check_prompt(&self, request: &Request) -> Result<()> {
-        if request.max_new_tokens == 0 {
-            return Err(Error::setting("max_new_tokens", 0, "1 or more"));
-        }
-        self.check_tokens(&request.prompt)
-    }
-
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        if tokens.is_empty() {
-            return Err(Error::Prompt("holds no token; give some text".into()));
-        }
-        let capacity = self.capacity;
-        if tokens.len() > capacity {
-            return Err(Error::Prompt(format!(
-                "of {} tokens is longer than the cache of {capacity} positions; shorten it or \
-                 build the bundle with a larger --max-cache-length",
-                tokens.len()
-            )));
-        }
-        let vocabulary = self.vocab_size;
-        if let Some(token) = tokens.iter().find(|&&id| id as usize >= vocabulary) {
-            return Err(Error::Prompt(format!(
-                "holds token {token}, but the model knows {vocabulary} tokens only"
-            )));
-        }
-        Ok(())
     }
 }
 

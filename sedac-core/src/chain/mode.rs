@@ -214,11 +214,29 @@ impl ExitSchedule {
         self.rule.as_ref()
     }
 
-    /// The rule and the depth limit of the next token.
-    pub(super) fn advance(&mut self) -> (Option<&ExitRule>, usize) {
-        let max_depth = self.depths[self.next];
+    /// The depth limit of the next token.
+    pub(super) fn max_depth(&self) -> usize {
+        self.depths[self.next]
+    }
+
+    /// The next token has run.
+    pub(super) fn advance(&mut self) {
         self.next = (self.next + 1) % self.depths.len();
-        (self.rule.as_ref(), max_depth)
+    }
+
+    /// The next token is the first again.
+    pub(super) fn restart(&mut self) {
+        self.next = 0;
+    }
+
+    /// Whether a token may exit before it has run all `layers`.
+    pub(super) fn may_exit(&self, layers: usize) -> bool {
+        self.rule.is_some() || self.depths.iter().any(|&depth| depth < layers)
+    }
+
+    /// Whether tokens that exit run the attention of deeper layers.
+    pub(super) fn is_soft(&self) -> bool {
+        self.rule.as_ref().is_some_and(ExitRule::is_soft)
     }
 
     /// Whether every token has the same depth limit and no rule.

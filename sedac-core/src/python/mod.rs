@@ -13,6 +13,7 @@ mod model;
 mod outcomes;
 mod policy_settings;
 mod process;
+mod scheduler;
 mod spellings;
 mod turns;
 
@@ -43,6 +44,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<outcomes::PyFollowedText>()?;
     module.add_class::<outcomes::PyCertification>()?;
     module.add_class::<benchmark::PyBenchCase>()?;
+    module.add_class::<scheduler::PyScheduler>()?;
+    module.add_class::<scheduler::PyProgress>()?;
+    module.add_class::<scheduler::PyStepToken>()?;
+    module.add_class::<scheduler::PySchedulerStatistics>()?;
     module.add_class::<executor::PyPlanTensor>()?;
     module.add_class::<decisions::PyBatchDecision>()?;
     module.add_class::<decisions::PyThresholds>()?;

@@ -1,6 +1,7 @@
 //! A loaded bundle.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 
@@ -332,8 +333,13 @@ impl Model {
 }
 
 impl Model {
+    /// The chain, which callers use in turns.
+    pub(super) fn turns(&self) -> PyResult<&Arc<Turns>> {
+        self.turns.get()
+    }
+
     /// Check that the bundle has what a policy reads.
-    fn check(&self, mode: &DecodingMode) -> Result<()> {
+    pub(super) fn check(&self, mode: &DecodingMode) -> Result<()> {
         match mode {
             DecodingMode::Exit { policy, .. } => self.bundle.manifest.compile(policy).map(drop),
             _ => Ok(()),

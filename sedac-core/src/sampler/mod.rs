@@ -1,5 +1,6 @@
 //! Choose the next token from logits.
 
+mod logits_processing;
 mod race;
 
 use std::collections::VecDeque;
@@ -7,6 +8,7 @@ use std::collections::VecDeque;
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
+pub use self::logits_processing::{LogitsProcessing, TokenLogprobs, TokenMask};
 use self::race::choose;
 pub use self::race::{Race, RaceResult};
 use crate::error::{Error, Result};
@@ -59,10 +61,13 @@ impl Sampling {
 #[derive(Debug)]
 pub struct Sampler {
     settings: Sampling,
+    processing: LogitsProcessing,
+    /// What a constrained text's next token is chosen among.
+    mask: Option<TokenMask>,
     random: ChaCha12Rng,
     /// Drawn for the next tokens, one each.
     keys: VecDeque<u64>,
-    penalised: Vec<f32>,
+    processed: Vec<f32>,
     candidates: Vec<(u32, f32)>,
 }
 
@@ -107,11 +112,19 @@ impl Sampler {
         )?;
         Ok(Self {
             settings,
+            processing: LogitsProcessing::default(),
+            mask: None,
             random: ChaCha12Rng::seed_from_u64(settings.seed),
             keys: VecDeque::new(),
-            penalised: Vec::new(),
+            processed: Vec::new(),
             candidates: Vec::new(),
         })
+    }
+
+    /// The same, with logits processed as `processing` says.
+    #[must_use]
+    pub fn with_processing(self, processing: LogitsProcessing) -> Self {
+        Self { processing, ..self }
     }
 
     /// The next token after `history` (prompt and output so far) given its `logits`.
@@ -130,36 +143,55 @@ impl Sampler {
             ..
         } = self.settings;
         let keys = |sampler: &mut Self| (0..positions).map(|later| sampler.key(later)).collect();
-        (temperature > 0.0 && repetition_penalty == 1.0)
-            .then(|| Race::new(self.settings, keys(self)))
+        let races = temperature > 0.0 && repetition_penalty == 1.0;
+        (races && !self.processing.needs_logits()).then(|| Race::new(self.settings, keys(self)))
+    }
+
+    /// Whether the most likely token is taken, and nothing else of its logits is needed.
+    pub fn is_argmax(&self) -> bool {
+        self.settings.is_argmax() && !self.processing.needs_logits()
     }
 
     /// The next token was chosen as [`sample`](Self::sample) would have.
     pub fn skip(&mut self) {
         self.keys.pop_front();
+        self.mask = None;
     }
 
-    /// How it samples.
-    pub fn settings(&self) -> Sampling {
-        self.settings
+    /// Choose the next token of a constrained text among those of `mask`.
+    pub fn allow(&mut self, mask: TokenMask) {
+        self.mask = Some(mask);
+    }
+
+    /// Whether each token is chosen among those of a mask.
+    pub fn is_constrained(&self) -> bool {
+        self.processing.constrained
+    }
+
+    /// Whether it is not known yet among which tokens the next one is chosen.
+    pub fn lacks_mask(&self) -> bool {
+        self.is_constrained() && self.mask.is_none()
+    }
+
+    /// How probable `token` is by `logits`, where that was asked for.
+    pub fn logprobs(&self, logits: &[f32], token: u32) -> Option<TokenLogprobs> {
+        let top = self.processing.top_logprobs?;
+        Some(TokenLogprobs::new(logits, token, top))
     }
 
     /// What [`sample`](Self::sample) will give after `later` other tokens, for the same arguments.
     pub fn foresee(&mut self, later: usize, logits: &[f32], history: &[u32]) -> u32 {
-        if self.settings.repetition_penalty == 1.0 {
+        let penalty = self.settings.repetition_penalty;
+        if penalty == 1.0 && !self.processing.changes_logits() {
             return self.choose(later, logits);
         }
-        let mut penalised = std::mem::take(&mut self.penalised);
-        penalised.clear();
-        penalised.extend_from_slice(logits);
-        penalise(
-            &mut penalised,
-            logits,
-            history,
-            self.settings.repetition_penalty,
-        );
-        let token = self.choose(later, &penalised);
-        self.penalised = penalised;
+        let mut processed = std::mem::take(&mut self.processed);
+        processed.clear();
+        processed.extend_from_slice(logits);
+        penalise(&mut processed, logits, history, penalty);
+        self.processing.apply(&mut processed, self.mask.as_ref());
+        let token = self.choose(later, &processed);
+        self.processed = processed;
         token
     }
 
@@ -348,6 +380,33 @@ mod tests {
         let mut sampler = Sampler::new(settings).unwrap();
         assert_eq!(sampler.sample(&[3.0, 2.0], &[0, 0, 0]), 1);
         assert_eq!(sampler.sample(&[3.0, 1.0], &[0, 0, 0]), 0);
+    }
+
+    #[test]
+    fn a_bias_and_a_mask_change_the_choice() {
+        let processing = LogitsProcessing {
+            bias: vec![(1, 5.0)],
+            constrained: true,
+            top_logprobs: Some(1),
+        };
+        for temperature in [0.0, 0.5] {
+            let settings = Sampling {
+                temperature,
+                ..Sampling::default()
+            };
+            let sampler = Sampler::new(settings).unwrap();
+            let mut sampler = sampler.with_processing(processing.clone());
+            assert!(!sampler.is_argmax() && sampler.race(1).is_none());
+            assert!(sampler.lacks_mask());
+            sampler.allow(TokenMask::new(vec![0b1000], 4).unwrap());
+            assert!(!sampler.lacks_mask());
+            assert_eq!(sampler.sample(&[9.0, 0.0, 0.0, 0.0], &[]), 3);
+            assert!(sampler.lacks_mask(), "a mask is of one token");
+            sampler.allow(TokenMask::new(vec![0b1010], 4).unwrap());
+            assert_eq!(sampler.sample(&[900.0, 40.0, 0.0, 0.0], &[]), 1);
+            let logprobs = sampler.logprobs(&[0.0; 4], 2).unwrap();
+            assert_eq!(logprobs.top[0].0, 0, "of the model's own logits");
+        }
     }
 
     #[test]

@@ -7,4 +7,6 @@ mod exit_drafts;
 mod lossless;
 mod not_finite;
 mod passes;
+mod scheduled;
+mod scheduled_events;
 mod toy;

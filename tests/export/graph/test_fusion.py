@@ -30,8 +30,8 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = nn.Parameter(torch.rand(HIDDEN))
         self.query = nn.Linear(HIDDEN, HIDDEN)
-        self.value = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
-        self.gate = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.value = nn.Linear(HIDDEN, 2 * HIDDEN)
+        self.gate = nn.Linear(HIDDEN, 2 * HIDDEN)
         self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 def test_a_layer_computes_the_same(precision: str) -> None:
     whole, weights = traced_layer()
     graph = with_precision(whole, precision)
-    merged = TracedGraph(fused(graph.model), graph.weights)
+    merged = TracedGraph(fused(graph.model, {}), graph.weights)
     assert [v.name for v in merged.model.graph.output] == ["y", "stability"]
     rng = np.random.default_rng(0)
     for tokens in (1, 5):
@@ -86,19 +86,47 @@ def test_a_layer_computes_the_same(precision: str) -> None:
             np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 0.0])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_stability_is_exact(scale: float, offset: float) -> None:
+    """Of small changes too, of a residual stream with one large number, and of zeros."""
+    whole, weights = traced_layer()
+    weights["down.weight"] = weights["down.weight"] * scale
+    if scale == 0:
+        weights = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, 5, HIDDEN)) * (scale > 0)
+    x[..., 3] += offset
+    feeds = {"x": x.astype(np.float32)}
+    y, got = run(TracedGraph(fused(whole.model, {}), whole.weights), weights, feeds)
+    x, y = feeds["x"].astype(np.float64), y.astype(np.float64)
+    dot, squares = (x * y).sum(-1), (x * x).sum(-1) * (y * y).sum(-1)
+    expected = np.where(squares > 0, dot / np.sqrt(np.maximum(squares, 1e-300)) + 1, 0) / 2
+    np.testing.assert_allclose(got[..., 0], expected, atol=2e-6)
+
+
 def test_products_of_one_input_are_one() -> None:
     """query and value of the first norm, but not gate and value of the second, which are wider."""
     graph, _ = traced_layer()
     assert operators(graph.model)["MatMul"] == 5
-    counts = operators(fused(graph.model))
+    counts = operators(fused(graph.model, {}))
     assert (counts["MatMul"], counts["FusedMatMul"], counts["Split"]) == (0, 4, 1)
 
 
 def test_layouts_that_come_to_nothing_are_dropped() -> None:
     """Only what gives `turned` is left."""
     graph, _ = traced_layer()
-    before, after = operators(graph.model), operators(fused(graph.model))
+    before, after = operators(graph.model), operators(fused(graph.model, {}))
     assert (before["Reshape"], after["Reshape"], after["Transpose"]) == (3, 2, 1)
+
+
+def test_an_addition_is_merged_with_the_norm_of_its_sum() -> None:
+    """The second norm's, which `y` adds to as well."""
+    graph, _ = traced_layer()
+    counts = operators(fused(graph.model, {}))
+    # the last gives what stability is computed from, as the one of the input does
+    assert counts["SkipSimplifiedLayerNormalization"] == 2
+    assert counts["SimplifiedLayerNormalization"] == 2
 
 
 def test_quantized_products_are_merged() -> None:
@@ -135,7 +163,7 @@ def test_quantized_products_are_merged() -> None:
     )
     versions = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
     before = helper.make_model(graph, opset_imports=versions, ir_version=10)
-    after = fused(before)
+    after = fused(before, {})
     assert operators(after)["MatMulNBits"] == 1
     feeds = {"x": rng.standard_normal((1, 3, rows)).astype(np.float32)}
     got, expected = (run(TracedGraph(model, {}), {}, feeds)[0] for model in (after, before))
@@ -150,3 +178,20 @@ def test_a_bundles_layers_are_merged(name: str, tiny_bundle: Callable[[str], Tin
         model = onnx.load(bundle / "onnx" / f"{engine}_000.onnx", load_external_data=False)
         counts = operators(model)
         assert (counts["FusedMatMul"], counts["MatMul"], counts["Transpose"]) == (products, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"), [("llama", True), ("qwen2", True), ("qwen3", False), ("phi3", False)]
+)
+def test_attention_takes_one_product_and_rotates_it(
+    name: str, packed: bool, tiny_bundle: Callable[[str], TinyBundle]
+) -> None:
+    """Unless something happens to query and key on the way, or only a part of them is rotated."""
+    _, bundle = tiny_bundle(name)
+    model = onnx.load(bundle / "onnx" / "layer_000.onnx", load_external_data=False)
+    counts = operators(model)
+    assert (counts["RotaryEmbedding"] == 0) is packed
+    attention = next(n for n in model.graph.node if n.op_type == "GroupQueryAttention")
+    assert (list(attention.input[1:3]) == ["", ""]) is packed
+    contexts = [v.name for v in model.graph.input if v.name.startswith("context_")]
+    assert (contexts == []) is packed

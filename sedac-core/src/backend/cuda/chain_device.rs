@@ -60,6 +60,9 @@ pub trait ChainDevice: Send {
     /// [`logits_rows`](PassPlan::logits_rows).
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
 
+    /// Have `slots` slots, of which none holds anything.
+    fn reserve(&mut self, slots: usize) -> Result<()>;
+
     /// Overwrite the caches of `slot` with zeros.
     fn clear(&mut self, slot: usize) -> Result<()>;
 }

@@ -47,8 +47,9 @@ pub struct CudaDriver {
     /// Rows of the last pass.
     last_rows: usize,
     sizes: MemorySizes,
-    /// Of each layer, keys and values.
-    caches: Vec<CudaSlice<u8>>,
+    /// Where each layer's weights and caches lie.
+    layer_pointers: Vec<LayerPointers>,
+    slots: SlotMemory,
     /// Exit rules' tables.
     conditions: CudaSlice<Condition>,
     logits: CudaSlice<f32>,
@@ -56,7 +57,6 @@ pub struct CudaDriver {
     outcome: PinnedHostSlice<PassOutcome>,
     /// What only the kernels read and write.
     _memory: Vec<CudaSlice<u8>>,
-    _layers: CudaSlice<LayerPointers>,
     _probes: Vec<CudaSlice<f32>>,
     /// Depths with an entropy probe.
     probes: Vec<usize>,
@@ -83,6 +83,44 @@ impl CudaChain<CudaDriver> {
     }
 }
 
+/// What the sequences of all slots have, and where the kernel finds it.
+struct SlotMemory {
+    /// Of each layer, keys and values.
+    caches: Vec<CudaSlice<u8>>,
+    /// Hidden states at exits.
+    saved: CudaSlice<u8>,
+    /// The layers' addresses, these caches' among them.
+    layers: CudaSlice<LayerPointers>,
+}
+
+impl SlotMemory {
+    /// Allocate what `sizes` says, and write where it lies to `layers`.
+    fn allocate(
+        stream: &Arc<CudaStream>,
+        sizes: &MemorySizes,
+        layers: &mut [LayerPointers],
+    ) -> Result<Self> {
+        let mut caches = Vec::new();
+        for layer in layers.iter_mut() {
+            for pointer in [&mut layer.keys, &mut layer.values] {
+                let cache = zeros(stream, sizes.cache())?;
+                *pointer = cache.device_ptr(stream).0;
+                caches.push(cache);
+            }
+        }
+        let saved = zeros(stream, sizes.saved())?;
+        let copied = stream.clone_htod(layers);
+        // `layers` are read until then, also where the call failed
+        let waited = stream.synchronize();
+        let copied = copied.and_then(|copied| waited.map(|()| copied));
+        Ok(Self {
+            caches,
+            saved,
+            layers: copied.map_err(failed("a copy of the layers' addresses to the GPU"))?,
+        })
+    }
+}
+
 /// Bytes of what a chain takes beside its weights.
 #[derive(Debug, Clone, Copy)]
 struct MemorySizes {
@@ -92,7 +130,8 @@ struct MemorySizes {
     vocabulary: usize,
     /// Keys, or values, of one layer and slot.
     slot: u64,
-    saved: u64,
+    /// Hidden states saved of one slot.
+    saved_slot: u64,
     tables: u64,
     /// Each of two sets.
     scratch: u64,
@@ -109,7 +148,6 @@ impl MemorySizes {
     ) -> Self {
         let shape = kernels.shape;
         let positions = capacity as u64;
-        let slots = sequences as u64;
         let key_size = (shape.key_value_heads * shape.head_size) as u64;
         Self {
             sequences,
@@ -117,7 +155,7 @@ impl MemorySizes {
             layers: shape.layers,
             vocabulary: shape.vocabulary,
             slot: key_size * positions * HALF,
-            saved: slots * positions * u64::from(chain.facts.saved_floats) * FLOAT,
+            saved_slot: positions * u64::from(chain.facts.saved_floats) * FLOAT,
             tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
             scratch: chain.facts.scratch_bytes,
             conditions: MAX_CRITERIA * shape.layers,
@@ -129,6 +167,10 @@ impl MemorySizes {
         self.slot * self.sequences as u64
     }
 
+    fn saved(&self) -> u64 {
+        self.saved_slot * self.sequences as u64
+    }
+
     fn logits(&self) -> usize {
         MAX_ROWS * self.vocabulary
     }
@@ -136,7 +178,7 @@ impl MemorySizes {
     /// All of them.
     fn total(&self) -> u64 {
         2 * self.layers as u64 * self.cache()
-            + self.saved
+            + self.saved()
             + self.tables
             + 2 * self.scratch
             + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
@@ -174,14 +216,6 @@ impl CudaDriver {
         probes: &[ProbeWeights],
         mut memory: Vec<CudaSlice<u8>>,
     ) -> Result<Self> {
-        let mut caches = Vec::new();
-        for layer in &mut weights.layers {
-            for pointer in [&mut layer.keys, &mut layer.values] {
-                let cache = zeros(&stream, sizes.cache())?;
-                *pointer = cache.device_ptr(&stream).0;
-                caches.push(cache);
-            }
-        }
         let mut uploaded = Vec::new();
         for probe in probes {
             let numbers = stream.clone_htod(&probe.numbers);
@@ -192,6 +226,7 @@ impl CudaDriver {
             weights.layers[probe.depth - 1].probe = numbers.device_ptr(&stream).0;
             uploaded.push(numbers);
         }
+        let slots = SlotMemory::allocate(&stream, &sizes, &mut weights.layers)?;
         let mut allocate = |bytes| -> Result<u64> {
             let slice = zeros(&stream, bytes)?;
             let address = slice.device_ptr(&stream).0;
@@ -204,7 +239,8 @@ impl CudaDriver {
             final_norm: weights.final_norm,
             cos: weights.cos,
             sin: weights.sin,
-            saved: allocate(sizes.saved)?,
+            layers: slots.layers.device_ptr(&stream).0,
+            saved: slots.saved.device_ptr(&stream).0,
             scratch: allocate(sizes.scratch)?,
             next_scratch: allocate(sizes.scratch)?,
             tables: allocate(sizes.tables)?,
@@ -214,11 +250,6 @@ impl CudaDriver {
             number: 1,
             ..PassParameters::default()
         };
-        let layers = stream.clone_htod(&weights.layers);
-        // `weights` are read until then
-        stream.synchronize().map_err(failed("a copy to the GPU"))?;
-        let layers = layers.map_err(failed("memory for the layers' addresses"))?;
-        parameters.layers = layers.device_ptr(&stream).0;
         let conditions = stream.alloc_zeros::<Condition>(MAX_TABLES * sizes.conditions);
         let logits = stream.alloc_zeros::<f32>(sizes.logits());
         let logits = logits.map_err(failed("memory for logits"))?;
@@ -238,14 +269,14 @@ impl CudaDriver {
             read_logits: read_logits.map_err(failed("pinned memory"))?,
             last_rows: 0,
             _memory: memory,
-            _layers: layers,
+            layer_pointers: weights.layers,
+            slots,
             probes: probes.iter().map(|probe| probe.depth).collect(),
             _probes: uploaded,
             stream,
             chain,
             parameters,
             sizes,
-            caches,
             logits,
             outcome,
         };
@@ -427,9 +458,26 @@ impl ChainDevice for CudaDriver {
         Ok(read.to_vec())
     }
 
+    fn reserve(&mut self, slots: usize) -> Result<()> {
+        let sizes = MemorySizes {
+            sequences: slots,
+            ..self.sizes
+        };
+        let stream = &self.stream;
+        let mut layers = self.layer_pointers.clone();
+        let allocated = SlotMemory::allocate(stream, &sizes, &mut layers)?;
+        self.parameters.layers = allocated.layers.device_ptr(stream).0;
+        self.parameters.saved = allocated.saved.device_ptr(stream).0;
+        // every pass was waited for, so that nothing uses the memory that goes back now
+        self.slots = allocated;
+        self.layer_pointers = layers;
+        self.sizes = sizes;
+        Ok(())
+    }
+
     fn clear(&mut self, slot: usize) -> Result<()> {
         let bytes = self.sizes.slot as usize;
-        for cache in &mut self.caches {
+        for cache in &mut self.slots.caches {
             let mut slot = cache.slice_mut(slot * bytes..(slot + 1) * bytes);
             let cleared = self.stream.memset_zeros(&mut slot);
             cleared.map_err(failed("a cache of the GPU"))?;

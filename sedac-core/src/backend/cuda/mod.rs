@@ -77,6 +77,7 @@ impl<D: ChainDevice> CudaChain<D> {
             capacity,
             capabilities: Capabilities {
                 sequences,
+                shares_passes: true,
                 probes: device.probes().to_vec(),
                 margins: true,
                 ahead: MAX_AHEAD,
@@ -425,6 +426,24 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn reserve(&mut self, sequences: usize) -> Result<()> {
+        if sequences <= self.capabilities.sequences {
+            return Ok(());
+        }
+        let taken = self.slots.taken();
+        if taken > 0 {
+            let range = format!(
+                "at most {} while sequences are under way, of which there are {taken}",
+                self.capabilities.sequences
+            );
+            return Err(Error::setting("sequences", sequences, range));
+        }
+        self.device.reserve(sequences)?;
+        self.slots.grow(sequences);
+        self.capabilities.sequences = sequences;
+        Ok(())
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {

@@ -94,6 +94,10 @@ mod tests {
             unreachable!("nothing runs")
         }
 
+        fn reserve(&mut self, _: usize) -> Result<()> {
+            unreachable!("nothing runs")
+        }
+
         fn clear(&mut self, _: usize) -> Result<()> {
             unreachable!("nothing runs")
         }

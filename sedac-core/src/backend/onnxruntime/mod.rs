@@ -38,7 +38,7 @@ pub enum Layout {
     Monolith,
 }
 
-/// The engines of one bundle and the caches of one sequence.
+/// The engines of one bundle, and cache slots.
 pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
     embed: Session,
@@ -53,17 +53,25 @@ pub struct OnnxRuntime {
     key_value: Vec<KeyValueEngine>,
     head: Session,
     vocab_size: usize,
+    hidden_size: usize,
     /// The head's buffers by the number of tokens.
     head_passes: HashMap<usize, HeadPass>,
     /// Tokens whose logits were computed last.
     logit_rows: usize,
+    slots: Vec<Slot>,
+    /// The slot that calls are about.
+    selected: usize,
+    stopwatch: Stopwatch,
+}
+
+/// What belongs to the sequence in one cache slot.
+struct Slot {
     shared: Shared,
     passes: Passes,
     /// The saved hidden states that caches are filled from, by the number of their positions.
     fillings: HashMap<usize, Filling>,
     /// Hidden states by position, `hidden_size` numbers each.
     saved: Vec<f32>,
-    stopwatch: Stopwatch,
 }
 
 /// Exit hidden states and contexts of consecutive positions, as kv engines read them.
@@ -132,18 +140,15 @@ impl OnnxRuntime {
             })
             .collect::<Result<Vec<_>>>()?;
         let head = open(&manifest.engines.head)?;
-        let mut shared = Shared::new(manifest)?;
-        let ends = (&embed, contexts.as_ref());
-        let decode = Pass::new(1, &mut shared, ends, &layers, &entries)?;
-        Ok(Self {
+        let mut engines = Self {
             vocab_size: manifest.model.vocab_size,
-            saved: vec![0.0; manifest.max_cache_length * shared.hidden_size],
-            passes: Passes::new(decode),
+            hidden_size: manifest.model.hidden_size,
             head_passes: HashMap::new(),
             logit_rows: 1,
-            fillings: HashMap::new(),
+            slots: Vec::new(),
+            selected: 0,
             stopwatch: Stopwatch::default(),
-            exits: Exits::load(exits, shared.hidden_size, open)?,
+            exits: Exits::load(exits, manifest.model.hidden_size, open)?,
             attention: Vec::new(),
             attention_entries,
             bundle: bundle.clone(),
@@ -154,18 +159,23 @@ impl OnnxRuntime {
             layers,
             key_value,
             head,
-            shared,
-        })
+        };
+        engines.add_slot()?;
+        Ok(engines)
     }
 
-    fn new_pass(&mut self, tokens: usize) -> Result<Pass> {
-        Pass::new(
-            tokens,
-            &mut self.shared,
-            (&self.embed, self.contexts.as_ref()),
-            &self.layers,
-            &self.entries,
-        )
+    fn add_slot(&mut self) -> Result<()> {
+        let manifest = &self.bundle.manifest;
+        let mut shared = Shared::new(manifest)?;
+        let ends = (&self.embed, self.contexts.as_ref());
+        let decode = Pass::new(1, &mut shared, ends, &self.layers, &self.entries)?;
+        self.slots.push(Slot {
+            saved: vec![0.0; manifest.max_cache_length * shared.hidden_size],
+            passes: Passes::new(decode),
+            fillings: HashMap::new(),
+            shared,
+        });
+        Ok(())
     }
 
     /// Load the attention engines, once.
@@ -186,47 +196,51 @@ impl OnnxRuntime {
     ///
     /// Consecutive layers mostly lack the same positions, so it is made once for all of them.
     fn prepare_filling(&mut self, positions: &Range<usize>) -> Result<()> {
+        let slot = &mut self.slots[self.selected];
         let count = positions.len();
-        if !self.fillings.contains_key(&count) {
+        if !slot.fillings.contains_key(&count) {
             if count > MAX_REUSED_TOKENS {
-                self.fillings.retain(|&count, _| count <= MAX_REUSED_TOKENS);
+                slot.fillings.retain(|&count, _| count <= MAX_REUSED_TOKENS);
             }
             let filling = Filling {
                 positions: 0..0,
-                hidden: tensor(&[1, count, self.shared.hidden_size])?,
-                contexts: Contexts::new(count, &self.shared, self.contexts.as_ref())?,
+                hidden: tensor(&[1, count, self.hidden_size])?,
+                contexts: Contexts::new(count, &slot.shared, self.contexts.as_ref())?,
             };
-            self.fillings.insert(count, filling);
+            slot.fillings.insert(count, filling);
         }
-        let filling = self.fillings.get_mut(&count).expect("inserted above");
+        let filling = slot.fillings.get_mut(&count).expect("inserted above");
         if filling.positions != *positions {
             let session = self.contexts.as_mut();
             filling
                 .contexts
                 .run(session, positions.start, &mut self.stopwatch)?;
-            let size = self.shared.hidden_size;
-            let rows = &self.saved[positions.start * size..positions.end * size];
+            let size = self.hidden_size;
+            let rows = &slot.saved[positions.start * size..positions.end * size];
             write(&mut filling.hidden, rows);
             filling.positions = positions.clone();
         }
-        write(&mut self.shared.write_index, &[positions.start as i64]);
+        write(&mut slot.shared.write_index, &[positions.start as i64]);
         Ok(())
     }
 
     /// Make a pass of `tokens` positions from `start` on the current one.
     fn begin(&mut self, tokens: usize, start: usize) -> Result<()> {
-        if !self.passes.has(tokens) {
-            let pass = self.new_pass(tokens)?;
-            self.passes.insert(pass);
+        let slot = &mut self.slots[self.selected];
+        if !slot.passes.has(tokens) {
+            let ends = (&self.embed, self.contexts.as_ref());
+            let (layers, entries) = (&self.layers, &self.entries);
+            let pass = Pass::new(tokens, &mut slot.shared, ends, layers, entries)?;
+            slot.passes.insert(pass);
         }
-        self.shared.set_length(start + tokens);
+        slot.shared.set_length(start + tokens);
         // exit hidden states at these positions are about to change
-        for filling in self.fillings.values_mut() {
+        for filling in slot.fillings.values_mut() {
             if filling.positions.end > start {
                 filling.positions = 0..0;
             }
         }
-        let pass = self.passes.begin(tokens);
+        let pass = slot.passes.begin(tokens);
         let session = self.contexts.as_mut();
         pass.contexts.run(session, start, &mut self.stopwatch)
     }
@@ -240,6 +254,7 @@ impl Engines for OnnxRuntime {
     fn capabilities(&self) -> Capabilities {
         let probes = self.entries.iter().filter(|entry| entry.risk);
         Capabilities {
+            sequences: self.slots.len(),
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
@@ -247,9 +262,22 @@ impl Engines for OnnxRuntime {
         }
     }
 
+    fn reserve(&mut self, sequences: usize) -> Result<usize> {
+        self.bundle
+            .check_slots_memory(sequences.saturating_sub(self.slots.len()))?;
+        while self.slots.len() < sequences {
+            self.add_slot()?;
+        }
+        Ok(self.slots.len())
+    }
+
+    fn select(&mut self, slot: usize) {
+        self.selected = slot;
+    }
+
     fn embed(&mut self, tokens: &[u32], start: usize) -> Result<()> {
         self.begin(tokens.len(), start)?;
-        let pass = self.passes.current_mut();
+        let pass = self.slots[self.selected].passes.current_mut();
         self.stopwatch.time(EnginePart::Embed, tokens.len(), || {
             pass.embed(&mut self.embed, tokens)
         })
@@ -257,14 +285,15 @@ impl Engines for OnnxRuntime {
 
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
         self.begin(positions.len(), positions.start)?;
-        let size = self.shared.hidden_size;
-        let rows = &self.saved[positions.start * size..positions.end * size];
-        self.passes.resume(engine, rows);
+        let (slot, size) = (&mut self.slots[self.selected], self.hidden_size);
+        let rows = &slot.saved[positions.start * size..positions.end * size];
+        slot.passes.resume(engine, rows);
         Ok(())
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
-        let pass = self.passes.current();
+        let passes = &mut self.slots[self.selected].passes;
+        let pass = passes.current();
         let entry = &self.entries[engine];
         let part = EnginePart::Layers(entry.range());
         self.stopwatch.time(part, pass.contexts.tokens(), || {
@@ -272,7 +301,7 @@ impl Engines for OnnxRuntime {
                 format!("layer engine {}", entry.file.display())
             })
         })?;
-        self.passes.engines_run = engine + 1;
+        passes.engines_run = engine + 1;
         Ok(())
     }
 
@@ -281,43 +310,47 @@ impl Engines for OnnxRuntime {
     }
 
     fn residual(&mut self, tokens: usize) -> Result<Vec<f32>> {
-        let rows = self.passes.newest(tokens, self.shared.hidden_size);
-        Ok(rows.to_vec())
+        let passes = &self.slots[self.selected].passes;
+        Ok(passes.newest(tokens, self.hidden_size).to_vec())
     }
 
     fn risk(&self, engine: usize) -> Option<f32> {
-        let risk = self.passes.current().risk[engine].as_ref()?;
+        let pass = self.slots[self.selected].passes.current();
+        let risk = pass.risk[engine].as_ref()?;
         read(risk).last().copied()
     }
 
     fn exit_signals(&mut self, depth: usize, stability: [f32; 3]) -> Result<Option<ExitSignals>> {
-        let row = self.passes.newest(1, self.shared.hidden_size);
+        let passes = &self.slots[self.selected].passes;
+        let row = passes.newest(1, self.hidden_size);
         self.stopwatch.time(EnginePart::ExitHead(depth), 1, || {
             self.exits.signals(depth, row, stability)
         })
     }
 
     fn stability(&mut self, engine: usize) -> Result<Vec<f32>> {
-        let rows = read(&self.passes.current().stability[engine]);
+        let pass = self.slots[self.selected].passes.current();
+        let rows = read(&pass.stability[engine]);
         Ok(rows[rows.len() - self.entries[engine].num_layers..].to_vec())
     }
 
     fn save(&mut self, positions: Range<usize>) -> Result<()> {
-        let size = self.shared.hidden_size;
-        let rows = self.passes.newest(positions.len(), size);
-        self.saved[positions.start * size..positions.end * size].copy_from_slice(rows);
+        let (slot, size) = (&mut self.slots[self.selected], self.hidden_size);
+        let rows = slot.passes.newest(positions.len(), size);
+        slot.saved[positions.start * size..positions.end * size].copy_from_slice(rows);
         Ok(())
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
         self.prepare_filling(&positions)?;
-        let filling = &self.fillings[&positions.len()];
+        let slot = &mut self.slots[self.selected];
+        let filling = &slot.fillings[&positions.len()];
         let engine = &mut self.key_value[layer];
         let mut bound = binding(&engine.session)?;
         bind_input(&mut bound, "x", &filling.hidden)?;
         filling.contexts.bind(&mut bound, &engine.contexts)?;
-        bind_input(&mut bound, "write_index", &self.shared.write_index)?;
-        self.shared.bind_cache(&mut bound, layer, 0)?;
+        bind_input(&mut bound, "write_index", &slot.shared.write_index)?;
+        slot.shared.bind_cache(&mut bound, layer, 0)?;
         let part = EnginePart::KeyValue(layer);
         self.stopwatch.time(part, positions.len(), || {
             run(&mut engine.session, &bound, || {
@@ -327,13 +360,14 @@ impl Engines for OnnxRuntime {
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
-        let sizes = (self.shared.hidden_size, self.vocab_size);
+        let sizes = (self.hidden_size, self.vocab_size);
         let pass = match self.head_passes.entry(tokens) {
             Entry::Occupied(ready) => ready.into_mut(),
             Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.head, tokens, sizes)?),
         };
-        let rows = self.passes.newest(tokens, sizes.0);
-        let depth = self.entries[self.passes.engines_run - 1].end();
+        let passes = &self.slots[self.selected].passes;
+        let rows = passes.newest(tokens, sizes.0);
+        let depth = self.entries[passes.engines_run - 1].end();
         // lenses are for exits, which are of one token
         let seen = match tokens {
             1 if self.exits.has_lens(depth) => {
@@ -364,8 +398,9 @@ impl Engines for OnnxRuntime {
 impl AttentionOnly for OnnxRuntime {
     fn run_attention(&mut self, engine: usize) -> Result<()> {
         self.load_attention()?;
-        let pass = self.passes.current_mut();
-        pass.bind_attention(&self.attention, &self.attention_entries, &mut self.shared)?;
+        let Slot { passes, shared, .. } = &mut self.slots[self.selected];
+        let pass = passes.current_mut();
+        pass.bind_attention(&self.attention, &self.attention_entries, shared)?;
         let entry = &self.attention_entries[engine];
         let part = EnginePart::Attention(entry.range());
         self.stopwatch.time(part, pass.contexts.tokens(), || {
@@ -373,7 +408,7 @@ impl AttentionOnly for OnnxRuntime {
                 format!("attention engine {}", entry.file.display())
             })
         })?;
-        self.passes.engines_run = engine + 1;
+        passes.engines_run = engine + 1;
         Ok(())
     }
 }

@@ -58,6 +58,7 @@ impl ToyDevice {
         Self {
             capabilities: Capabilities {
                 sequences: SEQUENCES,
+                shares_passes: true,
                 probes: exit_layers.clone(),
                 exit_heads: exit_layers.clone(),
                 attention_only: false,

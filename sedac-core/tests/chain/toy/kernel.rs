@@ -330,6 +330,14 @@ impl ChainDevice for ToyKernel {
         Ok(self.logits[rows].concat())
     }
 
+    fn reserve(&mut self, slots: usize) -> Result<()> {
+        let empty: Cache = vec![vec![None; CAPACITY]; self.layers];
+        self.caches
+            .resize_with(slots, || Arc::new(Mutex::new(empty.clone())));
+        self.saved.resize(slots, vec![None; CAPACITY]);
+        Ok(())
+    }
+
     fn clear(&mut self, slot: usize) -> Result<()> {
         let mut cache = self.caches[slot].lock().unwrap();
         cache.iter_mut().for_each(|layer| layer.fill(None));

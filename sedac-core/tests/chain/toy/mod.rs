@@ -118,8 +118,8 @@ pub(crate) fn ends(engine_sizes: &[usize]) -> Vec<usize> {
 /// changes every later logit.
 pub(crate) struct Toy {
     layers: Vec<Range<usize>>,
-    caches: Caches,
-    saved: Vec<Hidden>,
+    slots: Vec<ToySlot>,
+    selected: usize,
     start: usize,
     pass: Vec<Hidden>,
     depth: usize,
@@ -130,17 +130,36 @@ pub(crate) struct Toy {
     /// A token whose numbers are NaN after so many layers and more: 0 is the embedding, one more
     /// than there are the head.
     pub(crate) poison: Option<(u32, usize)>,
+    /// Whether logits depend on all that went into a hidden state: then an exit agrees with full depth
+    /// on no token, and what it leaves in caches matters.
+    pub(crate) is_sensitive: bool,
+}
+
+/// What belongs to one sequence.
+struct ToySlot {
+    caches: Caches,
+    saved: Vec<Hidden>,
+}
+
+impl ToySlot {
+    /// An empty slot of `layers` layers, whose cache is in `caches`.
+    fn new(layers: usize, caches: &Caches) -> Self {
+        *caches.lock().unwrap() = vec![vec![None; CAPACITY]; layers];
+        Self {
+            caches: caches.clone(),
+            saved: vec![Hidden::default(); CAPACITY],
+        }
+    }
 }
 
 impl Toy {
     pub(crate) fn new(engine_sizes: &[usize], agreement: u64, caches: &Caches) -> Self {
         let layers = layers_of(engine_sizes);
         let count = layers.last().unwrap().end;
-        *caches.lock().unwrap() = vec![vec![None; CAPACITY]; count];
         Self {
             layers,
-            caches: caches.clone(),
-            saved: vec![Hidden::default(); CAPACITY],
+            slots: vec![ToySlot::new(count, caches)],
+            selected: 0,
             start: 0,
             pass: Vec::new(),
             depth: 0,
@@ -148,6 +167,7 @@ impl Toy {
             logits: Vec::new(),
             agreement,
             poison: None,
+            is_sensitive: false,
         }
     }
 
@@ -172,10 +192,22 @@ impl Engines for Toy {
     fn capabilities(&self) -> Capabilities {
         let ends: Vec<_> = self.layers.iter().map(|layers| layers.end).collect();
         Capabilities {
+            sequences: self.slots.len(),
             probes: ends.clone(),
             exit_heads: ends,
             ..Capabilities::default()
         }
+    }
+
+    fn reserve(&mut self, sequences: usize) -> Result<usize> {
+        let layers = self.stability.len();
+        let slot = || ToySlot::new(layers, &Caches::default());
+        self.slots.resize_with(sequences, slot);
+        Ok(sequences)
+    }
+
+    fn select(&mut self, slot: usize) {
+        self.selected = slot;
     }
 
     fn max_tokens(&self) -> usize {
@@ -192,14 +224,14 @@ impl Engines for Toy {
     fn resume(&mut self, positions: Range<usize>, engine: usize) -> Result<()> {
         self.depth = self.layers[engine].start;
         self.start = positions.start;
-        self.pass = self.saved[positions].to_vec();
+        self.pass = self.slots[self.selected].saved[positions].to_vec();
         Ok(())
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
         for layer in self.layers[engine].clone() {
             assert_eq!(layer, self.depth, "engines run in order");
-            let mut caches = self.caches.lock().unwrap();
+            let mut caches = self.slots[self.selected].caches.lock().unwrap();
             for (offset, hidden) in self.pass.iter_mut().enumerate() {
                 hidden.run(layer, self.start + offset, &mut caches);
             }
@@ -230,14 +262,16 @@ impl Engines for Toy {
 
     fn save(&mut self, positions: Range<usize>) -> Result<()> {
         let count = positions.len();
-        self.saved[positions].copy_from_slice(&self.pass[self.pass.len() - count..]);
+        let saved = &mut self.slots[self.selected].saved;
+        saved[positions].copy_from_slice(&self.pass[self.pass.len() - count..]);
         Ok(())
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
-        let mut caches = self.caches.lock().unwrap();
+        let slot = &self.slots[self.selected];
+        let mut caches = slot.caches.lock().unwrap();
         for position in positions {
-            self.saved[position].fill(layer, position, &mut caches);
+            slot.saved[position].fill(layer, position, &mut caches);
         }
         Ok(())
     }
@@ -245,7 +279,10 @@ impl Engines for Toy {
     fn head(&mut self, tokens: usize) -> Result<()> {
         self.logits.clear();
         for index in self.pass.len() - tokens..self.pass.len() {
-            let hidden = self.pass[index];
+            let mut hidden = self.pass[index];
+            if self.is_sensitive {
+                hidden.digest = mix(hidden.digest, hidden.history);
+            }
             let poison = self.poisoned(hidden, self.depth + 1);
             let logits = hidden.logits(self.depth, self.stability.len(), self.agreement);
             self.logits
@@ -295,6 +332,12 @@ impl<B: Backend> Backend for Timed<B> {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn reserve(&mut self, sequences: usize) -> Result<()> {
+        self.inner.reserve(sequences)?;
+        self.capabilities.sequences = self.inner.capabilities().sequences;
+        Ok(())
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
@@ -366,6 +409,13 @@ pub(crate) fn chain(
         }
     };
     (Chain::new(backend, exits, CAPACITY, VOCABULARY), caches)
+}
+
+/// A chain over `kernel`, whose engines end after the depths `exits`.
+pub(crate) fn chain_over_kernel(kernel: ToyKernel, exits: &[usize]) -> Chain {
+    let layers = *exits.last().unwrap();
+    let backend = Timed::new(CudaChain::new(kernel, layers, exits, CAPACITY, 1), 0.1);
+    Chain::new(Box::new(backend), exits.to_vec(), CAPACITY, VOCABULARY)
 }
 
 /// A chain over `toy`.

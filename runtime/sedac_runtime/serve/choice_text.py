@@ -1,0 +1,134 @@
+"""The text of one choice of a response, and what was seen of its tokens."""
+
+from dataclasses import dataclass, field
+
+from sedac_runtime._core import DecodingSetting, DraftSummary, Progress, StepToken
+from sedac_runtime.serve.response_bodies import (
+    ChoiceFinish,
+    SedacChoice,
+    SedacSummary,
+    SedacToken,
+    TokenLogprob,
+    TopLogprob,
+)
+from sedac_runtime.serve.served_model import ServedModel
+from sedac_runtime.serve.token_text import StopFilter
+
+
+@dataclass(frozen=True)
+class SeenToken:
+    """A token, the text that it completes, and how many characters precede that."""
+
+    token: StepToken
+    text: str
+    offset: int
+
+
+@dataclass
+class ChoiceUpdate:
+    """What one step did for a choice. text: all that is certain to precede a stop string."""
+
+    text: str = ""
+    tokens: list[SeenToken] = field(default_factory=list)
+    finish_reason: ChoiceFinish | None = None
+    summary: SedacSummary | None = None
+
+
+class ChoiceText:
+    """Turns the progress of one sequence into text.
+
+    before: text that the choice begins with, as `echo` asks for.
+    """
+
+    def __init__(
+        self, model: ServedModel, decoding: DecodingSetting, stops: list[str], before: str
+    ) -> None:
+        self.completion_tokens = 0
+        self.cached_prompt_tokens = 0
+        self._model = model
+        self._decoding = decoding
+        self._stream = model.text_stream()
+        self._filter = StopFilter(stops)
+        self._before = before
+        self._offset = len(before)
+        self._layers = 0
+
+    def push(self, progress: Progress) -> ChoiceUpdate:
+        """The next update. It is the last one if it has a finish_reason."""
+        update = ChoiceUpdate(text=self._before)
+        self._before = ""
+        self.cached_prompt_tokens = max(self.cached_prompt_tokens, progress.cached_prompt_tokens)
+        for token in progress.tokens:
+            self._take(token, update)
+            if self._filter.stopped:
+                break
+        if self._filter.stopped:
+            update.finish_reason = "stop"
+        elif progress.finish_reason is not None:
+            update.text += self._filter.push(self._stream.finish()) + self._filter.finish()
+            update.finish_reason = "stop" if progress.finish_reason == "stop" else "length"
+        if update.finish_reason is not None:
+            update.summary = self._summary(progress.drafts)
+        return update
+
+    def _take(self, token: StepToken, update: ChoiceUpdate) -> None:
+        piece = self._stream.push(token.id)
+        update.tokens.append(SeenToken(token, piece, self._offset))
+        update.text += self._filter.push(piece)
+        self._offset += len(piece)
+        self._layers += token.exit_layer
+        self.completion_tokens += 1
+
+    def _summary(self, drafts: DraftSummary | None) -> SedacSummary:
+        return SedacSummary(
+            mode=self._decoding.mode,
+            drafter=self._decoding.drafter,
+            kv_fill=self._decoding.kv_fill,
+            num_layers=self._model.core.num_layers,
+            mean_exit_layer=self._layers / max(self.completion_tokens, 1),
+            drafted=drafts.drafted if drafts else 0,
+            accepted=drafts.accepted if drafts else 0,
+            verify_passes=drafts.verify_passes if drafts else 0,
+        )
+
+
+def merge(updates: list[ChoiceUpdate]) -> ChoiceUpdate:
+    """A choice's updates as one."""
+    return ChoiceUpdate(
+        text="".join(update.text for update in updates),
+        tokens=[token for update in updates for token in update.tokens],
+        finish_reason=updates[-1].finish_reason,
+        summary=updates[-1].summary,
+    )
+
+
+def sedac_choice(update: ChoiceUpdate) -> SedacChoice:
+    """What `sedac` of a choice says."""
+    tokens = [
+        SedacToken(
+            id=seen.token.id,
+            text=seen.text,
+            exit_layer=seen.token.exit_layer,
+            exit_reason=seen.token.exit_reason,
+            drafted=seen.token.drafted,
+        )
+        for seen in update.tokens
+    ]
+    return SedacChoice(tokens=tokens, summary=update.summary)
+
+
+def token_logprobs(model: ServedModel, update: ChoiceUpdate) -> list[TokenLogprob]:
+    """The log probabilities of an update's tokens."""
+    return [_token_logprob(model, seen.token) for seen in update.tokens]
+
+
+def _token_logprob(model: ServedModel, token: StepToken) -> TokenLogprob:
+    most_probable = [_top_logprob(model, *entry) for entry in token.top_logprobs]
+    own = _top_logprob(model, token.id, token.logprob or 0.0)
+    return TokenLogprob(**own.model_dump(), top_logprobs=most_probable)
+
+
+def _top_logprob(model: ServedModel, token: int, logprob: float) -> TopLogprob:
+    data = model.token_bytes(token)
+    text = data.decode("utf-8", errors="replace")
+    return TopLogprob(token=text, logprob=logprob, bytes=list(data))

@@ -1,0 +1,66 @@
+"""Texts that follow a grammar: which tokens may come next."""
+
+import json
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer
+
+from sedac_runtime._core import InputError
+
+_LONGEST_REASON = 300
+
+
+class Constraint:
+    """Follows the tokens of one sequence through a grammar of llguidance.
+
+    Raises InputError where the grammar cannot be used.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        self._check()
+
+    def fork(self) -> "Constraint":
+        """The same state, for another sequence."""
+        fork = object.__new__(Constraint)
+        fork._matcher = self._matcher.deep_copy()
+        return fork
+
+    def mask(self) -> bytes:
+        """A bit for each token that may come next: little-endian words of 32."""
+        mask = self._matcher.compute_bitmask()
+        self._check()
+        return mask
+
+    def advance(self, tokens: list[int]) -> None:
+        """Go on with `tokens`, each of which the mask before it allows."""
+        self._matcher.consume_tokens(tokens)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _first_sentence(self._matcher.get_error())
+            raise InputError(f"the text cannot follow the schema ({reason}); simplify it")
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """The grammar of JSON that conforms to `schema`. Raises InputError."""
+    return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+
+
+def lark_grammar(lark: str) -> str:
+    """The grammar that llguidance's variant of Lark describes. Raises InputError."""
+    return _checked(LLMatcher.grammar_from_lark(lark))
+
+
+def _checked(grammar: str) -> str:
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        reason = _first_sentence(messages[0])
+        raise InputError(f"the schema cannot be used ({reason}); simplify it")
+    return grammar
+
+
+def _first_sentence(message: str) -> str:
+    """A message of llguidance without the state of the parser."""
+    return " ".join(message.partition("<state>")[0].split())[:_LONGEST_REASON]

@@ -1,0 +1,110 @@
+//! The drafter of a text, and what tokens cost without it.
+
+use super::ExitSchedule;
+use crate::backend::Costs;
+use crate::bundle::DrafterKind;
+use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, new_drafter};
+use crate::error::Result;
+
+/// Texts with the same drafter share what it learned: the drafter, and the fewest layers that its
+/// drafts run, None in lossless mode.
+pub(super) type DraftingKey = (DrafterKind, Option<usize>);
+
+/// A drafter, and what tokens cost without it.
+pub(super) struct Drafting {
+    pub(super) key: DraftingKey,
+    drafter: Box<dyn Drafter>,
+    baseline: BaselineCost,
+    /// Tokens since the last draft.
+    pub(super) undrafted: usize,
+}
+
+impl Drafting {
+    /// For a model of `layers` layers with exits after the depths `exit_layers`. In lossless mode it
+    /// starts from what `acceptance` says.
+    pub(super) fn new(
+        key: DraftingKey,
+        exit_layers: &[usize],
+        layers: usize,
+        acceptance: &Acceptance,
+    ) -> Self {
+        let (kind, min_depth) = key;
+        let mut drafter = new_drafter(kind, exit_layers, layers, min_depth.unwrap_or(0));
+        if min_depth.is_none() {
+            drafter.recall(acceptance);
+        }
+        Self {
+            key,
+            drafter,
+            baseline: BaselineCost::new(layers),
+            undrafted: 0,
+        }
+    }
+
+    /// What `kind` of drafter between `exits` shares with others.
+    pub(super) fn key(
+        kind: DrafterKind,
+        exits: &ExitSchedule,
+        exit_layers: &[usize],
+        layers: usize,
+    ) -> DraftingKey {
+        (kind, exits.min_draft_depth(exit_layers, layers))
+    }
+
+    /// The next rounds are of another text.
+    pub(super) fn start(&mut self) {
+        self.drafter.start();
+    }
+
+    /// Whether tokens come from full depth only.
+    pub(super) fn is_lossless(&self) -> bool {
+        self.key.1.is_none()
+    }
+
+    /// Write what was observed into `acceptance`.
+    pub(super) fn record(&self, acceptance: &mut Acceptance) {
+        self.drafter.record(acceptance);
+    }
+
+    /// Of a draft of at most `max_tokens` tokens after `history`; 0 where there is room for none.
+    pub(super) fn expected_speedup(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        costs: &Costs,
+    ) -> f64 {
+        if max_tokens == 0 {
+            return 0.0;
+        }
+        let baseline = self.baseline.seconds(costs);
+        self.drafter
+            .expected_speedup(history, max_tokens, costs, baseline)
+    }
+
+    /// # Errors
+    /// What the backend reports.
+    pub(super) fn propose(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        context: &mut DraftContext<'_>,
+    ) -> Result<Draft> {
+        self.undrafted = 0;
+        self.drafter.propose(history, max_tokens, context)
+    }
+
+    /// A token came without a draft, after `depth` layers.
+    pub(super) fn observe_undrafted(&mut self, depth: usize, costs: &Costs) {
+        self.undrafted += 1;
+        self.baseline.observe(depth, costs);
+    }
+
+    /// `tokens` came instead of `draft`, in a model of `layers` layers.
+    pub(super) fn observe(&mut self, draft: &Draft, tokens: &[u32], layers: usize, costs: &Costs) {
+        self.drafter.observe(tokens, costs);
+        for taken in &draft.exits {
+            let depth = taken.as_ref().map_or(layers, |taken| taken.exit.layer);
+            self.baseline.observe(depth, costs);
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Continuous batching: sequences that are generated together, and join and leave at every step.
+//!
+//! A [`Scheduler`] admits sequences in the order in which they were added. In each
+//! [step](Scheduler::step) every running sequence gets tokens: those that are being prefilled take
+//! turns at a chunk of their prompts, all others decode, draft and verify as
+//! [`Chain::generate`] would. Steps of all sequences go to the backend in one call, which shares
+//! passes between them where it can.
+//!
+//! Caches lie in slots, and their positions have a budget. When it is exceeded, the youngest
+//! sequence gives its cache up and is recomputed from its tokens later. The caches of sequences that
+//! have ended stay until their slots are needed, and are continued by sequences that begin with the
+//! same tokens.
+
+mod inbox;
+mod prefix_cache;
+mod progress;
+mod rounds;
+mod scheduled_text;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use self::inbox::Inbox;
+pub use self::progress::{Progress, SchedulerStatistics, SequenceEnd};
+use self::rounds::Rounds;
+use crate::chain::{Chain, Decoding, ModelLimits, Request};
+use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
+use crate::sampler::{LogitsProcessing, TokenMask};
+
+/// How many sequences run at once, and what their caches may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerSettings {
+    /// The most sequences that run at once, 1 or more.
+    pub max_sequences: usize,
+    /// Cache positions of all of them together, and of sequences that have ended; None for what
+    /// their slots have.
+    pub cache_tokens: Option<usize>,
+    /// Tokens of prompts that a step prefills, 1 or more.
+    pub prefill_chunk: usize,
+}
+
+impl SchedulerSettings {
+    /// Tokens of prompts that a step prefills unless set otherwise: few enough that other sequences
+    /// do not wait long.
+    pub const PREFILL_CHUNK: usize = 64;
+
+    fn check(self) -> Result<()> {
+        let numbers = [
+            ("max_sequences", self.max_sequences),
+            ("cache_tokens", self.cache_tokens.unwrap_or(1)),
+            ("prefill_chunk", self.prefill_chunk),
+        ];
+        match numbers.into_iter().find(|&(_, value)| value == 0) {
+            Some((name, value)) => Err(Error::setting(name, value, "1 or more")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Sequences that are generated together. Every method may be called from any thread.
+pub struct Scheduler {
+    limits: ModelLimits,
+    inbox: Mutex<Inbox>,
+    rounds: Mutex<Rounds>,
+}
+
+impl Scheduler {
+    /// A scheduler for sequences of `chain`, whose backend makes slots for them, and for one more that
+    /// [`Chain::generate`] may use.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] when a setting is out of range, [`Error::Memory`] when the slots do not fit,
+    /// and what the backend reports.
+    pub fn new(chain: &mut Chain, settings: SchedulerSettings) -> Result<Self> {
+        settings.check()?;
+        chain.backend_mut().reserve(settings.max_sequences + 1)?;
+        let mut limits = chain.limits();
+        let slots = limits.capabilities.sequences.saturating_sub(1);
+        let slots = slots.clamp(1, settings.max_sequences);
+        let cache_tokens = settings.cache_tokens.unwrap_or(slots * limits.capacity);
+        limits.capacity = limits.capacity.min(cache_tokens);
+        Ok(Self {
+            rounds: Mutex::new(Rounds::new(slots, cache_tokens, settings.prefill_chunk)),
+            inbox: Mutex::new(Inbox::new(cache_tokens)),
+            limits,
+        })
+    }
+
+    /// Queue the sequence of `request`, whose logits are processed as `processing` says. Returns its
+    /// number.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] and [`Error::Prompt`] where the model does not take it.
+    pub fn add(&self, request: &Request, processing: LogitsProcessing) -> Result<u64> {
+        let decoding = Decoding::new(request, processing, &self.limits)?;
+        Ok(self.inbox().add(decoding))
+    }
+
+    /// End a sequence before the next step; nothing more is reported of it.
+    pub fn cancel(&self, sequence: u64) {
+        self.inbox().cancelled.push(sequence);
+    }
+
+    /// Choose the next token of a constrained sequence among those whose bits are set: token t has
+    /// bit t % 32 of word t / 32. Others are not constrained by it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] when no token is allowed.
+    pub fn allow(&self, sequence: u64, words: Vec<u32>) -> Result<()> {
+        let mask = TokenMask::new(words, self.limits.vocab_size)?;
+        self.inbox().masks.push((sequence, mask));
+        Ok(())
+    }
+
+    /// Run one step of each sequence that can run, and report what came of it; empty where none can.
+    /// A failure ends the sequences that it concerns.
+    pub fn step(&self, chain: &mut Chain, interrupt: &Interrupt) -> Vec<Progress> {
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = self.inbox().take_news();
+        let progress = rounds.step(news, chain, interrupt);
+        self.inbox().note(rounds.statistics());
+        progress
+    }
+
+    /// What it does, as of the end of the last step.
+    pub fn statistics(&self) -> SchedulerStatistics {
+        self.inbox().statistics()
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,213 @@
+"""The thread between requests and the scheduler, with a scheduler that tests step."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from sedac_runtime import _core
+from sedac_runtime.serve.api_errors import ApiError
+from sedac_runtime.serve.engine_thread import Batch, EngineThread, SequenceRequest, StepObserver
+from serve.fake_scheduler import FakeScheduler
+
+pytestmark = pytest.mark.anyio
+
+FULL = _core.DecodingSetting(_core.DecodingMode.full())
+MANY = 10_000
+
+
+class Recorder(StepObserver):
+    def __init__(self) -> None:
+        self.first: list[bool] = []
+        self.waits: list[float] = []
+        self.states: list[Any] = []
+
+    def stepped(self, statistics: Any) -> None:
+        self.states.append(statistics)
+
+    def progressed(self, progress: Any, prompt_tokens: int, waited: float, first: bool) -> None:
+        self.first.append(first)
+        self.waits.append(waited)
+
+
+@asynccontextmanager
+async def running(
+    scheduler: FakeScheduler, capacity: int = 4, observer: StepObserver | None = None
+) -> AsyncIterator[EngineThread]:
+    engine = EngineThread(scheduler, observer or StepObserver(), capacity)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        scheduler.steps.release(MANY)
+        await engine.stop()
+
+
+def request(*prompt: int, tokens: int = 3, **settings: Any) -> SequenceRequest:
+    return SequenceRequest(list(prompt), FULL, _core.Sampling(), tokens, [], **settings)
+
+
+def later(seconds: float = 60.0) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def ids(batch: Batch) -> dict[int, list[int]]:
+    """The tokens of each sequence."""
+    seen: dict[int, list[int]] = {}
+    async for index, progress in batch:
+        seen.setdefault(index, []).extend(token.id for token in progress.tokens)
+    return seen
+
+
+async def test_sequences_of_a_request_are_told_apart() -> None:
+    scheduler, recorder = FakeScheduler(), Recorder()
+    scheduler.steps.release(MANY)
+    async with running(scheduler, observer=recorder) as engine:
+        with engine.open(2, later()) as batch:
+            batch.start([request(10), request(20, tokens=2)])
+            assert await ids(batch) == {0: [11, 12, 13], 1: [21, 22]}
+    assert recorder.first == [True, True, False, False, False]
+    assert recorder.states
+    assert all(wait >= 0 for wait in recorder.waits)
+
+
+async def test_the_scheduler_is_called_by_one_thread() -> None:
+    scheduler = FakeScheduler()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        for _ in range(2):
+            with engine.open(1, later()) as batch:
+                batch.start([request(1)])
+                await ids(batch)
+    assert len(scheduler.threads) == 1
+
+
+async def test_more_than_there_is_room_for_is_refused_until_there_is_room() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler, capacity=2) as engine:
+        with engine.open(2, later()) as batch:
+            batch.start([request(1), request(2)])
+            with pytest.raises(ApiError) as busy:
+                engine.open(1, later())
+            scheduler.steps.release(MANY)
+            await ids(batch)
+            with engine.open(2, later()):
+                pass
+        with pytest.raises(ApiError) as impossible:
+            engine.open(3, later())
+    assert busy.value.status_code == 429
+    assert busy.value.headers == {"Retry-After": "1"}
+    assert impossible.value.status_code == 400
+    assert impossible.value.body.error.param == "n"
+
+
+async def test_leaving_cancels_before_the_next_step() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as batch:
+            batch.start([request(1, tokens=MANY)])
+            scheduler.steps.release()
+            assert await anext(batch)
+        with engine.open(1, later()) as batch:
+            batch.start([request(5, tokens=1)])
+            # one step that had begun, and one that the new sequence is in
+            scheduler.steps.release(2)
+            assert await ids(batch) == {0: [6]}
+    assert scheduler.cancelled == [1]
+
+
+async def test_one_of_two_sequences_may_be_finished() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler) as engine:
+        with engine.open(2, later()) as batch:
+            batch.start([request(1, tokens=MANY), request(5, tokens=MANY)])
+            scheduler.steps.release()
+            await anext(batch)
+            batch.finish(0)
+            index, _ = await anext(batch)
+            assert index == 1
+            with engine.open(3, later()):
+                pass
+    assert scheduler.cancelled == [1, 2]
+
+
+async def test_the_deadline_ends_the_wait() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler) as engine:
+        with engine.open(1, later(0.05)) as batch, pytest.raises(TimeoutError):
+            batch.start([request(1)])
+            await anext(batch)
+    assert scheduler.cancelled == [1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "words"),
+    [(FakeScheduler.REFUSED, 400, "no room"), (FakeScheduler.BROKEN, 500, "NaN")],
+)
+async def test_one_sequence_may_fail(prompt: int, status: int, words: str) -> None:
+    scheduler = FakeScheduler()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as other, engine.open(1, later()) as batch:
+            other.start([request(1)])
+            batch.start([request(prompt)])
+            with pytest.raises(ApiError, match=words) as failed:
+                await ids(batch)
+            assert await ids(other) == {0: [2, 3, 4]}
+        assert failed.value.status_code == status
+        with engine.open(4, later()):
+            pass
+
+
+async def test_a_step_that_fails_is_the_answer_to_all() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler) as engine:
+        with engine.open(2, later()) as batch, engine.open(1, later()) as late:
+            batch.start([request(1), request(FakeScheduler.CRASH)])
+            scheduler.steps.release(MANY)
+            with pytest.raises(ApiError, match="the device is lost") as failed:
+                await ids(batch)
+            late.start([request(1)])
+            with pytest.raises(ApiError, match="the device is lost"):
+                await ids(late)
+        with pytest.raises(ApiError, match="restart the server") as refused:
+            engine.open(1, later())
+    assert failed.value.status_code == refused.value.status_code == 503
+
+
+class Alternating:
+    """Allows tokens 7 and 8 in turn, as a constraint."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def mask(self) -> bytes:
+        return (1 << (7 + len(self.seen) % 2)).to_bytes(4, "little")
+
+    def advance(self, tokens: list[int]) -> None:
+        self.seen += tokens
+        if len(self.seen) == 5:
+            raise _core.InputError("the text cannot follow the schema (too long); simplify it")
+
+
+async def test_a_constraint_is_told_before_each_token() -> None:
+    scheduler, constraint = FakeScheduler(), Alternating()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as batch:
+            batch.start([request(1, tokens=4, constraint=constraint)])
+            assert await ids(batch) == {0: [7, 8, 7, 8]}
+
+
+async def test_a_constraint_that_fails_ends_its_sequence() -> None:
+    scheduler, constraint = FakeScheduler(), Alternating()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as batch:
+            batch.start([request(1, tokens=9, constraint=constraint)])
+            with pytest.raises(ApiError, match="too long") as failed:
+                await ids(batch)
+    assert failed.value.body.error.param == "response_format"
+    assert scheduler.cancelled == [1]

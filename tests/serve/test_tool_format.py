@@ -1,0 +1,78 @@
+"""Tool calls of model families."""
+
+import json
+
+import pytest
+from llguidance import LLMatcher
+
+from sedac_runtime.serve.chat_request import FunctionDefinition
+from sedac_runtime.serve.constraint import lark_grammar
+from sedac_runtime.serve.response_bodies import MadeToolCall
+from sedac_runtime.serve.tool_format import FORMATS, ToolFormat, tool_format
+
+HERMES, LLAMA = FORMATS
+WEATHER = FunctionDefinition(
+    name="weather",
+    parameters={
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+        "required": ["city"],
+        "$defs": {"city": {"type": "string", "maxLength": 20}},
+    },
+)
+TIME = FunctionDefinition(name="time")
+
+
+def called(calls: list[MadeToolCall] | None) -> list[tuple[str, object]] | None:
+    return calls and [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "calls"),
+    [
+        (
+            HERMES,
+            '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>',
+            [("time", {}), ("weather", {"city": "Bern"})],
+        ),
+        (HERMES, '<tool_call>{"name": "time"}', [("time", {})]),
+        (HERMES, "<tool_call>time()</tool_call>", None),
+        (HERMES, '<tool_call>{"arguments": {}}</tool_call>', None),
+        (HERMES, "<tool_call></tool_call>", None),
+        (HERMES, "<tool_call>" + "[" * 100_000, None),
+        (LLAMA, '{"name": "weather", "parameters": {"city": "Bern"}}', [("weather", {"city": "Bern"})]),
+        (LLAMA, '{"name": "weather", "param', None),
+    ],
+)
+def test_calls_are_read(
+    family: ToolFormat, text: str, calls: list[tuple[str, object]] | None
+) -> None:
+    assert called(family.parse(text)) == calls
+
+
+def test_calls_have_ids_of_their_own() -> None:
+    calls = HERMES.parse('<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "a"}</tool_call>')
+    assert calls is not None
+    assert len({call.id for call in calls}) == 2
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_grammars_are_accepted_and_name_every_function(family: ToolFormat) -> None:
+    grammar = family.grammar([WEATHER, TIME])
+    assert "weather" in grammar
+    assert "time" in grammar
+    assert LLMatcher.validate_grammar(lark_grammar(grammar)) == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "family"),
+    [
+        ("{% if tools %}<tool_call>{% endif %}", HERMES),
+        ('{% if tools %}{"name": function name, "parameters": dictionary}{% endif %}', LLAMA),
+        ("{% if tools %}[TOOL_CALLS]{% endif %}", None),
+        ("<tool_call>", None),
+    ],
+)
+def test_templates_tell_their_family(template: str, family: ToolFormat | None) -> None:
+    assert tool_format(template) is family

@@ -1,0 +1,145 @@
+"""Sequences that are generated together, through the binding."""
+
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import THREADS
+
+from sedac_runtime import InputError, SedacModel
+from sedac_runtime._core import DecodingSetting, Model, Progress, Sampling, Scheduler
+
+PROMPTS = [[1, 2, 3, 4], [5, 6], [1, 2, 3, 9, 10, 11, 12], list(range(1, 60))]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Callable[[str], tuple[object, Path]]) -> Model:
+    _, bundle = tiny_bundle("llama")
+    return SedacModel.from_pretrained(bundle, threads=THREADS)._core
+
+
+def run(scheduler: Scheduler) -> dict[int, list[Progress]]:
+    """Step until nothing is left."""
+    progress: dict[int, list[Progress]] = {}
+    while True:
+        for each in scheduler.step():
+            progress.setdefault(each.sequence, []).append(each)
+        statistics = scheduler.statistics()
+        if statistics.running + statistics.waiting == 0:
+            return progress
+
+
+def tokens(progress: list[Progress]) -> list[int]:
+    return [token.id for each in progress for token in each.tokens]
+
+
+def add(scheduler: Scheduler, model: Model, prompt: list[int], **settings: object) -> int:
+    keywords = {"max_new_tokens": NEW_TOKENS, "stop_tokens": [], **settings}
+    return scheduler.add(prompt, model.decoding("full"), Sampling(), **keywords)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["full", "exit", "lossless"])
+def test_tokens_are_those_of_generate(model: Model, mode: str) -> None:
+    decoding: DecodingSetting = model.decoding(mode, drafter="none" if mode == "exit" else None)  # type: ignore[arg-type]
+    sampling = Sampling(temperature=0.8, seed=4)
+    # whole prompts, as in a generation: chunks may round differently
+    scheduler = Scheduler(model, max_sequences=3, prefill_chunk=256)
+    settings = {"max_new_tokens": NEW_TOKENS, "stop_tokens": []}
+    numbers = [scheduler.add(prompt, decoding, sampling, **settings) for prompt in PROMPTS]  # type: ignore[arg-type]
+    progress = run(scheduler)
+    for prompt, number in zip(PROMPTS, numbers, strict=True):
+        alone = model.generate(prompt, decoding, sampling, **settings)  # type: ignore[arg-type]
+        if progress[number][0].cached_prompt_tokens == 0:
+            expected = [(token.id, token.exit_layer, token.exit_reason) for token in alone]
+            ours = [token for each in progress[number] for token in each.tokens]
+            assert [(t.id, t.exit_layer, t.exit_reason) for t in ours] == expected
+        *steps, last = progress[number]
+        assert all(step.finish_reason is None and step.drafts is None for step in steps)
+        assert (last.finish_reason, last.error) == ("length", None)
+        assert last.drafts is not None
+
+
+def test_a_conversation_continues_its_cache(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=2)
+    first = add(scheduler, model, PROMPTS[0])
+    answered = PROMPTS[0] + tokens(run(scheduler)[first])
+    second = add(scheduler, model, [*answered, 7])
+    assert run(scheduler)[second][0].cached_prompt_tokens == len(answered) - 1
+    statistics = scheduler.statistics()
+    assert (statistics.prefix_hits, statistics.prefix_tokens) == (1, len(answered) - 1)
+    assert 0 < statistics.used_cache_tokens <= statistics.cache_tokens
+
+
+def test_logprobs_and_bias(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=2)
+    plain = add(scheduler, model, PROMPTS[0], top_logprobs=3)
+    biased = add(scheduler, model, PROMPTS[0], logit_bias={7: 1000.0}, top_logprobs=0)
+    progress = run(scheduler)
+    for each in progress[plain]:
+        for token in each.tokens:
+            assert token.top_logprobs[0] == (token.id, token.logprob)
+            logprobs = [logprob for _, logprob in token.top_logprobs]
+            assert len(logprobs) == 3 and sorted(logprobs, reverse=True) == logprobs
+    assert set(tokens(progress[biased])) == {7}
+    (token,) = progress[biased][0].tokens
+    assert token.top_logprobs == [] and token.logprob is not None and token.logprob < 0
+    with pytest.raises(InputError, match="logit_bias"):
+        add(scheduler, model, PROMPTS[0], logit_bias={10**6: 1.0})
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda token: struct.pack("<2I", *(1 << token & 0xFFFFFFFF, 1 << token >> 32)),
+        lambda token: np.array([1 << token & 0xFFFFFFFF, 1 << token >> 32], np.uint32),
+    ],
+)
+def test_a_constrained_sequence_waits(model: Model, mask_of: Callable[[int], bytes]) -> None:
+    scheduler = Scheduler(model, max_sequences=2)
+    number = add(scheduler, model, PROMPTS[1], constrained=True, max_new_tokens=3)
+    given = []
+    for token in [3, 40, 31]:
+        assert scheduler.step() == []
+        scheduler.allow(number, mask_of(token))
+        (progress,) = scheduler.step()
+        given.extend(token.id for token in progress.tokens)
+    assert given == [3, 40, 31]
+    for mask, match in [(b"\0" * 8, "mask"), (b"\1" * 3, "3 bytes")]:
+        with pytest.raises(InputError, match=match):
+            scheduler.allow(number, mask)
+
+
+def test_other_threads_add_and_cancel(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=2)
+    kept: list[int] = []
+
+    def visit() -> None:
+        for _ in range(5):
+            kept.append(add(scheduler, model, PROMPTS[1]))
+            scheduler.cancel(add(scheduler, model, PROMPTS[0]))
+
+    threads = [threading.Thread(target=visit) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    progress: dict[int, list[Progress]] = {}
+    while any(thread.is_alive() for thread in threads):
+        for each in scheduler.step():
+            progress.setdefault(each.sequence, []).append(each)
+    for number, more in run(scheduler).items():
+        progress.setdefault(number, []).extend(more)
+    assert {number for number, steps in progress.items() if steps[-1].finish_reason} >= set(kept)
+    assert all(len(tokens(progress[number])) == NEW_TOKENS for number in kept)
+
+
+def test_wrong_settings_are_refused(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=1, cache_tokens=8)
+    with pytest.raises(InputError, match="longer than the cache"):
+        add(scheduler, model, PROMPTS[3])
+    with pytest.raises(InputError, match="max_sequences"):
+        Scheduler(model, max_sequences=0)
+    with pytest.raises(InputError, match="prefill_chunk"):
+        Scheduler(model, max_sequences=1, prefill_chunk=0)
