@@ -121,3 +121,41 @@ def test_the_chain_is_lossless_bit_for_bit(
         assert lossless.tokens == full.tokens
         drafted += lossless.drafted
     assert drafted > 0
+
+
+@pytest.mark.gpu
+def test_texts_together_are_those_of_each_alone(chain_model: SedacModel) -> None:
+    """Bit for bit, in passes with others, from copied beginnings and after giving caches up."""
+    core = chain_model._core
+    ways = [
+        core.decoding("full"),
+        core.decoding("lossless"),
+        core.decoding("exit", forced_exit=[3, 12, 6], kv_fill="defer"),
+        core.decoding("exit", forced_exit=[3, 12, 6], kv_fill="propagate"),
+    ]
+    code = core.encode("\n".join(PROMPTS))
+    prompts = [[*code, *core.encode(prompt)] for prompt in PROMPTS]
+    sampling = _core.Sampling(temperature=0.8, seed=3)
+    cases = [(prompt, way) for way in ways for prompt in prompts]
+    limits = {"max_new_tokens": 100, "stop_tokens": list[int]()}
+    alone = [
+        [token.id for token in core.generate(prompt, way, sampling, **limits)]  # type: ignore[arg-type]
+        for prompt, way in cases
+    ]
+    budget = 4 * (max(map(len, prompts)) + 50)
+    scheduler = _core.Scheduler(core, max_sequences=6, cache_tokens=budget, prefill_chunk=20)
+    first = scheduler.add(*cases[0], sampling, **limits)  # type: ignore[arg-type]
+    together: dict[int, list[int]] = {first: []}
+    numbers = [first]
+    while True:
+        for progress in scheduler.step():
+            assert progress.error is None
+            together[progress.sequence].extend(token.id for token in progress.tokens)
+        if len(numbers) < len(cases):
+            numbers.append(scheduler.add(*cases[len(numbers)], sampling, **limits))  # type: ignore[arg-type]
+            together[numbers[-1]] = []
+        statistics = scheduler.statistics()
+        if statistics.running + statistics.waiting == 0:
+            break
+    assert [together[number] for number in numbers] == alone
+    assert statistics.preemptions > 0 and statistics.prefix_hits > 0

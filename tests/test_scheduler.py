@@ -101,7 +101,7 @@ def test_logprobs_and_bias(model: Model) -> None:
 def test_a_constrained_sequence_waits(model: Model, mask_of: Callable[[int], bytes]) -> None:
     scheduler = Scheduler(model, max_sequences=2)
     number = add(scheduler, model, PROMPTS[1], constrained=True, max_new_tokens=3)
-    given = []
+    given: list[int] = []
     for token in [3, 40, 31]:
         assert scheduler.step() == []
         scheduler.allow(number, mask_of(token))

@@ -296,17 +296,17 @@ class Scheduler:
         constrained: bool = False,
     ) -> int:
         """Queue a sequence and return its number; from any thread. With `top_logprobs` tokens come
-        with their log-probabilities and those of as many most probable tokens. `logit_bias` is added
-        to the logits of its tokens. Each token of a `constrained` sequence waits for `allow`.
+        with their log-probabilities and those of as many most probable tokens. `logit_bias` is
+        added to the logits of its tokens. Each token of a `constrained` sequence waits for `allow`.
         InputError where the prompt cannot fit or a setting is out of range."""
 
     def cancel(self, sequence: int) -> None:
         """End a sequence before the next step; nothing more is reported of it. From any thread."""
 
     def allow(self, sequence: int, mask: _Array) -> None:
-        """Choose the next token of a constrained sequence among those whose bits are set, bit t % 32
-        of the little-endian uint32 word t // 32 for token t; those beyond the mask are not allowed.
-        From any thread. InputError where no token is allowed."""
+        """Choose the next token of a constrained sequence among those whose bits are set: for token
+        t, bit t % 32 of the little-endian uint32 word t // 32. Tokens beyond the mask are not
+        allowed. From any thread. InputError where no token is allowed."""
 
     def step(self) -> list[Progress]:
         """Run one step of each sequence that can run, with the GIL released; empty where none can.
@@ -355,9 +355,9 @@ class StepToken:
 
 @final
 class SchedulerStatistics:
-    """How a scheduler stands: sequences that run and that wait, cache positions in use and in total,
-    how often a sequence had to give up its cache to be recomputed later, how many sequences began
-    with tokens that a cache held, and these tokens."""
+    """How a scheduler stands: sequences that run and that wait, cache positions in use and in
+    total, how often a sequence had to give up its cache to be recomputed later, how many sequences
+    began with tokens that a cache held, and these tokens."""
 
     @property
     def running(self) -> int: ...

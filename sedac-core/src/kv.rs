@@ -73,6 +73,11 @@ impl KvState {
         }
     }
 
+    /// The number of caches.
+    pub fn layers(&self) -> usize {
+        self.filled.len()
+    }
+
     /// Positions of the sequence so far.
     pub fn length(&self) -> usize {
         self.length

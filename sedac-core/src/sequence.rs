@@ -81,6 +81,16 @@ impl Sequence {
         self.kv_fill = kv_fill;
     }
 
+    /// Begin as `other` does: every layer holds its first `length` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] when the cache is too short.
+    pub(crate) fn begin_as(&mut self, other: &Self, length: usize) -> Result<()> {
+        let positions = self.append(&other.tokens[..length])?;
+        (0..self.kv.layers()).for_each(|layer| self.kv.fill(layer, positions.end));
+        Ok(())
+    }
+
     /// The number of first positions that every layer holds.
     pub fn complete(&self) -> usize {
         self.kv.complete()

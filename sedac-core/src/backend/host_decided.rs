@@ -14,14 +14,13 @@ use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{Decision, ExitReason, ExitRule, ExitSignals, RuleState, Signal, Signals};
-use crate::sampler::argmax;
 use crate::sequence::{Sequence, Slots};
 
 /// Drives [`Engines`] one by one and interprets the exit rule after each.
 #[derive(Debug)]
 pub struct HostDecided<E> {
-    engines: E,
-    layers: Vec<Range<usize>>,
+    pub(super) engines: E,
+    pub(super) layers: Vec<Range<usize>>,
     exit_allowed: Vec<bool>,
     capabilities: Capabilities,
     capacity: usize,
@@ -30,16 +29,16 @@ pub struct HostDecided<E> {
 }
 
 /// What a rule knows of the token that it decides about.
-struct Deciding<'a> {
+pub(super) struct Deciding<'a> {
     rule: &'a ExitRule,
     state: RuleState,
     /// Stability of the last three layers.
     recent: [f32; 3],
-    exit_signals: Option<ExitSignals>,
+    pub(super) exit_signals: Option<ExitSignals>,
 }
 
 impl<'a> Deciding<'a> {
-    fn new(rule: &'a ExitRule) -> Self {
+    pub(super) fn new(rule: &'a ExitRule) -> Self {
         Self {
             rule,
             state: rule.start(),
@@ -122,23 +121,22 @@ impl<E: Engines> HostDecided<E> {
             self.run(engine, sequence, &positions)?;
             let layer = self.layers[engine].end;
             let decision = match &mut deciding {
-                Some(deciding) => self.decide(engine, deciding)?,
+                Some(deciding) => self.decide(engine, None, deciding)?,
                 None => None,
             };
-            let reason = match decision {
-                Some(Decision {
-                    reason,
-                    skipped_mlps: Some(share),
-                }) => {
-                    self.run_softly(engine + 1, sequence, &mut positions, share, interrupt)?;
-                    return Ok(StepExit { layer, reason });
-                }
-                Some(decision) => decision.reason,
-                None if layer >= max_depth && self.exit_allowed[layer] => ExitReason::DepthLimit,
-                None => continue,
-            };
-            self.engines.save(positions)?;
-            return Ok(StepExit { layer, reason });
+            if let Some(Decision {
+                reason,
+                skipped_mlps: Some(share),
+            }) = decision
+            {
+                self.run_softly(engine + 1, sequence, &mut positions, share, interrupt)?;
+                return Ok(StepExit { layer, reason });
+            }
+            let reason = decision.map(|decision| decision.reason);
+            if let Some(exit) = self.exit_after(engine, max_depth, reason) {
+                self.engines.save(positions)?;
+                return Ok(exit);
+            }
         }
         Ok(StepExit {
             layer: self.num_layers(),
@@ -191,13 +189,18 @@ impl<E: Engines> HostDecided<E> {
         Ok(())
     }
 
-    fn note_run(&self, engine: usize, sequence: &mut Sequence, positions: &Range<usize>) {
+    pub(super) fn note_run(
+        &self,
+        engine: usize,
+        sequence: &mut Sequence,
+        positions: &Range<usize>,
+    ) {
         for layer in self.layers[engine].clone() {
             sequence.kv_mut().fill(layer, positions.end);
         }
     }
 
-    fn fill(&mut self, layer: usize, sequence: &mut Sequence, end: usize) -> Result<()> {
+    pub(super) fn fill(&mut self, layer: usize, sequence: &mut Sequence, end: usize) -> Result<()> {
         let pending = sequence.kv().pending(layer, end);
         let max = self.engines.max_tokens();
         for start in pending.step_by(max) {
@@ -208,18 +211,35 @@ impl<E: Engines> HostDecided<E> {
         Ok(())
     }
 
-    /// Interpret the rule after every layer of `engine`; what it says of the last one counts, if a
-    /// token may exit there.
-    fn decide(&mut self, engine: usize, deciding: &mut Deciding<'_>) -> Result<Option<Decision>> {
+    /// The exit after `engine`, by `reason` if there is one, or since `max_depth` is reached.
+    pub(super) fn exit_after(
+        &self,
+        engine: usize,
+        max_depth: usize,
+        reason: Option<ExitReason>,
+    ) -> Option<StepExit> {
+        let layer = self.layers[engine].end;
+        let is_limited = layer >= max_depth && self.exit_allowed[layer];
+        let reason = reason.or(is_limited.then_some(ExitReason::DepthLimit))?;
+        Some(StepExit { layer, reason })
+    }
+
+    /// Interpret the rule after every layer of `engine`, for the row `row` or for the newest token;
+    /// what it says of the last layer counts, if a token may exit there.
+    pub(super) fn decide(
+        &mut self,
+        engine: usize,
+        row: Option<usize>,
+        deciding: &mut Deciding<'_>,
+    ) -> Result<Option<Decision>> {
         let layers = self.layers[engine].clone();
         let exit_allowed = self.exit_allowed[layers.end];
         let mut decision = None;
-        for (stability, depth) in self
-            .engines
-            .stability(engine)?
-            .into_iter()
-            .zip(layers.start + 1..)
-        {
+        let stability = match row {
+            Some(row) => self.row_engines().row_stability(engine, row),
+            None => self.engines.stability(engine)?,
+        };
+        for (stability, depth) in stability.into_iter().zip(layers.start + 1..) {
             deciding.recent = [deciding.recent[1], deciding.recent[2], stability];
             let mut signals = Signals {
                 stability,
@@ -231,10 +251,17 @@ impl<E: Engines> HostDecided<E> {
                     .signals(depth)
                     .any(|signal| signal == Signal::Risk)
                 {
-                    signals.risk = self.engines.risk(engine);
+                    signals.risk = match row {
+                        Some(row) => self.row_engines().row_risk(engine, row),
+                        None => self.engines.risk(engine),
+                    };
                 }
                 if deciding.rule.reads_exit_head(depth) {
-                    signals.exit = self.engines.exit_signals(depth, deciding.recent)?;
+                    let recent = deciding.recent;
+                    signals.exit = match row {
+                        Some(row) => self.row_engines().row_exit_signals(depth, row, recent)?,
+                        None => self.engines.exit_signals(depth, recent)?,
+                    };
                 }
             }
             deciding.exit_signals = signals.exit;
@@ -291,16 +318,7 @@ impl<E: Engines> HostDecided<E> {
         let logits = self.engines.logits();
         let width = logits.len() / positions;
         if all_finite(logits) {
-            let rows = || logits.chunks_exact(width);
-            return Ok(match wanted {
-                LogitsRequest::Tokens(_) => Logits::Tokens(rows().map(argmax).collect()),
-                LogitsRequest::Sampled(race) => {
-                    let later = (0..positions).rev();
-                    let token = |(later, row)| race.choose(later, row);
-                    Logits::Tokens(later.zip(rows()).map(token).collect())
-                }
-                _ => Logits::Rows(logits.to_vec()),
-            });
+            return Ok(wanted.of_rows(logits, width));
         }
         let finite = logits.chunks_exact(width).take_while(|row| all_finite(row));
         let position = sequence.kv().length() - positions + finite.count();
@@ -329,7 +347,7 @@ impl<E: Engines> HostDecided<E> {
     }
 
     /// Note what the step cost that took `tokens` tokens to `exit`.
-    fn note_costs(&mut self, tokens: usize, exit: StepExit) {
+    pub(super) fn note_costs(&mut self, tokens: usize, exit: StepExit) {
         let timings = self.engines.take_timings();
         profile::record_step(&timings, tokens, exit);
         for timing in timings {
@@ -358,12 +376,21 @@ impl<E: Engines> Backend for HostDecided<E> {
         if sequences > self.capabilities.sequences {
             self.capabilities.sequences = self.engines.reserve(sequences)?;
             self.slots.grow(self.capabilities.sequences);
+            self.capabilities.shares_passes = self.engines.rows().is_some();
         }
         Ok(())
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
         self.slots.open(self.num_layers(), self.capacity, kv_fill)
+    }
+
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        let copied = self.engines.copy(from.slot(), length, to.slot());
+        if copied {
+            to.begin_as(from, length)?;
+        }
+        Ok(copied)
     }
 
     fn step(
@@ -374,9 +401,20 @@ impl<E: Engines> Backend for HostDecided<E> {
         for step in steps.iter() {
             step.sequence.kv().check_room(step.tokens.len())?;
         }
-        steps
-            .iter_mut()
-            .map(|step| self.step_one(step, interrupt))
+        let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
+        for indices in self.passes_of_rows(steps) {
+            let rows = steps.iter_mut().enumerate();
+            let rows = rows.filter(|(index, _)| indices.contains(index));
+            let (indices, mut rows): (Vec<_>, Vec<_>) = rows.unzip();
+            for (index, outcome) in indices
+                .into_iter()
+                .zip(self.step_rows(&mut rows, interrupt)?)
+            {
+                outcomes[index] = Some(outcome);
+            }
+        }
+        let all = outcomes.into_iter().zip(steps);
+        all.map(|(outcome, step)| outcome.map_or_else(|| self.step_one(step, interrupt), Ok))
             .collect()
     }
 

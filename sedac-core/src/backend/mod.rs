@@ -12,6 +12,7 @@ mod host_decided;
 mod not_finite;
 mod onnxruntime;
 pub mod profile;
+mod row_engines;
 mod step;
 pub mod tensorrt;
 mod timing;
@@ -23,6 +24,7 @@ pub use capabilities::Capabilities;
 pub use costs::{CostRecord, Costs};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
+pub use row_engines::{RowEngines, SequenceRow};
 pub use step::{
     Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
     StepOutcome, margin_bin,
@@ -61,6 +63,16 @@ pub trait Backend: Send {
     /// # Errors
     /// [`Error::Setting`](crate::Error::Setting) when every cache slot is taken.
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence>;
+
+    /// Copy the caches of the first `length` positions of `from`, which every layer holds, to the empty
+    /// sequence `to`. False where the backend cannot.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        let _ = (from, length, to);
+        Ok(false)
+    }
 
     /// Run one step of each of some sequences. The outcomes are in the order of the steps.
     ///
@@ -103,6 +115,13 @@ pub trait Engines: Send {
         Ok(self.capabilities().sequences)
     }
 
+    /// Copy the KV caches of the first `length` positions from the slot `from` to the slot `to`. False
+    /// where these engines cannot.
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
+        let _ = (from, length, to);
+        false
+    }
+
     /// Make the KV cache and saved hidden states in `slot`, below
     /// [`Capabilities::sequences`], those that the following calls use.
     fn select(&mut self, slot: usize) {
@@ -124,6 +143,11 @@ pub trait Engines: Send {
     /// Take the residual stream through `engine`; its layers' caches then hold the pass's
     /// positions.
     fn run(&mut self, engine: usize) -> Result<()>;
+
+    /// Passes over rows of several sequences, where there are any.
+    fn rows(&mut self) -> Option<&mut dyn RowEngines> {
+        None
+    }
 
     /// The engines of attention alone, where there are any.
     fn attention_only(&mut self) -> Option<&mut dyn AttentionOnly> {

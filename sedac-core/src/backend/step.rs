@@ -1,7 +1,7 @@
 //! One call of a backend: what each sequence is to run, and what came of it.
 
 use crate::policy::{ExitReason, ExitRule, ExitSignals};
-use crate::sampler::{Race, Sampler};
+use crate::sampler::{Race, Sampler, argmax};
 use crate::sequence::Sequence;
 
 /// What one sequence is to run.
@@ -103,6 +103,21 @@ impl LogitsRequest {
         sampler
             .race(positions)
             .map_or(Self::Rows(positions), Self::Sampled)
+    }
+
+    /// What is wanted of `logits`, [rows, width], of the newest positions.
+    pub(super) fn of_rows(&self, logits: &[f32], width: usize) -> Logits {
+        let rows = logits.chunks_exact(width);
+        match self {
+            Self::None => Logits::None,
+            Self::Rows(_) => Logits::Rows(logits.to_vec()),
+            Self::Tokens(_) => Logits::Tokens(rows.map(argmax).collect()),
+            Self::Sampled(race) => {
+                let later = (0..rows.len()).rev();
+                let token = |(later, row)| race.choose(later, row);
+                Logits::Tokens(later.zip(rows).map(token).collect())
+            }
+        }
     }
 
     /// The number of positions.

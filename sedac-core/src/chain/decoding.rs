@@ -197,7 +197,7 @@ impl Decoding {
         interrupt: &Interrupt,
         emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<()> {
-        self.plan(backend, sequence, usize::MAX, interrupt)?;
+        self.plan(backend, sequence, usize::MAX, 0, interrupt)?;
         let outcome = match self.has_step() {
             true => {
                 let _span = self.span().entered();
@@ -210,7 +210,7 @@ impl Decoding {
     }
 
     /// Decide what the next step is; prefill takes up to `max_chunk` tokens at once. Drafts are made
-    /// here, and verified in the step.
+    /// here, and verified in the step. Passes may be shared with tokens of `others` texts.
     ///
     /// # Errors
     /// What the backend reports.
@@ -219,6 +219,7 @@ impl Decoding {
         backend: &mut dyn Backend,
         sequence: &mut Sequence,
         max_chunk: usize,
+        others: usize,
         interrupt: &Interrupt,
     ) -> Result<()> {
         let length = sequence.tokens().len();
@@ -227,7 +228,7 @@ impl Decoding {
             return Ok(());
         }
         let max_ahead = backend.capabilities().ahead;
-        match self.draft(backend, sequence, interrupt)? {
+        match self.draft(backend, sequence, others, interrupt)? {
             Some(draft) => self.plan_verification(draft),
             None => self.plan_decode(max_ahead),
         }
@@ -280,6 +281,7 @@ impl Decoding {
         &mut self,
         backend: &mut dyn Backend,
         sequence: &mut Sequence,
+        others: usize,
         interrupt: &Interrupt,
     ) -> Result<Option<Draft>> {
         let Some(drafting) = &mut self.drafting else {
@@ -287,7 +289,7 @@ impl Decoding {
         };
         let max_tokens = self.text.room() - 1;
         let history = &self.text.tokens;
-        let speedup = drafting.expected_speedup(history, max_tokens, backend.costs());
+        let speedup = drafting.expected_speedup(history, max_tokens, others, backend.costs());
         if speedup <= 1.0 || speedup.is_nan() {
             debug!(speedup, max_tokens, "no draft: it would not pay");
             return Ok(None);

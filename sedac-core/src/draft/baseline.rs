@@ -24,6 +24,16 @@ impl BaselineCost {
         self.mean * full_depth_cost(costs, self.layers, 1)
     }
 
+    /// Seconds for a token in a pass that tokens of `others` texts share.
+    pub(crate) fn seconds_beside(&self, others: usize, costs: &Costs) -> f64 {
+        let alone = full_depth_cost(costs, self.layers, 1);
+        let together = full_depth_cost(costs, self.layers, 1 + others);
+        match alone > 0.0 {
+            true => self.seconds(costs) * together / (alone * (1 + others) as f64),
+            false => self.seconds(costs),
+        }
+    }
+
     /// A token exits after `depth` layers.
     pub(crate) fn observe(&mut self, depth: usize, costs: &Costs) {
         let seconds = baseline_cost(costs, self.layers, depth);
@@ -58,6 +68,8 @@ mod tests {
             costs.note_layers(1, tokens, Duration::from_secs(seconds));
         }
         assert_eq!(mean.seconds(&costs), 40.0);
+        assert_eq!(mean.seconds_beside(0, &costs), 40.0);
+        assert_eq!(mean.seconds_beside(1, &costs), 22.0);
         for _ in 0..1000 {
             mean.observe(2, &costs);
         }

@@ -32,21 +32,31 @@ impl PrefixCache {
         }
     }
 
-    /// The sequence whose first tokens `decoding` begins with, the longest such, cut off there. Where
-    /// most of a sequence would be lost, that is only done when `all_taken`: no slot is free.
-    pub(super) fn take(&mut self, decoding: &Decoding, all_taken: bool) -> Option<Sequence> {
+    /// Take the sequence that shares the longest beginning with `decoding`, cut off there, of those
+    /// that share at least `min_length` tokens, 1 or more, and the share `min_kept` of their own.
+    pub(super) fn take(
+        &mut self,
+        decoding: &Decoding,
+        min_length: usize,
+        min_kept: f64,
+    ) -> Option<Sequence> {
         let wanted = decoding.reusable();
-        let common = |sequence: &Sequence| common_prefix(sequence.tokens(), wanted);
-        let worthwhile = |sequence: &Sequence| {
-            let length = common(sequence);
-            length > 0 && (all_taken || 2 * length >= sequence.tokens().len())
-        };
-        let candidates = self.ended.iter().enumerate();
-        let candidates = candidates.filter(|(_, sequence)| worthwhile(sequence));
-        let (index, _) = candidates.max_by_key(|(_, sequence)| common(sequence))?;
+        let lengths = self.ended.iter().enumerate().map(|(index, sequence)| {
+            let own = sequence.tokens();
+            (common_prefix(own, wanted), own.len(), index)
+        });
+        let candidates = lengths.filter(|&(length, own, _)| {
+            length >= min_length.max(1) && length as f64 >= min_kept * own as f64
+        });
+        let (length, _, index) = candidates.max()?;
         let mut sequence = self.ended.remove(index)?;
-        sequence.reuse(common(&sequence), decoding.kv_fill());
+        sequence.reuse(length, decoding.kv_fill());
         Some(sequence)
+    }
+
+    /// All sequences.
+    pub(super) fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.ended.iter()
     }
 
     /// Free the slot of the sequence that ended first. False where there is none.
@@ -55,7 +65,8 @@ impl PrefixCache {
     }
 }
 
-fn common_prefix(ours: &[u32], theirs: &[u32]) -> usize {
+/// The number of first tokens that both have.
+pub(super) fn common_prefix(ours: &[u32], theirs: &[u32]) -> usize {
     let pairs = ours.iter().zip(theirs);
     pairs.take_while(|(ours, theirs)| ours == theirs).count()
 }

@@ -6,14 +6,20 @@ use std::sync::Arc;
 use tracing::{debug, debug_span};
 
 use super::inbox::News;
-use super::prefix_cache::PrefixCache;
+use super::prefix_cache::{PrefixCache, common_prefix};
 use super::scheduled_text::{RunningText, ScheduledText};
 use super::{Progress, SchedulerStatistics};
 use crate::backend::Backend;
-use crate::chain::Chain;
+use crate::chain::{Chain, Decoding};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sequence::Sequence;
+
+/// Where all slots are taken, the share of its tokens that an ended sequence has to keep to be
+/// continued as another; else the one that ended first makes room.
+const MIN_KEPT: f64 = 0.5;
+/// Shorter beginnings are prefilled again as fast as they are copied.
+const MIN_COPIED: usize = 16;
 
 /// All texts that are not at their end, by number: those added first are the oldest.
 pub(super) struct Rounds {
@@ -157,25 +163,52 @@ impl Rounds {
         }
     }
 
-    /// A sequence for the oldest waiting text: one that has ended and begins with the same tokens, or
-    /// an empty one.
+    /// A sequence for the oldest waiting text, with as many of its first tokens as another holds: one
+    /// that has ended is continued, or what they share is copied.
     fn open(&mut self, backend: &mut dyn Backend) -> Option<Sequence> {
         let decoding = &self.waiting.first_key_value()?.1.decoding;
         let all_taken = self.running.len() + self.ended.len() >= self.slots;
-        if let Some(sequence) = self.ended.take(decoding, all_taken) {
+        let min_kept = if all_taken { MIN_KEPT } else { 1.0 };
+        let shared = self.longest_prefix(decoding).0;
+        if let Some(sequence) = self.ended.take(decoding, shared, min_kept) {
             return Some(sequence);
         }
         if all_taken {
             self.ended.evict();
         }
-        loop {
+        let mut sequence = loop {
             match backend.open(decoding.kv_fill()) {
-                Ok(sequence) => return Some(sequence),
+                Ok(sequence) => break sequence,
                 // others have slots of the backend, too
                 Err(_) if self.ended.evict() => {}
                 Err(_) => return None,
             }
+        };
+        if let (length @ MIN_COPIED.., Some(source)) = self.longest_prefix(decoding) {
+            match backend.copy(source, length, &mut sequence) {
+                Ok(true) => {}
+                Ok(false) => return self.ended.take(decoding, 1, MIN_KEPT).or(Some(sequence)),
+                Err(error) => debug!(%error, "a prefix is not copied"),
+            }
         }
+        Some(sequence)
+    }
+
+    /// The most first tokens of `decoding` that a sequence holds, and this sequence.
+    fn longest_prefix(&self, decoding: &Decoding) -> (usize, Option<&Sequence>) {
+        let wanted = decoding.reusable();
+        let ended = self.ended.sequences();
+        let ended = ended.map(|sequence| (sequence.tokens().len(), sequence));
+        let running = self.running.values().map(|running| {
+            let sequence = &running.sequence;
+            let decoding = &running.text.decoding;
+            (decoding.exact(sequence.complete()), sequence)
+        });
+        let shared = ended.chain(running).map(|(length, sequence)| {
+            let length = common_prefix(&sequence.tokens()[..length], wanted);
+            (length, Some(sequence))
+        });
+        shared.max_by_key(|&(length, _)| length).unwrap_or_default()
     }
 
     /// Plan a step of each text that can run. Returns those for which the backend has to.
@@ -191,16 +224,21 @@ impl Rounds {
             chunk == 0 && !running.text.decoding.waits(running.length(), 1)
         };
         let decoding = self.running.iter().filter(|(_, running)| decodes(running));
-        chosen.extend(decoding.map(|(&number, _)| number));
+        let decoding: Vec<_> = decoding.map(|(&number, _)| number).collect();
+        let others = match chain.backend_mut().capabilities().shares_passes {
+            true => decoding.len().saturating_sub(1),
+            false => 0,
+        };
+        chosen.extend(decoding);
         chosen.retain(|number| {
             let Some(running) = self.running.get_mut(number) else {
                 return false;
             };
             let RunningText { text, sequence, .. } = running;
             let backend = chain.backend_mut();
-            let planned = text
-                .decoding
-                .plan(backend, sequence, self.prefill_chunk, interrupt);
+            let planned =
+                text.decoding
+                    .plan(backend, sequence, self.prefill_chunk, others, interrupt);
             if let Err(error) = planned {
                 self.end(*number, &Arc::new(error), chain, progress);
                 return false;

@@ -163,9 +163,10 @@ fn a_conversation_goes_on_from_its_cache() {
         );
         outcome
     };
-    let first = turn(&[1, 2, 3, 4]);
+    let prompt = &long_prompt()[..20];
+    let first = turn(prompt);
     assert_eq!(first.cached_prompt_tokens, 0);
-    let answered = [&[1, 2, 3, 4], &first.tokens[..]].concat();
+    let answered = [prompt, &first.tokens[..]].concat();
     let second = turn(&[&answered[..], &[5, 1]].concat());
     // the last token of an answer is never run
     assert_eq!(second.cached_prompt_tokens, answered.len() - 1);
@@ -174,6 +175,35 @@ fn a_conversation_goes_on_from_its_cache() {
     let statistics = scheduler.statistics();
     assert_eq!(statistics.prefix_hits, 2);
     assert_eq!(statistics.prefix_tokens as usize, 2 * (answered.len() - 1));
+}
+
+/// Whether the other text still runs or has ended, and goes on from there itself.
+#[test]
+fn beginnings_are_copied() {
+    let prompt = long_prompt();
+    let kernel = ToyKernel::new(&ENGINE_SIZES, 256, 1, &Caches::default());
+    for mut chain in [toy(), chain_over_kernel(kernel, &ends(&ENGINE_SIZES))] {
+        let scheduler = Scheduler::new(&mut chain, settings(3, 64)).unwrap();
+        let mut outcomes = BTreeMap::new();
+        let requests =
+            [&[1, 2], &[3][..], &[1, 2, 3]].map(|tail| request([&prompt, tail].concat(), 20));
+        let mut numbers = vec![add(&scheduler, &requests[0])];
+        step(&scheduler, &mut chain, &mut outcomes);
+        numbers.push(add(&scheduler, &requests[1]));
+        finish(&scheduler, &mut chain, &mut outcomes);
+        numbers.push(add(&scheduler, &requests[2]));
+        finish(&scheduler, &mut chain, &mut outcomes);
+        let shared = numbers
+            .iter()
+            .map(|number| outcomes[number].cached_prompt_tokens);
+        assert_eq!(
+            shared.collect::<Vec<_>>(),
+            [0, prompt.len(), prompt.len() + 2]
+        );
+        for (request, number) in requests.iter().zip(&numbers) {
+            assert_eq!(outcomes[number].tokens, alone(&mut toy(), request).0);
+        }
+    }
 }
 
 /// What exits leave in caches is of the text that exited, not of others that begin like it.

@@ -63,6 +63,9 @@ pub trait ChainDevice: Send {
     /// Have `slots` slots, of which none holds anything.
     fn reserve(&mut self, slots: usize) -> Result<()>;
 
+    /// Copy the first `length` positions of the caches of the slot `from` to those of `to`.
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> Result<()>;
+
     /// Overwrite the caches of `slot` with zeros.
     fn clear(&mut self, slot: usize) -> Result<()>;
 }

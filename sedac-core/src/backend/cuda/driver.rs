@@ -14,14 +14,13 @@ use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 use super::compiled_chain::CompiledChain;
 use super::packed_weights::{PackedWeights, WeightAddresses};
 use super::probe_weights::{self, ProbeWeights};
+use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::gpu::{failed, new_stream};
 use crate::bundle::{Bundle, ChainKernels};
 use crate::error::{Error, Result};
 use crate::policy::Condition;
 
-/// Bytes of a number in caches.
-const HALF: u64 = 2;
-/// Bytes of a number elsewhere.
+/// Bytes of a number outside of caches.
 const FLOAT: u64 = size_of::<f32>() as u64;
 
 // SAFETY: it is repr(C) of integers only, and lies in the parameter as the kernel's struct does,
@@ -83,55 +82,11 @@ impl CudaChain<CudaDriver> {
     }
 }
 
-/// What the sequences of all slots have, and where the kernel finds it.
-struct SlotMemory {
-    /// Of each layer, keys and values.
-    caches: Vec<CudaSlice<u8>>,
-    /// Hidden states at exits.
-    saved: CudaSlice<u8>,
-    /// The layers' addresses, these caches' among them.
-    layers: CudaSlice<LayerPointers>,
-}
-
-impl SlotMemory {
-    /// Allocate what `sizes` says, and write where it lies to `layers`.
-    fn allocate(
-        stream: &Arc<CudaStream>,
-        sizes: &MemorySizes,
-        layers: &mut [LayerPointers],
-    ) -> Result<Self> {
-        let mut caches = Vec::new();
-        for layer in layers.iter_mut() {
-            for pointer in [&mut layer.keys, &mut layer.values] {
-                let cache = zeros(stream, sizes.cache())?;
-                *pointer = cache.device_ptr(stream).0;
-                caches.push(cache);
-            }
-        }
-        let saved = zeros(stream, sizes.saved())?;
-        let copied = stream.clone_htod(layers);
-        // `layers` are read until then, also where the call failed
-        let waited = stream.synchronize();
-        let copied = copied.and_then(|copied| waited.map(|()| copied));
-        Ok(Self {
-            caches,
-            saved,
-            layers: copied.map_err(failed("a copy of the layers' addresses to the GPU"))?,
-        })
-    }
-}
-
 /// Bytes of what a chain takes beside its weights.
 #[derive(Debug, Clone, Copy)]
 struct MemorySizes {
-    sequences: usize,
-    capacity: usize,
-    layers: usize,
+    slots: SlotSizes,
     vocabulary: usize,
-    /// Keys, or values, of one layer and slot.
-    slot: u64,
-    /// Hidden states saved of one slot.
-    saved_slot: u64,
     tables: u64,
     /// Each of two sets.
     scratch: u64,
@@ -147,28 +102,20 @@ impl MemorySizes {
         sequences: usize,
     ) -> Self {
         let shape = kernels.shape;
-        let positions = capacity as u64;
-        let key_size = (shape.key_value_heads * shape.head_size) as u64;
         Self {
-            sequences,
-            capacity,
-            layers: shape.layers,
+            slots: SlotSizes {
+                slots: sequences,
+                capacity,
+                layers: shape.layers,
+                key_value_heads: shape.key_value_heads,
+                head_size: shape.head_size,
+                saved_bytes: u64::from(chain.facts.saved_floats) * FLOAT,
+            },
             vocabulary: shape.vocabulary,
-            slot: key_size * positions * HALF,
-            saved_slot: positions * u64::from(chain.facts.saved_floats) * FLOAT,
             tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
             scratch: chain.facts.scratch_bytes,
             conditions: MAX_CRITERIA * shape.layers,
         }
-    }
-
-    /// Keys, or values, of one layer.
-    fn cache(&self) -> u64 {
-        self.slot * self.sequences as u64
-    }
-
-    fn saved(&self) -> u64 {
-        self.saved_slot * self.sequences as u64
     }
 
     fn logits(&self) -> usize {
@@ -177,8 +124,7 @@ impl MemorySizes {
 
     /// All of them.
     fn total(&self) -> u64 {
-        2 * self.layers as u64 * self.cache()
-            + self.saved()
+        self.slots.total()
             + self.tables
             + 2 * self.scratch
             + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
@@ -226,7 +172,7 @@ impl CudaDriver {
             weights.layers[probe.depth - 1].probe = numbers.device_ptr(&stream).0;
             uploaded.push(numbers);
         }
-        let slots = SlotMemory::allocate(&stream, &sizes, &mut weights.layers)?;
+        let slots = SlotMemory::allocate(&stream, sizes.slots, &mut weights.layers)?;
         let mut allocate = |bytes| -> Result<u64> {
             let slice = zeros(&stream, bytes)?;
             let address = slice.device_ptr(&stream).0;
@@ -244,7 +190,7 @@ impl CudaDriver {
             scratch: allocate(sizes.scratch)?,
             next_scratch: allocate(sizes.scratch)?,
             tables: allocate(sizes.tables)?,
-            capacity: sizes.capacity as i32,
+            capacity: sizes.slots.capacity as i32,
             blocks: chain.blocks as i32,
             // scratch that nothing wrote to holds 0
             number: 1,
@@ -317,15 +263,17 @@ impl CudaDriver {
         assert!(sequences <= pass.rows.len(), "sequences of a pass");
         for row in &pass.rows {
             assert!(row.token < 0 || below(row.token, self.sizes.vocabulary));
-            assert!(below(row.position, self.sizes.capacity) && below(row.sequence, sequences));
-            assert!(below(row.first_layer, self.sizes.layers));
+            assert!(
+                below(row.position, self.slots.sizes.capacity) && below(row.sequence, sequences)
+            );
+            assert!(below(row.first_layer, self.slots.sizes.layers));
         }
         self.check_steps(pass);
         let mut next = 0;
         for sequence in &pass.sequences {
-            assert!(below(sequence.slot, self.sizes.sequences) && sequence.first_row == next);
+            assert!(below(sequence.slot, self.slots.sizes.slots) && sequence.first_row == next);
             assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
-            assert!(below(sequence.max_depth - 1, self.sizes.layers));
+            assert!(below(sequence.max_depth - 1, self.slots.sizes.layers));
             assert!(below(sequence.criteria, MAX_CRITERIA + 1));
             let mut tables = (0..MAX_TABLES).map(|table| self.table(table));
             assert!(sequence.criteria == 0 || tables.any(|table| table == sequence.conditions));
@@ -351,7 +299,7 @@ impl CudaDriver {
         for row in &pass.rows {
             let last = row.position as usize + steps - 1;
             assert!(steps == 1 || (row.token >= 0 && row.first_layer == 0));
-            assert!(last < self.sizes.capacity, "positions of a pass");
+            assert!(last < self.slots.sizes.capacity, "positions of a pass");
         }
     }
 }
@@ -380,7 +328,7 @@ fn kernels_of(bundle: &Bundle) -> Result<&ChainKernels> {
 }
 
 /// `bytes` bytes of zeros.
-fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
+pub(super) fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
     let slice = stream.alloc_zeros::<u8>(bytes.max(1) as usize);
     slice.map_err(failed(format!("{bytes} bytes of GPU memory")))
 }
@@ -459,30 +407,26 @@ impl ChainDevice for CudaDriver {
     }
 
     fn reserve(&mut self, slots: usize) -> Result<()> {
-        let sizes = MemorySizes {
-            sequences: slots,
-            ..self.sizes
+        let sizes = SlotSizes {
+            slots,
+            ..self.slots.sizes
         };
-        let stream = &self.stream;
         let mut layers = self.layer_pointers.clone();
-        let allocated = SlotMemory::allocate(stream, &sizes, &mut layers)?;
-        self.parameters.layers = allocated.layers.device_ptr(stream).0;
-        self.parameters.saved = allocated.saved.device_ptr(stream).0;
+        let slots = SlotMemory::allocate(&self.stream, sizes, &mut layers)?;
+        self.parameters.layers = slots.layers.device_ptr(&self.stream).0;
+        self.parameters.saved = slots.saved.device_ptr(&self.stream).0;
         // every pass was waited for, so that nothing uses the memory that goes back now
-        self.slots = allocated;
+        self.slots = slots;
         self.layer_pointers = layers;
-        self.sizes = sizes;
         Ok(())
     }
 
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> Result<()> {
+        self.slots.copy(&self.stream, from, length, to)
+    }
+
     fn clear(&mut self, slot: usize) -> Result<()> {
-        let bytes = self.sizes.slot as usize;
-        for cache in &mut self.slots.caches {
-            let mut slot = cache.slice_mut(slot * bytes..(slot + 1) * bytes);
-            let cleared = self.stream.memset_zeros(&mut slot);
-            cleared.map_err(failed("a cache of the GPU"))?;
-        }
-        Ok(())
+        self.slots.clear(&self.stream, slot)
     }
 }
 

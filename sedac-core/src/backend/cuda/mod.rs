@@ -13,6 +13,7 @@ mod packed_weights;
 mod pass_costs;
 mod probe_weights;
 mod rule_tables;
+mod slot_memory;
 
 use std::ops::Range;
 use std::time::Instant;
@@ -434,10 +435,8 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
         }
         let taken = self.slots.taken();
         if taken > 0 {
-            let range = format!(
-                "at most {} while sequences are under way, of which there are {taken}",
-                self.capabilities.sequences
-            );
+            let most = self.capabilities.sequences;
+            let range = format!("at most {most} until the {taken} under way have ended");
             return Err(Error::setting("sequences", sequences, range));
         }
         self.device.reserve(sequences)?;
@@ -448,6 +447,12 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {
         self.slots.open(self.num_layers(), self.capacity, kv_fill)
+    }
+
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        self.device.copy(from.slot(), length, to.slot())?;
+        to.begin_as(from, length)?;
+        Ok(true)
     }
 
     fn step(

@@ -98,6 +98,10 @@ mod tests {
             unreachable!("nothing runs")
         }
 
+        fn copy(&mut self, _: usize, _: usize, _: usize) -> Result<()> {
+            unreachable!("nothing runs")
+        }
+
         fn clear(&mut self, _: usize) -> Result<()> {
             unreachable!("nothing runs")
         }

@@ -1,9 +1,12 @@
 //! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
 
+mod cache_memory;
 mod exits;
 mod graph_executor;
 mod huge_pages;
 mod pass;
+mod row_graph;
+mod rows;
 mod runtime;
 
 use std::collections::HashMap;
@@ -15,13 +18,17 @@ use ort::environment::Environment;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
+use self::cache_memory::CacheMemory;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::pass::{Contexts, Pass, Passes, Shared};
+use self::rows::Rows;
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
-use super::{AttentionOnly, Capabilities, EnginePart, EngineTiming, Engines, Stopwatch};
+use super::{
+    AttentionOnly, Capabilities, EnginePart, EngineTiming, Engines, RowEngines, Stopwatch,
+};
 use crate::bundle::{Bundle, ExitEntry, LayerEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
@@ -58,9 +65,12 @@ pub struct OnnxRuntime {
     head_passes: HashMap<usize, HeadPass>,
     /// Tokens whose logits were computed last.
     logit_rows: usize,
+    caches: CacheMemory,
     slots: Vec<Slot>,
     /// The slot that calls are about.
     selected: usize,
+    /// Passes of several slots, where the layers' graphs can have them.
+    rows: Option<Rows>,
     stopwatch: Stopwatch,
 }
 
@@ -72,6 +82,8 @@ struct Slot {
     fillings: HashMap<usize, Filling>,
     /// Hidden states by position, `hidden_size` numbers each.
     saved: Vec<f32>,
+    /// Positions from which on caches hold nothing that counts.
+    used: usize,
 }
 
 /// Exit hidden states and contexts of consecutive positions, as kv engines read them.
@@ -145,8 +157,10 @@ impl OnnxRuntime {
             hidden_size: manifest.model.hidden_size,
             head_passes: HashMap::new(),
             logit_rows: 1,
+            caches: CacheMemory::new(manifest, 1)?,
             slots: Vec::new(),
             selected: 0,
+            rows: None,
             stopwatch: Stopwatch::default(),
             exits: Exits::load(exits, manifest.model.hidden_size, open)?,
             attention: Vec::new(),
@@ -160,22 +174,31 @@ impl OnnxRuntime {
             key_value,
             head,
         };
-        engines.add_slot()?;
+        engines.slots.push(engines.new_slot(0)?);
         Ok(engines)
     }
 
-    fn add_slot(&mut self) -> Result<()> {
+    /// A slot that has run nothing.
+    fn new_slot(&self, index: usize) -> Result<Slot> {
         let manifest = &self.bundle.manifest;
-        let mut shared = Shared::new(manifest)?;
-        let ends = (&self.embed, self.contexts.as_ref());
-        let decode = Pass::new(1, &mut shared, ends, &self.layers, &self.entries)?;
-        self.slots.push(Slot {
+        let shared = Shared::new(manifest, index..index + 1)?;
+        Ok(Slot {
             saved: vec![0.0; manifest.max_cache_length * shared.hidden_size],
-            passes: Passes::new(decode),
+            passes: Passes::new(self.new_pass(1, &shared)?),
             fillings: HashMap::new(),
+            used: 0,
             shared,
-        });
-        Ok(())
+        })
+    }
+
+    fn new_pass(&self, tokens: usize, shared: &Shared) -> Result<Pass> {
+        Pass::new(
+            tokens,
+            (shared, &self.caches),
+            (&self.embed, self.contexts.as_ref()),
+            &self.layers,
+            &self.entries,
+        )
     }
 
     /// Load the attention engines, once.
@@ -214,7 +237,7 @@ impl OnnxRuntime {
             let session = self.contexts.as_mut();
             filling
                 .contexts
-                .run(session, positions.start, &mut self.stopwatch)?;
+                .run(session, positions.clone(), &mut self.stopwatch)?;
             let size = self.hidden_size;
             let rows = &slot.saved[positions.start * size..positions.end * size];
             write(&mut filling.hidden, rows);
@@ -224,25 +247,54 @@ impl OnnxRuntime {
         Ok(())
     }
 
+    /// Compute the logits of `rows` of the residual stream.
+    fn run_head(&mut self, rows: &[f32]) -> Result<()> {
+        let sizes = (self.hidden_size, self.vocab_size);
+        let tokens = rows.len() / self.hidden_size;
+        let pass = match self.head_passes.entry(tokens) {
+            Entry::Occupied(ready) => ready.into_mut(),
+            Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.head, tokens, sizes)?),
+        };
+        write(&mut pass.input, rows);
+        self.logit_rows = tokens;
+        self.stopwatch.time(EnginePart::Head, tokens, || {
+            run(&mut self.head, &pass.binding, || "head engine".into())
+        })
+    }
+
+    /// The logits that the head computed last.
+    fn head_logits(&self) -> &[f32] {
+        self.head_passes
+            .get(&self.logit_rows)
+            .map_or(&[], |pass| read(&pass.logits))
+    }
+
     /// Make a pass of `tokens` positions from `start` on the current one.
     fn begin(&mut self, tokens: usize, start: usize) -> Result<()> {
-        let slot = &mut self.slots[self.selected];
-        if !slot.passes.has(tokens) {
-            let ends = (&self.embed, self.contexts.as_ref());
-            let (layers, entries) = (&self.layers, &self.entries);
-            let pass = Pass::new(tokens, &mut slot.shared, ends, layers, entries)?;
-            slot.passes.insert(pass);
+        if !self.slots[self.selected].passes.has(tokens) {
+            let pass = self.new_pass(tokens, &self.slots[self.selected].shared)?;
+            self.slots[self.selected].passes.insert(pass);
         }
-        slot.shared.set_length(start + tokens);
+        let slot = &mut self.slots[self.selected];
+        let positions = start..start + tokens;
+        slot.shared.set_lengths(&[positions.end]);
+        slot.note_run(positions.clone());
+        let pass = slot.passes.begin(tokens);
+        let session = self.contexts.as_mut();
+        pass.contexts.run(session, positions, &mut self.stopwatch)
+    }
+}
+
+impl Slot {
+    /// `positions` are about to run.
+    fn note_run(&mut self, positions: Range<usize>) {
+        self.used = positions.end;
         // exit hidden states at these positions are about to change
-        for filling in slot.fillings.values_mut() {
-            if filling.positions.end > start {
+        for filling in self.fillings.values_mut() {
+            if filling.positions.end > positions.start {
                 filling.positions = 0..0;
             }
         }
-        let pass = slot.passes.begin(tokens);
-        let session = self.contexts.as_mut();
-        pass.contexts.run(session, start, &mut self.stopwatch)
     }
 }
 
@@ -255,6 +307,7 @@ impl Engines for OnnxRuntime {
         let probes = self.entries.iter().filter(|entry| entry.risk);
         Capabilities {
             sequences: self.slots.len(),
+            shares_passes: self.rows.is_some(),
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
@@ -263,12 +316,34 @@ impl Engines for OnnxRuntime {
     }
 
     fn reserve(&mut self, sequences: usize) -> Result<usize> {
-        self.bundle
-            .check_slots_memory(sequences.saturating_sub(self.slots.len()))?;
-        while self.slots.len() < sequences {
-            self.add_slot()?;
+        let more = sequences.saturating_sub(self.slots.len());
+        self.bundle.check_slots_memory(more)?;
+        self.rows = self.load_rows()?;
+        let mut caches = CacheMemory::new(&self.bundle.manifest, sequences)?;
+        caches.copy_from(&self.caches);
+        self.caches = caches;
+        for index in 0..sequences {
+            let mut slot = self.new_slot(index)?;
+            if let Some(before) = self.slots.get_mut(index) {
+                // what its sequence has beside the caches; its passes are bound to the old ones
+                slot.used = before.used;
+                slot.saved = std::mem::take(&mut before.saved);
+                *before = slot;
+            } else {
+                self.slots.push(slot);
+            }
         }
-        Ok(self.slots.len())
+        Ok(sequences)
+    }
+
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
+        self.caches.copy(from, length, to);
+        self.slots[to].note_run(0..length);
+        true
+    }
+
+    fn rows(&mut self) -> Option<&mut dyn RowEngines> {
+        self.rows.is_some().then_some(self)
     }
 
     fn select(&mut self, slot: usize) {
@@ -343,14 +418,19 @@ impl Engines for OnnxRuntime {
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
         self.prepare_filling(&positions)?;
-        let slot = &mut self.slots[self.selected];
+        let slot = &self.slots[self.selected];
         let filling = &slot.fillings[&positions.len()];
         let engine = &mut self.key_value[layer];
         let mut bound = binding(&engine.session)?;
         bind_input(&mut bound, "x", &filling.hidden)?;
         filling.contexts.bind(&mut bound, &engine.contexts)?;
         bind_input(&mut bound, "write_index", &slot.shared.write_index)?;
-        slot.shared.bind_cache(&mut bound, layer, 0)?;
+        // SAFETY: the binding is run here, and the caches live.
+        unsafe {
+            let slots = slot.shared.slots.clone();
+            self.caches
+                .bind(&mut bound, &engine.session, (layer, 0), slots)?;
+        }
         let part = EnginePart::KeyValue(layer);
         self.stopwatch.time(part, positions.len(), || {
             run(&mut engine.session, &bound, || {
@@ -360,13 +440,8 @@ impl Engines for OnnxRuntime {
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
-        let sizes = (self.hidden_size, self.vocab_size);
-        let pass = match self.head_passes.entry(tokens) {
-            Entry::Occupied(ready) => ready.into_mut(),
-            Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.head, tokens, sizes)?),
-        };
         let passes = &self.slots[self.selected].passes;
-        let rows = passes.newest(tokens, sizes.0);
+        let rows = passes.newest(tokens, self.hidden_size);
         let depth = self.entries[passes.engines_run - 1].end();
         // lenses are for exits, which are of one token
         let seen = match tokens {
@@ -377,17 +452,12 @@ impl Engines for OnnxRuntime {
             }
             _ => None,
         };
-        write(&mut pass.input, seen.unwrap_or(rows));
-        self.logit_rows = tokens;
-        self.stopwatch.time(EnginePart::Head, tokens, || {
-            run(&mut self.head, &pass.binding, || "head engine".into())
-        })
+        let rows = seen.unwrap_or(rows).to_vec();
+        self.run_head(&rows)
     }
 
     fn logits(&self) -> &[f32] {
-        self.head_passes
-            .get(&self.logit_rows)
-            .map_or(&[], |pass| read(&pass.logits))
+        self.head_logits()
     }
 
     fn take_timings(&mut self) -> Vec<EngineTiming> {
@@ -400,7 +470,11 @@ impl AttentionOnly for OnnxRuntime {
         self.load_attention()?;
         let Slot { passes, shared, .. } = &mut self.slots[self.selected];
         let pass = passes.current_mut();
-        pass.bind_attention(&self.attention, &self.attention_entries, shared)?;
+        pass.bind_attention(
+            &self.attention,
+            &self.attention_entries,
+            (shared, &self.caches),
+        )?;
         let entry = &self.attention_entries[engine];
         let part = EnginePart::Attention(entry.range());
         self.stopwatch.time(part, pass.contexts.tokens(), || {

@@ -1,70 +1,51 @@
 //! Buffers that engines read and write, bound once and reused.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::MAX_REUSED_TOKENS;
+use super::cache_memory::CacheMemory;
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
 use crate::backend::{EnginePart, Stopwatch};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
 
-/// Tensors that all passes use.
+/// Tensors that all passes over the same slots use.
 pub(super) struct Shared {
     pub(super) hidden_size: usize,
     pub(super) write_index: Tensor<i64>,
     contexts: Vec<ContextTensor>,
-    /// Key and value cache of each layer, [1, heads, max_cache_length and spare ones, head_size].
-    caches: Vec<[Tensor<f32>; 2]>,
+    /// Whose caches engines see: one, or neighbours with a row each.
+    pub(super) slots: Range<usize>,
     seqlens_k: Tensor<i32>,
     total_sequence_length: Tensor<i32>,
 }
 
 impl Shared {
-    pub(super) fn new(manifest: &Manifest) -> Result<Self> {
-        let length = manifest.max_cache_length + manifest.precision.spare_positions();
-        let caches = manifest
-            .key_value_heads
-            .iter()
-            .map(|kv| {
-                let shape = [1, kv.heads, length, kv.head_size];
-                Ok([tensor(&shape)?, tensor(&shape)?])
-            })
-            .collect::<Result<_>>()?;
+    pub(super) fn new(manifest: &Manifest, slots: Range<usize>) -> Result<Self> {
         Ok(Self {
             hidden_size: manifest.model.hidden_size,
             write_index: tensor(&[1])?,
             contexts: manifest.contexts.clone(),
-            caches,
-            seqlens_k: tensor(&[1])?,
+            seqlens_k: tensor(&[slots.len()])?,
             total_sequence_length: tensor(&[])?,
+            slots,
         })
     }
 
-    /// Tell attention how many positions there are, the current pass's included.
-    pub(super) fn set_length(&mut self, length: usize) {
-        write(&mut self.seqlens_k, &[length as i32 - 1]);
-        write(&mut self.total_sequence_length, &[length as i32]);
-    }
-
-    /// Bind `layer`'s cache as an engine's `index`-th, input and output in the same memory.
-    pub(super) fn bind_cache(
-        &mut self,
-        bound: &mut IoBinding,
-        layer: usize,
-        index: usize,
-    ) -> Result<()> {
-        for (kind, cache) in ["key", "value"].into_iter().zip(&mut self.caches[layer]) {
-            bind_input(bound, &format!("past_{kind}_{index}"), cache)?;
-            bind_output(bound, &format!("present_{kind}_{index}"), cache)?;
-        }
-        Ok(())
+    /// Tell attention how many positions there are in each slot, the current pass's included.
+    pub(super) fn set_lengths(&mut self, lengths: &[usize]) {
+        let last: Vec<i32> = lengths.iter().map(|&length| length as i32 - 1).collect();
+        write(&mut self.seqlens_k, &last);
+        let longest = last.iter().max().map_or(0, |last| last + 1);
+        write(&mut self.total_sequence_length, &[longest]);
     }
 }
 
-/// Consecutive positions and what layers take of them, for one number of tokens.
+/// Positions and what layers take of them, for one number of tokens.
 pub(super) struct Contexts {
     tokens: usize,
     position_ids: Tensor<i64>,
@@ -99,14 +80,14 @@ impl Contexts {
         self.tokens
     }
 
-    /// Take positions from `start` on; `session` is the one bound before.
+    /// Take `positions`, one for each token; `session` is the one bound before.
     pub(super) fn run(
         &mut self,
         session: Option<&mut Session>,
-        start: usize,
+        positions: impl Iterator<Item = usize>,
         stopwatch: &mut Stopwatch,
     ) -> Result<()> {
-        let positions: Vec<i64> = (start as i64..).take(self.tokens).collect();
+        let positions: Vec<i64> = positions.map(|position| position as i64).collect();
         write(&mut self.position_ids, &positions);
         let Some((session, bound)) = session.zip(self.bound.as_ref()) else {
             return Ok(());
@@ -145,7 +126,7 @@ pub(super) struct Pass {
 impl Pass {
     pub(super) fn new(
         tokens: usize,
-        shared: &mut Shared,
+        (shared, caches): (&Shared, &CacheMemory),
         (embed, contexts): (&Session, Option<&Session>),
         layers: &[Session],
         entries: &[LayerEntry],
@@ -169,7 +150,7 @@ impl Pass {
         };
         pass.bind_embed(embed)?;
         for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
-            let bound = pass.bind_layer(engine, session, entry, shared)?;
+            let bound = pass.bind_layer(engine, session, entry, (shared, caches))?;
             pass.layers.push(bound);
         }
         Ok(pass)
@@ -206,7 +187,7 @@ impl Pass {
         engine: usize,
         session: &Session,
         entry: &LayerEntry,
-        shared: &mut Shared,
+        (shared, caches): (&Shared, &CacheMemory),
     ) -> Result<IoBinding> {
         let mut bound = binding(session)?;
         bind_input(&mut bound, "x", self.hidden(engine))?;
@@ -215,7 +196,10 @@ impl Pass {
         let total = &shared.total_sequence_length;
         bind_input(&mut bound, "total_sequence_length", total)?;
         for index in 0..entry.num_layers {
-            shared.bind_cache(&mut bound, entry.first_layer + index, index)?;
+            let place = (entry.first_layer + index, index);
+            // SAFETY: whoever holds passes holds the caches, makes new passes with new ones, and
+            // runs one binding at a time.
+            unsafe { caches.bind(&mut bound, session, place, shared.slots.clone())? };
         }
         bind_output(&mut bound, "y", self.hidden_mut(engine + 1))?;
         bind_output(&mut bound, "stability", &mut self.stability[engine])?;
@@ -230,10 +214,11 @@ impl Pass {
         &mut self,
         sessions: &[Session],
         entries: &[LayerEntry],
-        shared: &mut Shared,
+        (shared, caches): (&Shared, &CacheMemory),
     ) -> Result<()> {
         for engine in self.attention.len()..sessions.len() {
-            let bound = self.bind_layer(engine, &sessions[engine], &entries[engine], shared)?;
+            let (session, entry) = (&sessions[engine], &entries[engine]);
+            let bound = self.bind_layer(engine, session, entry, (shared, caches))?;
             self.attention.push(bound);
         }
         Ok(())

@@ -18,7 +18,7 @@ use ort::value::{
 };
 use ort::{AsPointer, LoadDynamicError};
 
-use super::huge_pages;
+use super::{huge_pages, row_graph};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 
@@ -129,6 +129,30 @@ pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -
     unsafe { device_session(environment, bundle, file, Provider::Cpu) }
 }
 
+/// The layer graph in `file` of `bundle` for the CPU, with rows of several sequences; None where it
+/// cannot have them.
+pub(super) fn row_session(
+    environment: &Environment,
+    bundle: &Bundle,
+    file: &Path,
+) -> Result<Option<Session>> {
+    let (graph, directory) = bundle.gate.graph(file)?;
+    let Some(graph) = row_graph::of_sequences(&graph) else {
+        return Ok(None);
+    };
+    let what = || {
+        format!(
+            "{} cannot be loaded for rows",
+            bundle.gate.shown(file).display()
+        )
+    };
+    // SAFETY: there is no stream.
+    let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
+    loaded
+        .map(Some)
+        .map_err(|source| engine_error(what(), source))
+}
+
 /// Load the graph in `file` of `bundle` for `provider`, which takes all of its nodes or fails.
 ///
 /// # Safety
@@ -140,23 +164,33 @@ pub(super) unsafe fn device_session(
     provider: Provider,
 ) -> Result<Session> {
     let (graph, directory) = bundle.gate.graph(file)?;
+    let what = || format!("{} cannot be loaded", bundle.gate.shown(file).display());
+    // SAFETY: what the caller promises.
+    let loaded = unsafe { load(environment, &graph, &directory, provider) };
+    loaded.map_err(|source| engine_error(what(), source))
+}
+
+/// # Safety
+/// As [`Provider::dispatch`].
+unsafe fn load(
+    environment: &Environment,
+    graph: &[u8],
+    directory: &Path,
+    provider: Provider,
+) -> ort::Result<Session> {
     let no_cpu_nodes = if provider == Provider::Cpu { "0" } else { "1" };
     // SAFETY: what the caller promises.
     let provider = unsafe { provider.dispatch() };
-    let load = || {
-        Session::builder(environment)?
-            .with_optimization_level(GraphOptimizationLevel::Level3)?
-            .with_memory_pattern(false)?
-            .with_execution_providers([provider])?
-            .with_config_entry(NO_CPU_NODES, no_cpu_nodes)?
-            .with_env_allocators()?
-            .with_config_entry(WEIGHTS_DIRECTORY, directory.to_string_lossy())?
-            // what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
-            .with_config_entry("session.load_model_format", "ONNX")?
-            .commit_from_memory(&graph)
-    };
-    let what = || format!("{} cannot be loaded", bundle.gate.shown(file).display());
-    load().map_err(|source| engine_error(what(), source))
+    Session::builder(environment)?
+        .with_optimization_level(GraphOptimizationLevel::Level3)?
+        .with_memory_pattern(false)?
+        .with_execution_providers([provider])?
+        .with_config_entry(NO_CPU_NODES, no_cpu_nodes)?
+        .with_env_allocators()?
+        .with_config_entry(WEIGHTS_DIRECTORY, directory.to_string_lossy())?
+        // what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
+        .with_config_entry("session.load_model_format", "ONNX")?
+        .commit_from_memory(graph)
 }
 
 /// A tensor of zeros in memory that engines can read and write in place.

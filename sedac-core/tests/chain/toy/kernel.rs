@@ -338,6 +338,15 @@ impl ChainDevice for ToyKernel {
         Ok(())
     }
 
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> Result<()> {
+        let source = self.cache(from);
+        let mut target = self.caches[to].lock().unwrap();
+        for (target, source) in target.iter_mut().zip(&source) {
+            target[..length].copy_from_slice(&source[..length]);
+        }
+        Ok(())
+    }
+
     fn clear(&mut self, slot: usize) -> Result<()> {
         let mut cache = self.caches[slot].lock().unwrap();
         cache.iter_mut().for_each(|layer| layer.fill(None));

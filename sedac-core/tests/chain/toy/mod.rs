@@ -10,7 +10,8 @@ use std::time::Duration;
 use sedac_core::Result;
 use sedac_core::backend::cuda::CudaChain;
 use sedac_core::backend::{
-    Backend, Capabilities, Costs, EngineTiming, Engines, HostDecided, SequenceStep, StepOutcome,
+    Backend, Capabilities, Costs, EngineTiming, Engines, HostDecided, RowEngines, SequenceRow,
+    SequenceStep, StepOutcome,
 };
 use sedac_core::chain::Chain;
 use sedac_core::interrupt::Interrupt;
@@ -122,6 +123,10 @@ pub(crate) struct Toy {
     selected: usize,
     start: usize,
     pass: Vec<Hidden>,
+    /// Of the pass, where it is over several sequences.
+    rows: Vec<SequenceRow>,
+    /// Logits of its rows that have exited.
+    exited: Vec<Option<Vec<f32>>>,
     depth: usize,
     stability: Vec<f32>,
     logits: Vec<f32>,
@@ -162,6 +167,8 @@ impl Toy {
             selected: 0,
             start: 0,
             pass: Vec::new(),
+            rows: Vec::new(),
+            exited: Vec::new(),
             depth: 0,
             stability: vec![0.0; count],
             logits: Vec::new(),
@@ -169,6 +176,16 @@ impl Toy {
             poison: None,
             is_sensitive: false,
         }
+    }
+
+    /// The logits of `hidden` after the layers that have run.
+    fn logits_of(&self, mut hidden: Hidden) -> Vec<f32> {
+        if self.is_sensitive {
+            hidden.digest = mix(hidden.digest, hidden.history);
+        }
+        let poison = self.poisoned(hidden, self.depth + 1);
+        let logits = hidden.logits(self.depth, self.stability.len(), self.agreement);
+        logits.iter().map(|logit| logit + poison).collect()
     }
 
     fn newest(&self) -> Hidden {
@@ -204,6 +221,19 @@ impl Engines for Toy {
         let slot = || ToySlot::new(layers, &Caches::default());
         self.slots.resize_with(sequences, slot);
         Ok(sequences)
+    }
+
+    fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
+        let source = self.slots[from].caches.lock().unwrap().clone();
+        let mut target = self.slots[to].caches.lock().unwrap();
+        for (target, source) in target.iter_mut().zip(&source) {
+            target[..length].copy_from_slice(&source[..length]);
+        }
+        true
+    }
+
+    fn rows(&mut self) -> Option<&mut dyn RowEngines> {
+        Some(self)
     }
 
     fn select(&mut self, slot: usize) {
@@ -277,17 +307,8 @@ impl Engines for Toy {
     }
 
     fn head(&mut self, tokens: usize) -> Result<()> {
-        self.logits.clear();
-        for index in self.pass.len() - tokens..self.pass.len() {
-            let mut hidden = self.pass[index];
-            if self.is_sensitive {
-                hidden.digest = mix(hidden.digest, hidden.history);
-            }
-            let poison = self.poisoned(hidden, self.depth + 1);
-            let logits = hidden.logits(self.depth, self.stability.len(), self.agreement);
-            self.logits
-                .extend(logits.iter().map(|logit| logit + poison));
-        }
+        let rows = &self.pass[self.pass.len() - tokens..];
+        self.logits = rows.iter().flat_map(|&row| self.logits_of(row)).collect();
         Ok(())
     }
 
@@ -297,6 +318,67 @@ impl Engines for Toy {
 
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         Vec::new()
+    }
+}
+
+impl RowEngines for Toy {
+    fn may_idle(&self, slot: usize) -> bool {
+        slot.is_multiple_of(2)
+    }
+
+    fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
+        self.rows = rows.to_vec();
+        self.exited = vec![None; rows.len()];
+        self.pass = rows.iter().map(|row| Hidden::of(row.token)).collect();
+        self.depth = 0;
+        Ok(())
+    }
+
+    fn run_rows(&mut self, engine: usize) -> Result<()> {
+        for layer in self.layers[engine].clone() {
+            assert_eq!(layer, self.depth, "engines run in order");
+            for (row, hidden) in self.rows.iter().zip(&mut self.pass) {
+                let mut cache = self.slots[row.slot].caches.lock().unwrap();
+                hidden.run(layer, row.position, &mut cache);
+            }
+            self.depth += 1;
+        }
+        Ok(())
+    }
+
+    fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {
+        // what signals depend on is the same after every layer
+        let signal = |layer| self.pass[row].signal(layer + 1, 0);
+        self.layers[engine].clone().map(signal).collect()
+    }
+
+    fn row_risk(&self, _: usize, row: usize) -> Option<f32> {
+        Some(self.pass[row].signal(self.depth, 1))
+    }
+
+    fn row_exit_signals(
+        &mut self,
+        depth: usize,
+        row: usize,
+        _: [f32; 3],
+    ) -> Result<Option<ExitSignals>> {
+        Ok(Some(self.pass[row].exit_signals(depth)))
+    }
+
+    fn exit_row(&mut self, row: usize) -> Result<()> {
+        let SequenceRow { slot, position, .. } = self.rows[row];
+        self.slots[slot].saved[position] = self.pass[row];
+        self.exited[row] = Some(self.logits_of(self.pass[row]));
+        Ok(())
+    }
+
+    fn rows_logits(&mut self) -> Result<Vec<f32>> {
+        let rows = self.pass.iter().zip(&self.exited);
+        let logits = rows.map(|(&row, exited)| {
+            let exited = exited.clone();
+            exited.unwrap_or_else(|| self.logits_of(row))
+        });
+        Ok(logits.collect::<Vec<_>>().concat())
     }
 }
 
@@ -337,7 +419,12 @@ impl<B: Backend> Backend for Timed<B> {
     fn reserve(&mut self, sequences: usize) -> Result<()> {
         self.inner.reserve(sequences)?;
         self.capabilities.sequences = self.inner.capabilities().sequences;
+        self.capabilities.shares_passes = self.inner.capabilities().shares_passes;
         Ok(())
+    }
+
+    fn copy(&mut self, from: &Sequence, length: usize, to: &mut Sequence) -> Result<bool> {
+        self.inner.copy(from, length, to)
     }
 
     fn open(&mut self, kv_fill: KvFill) -> Result<Sequence> {

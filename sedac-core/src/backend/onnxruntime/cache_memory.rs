@@ -1,0 +1,123 @@
+//! The KV caches of all slots, of which engines see those of one or of several neighbours.
+
+use std::ops::Range;
+
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::{IoBinding, Session};
+use ort::value::{Outlet, Tensor};
+
+use super::runtime::{Memory, Side, bind_memory, provider_error, read, tensor};
+use crate::bundle::Manifest;
+use crate::error::Result;
+
+/// Caches of as many sequences as there are slots.
+pub(super) struct CacheMemory {
+    slots: usize,
+    /// Keys and values of each layer.
+    layers: Vec<[Cache; 2]>,
+    info: MemoryInfo<'static>,
+}
+
+struct Cache {
+    /// [slots, heads, positions, head size].
+    tensor: Tensor<f32>,
+    /// Of its first number.
+    address: u64,
+    heads: usize,
+    positions: usize,
+    head_size: usize,
+}
+
+impl CacheMemory {
+    /// Caches of zeros for `slots` sequences of the bundle of `manifest`.
+    pub(super) fn new(manifest: &Manifest, slots: usize) -> Result<Self> {
+        let positions = manifest.max_cache_length + manifest.precision.spare_positions();
+        let layers = manifest.key_value_heads.iter().map(|kv| {
+            let cache = || Cache::new(slots, kv.heads, positions, kv.head_size);
+            Ok([cache()?, cache()?])
+        });
+        let device = AllocationDevice::CPU;
+        let info = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default);
+        Ok(Self {
+            slots,
+            layers: layers.collect::<Result<_>>()?,
+            info: info.map_err(provider_error)?,
+        })
+    }
+
+    /// Take the caches of `fewer` slots as those of the first ones.
+    pub(super) fn copy_from(&mut self, fewer: &Self) {
+        for (ours, theirs) in self.layers.iter_mut().zip(&fewer.layers) {
+            for (ours, theirs) in ours.iter_mut().zip(theirs) {
+                let numbers = read(&theirs.tensor);
+                ours.tensor.extract_tensor_mut().1[..numbers.len()].copy_from_slice(numbers);
+            }
+        }
+    }
+
+    /// Copy the first `length` positions of the slot `from` to those of `to`.
+    pub(super) fn copy(&mut self, from: usize, length: usize, to: usize) {
+        for cache in self.layers.iter_mut().flatten() {
+            let row = cache.positions * cache.head_size;
+            let numbers = cache.tensor.extract_tensor_mut().1;
+            for head in 0..cache.heads {
+                let start = |slot: usize| (slot * cache.heads + head) * row;
+                let source = start(from)..start(from) + length * cache.head_size;
+                numbers.copy_within(source, start(to));
+            }
+        }
+    }
+
+    /// Bind the cache of `layer` in `slots` as the `index`-th of `session`, input and output in the
+    /// same memory.
+    ///
+    /// # Safety
+    /// The binding runs while these caches live only, and not while something else uses these slots.
+    pub(super) unsafe fn bind(
+        &self,
+        bound: &mut IoBinding,
+        session: &Session,
+        (layer, index): (usize, usize),
+        slots: Range<usize>,
+    ) -> Result<()> {
+        assert!(slots.start < slots.end && slots.end <= self.slots, "slots");
+        for (kind, cache) in ["key", "value"].into_iter().zip(&self.layers[layer]) {
+            let shape = [slots.len(), cache.heads, cache.positions, cache.head_size];
+            let slot_bytes = cache.heads * cache.positions * cache.head_size * size_of::<f32>();
+            let memory = Memory {
+                info: &self.info,
+                address: cache.address + (slots.start * slot_bytes) as u64,
+                shape: &shape,
+                bytes: slots.len() * slot_bytes,
+            };
+            let (past, present) = (
+                format!("past_{kind}_{index}"),
+                format!("present_{kind}_{index}"),
+            );
+            for (side, values, name) in [
+                (Side::Input, session.inputs(), past),
+                (Side::Output, session.outputs(), present),
+            ] {
+                if let Some(value) = values.iter().find(|value: &&Outlet| value.name() == name) {
+                    // SAFETY: the slots are inside of the tensor, and what the caller promises.
+                    unsafe { bind_memory(bound, side, value, &memory)? };
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Cache {
+    fn new(slots: usize, heads: usize, positions: usize, head_size: usize) -> Result<Self> {
+        let mut tensor = tensor::<f32>(&[slots, heads, positions, head_size])?;
+        let first = tensor.extract_tensor_mut().1.as_mut_ptr();
+        Ok(Self {
+            address: first.expose_provenance() as u64,
+            tensor,
+            heads,
+            positions,
+            head_size,
+        })
+    }
+}

@@ -1,0 +1,224 @@
+//! Passes over rows of several sequences.
+//!
+//! Attention takes neighbouring slots as a batch. A slot among them that has no row in the pass runs
+//! one that nothing reads, whose keys and values lie behind those of its sequence: there has to be room.
+
+use std::ops::Range;
+
+use super::OnnxRuntime;
+use super::pass::{Pass, Passes, Shared};
+use super::runtime::{read, row_session, run};
+use crate::backend::{EnginePart, RowEngines, SequenceRow};
+use crate::error::Result;
+use crate::policy::ExitSignals;
+
+/// Passes of different slots that are kept.
+const MAX_READY: usize = 16;
+
+/// Passes of several slots, and the one under way.
+#[derive(Default)]
+pub(super) struct Rows {
+    ready: Vec<Neighbours>,
+    current: usize,
+    /// The sequences' rows in it.
+    rows: Vec<PlacedRow>,
+}
+
+/// A sequence's row.
+struct PlacedRow {
+    slot: usize,
+    position: usize,
+    /// Its index in the pass.
+    place: usize,
+    /// What the head is given of it, where it exited.
+    exited: Option<Vec<f32>>,
+}
+
+/// Neighbouring slots that run together.
+struct Neighbours {
+    shared: Shared,
+    /// One, with a row of each slot.
+    passes: Passes,
+}
+
+impl Rows {
+    fn current(&mut self) -> &mut Neighbours {
+        &mut self.ready[self.current]
+    }
+
+    fn find(&mut self, slots: &Range<usize>) -> bool {
+        let mut ready = self.ready.iter();
+        let found = ready.position(|neighbours| neighbours.shared.slots == *slots);
+        self.current = found.unwrap_or(self.current);
+        found.is_some()
+    }
+
+    fn insert(&mut self, neighbours: Neighbours) {
+        if self.ready.len() == MAX_READY {
+            self.ready.remove(0);
+        }
+        self.current = self.ready.len();
+        self.ready.push(neighbours);
+    }
+}
+
+impl OnnxRuntime {
+    /// Load layers whose rows may be of several sequences, where this bundle's can. None where they
+    /// cannot. Passes that were bound before are of no use any more.
+    pub(super) fn load_rows(&mut self) -> Result<Option<Rows>> {
+        if self.rows.is_some() {
+            return Ok(Some(Rows::default()));
+        }
+        // what layers take of positions has to be in rows, too
+        let mut contexts = self.bundle.manifest.contexts.iter();
+        if !contexts.all(|context| matches!(context.shape[..], [1, -1, _])) {
+            return Ok(None);
+        }
+        for (layer, entry) in self.layers.iter_mut().zip(&self.entries) {
+            match row_session(&self.environment, &self.bundle, &entry.file)? {
+                Some(session) => *layer = session,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(Rows::default()))
+    }
+
+    /// The slots of `rows` and those between them.
+    fn neighbours(rows: &[SequenceRow]) -> Range<usize> {
+        let slots = || rows.iter().map(|row| row.slot);
+        slots().min().unwrap_or(0)..slots().max().map_or(0, |last| last + 1)
+    }
+}
+
+impl RowEngines for OnnxRuntime {
+    fn may_idle(&self, slot: usize) -> bool {
+        self.slots[slot].used < self.bundle.manifest.max_cache_length
+    }
+
+    fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
+        let slots = Self::neighbours(rows);
+        let mut passes = self.rows.take().expect("rows are run where there are any");
+        if !passes.find(&slots) {
+            let shared = Shared::new(&self.bundle.manifest, slots.clone())?;
+            let pass = self.new_pass(slots.len(), &shared)?;
+            let ready = Passes::new(pass);
+            passes.insert(Neighbours {
+                shared,
+                passes: ready,
+            });
+        }
+        let passes = self.rows.insert(passes);
+        let mut tokens = vec![0; slots.len()];
+        let mut positions = vec![0; slots.len()];
+        let mut lengths: Vec<_> = self.slots[slots.clone()]
+            .iter()
+            .map(|slot| slot.used + 1)
+            .collect();
+        passes.rows.clear();
+        for row in rows {
+            let place = row.slot - slots.start;
+            passes.rows.push(PlacedRow {
+                slot: row.slot,
+                position: row.position,
+                place,
+                exited: None,
+            });
+            tokens[place] = row.token;
+            positions[place] = row.position;
+            lengths[place] = row.position + 1;
+            self.slots[row.slot].note_run(row.position..row.position + 1);
+        }
+        let Neighbours { shared, passes } = passes.current();
+        shared.set_lengths(&lengths);
+        let pass = passes.begin(slots.len());
+        let session = self.contexts.as_mut();
+        let positions = positions.into_iter();
+        pass.contexts.run(session, positions, &mut self.stopwatch)?;
+        self.stopwatch.time(EnginePart::Embed, slots.len(), || {
+            pass.embed(&mut self.embed, &tokens)
+        })
+    }
+
+    fn run_rows(&mut self, engine: usize) -> Result<()> {
+        let rows = self.rows.as_mut().expect("embedded before");
+        let passes = &mut rows.current().passes;
+        let pass = passes.current();
+        let entry = &self.entries[engine];
+        let part = EnginePart::Layers(entry.range());
+        self.stopwatch.time(part, pass.contexts.tokens(), || {
+            run(&mut self.layers[engine], &pass.layers[engine], || {
+                format!("layer engine {}", entry.file.display())
+            })
+        })?;
+        passes.engines_run = engine + 1;
+        Ok(())
+    }
+
+    fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {
+        let (pass, place) = self.row(row);
+        let layers = self.entries[engine].num_layers;
+        read(&pass.stability[engine])[place * layers..][..layers].to_vec()
+    }
+
+    fn row_risk(&self, engine: usize, row: usize) -> Option<f32> {
+        let (pass, place) = self.row(row);
+        Some(read(pass.risk[engine].as_ref()?)[place])
+    }
+
+    fn row_exit_signals(
+        &mut self,
+        depth: usize,
+        row: usize,
+        stability: [f32; 3],
+    ) -> Result<Option<ExitSignals>> {
+        let hidden = self.hidden_of(row);
+        self.stopwatch.time(EnginePart::ExitHead(depth), 1, || {
+            self.exits.signals(depth, &hidden, stability)
+        })
+    }
+
+    fn exit_row(&mut self, row: usize) -> Result<()> {
+        let hidden = self.hidden_of(row);
+        let rows = self.rows.as_mut().expect("embedded before");
+        let depth = self.entries[rows.current().passes.engines_run - 1].end();
+        let placed = &mut rows.rows[row];
+        let saved = &mut self.slots[placed.slot].saved;
+        saved[placed.position * self.hidden_size..][..self.hidden_size].copy_from_slice(&hidden);
+        placed.exited = Some(match self.exits.has_lens(depth) {
+            true => self.stopwatch.time(EnginePart::Lens(depth), 1, || {
+                let seen = self.exits.through_lens(depth, &hidden)?;
+                Ok(seen.unwrap_or(&hidden).to_vec())
+            })?,
+            false => hidden,
+        });
+        Ok(())
+    }
+
+    fn rows_logits(&mut self) -> Result<Vec<f32>> {
+        let rows = self.rows.as_ref().expect("embedded before");
+        let hidden = rows.rows.iter().enumerate().flat_map(|(row, placed)| {
+            let exited = placed.exited.clone();
+            exited.unwrap_or_else(|| self.hidden_of(row))
+        });
+        let hidden: Vec<f32> = hidden.collect();
+        self.run_head(&hidden)?;
+        Ok(self.head_logits().to_vec())
+    }
+}
+
+impl OnnxRuntime {
+    /// The pass under way, and the place of the row `row` in it.
+    fn row(&self, row: usize) -> (&Pass, usize) {
+        let rows = self.rows.as_ref().expect("embedded before");
+        let passes = &rows.ready[rows.current].passes;
+        (passes.current(), rows.rows[row].place)
+    }
+
+    /// The residual stream of the row `row`.
+    fn hidden_of(&self, row: usize) -> Vec<f32> {
+        let rows = self.rows.as_ref().expect("embedded before");
+        let Neighbours { shared, passes } = &rows.ready[rows.current];
+        let all = passes.newest(shared.slots.len(), self.hidden_size);
+        all[rows.rows[row].place * self.hidden_size..][..self.hidden_size].to_vec()
+    }
+}
