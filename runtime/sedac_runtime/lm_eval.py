@@ -1,0 +1,201 @@
+"""A model for lm-evaluation-harness (the package lm-eval), under the name "sedac".
+
+python -m sedac_runtime.lm_eval run --model sedac --model_args bundle=engines/demo,mode=exit ...
+
+takes the arguments of the command lm_eval.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sedac_runtime import _core
+from sedac_runtime._core import InputError
+from sedac_runtime.choices import Drafter, Mode, PolicyName
+from sedac_runtime.model import SedacModel
+from sedac_runtime.serve.token_text import StopFilter, TextStream
+
+_GENERATED = 256  # tokens, where a task does not say
+
+
+@dataclass
+class _Scored:
+    """A continuation that is forced token by token, and what the model thought of it."""
+
+    context: list[int]
+    continuation: list[int]
+    logprobs: list[float] = field(default_factory=list)
+    is_greedy: bool = True
+
+
+@dataclass
+class _Written:
+    """A text that is generated up to a stop string."""
+
+    stream: TextStream
+    stops: StopFilter
+    text: str = ""
+
+
+@register_model("sedac")
+class SedacLM(TemplateLM):  # type: ignore[misc]
+    """A bundle. In mode "exit" every token is scored, or generated, at the layer where it exits.
+
+    batch_size: sequences that run together. The other settings are those of `SedacModel.stream`.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        batch_size: int | str = 1,
+        mode: Mode = "full",
+        policy: PolicyName | None = None,
+        threshold: float | None = None,
+        tau: float | None = None,
+        consecutive_k: int | None = None,
+        drafter: Drafter | None = None,
+        threads: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self._core = SedacModel.from_pretrained(bundle, threads=threads).core
+        self._decoding = self._core.decoding(
+            mode,
+            policy=policy,
+            threshold=threshold,
+            tau=tau,
+            consecutive_k=consecutive_k,
+            drafter=drafter,
+        )
+        self._scheduler = _core.Scheduler(self._core, max_sequences=int(batch_size))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text, which also stands before one."""
+        tokens = self._core.eos_token_ids
+        if not tokens:
+            raise InputError("the bundle has no end-of-text token, which texts are scored after")
+        return tokens[0]
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Token ids, with the special tokens that the model expects unless told otherwise."""
+        return self._core.encode(string, add_special_tokens is not False)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        """The log-likelihood of each whole text, in windows as long as the cache."""
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self._core.max_cache_length - 1,
+                context_len=1,
+            )
+            scored = self._score(map(make_disjoint_window, windows))
+            totals.append(sum(sum(window.logprobs) for window in scored))
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text after each context, up to the first of its stop strings."""
+        running: dict[int, _Written] = {}
+        order = []
+        for request in requests:
+            context, settings = request.args
+            written = _Written(TextStream(self._core.decode), StopFilter(_stops(settings)))
+            running[self._add_context(context, settings)] = written
+            order.append(written)
+        for progress in self._progress(running):
+            written = running[progress.sequence]
+            for token in progress.tokens:
+                written.text += written.stops.push(written.stream.push(token.id))
+            if written.stops.stopped:
+                self._scheduler.cancel(progress.sequence)
+                del running[progress.sequence]
+            elif progress.finish_reason is not None:
+                written.text += written.stops.push(written.stream.finish())
+                written.text += written.stops.finish()
+                del running[progress.sequence]
+        return [written.text for written in order]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        scored = self._score((context, continuation) for _, context, continuation in requests)
+        return [(sum(text.logprobs), text.is_greedy) for text in scored]
+
+    def _score(self, texts: Iterable[tuple[list[int], list[int]]]) -> list[_Scored]:
+        """Force every continuation, as a sequence of which one token is allowed at a time."""
+        scored = [_Scored(list(context), list(after)) for context, after in texts]
+        running = {self._add_scored(text): text for text in scored if text.continuation}
+        for progress in self._progress(running):
+            text = running[progress.sequence]
+            for token in progress.tokens:
+                assert token.logprob is not None
+                text.logprobs.append(token.logprob)
+                text.is_greedy &= token.top_logprobs[0][0] == token.id
+            if progress.finish_reason is not None:
+                del running[progress.sequence]
+            elif progress.tokens:
+                self._allow(progress.sequence, text.continuation[len(text.logprobs)])
+        return scored
+
+    def _add_scored(self, text: _Scored) -> int:
+        room = self._core.max_cache_length - len(text.continuation)
+        if room < 1:
+            raise InputError(
+                f"a continuation of {len(text.continuation)} tokens does not fit into the cache of"
+                f" {self._core.max_cache_length}; build the bundle with a longer one"
+            )
+        sequence = self._scheduler.add(
+            text.context[-room:],
+            self._decoding,
+            _core.Sampling(),
+            max_new_tokens=len(text.continuation),
+            stop_tokens=[],
+            top_logprobs=1,
+            constrained=True,
+        )
+        self._allow(sequence, text.continuation[0])
+        return sequence
+
+    def _allow(self, sequence: int, token: int) -> None:
+        mask = bytearray(4 * (token // 32 + 1))
+        mask[token // 8] = 1 << token % 8
+        self._scheduler.allow(sequence, mask)
+
+    def _add_context(self, context: str, settings: dict[str, Any]) -> int:
+        tokens = int(settings.get("max_gen_toks", _GENERATED))
+        room = max(1, self._core.max_cache_length - tokens)
+        temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
+        return self._scheduler.add(
+            self.tok_encode(context)[-room:] or [self.eot_token_id],
+            self._decoding,
+            _core.Sampling(temperature=temperature, top_p=settings.get("top_p", 1.0)),
+            max_new_tokens=tokens,
+            stop_tokens=self._core.eos_token_ids,
+        )
+
+    def _progress(self, running: dict[int, Any]) -> Iterator[_core.Progress]:
+        """What steps do, until nothing is left in `running`."""
+        while running:
+            for progress in self._scheduler.step():
+                if progress.error is not None:
+                    raise _core.EngineError(progress.error)
+                yield progress
+
+
+def _stops(settings: dict[str, Any]) -> list[str]:
+    until = settings.get("until") or []
+    return [until] if isinstance(until, str) else [stop for stop in until if stop]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,118 @@
+"""The model for lm-evaluation-harness, with the real package and tasks from local files."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sedac_runtime import SedacModel
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from sedac_runtime.lm_eval import SedacLM
+
+PAIRS = [
+    ("def main():\n", "    return 0"),
+    ("import ", "os\n"),
+    ("class A:\n    def ", "__init__(self):\n        pass"),
+    ("", "def main"),
+]
+TASK = """\
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture(scope="module")
+def scored(demo_bundle: Path) -> SedacLM:
+    return SedacLM(bundle=str(demo_bundle), batch_size=3)
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
+
+
+def loglikelihood(
+    model: PreTrainedModel, context: list[int], after: list[int]
+) -> tuple[float, bool]:
+    """What transformers gives."""
+    with torch.no_grad():
+        logits = model(torch.tensor([context + after])).logits[0, len(context) - 1 : -1]
+    chosen = torch.tensor(after)
+    total = logits.log_softmax(-1).gather(1, chosen[:, None]).sum().item()
+    return total, bool((logits.argmax(-1) == chosen).all())
+
+
+def test_loglikelihoods_are_transformers(scored: SedacLM, demo_reference: PreTrainedModel) -> None:
+    answers = scored.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    for (context, continuation), (total, greedy) in zip(PAIRS, answers, strict=True):
+        if context:
+            before, after = scored._encode_pair(context, continuation)
+        else:
+            before, after = [scored.eot_token_id], scored.tok_encode(continuation)
+        expected = loglikelihood(demo_reference, before, after)
+        assert total == pytest.approx(expected[0], abs=1e-2)
+        assert greedy == expected[1]
+
+
+def test_rolling_loglikelihoods_are_transformers(
+    scored: SedacLM, demo_reference: PreTrainedModel
+) -> None:
+    text = "def main():\n    return 0\n"
+    (total,) = scored.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
+    expected, _ = loglikelihood(demo_reference, [scored.eot_token_id], scored.tok_encode(text))
+    assert total == pytest.approx(expected, abs=1e-2)
+
+
+def test_texts_longer_than_the_cache_are_scored_in_windows(scored: SedacLM) -> None:
+    (total,) = scored.loglikelihood_rolling(requests("loglikelihood_rolling", [("x = 1\n" * 500,)]))
+    assert math.isfinite(total)
+    assert total < 0
+
+
+def test_texts_end_before_a_stop_string(scored: SedacLM, demo_model: SedacModel) -> None:
+    prompts = ["def main():\n", "class Stack:\n"]
+    settings = {"until": ["\n\n"], "max_gen_toks": 24}
+    asked = [(prompt, settings) for prompt in prompts]
+    texts = scored.generate_until(requests("generate_until", asked))
+    for prompt, text in zip(prompts, texts, strict=True):
+        whole = demo_model.generate(prompt, mode="full", max_new_tokens=24).text
+        assert text == whole.partition("\n\n")[0]
+
+
+def test_exits_are_measured(scored: SedacLM, demo_bundle: Path) -> None:
+    early = SedacLM(bundle=str(demo_bundle), mode="exit", tau=0.5, batch_size=2)
+    asked = requests("loglikelihood", PAIRS[:3])
+    full = scored.loglikelihood(asked, disable_tqdm=True)
+    exited = early.loglikelihood(asked, disable_tqdm=True)
+    assert [total for total, _ in full] != [total for total, _ in exited]
+
+
+def test_a_task_of_local_files(scored: SedacLM, tmp_path: Path) -> None:
+    documents = [
+        {"question": "import ", "choices": ["os", "qqqzzz"], "answer": 0},
+        {"question": "def f(self", "choices": ["{}}{}", "):"], "answer": 1},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "task.yaml").write_text(TASK.replace("FILE", str(data)))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    result = simple_evaluate(
+        scored, tasks=["local_choice"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+    )
+    assert result["results"]["local_choice"]["acc,none"] == 1.0
