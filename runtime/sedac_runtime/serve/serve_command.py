@@ -31,7 +31,7 @@ def serve(
         list[Path],
         typer.Argument(
             help="Directories of bundles; requests call each by its directory's name.",
-            metavar="BUNDLE...",
+            metavar="BUNDLE",
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
