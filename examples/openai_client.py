@@ -1,4 +1,4 @@
-"""Stream a completion from `sedac-runtime serve` with OpenAI's client, each token's layers beside it.
+"""Stream a completion in exit mode from `sedac-runtime serve` with OpenAI's client.
 
 sedac-runtime serve engines/demo
 python examples/openai_client.py http://127.0.0.1:8000 demo "def main():"

@@ -66,7 +66,7 @@ def test_deferred_tokens_leave_what_full_depth_leaves(model: SedacModel) -> None
         chosen, depths = model.follow(text, policy="stability", min_layer_ratio=1.0)
         assert set(depths) == {12}
         full = [n for n, depth in enumerate(deferred.exit_layers) if depth == 12]
-        expected = chosen[len(text) - NEW_TOKENS - 1 :]
+        expected = chosen[-1 - NEW_TOKENS : -1]
         assert [deferred.tokens[n] for n in full] == [expected[n] for n in full]
 
 

@@ -58,9 +58,10 @@ class _Sedac:
             emit(token.id)
 
     def judge(self, prompt: list[int], tokens: list[int]) -> float:
-        # before the share 1 of the layers no token exits
+        # with all layers no token exits; nothing is told of what follows the first token alone
         chosen, _ = self.model.follow(prompt + tokens, policy="stability", min_layer_ratio=1.0)
-        return _equal_share(chosen[len(prompt) - 1 :], tokens)
+        known = tokens[1:] if len(prompt) == 1 else tokens
+        return _equal_share(chosen[-1 - len(known) : -1], known)
 
 
 class _Transformers:

@@ -40,7 +40,7 @@ class ChosenTargets:
         symmetric: whether quantized weights, if any, have no zero points.
         """
         chosen = cls(
-            tensorrt.check_flavours(targets, options, symmetric),
+            tensorrt.check_flavours(targets, options, precision, symmetric),
             options,
             cuda=TargetName.CUDA in targets,
             onnxruntime_cuda=TargetName.ONNXRUNTIME_CUDA in targets,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sedac_export.bundle.manifest import Precision
 from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
@@ -56,14 +57,14 @@ def flags(options: BuildOptions) -> str:
 
 
 def check_flavours(
-    targets: list[TargetName], options: BuildOptions, symmetric: bool
+    targets: list[TargetName], options: BuildOptions, precision: Precision, symmetric: bool
 ) -> list[Target]:
     """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
-    from sedac_export.tensorrt.build_plans import check_options, check_symmetry
+    from sedac_export.tensorrt.build_plans import check_options, check_quantization
 
     chosen = [flavour for flavour in FLAVOURS if TargetName(flavour) in targets]
     for flavour in chosen:
-        check_symmetry(flavour, symmetric)
+        check_quantization(flavour, precision, symmetric)
         check_options(flavour, options)
     return chosen
 

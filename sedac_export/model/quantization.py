@@ -162,12 +162,10 @@ def _joined(
     )
 
 
-def transposed(values: Array, bits: int) -> Array:
-    """Packed numbers, uint8 [rows, blocks, bytes], as packed rows of what were columns."""
-    if bits == 8:
-        return values.reshape(len(values), -1).T
+def transposed(values: Array) -> Array:
+    """Packed numbers of 4 bits, uint8 [rows, blocks, bytes], as packed rows of their columns."""
     numbers = np.stack((values & 0xF, values >> 4), axis=-1).reshape(len(values), -1)
-    return _packed(numbers.T, bits)
+    return _packed(numbers.T, bits=4)
 
 
 def _unpacked(packed: Array, bits: int) -> Floats:

@@ -8,7 +8,7 @@ from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
 from sedac_export.bundle.staging import claimed
 from sedac_export.console import StageProgress
 from sedac_export.model.source import opened_model
-from sedac_export.tensorrt.build_plans import build_plans, check_options, check_symmetry
+from sedac_export.tensorrt.build_plans import build_plans, check_options, check_quantization
 from sedac_runtime.flavour import Target
 
 
@@ -30,7 +30,8 @@ def add_target(
         # what is wrong with this target's own plans is put right by building them
         manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
         quantized = manifest.quantization
-        check_symmetry(target, quantized is None or quantized.symmetric)
+        symmetric = quantized is None or quantized.symmetric
+        check_quantization(target, manifest.precision, symmetric)
         if manifest.portable is None and model is not None:
             from sedac_export.model.skeleton import Skeleton
             from sedac_export.tensorrt.portable_writer import add_portable_graphs

@@ -152,8 +152,9 @@ class _GraphComparison:
             own = _carried(self.run(self.portable.key_value[layer], feeds | context | own))
             self.reference.key_value(layer, x, i, expected)
         row = AgreementRow(Path(self.manifest.engines.key_value[layer].file).stem)
+        written = slice(self.chunks[-1].stop)
         for name, wanted in expected.items():
-            row.add(_flat(own[name][:, :, : self.chunks[-1].stop]), _flat(wanted.numpy()))
+            row.add(_flat(own[name][:, :, written]), _flat(wanted.numpy()[:, :, written]))
         return row
 
     def _head(self, expected: list[Array], chained: list[Array]) -> Iterator[AgreementRow]:

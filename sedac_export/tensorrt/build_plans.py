@@ -23,12 +23,22 @@ _FINISHED = "finished.json"
 _TIMING_CACHE = "timing.cache"
 
 
-def check_symmetry(target: Target, symmetric: bool) -> None:
-    """Raise SedacError for quantized weights with zero points."""
-    if not symmetric:
+def check_quantization(target: Target, precision: bundle.Precision, symmetric: bool) -> None:
+    """Raise SedacError for quantized weights that TensorRT's parser refuses.
+
+    ONNX Runtime's quantizer gives the number of a block that is farthest from zero the lowest
+    number of the range, by a scale that may be negative.
+    """
+    title = FLAVOURS[target].title
+    if precision == "int8":
         raise SedacError(
-            f"--target {target}: {FLAVOURS[target].title} takes quantized weights without zero"
-            " points only; build with --symmetric"
+            f"--target {target}: {title} takes no negative scales of blocks of 8 bits, and int8"
+            " weights have some; build with --precision int4 or fp16"
+        )
+    if precision == "int4" and not symmetric:
+        raise SedacError(
+            f"--target {target}: {title} takes no zero points; build with --symmetric, or with"
+            " --precision fp16"
         )
 
 

@@ -32,7 +32,7 @@ def add_portable_graphs(
     else:
         written = [f"onnx/{DATA}"]
         with whole_file(directory / written[0]) as file:
-            blocks = Quantization(BITS[manifest.precision], quantized.block_size)
+            blocks = Quantization(BITS["int4"], quantized.block_size)
             point = DequantizedWeights(directory / "onnx", file, blocks)
             portable = write_graphs(directory, manifest, graphs, "portable", point)
     names = [*portable.files(), *written]

@@ -1,4 +1,4 @@
-"""Portable graphs of int8 and int4 bundles: TensorRT reads quantized blocks by DequantizeLinear.
+"""Portable graphs of int4 bundles: TensorRT reads blocks of 4 bits by DequantizeLinear.
 
 It takes signed numbers without zero points, and computes in fp16. What the bundle holds for CPUs
 has another form, so these graphs have weights of their own, in onnx/portable.data.
@@ -22,7 +22,6 @@ from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.quantization import Quantization, QuantizedRows, transposed
 
 DATA = "portable.data"
-_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8}
 
 
 class DequantizedWeights:
@@ -36,7 +35,7 @@ class DequantizedWeights:
         self.places: dict[tuple[str, str], Place] = {}
 
     def __call__(self, graph: TracedGraph, weights: Mapping[str, TensorProto]) -> onnx.ModelProto:
-        """`graph` with its weights: products with blocks, all else in fp16.
+        """`graph` with its weights: products with blocks of 4 bits, all else in fp16.
 
         Raises WeightMismatch for a weight that is not held, SedacError for rows that are no whole
         blocks.
@@ -88,8 +87,8 @@ class DequantizedWeights:
             block_size=self.quantization.block_size,
         )
         graph.node.insert(0, node)
-        initializer.data_type = _TYPES[self.quantization.bits]
-        self._point(initializer, stored, "blocks", partial(self._signed, rows, layout))
+        initializer.data_type = TensorProto.INT4
+        self._point(initializer, stored, "blocks", partial(_signed, rows, layout))
 
     def _put(
         self, initializer: TensorProto, stored: TensorProto, form: str, make: Callable[[], Array]
@@ -124,12 +123,6 @@ class DequantizedWeights:
         shape = [len(rows.scales), columns]
         check_held(initializer, shape if layout is Layout.ROWS else shape[::-1])
 
-    def _signed(self, rows: QuantizedRows, layout: Layout) -> Array:
-        """The numbers of `rows` less their middle, packed as ONNX does: the lower half first."""
-        bits = self.quantization.bits
-        packed = rows.values ^ (0x88 if bits == 4 else 0x80)
-        return packed if layout is Layout.ROWS else transposed(packed, bits)
-
     def _read(self, stored: TensorProto) -> Array:
         place = _place(stored)
         kind = helper.tensor_dtype_to_np_dtype(stored.data_type)
@@ -140,6 +133,12 @@ class DequantizedWeights:
             offset=int(place["offset"]),
             shape=tuple(stored.dims),
         )
+
+
+def _signed(rows: QuantizedRows, layout: Layout) -> Array:
+    """The numbers of `rows` less 8, packed as ONNX does: the lower half of a byte first."""
+    packed = rows.values ^ 0x88
+    return packed if layout is Layout.ROWS else transposed(packed)
 
 
 def _laid(scales: Array, layout: Layout) -> Array:

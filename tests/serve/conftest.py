@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="of the extra sedac-runtime[serve]")
 
-from bad_input.command import rewrite_file  # noqa: E402
-from openai import OpenAI  # noqa: E402
-from serve.running_server import RunningServer, serving  # noqa: E402
+from bad_input.command import rewrite_file
+from openai import OpenAI
+
+from serve.running_server import RunningServer, serving
 
 # roles as plain text, tools as Qwen and Hermes have them
 CHAT_TEMPLATE = """\

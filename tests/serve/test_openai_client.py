@@ -16,7 +16,10 @@ PROMPT = "class Stack:\n    def push(self, item):\n"
 GREEDY: dict[str, Any] = {"model": "chat", "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
 HELLO: list[Any] = [
     {"role": "developer", "content": "Answer in Python."},
-    {"role": "user", "content": [{"type": "text", "text": "def main"}, {"type": "text", "text": "():"}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "def main"}, {"type": "text", "text": "():"}],
+    },
 ]
 CHAT: dict[str, Any] = {"model": "chat", "messages": HELLO, "temperature": 0, "max_tokens": 24}
 WEATHER: Any = {
@@ -72,9 +75,7 @@ def test_sampled_texts_are_those_of_generate(client: OpenAI, model: SedacModel, 
     settings: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": 7}
     options = {"mode": mode, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
     expected = model.generate(PROMPT, max_new_tokens=24, **settings, **options)  # type: ignore[arg-type]
-    completion = client.completions.create(
-        **GREEDY | settings, extra_body={"sedac": options}
-    )
+    completion = client.completions.create(**GREEDY | settings, extra_body={"sedac": options})
     assert text_of(completion) == expected.text
     sedac = completion.choices[0].model_extra["sedac"]  # type: ignore[index]
     assert [token["exit_layer"] for token in sedac["tokens"]] == expected.exit_layers
@@ -111,7 +112,9 @@ def test_accepted_drafts_are_reported(client: OpenAI) -> None:
 def test_prompts_may_be_several_and_tokens(client: OpenAI, model: SedacModel) -> None:
     both = client.completions.create(**GREEDY | {"prompt": [PROMPT, "import "], "n": 2})
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
-    assert both.choices[0].text == both.choices[1].text == text_of(client.completions.create(**GREEDY))
+    assert (
+        both.choices[0].text == both.choices[1].text == text_of(client.completions.create(**GREEDY))
+    )
     tokens = model.encode(PROMPT)
     of_tokens = client.completions.create(**GREEDY | {"prompt": tokens})
     assert of_tokens.choices[0].text == both.choices[0].text
@@ -248,7 +251,9 @@ def test_an_answer_follows_a_schema(client: OpenAI, seed: int) -> None:
         assert isinstance(parsed["night"], bool)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
 def test_a_tool_is_called_when_it_must_be(client: OpenAI, choice: Any) -> None:
     request = CHAT | {"max_tokens": 100}
     answer = client.chat.completions.create(**request, tools=[WEATHER], tool_choice=choice)

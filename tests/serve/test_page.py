@@ -10,7 +10,8 @@ import pytest
 from serve.running_server import RunningServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested in Chromium")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 SECONDS = 60_000  # milliseconds, for a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -29,7 +30,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(params=["light", "dark"])
 def page(request: pytest.FixtureRequest, browser: Any, server: RunningServer) -> Iterator[Any]:
     """The page; it must not report an error, nor ask another host for anything."""
-    context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900})
+    context = browser.new_context(
+        color_scheme=request.param, viewport={"width": 1280, "height": 900}
+    )
     page = context.new_page()
     page.set_default_timeout(SECONDS)
     problems: list[str] = []
@@ -37,10 +40,12 @@ def page(request: pytest.FixtureRequest, browser: Any, server: RunningServer) ->
     page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
     page.on(
         "request",
-        lambda sent: None if sent.url.startswith((server.url, "data:")) else problems.append(sent.url),
+        lambda sent: (
+            None if sent.url.startswith((server.url, "data:")) else problems.append(sent.url)
+        ),
     )
     page.goto(server.url)
-    page.wait_for_function("document.querySelector('#model').options.length === 2")
+    page.locator("#model option").nth(1).wait_for(state="attached")
     yield page
     assert problems == []
     context.close()
@@ -60,11 +65,13 @@ def ask(page: Any, text: str, tokens: int = 24) -> None:
     page.locator("#tokens").fill(str(tokens))
     page.locator("#prompt").fill(text)
     page.locator("#prompt").press("Enter")
-    page.wait_for_function("document.querySelector('#status').textContent.startsWith('Answered')")
+    page.locator("#status", has_text="Answered").wait_for()
 
 
 def layers(page: Any) -> list[int]:
-    found = page.locator(".assistant .token").evaluate_all("spans => spans.map(s => s.dataset.layer)")
+    found = page.locator(".assistant .token").evaluate_all(
+        "spans => spans.map(s => s.dataset.layer)"
+    )
     return [int(layer) for layer in found]
 
 
@@ -124,9 +131,9 @@ def test_escape_stops_an_answer(page: Any) -> None:
     slide(page, "mode", "0")
     page.locator("#prompt").fill("def main():\n")
     page.locator("#prompt").press("Enter")
-    page.wait_for_selector(".assistant .token")
+    page.locator(".assistant .token").first.wait_for(state="attached")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('#status').textContent === 'Stopped.'")
+    page.locator("#status", has_text="Stopped.").wait_for()
     assert 0 < len(layers(page)) < 900
     assert page.locator("#send").is_enabled()
 
@@ -176,7 +183,8 @@ CONTRAST = """
     return rgba(colour)[3] || !element.parentElement ? colour : ground(element.parentElement);
   };
   const texts = [...document.querySelectorAll('body *')].filter(
-    (e) => !e.matches(':disabled') && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
+    (e) => !e.matches(':disabled')
+      && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
   );
   return Math.min(...texts.map((element) => {
     const [a, b] = [getComputedStyle(element).color, ground(element)].map(luminance);

@@ -50,7 +50,7 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
         ({"n": 100}, "n", "fewer"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "no token"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias", "no token"),
-        ({"logit_bias": {"١": 1}}, "logit_bias", "no token"),
+        ({"logit_bias": {"\u0661": 1}}, "logit_bias", "no token"),
         ({"sedac": {"mode": "exit", "tau": -1}}, "sedac", "tau"),
         ({"sedac": {"mode": "full", "tau": 0.9}}, "sedac", "tau"),
         ({"sedac": {"mode": "exit", "policy": "probe"}}, "sedac", "probe"),
@@ -68,7 +68,11 @@ def test_a_completion_that_cannot_be(
     ("change", "param", "words"),
     [
         ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
-        ({"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice", "tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}},
+            "tool_choice",
+            "tools",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "missing"),
         (

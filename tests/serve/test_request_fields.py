@@ -88,7 +88,11 @@ def test_values_out_of_range_name_their_field(
         (CompletionRequest, COMPLETION | {"logprobs": 21}, "logprobs"),
         (ChatRequest, {"model": "m", "messages": []}, "messages"),
         (ChatRequest, {"model": "m"}, "messages"),
-        (ChatRequest, CHAT | {"messages": [{"role": "user"}, {"content": "a"}]}, "messages[1].role"),
+        (
+            ChatRequest,
+            CHAT | {"messages": [{"role": "user"}, {"content": "a"}]},
+            "messages[1].role",
+        ),
         (ChatRequest, CHAT | {"messages": [{"role": "king", "content": ""}]}, "messages[0].role"),
         (
             ChatRequest,
@@ -128,7 +132,8 @@ def test_what_asks_for_nothing_is_accepted(model: type[BaseModel]) -> None:
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
 
 

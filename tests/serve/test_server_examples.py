@@ -36,7 +36,10 @@ def test_langchain_chat(server: RunningServer, client: OpenAI) -> None:
         {"role": "user", "content": question},
     ]
     expected = client.chat.completions.create(
-        model="chat", messages=messages, max_tokens=64, temperature=0  # type: ignore[arg-type]
+        model="chat",
+        messages=messages,
+        max_tokens=64,
+        temperature=0,  # type: ignore[arg-type]
     )
     ran = run("langchain_chat.py", server.url, "chat", question)
     assert ran.stdout == f"{expected.choices[0].message.content}\n"

@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-
 from bad_input.command import Command, assert_one_line_error
 from bad_input.conftest import runtime
+from prometheus_client.parser import text_string_to_metric_families
+
 from sedac_runtime.serve import serve_command
 from serve.running_server import COMMAND, SECONDS, RunningServer, serving
 
@@ -41,10 +41,10 @@ def small(demo_bundle: Path) -> Iterator[RunningServer]:
 
 
 def metrics(server: RunningServer) -> dict[tuple[str, ...], float]:
-    """Every sample: its name and the values of its labels."""
+    """Every sample: its name and the values of its labels, in the order of their names."""
     text = httpx.get(f"{server.url}/metrics").text
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(sample.labels[label] for label in sorted(sample.labels))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -66,10 +66,11 @@ def is_idle(server: RunningServer) -> bool:
 def test_a_full_queue_is_429_and_has_room_again(small: RunningServer) -> None:
     with httpx.Client(base_url=small.url, timeout=SECONDS) as http:
         with http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True}) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # which closes the response when it is collected
+            next(lines)
             with ThreadPoolExecutor() as pool:
                 second = pool.submit(http.post, "/v1/completions", json=SHORT)
-                wait_until(lambda: http.post("/v1/completions", json=SHORT).status_code == 429)
+                wait_until(lambda: metrics(small)["sedac_sequences_waiting", "bundle"] == 1)
                 refused = http.post("/v1/completions", json=SHORT)
                 assert refused.headers["retry-after"] == "1"
                 assert refused.json()["error"]["code"] == "queue_full"
@@ -178,13 +179,15 @@ def answers(url: str) -> bool:
 
 
 def test_metrics_count_what_happens(small: RunningServer) -> None:
-    answer = httpx.post(f"{small.url}/v1/completions", json=SHORT | {"max_tokens": 8}, timeout=SECONDS)
+    answer = httpx.post(
+        f"{small.url}/v1/completions", json=SHORT | {"max_tokens": 8}, timeout=SECONDS
+    )
     tokens = answer.json()["usage"]["completion_tokens"]
     wait_until(lambda: ("sedac_requests_total", "/v1/completions", "200") in metrics(small))
     samples = metrics(small)
     assert samples["sedac_generated_tokens_total", "bundle"] == tokens
     assert samples["sedac_exit_layer_count", "bundle"] == tokens
-    assert samples["sedac_exit_layer_bucket", "bundle", "12.0"] == tokens
+    assert samples["sedac_exit_layer_bucket", "12.0", "bundle"] == tokens
     assert samples["sedac_time_to_first_token_seconds_count", "bundle"] == 1
     assert samples["sedac_inter_token_seconds_count", "bundle"] < tokens
     assert samples["sedac_prompt_tokens_total", "bundle"] == answer.json()["usage"]["prompt_tokens"]

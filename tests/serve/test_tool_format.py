@@ -41,7 +41,11 @@ def called(calls: list[MadeToolCall] | None) -> list[tuple[str, object]] | None:
         (HERMES, '<tool_call>{"arguments": {}}</tool_call>', None),
         (HERMES, "<tool_call></tool_call>", None),
         (HERMES, "<tool_call>" + "[" * 100_000, None),
-        (LLAMA, '{"name": "weather", "parameters": {"city": "Bern"}}', [("weather", {"city": "Bern"})]),
+        (
+            LLAMA,
+            '{"name": "weather", "parameters": {"city": "Bern"}}',
+            [("weather", {"city": "Bern"})],
+        ),
         (LLAMA, '{"name": "weather", "param', None),
     ],
 )

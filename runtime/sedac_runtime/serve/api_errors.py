@@ -40,9 +40,7 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, dict(headers or {}))
-        self.body = ErrorBody(
-            error=ErrorDetail(message=message, type=type, param=param, code=code)
-        )
+        self.body = ErrorBody(error=ErrorDetail(message=message, type=type, param=param, code=code))
 
     def response(self) -> JSONResponse:
         """The response that tells the client."""
@@ -136,19 +134,19 @@ def field_path(location: Sequence[int | str], body: Any, *, missing: bool) -> li
     return path
 
 
-def respond_to_api_error(_: Request, error: Exception) -> JSONResponse:
+async def respond_to_api_error(_: Request, error: Exception) -> JSONResponse:
     """For FastAPI's table of exception handlers."""
     assert isinstance(error, ApiError)
     return error.response()
 
 
-def respond_to_invalid_request(_: Request, error: Exception) -> JSONResponse:
+async def respond_to_invalid_request(_: Request, error: Exception) -> JSONResponse:
     """For FastAPI's table of exception handlers."""
     assert isinstance(error, RequestValidationError)
     return invalid_request(error).response()
 
 
-def respond_to_http_error(_: Request, error: Exception) -> JSONResponse:
+async def respond_to_http_error(_: Request, error: Exception) -> JSONResponse:
     """For FastAPI's table of exception handlers: unknown paths and methods."""
     assert isinstance(error, StarletteHTTPException)
     return ApiError(error.status_code, error.detail, headers=error.headers).response()

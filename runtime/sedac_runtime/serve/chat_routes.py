@@ -26,14 +26,14 @@ from sedac_runtime.serve.responses import (
     stream,
     unless_disconnected,
 )
-from sedac_runtime.serve.routing import ERRORS, begin, new_id, now
+from sedac_runtime.serve.routing import ANSWERS, begin, new_id, now
 from sedac_runtime.serve.token_text import StopFilter
 from sedac_runtime.serve.tool_format import ToolFormat
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ANSWERS)
 async def chat(request: Request, body: ChatRequest) -> Response | ChatCompletion:
     """Answer the last message of a chat."""
     writer = _ChatWriter(begin(request, body, prepare_chat), body)

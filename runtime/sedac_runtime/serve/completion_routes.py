@@ -16,12 +16,12 @@ from sedac_runtime.serve.responses import (
     stream,
     unless_disconnected,
 )
-from sedac_runtime.serve.routing import ERRORS, begin, new_id, now
+from sedac_runtime.serve.routing import ANSWERS, begin, new_id, now
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ERRORS)
+@router.post("/v1/completions", response_model=Completion, responses=ANSWERS)
 async def complete(request: Request, body: CompletionRequest) -> Response | Completion:
     """Continue a text."""
     writer = _CompletionWriter(begin(request, body, prepare_completion), body)

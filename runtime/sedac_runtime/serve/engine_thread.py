@@ -127,11 +127,11 @@ class EngineThread:
     def _run(self) -> None:
         while not self._stopping:
             self._obey()
-            if self._sequences:
-                try:
-                    self._step()
-                except Exception as error:
-                    self._fail(error)
+            try:
+                # also with nothing left to run: the scheduler then drops what was cancelled
+                self._step()
+            except Exception as error:
+                self._fail(error)
 
     def _obey(self) -> None:
         """Run the commands that have come; wait for one when there is nothing to do."""

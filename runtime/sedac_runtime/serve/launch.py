@@ -1,5 +1,6 @@
 """Load bundles, and serve them until the process is told to stop."""
 
+import contextlib
 import logging
 import math
 import resource
@@ -107,19 +108,22 @@ def _names(bundles: Sequence[Path]) -> list[str]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that has the address, before minutes are spent on loading. Raises OSError."""
+    """A socket that has the address, before time is spent on loading. Raises OSError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        with contextlib.ExitStack() as stack:
+            bound = stack.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            stack.pop_all()
+            return bound
     except OSError as error:
         raise OSError(
-            f"cannot serve at {host} port {port} ({error.strerror}); choose another --host or --port"
+            f"cannot serve at {host} port {port} ({error.strerror}); choose another --host or"
+            " --port"
         ) from error
-    return bound
 
 
 def _allow_files(count: int) -> None:

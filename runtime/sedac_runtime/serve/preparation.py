@@ -123,7 +123,7 @@ def _listed(request: CompletionRequest) -> list[str] | list[list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if prompt and isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
+        return [prompt]
     return prompt  # type: ignore[return-value]
 
 
@@ -232,7 +232,9 @@ def _format_grammar(response_format: ResponseFormat | None) -> str | None:
     schema = response_format.json_schema
     if schema is None:
         raise bad_request(
-            "response_format.json_schema is missing", "response_format", "missing_required_parameter"
+            "response_format.json_schema is missing",
+            "response_format",
+            "missing_required_parameter",
         )
     return _checked("response_format", lambda: json_grammar(schema.schema_))
 

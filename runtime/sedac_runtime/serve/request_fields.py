@@ -70,9 +70,7 @@ class GenerationRequest(RequestModel):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**64)] = None
-    stop: (
-        StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None
-    ) = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
     logit_bias: dict[str, LogitBias] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

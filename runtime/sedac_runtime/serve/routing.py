@@ -28,6 +28,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+# of endpoints that may stream
+ANSWERS = ERRORS | {
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The whole response, or with stream: true server-sent events.",
+    }
+}
+
+
 def served_model(request: Request, name: str) -> ServedModel:
     """The model called `name`. Raises ApiError."""
     models: dict[str, ServedModel] = request.app.state.models
@@ -42,9 +51,7 @@ def served_model(request: Request, name: str) -> ServedModel:
     return models[name]
 
 
-def begin(
-    request: Request, body: Body, prepare: Callable[[ServedModel, Body], Work]
-) -> Exchange:
+def begin(request: Request, body: Body, prepare: Callable[[ServedModel, Body], Work]) -> Exchange:
     """The exchange that answers `request`. Raises ApiError."""
     model = served_model(request, body.model)
     log: dict[str, Any] = request.state.log

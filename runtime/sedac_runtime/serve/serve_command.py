@@ -76,9 +76,7 @@ def serve(
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"serve needs {', '.join(missing)}; pip install 'sedac-runtime[serve]'"
-        )
+        raise InputError(f"serve needs {', '.join(missing)}; pip install 'sedac-runtime[serve]'")
     from sedac_runtime.serve.launch import SchedulerSettings, serve_bundles
     from sedac_runtime.serve.server_settings import ServerSettings
 

@@ -62,9 +62,7 @@ class ServedModel:
         """Token ids of a prompt."""
         return self._model.encode(text)
 
-    def encode_chat(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> list[int]:
+    def encode_chat(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         """Token ids of a chat."""
         return self._model.encode_chat(messages, tools)
 
@@ -101,4 +99,4 @@ class ServedModel:
 
     def _exit_config(self) -> dict[str, Any]:
         path = self._model.bundle / _EXIT_CONFIG
-        return json.loads(path.read_text()) if path.is_file() else {}  # type: ignore[no-any-return]
+        return json.loads(path.read_text()) if path.is_file() else {}

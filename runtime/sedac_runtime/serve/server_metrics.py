@@ -77,9 +77,7 @@ class ServerMetrics:
         self, name: str, text: str, label: str, buckets: "range | tuple[float, ...]"
     ) -> Histogram:
         ends = (*buckets, math.inf)
-        return Histogram(
-            f"sedac_{name}", text, [label], buckets=ends, registry=self.registry
-        )
+        return Histogram(f"sedac_{name}", text, [label], buckets=ends, registry=self.registry)
 
 
 class ModelMetrics(StepObserver):
@@ -101,7 +99,9 @@ class ModelMetrics(StepObserver):
         """Show the scheduler's state."""
         self._states[self._model] = statistics
 
-    def progressed(self, progress: Progress, prompt_tokens: int, waited: float, first: bool) -> None:
+    def progressed(
+        self, progress: Progress, prompt_tokens: int, waited: float, first: bool
+    ) -> None:
         """Count tokens and times."""
         count = len(progress.tokens)
         if first:

@@ -22,7 +22,7 @@ from sedac_export.cli import main
 from sedac_export.cuda.add_cuda import check_cuda
 from sedac_export.device_graphs.onnxruntime_cuda import check_precision
 from sedac_export.exits.training.head_graph import HeadGraph
-from sedac_export.tensorrt.build_plans import check_symmetry
+from sedac_export.tensorrt.build_plans import check_quantization
 
 
 def data_bytes(bundle: Path) -> int:
@@ -171,10 +171,12 @@ def test_targets_that_take_no_quantized_weights_say_so(precision: Any) -> None:
             check(precision)
 
 
-def test_tensorrt_takes_no_zero_points() -> None:
-    check_symmetry("tensorrt-rtx", symmetric=True)
-    with pytest.raises(SedacError, match=r"without zero points only; build with --symmetric"):
-        check_symmetry("tensorrt-rtx", symmetric=False)
+def test_tensorrt_takes_symmetric_blocks_of_4_bits_alone() -> None:
+    check_quantization("tensorrt-rtx", "int4", symmetric=True)
+    with pytest.raises(SedacError, match=r"no negative scales of blocks of 8 bits.*; build with"):
+        check_quantization("tensorrt-rtx", "int8", symmetric=True)
+    with pytest.raises(SedacError, match=r"takes no zero points; build with --symmetric"):
+        check_quantization("tensorrt-rtx", "int4", symmetric=False)
 
 
 def test_calibration_needs_text(tmp_path: Path) -> None:

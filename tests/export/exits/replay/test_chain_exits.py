@@ -49,7 +49,7 @@ def medians(signal: dict[int, npt.NDArray[np.float32]]) -> dict[int, float]:
 def settings(seen: Observations) -> Iterator[dict[str, Any]]:
     risk = medians(seen.risk)
     # the signals of probes rise with risk; those of exits with confidence
-    yield {"policy": "stability", "tau": 0.98, "consecutive_k": 2}
+    yield {"policy": "stability", "tau": 0.99, "consecutive_k": 3}
     yield {"policy": "probe", "thresholds": risk}
     yield {"policy": "margin", "thresholds": medians(seen.margin)}
     yield {"policy": "learned", "thresholds": medians(seen.learned)}
