@@ -1,6 +1,8 @@
 """The server as a process: its queue, its end, its log, its metrics, and clients that go."""
 
 import json
+import math
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from bad_input.command import Command, assert_one_line_error
+from bad_input.command import Command, assert_one_line_error, spoil
 from bad_input.conftest import runtime
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -229,6 +231,21 @@ def test_without_the_extra_one_line_says_what_to_install(
     monkeypatch.setattr(serve_command, "find_spec", lambda name: None)
     result = runtime("serve", demo_bundle)
     assert_one_line_error(result, "pip install 'sedac-runtime[serve]'", "fastapi")
+
+
+def test_a_generation_that_fails_is_500_and_the_server_goes_on(
+    demo_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    spoil(bundle, "layer_003", math.nan)
+    with serving(bundle, "--threads", 1) as server:
+        url = f"{server.url}/v1/completions"
+        for stream in (False, True):
+            response = httpx.post(url, json=SHORT | {"stream": stream}, timeout=SECONDS)
+            assert response.status_code == 500
+            assert "not finite" in response.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        wait_until(lambda: is_idle(server))
 
 
 def test_a_bundle_without_a_tokenizer_is_refused_by_request(
