@@ -27,7 +27,7 @@ from sedac_export.model.quantization import (
 )
 
 # ONNX Runtime maps external data from page-aligned offsets without copying
-_ALIGNMENT = 4096
+ALIGNMENT = 4096
 
 WeightReader = Callable[[str], Iterator[torch.Tensor]]
 
@@ -149,7 +149,7 @@ class WeightStore:
 
 def _put(file: BinaryIO, chunks: Iterator[memoryview]) -> Place:
     """Append `chunks` to `file`, where ONNX Runtime can map them."""
-    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
     start = file.tell()
     for chunk in chunks:
         file.write(chunk)

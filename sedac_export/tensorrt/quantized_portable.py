@@ -17,7 +17,7 @@ from sedac_export.arrays import Array
 from sedac_export.device_graphs.graph_writer import check_held
 from sedac_export.errors import SedacError
 from sedac_export.graph.quantized_graph import SCALES, Layout, layouts
-from sedac_export.graph.stamp import Place, point
+from sedac_export.graph.stamp import ALIGNMENT, Place, point
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.model.quantization import Quantization, QuantizedRows, transposed
 
@@ -103,6 +103,7 @@ class DequantizedWeights:
         place = _place(stored)
         key = f"{place['location']} {place['offset']}", form
         if key not in self.places:
+            self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
             start = self.file.tell()
             self.file.write(np.ascontiguousarray(make()).data)
             self.places[key] = Place(DATA, start, self.file.tell() - start)

@@ -1,6 +1,6 @@
 """What every network that TensorRT parses must look like, told from the manifest alone."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,10 @@ class _Expectations:
             positions = {"position_ids": _IDS}
             expected[portable.contexts_graph] = Expected(positions, self.contexts, {})
         for entry, engine in zip(portable.layers, engines.layers, strict=True):
-            expected[entry.file] = self._layers(entry, engine.contexts)
+            # engines for CPUs may have rotary tables instead, which their kv engines do not
+            fills = engines.key_value[entry.first_layer :][: entry.num_layers]
+            contexts = {*engine.contexts, *(name for fill in fills for name in fill.contexts)}
+            expected[entry.file] = self._layers(entry, contexts)
         for layer, file in enumerate(portable.key_value):
             expected[file] = self._key_value(layer, engines.key_value[layer].contexts)
         expected[portable.head] = Expected(
@@ -106,7 +109,7 @@ class _Expectations:
         inputs = {value.name: _IDS for value in model.graph.input}
         return Expected(inputs, {"x": self.hidden}, {})
 
-    def _layers(self, entry: PortableLayers, contexts: list[str]) -> Expected:
+    def _layers(self, entry: PortableLayers, contexts: Collection[str]) -> Expected:
         layers = range(entry.first_layer, entry.first_layer + entry.num_layers)
         length = self.manifest.max_cache_length
         masks = {name: ["bool", [_OPEN, 1, _OPEN, length]] for name in entry.masks}
@@ -121,7 +124,7 @@ class _Expectations:
         inputs = {"x": self.hidden} | self._contexts(contexts) | _WRITE_INDEX
         return Expected(inputs | past, present, aliases)
 
-    def _contexts(self, names: list[str]) -> dict[str, list[Any]]:
+    def _contexts(self, names: Collection[str]) -> dict[str, list[Any]]:
         return {name: self.contexts[name] for name in names}
 
     def _caches(

@@ -158,7 +158,10 @@ impl Rounds {
             chain.lend_drafter(&mut text.decoding);
             self.running
                 .insert(number, RunningText::new(text, sequence));
-            self.prefilling.push_back(number);
+            // one that was preempted may still be there
+            if !self.prefilling.contains(&number) {
+                self.prefilling.push_back(number);
+            }
             self.evict();
         }
     }

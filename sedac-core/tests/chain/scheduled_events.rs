@@ -284,6 +284,27 @@ fn a_failing_text_takes_no_other_with_it() {
     }
 }
 
+/// What fails whatever the text is ends all that run, and no later ones.
+#[test]
+fn a_failure_of_the_backend_ends_all_that_run() {
+    let mut chain = toy();
+    let scheduler = Scheduler::new(&mut chain, settings(2, 8)).unwrap();
+    let numbers = [0, 1, 2].map(|n| add(&scheduler, &request(vec![n], 20)));
+    let interrupt = Interrupt::default();
+    interrupt.raise();
+    let mut outcomes = BTreeMap::new();
+    note(&mut outcomes, scheduler.step(&mut chain, &interrupt));
+    for number in &numbers[..2] {
+        assert_eq!(outcomes[number].end, Some(Err("stopped".into())));
+    }
+    finish(&scheduler, &mut chain, &mut outcomes);
+    assert_eq!(
+        outcomes[&numbers[2]].tokens,
+        alone(&mut toy(), &request(vec![2], 20)).0
+    );
+    assert_eq!(outcomes.len(), 3);
+}
+
 /// The words of a mask of `tokens`.
 fn mask(tokens: &[u32]) -> Vec<u32> {
     vec![tokens.iter().fold(0, |word, token| word | 1 << token)]

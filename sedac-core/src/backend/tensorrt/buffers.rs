@@ -352,7 +352,7 @@ mod tests {
     #[test]
     fn numbers_survive_the_way_to_the_device_and_back() {
         let values = [0.0, 1.5, -2.0, 65504.0];
-        for precision in [Precision::Fp32, Precision::Fp16] {
+        for precision in [Precision::Fp32, Precision::Fp16, Precision::Int4] {
             assert_eq!(precision.decode(&precision.encode(&values)), values);
         }
         let coarse = Precision::Bf16.decode(&Precision::Bf16.encode(&values));
