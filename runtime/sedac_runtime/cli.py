@@ -130,6 +130,7 @@ class Drafter(StrEnum):
     AUTO = "auto"
     EARLY_EXIT = "early-exit"
     PROMPT_LOOKUP = "prompt-lookup"
+    TRAINED = "trained"
 
 
 class LosslessDrafter(StrEnum):
@@ -138,6 +139,7 @@ class LosslessDrafter(StrEnum):
     AUTO = "auto"
     EARLY_EXIT = "early-exit"
     PROMPT_LOOKUP = "prompt-lookup"
+    TRAINED = "trained"
 
 
 class Reference(StrEnum):

@@ -24,6 +24,7 @@ EVALUATIONS = 20
 PATIENCE = 6
 WARM_UP = 0.04
 CHECKPOINT = "checkpoint.pt"
+_ALIGNMENT = 8
 
 # called with steps done, steps in total and the last loss
 FitProgress = Callable[[int, int, float], None]
@@ -64,10 +65,10 @@ class FitState:
 
     def best(self) -> Evaluation:
         """The evaluation with the most tokens a round."""
-        return max(self.evaluations, key=lambda evaluation: evaluation.tokens_per_round)
+        return max(self.evaluations, key=lambda found: (found.tokens_per_round, -found.loss))
 
     def is_stuck(self) -> bool:
-        """Whether the last evaluations brought nothing."""
+        """Whether the last evaluations were all worse than one before them."""
         best = self.evaluations.index(self.best()) if self.evaluations else 0
         return len(self.evaluations) - 1 - best >= PATIENCE
 
@@ -263,7 +264,8 @@ class Fit:
         """What a step costs, measured without keeping what it did."""
         before, optimizer = _copied(self.drafter), self.optimizer.state_dict()
         batches = _batches(training, self.settings)
-        self._step(self._batch(batches, training))
+        for _ in range(2):
+            self._step(self._batch(batches, training))
         started = time.monotonic()
         for _ in range(steps):
             self._step(self._batch(batches, training))
@@ -304,7 +306,8 @@ def _batches(texts: Sequence[OwnText], settings: FitSettings) -> list[list[int]]
 def _padded(texts: Sequence[OwnText], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens [texts, longest] and which of them the model wrote."""
     rows = [text.tokens[:length] for text in texts]
-    width = max(map(len, rows))
+    # attention's kernels want aligned rows
+    width = -(-max(map(len, rows)) // _ALIGNMENT) * _ALIGNMENT
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     counted = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, (row, text) in enumerate(zip(rows, texts, strict=True)):

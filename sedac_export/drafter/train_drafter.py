@@ -93,7 +93,7 @@ def train_drafter(
     request.folder.mkdir(parents=True, exist_ok=True)
     scale = _Scale.of(request.device)
     budget = None if request.minutes is None else 60 * request.minutes
-    corpus = _corpus(model, tokenizer, request, scale, started, progress)
+    corpus = prepare_corpus(model, tokenizer, request, progress)
     training, held_out = _usable(corpus.training), _usable(corpus.held_out)
     written = time.monotonic() - started
     fit, tokens = _fit(model, corpus, request, scale)
@@ -119,18 +119,19 @@ def train_drafter(
     return report
 
 
-def _corpus(
+def prepare_corpus(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     request: DrafterRequest,
-    scale: _Scale,
-    started: float,
     progress: StageProgress,
 ) -> DraftCorpus:
+    """The folder's corpus, written now if there is none."""
+    started = time.monotonic()
     path = request.folder / CORPUS
     if path.exists():
         return DraftCorpus.load(path)
-    distillation = SelfDistillation(model, tokenizer, scale.batch, request.max_tokens)
+    batch = _Scale.of(request.device).batch
+    distillation = SelfDistillation(model, tokenizer, batch, request.max_tokens)
     starts = list(_starts(tokenizer, request.texts, request.seed))
     limit = None if request.minutes is None else 60 * request.minutes * CORPUS_SHARE
     corpus = write_corpus(

@@ -7,7 +7,7 @@ use tracing::trace;
 use super::not_finite::{all_finite, origin};
 use super::profile;
 use super::{
-    Backend, Capabilities, Costs, EnginePart, Engines, Logits, LogitsRequest, SequenceStep,
+    Backend, Capabilities, Costs, DraftEngine, EnginePart, Engines, Logits, LogitsRequest, SequenceStep,
     StepExit, StepOutcome,
 };
 use crate::error::{Error, Result};
@@ -370,6 +370,10 @@ impl<E: Engines> Backend for HostDecided<E> {
             .iter_mut()
             .map(|step| self.step_one(step, interrupt))
             .collect()
+    }
+
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.engines.draft_engine()
     }
 
     fn costs(&self) -> &Costs {

@@ -33,7 +33,7 @@ pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
 pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
-    ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
+    ContextTensor, DrafterEntry, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
     ModelFacts, SCHEMA_VERSION, Target,
 };
 pub use self::plans::{

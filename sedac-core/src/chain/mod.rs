@@ -372,6 +372,9 @@ impl Chain {
     fn exit_schedule(&self, mode: &DecodingMode, kv_fill: KvFill) -> Result<ExitSchedule> {
         let layers = self.num_layers();
         let schedule = ExitSchedule::new(mode, kv_fill, layers)?;
+        if mode.drafter() == Some(DrafterKind::Trained) {
+            self.backend.capabilities().check_trained_drafter()?;
+        }
         if let (DecodingMode::Exit { policy, .. }, Some(rule)) = (mode, schedule.rule()) {
             let capabilities = self.backend.capabilities();
             capabilities.check(rule, policy.kind().name(), layers)?;
@@ -391,7 +394,9 @@ impl Chain {
         let key = (kind, min_depth);
         let known = self.drafting.remove(&key);
         let mut drafting = known.unwrap_or_else(|| {
-            let mut drafter = new_drafter(kind, &self.exit_layers, layers, min_depth.unwrap_or(0));
+            let has_trained = min_depth.is_none() && self.backend.capabilities().trained_drafter;
+            let least = min_depth.unwrap_or(0);
+            let mut drafter = new_drafter(kind, &self.exit_layers, layers, least, has_trained);
             if min_depth.is_none() {
                 drafter.recall(&self.acceptance);
             }

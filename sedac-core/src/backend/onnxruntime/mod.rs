@@ -1,5 +1,6 @@
 //! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
 
+mod drafter;
 mod exits;
 mod graph_executor;
 mod huge_pages;
@@ -15,14 +16,15 @@ use ort::environment::Environment;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
+use self::drafter::Drafter;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::pass::{Contexts, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
-use super::{AttentionOnly, Capabilities, EnginePart, EngineTiming, Engines, Stopwatch};
-use crate::bundle::{Bundle, ExitEntry, LayerEntry};
+use super::{AttentionOnly, Capabilities, DraftEngine, EnginePart, EngineTiming, Engines, Stopwatch};
+use crate::bundle::{Bundle, DrafterEntry, ExitEntry, LayerEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
 
@@ -50,6 +52,9 @@ pub struct OnnxRuntime {
     bundle: Bundle,
     environment: Environment,
     exits: Exits,
+    drafter: Option<Drafter>,
+    /// The current pass's first position.
+    start: usize,
     key_value: Vec<KeyValueEngine>,
     head: Session,
     vocab_size: usize,
@@ -112,6 +117,8 @@ impl OnnxRuntime {
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
         let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
         let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
+        let drafters = manifest.drafter.iter().filter(|_| layout == Layout::Engines);
+        let parts = parts.chain(drafters.flat_map(DrafterEntry::files));
         bundle.check_memory(parts.map(PathBuf::as_path))?;
         let open = |file: &Path| session(&environment, bundle, file);
         let embed = open(&engines.embed)?;
@@ -132,6 +139,10 @@ impl OnnxRuntime {
             })
             .collect::<Result<Vec<_>>>()?;
         let head = open(&manifest.engines.head)?;
+        let drafter = match layout {
+            Layout::Engines => Drafter::load(bundle, open)?,
+            Layout::Monolith => None,
+        };
         let mut shared = Shared::new(manifest)?;
         let ends = (&embed, contexts.as_ref());
         let decode = Pass::new(1, &mut shared, ends, &layers, &entries)?;
@@ -144,6 +155,8 @@ impl OnnxRuntime {
             fillings: HashMap::new(),
             stopwatch: Stopwatch::default(),
             exits: Exits::load(exits, shared.hidden_size, open)?,
+            drafter,
+            start: 0,
             attention: Vec::new(),
             attention_entries,
             bundle: bundle.clone(),
@@ -220,6 +233,7 @@ impl OnnxRuntime {
             self.passes.insert(pass);
         }
         self.shared.set_length(start + tokens);
+        self.start = start;
         // exit hidden states at these positions are about to change
         for filling in self.fillings.values_mut() {
             if filling.positions.end > start {
@@ -243,6 +257,7 @@ impl Engines for OnnxRuntime {
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
+            trained_drafter: self.drafter.is_some(),
             ..Capabilities::default()
         }
     }
@@ -273,7 +288,17 @@ impl Engines for OnnxRuntime {
             })
         })?;
         self.passes.engines_run = engine + 1;
+        if let Some(drafter) = &mut self.drafter {
+            let rows = read(self.passes.current().hidden(engine + 1));
+            drafter.note(entry.end(), self.start, rows);
+        }
         Ok(())
+    }
+
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.drafter
+            .as_mut()
+            .map(|drafter| drafter as &mut dyn DraftEngine)
     }
 
     fn attention_only(&mut self) -> Option<&mut dyn AttentionOnly> {
