@@ -16,9 +16,9 @@ from sedac_export.errors import SedacError
 
 # one in so many texts is held out, and answered greedily
 HELD_OUT = 25
-# of the others, this share is answered greedily and the rest sampled
-GREEDY_SHARE = 0.5
+# batches are answered greedily and sampled in turn
 TEMPERATURE = 0.7
+TEXT_SHARE = 0.25
 MAX_PROMPT_TOKENS = 160
 # how messages begin, in turn: left to the model two times of three, else a request for code, which
 # models seldom make on their own and are often asked for
@@ -178,12 +178,9 @@ def write_corpus(
     Raises SedacError when nothing was written.
     """
     corpus = DraftCorpus()
-    starts = _interleaved(distillation, messages, texts)
     total = messages + len(texts)
     done = 0
-    # each turn's texts are answered greedily, sampled, or greedily and held out
-    turn = 0
-    for part in starts:
+    for turn, part in enumerate(_starts(distillation, messages, texts)):
         greedy = turn % 2 == 0
         written = distillation.answers(part, 0.0 if greedy else TEMPERATURE)
         if greedy:
@@ -192,7 +189,6 @@ def write_corpus(
         else:
             corpus.training += written
         done += len(part)
-        turn += 1
         progress(done, total)
         if deadline():
             break
@@ -201,22 +197,26 @@ def write_corpus(
     return corpus
 
 
-def _interleaved(
+def _starts(
     distillation: SelfDistillation, messages: int, texts: Sequence[list[int]]
 ) -> Iterator[list[list[int]]]:
-    """Starts of texts, a batch at a time, those of messages and of `texts` in turn."""
-    batch = distillation.batch
+    """What the model goes on from, a batch at a time: messages of its own and starts of `texts`.
+
+    As long as there are both, TEXT_SHARE of a batch are of `texts`.
+    """
     waiting = list(texts)
     beginnings = itertools.cycle(MESSAGE_STARTS)
     while messages > 0 or waiting:
-        if messages > 0:
-            written = distillation.messages(min(batch, messages), next(beginnings))
-            messages -= min(batch, messages)
-            if written:
-                yield [answer_start(distillation.tokenizer, message) for message in written]
-        if waiting:
-            yield waiting[:batch]
-            waiting = waiting[batch:]
+        share = TEXT_SHARE if messages > 0 else 1.0
+        batch = waiting[: max(1, round(share * distillation.batch))]
+        waiting = waiting[len(batch) :]
+        count = min(distillation.batch - len(batch), messages)
+        messages -= count
+        if count > 0:
+            written = distillation.messages(count, next(beginnings))
+            batch += [answer_start(distillation.tokenizer, message) for message in written]
+        if batch:
+            yield batch
 
 
 def _left_padded(
