@@ -7,8 +7,8 @@ use tracing::trace;
 use super::not_finite::{all_finite, origin};
 use super::profile;
 use super::{
-    Backend, Capabilities, Costs, DraftEngine, EnginePart, Engines, Logits, LogitsRequest, SequenceStep,
-    StepExit, StepOutcome,
+    Backend, Capabilities, Costs, DraftEngine, EnginePart, Engines, Logits, LogitsRequest,
+    SequenceStep, StepExit, StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 
 use super::gate::Gate;
-use super::manifest::{ContextTensor, DrafterEntry, KeyValueEntry, LayerEntry, Manifest, is_graph_name};
+use super::manifest::{
+    ContextTensor, DrafterEntry, KeyValueEntry, LayerEntry, Manifest, is_graph_name,
+};
 use super::onnx::{OnnxModel, Tensor, ValueInfo};
 use crate::error::{Error, Result};
 

@@ -151,10 +151,17 @@ impl DrafterEntry {
             && !self.feature_layers.is_empty()
             && self.feature_layers.is_sorted_by(ascending)
             && self.feature_layers.iter().all(|depth| ends.contains(depth))
-            && (1..MAX_BUFFER).contains(&self.key_value_size.saturating_mul(manifest.max_cache_length))
+            && (1..MAX_BUFFER).contains(
+                &self
+                    .key_value_size
+                    .saturating_mul(manifest.max_cache_length),
+            )
             && !self.tokens.is_empty()
             && self.tokens.is_sorted_by(|a, b| a < b)
-            && self.tokens.iter().all(|&token| (token as usize) < manifest.model.vocab_size)
+            && self
+                .tokens
+                .iter()
+                .all(|&token| (token as usize) < manifest.model.vocab_size)
     }
 }
 

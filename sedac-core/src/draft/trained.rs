@@ -1,6 +1,6 @@
 //! Drafts by a small layer that was trained for the model.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
 use crate::backend::{Costs, MARGIN_BINS, PositionLogits, margin_bin};
@@ -16,6 +16,8 @@ const PRIOR_WEIGHT: f64 = 3.0;
 const DECAY: f64 = 0.98;
 /// and more slowly while others draft.
 const IDLE_DECAY: f64 = 0.999;
+/// Passes count less with every newer one.
+const STEP_DECAY: f64 = 0.95;
 /// A round of an earlier process counts as much as this number at most.
 const MAX_REMEMBERED: f64 = 16.0;
 
@@ -27,8 +29,8 @@ pub(super) struct Trained {
     layers: usize,
     /// Positions of the text that the layer's cache holds states of the model for.
     verified: usize,
-    /// Mean seconds of one drafted token; 0 before the first.
-    step_seconds: f64,
+    /// Seconds of one drafted token.
+    step: StepCost,
     /// What the tokens of rounds cost without drafts and with them, relative to full depth.
     baseline: f64,
     cost: f64,
@@ -39,7 +41,25 @@ pub(super) struct Trained {
     rates: Vec<AcceptanceRate>,
     /// The tokens of the last draft, and their bins of probability.
     drafted: Vec<(u32, usize)>,
-    draft_seconds: f64,
+}
+
+/// Mean seconds of a pass of the trained layer. The first pass makes buffers and does not count.
+#[derive(Debug, Default)]
+struct StepCost {
+    has_run: bool,
+    mean: f64,
+}
+
+impl StepCost {
+    fn note(&mut self, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
+        self.mean = match (self.has_run, self.mean) {
+            (false, _) => 0.0,
+            (true, 0.0) => seconds,
+            (true, mean) => STEP_DECAY * mean + (1.0 - STEP_DECAY) * seconds,
+        };
+        self.has_run = true;
+    }
 }
 
 impl Trained {
@@ -48,7 +68,7 @@ impl Trained {
         Self {
             layers,
             verified: 0,
-            step_seconds: 0.0,
+            step: StepCost::default(),
             baseline: 0.0,
             cost: 0.0,
             expected_speedup: 1.0,
@@ -57,7 +77,6 @@ impl Trained {
                 .map(|bin| AcceptanceRate::new(middle(bin)))
                 .collect(),
             drafted: Vec::new(),
-            draft_seconds: 0.0,
         }
     }
 
@@ -69,7 +88,7 @@ impl Trained {
     /// `all_accepted`, is worth drafting and verifying where it is accepted at `rate`.
     fn pays(&self, drafted: usize, all_accepted: f64, rate: f64, costs: &Costs) -> bool {
         let verify = |tokens| full_depth_cost(costs, self.layers, tokens);
-        let cost = self.step_seconds + verify(drafted + 2) - verify(drafted + 1);
+        let cost = self.step.mean + verify(drafted + 2) - verify(drafted + 1);
         all_accepted * rate * self.baseline_seconds / self.expected_speedup >= cost
     }
 }
@@ -94,13 +113,18 @@ impl Drafter for Trained {
         max_tokens: usize,
         context: &mut DraftContext<'_>,
     ) -> Result<Draft> {
-        let started = Instant::now();
         let costs = context.backend.costs().clone();
         let engine = context.backend.draft_engine().ok_or_else(no_engine)?;
         // the state at a position goes with the token after it
         let positions = self.verified..history.len() - 1;
+        let is_step = positions.len() <= MAX_DRAFTED;
+        let before = Instant::now();
         engine.verified(positions, &history[self.verified + 1..])?;
         self.verified = history.len() - 1;
+        // what a prompt takes is no part of a round's cost
+        if is_step {
+            self.step.note(before.elapsed());
+        }
         self.drafted.clear();
         let mut all_accepted = 1.0;
         loop {
@@ -123,13 +147,8 @@ impl Drafter for Trained {
             context.interrupt.check()?;
             let before = Instant::now();
             engine.roll_out(token)?;
-            let seconds = before.elapsed().as_secs_f64();
-            self.step_seconds = match self.step_seconds {
-                0.0 => seconds,
-                mean => DECAY * mean + (1.0 - DECAY) * seconds,
-            };
+            self.step.note(before.elapsed());
         }
-        self.draft_seconds = started.elapsed().as_secs_f64();
         Ok(Draft {
             tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
             ..Draft::default()
@@ -143,8 +162,10 @@ impl Drafter for Trained {
         let full = full_depth_cost(costs, self.layers, 1);
         if full > 0.0 {
             let verify = full_depth_cost(costs, self.layers, self.drafted.len() + 1);
-            self.baseline = DECAY * self.baseline + tokens.len() as f64 * self.baseline_seconds / full;
-            self.cost = DECAY * self.cost + (self.draft_seconds + verify) / full;
+            self.baseline =
+                DECAY * self.baseline + tokens.len() as f64 * self.baseline_seconds / full;
+            self.cost =
+                DECAY * self.cost + (self.drafted.len() as f64 * self.step.mean + verify) / full;
         }
     }
 
@@ -171,5 +192,9 @@ impl Drafter for Trained {
 
 /// Drafting was asked for where there is no engine; the chain has checked that before.
 fn no_engine() -> Error {
-    Error::setting("drafter", "trained", "another one; no trained drafter is loaded")
+    Error::setting(
+        "drafter",
+        "trained",
+        "another one; no trained drafter is loaded",
+    )
 }

@@ -8,3 +8,4 @@ mod lossless;
 mod not_finite;
 mod passes;
 mod toy;
+mod trained_drafter;

@@ -165,18 +165,21 @@ impl Drafter {
 
 impl DraftEngine for Drafter {
     fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
-        debug_assert_eq!(positions.len(), tokens.len(), "a token follows each position");
+        debug_assert_eq!(
+            positions.len(),
+            tokens.len(),
+            "a token follows each position"
+        );
         self.length = positions.start;
         self.reserve(positions.end)?;
-        for (piece, start) in tokens
-            .chunks(MAX_TOKENS)
-            .zip(positions.step_by(MAX_TOKENS))
-        {
+        for (piece, start) in tokens.chunks(MAX_TOKENS).zip(positions.step_by(MAX_TOKENS)) {
             let mut pass = self.take_pass(piece.len())?;
             let width = self.width();
             let rows = &self.features[start * width..(start + piece.len()) * width];
             write(&mut pass.features, rows);
-            run(&mut self.state, &pass.combine, || "draft state engine".into())?;
+            run(&mut self.state, &pass.combine, || {
+                "draft state engine".into()
+            })?;
             self.advance(pass, piece)?;
         }
         Ok(())

@@ -23,7 +23,9 @@ use self::pass::{Contexts, Pass, Passes, Shared};
 use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
-use super::{AttentionOnly, Capabilities, DraftEngine, EnginePart, EngineTiming, Engines, Stopwatch};
+use super::{
+    AttentionOnly, Capabilities, DraftEngine, EnginePart, EngineTiming, Engines, Stopwatch,
+};
 use crate::bundle::{Bundle, DrafterEntry, ExitEntry, LayerEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
@@ -117,7 +119,10 @@ impl OnnxRuntime {
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
         let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
         let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
-        let drafters = manifest.drafter.iter().filter(|_| layout == Layout::Engines);
+        let drafters = manifest
+            .drafter
+            .iter()
+            .filter(|_| layout == Layout::Engines);
         let parts = parts.chain(drafters.flat_map(DrafterEntry::files));
         bundle.check_memory(parts.map(PathBuf::as_path))?;
         let open = |file: &Path| session(&environment, bundle, file);
