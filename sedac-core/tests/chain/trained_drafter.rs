@@ -61,7 +61,8 @@ proptest! {
 
 /// Tokens that were drafted and accepted over twenty texts.
 fn drafted_and_accepted(drafter: DrafterKind, agreement: u64) -> (usize, usize) {
-    let mut chain = trained(&[1; 6], agreement, 0.05);
+    // of two random tokens of so few, one is often the other: it must cost something to verify
+    let mut chain = trained(&[1; 6], agreement, 0.6);
     let (mut drafted, mut accepted) = (0, 0);
     for seed in 0..20 {
         let request = request(DecodingMode::Lossless { drafter }, seed);
