@@ -55,9 +55,7 @@ def train_drafter(
         float | None,
         typer.Option(help="Time for everything. [default: as long as it takes]", min=0.1),
     ] = None,
-    device: Annotated[
-        TrainingDevice, typer.Option(help="Where to train.")
-    ] = TrainingDevice.CPU,
+    device: Annotated[TrainingDevice, typer.Option(help="Where to train.")] = TrainingDevice.CPU,
     seed: Annotated[int, typer.Option(help="Seed of the corpus and the training.")] = 0,
     bundle: Annotated[
         Path | None, typer.Option(help="A bundle of the model, to add the drafter to.")
@@ -73,9 +71,7 @@ def train_drafter(
     if not texts and not self_distill:
         raise SedacError("there is nothing to train on; give --self-distill, --data or both")
     with _opened(model) as (directory, tokenizer):
-        request = DrafterRequest(
-            output, self_distill, texts, minutes, device.value, seed
-        )
+        request = DrafterRequest(output, self_distill, texts, minutes, device.value, seed)
         loaded = load_model(directory, device.value)
         with progress_bar("write", "train") as update:
             report = run(loaded, tokenizer, request, update)

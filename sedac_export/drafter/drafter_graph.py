@@ -24,8 +24,7 @@ def state_graph(drafter: DraftModel) -> onnx.ModelProto:
     hidden, taken = shape.hidden_size, len(shape.feature_layers)
     parts = build.split("features", [hidden] * taken)
     normed = [
-        build.norm(part, norm)
-        for part, norm in zip(parts, drafter.feature_norms, strict=True)
+        build.norm(part, norm) for part, norm in zip(parts, drafter.feature_norms, strict=True)
     ]
     joined = build.add("Concat", *normed, axis=-1) if taken > 1 else normed[0]
     build.product(joined, drafter.combine.weight, "state")
@@ -44,7 +43,10 @@ def draft_graph(drafter: DraftModel, head: Floats) -> onnx.ModelProto:
     """
     shape = drafter.shape
     build = _DraftBuilder("draft_")
-    normed = (build.norm("state", drafter.state_norm), build.norm("embedding", drafter.embedding_norm))
+    normed = (
+        build.norm("state", drafter.state_norm),
+        build.norm("embedding", drafter.embedding_norm),
+    )
     joined = build.add("Concat", *normed, axis=-1)
     x = build.add("Add", "state", build.product(joined, drafter.join.weight))
     layer = drafter.layer
@@ -125,7 +127,9 @@ def _attention(build: _DraftBuilder, drafter: DraftModel, x: str) -> str:
     heads = build.integers(groups, shape.heads // groups)
     keys_shape = build.add("Shape", mask, start=0, end=2)
     whole = build.add("Concat", heads, keys_shape, axis=0)
-    shares = build.add("Softmax", build.add("Add", build.add("Reshape", scaled, whole), mask), axis=-1)
+    shares = build.add(
+        "Softmax", build.add("Add", build.add("Reshape", scaled, whole), mask), axis=-1
+    )
     keys_count = build.add("Shape", mask, start=1, end=2)
     shares = build.add(
         "Reshape", shares, build.add("Concat", build.integers(groups, -1), keys_count, axis=0)
@@ -146,9 +150,7 @@ def _rotary(build: _DraftBuilder, drafter: DraftModel) -> tuple[str, str]:
     return build.add("Cos", angles), build.add("Sin", angles)
 
 
-def _rotated(
-    build: _DraftBuilder, x: str, heads: int, size: int, cos: str, sin: str
-) -> str:
+def _rotated(build: _DraftBuilder, x: str, heads: int, size: int, cos: str, sin: str) -> str:
     """`x` [1, tokens, heads * size] rotated by its positions: [1, tokens, heads, size]."""
     x = build.add("Reshape", x, build.integers(1, -1, heads, size))
     first, second = build.split(x, [size // 2, size // 2])

@@ -101,9 +101,7 @@ def test_without_one_only_auto_drafts(demo_bundle: Path) -> None:
     model.generate(PROMPT, mode="lossless", drafter="auto", max_new_tokens=4)
 
 
-def test_the_command_prints_one_object(
-    drafter: Path, demo_bundle: Path, tmp_path: Path
-) -> None:
+def test_the_command_prints_one_object(drafter: Path, demo_bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(demo_bundle, copy)
     result = CliRunner().invoke(app, ["add-drafter", str(copy), str(drafter), "--json"])

@@ -49,7 +49,9 @@ class _Rollout:
         self.state = Engine(_exact(state_graph(drafter)))
         self.layer = Engine(_exact(draft_graph(drafter, head)))
         # what the cache holds beyond its end is nothing to attention
-        self.cache = {name: np.full((1, CAPACITY, SIZE), 7.0, np.float32) for name in ("key", "value")}
+        self.cache = {
+            name: np.full((1, CAPACITY, SIZE), 7.0, np.float32) for name in ("key", "value")
+        }
         self.length = 0
 
     def step(self, state: Floats, embedding: Floats) -> tuple[Floats, Floats]:
@@ -78,12 +80,20 @@ def test_the_engines_roll_out_as_in_pytorch(drafter: DraftModel, head: Floats) -
         cache = DynamicCache()
         state = drafter.state_of(features)
         state = drafter(
-            state, embeddings[:, :known], torch.arange(known)[None], rollout_mask(known, 0, state.device), cache
+            state,
+            embeddings[:, :known],
+            torch.arange(known)[None],
+            rollout_mask(known, 0, state.device),
+            cache,
         )[:, -1:]
         expected = [drafter.logits(state, torch.from_numpy(head))]
         for position in range(known, known + drafted):
             state = drafter(
-                state, embeddings[:, position : position + 1], torch.tensor([[position]]), None, cache
+                state,
+                embeddings[:, position : position + 1],
+                torch.tensor([[position]]),
+                None,
+                cache,
             )
             expected.append(drafter.logits(state, torch.from_numpy(head)))
     rollout = _Rollout(drafter, head)
@@ -94,7 +104,9 @@ def test_the_engines_roll_out_as_in_pytorch(drafter: DraftModel, head: Floats) -
     next_state, logits = rollout.step(own[:, 5:], embeddings[:, 5:known].numpy())
     given = [logits]
     for position in range(known, known + drafted):
-        next_state, logits = rollout.step(next_state, embeddings[:, position : position + 1].numpy())
+        next_state, logits = rollout.step(
+            next_state, embeddings[:, position : position + 1].numpy()
+        )
         given.append(logits)
     for own_logits, wanted in zip(given, expected, strict=True):
         # weights are in 8 bits
