@@ -1,4 +1,4 @@
-"""Texts that a model wrote itself, for its drafter: what is drafted later is the model's own text."""
+"""Texts that a model wrote itself: what its drafter drafts is the model's own text."""
 
 import itertools
 import json

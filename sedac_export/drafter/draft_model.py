@@ -119,7 +119,7 @@ class DraftModel(nn.Module):
     ) -> Tensor:
         """The next state. `cache` grows by these tokens; mask is added to attention's scores.
 
-        state: of the model (`state_of`) or the drafter's own. embedding: of the token that followed.
+        state: of the model (`state_of`) or the drafter's own. embedding: of the next token.
         """
         joined = torch.cat([self.state_norm(state), self.embedding_norm(embedding)], -1)
         x = state + self.join(joined)
@@ -143,8 +143,8 @@ def rollout_mask(length: int, step: int, device: torch.device) -> Tensor:
     """Which keys the queries of rollout step `step` see: bool [1, 1, length, (step + 1) * length].
 
     The cache holds the keys of all steps so far. A position sees the model's states up to itself
-    and what the drafter rolled out from itself: training is on what drafting will see (training-time
-    test, EAGLE-3).
+    and what the drafter rolled out from itself: training sees what drafting will (training-time test,
+    EAGLE-3).
     """
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     own = torch.eye(length, dtype=torch.bool, device=device)

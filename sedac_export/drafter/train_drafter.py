@@ -69,7 +69,7 @@ class _Scale:
 
 
 def load_model(directory: Path, device: str) -> PreTrainedModel:
-    """The model in `directory`, in bf16 on a GPU. Raises SedacError when there is no such device."""
+    """The model in `directory`, in bf16 on a GPU. Raises SedacError where there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SedacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from build_cache import BuildCache
 from typer.testing import CliRunner
 
-from build_cache import BuildCache
 from sedac_export.bundle import Bundle
 from sedac_export.cli.commands import app
 from sedac_export.drafter.add_drafter import add_drafter, check_drafter
