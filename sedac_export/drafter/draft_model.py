@@ -143,8 +143,8 @@ def rollout_mask(length: int, step: int, device: torch.device) -> Tensor:
     """Which keys the queries of rollout step `step` see: bool [1, 1, length, (step + 1) * length].
 
     The cache holds the keys of all steps so far. A position sees the model's states up to itself
-    and what the drafter rolled out from itself: training sees what drafting will (training-time test,
-    EAGLE-3).
+    and what the drafter rolled out from itself: training sees what drafting will (training-time
+    test, EAGLE-3).
     """
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     own = torch.eye(length, dtype=torch.bool, device=device)
