@@ -88,6 +88,7 @@ class Drafter(StrEnum):
     AUTO = "auto"
     EARLY_EXIT = "early-exit"
     PROMPT_LOOKUP = "prompt-lookup"
+    TRAINED = "trained"
 
 
 class LosslessDrafter(StrEnum):
@@ -96,6 +97,7 @@ class LosslessDrafter(StrEnum):
     AUTO = "auto"
     EARLY_EXIT = "early-exit"
     PROMPT_LOOKUP = "prompt-lookup"
+    TRAINED = "trained"
 
 
 @app.command()

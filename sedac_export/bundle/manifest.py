@@ -81,6 +81,20 @@ class ExitEngineEntry(StrictModel):
     lens: str | None = None
 
 
+class DrafterEntry(StrictModel):
+    """The engines of a trained drafter.
+
+    state makes a state of the residual streams after feature_layers; file takes states to the next
+    one and the logits of `tokens`, ascending. key_value_size: numbers in a key, and in a value.
+    """
+
+    state: str
+    file: str
+    feature_layers: list[int]
+    key_value_size: int
+    tokens: list[int]
+
+
 class EngineFiles(StrictModel):
     """Every engine of the bundle. `monolith` runs all layers at once and is for comparison.
 
@@ -142,6 +156,7 @@ class Manifest(StrictModel):
     key_value_heads: list[KeyValueHeads]
     contexts: list[ContextTensor]
     engines: EngineFiles
+    drafter: DrafterEntry | None = None
     tokenizer: bool
     tolerance: float = DEFAULT_TOLERANCE
     unread_tensors: list[str] = Field(default_factory=list)

@@ -15,6 +15,7 @@ from sedac_export.bundle.cuda_entry import PRECISIONS
 from sedac_export.bundle.signature import SIGNATURE
 from sedac_export.cli import target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
+from sedac_export.cli.drafter_commands import register_drafter_commands
 from sedac_export.cli.exit_commands import DATA, register_exit_commands, spread_data
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
@@ -304,6 +305,7 @@ def verify(
 
 
 register_exit_commands(app)
+register_drafter_commands(app)
 target_commands.register(app)
 validate_command.register(app)
 

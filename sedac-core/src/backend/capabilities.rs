@@ -18,6 +18,8 @@ pub struct Capabilities {
     pub attention_only: bool,
     /// Whether tokens come with a [margin](super::StepOutcome::margins).
     pub margins: bool,
+    /// Whether there are [draft engines](super::DraftEngine).
+    pub trained_drafter: bool,
     /// Tokens that a step may give at most, where it goes [ahead](super::Ahead).
     pub ahead: usize,
 }
@@ -32,12 +34,27 @@ impl Default for Capabilities {
             exit_heads: Vec::new(),
             attention_only: false,
             margins: false,
+            trained_drafter: false,
             ahead: 1,
         }
     }
 }
 
 impl Capabilities {
+    /// Check that a trained drafter can draft.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] otherwise.
+    pub fn check_trained_drafter(&self) -> Result<()> {
+        if self.trained_drafter {
+            return Ok(());
+        }
+        let range = "another one: this bundle has no trained drafter, or this backend does not run \
+                     it, or not for several sequences; train one with sedac-export train-drafter \
+                     and use --backend onnxruntime --device cpu, or set drafter auto";
+        Err(Error::setting("drafter", "trained", range))
+    }
+
     /// Check that every signal that `rule` reads exists; `policy` names it.
     ///
     /// # Errors

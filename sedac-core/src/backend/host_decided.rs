@@ -7,8 +7,8 @@ use tracing::trace;
 use super::not_finite::{all_finite, origin};
 use super::profile;
 use super::{
-    Backend, Capabilities, Costs, EnginePart, Engines, Logits, LogitsRequest, SequenceStep,
-    StepExit, StepOutcome,
+    Backend, Capabilities, Costs, DraftEngine, EnginePart, Engines, Logits, LogitsRequest,
+    SequenceStep, StepExit, StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -377,6 +377,7 @@ impl<E: Engines> Backend for HostDecided<E> {
             self.capabilities.sequences = self.engines.reserve(sequences)?;
             self.slots.grow(self.capabilities.sequences);
             self.capabilities.shares_passes = self.engines.rows().is_some();
+            self.capabilities.trained_drafter = self.engines.capabilities().trained_drafter;
         }
         Ok(())
     }
@@ -416,6 +417,10 @@ impl<E: Engines> Backend for HostDecided<E> {
         let all = outcomes.into_iter().zip(steps);
         all.map(|(outcome, step)| outcome.map_or_else(|| self.step_one(step, interrupt), Ok))
             .collect()
+    }
+
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.engines.draft_engine()
     }
 
     fn costs(&self) -> &Costs {

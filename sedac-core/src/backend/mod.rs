@@ -87,6 +87,12 @@ pub trait Backend: Send {
         interrupt: &Interrupt,
     ) -> Result<Vec<StepOutcome>>;
 
+    /// The engines of a trained drafter, where there are any. They follow the sequence that ran
+    /// last.
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        None
+    }
+
     /// What passes cost so far, as the backend measured it.
     fn costs(&self) -> &Costs;
 
@@ -154,6 +160,11 @@ pub trait Engines: Send {
         None
     }
 
+    /// The engines of a trained drafter, where there are any.
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        None
+    }
+
     /// The residual stream of the pass's newest `tokens` tokens, a row each. Only asked for to find
     /// out where a failure comes from.
     fn residual(&mut self, tokens: usize) -> Result<Vec<f32>>;
@@ -192,6 +203,32 @@ pub trait Engines: Send {
     /// How long engines took that have run since the last call, as far as it is known without
     /// waiting for any.
     fn take_timings(&mut self) -> Vec<EngineTiming>;
+}
+
+/// The engines of a trained drafter.
+///
+/// Its cache holds a state for each verified position, made of the model's hidden states there and
+/// of the token that followed, and after them states of its own rollout.
+pub trait DraftEngine {
+    /// Take in the model's hidden states at `positions`, all of which the model has run, and the
+    /// `tokens` that followed. Nothing is kept of positions from `positions.start` on.
+    ///
+    /// # Errors
+    /// What the engines report.
+    fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()>;
+
+    /// Take in `token`, drafted after the last state, with the drafter's own state.
+    ///
+    /// # Errors
+    /// What the engines report.
+    fn roll_out(&mut self, token: u32) -> Result<()>;
+
+    /// Logits of the token after the last one taken in, one for each token of the model's
+    /// vocabulary: very low where the drafter never drafts a token.
+    fn logits(&self) -> &[f32];
+
+    /// The probability that the drafter gives `token` there.
+    fn probability(&self, token: u32) -> f32;
 }
 
 /// Engines whose MLPs add nothing, for soft exits.

@@ -37,19 +37,27 @@ pub enum DrafterKind {
     /// What followed the newest tokens where they occurred before
     /// (<https://github.com/apoorvumang/prompt-lookup-decoding>).
     PromptLookup,
+    /// A layer that was trained to continue the model's hidden states.
+    Trained,
     /// The one of the others with the higher expected speedup.
     Auto,
 }
 
 impl DrafterKind {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::EarlyExit, Self::PromptLookup, Self::Auto];
+    pub const ALL: [Self; 4] = [
+        Self::EarlyExit,
+        Self::PromptLookup,
+        Self::Trained,
+        Self::Auto,
+    ];
 
     /// The name used in settings.
     pub fn name(self) -> &'static str {
         match self {
             Self::EarlyExit => "early-exit",
             Self::PromptLookup => "prompt-lookup",
+            Self::Trained => "trained",
             Self::Auto => "auto",
         }
     }
@@ -58,9 +66,11 @@ impl DrafterKind {
     ///
     /// # Errors
     /// [`Error::Setting`] where tokens that exited do not wait to be continued: nothing could
-    /// verify a draft in one pass with them then.
+    /// verify a draft in one pass with them then. A trained drafter needs full depth's hidden states.
     pub fn check_exits(self, rule: &ExitRule, kv_fill: KvFill) -> Result<()> {
-        let range = if kv_fill == KvFill::Propagate {
+        let range = if self == Self::Trained {
+            "another one in mode exit; set mode lossless for the trained one"
+        } else if kv_fill == KvFill::Propagate {
             "none with kv_fill propagate; set kv_fill defer, or drafter none"
         } else if rule.is_soft() {
             "none with soft exits; set exit_kind hard, or drafter none"

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 
 use super::gate::Gate;
-use super::manifest::{ContextTensor, KeyValueEntry, LayerEntry, Manifest, is_graph_name};
+use super::manifest::{
+    ContextTensor, DrafterEntry, KeyValueEntry, LayerEntry, Manifest, is_graph_name,
+};
 use super::onnx::{OnnxModel, Tensor, ValueInfo};
 use crate::error::{Error, Result};
 
@@ -96,7 +98,31 @@ impl Check<'_> {
                 self.lens(entry.depth, lens)?;
             }
         }
+        if let Some(entry) = &self.manifest.drafter {
+            self.drafter(entry)?;
+        }
         self.head(&engines.head)
+    }
+
+    fn drafter(&self, entry: &DrafterEntry) -> Result<()> {
+        let graph = self.open(&entry.state, "draft_state")?;
+        let size = self.manifest.model.hidden_size as u64;
+        let features = size * entry.feature_layers.len() as u64;
+        graph.takes("features", FLOAT, &[Some(1), None, Some(features)])?;
+        graph.gives("state", FLOAT, &self.hidden())?;
+        let graph = self.open(&entry.file, "draft")?;
+        for name in ["state", "embedding"] {
+            graph.takes(name, FLOAT, &self.hidden())?;
+        }
+        graph.takes("position_ids", INT64, &IDS)?;
+        let row = Some(entry.key_value_size as u64);
+        for kind in ["key", "value"] {
+            graph.takes(&format!("past_{kind}"), FLOAT, &[Some(1), None, row])?;
+            graph.gives(&format!("new_{kind}"), FLOAT, &[Some(1), None, row])?;
+        }
+        let one = |size: u64| [Some(1), Some(1), Some(size)];
+        graph.gives("next_state", FLOAT, &one(size))?;
+        graph.gives("logits", FLOAT, &one(entry.tokens.len() as u64))
     }
 
     fn embed(&self, file: &Path) -> Result<()> {

@@ -121,6 +121,50 @@ impl ExitEntry {
     }
 }
 
+/// The engines of a trained drafter.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DrafterEntry {
+    /// The graph that makes a state of the model's hidden states.
+    pub state: PathBuf,
+    /// The graph that takes states and tokens to the next state and the draft vocabulary's logits.
+    pub file: PathBuf,
+    /// Depths whose hidden states it takes, ascending.
+    pub feature_layers: Vec<usize>,
+    /// Numbers in a key, and in a value, of its cache.
+    pub key_value_size: usize,
+    /// The tokens that it drafts, ascending.
+    pub tokens: Vec<u32>,
+}
+
+impl DrafterEntry {
+    /// Its graphs.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.state, &self.file].into_iter()
+    }
+
+    /// Whether its layers and tokens are the model's.
+    fn matches(&self, manifest: &Manifest) -> bool {
+        let ascending = |a: &usize, b: &usize| a < b;
+        let layers = manifest.engines.layers.iter();
+        let ends: Vec<_> = layers.map(LayerEntry::end).collect();
+        self.files().all(|file| manifest.is_engine(file))
+            && !self.feature_layers.is_empty()
+            && self.feature_layers.is_sorted_by(ascending)
+            && self.feature_layers.iter().all(|depth| ends.contains(depth))
+            && (1..MAX_BUFFER).contains(
+                &self
+                    .key_value_size
+                    .saturating_mul(manifest.max_cache_length),
+            )
+            && !self.tokens.is_empty()
+            && self.tokens.is_sorted_by(|a, b| a < b)
+            && self
+                .tokens
+                .iter()
+                .all(|&token| (token as usize) < manifest.model.vocab_size)
+    }
+}
+
 /// An engine that fills the cache of one skipped layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KeyValueEntry {
@@ -218,6 +262,8 @@ pub struct Manifest {
     pub contexts: Vec<ContextTensor>,
     /// The engines.
     pub engines: EngineFiles,
+    /// The engines of a trained drafter, where there is one.
+    pub drafter: Option<DrafterEntry>,
     /// Whether the bundle holds a tokenizer.
     pub tokenizer: bool,
     /// The largest difference from the original model that the build allowed.
@@ -258,7 +304,8 @@ impl Manifest {
         let mut kernels = self.cuda.iter();
         let references_hold = self.engines.references_hold(self)
             && self.plan_references_hold()
-            && kernels.all(|kernels| kernels.match_model(self));
+            && kernels.all(|kernels| kernels.match_model(self))
+            && self.drafter.iter().all(|entry| entry.matches(self));
         if self.engines_add_up() && self.sizes_are_sound() && references_hold {
             return Ok(());
         }

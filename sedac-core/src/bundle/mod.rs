@@ -33,8 +33,8 @@ pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
 pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
-    ContextTensor, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry, Manifest,
-    ModelFacts, SCHEMA_VERSION, Target,
+    ContextTensor, DrafterEntry, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry,
+    Manifest, ModelFacts, SCHEMA_VERSION, Target,
 };
 pub use self::plans::{
     ElementType, PlanFiles, PlanSet, PlanTarget, PortableContext, PortableGraphs, PortableLayers,

@@ -6,9 +6,15 @@ use crate::bundle::DrafterKind;
 use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, new_drafter};
 use crate::error::Result;
 
-/// Texts with the same drafter share what it learned: the drafter, and the fewest layers that its
-/// drafts run, None in lossless mode.
-pub(super) type DraftingKey = (DrafterKind, Option<usize>);
+/// Texts with the same drafter share what it learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct DraftingKey {
+    kind: DrafterKind,
+    /// The fewest layers that its drafts run, None in lossless mode.
+    min_depth: Option<usize>,
+    /// Whether there is a trained drafter to choose from.
+    has_trained: bool,
+}
 
 /// A drafter, and what tokens cost without it.
 pub(super) struct Drafting {
@@ -28,9 +34,9 @@ impl Drafting {
         layers: usize,
         acceptance: &Acceptance,
     ) -> Self {
-        let (kind, min_depth) = key;
-        let mut drafter = new_drafter(kind, exit_layers, layers, min_depth.unwrap_or(0));
-        if min_depth.is_none() {
+        let min_depth = key.min_depth.unwrap_or(0);
+        let mut drafter = new_drafter(key.kind, exit_layers, layers, min_depth, key.has_trained);
+        if key.min_depth.is_none() {
             drafter.recall(acceptance);
         }
         Self {
@@ -41,14 +47,21 @@ impl Drafting {
         }
     }
 
-    /// What `kind` of drafter between `exits` shares with others.
+    /// What `kind` of drafter between `exits` shares with others, on a backend that `has_trained`
+    /// one, which drafts in lossless mode only.
     pub(super) fn key(
         kind: DrafterKind,
         exits: &ExitSchedule,
         exit_layers: &[usize],
         layers: usize,
+        has_trained: bool,
     ) -> DraftingKey {
-        (kind, exits.min_draft_depth(exit_layers, layers))
+        let min_depth = exits.min_draft_depth(exit_layers, layers);
+        DraftingKey {
+            kind,
+            min_depth,
+            has_trained: has_trained && min_depth.is_none(),
+        }
     }
 
     /// The next rounds are of another text.
@@ -58,7 +71,7 @@ impl Drafting {
 
     /// Whether tokens come from full depth only.
     pub(super) fn is_lossless(&self) -> bool {
-        self.key.1.is_none()
+        self.key.min_depth.is_none()
     }
 
     /// Write what was observed into `acceptance`.

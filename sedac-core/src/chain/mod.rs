@@ -328,7 +328,14 @@ impl Chain {
             return;
         };
         let layers = self.num_layers();
-        let key = Drafting::key(kind, decoding.exits(), &self.exit_layers, layers);
+        let has_trained = self.backend.capabilities().trained_drafter;
+        let key = Drafting::key(
+            kind,
+            decoding.exits(),
+            &self.exit_layers,
+            layers,
+            has_trained,
+        );
         let known = self.drafting.remove(&key);
         let mut drafting = known
             .unwrap_or_else(|| Drafting::new(key, &self.exit_layers, layers, &self.acceptance));

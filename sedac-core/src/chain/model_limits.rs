@@ -2,6 +2,7 @@
 
 use super::{DecodingMode, ExitSchedule, Request};
 use crate::backend::Capabilities;
+use crate::bundle::DrafterKind;
 use crate::error::{Error, Result};
 use crate::kv::KvFill;
 
@@ -29,6 +30,9 @@ impl ModelLimits {
         kv_fill: KvFill,
     ) -> Result<ExitSchedule> {
         let schedule = ExitSchedule::new(mode, kv_fill, self.layers)?;
+        if mode.drafter() == Some(DrafterKind::Trained) {
+            self.capabilities.check_trained_drafter()?;
+        }
         if let (DecodingMode::Exit { policy, .. }, Some(rule)) = (mode, schedule.rule()) {
             let name = policy.kind().name();
             self.capabilities.check(rule, name, self.layers)?;

@@ -15,6 +15,21 @@ pub struct Acceptance {
     pub prompt_lookup: Vec<f64>,
     /// Of early exit, by depth.
     pub early_exit: Vec<DepthAcceptance>,
+    /// Of the trained drafter, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trained: Option<TrainedAcceptance>,
+}
+
+/// What was observed of a trained drafter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainedAcceptance {
+    /// What the tokens of rounds cost without drafts, relative to full depth.
+    pub baseline: f64,
+    /// What the rounds cost, likewise.
+    pub cost: f64,
+    /// Acceptance rates by the probability of the drafted token.
+    pub rates: Vec<f64>,
 }
 
 /// What was observed of drafts to one depth.
@@ -35,13 +50,14 @@ impl Acceptance {
     /// Whether all rates are probabilities, and all costs are finite and not negative.
     pub(crate) fn is_sound(&self) -> bool {
         let depths = || self.early_exit.iter();
+        let trained = || self.trained.iter();
         let rates = depths().flat_map(|depth| &depth.rates);
+        let rates = rates.chain(trained().flat_map(|trained| &trained.rates));
         let costs = depths().flat_map(|depth| [depth.baseline, depth.cost]);
+        let mut costs = costs.chain(trained().flat_map(|trained| [trained.baseline, trained.cost]));
         let mut rates = rates.chain(&self.prompt_lookup);
         rates.all(|rate| (0.0..=1.0).contains(rate))
-            && costs
-                .into_iter()
-                .all(|cost| (0.0..f64::MAX).contains(&cost))
+            && costs.all(|cost| (0.0..f64::MAX).contains(&cost))
     }
 }
 
@@ -122,6 +138,7 @@ mod tests {
                 cost,
                 rates: vec![rate],
             }],
+            trained: None,
         };
         assert!(of(1.0, 2.0).is_sound());
         for (rate, cost) in [

@@ -4,36 +4,25 @@ use super::{Acceptance, Draft, DraftContext, Drafter};
 use crate::backend::Costs;
 use crate::error::Result;
 
-/// Drafts with the one of two drafters that has the higher expected speedup.
-#[derive(Debug)]
-pub(super) struct Auto<A, B> {
-    first: A,
-    second: B,
-    second_drafts: bool,
+/// Drafts with the one of its drafters that has the highest expected speedup.
+pub(super) struct Auto {
+    drafters: Vec<Box<dyn Drafter>>,
+    current: usize,
 }
 
-impl<A: Drafter, B: Drafter> Auto<A, B> {
-    pub(super) fn new(first: A, second: B) -> Self {
+impl Auto {
+    /// Of `drafters`, at least one, the earlier one where two expect the same.
+    pub(super) fn new(drafters: Vec<Box<dyn Drafter>>) -> Self {
         Self {
-            first,
-            second,
-            second_drafts: false,
-        }
-    }
-
-    fn current(&mut self) -> &mut dyn Drafter {
-        if self.second_drafts {
-            &mut self.second
-        } else {
-            &mut self.first
+            drafters,
+            current: 0,
         }
     }
 }
 
-impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
+impl Drafter for Auto {
     fn start(&mut self) {
-        self.first.start();
-        self.second.start();
+        self.drafters.iter_mut().for_each(|drafter| drafter.start());
     }
 
     fn expected_speedup(
@@ -43,11 +32,14 @@ impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
         costs: &Costs,
         baseline: f64,
     ) -> f64 {
-        let (first, second) = (&mut self.first, &mut self.second);
-        let first = first.expected_speedup(history, max_tokens, costs, baseline);
-        let second = second.expected_speedup(history, max_tokens, costs, baseline);
-        self.second_drafts = second > first;
-        first.max(second)
+        let mut best = f64::NEG_INFINITY;
+        for (index, drafter) in self.drafters.iter_mut().enumerate() {
+            let speedup = drafter.expected_speedup(history, max_tokens, costs, baseline);
+            if speedup > best {
+                (best, self.current) = (speedup, index);
+            }
+        }
+        best
     }
 
     fn propose(
@@ -56,19 +48,22 @@ impl<A: Drafter, B: Drafter> Drafter for Auto<A, B> {
         max_tokens: usize,
         context: &mut DraftContext<'_>,
     ) -> Result<Draft> {
-        self.current().propose(history, max_tokens, context)
+        self.drafters[self.current].propose(history, max_tokens, context)
     }
 
     fn observe(&mut self, tokens: &[u32], costs: &Costs) {
-        self.current().observe(tokens, costs);
+        self.drafters[self.current].observe(tokens, costs);
     }
+
     fn recall(&mut self, acceptance: &Acceptance) {
-        self.first.recall(acceptance);
-        self.second.recall(acceptance);
+        for drafter in &mut self.drafters {
+            drafter.recall(acceptance);
+        }
     }
 
     fn record(&self, acceptance: &mut Acceptance) {
-        self.first.record(acceptance);
-        self.second.record(acceptance);
+        for drafter in &self.drafters {
+            drafter.record(acceptance);
+        }
     }
 }

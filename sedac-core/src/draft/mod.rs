@@ -14,13 +14,15 @@ mod baseline;
 mod early_exit;
 mod prompt_lookup;
 mod suffix_automaton;
+mod trained;
 
 use self::acceptance::AcceptanceRate;
-pub use self::acceptance::{Acceptance, DepthAcceptance};
+pub use self::acceptance::{Acceptance, DepthAcceptance, TrainedAcceptance};
 use self::auto::Auto;
 pub(crate) use self::baseline::BaselineCost;
 use self::early_exit::EarlyExit;
 use self::prompt_lookup::PromptLookup;
+use self::trained::Trained;
 use crate::backend::{Backend, Costs, Logits, LogitsRequest, PositionLogits, StepExit};
 use crate::bundle::DrafterKind;
 use crate::error::Result;
@@ -30,18 +32,27 @@ use crate::sampler::Sampler;
 use crate::sequence::Sequence;
 
 /// A drafter for a model of `layers` layers with exits after the depths `exit_layers`, of which it
-/// uses those from `min_depth` on.
+/// uses those from `min_depth` on. `has_trained` says whether a trained one can be chosen from.
 pub fn new_drafter(
     kind: DrafterKind,
     exit_layers: &[usize],
     layers: usize,
     min_depth: usize,
+    has_trained: bool,
 ) -> Box<dyn Drafter> {
     let early_exit = || EarlyExit::new(exit_layers, layers, min_depth);
     match kind {
         DrafterKind::EarlyExit => Box::new(early_exit()),
         DrafterKind::PromptLookup => Box::new(PromptLookup::new(layers)),
-        DrafterKind::Auto => Box::new(Auto::new(PromptLookup::new(layers), early_exit())),
+        DrafterKind::Trained => Box::new(Trained::new(layers)),
+        DrafterKind::Auto => {
+            let mut drafters: Vec<Box<dyn Drafter>> =
+                vec![Box::new(PromptLookup::new(layers)), Box::new(early_exit())];
+            if has_trained {
+                drafters.push(Box::new(Trained::new(layers)));
+            }
+            Box::new(Auto::new(drafters))
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow;
 
-use super::toy::{CAPACITY, Caches, Decides, Toy, VOCABULARY, chain, ends};
+use super::toy::{CAPACITY, Caches, Decides, Toy, UNTRAINED, VOCABULARY, chain, ends};
 use proptest::prelude::*;
 use sedac_core::backend::{Ahead, Backend, HostDecided, LogitsRequest, SequenceStep, StepExit};
 use sedac_core::bundle::DrafterKind;
@@ -159,7 +159,7 @@ proptest! {
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
         (kind, threshold) in (0..5_usize, 0.1..1.0_f32),
-        drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
+        drafter in prop::sample::select(UNTRAINED.to_vec()),
         requests in prop::collection::vec((requests(), 1..60_usize), 1..4),
     ) {
         // the kernel knows no exit heads
@@ -204,7 +204,7 @@ proptest! {
         decides in prop::sample::select(Decides::ALL.to_vec()),
         engine_sizes in prop::collection::vec(1..=2_usize, 1..5),
         agreement in 0..=256_u64,
-        drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
+        drafter in prop::sample::select(UNTRAINED.to_vec()),
         request in requests(),
     ) {
         let (mut chain, _) = chain(decides, &engine_sizes, agreement, 0.1);
@@ -239,7 +239,7 @@ proptest! {
 #[test]
 fn every_drafter_drafts_between_exits() {
     let policy = policy(3, 0.7, &ends(&[1; 6]));
-    for drafter in DrafterKind::ALL {
+    for drafter in UNTRAINED {
         let (mut chain, _) = chain(Decides::Host, &[1; 6], 240, 0.05);
         let (mut drafting, mut exited, mut count) = (DraftSummary::default(), 0, 0);
         for seed in 0..20 {

@@ -3,7 +3,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use super::toy::{CAPACITY, Decides, VOCABULARY, chain};
+use super::toy::{CAPACITY, Decides, UNTRAINED, VOCABULARY, chain};
 use proptest::prelude::*;
 use sedac_core::bundle::DrafterKind;
 use sedac_core::chain::{Chain, DecodingMode, DraftSummary, FinishReason, Request, Summary};
@@ -12,7 +12,7 @@ use sedac_core::kv::KvFill;
 use sedac_core::sampler::Sampling;
 
 /// Generate; the consumer wants no more after `wanted` tokens.
-fn generate(chain: &mut Chain, request: &Request, wanted: usize) -> (Vec<u32>, Summary) {
+pub(super) fn generate(chain: &mut Chain, request: &Request, wanted: usize) -> (Vec<u32>, Summary) {
     let mut tokens = Vec::new();
     let summary = chain.generate(request, &Interrupt::default(), |token| {
         tokens.push(token.id);
@@ -24,7 +24,7 @@ fn generate(chain: &mut Chain, request: &Request, wanted: usize) -> (Vec<u32>, S
     (tokens, summary.unwrap())
 }
 
-fn requests() -> impl Strategy<Value = Request> {
+pub(super) fn requests() -> impl Strategy<Value = Request> {
     let prompt = prop::collection::vec(0..VOCABULARY as u32, 1..CAPACITY);
     let stops = prop::collection::vec(0..VOCABULARY as u32, 0..2);
     let temperature = prop_oneof![Just(0.0_f32), Just(0.5), Just(1.0)];
@@ -51,7 +51,7 @@ proptest! {
         engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
-        drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
+        drafter in prop::sample::select(UNTRAINED.to_vec()),
         requests in prop::collection::vec((requests(), 1..100_usize), 1..6),
     ) {
         // one chain for all: nothing of a request may survive into the next
@@ -83,7 +83,7 @@ proptest! {
         engine_sizes in prop::collection::vec(1..=2_usize, 2..6),
         agreement in 100..256_u64,
         per_token in 0.0..0.5_f64,
-        drafter in prop::sample::select(DrafterKind::ALL.to_vec()),
+        drafter in prop::sample::select(UNTRAINED.to_vec()),
         requests in prop::collection::vec(requests(), 1..6),
     ) {
         let of = |decides| chain(decides, &engine_sizes, agreement, per_token).0;
@@ -129,7 +129,7 @@ fn drafting(drafter: DrafterKind, agreement: u64) -> DraftSummary {
 
 #[test]
 fn every_drafter_drafts() {
-    for drafter in DrafterKind::ALL {
+    for drafter in UNTRAINED {
         let drafting = drafting(drafter, 240);
         let name = drafter.name();
         assert!(drafting.accepted > 0, "{name} was never right");

@@ -10,3 +10,4 @@ mod passes;
 mod scheduled;
 mod scheduled_events;
 mod toy;
+mod trained_drafter;

@@ -2,8 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::toy::{Caches, Decides, Toy, chain, chain_over, ends};
-use sedac_core::bundle::DrafterKind;
+use super::toy::{Caches, Decides, Toy, UNTRAINED, chain, chain_over, ends};
 use sedac_core::chain::{Chain, DecodingMode, Request};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
@@ -72,7 +71,7 @@ fn the_position_is_named_in_every_mode() {
     );
     let fresh = |token: &u32| !PROMPT.contains(token);
     let index = expected.iter().position(fresh).unwrap();
-    let lossless = DrafterKind::ALL.map(|drafter| DecodingMode::Lossless { drafter });
+    let lossless = UNTRAINED.map(|drafter| DecodingMode::Lossless { drafter });
     let forced = DecodingMode::Forced { depths: vec![3] };
     for mode in lossless.into_iter().chain([DecodingMode::Full, forced]) {
         let mut chain = poisoned(expected[index], 1);

@@ -127,7 +127,8 @@ def cut_prompts(documents: Sequence[Document], cache_length: int) -> list[list[i
 
 def decoding_setups(config: ExitConfig) -> list[DecodingSetup]:
     """Full depth, lossless, and the exits of `config`, with drafters too if they can have some."""
-    drafters = get_args(LosslessDrafter)
+    # a trained one drafts in lossless mode only, where auto weighs it
+    drafters = [name for name in get_args(LosslessDrafter) if name != "trained"]
     lossless = [("lossless", drafter) for drafter in drafters]
     drafts = config.kv_fill == "defer" and config.exit_kind != "soft"
     return [FULL, PLAIN, *lossless, *(("exit", d) for d in drafters if drafts)]

@@ -19,7 +19,7 @@ NORMED = f"{_EXIT}normed"
 SCALARS_NAME = f"{_EXIT}scalars"
 
 
-class _Builder:
+class GraphBuilder:
     """Nodes and constants that are added one after the other, their names under a prefix."""
 
     def __init__(self, prefix: str) -> None:
@@ -54,7 +54,7 @@ def with_risk(layer: onnx.ModelProto, probe: LREProbe) -> onnx.ModelProto:
     A probe that the graph has from earlier is replaced.
     """
     model = without_risk(layer)
-    build = _Builder(_PREFIX)
+    build = GraphBuilder(_PREFIX)
     down = build.add("MatMul", "y", build.constant(probe.down.weight.T))
     weights = build.constant(probe.norm.weight), build.constant(probe.norm.bias)
     normed = build.add("LayerNormalization", down, *weights, axis=-1, epsilon=probe.norm.eps)
@@ -97,7 +97,7 @@ def exit_engine(
     The pruned head is the head's graph with the rows of `tokens` only. They and the probe's first
     layer read the same normed state, so both are rows of one product.
     """
-    build = _Builder(_EXIT)
+    build = GraphBuilder(_EXIT)
     before, after = head.before(), head.after()
     start = _through_lens(build, before, lens)
     normed, product = head.product.input[0], f"{_EXIT}product"
@@ -136,14 +136,14 @@ def features_model(engine: onnx.ModelProto, head: HeadGraph) -> onnx.ModelProto:
 
 def lens_engine(head: HeadGraph, lens: torch.nn.Linear) -> onnx.ModelProto:
     """x [1, tokens, hidden] -> y [1, tokens, hidden], affine."""
-    build = _Builder("sedac_lens_")
+    build = GraphBuilder("sedac_lens_")
     product = build.add("MatMul", "x", build.constant(lens.weight.T))
     build.add("Add", product, build.constant(lens.bias), output="y")
     return _model(head.model, build, {"x": None}, ("y", lens.out_features))
 
 
 def _through_lens(
-    build: _Builder, before: list[onnx.NodeProto], lens: torch.nn.Linear | None
+    build: GraphBuilder, before: list[onnx.NodeProto], lens: torch.nn.Linear | None
 ) -> list[onnx.NodeProto]:
     """The nodes `before` the product, reading what the lens gives where there is one."""
     if lens is None:
@@ -159,7 +159,7 @@ def _through_lens(
     return moved
 
 
-def _signals(build: _Builder, probe: LearnedProbe, inner: str) -> None:
+def _signals(build: GraphBuilder, probe: LearnedProbe, inner: str) -> None:
     """margin, entropy and learned of `logits` and the probe's first layer.
 
     For one token the number of nodes is what costs, so all that is linear in the scalars is one
@@ -188,7 +188,7 @@ def _signals(build: _Builder, probe: LearnedProbe, inner: str) -> None:
 
 def _model(
     head: onnx.ModelProto,
-    build: _Builder,
+    build: GraphBuilder,
     inputs: dict[str, int | None],
     output: tuple[str, int],
 ) -> onnx.ModelProto:

@@ -1,6 +1,7 @@
 //! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
 
 mod cache_memory;
+mod drafter;
 mod exits;
 mod graph_executor;
 mod huge_pages;
@@ -19,6 +20,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 use self::cache_memory::CacheMemory;
+use self::drafter::Drafter;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::pass::{Contexts, Pass, Passes, Shared};
@@ -27,9 +29,10 @@ use self::runtime::{
     bind_input, bind_output, binding, environment, read, run, session, tensor, write,
 };
 use super::{
-    AttentionOnly, Capabilities, EnginePart, EngineTiming, Engines, RowEngines, Stopwatch,
+    AttentionOnly, Capabilities, DraftEngine, EnginePart, EngineTiming, Engines, RowEngines,
+    Stopwatch,
 };
-use crate::bundle::{Bundle, ExitEntry, LayerEntry};
+use crate::bundle::{Bundle, DrafterEntry, ExitEntry, LayerEntry};
 use crate::error::Result;
 use crate::policy::ExitSignals;
 
@@ -57,6 +60,9 @@ pub struct OnnxRuntime {
     bundle: Bundle,
     environment: Environment,
     exits: Exits,
+    drafter: Option<Drafter>,
+    /// The current pass's first position.
+    start: usize,
     key_value: Vec<KeyValueEngine>,
     head: Session,
     vocab_size: usize,
@@ -132,6 +138,11 @@ impl OnnxRuntime {
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
         let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
         let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
+        let drafters = manifest
+            .drafter
+            .iter()
+            .filter(|_| layout == Layout::Engines);
+        let parts = parts.chain(drafters.flat_map(DrafterEntry::files));
         bundle.check_memory(parts.map(PathBuf::as_path))?;
         let open = |file: &Path| session(&environment, bundle, file);
         let embed = open(&engines.embed)?;
@@ -152,6 +163,10 @@ impl OnnxRuntime {
             })
             .collect::<Result<Vec<_>>>()?;
         let head = open(&manifest.engines.head)?;
+        let drafter = match layout {
+            Layout::Engines => Drafter::load(bundle, open)?,
+            Layout::Monolith => None,
+        };
         let mut engines = Self {
             vocab_size: manifest.model.vocab_size,
             hidden_size: manifest.model.hidden_size,
@@ -163,6 +178,8 @@ impl OnnxRuntime {
             rows: None,
             stopwatch: Stopwatch::default(),
             exits: Exits::load(exits, manifest.model.hidden_size, open)?,
+            drafter,
+            start: 0,
             attention: Vec::new(),
             attention_entries,
             bundle: bundle.clone(),
@@ -275,6 +292,7 @@ impl OnnxRuntime {
             let pass = self.new_pass(tokens, &self.slots[self.selected].shared)?;
             self.slots[self.selected].passes.insert(pass);
         }
+        self.start = start;
         let slot = &mut self.slots[self.selected];
         let positions = start..start + tokens;
         slot.shared.set_lengths(&[positions.end]);
@@ -311,6 +329,8 @@ impl Engines for OnnxRuntime {
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
+            // its cache is that of one sequence
+            trained_drafter: self.drafter.is_some() && self.slots.len() == 1,
             ..Capabilities::default()
         }
     }
@@ -377,7 +397,22 @@ impl Engines for OnnxRuntime {
             })
         })?;
         passes.engines_run = engine + 1;
+        if let Some(drafter) = self.drafter.as_mut().filter(|_| self.slots.len() == 1) {
+            let rows = read(
+                self.slots[self.selected]
+                    .passes
+                    .current()
+                    .hidden(engine + 1),
+            );
+            drafter.note(entry.end(), self.start, rows);
+        }
         Ok(())
+    }
+
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.drafter
+            .as_mut()
+            .map(|drafter| drafter as &mut dyn DraftEngine)
     }
 
     fn attention_only(&mut self) -> Option<&mut dyn AttentionOnly> {

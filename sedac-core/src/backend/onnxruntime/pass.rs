@@ -157,7 +157,7 @@ impl Pass {
     }
 
     /// The residual stream after `engines` engines.
-    fn hidden(&self, engines: usize) -> &Tensor<f32> {
+    pub(super) fn hidden(&self, engines: usize) -> &Tensor<f32> {
         &self.hidden[engines % 2]
     }
 

@@ -63,6 +63,7 @@ impl ToyDevice {
                 exit_heads: exit_layers.clone(),
                 attention_only: false,
                 margins: false,
+                trained_drafter: false,
                 ahead: 1,
             },
             exit_layers,

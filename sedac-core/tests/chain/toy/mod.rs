@@ -10,9 +10,10 @@ use std::time::Duration;
 use sedac_core::Result;
 use sedac_core::backend::cuda::CudaChain;
 use sedac_core::backend::{
-    Backend, Capabilities, Costs, EngineTiming, Engines, HostDecided, RowEngines, SequenceRow,
-    SequenceStep, StepOutcome,
+    Backend, Capabilities, Costs, DraftEngine, EngineTiming, Engines, HostDecided, RowEngines,
+    SequenceRow, SequenceStep, StepOutcome,
 };
+use sedac_core::bundle::DrafterKind;
 use sedac_core::chain::Chain;
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
@@ -24,6 +25,12 @@ pub(crate) use self::kernel::ToyKernel;
 
 pub(crate) const VOCABULARY: usize = 6;
 pub(crate) const CAPACITY: usize = 80;
+/// The drafters that need no engine of their own.
+pub(crate) const UNTRAINED: [DrafterKind; 3] = [
+    DrafterKind::EarlyExit,
+    DrafterKind::PromptLookup,
+    DrafterKind::Auto,
+];
 
 /// The cache of one slot by layer and position. An entry is the token, and a digest of the hidden
 /// state that the layer was given.
@@ -138,6 +145,9 @@ pub(crate) struct Toy {
     /// Whether logits depend on all that went into a hidden state: then an exit agrees with full depth
     /// on no token, and what it leaves in caches matters.
     pub(crate) is_sensitive: bool,
+    /// The text that a trained drafter knows, where there is one.
+    pub(crate) draft_text: Option<Vec<u32>>,
+    draft_logits: Vec<f32>,
 }
 
 /// What belongs to one sequence.
@@ -175,6 +185,8 @@ impl Toy {
             agreement,
             poison: None,
             is_sensitive: false,
+            draft_text: None,
+            draft_logits: Vec::new(),
         }
     }
 
@@ -190,6 +202,17 @@ impl Toy {
 
     fn newest(&self) -> Hidden {
         self.pass.last().copied().unwrap_or_default()
+    }
+
+    /// The trained drafter has taken in `text`.
+    fn set_draft_text(&mut self, text: Vec<u32>) {
+        let mix_in = |digest, &token: &u32| mix(digest, u64::from(token));
+        let hidden = Hidden {
+            digest: text.iter().fold(0, mix_in),
+            ..Hidden::default()
+        };
+        self.draft_logits = hidden.logits(0, self.stability.len(), self.agreement);
+        self.draft_text = Some(text);
     }
 
     /// NaN where `hidden` is poisoned after `depth` layers, 0 otherwise.
@@ -212,6 +235,7 @@ impl Engines for Toy {
             sequences: self.slots.len(),
             probes: ends.clone(),
             exit_heads: ends,
+            trained_drafter: self.draft_text.is_some() && self.slots.len() == 1,
             ..Capabilities::default()
         }
     }
@@ -238,6 +262,10 @@ impl Engines for Toy {
 
     fn select(&mut self, slot: usize) {
         self.selected = slot;
+    }
+
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.draft_text.is_some().then_some(self)
     }
 
     fn max_tokens(&self) -> usize {
@@ -382,6 +410,42 @@ impl RowEngines for Toy {
     }
 }
 
+/// Drafts as an exit would.
+impl DraftEngine for Toy {
+    fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
+        let caches = self.slots[0].caches.lock().unwrap().clone();
+        let run = |layer: &Vec<Option<(u32, u64)>>| {
+            let tokens = layer[..positions.end].iter();
+            tokens.map(|entry| entry.map(|(token, _)| token)).collect()
+        };
+        let known: Option<Vec<u32>> = run(&caches[0]);
+        let mut text = known.expect("the model has run all verified positions");
+        let last: Option<Vec<u32>> = run(&caches[caches.len() - 1]);
+        assert_eq!(last.as_ref(), Some(&text), "through every layer");
+        assert_eq!(text[positions.start + 1..], tokens[..tokens.len() - 1]);
+        text.extend(tokens.last());
+        self.set_draft_text(text);
+        Ok(())
+    }
+
+    fn roll_out(&mut self, token: u32) -> Result<()> {
+        let mut text = self.draft_text.take().unwrap();
+        text.push(token);
+        self.set_draft_text(text);
+        Ok(())
+    }
+
+    fn logits(&self) -> &[f32] {
+        self.draft_logits.as_slice()
+    }
+
+    fn probability(&self, token: u32) -> f32 {
+        let logits = &self.draft_logits;
+        let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
+        logits[token as usize].exp() / sum
+    }
+}
+
 /// A backend on a machine where each further token of a pass adds `per_token` of the first's time:
 /// drafts must not depend on this machine.
 struct Timed<B> {
@@ -437,6 +501,10 @@ impl<B: Backend> Backend for Timed<B> {
         interrupt: &Interrupt,
     ) -> Result<Vec<StepOutcome>> {
         self.inner.step(steps, interrupt)
+    }
+
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.inner.draft_engine()
     }
 
     fn costs(&self) -> &Costs {

@@ -1,0 +1,200 @@
+//! Drafts by a small layer that was trained for the model.
+
+use std::time::{Duration, Instant};
+
+use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
+use crate::backend::{Costs, MARGIN_BINS, PositionLogits, margin_bin};
+use crate::error::{Error, Result};
+
+/// Longer drafts are seldom accepted whole.
+const MAX_DRAFTED: usize = 8;
+/// The speedup that is expected before anything was observed.
+const PRIOR_SPEEDUP: f64 = 1.3;
+/// It counts as much as this number of rounds without drafts.
+const PRIOR_WEIGHT: f64 = 3.0;
+/// Rounds count less with every newer one,
+const DECAY: f64 = 0.98;
+/// and more slowly while others draft.
+const IDLE_DECAY: f64 = 0.999;
+/// Passes count less with every newer one.
+const STEP_DECAY: f64 = 0.95;
+/// A round of an earlier process counts as much as this number at most.
+const MAX_REMEMBERED: f64 = 16.0;
+
+/// Takes the model's hidden states at the verified positions through a trained layer, drafts the
+/// token that it finds, and goes on from its own state for as long as the next token is worth what
+/// it costs (EAGLE-3, Li et al. 2025, <https://arxiv.org/abs/2503.01840>).
+#[derive(Debug)]
+pub(super) struct Trained {
+    layers: usize,
+    /// Positions of the text that the layer's cache holds states of the model for.
+    verified: usize,
+    /// Seconds of one drafted token.
+    step: StepCost,
+    /// What the tokens of rounds cost without drafts and with them, relative to full depth.
+    baseline: f64,
+    cost: f64,
+    expected_speedup: f64,
+    /// Seconds that a token takes without drafts.
+    baseline_seconds: f64,
+    /// By the probability of the drafted token, of those drafted after accepted ones.
+    rates: Vec<AcceptanceRate>,
+    /// The tokens of the last draft, and their bins of probability.
+    drafted: Vec<(u32, usize)>,
+}
+
+/// Mean seconds of a pass of the trained layer. The first pass makes buffers and does not count.
+#[derive(Debug, Default)]
+struct StepCost {
+    has_run: bool,
+    mean: f64,
+}
+
+impl StepCost {
+    fn note(&mut self, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
+        self.mean = match (self.has_run, self.mean) {
+            (false, _) => 0.0,
+            (true, 0.0) => seconds,
+            (true, mean) => STEP_DECAY * mean + (1.0 - STEP_DECAY) * seconds,
+        };
+        self.has_run = true;
+    }
+}
+
+impl Trained {
+    pub(super) fn new(layers: usize) -> Self {
+        let middle = |bin| (bin as f64 + 0.5) / MARGIN_BINS as f64;
+        Self {
+            layers,
+            verified: 0,
+            step: StepCost::default(),
+            baseline: 0.0,
+            cost: 0.0,
+            expected_speedup: 1.0,
+            baseline_seconds: 0.0,
+            rates: (0..MARGIN_BINS)
+                .map(|bin| AcceptanceRate::new(middle(bin)))
+                .collect(),
+            drafted: Vec::new(),
+        }
+    }
+
+    fn speedup(&self) -> f64 {
+        (self.baseline + PRIOR_SPEEDUP * PRIOR_WEIGHT) / (self.cost + PRIOR_WEIGHT)
+    }
+
+    /// Whether one more token, after `drafted` others of which all are accepted with probability
+    /// `all_accepted`, is worth drafting and verifying where it is accepted at `rate`.
+    fn pays(&self, drafted: usize, all_accepted: f64, rate: f64, costs: &Costs) -> bool {
+        let verify = |tokens| full_depth_cost(costs, self.layers, tokens);
+        let cost = self.step.mean + verify(drafted + 2) - verify(drafted + 1);
+        all_accepted * rate * self.baseline_seconds / self.expected_speedup >= cost
+    }
+}
+
+impl Drafter for Trained {
+    fn start(&mut self) {
+        self.verified = 0;
+    }
+
+    fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
+        self.baseline *= IDLE_DECAY;
+        self.cost *= IDLE_DECAY;
+        self.rates.iter_mut().for_each(AcceptanceRate::decay);
+        self.baseline_seconds = baseline;
+        self.expected_speedup = self.speedup().max(1.0);
+        self.speedup()
+    }
+
+    fn propose(
+        &mut self,
+        history: &[u32],
+        max_tokens: usize,
+        context: &mut DraftContext<'_>,
+    ) -> Result<Draft> {
+        let costs = context.backend.costs().clone();
+        let engine = context.backend.draft_engine().ok_or_else(no_engine)?;
+        // the state at a position goes with the token after it
+        let positions = self.verified..history.len() - 1;
+        let is_step = positions.len() <= MAX_DRAFTED;
+        let before = Instant::now();
+        engine.verified(positions, &history[self.verified + 1..])?;
+        self.verified = history.len() - 1;
+        // what a prompt takes is no part of a round's cost
+        if is_step {
+            self.step.note(before.elapsed());
+        }
+        self.drafted.clear();
+        let mut all_accepted = 1.0;
+        loop {
+            let (token, probability) = {
+                let logits = PositionLogits::All(engine.logits());
+                let token = context.choice.choose(logits);
+                (token, engine.probability(token))
+            };
+            let bin = margin_bin(probability);
+            let rate = self.rates[bin].estimate();
+            let drafted = self.drafted.len();
+            if drafted > 0 && !self.pays(drafted, all_accepted, rate, &costs) {
+                break;
+            }
+            self.drafted.push((token, bin));
+            all_accepted *= rate;
+            if self.drafted.len() == max_tokens.min(MAX_DRAFTED) {
+                break;
+            }
+            context.interrupt.check()?;
+            let before = Instant::now();
+            engine.roll_out(token)?;
+            self.step.note(before.elapsed());
+        }
+        Ok(Draft {
+            tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
+            ..Draft::default()
+        })
+    }
+
+    fn observe(&mut self, tokens: &[u32], costs: &Costs) {
+        for (&token, &(drafted, bin)) in tokens.iter().zip(&self.drafted) {
+            self.rates[bin].observe(token == drafted);
+        }
+        let full = full_depth_cost(costs, self.layers, 1);
+        if full > 0.0 {
+            let verify = full_depth_cost(costs, self.layers, self.drafted.len() + 1);
+            self.baseline =
+                DECAY * self.baseline + tokens.len() as f64 * self.baseline_seconds / full;
+            self.cost =
+                DECAY * self.cost + (self.drafted.len() as f64 * self.step.mean + verify) / full;
+        }
+    }
+
+    fn recall(&mut self, acceptance: &Acceptance) {
+        let Some(remembered) = &acceptance.trained else {
+            return;
+        };
+        let scale = (MAX_REMEMBERED / remembered.cost).min(1.0);
+        self.baseline = scale * remembered.baseline;
+        self.cost = scale * remembered.cost;
+        for (rate, &remembered) in self.rates.iter_mut().zip(&remembered.rates) {
+            rate.recall(remembered);
+        }
+    }
+
+    fn record(&self, acceptance: &mut Acceptance) {
+        acceptance.trained = Some(super::TrainedAcceptance {
+            baseline: self.baseline,
+            cost: self.cost,
+            rates: self.rates.iter().map(AcceptanceRate::estimate).collect(),
+        });
+    }
+}
+
+/// Drafting was asked for where there is no engine; the chain has checked that before.
+fn no_engine() -> Error {
+    Error::setting(
+        "drafter",
+        "trained",
+        "another one; no trained drafter is loaded",
+    )
+}

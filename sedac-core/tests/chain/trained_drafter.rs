@@ -1,0 +1,115 @@
+//! A trained drafter drafts from states of the model at verified positions, and changes no token.
+
+use std::ops::ControlFlow;
+
+use proptest::prelude::*;
+use sedac_core::bundle::DrafterKind;
+use sedac_core::chain::{Chain, DecodingMode, Request};
+use sedac_core::interrupt::Interrupt;
+use sedac_core::kv::KvFill;
+use sedac_core::policy::PolicySettings;
+
+use super::lossless::{generate, requests};
+use super::toy::{Caches, Decides, Toy, chain, chain_over, ends};
+
+/// A chain over a toy with a trained drafter that is right on the share `agreement`, of 256.
+fn trained(engine_sizes: &[usize], agreement: u64, per_token: f64) -> Chain {
+    let mut toy = Toy::new(engine_sizes, agreement, &Caches::default());
+    toy.draft_text = Some(Vec::new());
+    chain_over(toy, &ends(engine_sizes), per_token)
+}
+
+fn request(mode: DecodingMode, seed: u64) -> Request {
+    let mut request = Request {
+        prompt: vec![1, 2, 3, 1, 2],
+        max_new_tokens: 60,
+        stop_tokens: Vec::new(),
+        mode,
+        kv_fill: KvFill::Defer,
+        sampling: Default::default(),
+    };
+    (request.sampling.temperature, request.sampling.seed) = (0.3, seed);
+    request
+}
+
+fn refusal(chain: &mut Chain, mode: DecodingMode) -> String {
+    let nothing = |_| ControlFlow::Continue(());
+    let result = chain.generate(&request(mode, 0), &Interrupt::default(), nothing);
+    result.unwrap_err().to_string()
+}
+
+proptest! {
+    #[test]
+    fn it_changes_neither_the_tokens_nor_their_end(
+        engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
+        agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
+        per_token in 0.0..1.0_f64,
+        drafter in prop::sample::select(vec![DrafterKind::Trained, DrafterKind::Auto]),
+        requests in prop::collection::vec((requests(), 1..100_usize), 1..6),
+    ) {
+        // one chain for all: nothing of a request may survive into the next
+        let mut chain = trained(&engine_sizes, agreement, per_token);
+        for (mut request, wanted) in requests {
+            let (expected, full) = generate(&mut chain, &request, wanted);
+            request.mode = DecodingMode::Lossless { drafter };
+            let (tokens, lossless) = generate(&mut chain, &request, wanted);
+            prop_assert_eq!(tokens, expected);
+            prop_assert_eq!(lossless.finish_reason, full.finish_reason);
+        }
+    }
+}
+
+/// Tokens that were drafted and accepted over twenty texts.
+fn drafted_and_accepted(drafter: DrafterKind, agreement: u64) -> (usize, usize) {
+    // of two random tokens of so few, one is often the other: it must cost something to verify
+    let mut chain = trained(&[1; 6], agreement, 0.6);
+    let (mut drafted, mut accepted) = (0, 0);
+    for seed in 0..20 {
+        let request = request(DecodingMode::Lossless { drafter }, seed);
+        let drafts = generate(&mut chain, &request, 100).1.drafts;
+        drafted += drafts.drafted;
+        accepted += drafts.accepted;
+    }
+    (drafted, accepted)
+}
+
+#[test]
+fn it_drafts_more_where_it_is_right() {
+    let (drafted, accepted) = drafted_and_accepted(DrafterKind::Trained, 250);
+    assert!(accepted > drafted / 2, "{accepted} of {drafted}");
+    let (few, _) = drafted_and_accepted(DrafterKind::Trained, 0);
+    assert!(drafted > 2 * few, "{drafted} and {few}");
+}
+
+#[test]
+fn auto_weighs_it() {
+    let (_, accepted) = drafted_and_accepted(DrafterKind::Auto, 250);
+    assert!(accepted > 100, "{accepted}");
+}
+
+#[test]
+fn it_is_refused_where_there_is_none() {
+    let mode = DecodingMode::Lossless {
+        drafter: DrafterKind::Trained,
+    };
+    for decides in [Decides::Host, Decides::Device, Decides::Kernel] {
+        let mut chain = chain(decides, &[1; 4], 200, 0.1).0;
+        let error = refusal(&mut chain, mode.clone());
+        assert!(error.contains("train-drafter"), "{error}");
+        // auto goes on without it
+        let auto = DecodingMode::Lossless {
+            drafter: DrafterKind::Auto,
+        };
+        generate(&mut chain, &request(auto, 0), 10);
+    }
+}
+
+#[test]
+fn it_is_refused_between_exits() {
+    let mode = DecodingMode::Exit {
+        policy: PolicySettings::for_layers(6),
+        drafter: Some(DrafterKind::Trained),
+    };
+    let error = refusal(&mut trained(&[1; 6], 200, 0.1), mode);
+    assert!(error.contains("mode lossless"), "{error}");
+}

@@ -1,0 +1,1 @@
+"""A drafter that is trained for a model whose own weights stay as they are."""

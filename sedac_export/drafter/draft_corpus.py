@@ -1,0 +1,231 @@
+"""Texts that a model wrote itself: what its drafter drafts is the model's own text."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedac_export.errors import SedacError
+
+# one in so many texts is held out, and answered greedily
+HELD_OUT = 25
+# batches are answered greedily and sampled in turn
+TEMPERATURE = 0.7
+TEXT_SHARE = 0.25
+MAX_PROMPT_TOKENS = 160
+# how messages begin, in turn: left to the model two times of three, else a request for code, which
+# models seldom make on their own and are often asked for
+MESSAGE_STARTS = ("", "Write a Python function", "")
+
+CountProgress = Callable[[int, int], None]
+
+
+@dataclass
+class OwnText:
+    """A text's tokens. generated: where what the model wrote starts."""
+
+    tokens: list[int]
+    generated: int
+
+
+@dataclass
+class DraftCorpus:
+    """The texts to train on, and those held out."""
+
+    training: list[OwnText] = field(default_factory=list)
+    held_out: list[OwnText] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write the corpus, one text a line."""
+        with path.open("w") as file:
+            for held_out, texts in ((False, self.training), (True, self.held_out)):
+                for text in texts:
+                    file.write(json.dumps([held_out, text.generated, text.tokens]) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "DraftCorpus":
+        """The corpus that `save` wrote."""
+        corpus = cls()
+        with path.open() as file:
+            for line in file:
+                held_out, generated, tokens = json.loads(line)
+                texts = corpus.held_out if held_out else corpus.training
+                texts.append(OwnText(tokens, generated))
+        return corpus
+
+    def tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(len(text.tokens) for text in (*self.training, *self.held_out))
+
+    def frequent_tokens(self, vocab_size: int, count: int) -> npt.NDArray[np.int64]:
+        """The `count` most frequent tokens of what the model wrote, ascending; int64."""
+        written = [np.asarray(text.tokens[text.generated :]) for text in self.training]
+        counts = np.bincount(np.concatenate(written), minlength=vocab_size)
+        return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int64)
+
+
+def user_turn_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The chat template up to where a user's message begins.
+
+    Raises SedacError for a tokenizer without chat template.
+    """
+    marker = "\u2603"
+    text = _in_template(tokenizer, marker)
+    start: list[int] = tokenizer(text[: text.index(marker)], add_special_tokens=False).input_ids
+    return start
+
+
+def answer_start(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """The chat template with a user's `message`, up to where the answer begins."""
+    tokens: list[int] = tokenizer(
+        _in_template(tokenizer, message), add_special_tokens=False
+    ).input_ids
+    return tokens
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    if not tokenizer.chat_template:
+        raise SedacError(
+            "the model has no chat template, so it cannot write prompts; give texts with --data"
+        )
+    messages = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(text)
+
+
+@dataclass
+class SelfDistillation:
+    """Has `model` write texts, `batch` at a time, each of at most `max_tokens` new tokens."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batch: int
+    max_tokens: int
+    generator_seed: int = 0
+
+    def messages(self, count: int, beginning: str) -> list[str]:
+        """User messages from `beginning` on, sampled after the template's beginning of a turn.
+
+        Magpie, Xu et al. 2024, https://arxiv.org/abs/2406.08464
+        """
+        start = user_turn_start(self.tokenizer)
+        start += self.tokenizer(beginning, add_special_tokens=False).input_ids
+        written = self._generate([start] * count, 1.0, MAX_PROMPT_TOKENS)
+        rests = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written)
+        texts = (f"{beginning}{rest}".strip() for rest in rests)
+        return [text for text in texts if text]
+
+    def answers(self, prompts: Sequence[list[int]], temperature: float) -> list[OwnText]:
+        """Each of `prompts` with what the model writes after it; 0 is greedy."""
+        # passes end with their longest text, and prompts are padded to the longest
+        ordered = sorted(prompts, key=len)
+        answers = self._generate(ordered, temperature, self.max_tokens)
+        pairs = zip(ordered, answers, strict=True)
+        return [OwnText([*prompt, *answer], len(prompt)) for prompt, answer in pairs if answer]
+
+    def _generate(
+        self, prompts: Sequence[list[int]], temperature: float, most: int
+    ) -> list[list[int]]:
+        """What follows each of `prompts`, the token that ends it included."""
+        results = []
+        for start in range(0, len(prompts), self.batch):
+            part = prompts[start : start + self.batch]
+            tokens, mask = _left_padded(part, self._padding(), self.model.device)
+            sampling = {"do_sample": False}
+            if temperature > 0:
+                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+            output = self.model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=most,
+                pad_token_id=self._padding(),
+                **sampling,
+            )
+            results += [self._until_end(row) for row in output[:, tokens.shape[1] :].tolist()]
+        return results
+
+    def _padding(self) -> int:
+        return self._ends()[0]
+
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return [0] if ends is None else ends if isinstance(ends, list) else [ends]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        ends = self._ends()
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        return tokens[:length]
+
+
+def write_corpus(
+    distillation: SelfDistillation,
+    messages: int,
+    texts: Sequence[list[int]],
+    deadline: Callable[[], bool],
+    progress: CountProgress,
+) -> DraftCorpus:
+    """A corpus of `messages` messages that the model writes and answers, and of the starts `texts`.
+
+    Ends early once `deadline` says so, with what there is.
+
+    Raises SedacError when nothing was written.
+    """
+    corpus = DraftCorpus()
+    total = messages + len(texts)
+    done = 0
+    for turn, part in enumerate(_starts(distillation, messages, texts)):
+        greedy = turn % 2 == 0
+        written = distillation.answers(part, 0.0 if greedy else TEMPERATURE)
+        if greedy:
+            corpus.held_out += written[::HELD_OUT]
+            corpus.training += [t for i, t in enumerate(written) if i % HELD_OUT]
+        else:
+            corpus.training += written
+        done += len(part)
+        progress(done, total)
+        if deadline():
+            break
+    if not corpus.training or not corpus.held_out:
+        raise SedacError("the model wrote nothing; give more --data, or a larger --self-distill")
+    return corpus
+
+
+def _starts(
+    distillation: SelfDistillation, messages: int, texts: Sequence[list[int]]
+) -> Iterator[list[list[int]]]:
+    """What the model goes on from, a batch at a time: messages of its own and starts of `texts`.
+
+    As long as there are both, TEXT_SHARE of a batch are of `texts`.
+    """
+    waiting = list(texts)
+    beginnings = itertools.cycle(MESSAGE_STARTS)
+    while messages > 0 or waiting:
+        share = TEXT_SHARE if messages > 0 else 1.0
+        batch = waiting[: max(1, round(share * distillation.batch))]
+        waiting = waiting[len(batch) :]
+        count = min(distillation.batch - len(batch), messages)
+        messages -= count
+        if count > 0:
+            written = distillation.messages(count, next(beginnings))
+            batch += [answer_start(distillation.tokenizer, message) for message in written]
+        if batch:
+            yield batch
+
+
+def _left_padded(
+    rows: Sequence[list[int]], padding: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    tokens = torch.full((len(rows), width), padding)
+    mask = torch.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    return tokens.to(device), mask.to(device)

@@ -1,0 +1,218 @@
+"""Train a drafter for a model: what `sedac-export train-drafter` does before it edits a bundle."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sedac_export.drafter.draft_corpus import DraftCorpus, OwnText, SelfDistillation, write_corpus
+from sedac_export.drafter.draft_model import DrafterShape, DraftModel
+from sedac_export.drafter.drafter_file import DRAFTER, SAMPLED_ROWS, DrafterFile
+from sedac_export.drafter.fit_drafter import (
+    ROLLOUT_STEPS,
+    Fit,
+    FitSettings,
+    FrozenModel,
+    start_from_last_layer,
+)
+from sedac_export.errors import SedacError
+
+DRAFT_VOCABULARY = 16384
+# of the given minutes, what writing the corpus may take
+CORPUS_SHARE = 0.35
+# texts from --data are cut into pieces of PIECE tokens, of whose beginning the model goes on
+PIECE = 384
+SHORTEST_START, LONGEST_START = 16, 160
+CORPUS, REPORT = "corpus.jsonl", "drafter-report.json"
+# a step of the rollout needs tokens to be compared with
+_SHORTEST = ROLLOUT_STEPS + 2
+
+# called with the stage's name, steps done and steps in total
+StageProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DrafterRequest:
+    """What to train, and for how long.
+
+    messages: those that the model writes and answers itself. texts: documents whose beginnings it
+    continues. minutes: for everything, None as long as it takes. folder: where all of it goes; what
+    an earlier run left there is gone on from.
+    """
+
+    folder: Path
+    messages: int = 0
+    texts: tuple[str, ...] = ()
+    minutes: float | None = None
+    device: str = "cpu"
+    seed: int = 0
+    steps: int | None = None
+    max_tokens: int = 320
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Sizes that suit a device. batch: texts that are written at once."""
+
+    batch: int
+    batch_tokens: int
+    steps: int
+
+    @classmethod
+    def of(cls, device: str) -> "_Scale":
+        return cls(1536, 16384, 6000) if device == "cuda" else cls(32, 2048, 2000)
+
+
+def load_model(directory: Path, device: str) -> PreTrainedModel:
+    """The model in `directory`, in bf16 on a GPU. Raises SedacError where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SedacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    moved: PreTrainedModel = model.to(device)
+    return moved
+
+
+def train_drafter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: DrafterRequest,
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """Write a corpus, fit a drafter, and leave it in the folder; its report.
+
+    Raises SedacError when there is too little to train on.
+    """
+    started = time.monotonic()
+    torch.manual_seed(request.seed)
+    request.folder.mkdir(parents=True, exist_ok=True)
+    scale = _Scale.of(request.device)
+    budget = None if request.minutes is None else 60 * request.minutes
+    corpus = prepare_corpus(model, tokenizer, request, progress)
+    training, held_out = _usable(corpus.training), _usable(corpus.held_out)
+    written = time.monotonic() - started
+    fit, tokens = _fit(model, corpus, request, scale)
+    steps = request.steps or scale.steps
+    resumed = _resume(fit, request, steps)
+    if not resumed and budget is not None and request.steps is None:
+        seconds = fit.seconds_per_step(training)
+        # evaluations take a part of the time
+        left = budget - (time.monotonic() - started)
+        steps = max(20, int(0.9 * left / seconds))
+        fit.settings = _settings(request, scale, steps)
+    fit.run(
+        training,
+        held_out,
+        lambda done, of, _: progress("train", done, of),
+        lambda: budget is not None and time.monotonic() - started > budget,
+    )
+    sample = fit.frozen.head[:SAMPLED_ROWS]
+    metadata = {"model": str(model.config.name_or_path)}
+    DrafterFile(fit.drafter, tokens, sample, metadata).save(request.folder / DRAFTER)
+    report = _report(fit, corpus, written, time.monotonic() - started)
+    (request.folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def prepare_corpus(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: DrafterRequest,
+    progress: StageProgress,
+) -> DraftCorpus:
+    """The folder's corpus, written now if there is none."""
+    started = time.monotonic()
+    path = request.folder / CORPUS
+    if path.exists():
+        return DraftCorpus.load(path)
+    batch = _Scale.of(request.device).batch
+    distillation = SelfDistillation(model, tokenizer, batch, request.max_tokens)
+    starts = list(_starts(tokenizer, request.texts, request.seed))
+    limit = None if request.minutes is None else 60 * request.minutes * CORPUS_SHARE
+    corpus = write_corpus(
+        distillation,
+        request.messages,
+        starts,
+        lambda: limit is not None and time.monotonic() - started > limit,
+        lambda done, of: progress("write", done, of),
+    )
+    new = path.with_suffix(".new")
+    corpus.save(new)
+    new.replace(path)
+    return corpus
+
+
+def _starts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int
+) -> Iterator[list[int]]:
+    """Beginnings of pieces of `texts`, of various lengths, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = []
+    for text in texts:
+        tokens: list[int] = tokenizer(text).input_ids
+        pieces += [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
+    for index in torch.randperm(len(pieces), generator=generator).tolist():
+        length = int(torch.randint(SHORTEST_START, LONGEST_START, (1,), generator=generator))
+        if len(pieces[index]) >= SHORTEST_START:
+            yield pieces[index][:length]
+
+
+def _usable(texts: Sequence[OwnText]) -> list[OwnText]:
+    usable = [text for text in texts if len(text.tokens) - text.generated >= _SHORTEST]
+    if not usable:
+        raise SedacError(
+            "the model wrote no text long enough to train on; give more --data, or a larger"
+            " --self-distill"
+        )
+    return usable
+
+
+def _settings(request: DrafterRequest, scale: _Scale, steps: int) -> FitSettings:
+    length = LONGEST_START + request.max_tokens
+    return FitSettings(steps, scale.batch_tokens, length, seed=request.seed)
+
+
+def _fit(
+    model: PreTrainedModel, corpus: DraftCorpus, request: DrafterRequest, scale: _Scale
+) -> tuple[Fit, torch.Tensor]:
+    shape = DrafterShape.of(model)
+    frequent = corpus.frequent_tokens(shape.vocab_size, min(shape.vocab_size, DRAFT_VOCABULARY))
+    tokens = torch.from_numpy(frequent)
+    drafter = DraftModel(shape)
+    start_from_last_layer(drafter, model)
+    frozen = FrozenModel(model, shape.feature_layers, tokens)
+    drafter.to(model.device)
+    settings = _settings(request, scale, request.steps or scale.steps)
+    return Fit(drafter, frozen, settings, request.folder), tokens
+
+
+def _resume(fit: Fit, request: DrafterRequest, steps: int) -> bool:
+    return fit.resume(None if request.minutes and not request.steps else steps)
+
+
+def _report(fit: Fit, corpus: DraftCorpus, written: float, seconds: float) -> dict[str, Any]:
+    best = fit.state.best()
+    return {
+        "device": _device_name(fit.device),
+        "training_texts": len(corpus.training),
+        "held_out_texts": len(corpus.held_out),
+        "tokens": corpus.tokens(),
+        "draft_vocabulary": len(fit.frozen.tokens),
+        "parameters": sum(p.numel() for p in fit.drafter.parameters()),
+        "settings": asdict(fit.settings),
+        "steps": fit.state.step,
+        "best": asdict(best),
+        "evaluations": [asdict(evaluation) for evaluation in fit.state.evaluations],
+        "losses": fit.state.losses,
+        "corpus_seconds": round(written, 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,110 @@
+"""A drafter in a bundle: trained by the command, bound to its model, and changing no token."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from build_cache import BuildCache
+from typer.testing import CliRunner
+
+from sedac_export.bundle import Bundle
+from sedac_export.cli.commands import app
+from sedac_export.drafter.add_drafter import add_drafter, check_drafter
+from sedac_export.drafter.drafter_file import DRAFTER, DrafterFile
+from sedac_export.drafter.train_drafter import DrafterRequest, load_model, train_drafter
+from sedac_export.errors import SedacError
+from sedac_export.model.tokenizer import load_tokenizer
+from sedac_runtime import SedacModel
+
+MODEL = Path(__file__).parents[3] / "demo" / "model"
+PROMPT = "class Stack:\n    def push(self, item):\n"
+
+
+@pytest.fixture(scope="session")
+def drafter(build_cache: BuildCache) -> Path:
+    """The directory of a drafter for the demo model, trained for a few steps."""
+
+    def make(folder: Path) -> None:
+        texts = (Path(json.__file__).read_text(),)
+        request = DrafterRequest(folder, texts=texts, steps=40, max_tokens=48)
+        tokenizer = load_tokenizer(MODEL)
+        assert tokenizer is not None
+        train_drafter(load_model(MODEL, "cpu"), tokenizer, request, lambda *_: None)
+
+    return build_cache.made("drafter", make)
+
+
+@pytest.fixture(scope="session")
+def drafting_bundle(
+    drafter: Path, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The demo bundle with the drafter."""
+    directory = tmp_path_factory.mktemp("drafting") / "bundle"
+    shutil.copytree(demo_bundle, directory)
+    add_drafter(directory, drafter / DRAFTER)
+    return directory
+
+
+@pytest.mark.parametrize("drafter_name", ["trained", "auto"])
+def test_tokens_are_full_depths(drafting_bundle: Path, drafter_name: str) -> None:
+    model = SedacModel.from_pretrained(drafting_bundle)
+    drafted = 0
+    for temperature in (0.0, 0.7):
+        for seed in range(2):
+            settings = {"max_new_tokens": 40, "temperature": temperature, "seed": seed}
+            full = model.generate(PROMPT, mode="full", **settings)  # type: ignore[arg-type]
+            drafting = model.generate(
+                PROMPT,
+                mode="lossless",
+                drafter=drafter_name,
+                **settings,  # type: ignore[arg-type]
+            )
+            assert drafting.tokens == full.tokens
+            drafted += drafting.drafted
+    assert drafted > 0
+
+
+def test_it_is_bound_to_its_model(drafting_bundle: Path, tmp_path: Path) -> None:
+    check_drafter(Bundle.open(drafting_bundle))
+    copy = tmp_path / "bundle"
+    shutil.copytree(drafting_bundle, copy)
+    path = copy / DRAFTER
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SedacError, match=DRAFTER):
+        Bundle.open(copy)
+
+
+def test_a_drafter_of_another_model_is_refused(
+    drafter: Path, demo_bundle: Path, tmp_path: Path
+) -> None:
+    found = DrafterFile.load(drafter / DRAFTER)
+    found.head_sample = found.head_sample.flip(0)
+    found.save(tmp_path / DRAFTER)
+    copy = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, copy)
+    before = (copy / "bundle.json").read_bytes()
+    with pytest.raises(SedacError, match="trained for another model"):
+        add_drafter(copy, tmp_path / DRAFTER)
+    (tmp_path / DRAFTER).write_bytes(b"nothing")
+    with pytest.raises(SedacError, match="is not a drafter"):
+        add_drafter(copy, tmp_path / DRAFTER)
+    assert (copy / "bundle.json").read_bytes() == before
+
+
+def test_without_one_only_auto_drafts(demo_bundle: Path) -> None:
+    model = SedacModel.from_pretrained(demo_bundle)
+    with pytest.raises(Exception, match="train-drafter"):
+        model.generate(PROMPT, mode="lossless", drafter="trained", max_new_tokens=4)
+    model.generate(PROMPT, mode="lossless", drafter="auto", max_new_tokens=4)
+
+
+def test_the_command_prints_one_object(drafter: Path, demo_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, copy)
+    result = CliRunner().invoke(app, ["add-drafter", str(copy), str(drafter), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["feature_layers"] == [2, 6, 12]
+    assert json.loads((drafter / "drafter-report.json").read_text())["steps"] > 0

@@ -1,0 +1,103 @@
+"""Training on the drafter's own rollout: it learns, and goes on after a break as without one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sedac_export.drafter.draft_corpus import DraftCorpus, OwnText
+from sedac_export.drafter.draft_model import DrafterShape, DraftModel
+from sedac_export.drafter.fit_drafter import (
+    Fit,
+    FitSettings,
+    FrozenModel,
+    start_from_last_layer,
+)
+
+SETTINGS = FitSettings(steps=60, batch_tokens=256, length=64)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def texts(model: PreTrainedModel) -> list[OwnText]:
+    """Texts that the model writes greedily after two tokens."""
+    starts = torch.tensor([[first, second] for first in range(6) for second in range(6)])
+    written = model.generate(
+        starts, attention_mask=torch.ones_like(starts), max_new_tokens=40, do_sample=False
+    )
+    return [OwnText(row, 2) for row in written.tolist()]
+
+
+def _fit(model: PreTrainedModel, folder: Path | None = None, steps: int = 60) -> Fit:
+    torch.manual_seed(0)
+    shape = DrafterShape.of(model)
+    drafter = DraftModel(shape)
+    start_from_last_layer(drafter, model)
+    frozen = FrozenModel(model, shape.feature_layers, torch.arange(shape.vocab_size))
+    return Fit(drafter, frozen, FitSettings(steps, SETTINGS.batch_tokens, SETTINGS.length), folder)
+
+
+def _silent(*_: object) -> None:
+    """Progress that nobody watches."""
+
+
+def test_training_lowers_the_loss_and_raises_acceptance(
+    model: PreTrainedModel, texts: list[OwnText]
+) -> None:
+    fit = _fit(model)
+    fit.run(texts[6:], texts[:6], _silent)
+    losses = fit.state.losses
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    first, best = fit.state.evaluations[0], fit.state.best()
+    assert best.tokens_per_round > first.tokens_per_round
+    assert best.accuracy[0] > first.accuracy[0]
+
+
+def test_a_resumed_training_is_the_same(
+    model: PreTrainedModel, texts: list[OwnText], tmp_path: Path
+) -> None:
+    whole = _fit(model, steps=12)
+    whole.run(texts[6:], texts[:6], _silent)
+    broken = _fit(model, tmp_path, steps=12)
+    broken.run(texts[6:], texts[:6], _silent, deadline=lambda: broken.state.step == 5)
+    assert broken.state.step == 5
+    resumed = _fit(model, tmp_path, steps=12)
+    assert resumed.resume(12)
+    resumed.run(texts[6:], texts[:6], _silent)
+    assert resumed.state.losses == whole.state.losses
+    for name, value in whole.drafter.state_dict().items():
+        assert torch.equal(resumed.drafter.state_dict()[name], value), name
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
+    model: PreTrainedModel, texts: list[OwnText], tmp_path: Path
+) -> None:
+    fit = _fit(model, tmp_path, steps=2)
+    fit.run(texts[6:], texts[:6], _silent)
+    assert not _fit(model, tmp_path, steps=3).resume(3)
+
+
+def test_a_corpus_is_read_as_it_was_written(texts: list[OwnText], tmp_path: Path) -> None:
+    corpus = DraftCorpus(texts[6:], texts[:6])
+    corpus.save(tmp_path / "corpus.jsonl")
+    assert DraftCorpus.load(tmp_path / "corpus.jsonl") == corpus
+    written = [token for text in corpus.training for token in text.tokens[2:]]
+    frequent = corpus.frequent_tokens(64, 5).tolist()
+    assert frequent == sorted(frequent)
+    least = min(written.count(token) for token in frequent)
+    assert all(written.count(token) <= least for token in range(64) if token not in frequent)
