@@ -107,7 +107,10 @@ fn prompts() -> impl Strategy<Value = Vec<u32>> {
 }
 
 fn modes() -> impl Strategy<Value = DecodingMode> {
-    let drafters = prop::sample::select(DrafterKind::ALL.to_vec());
+    // a trained drafter follows one sequence only
+    let mut kinds = DrafterKind::ALL.to_vec();
+    kinds.retain(|&kind| kind != DrafterKind::Trained);
+    let drafters = prop::sample::select(kinds);
     let stability = (0.3..1.0_f32).prop_map(|tau| DecodingMode::Exit {
         policy: PolicySettings::Stability(Stability {
             tau,
