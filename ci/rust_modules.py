@@ -21,9 +21,12 @@ ALLOWED = {
     "backend": "error interrupt sampler kv policy sequence bundle",
     "draft": "error interrupt sampler policy sequence bundle backend",
     "chain": "cache_file error interrupt sampler kv policy sequence bundle backend draft",
+    "scheduler": "error interrupt sampler sequence backend chain",
     "certification": "error sampler kv policy bundle chain",
     "bench": "error interrupt sampler kv chain",
-    "python": "error interrupt sampler text kv policy bundle backend chain certification bench",
+    "python": (
+        "error interrupt sampler text kv policy bundle backend chain scheduler certification bench"
+    ),
 }
 
 _COMMENT = re.compile(r"//.*")

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,10 +139,11 @@ class SelfDistillation:
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]
             tokens, mask = _left_padded(part, self._padding(), self.model.device)
-            sampling = {"do_sample": False}
+            sampling: dict[str, Any] = {"do_sample": False}
             if temperature > 0:
                 sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-            output = self.model.generate(
+            model: Any = self.model
+            output = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
                 max_new_tokens=most,

@@ -1,10 +1,11 @@
 """A trained drafter's graphs for ONNX Runtime, their products in 8 bits."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import nn
 
 from sedac_export.arrays import Floats
 from sedac_export.drafter.draft_model import DrafterShape, DraftModel
@@ -78,7 +79,7 @@ def draft_graph(drafter: DraftModel, head: Floats) -> onnx.ModelProto:
 
 
 class _DraftBuilder(GraphBuilder):
-    def norm(self, x: str, norm: nn.Module) -> str:
+    def norm(self, x: str, norm: Any) -> str:
         weight = self.constant(norm.weight)
         return self.add(
             "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=norm.variance_epsilon
@@ -99,7 +100,7 @@ class _DraftBuilder(GraphBuilder):
         return self.constant(np.array(value, dtype=np.int64))
 
 
-def _mlp(build: _DraftBuilder, mlp: nn.Module, x: str) -> str:
+def _mlp(build: _DraftBuilder, mlp: Any, x: str) -> str:
     gate = build.product(x, mlp.gate_proj.weight)
     active = build.add("Mul", gate, build.add("Sigmoid", gate))
     both = build.add("Mul", active, build.product(x, mlp.up_proj.weight))

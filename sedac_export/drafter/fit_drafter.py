@@ -76,10 +76,11 @@ class FrozenModel:
     """The model's residual streams, logits and embeddings."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], tokens: Tensor) -> None:
-        self.model = model.eval().requires_grad_(False)
+        frozen: Any = model
+        self.model: PreTrainedModel = frozen.eval().requires_grad_(False)
         self.tokens = tokens.to(model.device)
         self.embed: nn.Module = model.get_input_embeddings()
-        head: Any = model.get_output_embeddings()
+        head = frozen.get_output_embeddings()
         self.head = head.weight[self.tokens].detach().float()
         self._features: dict[int, Tensor] = {}
         modules = find_layers(model)
@@ -155,7 +156,7 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self._schedule()
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        total: Any = torch.zeros((), device=self.device)
         for step, (loss, _, _) in enumerate(self._rollout(texts)):
             total = total + STEP_WEIGHT**step * loss
         total.backward()
