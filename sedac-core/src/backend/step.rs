@@ -107,15 +107,15 @@ impl LogitsRequest {
 
     /// What is wanted of `logits`, [rows, width], of the newest positions.
     pub(super) fn of_rows(&self, logits: &[f32], width: usize) -> Logits {
-        let rows = logits.chunks_exact(width);
+        let rows = || logits.chunks_exact(width);
         match self {
             Self::None => Logits::None,
             Self::Rows(_) => Logits::Rows(logits.to_vec()),
-            Self::Tokens(_) => Logits::Tokens(rows.map(argmax).collect()),
+            Self::Tokens(_) => Logits::Tokens(rows().map(argmax).collect()),
             Self::Sampled(race) => {
-                let later = (0..rows.len()).rev();
+                let later = (0..rows().len()).rev();
                 let token = |(later, row)| race.choose(later, row);
-                Logits::Tokens(later.zip(rows).map(token).collect())
+                Logits::Tokens(later.zip(rows()).map(token).collect())
             }
         }
     }

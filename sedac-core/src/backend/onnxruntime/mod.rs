@@ -4,6 +4,7 @@ mod cache_memory;
 mod drafter;
 mod exits;
 mod graph_executor;
+mod head;
 mod huge_pages;
 mod pass;
 mod row_graph;
@@ -11,23 +12,21 @@ mod rows;
 mod runtime;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ort::environment::Environment;
-use ort::session::{IoBinding, Session};
+use ort::session::Session;
 use ort::value::Tensor;
 
 use self::cache_memory::CacheMemory;
 use self::drafter::Drafter;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
+use self::head::Head;
 use self::pass::{Contexts, Pass, Passes, Shared};
 use self::rows::Rows;
-use self::runtime::{
-    bind_input, bind_output, binding, environment, read, run, session, tensor, write,
-};
+use self::runtime::{bind_input, binding, environment, read, run, session, tensor, write};
 use super::{
     AttentionOnly, Capabilities, DraftEngine, EnginePart, EngineTiming, Engines, RowEngines,
     Stopwatch,
@@ -64,13 +63,8 @@ pub struct OnnxRuntime {
     /// The current pass's first position.
     start: usize,
     key_value: Vec<KeyValueEngine>,
-    head: Session,
-    vocab_size: usize,
+    head: Head,
     hidden_size: usize,
-    /// The head's buffers by the number of tokens.
-    head_passes: HashMap<usize, HeadPass>,
-    /// Tokens whose logits were computed last.
-    logit_rows: usize,
     caches: CacheMemory,
     slots: Vec<Slot>,
     /// The slot that calls are about.
@@ -102,13 +96,6 @@ struct Filling {
 struct KeyValueEngine {
     session: Session,
     contexts: Vec<String>,
-}
-
-/// What the head engine reads and writes for one number of tokens.
-struct HeadPass {
-    binding: IoBinding,
-    input: Tensor<f32>,
-    logits: Tensor<f32>,
 }
 
 impl OnnxRuntime {
@@ -162,16 +149,14 @@ impl OnnxRuntime {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let head = open(&manifest.engines.head)?;
+        let sizes = (manifest.model.hidden_size, manifest.model.vocab_size);
+        let head = Head::new(open(&manifest.engines.head)?, sizes.0, sizes.1);
         let drafter = match layout {
             Layout::Engines => Drafter::load(bundle, open)?,
             Layout::Monolith => None,
         };
         let mut engines = Self {
-            vocab_size: manifest.model.vocab_size,
             hidden_size: manifest.model.hidden_size,
-            head_passes: HashMap::new(),
-            logit_rows: 1,
             caches: CacheMemory::new(manifest, 1)?,
             slots: Vec::new(),
             selected: 0,
@@ -266,24 +251,10 @@ impl OnnxRuntime {
 
     /// Compute the logits of `rows` of the residual stream.
     fn run_head(&mut self, rows: &[f32]) -> Result<()> {
-        let sizes = (self.hidden_size, self.vocab_size);
         let tokens = rows.len() / self.hidden_size;
-        let pass = match self.head_passes.entry(tokens) {
-            Entry::Occupied(ready) => ready.into_mut(),
-            Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.head, tokens, sizes)?),
-        };
-        write(&mut pass.input, rows);
-        self.logit_rows = tokens;
-        self.stopwatch.time(EnginePart::Head, tokens, || {
-            run(&mut self.head, &pass.binding, || "head engine".into())
-        })
-    }
-
-    /// The logits that the head computed last.
-    fn head_logits(&self) -> &[f32] {
-        self.head_passes
-            .get(&self.logit_rows)
-            .map_or(&[], |pass| read(&pass.logits))
+        let head = &mut self.head;
+        self.stopwatch
+            .time(EnginePart::Head, tokens, || head.run(rows))
     }
 
     /// Make a pass of `tokens` positions from `start` on the current one.
@@ -492,7 +463,7 @@ impl Engines for OnnxRuntime {
     }
 
     fn logits(&self) -> &[f32] {
-        self.head_logits()
+        self.head.logits()
     }
 
     fn take_timings(&mut self) -> Vec<EngineTiming> {
@@ -519,24 +490,5 @@ impl AttentionOnly for OnnxRuntime {
         })?;
         passes.engines_run = engine + 1;
         Ok(())
-    }
-}
-
-impl HeadPass {
-    fn new(
-        session: &Session,
-        tokens: usize,
-        (hidden_size, vocab_size): (usize, usize),
-    ) -> Result<Self> {
-        let input = tensor(&[1, tokens, hidden_size])?;
-        let mut logits = tensor(&[1, tokens, vocab_size])?;
-        let mut bound = binding(session)?;
-        bind_input(&mut bound, "x", &input)?;
-        bind_output(&mut bound, "logits", &mut logits)?;
-        Ok(Self {
-            binding: bound,
-            input,
-            logits,
-        })
     }
 }

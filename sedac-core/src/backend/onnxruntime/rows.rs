@@ -202,7 +202,7 @@ impl RowEngines for OnnxRuntime {
         });
         let hidden: Vec<f32> = hidden.collect();
         self.run_head(&hidden)?;
-        Ok(self.head_logits().to_vec())
+        Ok(self.head.logits().to_vec())
     }
 }
 

@@ -1,7 +1,9 @@
 //! A toy model whose every logit depends on every cache entry, in a chain on a toy machine.
 
 mod device;
+mod drafts;
 mod kernel;
+mod rows;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -346,103 +348,6 @@ impl Engines for Toy {
 
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         Vec::new()
-    }
-}
-
-impl RowEngines for Toy {
-    fn may_idle(&self, slot: usize) -> bool {
-        slot.is_multiple_of(2)
-    }
-
-    fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
-        self.rows = rows.to_vec();
-        self.exited = vec![None; rows.len()];
-        self.pass = rows.iter().map(|row| Hidden::of(row.token)).collect();
-        self.depth = 0;
-        Ok(())
-    }
-
-    fn run_rows(&mut self, engine: usize) -> Result<()> {
-        for layer in self.layers[engine].clone() {
-            assert_eq!(layer, self.depth, "engines run in order");
-            for (row, hidden) in self.rows.iter().zip(&mut self.pass) {
-                let mut cache = self.slots[row.slot].caches.lock().unwrap();
-                hidden.run(layer, row.position, &mut cache);
-            }
-            self.depth += 1;
-        }
-        Ok(())
-    }
-
-    fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {
-        // what signals depend on is the same after every layer
-        let signal = |layer| self.pass[row].signal(layer + 1, 0);
-        self.layers[engine].clone().map(signal).collect()
-    }
-
-    fn row_risk(&self, _: usize, row: usize) -> Option<f32> {
-        Some(self.pass[row].signal(self.depth, 1))
-    }
-
-    fn row_exit_signals(
-        &mut self,
-        depth: usize,
-        row: usize,
-        _: [f32; 3],
-    ) -> Result<Option<ExitSignals>> {
-        Ok(Some(self.pass[row].exit_signals(depth)))
-    }
-
-    fn exit_row(&mut self, row: usize) -> Result<()> {
-        let SequenceRow { slot, position, .. } = self.rows[row];
-        self.slots[slot].saved[position] = self.pass[row];
-        self.exited[row] = Some(self.logits_of(self.pass[row]));
-        Ok(())
-    }
-
-    fn rows_logits(&mut self) -> Result<Vec<f32>> {
-        let rows = self.pass.iter().zip(&self.exited);
-        let logits = rows.map(|(&row, exited)| {
-            let exited = exited.clone();
-            exited.unwrap_or_else(|| self.logits_of(row))
-        });
-        Ok(logits.collect::<Vec<_>>().concat())
-    }
-}
-
-/// Drafts as an exit would.
-impl DraftEngine for Toy {
-    fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
-        let caches = self.slots[0].caches.lock().unwrap().clone();
-        let run = |layer: &Vec<Option<(u32, u64)>>| {
-            let tokens = layer[..positions.end].iter();
-            tokens.map(|entry| entry.map(|(token, _)| token)).collect()
-        };
-        let known: Option<Vec<u32>> = run(&caches[0]);
-        let mut text = known.expect("the model has run all verified positions");
-        let last: Option<Vec<u32>> = run(&caches[caches.len() - 1]);
-        assert_eq!(last.as_ref(), Some(&text), "through every layer");
-        assert_eq!(text[positions.start + 1..], tokens[..tokens.len() - 1]);
-        text.extend(tokens.last());
-        self.set_draft_text(text);
-        Ok(())
-    }
-
-    fn roll_out(&mut self, token: u32) -> Result<()> {
-        let mut text = self.draft_text.take().unwrap();
-        text.push(token);
-        self.set_draft_text(text);
-        Ok(())
-    }
-
-    fn logits(&self) -> &[f32] {
-        self.draft_logits.as_slice()
-    }
-
-    fn probability(&self, token: u32) -> f32 {
-        let logits = &self.draft_logits;
-        let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
-        logits[token as usize].exp() / sum
     }
 }
 
