@@ -280,12 +280,13 @@ def test_full_disk_keeps_the_old_bundle_and_nothing_else(
     graphs = sum(-(-path.stat().st_size // 4096) for path in long_bundle.glob("onnx/*"))
     # a bundle, and next to it room for some weights, or for all engines but not the tokenizer
     room = blocks + (100 if full_at == "weights" else graphs + 20)
+    length = json.loads((long_bundle / "bundle.json").read_text())["max_cache_length"]
     with mounted_tmpfs(tmp_path / "disk", f"size={room * 4}k") as disk:
         shutil.copytree(long_bundle, disk / "bundle")
         before = snapshot(disk)
         result = export(
             *("build", "--model", long_bundle.parent / "model"),
-            *("--output", disk / "bundle", "--force"),
+            *("--output", disk / "bundle", "--force", "--max-cache-length", length),
         )
         words = ["the tokenizer"] if full_at == "tokenizer" else []
         assert_one_line_error(result, str(disk / "bundle"), "No space left on device", *words)

@@ -62,7 +62,8 @@ def test_training_lowers_the_loss_and_raises_acceptance(
     fit = _fit(model)
     fit.run(texts[6:], texts[:6], _silent)
     losses = fit.state.losses
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    # it cannot fall below the entropy of the model's own distributions, so no share is asked for
+    assert max(losses[-5:]) < min(losses[:5])
     first, best = fit.state.evaluations[0], fit.state.best()
     assert best.tokens_per_round > first.tokens_per_round
     assert best.accuracy[0] > first.accuracy[0]
