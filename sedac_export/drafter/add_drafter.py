@@ -15,7 +15,6 @@ from sedac_export.exits.training.head_graph import HeadGraph
 from sedac_export.graph.stamp import save_engine
 
 STATE_ENGINE, DRAFT_ENGINE = "onnx/draft_state.onnx", "onnx/draft.onnx"
-_HEAD_DIGEST = "head_sha256"
 
 
 def add_drafter(directory: Path, file: Path) -> DrafterEntry:
@@ -39,7 +38,6 @@ def add_drafter(directory: Path, file: Path) -> DrafterEntry:
         key_value_size=shape.key_value_heads * shape.head_size,
         tokens=found.tokens.tolist(),
     )
-    found.metadata[_HEAD_DIGEST] = manifest.fingerprint()
     with edited_bundle(bundle) as staging:
         for engine, graph in (
             (STATE_ENGINE, state_graph(found.drafter)),
@@ -53,18 +51,6 @@ def add_drafter(directory: Path, file: Path) -> DrafterEntry:
         write_manifest(staging, whole)
         Bundle.open(staging)
     return entry
-
-
-def check_drafter(bundle: Bundle) -> None:
-    """Raise SedacError when the bundle's drafter is of another model or cannot be read."""
-    if not bundle.lists(DRAFTER):
-        return
-    found = DrafterFile.load(bundle.path(DRAFTER))
-    if found.metadata.get(_HEAD_DIGEST) != bundle.manifest.fingerprint():
-        raise SedacError(
-            f"{bundle.path(DRAFTER)} is trained for another model; train one for this one with"
-            " sedac-export train-drafter"
-        )
 
 
 def _check(bundle: Bundle, found: DrafterFile, head: HeadGraph) -> None:

@@ -1,6 +1,7 @@
 //! Drafts by the model's own shallow layers.
 
 use super::baseline::baseline_cost;
+use super::round_costs::{DECAY, RoundCosts};
 use super::{
     Acceptance, AcceptanceRate, DepthAcceptance, Draft, DraftContext, Drafter, Foresight,
     TakenExit, full_depth_cost,
@@ -20,14 +21,6 @@ const BINS: usize = MARGIN_BINS;
 const PRIOR_SPEEDUP: f64 = 1.2;
 /// and of shallower ones relative to the next deeper.
 const SHALLOWER_SPEEDUP: f64 = 1.1;
-/// These count as much as this number of rounds without drafts.
-const PRIOR_WEIGHT: f64 = 3.0;
-/// Rounds count less with every newer one.
-const DECAY: f64 = 0.98;
-/// Observations of depths that are not used decay more slowly.
-const IDLE_DECAY: f64 = 0.999;
-/// Rounds of earlier processes count as much as this number of rounds at full depth's cost.
-const MAX_REMEMBERED: f64 = 16.0;
 
 /// Decodes to an exit layer and drafts the token there, again and again, for as long as the next
 /// token is worth what it costs. The tokens' hidden states at the exit are saved, so that
@@ -69,10 +62,7 @@ struct Depth {
     depth: usize,
     /// Mean of the layers that positions ran, fewer where the rule let them exit.
     ran: f64,
-    /// What the tokens that rounds gave cost without drafts, and what they cost, relative to full
-    /// depth.
-    baseline: f64,
-    cost: f64,
+    rounds: RoundCosts,
     /// By bin, of tokens drafted after accepted ones.
     rates: Vec<AcceptanceRate>,
 }
@@ -83,22 +73,12 @@ impl Depth {
         Self {
             depth,
             ran: depth as f64,
-            baseline: 0.0,
-            cost: 0.0,
+            rounds: RoundCosts::default(),
             // a token that leads clearly is mostly right, and others are often
             rates: (0..BINS)
                 .map(|bin| AcceptanceRate::new(0.5 + 0.5 * middle(bin)))
                 .collect(),
         }
-    }
-
-    fn speedup(&self, prior: f64) -> f64 {
-        (self.baseline + prior * PRIOR_WEIGHT) / (self.cost + PRIOR_WEIGHT)
-    }
-
-    fn decay(&mut self, factor: f64) {
-        self.baseline *= factor;
-        self.cost *= factor;
     }
 
     /// The lower edge of the bins from which on every acceptance rate is at least `min_rate`;
@@ -115,9 +95,7 @@ impl Depth {
 
 impl Depth {
     fn recall(&mut self, remembered: &DepthAcceptance) {
-        let scale = (MAX_REMEMBERED / remembered.cost).min(1.0);
-        self.baseline = scale * remembered.baseline;
-        self.cost = scale * remembered.cost;
+        self.rounds.recall(remembered.baseline, remembered.cost);
         for (rate, &remembered) in self.rates.iter_mut().zip(&remembered.rates) {
             rate.recall(remembered);
         }
@@ -126,8 +104,8 @@ impl Depth {
     fn record(&self) -> DepthAcceptance {
         DepthAcceptance {
             depth: self.depth,
-            baseline: self.baseline,
-            cost: self.cost,
+            baseline: self.rounds.baseline,
+            cost: self.rounds.cost,
             rates: self.rates.iter().map(AcceptanceRate::estimate).collect(),
         }
     }
@@ -311,9 +289,9 @@ impl Drafter for EarlyExit {
     fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
         let (mut best, mut prior) = (0.0, PRIOR_SPEEDUP);
         for (index, depth) in self.depths.iter_mut().enumerate() {
-            depth.decay(IDLE_DECAY);
+            depth.rounds.idle();
             depth.rates.iter_mut().for_each(AcceptanceRate::decay);
-            let speedup = depth.speedup(prior);
+            let speedup = depth.rounds.speedup(prior);
             if speedup > best {
                 (best, self.current) = (speedup, index);
             }
@@ -396,9 +374,7 @@ impl Drafter for EarlyExit {
         for run in &self.runs {
             depth.ran = DECAY * depth.ran + (1.0 - DECAY) * run.depth as f64;
         }
-        depth.decay(DECAY);
-        depth.baseline += baseline / full;
-        depth.cost += cost / full;
+        depth.rounds.observe(baseline / full, cost / full);
     }
 
     fn recall(&mut self, acceptance: &Acceptance) {

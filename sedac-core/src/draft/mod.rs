@@ -13,6 +13,7 @@ mod auto;
 mod baseline;
 mod early_exit;
 mod prompt_lookup;
+mod round_costs;
 mod suffix_automaton;
 mod trained;
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::round_costs::RoundCosts;
 use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
 use crate::backend::{Costs, MARGIN_BINS, PositionLogits, margin_bin};
 use crate::error::{Error, Result};
@@ -10,16 +11,8 @@ use crate::error::{Error, Result};
 const MAX_DRAFTED: usize = 8;
 /// The speedup that is expected before anything was observed.
 const PRIOR_SPEEDUP: f64 = 1.3;
-/// It counts as much as this number of rounds without drafts.
-const PRIOR_WEIGHT: f64 = 3.0;
-/// Rounds count less with every newer one,
-const DECAY: f64 = 0.98;
-/// and more slowly while others draft.
-const IDLE_DECAY: f64 = 0.999;
 /// Passes count less with every newer one.
 const STEP_DECAY: f64 = 0.95;
-/// A round of an earlier process counts as much as this number at most.
-const MAX_REMEMBERED: f64 = 16.0;
 
 /// Takes the model's hidden states at the verified positions through a trained layer, drafts the
 /// token that it finds, and goes on from its own state for as long as the next token is worth what
@@ -31,9 +24,7 @@ pub(super) struct Trained {
     verified: usize,
     /// Seconds of one drafted token.
     step: StepCost,
-    /// What the tokens of rounds cost without drafts and with them, relative to full depth.
-    baseline: f64,
-    cost: f64,
+    rounds: RoundCosts,
     expected_speedup: f64,
     /// Seconds that a token takes without drafts.
     baseline_seconds: f64,
@@ -69,8 +60,7 @@ impl Trained {
             layers,
             verified: 0,
             step: StepCost::default(),
-            baseline: 0.0,
-            cost: 0.0,
+            rounds: RoundCosts::default(),
             expected_speedup: 1.0,
             baseline_seconds: 0.0,
             rates: (0..MARGIN_BINS)
@@ -78,10 +68,6 @@ impl Trained {
                 .collect(),
             drafted: Vec::new(),
         }
-    }
-
-    fn speedup(&self) -> f64 {
-        (self.baseline + PRIOR_SPEEDUP * PRIOR_WEIGHT) / (self.cost + PRIOR_WEIGHT)
     }
 
     /// Whether one more token, after `drafted` others of which all are accepted with probability
@@ -99,12 +85,12 @@ impl Drafter for Trained {
     }
 
     fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
-        self.baseline *= IDLE_DECAY;
-        self.cost *= IDLE_DECAY;
+        self.rounds.idle();
         self.rates.iter_mut().for_each(AcceptanceRate::decay);
         self.baseline_seconds = baseline;
-        self.expected_speedup = self.speedup().max(1.0);
-        self.speedup()
+        let speedup = self.rounds.speedup(PRIOR_SPEEDUP);
+        self.expected_speedup = speedup.max(1.0);
+        speedup
     }
 
     fn propose(
@@ -162,10 +148,9 @@ impl Drafter for Trained {
         let full = full_depth_cost(costs, self.layers, 1);
         if full > 0.0 {
             let verify = full_depth_cost(costs, self.layers, self.drafted.len() + 1);
-            self.baseline =
-                DECAY * self.baseline + tokens.len() as f64 * self.baseline_seconds / full;
-            self.cost =
-                DECAY * self.cost + (self.drafted.len() as f64 * self.step.mean + verify) / full;
+            let baseline = tokens.len() as f64 * self.baseline_seconds;
+            let cost = self.drafted.len() as f64 * self.step.mean + verify;
+            self.rounds.observe(baseline / full, cost / full);
         }
     }
 
@@ -173,9 +158,7 @@ impl Drafter for Trained {
         let Some(remembered) = &acceptance.trained else {
             return;
         };
-        let scale = (MAX_REMEMBERED / remembered.cost).min(1.0);
-        self.baseline = scale * remembered.baseline;
-        self.cost = scale * remembered.cost;
+        self.rounds.recall(remembered.baseline, remembered.cost);
         for (rate, &remembered) in self.rates.iter_mut().zip(&remembered.rates) {
             rate.recall(remembered);
         }
@@ -183,8 +166,8 @@ impl Drafter for Trained {
 
     fn record(&self, acceptance: &mut Acceptance) {
         acceptance.trained = Some(super::TrainedAcceptance {
-            baseline: self.baseline,
-            cost: self.cost,
+            baseline: self.rounds.baseline,
+            cost: self.rounds.cost,
             rates: self.rates.iter().map(AcceptanceRate::estimate).collect(),
         });
     }

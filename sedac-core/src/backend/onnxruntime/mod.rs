@@ -358,16 +358,9 @@ impl Engines for OnnxRuntime {
     }
 
     fn run(&mut self, engine: usize) -> Result<()> {
+        let (session, entry) = (&mut self.layers[engine], &self.entries[engine]);
         let passes = &mut self.slots[self.selected].passes;
-        let pass = passes.current();
-        let entry = &self.entries[engine];
-        let part = EnginePart::Layers(entry.range());
-        self.stopwatch.time(part, pass.contexts.tokens(), || {
-            run(&mut self.layers[engine], &pass.layers[engine], || {
-                format!("layer engine {}", entry.file.display())
-            })
-        })?;
-        passes.engines_run = engine + 1;
+        passes.run(engine, session, entry, &mut self.stopwatch)?;
         if let Some(drafter) = self.drafter.as_mut().filter(|_| self.slots.len() == 1) {
             let rows = read(
                 self.slots[self.selected]

@@ -262,6 +262,25 @@ impl Passes {
         self.ready.get_mut(&tokens).expect("made ready before")
     }
 
+    /// Take the current pass through `engine`, of which these are the session and the entry.
+    pub(super) fn run(
+        &mut self,
+        engine: usize,
+        session: &mut Session,
+        entry: &LayerEntry,
+        stopwatch: &mut Stopwatch,
+    ) -> Result<()> {
+        let pass = self.current();
+        let part = EnginePart::Layers(entry.range());
+        stopwatch.time(part, pass.contexts.tokens(), || {
+            run(session, &pass.layers[engine], || {
+                format!("layer engine {}", entry.file.display())
+            })
+        })?;
+        self.engines_run = engine + 1;
+        Ok(())
+    }
+
     /// Take up the current pass at `engine` with the residual stream `rows`.
     pub(super) fn resume(&mut self, engine: usize, rows: &[f32]) {
         self.engines_run = engine;

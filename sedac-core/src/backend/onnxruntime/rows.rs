@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::OnnxRuntime;
 use super::pass::{Pass, Passes, Shared};
-use super::runtime::{read, row_session, run};
+use super::runtime::{read, row_session};
 use crate::backend::{EnginePart, RowEngines, SequenceRow};
 use crate::error::Result;
 use crate::policy::ExitSignals;
@@ -140,18 +140,10 @@ impl RowEngines for OnnxRuntime {
     }
 
     fn run_rows(&mut self, engine: usize) -> Result<()> {
+        let (session, entry) = (&mut self.layers[engine], &self.entries[engine]);
         let rows = self.rows.as_mut().expect("embedded before");
         let passes = &mut rows.current().passes;
-        let pass = passes.current();
-        let entry = &self.entries[engine];
-        let part = EnginePart::Layers(entry.range());
-        self.stopwatch.time(part, pass.contexts.tokens(), || {
-            run(&mut self.layers[engine], &pass.layers[engine], || {
-                format!("layer engine {}", entry.file.display())
-            })
-        })?;
-        passes.engines_run = engine + 1;
-        Ok(())
+        passes.run(engine, session, entry, &mut self.stopwatch)
     }
 
     fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {

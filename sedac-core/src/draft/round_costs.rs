@@ -1,0 +1,79 @@
+//! What rounds of drafts cost, beside what their tokens cost without drafts.
+
+/// The prior speedup counts as much as this number of rounds without drafts.
+const PRIOR_WEIGHT: f64 = 3.0;
+/// Rounds count less with every newer one,
+pub(super) const DECAY: f64 = 0.98;
+/// and more slowly while others draft.
+const IDLE_DECAY: f64 = 0.999;
+/// Rounds of earlier processes count as much as this number of rounds at full depth's cost.
+const MAX_REMEMBERED: f64 = 16.0;
+
+/// Sums over rounds, relative to a token at full depth.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct RoundCosts {
+    /// What the tokens that rounds gave cost without drafts.
+    pub(super) baseline: f64,
+    /// What the rounds cost.
+    pub(super) cost: f64,
+}
+
+impl RoundCosts {
+    /// The speedup to expect; `prior` before anything was observed.
+    pub(super) fn speedup(&self, prior: f64) -> f64 {
+        (self.baseline + prior * PRIOR_WEIGHT) / (self.cost + PRIOR_WEIGHT)
+    }
+
+    /// A round went another way.
+    pub(super) fn idle(&mut self) {
+        self.decay(IDLE_DECAY);
+    }
+
+    /// A round gave tokens that cost `baseline` without drafts, for `cost`.
+    pub(super) fn observe(&mut self, baseline: f64, cost: f64) {
+        self.decay(DECAY);
+        self.baseline += baseline;
+        self.cost += cost;
+    }
+
+    /// Start from what an earlier process observed.
+    pub(super) fn recall(&mut self, baseline: f64, cost: f64) {
+        let scale = (MAX_REMEMBERED / cost).min(1.0);
+        (self.baseline, self.cost) = (scale * baseline, scale * cost);
+    }
+
+    fn decay(&mut self, factor: f64) {
+        self.baseline *= factor;
+        self.cost *= factor;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_speedup_goes_from_the_prior_to_what_was_observed() {
+        let mut costs = RoundCosts::default();
+        assert!((costs.speedup(1.3) - 1.3).abs() < 1e-12);
+        for _ in 0..500 {
+            costs.observe(3.0, 2.0);
+        }
+        assert!((costs.speedup(1.3) - 1.5).abs() < 0.02);
+        let before = costs.speedup(1.3);
+        for _ in 0..5000 {
+            costs.idle();
+        }
+        assert!(costs.speedup(1.3) < before);
+    }
+
+    #[test]
+    fn earlier_processes_weigh_no_more_than_some_rounds() {
+        let mut costs = RoundCosts::default();
+        costs.recall(3000.0, 2000.0);
+        assert!((costs.cost - MAX_REMEMBERED).abs() < 1e-9);
+        assert!((costs.baseline / costs.cost - 1.5).abs() < 1e-9);
+        costs.recall(3.0, 2.0);
+        assert!((costs.cost - 2.0).abs() < 1e-9);
+    }
+}
