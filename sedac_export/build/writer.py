@@ -79,14 +79,14 @@ class EngineWriter:
         return merged
 
     def write_tables(self, contexts: str, names: set[str], positions: int) -> None:
-        """Write what the engine `contexts` gives as `names` at the first `positions`, for `fuse`.
+        """Write what the engine `contexts` gives of `names` at the first `positions`, for `fuse`.
 
         Attention rotates by rows of these, fp32 [positions + 1, numbers]: a spare row of attention
         may lie behind the last position, and it does not matter how it is rotated.
         """
         ids = np.arange(positions, dtype=np.int64)[None]
         rows = Engine(self.directory.parent / contexts).run({"position_ids": ids})
-        tables = {name: np.pad(rows[name][0], ((0, 1), (0, 0))) for name in sorted(names)}
+        tables = {n: np.pad(rows[n][0], ((0, 1), (0, 0))) for n in sorted(names & rows.keys())}
         for name, place in self.store.write_arrays("rotary.data", tables).items():
             self.tables[name] = ir.ExternalTensor(
                 place.location,
