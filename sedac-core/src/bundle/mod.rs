@@ -22,11 +22,11 @@ pub(crate) use self::certificate::tests::certificate as test_certificate;
 pub use self::certificate::{
     CalibrationMode, Certificate, CertifiedSetting, GenerationSpeeds, TokenChoice, drafter_name,
 };
-pub(crate) use self::chain_kernels::KERNEL_ROWS;
 pub use self::chain_kernels::{
     Activation, Architecture, ChainKernels, ChainLayer, ChainModule, ChainOptions, ChainShape,
     CompiledKernel,
 };
+pub(crate) use self::chain_kernels::{HALF_BLOCK_BYTES, KERNEL_ROWS};
 pub(crate) use self::exit_config::EXIT_CONFIG;
 pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
