@@ -313,6 +313,7 @@ mod tests {
             }],
             modules: modules.into(),
             weights: PathBuf::new(),
+            block_bytes: HALF_BLOCK_BYTES,
         };
         let chosen = |major, minor| {
             let module = kernels.module_for((major, minor));
