@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from sedac_runtime import _core
 from sedac_runtime._core import InputError
@@ -48,16 +49,9 @@ def serve_bundles(
     """Serve `bundles` at `address` (host and port) until SIGTERM or SIGINT, then answer what has
     arrived. Raises SedacError and OSError before that.
     """
-    names = _names(bundles)
     with _bound(*address) as listener:
-        models = [load(bundle) for bundle in bundles]
-        metrics = ServerMetrics(max(model.num_layers for model in models))
-        served = [
-            serve_model(name, model, metrics, scheduling)
-            for name, model in zip(names, models, strict=True)
-        ]
         config = uvicorn.Config(
-            create_application(served, metrics, settings),
+            load_application(bundles, load, scheduling, settings),
             http="h11",  # the one that limits headers
             ws="none",
             lifespan="on",
@@ -74,6 +68,23 @@ def serve_bundles(
         # uvicorn raises the signal that ended it once more
         signal.signal(signal.SIGTERM, lambda *_: None)
         _Server(config).run(sockets=[listener])
+
+
+def load_application(
+    bundles: Sequence[Path],
+    load: Callable[[Path], SedacModel],
+    scheduling: SchedulerSettings,
+    settings: ServerSettings,
+) -> FastAPI:
+    """The application that serves `bundles`. Raises SedacError."""
+    names = _names(bundles)
+    models = [load(bundle) for bundle in bundles]
+    metrics = ServerMetrics(max(model.num_layers for model in models))
+    served = [
+        serve_model(name, model, metrics, scheduling)
+        for name, model in zip(names, models, strict=True)
+    ]
+    return create_application(served, metrics, settings)
 
 
 def serve_model(
