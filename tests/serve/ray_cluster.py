@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import yaml
 
 SECONDS = 180
 COMMAND = (sys.executable, "-m", "ray.serve.scripts", "run")
@@ -62,8 +64,8 @@ class RayCluster:
 
 
 @contextmanager
-def ray_serving(*arguments: object, port: int) -> Iterator[RayCluster]:
-    """`serve run` with `arguments`, ready to answer at `port`."""
+def ray_serving(**application: Any) -> Iterator[RayCluster]:
+    """`serve run` with an application of these settings, ready to answer at a free port."""
     # the paths of Ray's sockets are limited to 107 bytes
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as directory:
         environment = os.environ | {
@@ -72,10 +74,14 @@ def ray_serving(*arguments: object, port: int) -> Iterator[RayCluster]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
         }
+        port, config = free_port(), Path(directory) / "config.yaml"
+        options = {"host": "127.0.0.1", "port": port, "request_timeout_s": SECONDS}
+        application = {"name": "default", "import_path": "sedac_runtime.ray:app", **application}
+        config.write_text(yaml.safe_dump({"http_options": options, "applications": [application]}))
         log = Path(directory) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*COMMAND, *map(str, arguments)],
+                [*COMMAND, str(config)],
                 env=environment,
                 stdout=output,
                 stderr=output,
