@@ -63,7 +63,6 @@ class Arguments(BaseModel):
         return self.backend in _GPU_BACKENDS or self.device is DeviceName.CUDA
 
 
-@serve.deployment
 @serve.ingress()
 class BundleServer:
     """A replica: the bundles, loaded, behind the HTTP application of `sedac-runtime serve`."""
@@ -81,9 +80,7 @@ class BundleServer:
         self._application = load_application(
             arguments.bundles,
             load,
-            SchedulerSettings(
-                arguments.max_sequences, arguments.max_queue, arguments.cache_tokens
-            ),
+            SchedulerSettings(arguments.max_sequences, arguments.max_queue, arguments.cache_tokens),
             ServerSettings(
                 api_key=os.environ.get("SEDAC_API_KEY") or None,
                 request_timeout=arguments.request_timeout,
@@ -117,7 +114,7 @@ class _WithoutRequestId:
 
 def app(arguments: Arguments) -> Application:
     """The application, for `serve run sedac_runtime.ray:app` and Serve config files."""
-    return BundleServer.options(
+    deployment = serve.deployment(
         max_ongoing_requests=arguments.max_sequences,
         max_queued_requests=arguments.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER),
@@ -131,4 +128,5 @@ def app(arguments: Arguments) -> Application:
             "num_gpus": 1 if arguments.needs_gpu else 0,
         },
         graceful_shutdown_timeout_s=arguments.request_timeout,
-    ).bind(arguments)
+    )
+    return deployment(BundleServer).bind(arguments)

@@ -12,11 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 pytest.importorskip("ray", reason="of the extra sedac-runtime[ray]")
 
 from openai import OpenAI
 from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
 
 from sedac_runtime import SedacModel
 from sedac_runtime.ray import Arguments, app
@@ -185,6 +187,14 @@ def keep_asking(cluster: RayCluster) -> None:
 def test_arguments_that_cannot_be(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Arguments.model_validate(arguments)
+
+
+def test_the_manifest_has_a_config_of_serve() -> None:
+    manifest = Path(__file__).parents[2] / "deploy" / "ray.yaml"
+    written = yaml.safe_load(manifest.read_text())["spec"]["serveConfigV2"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(written))
+    arguments = Arguments.model_validate(config.applications[0].args)
+    assert config.http_options.request_timeout_s > arguments.request_timeout
 
 
 def test_a_gpu_is_reserved_where_the_engines_need_one() -> None:
