@@ -42,7 +42,6 @@ def serve_bundles(
     bundles: Sequence[Path],
     load: Callable[[Path], SedacModel],
     address: tuple[str, int],
-    max_connections: int,
     scheduling: SchedulerSettings,
     settings: ServerSettings,
 ) -> None:
@@ -50,8 +49,12 @@ def serve_bundles(
     arrived. Raises SedacError and OSError before that.
     """
     with _bound(*address) as listener:
+        # what a client does not read would keep its connection open after the response was given up
+        stalled = math.ceil(settings.request_timeout * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stalled)
+        application = load_application(bundles, load, scheduling, settings)
         config = uvicorn.Config(
-            load_application(bundles, load, scheduling, settings),
+            application,
             http="h11",  # the one that limits headers
             ws="none",
             lifespan="on",
@@ -59,15 +62,16 @@ def serve_bundles(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=max_connections,
             timeout_graceful_shutdown=math.ceil(settings.request_timeout),
             h11_max_incomplete_event_size=_MAX_HEADERS,
         )
         log_json()
-        _allow_files(2 * max_connections)
+        _allow_files(2 * settings.max_connections)
+        server = _Server(config)
+        application.state.connections = server.server_state.connections
         # uvicorn raises the signal that ended it once more
         signal.signal(signal.SIGTERM, lambda *_: None)
-        _Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def load_application(
