@@ -209,7 +209,7 @@ def test_commands_about_other_engines_say_why_not(
     bundle = build_cache.bundle(BuildRequest(str(DEMO_MODEL), tmp_path / "bundle", "int4"))
     for command, words in (
         (["upgrade", bundle], ["needs no upgrade"]),
-        (["engines", bundle, "--target", "cuda"], ["int4", "--precision fp16"]),
+        (["engines", bundle, "--target", "cuda"], ["name the model with --model"]),
         (["engines", bundle, "--target", "onnxruntime-cuda"], ["int4", "--precision fp16"]),
         (["validate", bundle], ["holds no engines for GPUs"]),
     ):
@@ -218,4 +218,4 @@ def test_commands_about_other_engines_say_why_not(
         assert snapshot(bundle) == before
     shown = call(main, ["inspect", str(bundle)], capfd)
     assert "quantized by rtn, symmetric blocks of 32" in shown.out
-    assert "no CUDA chain: it takes fp16 or bf16 weights, and these are int4" in shown.out
+    assert "no CUDA chain; sedac-export engines --target cuda adds it" in shown.out
