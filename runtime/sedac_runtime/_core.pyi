@@ -244,6 +244,9 @@ class Model:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
     def follow(self, tokens: list[int], decoding: DecodingSetting) -> FollowedText: ...
+    def forget_texts(self) -> None:
+        """Draft the next text as a new process would, without earlier texts to look up."""
+
     def generate(
         self,
         prompt: list[int],

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sedac_export.bundle.cuda_entry import PRECISIONS
 from sedac_export.bundle.signature import SIGNATURE
-from sedac_export.cli import target_commands, validate_command
+from sedac_export.cli import advise_command, target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
 from sedac_export.cli.drafter_commands import register_drafter_commands
 from sedac_export.cli.exit_commands import DATA, register_exit_commands, spread_data
@@ -308,6 +308,7 @@ register_exit_commands(app)
 register_drafter_commands(app)
 target_commands.register(app)
 validate_command.register(app)
+advise_command.register(app)
 
 
 def main() -> None:
@@ -351,7 +352,8 @@ def _cuda(facts: dict[str, Any]) -> str:
     if refusal is not None:
         return f"no CUDA chain: {refusal}"
     if facts["precision"] not in PRECISIONS:
-        return f"no CUDA chain: it takes fp16 or bf16 weights, and these are {facts['precision']}"
+        stored = facts["precision"]
+        return f"no CUDA chain: it takes weights of 16 bits and less, and these are {stored}"
     return "no CUDA chain; sedac-export engines --target cuda adds it"
 
 

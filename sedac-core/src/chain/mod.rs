@@ -219,6 +219,12 @@ impl Chain {
         self.record = Some(file);
     }
 
+    /// Draft the next text as a new process would: without earlier texts to look up, from recorded
+    /// acceptance rates. What passes cost stays known.
+    pub fn forget_texts(&mut self) {
+        self.drafting.clear();
+    }
+
     /// Run passes as drafts do, for the backend to note what they cost.
     fn time_passes(&mut self) -> Result<()> {
         let mut sequence = self.backend.open(KvFill::Defer)?;

@@ -237,6 +237,15 @@ impl Model {
         })
     }
 
+    /// Draft the next text as a new process would, without earlier texts to look up.
+    fn forget_texts(&self, py: Python<'_>) -> PyResult<()> {
+        let turns = self.turns.get()?.clone();
+        door::run(py, &Interrupt::default(), move || {
+            turns.take().forget_texts();
+            Ok(())
+        })
+    }
+
     #[pyo3(signature = (text, add_special_tokens = true))]
     fn encode(&self, py: Python<'_>, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
         let codec = self.codec()?;

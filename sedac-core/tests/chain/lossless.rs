@@ -138,6 +138,18 @@ fn every_drafter_drafts() {
 }
 
 #[test]
+fn forgotten_texts_are_not_drafted_from() {
+    let mut chain = chain(Decides::Host, &[1; 6], 240, 0.05).0;
+    let drafter = DrafterKind::PromptLookup;
+    let request = request(DecodingMode::Lossless { drafter }, 0.0, 0);
+    let mut accepted = || generate(&mut chain, &request, 100).1.drafts.accepted;
+    let (first, again) = (accepted(), accepted());
+    chain.forget_texts();
+    let forgotten = generate(&mut chain, &request, 100).1.drafts.accepted;
+    assert!(again > first.max(forgotten), "{first} {again} {forgotten}");
+}
+
+#[test]
 fn drafts_grow_with_their_success() {
     let good = drafting(DrafterKind::EarlyExit, 250);
     let bad = drafting(DrafterKind::EarlyExit, 20);

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,12 @@ from sedac_export.errors import SedacError
 from sedac_export.exits.calibration.engine_times import EngineTimes, measure_engine_times
 from sedac_export.exits.calibration.generation_speed import measure_generation
 from sedac_export.exits.calibration.learn_then_test import Losses, check_enough, count_certified
-from sedac_export.exits.calibration.observe import count_losses, full_tokens, observe
+from sedac_export.exits.calibration.observe import (
+    Observations,
+    count_losses,
+    full_tokens,
+    observe,
+)
 from sedac_export.exits.calibration.search import (
     Candidate,
     Depths,
@@ -70,6 +76,10 @@ class CalibrationStep:
     layer_ratio: float
     speedup: float
 
+    def risk_bound(self, request: CalibrationRequest) -> float:
+        """The bound on its risk where it is certified."""
+        return min(self.losses.upper_bound(request.confidence), request.max_risk)
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -79,47 +89,87 @@ class Calibrated:
     steps: list[CalibrationStep]
 
 
+class CalibrationRun:
+    """A bundle on the documents that choose a setting, and on others that certify it.
+
+    Documents are run at full depth once, whatever risks they are asked about. Raises SedacError
+    when `directory` is no bundle or there are too few documents.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        documents: Sequence[Document],
+        progress: StageProgress = lambda *_: None,
+    ) -> None:
+        self.bundle = Bundle.open(directory)
+        shares = (_SEARCH_SHARE, 1 - _SEARCH_SHARE)
+        self.searching, self.certifying = split_documents(documents, shares)
+        self.progress = progress
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Its engines."""
+        return Replay(self.bundle)
+
+    @cached_property
+    def engine_times(self) -> EngineTimes:
+        """What they cost."""
+        return measure_engine_times(self.replay)
+
+    @cached_property
+    def searched(self) -> Observations:
+        """What exits say of the documents that choose a setting."""
+        return observe(self.replay, self.searching, lambda *done: self.progress("search", *done))
+
+    @cached_property
+    def certified(self) -> Observations:
+        """What exits say of the documents that certify it."""
+        return observe(self.replay, self.certifying, lambda *done: self.progress("certify", *done))
+
+
 def calibrate(request: CalibrationRequest, progress: StageProgress = lambda *_: None) -> Calibrated:
     """Search, certify, time, and write sedac_config.json. Nothing is written unless certified.
 
     Raises SedacError when the data are too few, and when no setting is certified: it says how
     close the best came.
     """
+    run = CalibrationRun(request.directory, request.documents, progress)
+    step, steps = certify(request, run)
+    config = _with_certificate(request, run, step)
+    write_config(request.directory, config.to_json())
+    return Calibrated(config, steps)
+
+
+def certify(
+    request: CalibrationRequest, run: CalibrationRun
+) -> tuple[CalibrationStep, list[CalibrationStep]]:
+    """The certified setting that the request asks for, and all that were tested, in order.
+
+    Raises SedacError when the data are too few, and when no setting is certified.
+    """
     _check(request)
-    bundle = Bundle.open(request.directory)
-    searched, certifying = split_documents(request.documents, (_SEARCH_SHARE, 1 - _SEARCH_SHARE))
-    _check_size(request, certifying)
-    replay = Replay(bundle)
-    engine_times = measure_engine_times(replay)
-    ladder = _choose(request, replay, engine_times, searched, progress)
-    steps = _test(request, replay, engine_times, certifying, ladder, progress)
+    _check_size(request, run.certifying)
+    ladder = _choose(request, run)
+    steps = _test(request, run, ladder)
     certified = count_certified(
         [step.losses for step in steps], request.max_risk, request.confidence
     )
     logger.info("%d of %d settings certified, safest first", certified, len(steps))
     if certified == 0:
         raise SedacError(_refusal(request, steps))
-    step = _best(request, steps[:certified])
-    config = _certify(request, replay, step, certifying, progress)
-    write_config(request.directory, config.to_json())
-    return Calibrated(config, steps)
+    return _best(request, steps[:certified]), steps
 
 
-def _choose(
-    request: CalibrationRequest,
-    replay: Replay,
-    engine_times: EngineTimes,
-    documents: Sequence[Document],
-    progress: StageProgress,
-) -> list[Candidate]:
+def _choose(request: CalibrationRequest, run: CalibrationRun) -> list[Candidate]:
     """The settings to certify, safest first, all of the policy that is fastest at the risk.
 
     Signals are observed with full depth's caches, which deferred tokens leave too. Propagated ones
     change what later tokens see and with it the risk: one replay tells by how much, and settings
     are taken for the corrected risk.
     """
-    seen = observe(replay, documents, lambda *done: progress("search", *done))
-    front = pareto(search(seen, engine_times, request.kv_fill))
+    replay, seen = run.replay, run.searched
+    front = pareto(search(seen, run.engine_times, request.kv_fill))
     front = [c for c in front if c.speedup >= _LEAST_GAIN and c.risk > 0]
     if not front:
         raise SedacError(
@@ -129,8 +179,8 @@ def _choose(
     trial = max((c for c in front if c.risk <= request.max_risk), key=_speed, default=front[0])
     inflation = 1.0
     if request.kv_fill == "propagate":
-        full = seen.full_by_document(documents, window_length(replay.manifest))
-        losses, _ = count_losses(replay, documents, full, trial.config.policy_settings())
+        full = seen.full_by_document(run.searching, window_length(replay.manifest))
+        losses, _ = count_losses(replay, run.searching, full, trial.config.policy_settings())
         inflation = max(1.0, losses.risk / trial.risk)
     same = [c for c in front if c.config.policy == trial.config.policy]
     chosen: list[Candidate] = []
@@ -143,20 +193,16 @@ def _choose(
 
 
 def _test(
-    request: CalibrationRequest,
-    replay: Replay,
-    engine_times: EngineTimes,
-    documents: Sequence[Document],
-    ladder: Sequence[Candidate],
-    progress: StageProgress,
+    request: CalibrationRequest, run: CalibrationRun, ladder: Sequence[Candidate]
 ) -> list[CalibrationStep]:
     """The ladder on the certifying documents, up to the first that fails."""
-    measure = _measurer(request, replay, documents, progress)
+    measure = _measurer(request, run)
+    engine_times = run.engine_times
     steps: list[CalibrationStep] = []
     for candidate in ladder:
         losses, depths = measure(candidate)
         checks = count_checks(candidate.config, depths)
-        ratio = replay.num_layers / float(depths.mean())
+        ratio = run.replay.num_layers / float(depths.mean())
         speedup = engine_times.full / float(engine_times.of(depths, checks, request.kv_fill).mean())
         steps.append(CalibrationStep(candidate, losses, ratio, speedup))
         if not count_certified([losses], request.max_risk, request.confidence):
@@ -165,21 +211,19 @@ def _test(
 
 
 def _measurer(
-    request: CalibrationRequest,
-    replay: Replay,
-    documents: Sequence[Document],
-    progress: StageProgress,
+    request: CalibrationRequest, run: CalibrationRun
 ) -> Callable[[Candidate], tuple[Losses, Depths]]:
-    """What gives a candidate's losses and depths on `documents`.
+    """What gives a candidate's losses and depths on the certifying documents.
 
     Deferred tokens leave full depth's caches, so one observation serves all candidates; with
     propagated ones each has to be replayed.
     """
+    replay, documents = run.replay, run.certifying
     if request.kv_fill == "defer":
-        seen = observe(replay, documents, lambda *done: progress("certify", *done))
+        seen = run.certified
         counts = seen.counts(documents, window_length(replay.manifest))
         return lambda candidate: losses_of(seen, counts, candidate.config)
-    full = full_tokens(replay, documents, lambda *done: progress("certify", *done))
+    full = full_tokens(replay, documents, lambda *done: run.progress("certify", *done))
     return lambda candidate: count_losses(
         replay, documents, full, candidate.config.policy_settings()
     )
@@ -196,34 +240,30 @@ def _best(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> Cali
     return max(steps, key=lambda step: step.speedup * (1 - step.losses.risk))
 
 
-def _certify(
-    request: CalibrationRequest,
-    replay: Replay,
-    step: CalibrationStep,
-    documents: Sequence[Document],
-    progress: StageProgress,
+def _with_certificate(
+    request: CalibrationRequest, run: CalibrationRun, step: CalibrationStep
 ) -> ExitConfig:
-    """The configuration with its certificate. Raises SedacError when it is too slow.
+    """The step's configuration with its certificate. Raises SedacError when it is too slow.
 
     A drafter changes nothing about the risk: tokens come from full depth instead of from an exit,
     never the other way round.
     """
-    config = step.candidate.config
-    speedup = time_config(replay.bundle, config, documents)
+    config, documents = step.candidate.config, run.certifying
+    speedup = time_config(run.bundle, config, documents)
     if request.min_speedup is not None and speedup < request.min_speedup:
         raise SedacError(
             f"the fastest certified setting is {speedup:.2f}x full depth along given text, below"
             f" --min-speedup {request.min_speedup:g}; nothing was written"
         )
     drafter, timed = measure_generation(
-        replay, config, documents, lambda *done: progress("time", *done)
+        run.replay, config, documents, lambda *done: run.progress("time", *done)
     )
     config = config.model_copy(update={"drafter": drafter})
     certificate = Certificate(
-        setting=config.certifiable(replay.bundle.files.engines_sha256),
+        setting=config.certifiable(run.bundle.files.engines_sha256),
         max_risk=request.max_risk,
         confidence=request.confidence,
-        risk_bound=min(step.losses.upper_bound(request.confidence), request.max_risk),
+        risk_bound=step.risk_bound(request),
         observed_risk=step.losses.risk,
         tokens=int(step.losses.tokens.sum()),
         documents=len(step.losses.tokens),
@@ -250,7 +290,7 @@ def _refusal(request: CalibrationRequest, steps: Sequence[CalibrationStep]) -> s
         f"no setting could be certified at --max-risk {request.max_risk:g}: the closest,"
         f" policy {steps[0].candidate.config.policy} at layer ratio {steps[0].layer_ratio:.3f}, has"
         f" risk {losses.risk:.4f} on {int(losses.tokens.sum())} tokens, bounded by {bound:.4f};"
-        " nothing was written, give more --data or a higher --max-risk"
+        " give more --data or a higher --max-risk"
     )
 
 

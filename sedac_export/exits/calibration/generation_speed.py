@@ -16,14 +16,14 @@ from sedac_export.console import CountProgress
 from sedac_export.errors import SedacError
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.replay import Replay
-from sedac_runtime.choices import LosslessDrafter
+from sedac_runtime.choices import Drafter, LosslessDrafter, Mode
 
 PROMPTS = 16
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
 
 # mode and drafter of a generation
-DecodingSetup = tuple[str, str]
+DecodingSetup = tuple[Mode, Drafter]
 FULL: DecodingSetup = ("full", "none")
 PLAIN: DecodingSetup = ("exit", "none")
 
@@ -46,7 +46,7 @@ def measure_generation(
 
     Raises SedacError when the runtime refuses the bundle.
     """
-    prompts = cut_prompts(documents, replay.manifest.max_cache_length)
+    prompts = cut_prompts(documents, replay.manifest.max_cache_length, PROMPTS)
     with edited_bundle(replay.bundle, keep=False) as copy:
         write_config(copy, config.to_json())
         runs = time_setups(copy, decoding_setups(config), prompts, progress)
@@ -113,22 +113,22 @@ def agreement(replay: Replay, texts: Sequence[tuple[list[int], list[int]]]) -> f
     return same / total
 
 
-def cut_prompts(documents: Sequence[Document], cache_length: int) -> list[list[int]]:
-    """PROMPTS prompts, spread over the longest documents and within them."""
-    longest = sorted(documents, key=lambda document: -len(document.tokens))[:PROMPTS]
-    rounds = -(-PROMPTS // len(longest))
+def cut_prompts(documents: Sequence[Document], cache_length: int, count: int) -> list[list[int]]:
+    """`count` prompts, spread over the longest documents and within them."""
+    longest = sorted(documents, key=lambda document: -len(document.tokens))[:count]
+    rounds = -(-count // len(longest))
     length = min(PROMPT_TOKENS, cache_length // 2)
     prompts = []
     for turn, document in product(range(rounds), longest):
         start = (turn + 1) * len(document.tokens) // (rounds + 1)
         prompts.append(document.tokens[start : start + length].tolist())
-    return prompts[:PROMPTS]
+    return prompts[:count]
 
 
 def decoding_setups(config: ExitConfig) -> list[DecodingSetup]:
     """Full depth, lossless, and the exits of `config`, with drafters too if they can have some."""
     # a trained one drafts in lossless mode only, where auto weighs it
     drafters = [name for name in get_args(LosslessDrafter) if name != "trained"]
-    lossless = [("lossless", drafter) for drafter in drafters]
+    lossless: list[DecodingSetup] = [("lossless", drafter) for drafter in drafters]
     drafts = config.kv_fill == "defer" and config.exit_kind != "soft"
     return [FULL, PLAIN, *lossless, *(("exit", d) for d in drafters if drafts)]

@@ -140,7 +140,7 @@ def test_generation_is_measured_in_every_way(
     _, measured = generation.measure_generation(replay, never, documents)
     assert (measured.agreement, measured.tokens) == (1.0, 36)
     assert (bundle / "sedac_config.json").read_bytes() == before
-    prompts = generation.cut_prompts(documents, 1024)
+    prompts = generation.cut_prompts(documents, 1024, 3)
     assert [len(prompt) for prompt in prompts] == [128] * 3
     # the first layers alone often guess wrong
     shallow = ExitConfig(tau=0.0, consecutive_k=1, min_layer_ratio=0.0, kv_fill="propagate")
