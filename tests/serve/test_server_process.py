@@ -131,11 +131,10 @@ def test_connections_over_the_limit_are_503(demo_bundle: Path) -> None:
         wait_until(lambda: answers(f"{server.url}/health"))
 
 
-@pytest.mark.slow
-def test_a_client_that_does_not_read_is_cut_off(demo_bundle: Path) -> None:
-    """Buffers are full long before the text is: its sequences end, and then the connection."""
+def test_a_client_that_does_not_read_holds_nobody_up(demo_bundle: Path) -> None:
+    """Its sequences end by the request timeout, and others are answered."""
     body = ENDLESS | {"stream": True, "n": 4, "logprobs": 20}
-    arguments = ("--request-timeout", 15, "--max-sequences", 4)
+    arguments = ("--request-timeout", 3, "--max-sequences", 4)
     with serving(demo_bundle, *arguments) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
@@ -146,11 +145,9 @@ def test_a_client_that_does_not_read_is_cut_off(demo_bundle: Path) -> None:
         )
         connection.sendall(head.encode() + content)
         wait_until(lambda: bool(server.requests("slow")))
-        (line,) = server.requests("slow")
-        assert line["error"] == "the client does not read the stream"
         wait_until(lambda: is_idle(server))
-        # the kernel resets it, as an end could only follow what is not read
-        wait_until(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)
+        answer = httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=SECONDS)
+        assert answer.status_code == 200
 
 
 def test_nan_in_one_sequence_is_an_error_of_that_one(demo_bundle: Path, tmp_path: Path) -> None:

@@ -49,9 +49,6 @@ def serve_bundles(
     arrived. Raises SedacError and OSError before that.
     """
     with _bound(*address) as listener:
-        # what a client does not read would keep its connection open after the response was given up
-        stalled = math.ceil(settings.request_timeout * 1000)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stalled)
         application = load_application(bundles, load, scheduling, settings)
         config = uvicorn.Config(
             application,

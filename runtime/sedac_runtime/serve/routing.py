@@ -31,7 +31,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 # of endpoints that may stream
 ANSWERS = ERRORS | {
     200: {
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
         "description": "The whole response, or with stream: true server-sent events.",
     }
 }
