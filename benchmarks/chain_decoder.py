@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from chain_weights import FORMATS, WeightFormat
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,7 +38,7 @@ class ChainCase:
     """A model's shape, and the caches and position that its chain is tried with.
 
     vectors are the norms and biases that its layers have; window is the number of positions that a
-    token sees, 0 for all.
+    token sees, 0 for all; weights is the name of their format in chain_weights.
     """
 
     name: str
@@ -47,10 +48,16 @@ class ChainCase:
     window: int = 0
     capacity: int = 1024
     position: int = 511
+    weights: str = "fp16"
 
     def macros(self) -> dict[str, str]:
         """What its chain is compiled with."""
-        return chain_macros(self.shape, self.options, 1, self.vectors)
+        return chain_macros(self.shape, self.options, 1, self.vectors, self.format.blocks)
+
+    @property
+    def format(self) -> WeightFormat:
+        """What becomes of its matrices."""
+        return FORMATS[self.weights]
 
 
 class RandomDecoder:
@@ -65,6 +72,10 @@ class RandomDecoder:
         """[vocabulary, hidden], fp16; also the head's matrix."""
         sizes = self.shape.vocabulary, self.shape.hidden
         return self._random(self._generator(-2), *sizes).half()
+
+    def rounded(self, matrix: Tensor) -> Tensor:
+        """A matrix as the kernel computes with it, fp32."""
+        return self.case.format.rounded(matrix)
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """A layer's matrices qkv, o, gate, up and down in fp16, and its vectors in fp32."""
@@ -118,15 +129,15 @@ class RandomDecoder:
         self, history: History, tokens: Sequence[int], depth: int | None = None
     ) -> ReferenceOutput:
         """The head's logits after `depth` layers, by default all, of tokens that follow."""
-        embedding = self.embedding()
-        hidden = embedding[torch.tensor(tokens, device=self.device)].float()
+        embedding = self.rounded(self.embedding())
+        hidden = embedding[torch.tensor(tokens, device=self.device)]
         hidden *= self.options.embedding_scale
         stabilities = []
         for index in range(depth or self.shape.layers):
             before, hidden = hidden, self._run_layer(index, hidden, history)
             cosine = functional.cosine_similarity(before, hidden, dim=-1)
             stabilities.append((cosine + 1) / 2)
-        logits = self._norm(hidden, self.final_norm) @ embedding.float().T
+        logits = self._norm(hidden, self.final_norm) @ embedding.T
         logits = _soft_capped(logits, self.options.logits_softcap)
         return ReferenceOutput(logits, hidden, torch.stack(stabilities))
 
@@ -136,7 +147,7 @@ class RandomDecoder:
         """Queries, keys and values [heads, tokens, head size] of tokens from `position` on."""
         shape = self.shape
         normalised = self._norm(hidden, weights["attention_norm"])
-        projected = normalised @ weights["qkv"].float().T + weights["qkv_bias"]
+        projected = normalised @ self.rounded(weights["qkv"]).T + weights["qkv_bias"]
         heads = projected.view(len(hidden), -1, shape.head_size).transpose(0, 1)
         keys_end = shape.heads + shape.key_value_heads
         queries, keys, values = (
@@ -151,17 +162,17 @@ class RandomDecoder:
 
     def _run_layer(self, index: int, hidden: Tensor, history: History) -> Tensor:
         weights = self.layer(index)
-        attended = self._attend(index, weights, hidden, history) @ weights["o"].float().T
+        attended = self._attend(index, weights, hidden, history) @ self.rounded(weights["o"]).T
         if "attention_post_norm" in weights:
             attended = self._norm(attended, weights["attention_post_norm"])
         hidden = hidden + attended
         normalised = self._norm(hidden, weights["mlp_norm"])
-        gate, up = (normalised @ weights[name].float().T for name in ("gate", "up"))
+        gate, up = (normalised @ self.rounded(weights[name]).T for name in ("gate", "up"))
         if self.options.activation == "silu":
             gate = functional.silu(gate)
         else:
             gate = functional.gelu(gate, approximate="tanh")
-        output = (gate * up) @ weights["down"].float().T
+        output = (gate * up) @ self.rounded(weights["down"]).T
         if "mlp_post_norm" in weights:
             output = self._norm(output, weights["mlp_post_norm"])
         return hidden + output

@@ -1,11 +1,12 @@
-"""The chain's kernel alone, on random fp16 weights: is it right, and how long do passes take?
+"""The chain's kernel alone, on random weights: is it right, and how long do passes take?
 
 Needs an NVIDIA GPU that the chain is compiled for, and PyTorch built for CUDA. Each shape is first
 checked against PyTorch in fp32, and for the same bits in any pass. A figure is the median of 5
 rounds of 50 passes; the floor is the weights' bytes over the rate of a copy on the device.
 Positions 500 and 4000 are measured in caches of 4096.
 
-    python benchmarks/chain_kernel.py [--json] [--shapes SmolLM2-135M ...] [--architecture NAME]
+    python benchmarks/chain_kernel.py [--json] [--shapes SmolLM2-135M ...] [--weights int4]
+        [--architecture NAME]
 
 With --architecture compute_86, say, the driver compiles the PTX for such GPUs, within their shared
 memory and by their way of filling rings, for a newer card.
@@ -31,14 +32,16 @@ from chain_launcher import (
     card_architecture,
     compile_chain,
 )
+from chain_weights import FORMATS
 
-from sedac_export.bundle.cuda_entry import ChainShape
 from sedac_export.cuda.chain_abi import MAX_ROWS, Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import UnsupportedGpuError
+from sedac_export.cuda.weight_blocks import BLOCK, TILE
 from sedac_export.errors import SedacError
 from sedac_runtime.flavour import find_gpu
 
+MODEL_NAMES = tuple(case.name for case in MODELS)
 ROUNDS, PASSES, WARM_UP = 5, 50, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
@@ -92,7 +95,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
     try:
         launcher = ChainLauncher(case, compiling.result())
         result.checks.extend(ChainChecks(launcher).run())
-        if case in MODELS:
+        if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
             del launcher
             torch.cuda.empty_cache()
@@ -112,7 +115,8 @@ def measure(launcher: ChainLauncher, copy_rate: float) -> Iterator[Measurement]:
     combinations += [
         (1, shape.layers // part, steps) for steps in (1, MAX_ROWS) for part in (1, 2, 4, 8)
     ][1:]
-    layer_floor, head_floor = (1e6 * size / copy_rate for size in weight_bytes(shape))
+    sizes = weight_bytes(launcher.decoder.case)
+    layer_floor, head_floor = (1e6 * size / copy_rate for size in sizes)
     for rows, layers, steps in combinations:
         tokens = [(token, position + row, 0) for row, token in enumerate(TOKENS[:rows])]
         sequences = [SequenceInput(tokens, max_depth=layers)]
@@ -160,12 +164,13 @@ def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
     return Timing(statistics.median(rounds), deciles[0], deciles[4], deciles[8])
 
 
-def weight_bytes(shape: ChainShape) -> tuple[int, int]:
-    """fp16 matrices of a layer, and of the head."""
+def weight_bytes(case: ChainCase) -> tuple[float, float]:
+    """Matrices of a layer, and of the head."""
+    shape, of_weight = case.shape, case.format.blocks.block_bytes / (TILE * BLOCK)
     attended = shape.heads * shape.head_size
     projected = 2 * attended + 2 * shape.key_value_heads * shape.head_size
     layer = shape.hidden * (projected + 3 * shape.intermediate)
-    return 2 * layer, 2 * shape.hidden * shape.vocabulary
+    return of_weight * layer, of_weight * shape.hidden * shape.vocabulary
 
 
 def measure_copy() -> float:
@@ -246,19 +251,24 @@ def run_cases(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [case.name for case in MODELS]
+    names = list(MODEL_NAMES)
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--weights", choices=FORMATS, default="fp16", help="default: fp16")
     parser.add_argument("--architecture", metavar="NAME", help="default: the card's")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no NVIDIA GPU")
-    cases = [TINY, TINY_GEMMA, *(case for case in MODELS if case.name in arguments.shapes)]
+    chosen = [TINY, TINY_GEMMA, *(case for case in MODELS if case.name in arguments.shapes)]
+    cases = [dataclasses.replace(case, weights=arguments.weights) for case in chosen]
     try:
         compiler, architecture = Compiler(), arguments.architecture or card_architecture()
     except SedacError as error:
         parser.error(str(error))
-    host = describe_host(compiler) | {"architecture": architecture}
+    host = describe_host(compiler) | {
+        "architecture": architecture,
+        "weights": arguments.weights,
+    }
     copy_rate, results = measure_copy(), []
     if not arguments.json:
         versions = ", ".join(f"{name} {value}" for name, value in host.items())

@@ -21,7 +21,7 @@ from sedac_export.cuda.chain_abi import (
 )
 from sedac_export.cuda.compiler import ARCHITECTURES, NEWEST, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import LoadedChain, UnsupportedGpuError
-from sedac_export.cuda.packing import BLOCK, HALF, TILE
+from sedac_export.cuda.weight_blocks import HALF
 
 # passes whose outcomes are kept until the host reads them
 OUTCOMES = 64
@@ -63,14 +63,6 @@ def compile_chain(compiler: Compiler, case: ChainCase, architecture: str) -> Com
     if compiled is None:
         raise UnsupportedGpuError(f"shared memory of {architecture} is too small")
     return compiled
-
-
-def pack(matrix: Tensor) -> Tensor:
-    """As sedac_export.cuda.packing.pack, on the device."""
-    rows, columns = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, 0, 0, -rows % TILE))
-    tiles = padded.view(-1, TILE // HALF, HALF, columns // BLOCK, BLOCK)
-    return tiles.permute(0, 3, 1, 2, 4).contiguous()
 
 
 class ChainLauncher:
@@ -172,7 +164,7 @@ class ChainLauncher:
             [torch.zeros(sizes, dtype=torch.half, device="cuda") for _ in range(shape.layers)]
             for _ in range(2)
         )
-        self._weights = [_packed_layer(decoder.layer(i)) for i in range(shape.layers)]
+        self._weights = [self._packed_layer(i) for i in range(shape.layers)]
         layers = self._layers = (Layer * shape.layers)()
         self._probes: list[Tensor] = []
         for layer, weights, keys, values in zip(
@@ -181,7 +173,8 @@ class ChainLauncher:
             for name, tensor in (weights | {"keys": keys, "values": values}).items():
                 setattr(layer, name, tensor.data_ptr())
             layer.window = decoder.case.window
-        packed, (cos, sin) = pack(decoder.embedding()), decoder.rotary_tables(self.capacity)
+        packed = decoder.case.format.pack(decoder.embedding())
+        cos, sin = decoder.rotary_tables(self.capacity)
         self._buffers = {
             "layers": _on_device(layers),
             "embed": packed,
@@ -190,6 +183,15 @@ class ChainLauncher:
             "cos": cos,
             "sin": sin,
         }
+
+    def _packed_layer(self, index: int) -> dict[str, Tensor]:
+        weights = self.decoder.layer(index)
+        # halves of tiles alternate
+        gate, up = (weights.pop(name) for name in ("gate", "up"))
+        halves = [matrix.view(-1, HALF, matrix.shape[1]) for matrix in (gate, up)]
+        weights["gate_up"] = torch.stack(halves, 1).flatten(0, 2)
+        pack = self.decoder.case.format.pack
+        return {name: pack(w) if w.dim() == 2 else w for name, w in weights.items()}
 
     def _allocate(self, slots: int) -> None:
         shape, facts = self.decoder.shape, self._chain.facts
@@ -224,14 +226,6 @@ class ChainLauncher:
             self._conditions.append(_on_device(held))
             rows.criteria, rows.conditions = 1, self._conditions[-1].data_ptr()
         return rows
-
-
-def _packed_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    # halves of tiles alternate
-    gate, up = (weights.pop(name) for name in ("gate", "up"))
-    halves = [matrix.view(-1, HALF, matrix.shape[1]) for matrix in (gate, up)]
-    weights["gate_up"] = torch.stack(halves, 1).flatten(0, 2)
-    return {name: pack(w) if w.dim() == 2 else w for name, w in weights.items()}
 
 
 def _on_device(structures: "ctypes.Array[Any]") -> Tensor:

@@ -7,7 +7,7 @@ from sedac_export.bundle.schema import StrictModel
 Activation = Literal["silu", "gelu_tanh"]
 
 # of bundles whose weights the kernel takes
-PRECISIONS = ("fp16", "bf16")
+PRECISIONS = ("fp16", "bf16", "int8", "int4")
 
 
 class ChainShape(StrictModel, frozen=True):
@@ -67,7 +67,8 @@ class ChainModule(StrictModel):
 class CudaChain(StrictModel):
     """All that the runtime needs to run the whole chain as one kernel.
 
-    compiler is NVRTC's version; fingerprint is of the kernel's sources and the compiler's options.
+    compiler is NVRTC's version; fingerprint is of the kernel's sources and the compiler's options;
+    block_bytes are those of 16 rows and 32 columns of a matrix in the weights' file.
     """
 
     compiler: str
@@ -77,3 +78,4 @@ class CudaChain(StrictModel):
     layers: list[ChainLayer]
     modules: list[ChainModule]
     weights: str
+    block_bytes: int = 1024

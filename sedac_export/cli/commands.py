@@ -352,7 +352,8 @@ def _cuda(facts: dict[str, Any]) -> str:
     if refusal is not None:
         return f"no CUDA chain: {refusal}"
     if facts["precision"] not in PRECISIONS:
-        return f"no CUDA chain: it takes fp16 or bf16 weights, and these are {facts['precision']}"
+        stored = facts["precision"]
+        return f"no CUDA chain: it takes weights of 16 bits and less, and these are {stored}"
     return "no CUDA chain; sedac-export engines --target cuda adds it"
 
 

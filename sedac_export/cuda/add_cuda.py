@@ -24,6 +24,7 @@ from sedac_export.cuda.compiler import Compiler, chain_macros, fingerprint
 from sedac_export.cuda.description import ChainDescription, describe
 from sedac_export.cuda.identification import NoChainError
 from sedac_export.cuda.packing import write_weights
+from sedac_export.cuda.weight_blocks import WeightBlocks, weight_blocks
 from sedac_export.errors import SedacError
 from sedac_export.graph.trace_model import check_attention
 from sedac_export.model.skeleton import Skeleton
@@ -37,8 +38,8 @@ def check_cuda(precision: bundle.Precision) -> Compiler:
     """The compiler. Raises SedacError when it is not installed, or for other weights."""
     if precision not in PRECISIONS:
         raise SedacError(
-            f"--target cuda takes weights of fp16 or bf16, and these are {precision}; build with"
-            " --precision fp16"
+            f"--target cuda takes weights of 16 bits and less, and these are {precision}; build"
+            " with --precision fp16"
         )
     return Compiler()
 
@@ -62,7 +63,7 @@ def add_cuda(
             description, chain = None, _held(opened)
         else:
             description = _describe(opened, model, claim)
-            chain = _Chain.of(description)
+            chain = _Chain.of(description, opened.manifest)
         with claim.scratch() as scratch:
             weights = scratch / Path(WEIGHTS).name
             entry = chain.compile(compiler, scratch, progress)
@@ -76,22 +77,28 @@ def add_cuda(
 
 @dataclass(frozen=True)
 class _Chain:
-    """What the kernel is compiled for. vectors: names of the layers' norms and biases."""
+    """What the kernel is compiled for.
+
+    vectors: names of the layers' norms and biases; blocks: how matrices lie.
+    """
 
     shape: ChainShape
     options: ChainOptions
     layers: list[ChainLayer]
     vectors: list[str]
+    blocks: WeightBlocks
 
     @classmethod
-    def of(cls, description: ChainDescription) -> "_Chain":
+    def of(cls, description: ChainDescription, manifest: bundle.Manifest) -> "_Chain":
+        shape = description.shape
+        blocks = weight_blocks(manifest, shape)
         vectors = description.vectors()
-        return cls(description.shape, description.options, description.layers, vectors)
+        return cls(shape, description.options, description.layers, vectors, blocks)
 
     def compile(self, compiler: Compiler, scratch: Path, progress: StageProgress) -> CudaChain:
         """Write the compiled files into `scratch`; the manifest's entry of them."""
         tables = 1 + max(layer.rotary for layer in self.layers)
-        macros = chain_macros(self.shape, self.options, tables, self.vectors)
+        macros = chain_macros(self.shape, self.options, tables, self.vectors, self.blocks)
         modules = []
         for compiled in compiler.compile(macros, progress):
             (scratch / compiled.file).write_bytes(compiled.code)
@@ -110,6 +117,7 @@ class _Chain:
             layers=self.layers,
             modules=modules,
             weights=WEIGHTS,
+            block_bytes=self.blocks.block_bytes,
         )
 
 
@@ -123,7 +131,8 @@ def _held(opened: Bundle) -> _Chain:
     with safe_open(opened.path(held.weights), "np") as weights:
         prefix = "layers.0."
         vectors = [n.removeprefix(prefix) for n in weights.keys() if n.startswith(prefix)]  # noqa: SIM118
-    return _Chain(held.shape, held.options, held.layers, vectors)
+    blocks = weight_blocks(opened.manifest, held.shape)
+    return _Chain(held.shape, held.options, held.layers, vectors, blocks)
 
 
 def _describe(opened: Bundle, model: str, claim: Claim) -> ChainDescription:

@@ -3,7 +3,7 @@
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
 # version of the mirrors
-ABI = 3
+ABI = 4
 MAX_ROWS = 8
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
@@ -37,6 +37,7 @@ class Facts(Structure):
         ("max_capacity", c_uint),
         ("table_bytes", c_uint),
         ("saved_floats", c_uint),
+        ("weight_block_bytes", c_uint),
         ("scratch_bytes", c_uint64),
     )
 

@@ -15,8 +15,9 @@ from sedac_export.cuda.chain_abi import Facts
 from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import Cubin
 from sedac_export.cuda.layer_weights import MATRICES
-from sedac_export.cuda.packing import context_tables, matrix_shapes, unpack
+from sedac_export.cuda.packing import context_tables, matrix_shapes
 from sedac_export.cuda.stored_weights import StoredWeights
+from sedac_export.cuda.weight_blocks import Parts, weight_blocks
 
 _ENTRIES = [*(f"chain_{rows}" for rows in ROWS), "prepare"]
 
@@ -24,13 +25,16 @@ _ENTRIES = [*(f"chain_{rows}" for rows in ROWS), "prepare"]
 _Read = Callable[[str], Array]
 
 
-def module_problems(bundle: Bundle, module: ChainModule) -> list[str]:
-    """What a compiled file is otherwise than the manifest says, a sentence each."""
+def module_problems(bundle: Bundle, module: ChainModule, block_bytes: int) -> list[str]:
+    """What a compiled file is otherwise than the manifest says, a sentence each.
+
+    block_bytes: of the weights that it is to read.
+    """
     code = bundle.read(module.file)
     if module.architecture.startswith("compute_"):
         return list(_ptx_problems(code, module))
     try:
-        return list(_cubin_problems(Cubin(code), module))
+        return list(_cubin_problems(Cubin(code), module, block_bytes))
     except ValueError as error:
         return [str(error)]
 
@@ -57,7 +61,7 @@ def _ptx_problems(code: bytes, module: ChainModule) -> Iterator[str]:
     yield from (f"it has no entry {e}" for e in _ENTRIES if f".entry {e}(" not in text)
 
 
-def _cubin_problems(cubin: Cubin, module: ChainModule) -> Iterator[str]:
+def _cubin_problems(cubin: Cubin, module: ChainModule, block_bytes: int) -> Iterator[str]:
     if cubin.architecture != module.architecture:
         yield f"it is for {cubin.architecture} instead of {module.architecture}"
     registers = cubin.registers()
@@ -66,6 +70,8 @@ def _cubin_problems(cubin: Cubin, module: ChainModule) -> Iterator[str]:
     facts = Facts.from_buffer_copy(held.ljust(sizeof(Facts), b"\0"))
     if len(held) != sizeof(Facts) or not facts.fit():
         yield "it was compiled from the sources of another version; run sedac-export engines again"
+    elif facts.weight_block_bytes != block_bytes:
+        yield f"it reads blocks of {facts.weight_block_bytes} bytes instead of {block_bytes}"
     for kernel, shared in zip(module.kernels, facts.shared_bytes, strict=True):
         entry = f"chain_{kernel.rows}"
         found = registers.get(entry, 0), shared
@@ -81,11 +87,16 @@ def _end_problems(
 ) -> Iterator[str]:
     """Of what lies before and after the layers."""
     rows = chain.shape.vocabulary
-    if not np.array_equal(unpack(read("head"), rows), stored.projection()):
+    blocks = weight_blocks(stored.bundle.manifest, chain.shape)
+
+    def is_own(name: str, parts: Parts) -> bool:
+        return np.array_equal(blocks.unpack(read(name), rows), blocks.weights(parts))
+
+    if not is_own("head", stored.projection()):
         yield "head is not the bundle's"
     if ("embed" in names) == stored.tied():
         yield "embed is there though it is the head's, or missing though it is not"
-    elif "embed" in names and not np.array_equal(unpack(read("embed"), rows), stored.embedding()):
+    elif "embed" in names and not is_own("embed", stored.embedding()):
         yield "embed is not the bundle's"
     if not _is_norm(read("final_norm"), [stored.final_norm()]):
         yield "final_norm is not the bundle's"
@@ -110,13 +121,14 @@ def _layer_problems(
 
     Which module does what is not known here: recomputing the layer shows whether they are in place.
     """
-    weights = stored.of_layer(index)
+    blocks = weight_blocks(stored.bundle.manifest, chain.shape)
     prefix, shapes = f"layers.{index}.", matrix_shapes(chain.shape)
-    packed = [unpack(read(prefix + name), shapes[name][0]) for name in MATRICES]
-    strangers = _rows(packed) - _rows(w for w in weights if w.ndim == 2)
+    packed = [blocks.unpack(read(prefix + name), shapes[name][0]) for name in MATRICES]
+    own_matrices = (blocks.weights(parts) for parts in stored.matrices(index))
+    strangers = _rows(packed) - _rows(own_matrices)
     if strangers:
         yield f"{prefix.rstrip('.')} has {strangers.total()} rows that are not the bundle's"
-    vectors = [w for w in weights if w.ndim == 1]
+    vectors = stored.vectors(index)
     for name in sorted(own - set(MATRICES)):
         vector = read(prefix + name)
         if name.endswith("_bias"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from sedac_export.bundle.cuda_entry import ChainKernel, ChainOptions, ChainShape
 from sedac_export.console import StageProgress
+from sedac_export.cuda.weight_blocks import WeightBlocks
 from sedac_export.errors import SedacError
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,11 @@ class Compiler:
 
 
 def chain_macros(
-    shape: ChainShape, options: ChainOptions, tables: int, vectors: Collection[str]
+    shape: ChainShape,
+    options: ChainOptions,
+    tables: int,
+    vectors: Collection[str],
+    blocks: WeightBlocks,
 ) -> dict[str, str]:
     """What the sources are compiled with.
 
@@ -187,6 +192,8 @@ def chain_macros(
         "SEDAC_ROTARY_TABLES": str(tables),
         "SEDAC_QUERY_KEY_NORM": str(int("query_norm" in vectors)),
         "SEDAC_POST_NORMS": str(int("mlp_post_norm" in vectors)),
+        "SEDAC_WEIGHT_BITS": str(blocks.bits),
+        "SEDAC_ZERO_POINTS": str(int(blocks.zero_points)),
     }
 
 

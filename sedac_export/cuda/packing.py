@@ -17,10 +17,8 @@ from sedac_export.cuda.description import ChainDescription, still
 from sedac_export.cuda.layer_weights import MATRICES
 from sedac_export.cuda.observation import FIRST_POSITION, TOKENS, Tables
 from sedac_export.cuda.stored_weights import StoredWeights
+from sedac_export.cuda.weight_blocks import Parts, WeightBlocks, weight_blocks
 from sedac_export.errors import SedacError
-
-# tiles of 16 rows in halves of 8, columns in blocks of 32
-TILE, HALF, BLOCK = 16, 8, 32
 
 # rows of a matrix that are laid out at once
 _ROWS = 4096
@@ -28,12 +26,12 @@ _ROWS = 4096
 # between tables computed in fp32 and in fp64
 _TABLE_TOLERANCE = 1e-4
 
-_DTYPES = {"F16": np.float16, "F32": np.float32}
+_DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A tensor of the file: its name, dtype (F16 or F32), shape, and how its bytes are made."""
+    """A tensor of the file: its name, dtype (F16, F32 or U8), shape, and how its bytes are made."""
 
     name: str
     dtype: str
@@ -62,7 +60,7 @@ def write_weights(
             progress("pack", done, len(tensors))
             start = file.tell()
             for piece in tensor.pieces():
-                file.write(_stored(tensor, piece).data)
+                file.write(np.ascontiguousarray(piece, _DTYPES[tensor.dtype]).data)
             if file.tell() - start != tensor.bytes:
                 raise SedacError(
                     f"{bundle.directory}: {tensor.name} has another size than the model's; name the"
@@ -75,43 +73,17 @@ def packed_tensors(bundle: Bundle, description: ChainDescription) -> Iterator[Pa
     stored = StoredWeights(bundle)
     shape = description.shape
     sizes = [shape.vocabulary, shape.hidden]
-    yield _matrix("head", sizes, stored.projection)
+    blocks = weight_blocks(bundle.manifest, shape)
+    yield _matrix("head", sizes, blocks, stored.projection)
     if not stored.tied():
-        yield _matrix("embed", sizes, stored.embedding)
+        yield _matrix("embed", sizes, blocks, stored.embedding)
     norm = stored.final_norm().astype(np.float32) + description.final_norm_offset
     yield _vector("final_norm", [shape.hidden], lambda: norm)
     for index, tables in enumerate(_rotary(bundle, description)):
         for name, table in zip(("cos", "sin"), tables, strict=True):
             yield _vector(f"rotary.{index}.{name}", list(table.shape), table.numpy)
     for index in range(shape.layers):
-        yield from _layer(stored, description, index)
-
-
-def pack(matrix: Array) -> Array:
-    """A matrix [rows, columns] as [rows / 16, columns / 32, 2, 8, 32], zeros for missing rows.
-
-    Columns must be a multiple of 32.
-    """
-    rows, columns = matrix.shape
-    padded = np.pad(matrix, ((0, -rows % TILE), (0, 0)))
-    tiles = padded.reshape(-1, TILE // HALF, HALF, columns // BLOCK, BLOCK)
-    return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2, 4))
-
-
-def unpack(packed: Array, rows: int) -> Array:
-    """What `pack` was given, [rows, columns]."""
-    return packed.transpose(0, 2, 3, 1, 4).reshape(-1, packed.shape[1] * BLOCK)[:rows]
-
-
-def _stored(tensor: PackedTensor, piece: Array) -> Array:
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(piece, dtype=_DTYPES[tensor.dtype])
-    if not np.isfinite(stored).all():
-        raise SedacError(
-            f"{tensor.name} has weights beyond the range of fp16, which the cuda target stores;"
-            " leave the target out"
-        )
-    return stored
+        yield from _layer(stored, description, blocks, index)
 
 
 def _header(tensors: list[PackedTensor]) -> bytes:
@@ -130,16 +102,18 @@ def _header(tensors: list[PackedTensor]) -> bytes:
 
 
 def _layer(
-    stored: StoredWeights, description: ChainDescription, index: int
+    stored: StoredWeights, description: ChainDescription, blocks: WeightBlocks, index: int
 ) -> Iterator[PackedTensor]:
     weights, read = description.weights[index], stored.reader(index)
     for name, sizes in matrix_shapes(description.shape).items():
 
-        def matrix(name: str = name) -> Array:
-            result: Array = weights.matrix(name, read).numpy()
-            return result
+        def matrix(name: str = name) -> Parts:
+            return {
+                suffix: weights.matrix(name, stored.reader(index, suffix)).numpy()
+                for suffix in blocks.suffixes
+            }
 
-        yield _matrix(f"layers.{index}.{name}", sizes, matrix)
+        yield _matrix(f"layers.{index}.{name}", sizes, blocks, matrix)
     for name in description.vectors():
 
         def vector(name: str = name) -> Array:
@@ -169,15 +143,21 @@ def _vector_size(shape: ChainShape, name: str) -> int:
     return shape.hidden
 
 
-def _matrix(name: str, shape: list[int], matrix: Callable[[], Array]) -> PackedTensor:
-    def pieces() -> Iterator[Array]:
-        whole = matrix()
-        for start in range(0, len(whole), _ROWS):
-            yield pack(whole[start : start + _ROWS])
-
+def _matrix(
+    name: str, shape: list[int], blocks: WeightBlocks, matrix: Callable[[], Parts]
+) -> PackedTensor:
     rows, columns = shape
-    packed = [-(-rows // TILE), columns // BLOCK, TILE // HALF, HALF, BLOCK]
-    return PackedTensor(name, "F16", packed, pieces)
+
+    def pieces() -> Iterator[Array]:
+        parts = matrix()
+        for start in range(0, len(parts[""]), _ROWS):
+            piece = {suffix: part[start : start + _ROWS] for suffix, part in parts.items()}
+            try:
+                yield blocks.pack(piece)
+            except SedacError as error:
+                raise SedacError(f"{name}: {error}") from error
+
+    return PackedTensor(name, blocks.dtype, blocks.shape(rows, columns), pieces)
 
 
 def _vector(name: str, shape: list[int], vector: Callable[[], Array]) -> PackedTensor:

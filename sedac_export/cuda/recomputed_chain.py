@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sedac_export.arrays import Array, Floats
+from sedac_export.bundle import Bundle
 from sedac_export.bundle.cuda_entry import CudaChain
 from sedac_export.cuda import recomputation
 from sedac_export.cuda.chain_agreement import ChainOutput
-from sedac_export.cuda.packing import matrix_shapes, unpack
+from sedac_export.cuda.packing import matrix_shapes
+from sedac_export.cuda.weight_blocks import weight_blocks
 
 # rows of the head that are computed at once
 _ROWS = 16384
@@ -23,9 +24,10 @@ _ROWS = 16384
 class RecomputedChain:
     """Computes in fp32 what the kernel is to compute, from the file of its weights."""
 
-    def __init__(self, weights: Path, chain: CudaChain) -> None:
+    def __init__(self, bundle: Bundle, chain: CudaChain) -> None:
         opened: Callable[..., Any] = safe_open
-        self._file = opened(weights, "np")
+        self._file = opened(bundle.path(chain.weights), "np")
+        self._blocks = weight_blocks(bundle.manifest, chain.shape)
         self._names = set(self._file.keys())
         self._chain, self._shape = chain, chain.shape
         self._layer = functools.lru_cache(maxsize=1)(self._load_layer)
@@ -64,7 +66,7 @@ class RecomputedChain:
             short = name.removeprefix(prefix)
             array = self._file.get_tensor(name)
             if short in rows:
-                array = unpack(array, rows[short][0])
+                array = self._blocks.unpack(array, rows[short][0])
             weights[short] = torch.from_numpy(array).float()
         return weights
 
@@ -80,4 +82,4 @@ class RecomputedChain:
         return logits
 
     def _matrix(self, name: str, rows: int) -> Array:
-        return unpack(self._file.get_tensor(name), rows)
+        return self._blocks.unpack(self._file.get_tensor(name), rows)

@@ -85,7 +85,10 @@ class _ChainValidator:
                 "validate needs pyelftools to read the chain's machine code; pip install"
                 " 'sedac[cuda]'"
             ) from error
-        found = {m.file: module_problems(self.bundle, m) for m in self.chain.modules}
+        found = {
+            m.file: module_problems(self.bundle, m, self.chain.block_bytes)
+            for m in self.chain.modules
+        }
         found[self.chain.weights] = weight_problems(self.bundle, self.chain)
         check = TargetCheck("structure")
         for file, problems in found.items():
@@ -95,8 +98,10 @@ class _ChainValidator:
         return check
 
     def onnxruntime(self) -> TargetCheck:
-        runner = RecomputedChain(self.bundle.path(self.chain.weights), self.chain)
-        return self._agreement("onnxruntime", runner, GATES["fp32"])
+        runner = RecomputedChain(self.bundle, self.chain)
+        # scales of quantized weights are rounded to fp16
+        exact = self.bundle.manifest.quantization is None
+        return self._agreement("onnxruntime", runner, GATES["fp32" if exact else "fp16"])
 
     def execution(self) -> TargetCheck:
         """Run the kernel, where there is a GPU that can."""
@@ -120,7 +125,7 @@ class _ChainValidator:
         try:
             with GpuMemory() as memory:
                 runner = GpuChain(self.bundle, self.chain, module, memory)
-                gates = GATES[self.bundle.manifest.precision]
+                gates = GATES[self.bundle.manifest.device_precision()]
                 check = self._agreement("execution", runner, gates)
                 check.problems += self._bit_problems(runner)
                 return check

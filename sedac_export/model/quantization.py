@@ -61,7 +61,7 @@ class QuantizedRows:
     def dequantized(self, quantization: Quantization, columns: int) -> Floats:
         """The weights that the kernels compute with, fp32 [rows, columns]."""
         bits, (rows, blocks) = quantization.bits, self.scales.shape
-        numbers = _unpacked(self.values.reshape(rows, -1), bits).reshape(rows, blocks, -1)
+        numbers = unpacked(self.values.reshape(rows, -1), bits).reshape(rows, blocks, -1)
         weights = (numbers - self.zeros(quantization)[..., None]) * self.scales[..., None]
         return weights.reshape(rows, -1)[:, :columns]
 
@@ -69,7 +69,7 @@ class QuantizedRows:
         """The number that stands for zero in each block, fp32 [rows, blocks]."""
         if self.zero_points is None:
             return np.full(self.scales.shape, 2 ** (quantization.bits - 1), dtype=np.float32)
-        return _unpacked(self.zero_points, quantization.bits)[:, : self.scales.shape[1]]
+        return unpacked(self.zero_points, quantization.bits)[:, : self.scales.shape[1]]
 
 
 def quantize(weight: Floats, quantization: Quantization) -> QuantizedRows:
@@ -168,7 +168,7 @@ def transposed(values: Array) -> Array:
     return _packed(numbers.T, bits=4)
 
 
-def _unpacked(packed: Array, bits: int) -> Floats:
+def unpacked(packed: Array, bits: int) -> Floats:
     """The numbers in `packed`, uint8 [rows, bytes], as fp32 [rows, numbers]."""
     if bits == 8:
         return packed.astype(np.float32)
@@ -177,7 +177,7 @@ def _unpacked(packed: Array, bits: int) -> Floats:
 
 
 def _packed(numbers: Array, bits: int) -> Array:
-    """`numbers`, uint8 [rows, numbers], in the bytes that `_unpacked` reads."""
+    """`numbers`, uint8 [rows, numbers], in the bytes that `unpacked` reads."""
     if bits == 8:
         return numbers
     even = np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))

@@ -104,7 +104,6 @@ def test_values_out_of_range_name_their_field(
         (ChatRequest, CHAT | {"tools": [{"type": "search"}]}, "tools[0].type"),
         (ChatRequest, CHAT | {"tool_choice": "maybe"}, "tool_choice"),
         (ChatRequest, CHAT | {"tool_choice": {"type": "function"}}, "tool_choice.function"),
-        (ChatRequest, CHAT | {"parallel_tool_calls": False}, "parallel_tool_calls"),
         (ChatRequest, CHAT | {"modalities": ["audio"]}, "modalities"),
         (ChatRequest, CHAT | {"store": True}, "store"),
         (ChatRequest, CHAT | {"reasoning_effort": "high"}, "reasoning_effort"),

@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from bad_input.command import Command, assert_one_line_error, spoil
+from bad_input.command import Command, assert_one_line_error, rewrite_file, spoil
 from bad_input.conftest import runtime
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -116,6 +117,58 @@ def test_a_request_that_takes_too_long_is_408(demo_bundle: Path) -> None:
         else:
             assert streamed.status_code == 408
         wait_until(lambda: is_idle(server))
+
+
+def test_connections_over_the_limit_are_503(demo_bundle: Path) -> None:
+    with serving(demo_bundle, "--max-connections", 1, "--threads", 1) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as idle:
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert idle.recv(64).startswith(b"HTTP/1.1 200")
+            refused = httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=SECONDS)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "too_many_connections"
+            assert refused.headers["retry-after"] == "1"
+        wait_until(lambda: answers(f"{server.url}/health"))
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_is_cut_off(demo_bundle: Path) -> None:
+    """Buffers are full long before the text is: its sequences end, and then the connection."""
+    body = ENDLESS | {"stream": True, "n": 4, "logprobs": 20}
+    arguments = ("--request-timeout", 15, "--max-sequences", 4)
+    with serving(demo_bundle, *arguments) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        content = json.dumps(body).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            f"X-Request-Id: slow\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + content)
+        wait_until(lambda: bool(server.requests("slow")))
+        (line,) = server.requests("slow")
+        assert line["error"] == "the client does not read the stream"
+        wait_until(lambda: is_idle(server))
+        # the kernel resets it, as an end could only follow what is not read
+        wait_until(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)
+
+
+def test_nan_in_one_sequence_is_an_error_of_that_one(demo_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    tables = bytearray((bundle / "onnx" / "rotary.data").read_bytes())
+    row = 900 * 32 * 4  # of position 900, which one prompt reaches
+    tables[row : row + 4] = struct.pack("<f", math.nan)
+    rewrite_file(bundle, "onnx/rotary.data", bytes(tables))
+    with serving(bundle, "--threads", 1) as server, ThreadPoolExecutor() as pool:
+        url = f"{server.url}/v1/completions"
+        body = ENDLESS | {"max_tokens": 300, "temperature": 0}
+        alone = httpx.post(url, json=body, timeout=SECONDS).json()["choices"][0]["text"]
+        others = [pool.submit(httpx.post, url, json=body, timeout=SECONDS) for _ in range(3)]
+        wait_until(lambda: metrics(server)["sedac_sequences_running", "bundle"] == 3)
+        spoilt = httpx.post(url, json=SHORT | {"prompt": [5] * 901}, timeout=SECONDS)
+        assert spoilt.status_code == 500
+        assert "not finite" in spoilt.json()["error"]["message"]
+        assert [other.result().json()["choices"][0]["text"] for other in others] == [alone] * 3
 
 
 def test_sigterm_lets_requests_finish(demo_bundle: Path) -> None:

@@ -6,6 +6,8 @@ import pytest
 from llguidance import LLMatcher
 
 from sedac_runtime.serve.chat_request import FunctionDefinition
+from sedac_runtime.serve.chat_routes import Message
+from sedac_runtime.serve.choice_text import ChoiceUpdate
 from sedac_runtime.serve.constraint import lark_grammar
 from sedac_runtime.serve.response_bodies import MadeToolCall
 from sedac_runtime.serve.tool_format import FORMATS, ToolFormat, tool_format
@@ -80,3 +82,11 @@ def test_grammars_are_accepted_and_name_every_function(family: ToolFormat) -> No
 )
 def test_templates_tell_their_family(template: str, family: ToolFormat | None) -> None:
     assert tool_format(template) is family
+
+
+@pytest.mark.parametrize(("most_calls", "count"), [(None, 2), (1, 1)])
+def test_calls_that_are_not_to_be_parallel_are_one(most_calls: int | None, count: int) -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    message = Message(FORMATS[0], most_calls)
+    text, calls = message.push(ChoiceUpdate(text=f"Well. {call}{call}", finish_reason="stop"))
+    assert (text, len(calls)) == ("Well. ", count)

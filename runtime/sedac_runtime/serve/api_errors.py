@@ -63,6 +63,17 @@ def server_busy() -> ApiError:
     )
 
 
+def too_many_connections(limit: int) -> ApiError:
+    """503: more clients are connected than the server allows."""
+    return ApiError(
+        503,
+        f"more than {limit} connections are open; close idle ones or retry later",
+        type="server_error",
+        code="too_many_connections",
+        headers={"Retry-After": "1", "Connection": "close"},
+    )
+
+
 def timed_out(seconds: float) -> ApiError:
     """408: the request took longer than the server allows."""
     return ApiError(

@@ -52,6 +52,7 @@ def create_application(
     app.state.models = {model.name: model for model in models}
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.connections = frozenset()  # a server that counts them puts its own here
     app.add_middleware(RequestGate, settings=settings)
     app.add_middleware(RequestRecord, metrics=metrics)
     app.include_router(completion_routes.router)

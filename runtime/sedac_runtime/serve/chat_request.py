@@ -89,7 +89,7 @@ class ChatRequest(GenerationRequest):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: Annotated[bool | None, only(True)] = None
+    parallel_tool_calls: bool | None = None
     modalities: Annotated[list[str] | None, only(["text"])] = None
     service_tier: Annotated[str | None, only("auto", "default")] = None
     store: Annotated[bool | None, only(False)] = None

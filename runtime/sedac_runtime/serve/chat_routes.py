@@ -42,11 +42,13 @@ async def chat(request: Request, body: ChatRequest) -> Response | ChatCompletion
     return await unless_disconnected(request, writer.collect())
 
 
-class _Message:
-    """Separates what a model says from the tools that it calls."""
+class Message:
+    """Separates what a model says from the tools that it calls. most_calls: calls after these are
+    dropped; None for no limit."""
 
-    def __init__(self, tools: ToolFormat | None) -> None:
+    def __init__(self, tools: ToolFormat | None, most_calls: int | None) -> None:
         self._tools = tools
+        self._most_calls = most_calls
         self._said = StopFilter([] if tools is None else [tools.opening])
         self._written = ""
         self._said_length = 0
@@ -60,7 +62,7 @@ class _Message:
             return text, []
         rest = self._written[self._said_length :]
         calls = self._tools.parse(rest) if self._tools is not None and self._said.stopped else None
-        return (text, calls) if calls else (text + rest, [])
+        return (text, calls[: self._most_calls]) if calls else (text + rest, [])
 
 
 class _ChatWriter:
@@ -70,7 +72,8 @@ class _ChatWriter:
         self._id, self._created = new_id("chatcmpl"), now()
         calls = bool(body.tools) and body.tool_choice != "none"
         tools = exchange.model.tool_format if calls else None
-        self._messages = [_Message(tools) for _ in range(exchange.count)]
+        most_calls = 1 if body.parallel_tool_calls is False else None
+        self._messages = [Message(tools, most_calls) for _ in range(exchange.count)]
         self._begun: set[int] = set()
 
     async def collect(self) -> ChatCompletion:

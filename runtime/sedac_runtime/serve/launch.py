@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from sedac_runtime import _core
 from sedac_runtime._core import InputError
@@ -41,23 +42,19 @@ def serve_bundles(
     bundles: Sequence[Path],
     load: Callable[[Path], SedacModel],
     address: tuple[str, int],
-    max_connections: int,
     scheduling: SchedulerSettings,
     settings: ServerSettings,
 ) -> None:
     """Serve `bundles` at `address` (host and port) until SIGTERM or SIGINT, then answer what has
     arrived. Raises SedacError and OSError before that.
     """
-    names = _names(bundles)
     with _bound(*address) as listener:
-        models = [load(bundle) for bundle in bundles]
-        metrics = ServerMetrics(max(model.num_layers for model in models))
-        served = [
-            serve_model(name, model, metrics, scheduling)
-            for name, model in zip(names, models, strict=True)
-        ]
+        # what a client does not read would keep its connection open after the response was given up
+        stalled = math.ceil(settings.request_timeout * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stalled)
+        application = load_application(bundles, load, scheduling, settings)
         config = uvicorn.Config(
-            create_application(served, metrics, settings),
+            application,
             http="h11",  # the one that limits headers
             ws="none",
             lifespan="on",
@@ -65,15 +62,33 @@ def serve_bundles(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=max_connections,
             timeout_graceful_shutdown=math.ceil(settings.request_timeout),
             h11_max_incomplete_event_size=_MAX_HEADERS,
         )
         log_json()
-        _allow_files(2 * max_connections)
+        _allow_files(2 * settings.max_connections)
+        server = _Server(config)
+        application.state.connections = server.server_state.connections
         # uvicorn raises the signal that ended it once more
         signal.signal(signal.SIGTERM, lambda *_: None)
-        _Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
+
+
+def load_application(
+    bundles: Sequence[Path],
+    load: Callable[[Path], SedacModel],
+    scheduling: SchedulerSettings,
+    settings: ServerSettings,
+) -> FastAPI:
+    """The application that serves `bundles`. Raises SedacError."""
+    names = _names(bundles)
+    models = [load(bundle) for bundle in bundles]
+    metrics = ServerMetrics(max(model.num_layers for model in models))
+    served = [
+        serve_model(name, model, metrics, scheduling)
+        for name, model in zip(names, models, strict=True)
+    ]
+    return create_application(served, metrics, settings)
 
 
 def serve_model(

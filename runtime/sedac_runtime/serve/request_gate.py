@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sedac_runtime.serve.api_errors import ApiError, failure
+from sedac_runtime.serve.api_errors import ApiError, failure, too_many_connections
 from sedac_runtime.serve.json_logs import request_id
 from sedac_runtime.serve.server_metrics import ServerMetrics
 from sedac_runtime.serve.server_settings import ServerSettings
@@ -74,12 +74,14 @@ class RequestRecord:
 
 
 class RequestGate:
-    """Refuses requests to /v1 without the key, and bodies over the limit."""
+    """Refuses requests to /v1 without the key, bodies over the limit, and every request while too
+    many connections are open: those in the application's state."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
         self._max_body = settings.max_body
+        self._max_connections = settings.max_connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -87,7 +89,8 @@ class RequestGate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self._refusal(scope["path"], headers)
+        connections = len(scope["app"].state.connections)
+        refusal = self._refusal(scope["path"], headers, connections)
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
@@ -103,7 +106,9 @@ class RequestGate:
 
         await self._app(scope, receive_within_limit, send)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers, connections: int) -> ApiError | None:
+        if connections > self._max_connections:
+            return too_many_connections(self._max_connections)
         if self._key is not None and path.startswith("/v1/"):
             given = headers.get("authorization", "").encode()
             if not hmac.compare_digest(given, self._key):

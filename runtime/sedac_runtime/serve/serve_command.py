@@ -103,7 +103,10 @@ def serve(
         bundles,
         load,
         (host, port),
-        max_connections,
         SchedulerSettings(max_sequences, max_queue, cache_tokens),
-        ServerSettings(api_key=api_key or None, request_timeout=request_timeout),
+        ServerSettings(
+            api_key=api_key or None,
+            request_timeout=request_timeout,
+            max_connections=max_connections,
+        ),
     )

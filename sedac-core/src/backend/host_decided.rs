@@ -377,7 +377,6 @@ impl<E: Engines> Backend for HostDecided<E> {
             self.capabilities.sequences = self.engines.reserve(sequences)?;
             self.slots.grow(self.capabilities.sequences);
             self.capabilities.shares_passes = self.engines.rows().is_some();
-            self.capabilities.trained_drafter = self.engines.capabilities().trained_drafter;
         }
         Ok(())
     }
@@ -419,7 +418,8 @@ impl<E: Engines> Backend for HostDecided<E> {
             .collect()
     }
 
-    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
+        self.engines.select(slot);
         self.engines.draft_engine()
     }
 

@@ -87,9 +87,9 @@ pub trait Backend: Send {
         interrupt: &Interrupt,
     ) -> Result<Vec<StepOutcome>>;
 
-    /// The engines of a trained drafter, where there are any. They follow the sequence that ran
-    /// last.
-    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+    /// The engines of a trained drafter, where there are any, for the sequence in `slot`.
+    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
+        let _ = slot;
         None
     }
 
@@ -160,7 +160,7 @@ pub trait Engines: Send {
         None
     }
 
-    /// The engines of a trained drafter, where there are any.
+    /// The engines of a trained drafter, where there are any, for the sequence in the selected slot.
     fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         None
     }

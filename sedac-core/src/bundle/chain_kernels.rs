@@ -10,6 +10,9 @@ use super::Manifest;
 /// Sizes are 32-bit in the kernels.
 const MAX_SIZE: usize = i32::MAX as usize;
 
+/// Bytes of 16 rows and 32 columns of fp16.
+pub(crate) const HALF_BLOCK_BYTES: usize = 1024;
+
 /// Rows that the passes of a module's kernels may have.
 pub(crate) const KERNEL_ROWS: [usize; 4] = [1, 2, 4, 8];
 
@@ -31,6 +34,14 @@ pub struct ChainKernels {
     pub modules: Vec<ChainModule>,
     /// The weights as the kernels read them, relative to the bundle.
     pub weights: PathBuf,
+    /// Bytes of 16 rows and 32 columns of a matrix there.
+    #[serde(default = "half_block_bytes")]
+    pub block_bytes: usize,
+}
+
+/// Those of weights of fp16.
+fn half_block_bytes() -> usize {
+    HALF_BLOCK_BYTES
 }
 
 /// Sizes of the model.
@@ -189,6 +200,8 @@ impl ChainKernels {
         };
         let mut files = self.modules.iter().map(|module| &module.file);
         shape.is_sound()
+            && self.block_bytes > 0
+            && self.block_bytes <= HALF_BLOCK_BYTES
             && shape.hidden == model.hidden_size
             && shape.layers == model.num_layers
             && shape.vocabulary == model.vocab_size
@@ -300,6 +313,7 @@ mod tests {
             }],
             modules: modules.into(),
             weights: PathBuf::new(),
+            block_bytes: HALF_BLOCK_BYTES,
         };
         let chosen = |major, minor| {
             let module = kernels.module_for((major, minor));

@@ -22,11 +22,11 @@ pub(crate) use self::certificate::tests::certificate as test_certificate;
 pub use self::certificate::{
     CalibrationMode, Certificate, CertifiedSetting, GenerationSpeeds, TokenChoice, drafter_name,
 };
-pub(crate) use self::chain_kernels::KERNEL_ROWS;
 pub use self::chain_kernels::{
     Activation, Architecture, ChainKernels, ChainLayer, ChainModule, ChainOptions, ChainShape,
     CompiledKernel,
 };
+pub(crate) use self::chain_kernels::{HALF_BLOCK_BYTES, KERNEL_ROWS};
 pub(crate) use self::exit_config::EXIT_CONFIG;
 pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
@@ -114,6 +114,10 @@ impl Bundle {
 pub(crate) struct Files {
     pub(crate) gate: Gate,
     /// The text of bundle.json.
+    #[cfg_attr(
+        not(feature = "python"),
+        expect(dead_code, reason = "the binding reads it")
+    )]
     pub(crate) text: Vec<u8>,
     pub(crate) manifest: Manifest,
     digest: String,
@@ -162,6 +166,10 @@ pub(crate) fn check_files(directory: &Path, opening: &Opening) -> Result<Files> 
 /// # Errors
 /// [`Error::Bundle`] when there is none or it is of another schema, [`Error::DamagedFile`] when it
 /// is not what its digest says, [`Error::Io`] when it cannot be read.
+#[cfg_attr(
+    not(feature = "python"),
+    expect(dead_code, reason = "the binding reads it")
+)]
 pub(crate) fn read_manifest(gate: &Gate) -> Result<Vec<u8>> {
     read_schema(gate, SCHEMA_VERSION).map(|(text, _)| text)
 }

@@ -183,6 +183,9 @@ impl Decoding {
         if self.replays() {
             self.exits.restart();
         }
+        if let Some(drafting) = &mut self.drafting {
+            drafting.start();
+        }
     }
 
     /// Plan a step, run it alone, and hand the tokens that come of it to `emit`; the text ends where

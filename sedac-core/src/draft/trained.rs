@@ -100,7 +100,8 @@ impl Drafter for Trained {
         context: &mut DraftContext<'_>,
     ) -> Result<Draft> {
         let costs = context.backend.costs().clone();
-        let engine = context.backend.draft_engine().ok_or_else(no_engine)?;
+        let slot = context.sequence.slot();
+        let engine = context.backend.draft_engine(slot).ok_or_else(no_engine)?;
         // the state at a position goes with the token after it
         let positions = self.verified..history.len() - 1;
         let is_step = positions.len() <= MAX_DRAFTED;

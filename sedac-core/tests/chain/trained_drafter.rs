@@ -1,5 +1,6 @@
 //! A trained drafter drafts from states of the model at verified positions, and changes no token.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use proptest::prelude::*;
@@ -8,9 +9,11 @@ use sedac_core::chain::{Chain, DecodingMode, Request};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
 use sedac_core::policy::PolicySettings;
+use sedac_core::scheduler::{Scheduler, SchedulerSettings};
 
 use super::lossless::{generate, requests};
-use super::toy::{Caches, Decides, Toy, chain, chain_over, ends};
+use super::scheduled;
+use super::toy::{CAPACITY, Caches, Decides, Toy, chain, chain_over, ends};
 
 /// A chain over a toy with a trained drafter that is right on the share `agreement`, of 256.
 fn trained(engine_sizes: &[usize], agreement: u64, per_token: f64) -> Chain {
@@ -55,6 +58,36 @@ proptest! {
             let (tokens, lossless) = generate(&mut chain, &request, wanted);
             prop_assert_eq!(tokens, expected);
             prop_assert_eq!(lossless.finish_reason, full.finish_reason);
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn it_follows_each_of_several_texts(
+        agreement in prop_oneof![Just(256), 100..256_u64],
+        requests in prop::collection::vec((requests(), 30..60_usize), 4..9),
+        max_sequences in 2..5_usize,
+        // so few that texts are preempted and go on in other slots
+        cache_tokens in prop::option::of(CAPACITY..CAPACITY * 3 / 2),
+    ) {
+        let mut chain = trained(&[1, 2, 1], agreement, 0.1);
+        let settings = SchedulerSettings { max_sequences, cache_tokens, prefill_chunk: 5 };
+        let scheduler = Scheduler::new(&mut chain, settings).unwrap();
+        let mut expected = BTreeMap::new();
+        for (mut request, wanted) in requests {
+            let mut alone = trained(&[1, 2, 1], agreement, 0.1);
+            request.prompt.truncate(5);
+            request.max_new_tokens = wanted;
+            request.stop_tokens.clear();
+            let tokens = generate(&mut alone, &request, wanted).0;
+            request.mode = DecodingMode::Lossless { drafter: DrafterKind::Trained };
+            expected.insert(scheduled::add(&scheduler, &request), tokens);
+        }
+        let mut outcomes = BTreeMap::new();
+        scheduled::finish(&scheduler, &mut chain, &mut outcomes);
+        for (number, tokens) in expected {
+            prop_assert_eq!(&outcomes[&number].tokens, &tokens);
         }
     }
 }

@@ -15,17 +15,18 @@ struct Facts {
   unsigned threads;          // of a block
   unsigned shared_bytes[4];  // dynamic shared memory of chain_1, chain_2, chain_4 and chain_8
   unsigned min_blocks, max_blocks;
-  unsigned max_capacity;  // positions of a cache slot
-  unsigned table_bytes;   // of a block, written by prepare
-  unsigned saved_floats;  // of a position
+  unsigned max_capacity;        // positions of a cache slot
+  unsigned table_bytes;         // of a block, written by prepare
+  unsigned saved_floats;        // of a position
+  unsigned weight_block_bytes;  // of a matrix
   unsigned long long scratch_bytes;
 };
 
-// A layer's weights and caches. Matrices are packed: see ring.cuh.
+// A layer's weights and caches. Matrices are packed: see blocks.cuh.
 struct Layer {
   const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // [hidden], null: none
   const float *query_norm, *key_norm;                                            // [head size], null: none
-  const half* matrices[4];                                                       // QKV, O, gate_up, down
+  const char* matrices[4];                                                       // QKV, O, gate_up, down
   const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;                     // null: none
   half *keys, *values;  // [slot][key-value head][capacity][head size]
   int window;           // positions that a token sees, 0 for all
@@ -94,7 +95,7 @@ struct Outcome {
 
 struct Pass {
   const Layer* layers;
-  const half *embed, *head;
+  const char *embed, *head;
   const float* final_norm;
   const float *cos, *sin;        // [tables][capacity][rotary size / 2]
   float* saved;                  // [slot][capacity][saved floats], hidden states at exits

@@ -69,7 +69,7 @@ struct Chain {
 
   __device__ __forceinline__ void prepare_ring(int first_layer, int last_layer) {
     const int warp = threadIdx.x >> 5;
-    ring.operands = slots_of(warp) + (threadIdx.x & 31) * 16;
+    ring.weights = {slots_of(warp), static_cast<int>(threadIdx.x & 31)};
     ring.barriers = shared_address(shared.barriers[warp]);
     ring.state = &shared.ring[warp];
     if constexpr (!REGISTERS_MOVE) {
@@ -160,7 +160,7 @@ struct Chain {
   __device__ __forceinline__ Producer<RING_SLOTS<N>> producer(int warp, int first_layer, int last_layer) const {
     const Source source{shared.tables.piece[warp],
                         shared.layers,
-                        reinterpret_cast<const char*>(pass.head),
+                        pass.head,
                         &shared.tables.last_head[warp],
                         first_layer,
                         last_layer,
@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_8(const __gri
   run_chain<8>(pass);
 }
 
-extern "C" __device__ const Facts sedac_facts = {3,
+extern "C" __device__ const Facts sedac_facts = {4,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),
@@ -342,4 +342,5 @@ extern "C" __device__ const Facts sedac_facts = {3,
                                                  1u << 20,
                                                  sizeof(Tables),
                                                  SAVED,
+                                                 BLOCK_BYTES,
                                                  SCRATCH_BYTES};

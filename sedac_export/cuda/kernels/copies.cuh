@@ -31,7 +31,8 @@ __device__ __forceinline__ void copy_weights(unsigned to, const char* from, int 
 #pragma unroll 1
     for (int i = (threadIdx.x & 31) * 16; i < bytes; i += 1024) {
       asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i), "l"(from + i) : "memory");
-      asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i + 512), "l"(from + i + 512) : "memory");
+      if (SEDAC_WEIGHT_BITS == 16 || i + 512 < bytes)
+        asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + i + 512), "l"(from + i + 512) : "memory");
     }
   }
 }

@@ -100,9 +100,8 @@ struct Head {
 #pragma unroll 1
     for (int column = first; column < end;) {
       const int count = min(PIECE, end - column);
-      uint4 x[PIECE];
-      stages.input(thread_index(), x, column);
-      ring.multiply(count, c, d, x);
+      ring.multiply(count, c, d,
+                    [&](uint4(&x)[BLOCKS_AT_ONCE], int first) { stages.input(thread_index(), x, column + first); });
       column += count;
     }
 #pragma unroll

@@ -22,8 +22,7 @@ struct Prefetch {
       const int2 range = shared.tables.range[STAGE_DOWN][warp];
       for (int i = range.x; i < range.y; i++) {
         const Piece piece = shared.tables.piece[warp][i];
-        const char* from = reinterpret_cast<const char*>(shared.layers[layer].matrices[STAGE_DOWN]) +
-                           static_cast<size_t>(piece.offset) * BLOCK_BYTES;
+        const char* from = shared.layers[layer].matrices[STAGE_DOWN] + static_cast<size_t>(piece.offset) * BLOCK_BYTES;
         if (piece.count) prefetch_weights(from, piece.count * BLOCK_BYTES);
       }
     }

@@ -205,10 +205,8 @@ struct Residual {
   __device__ __forceinline__ float2 pair_of_start(int row, int d) const {
     const int token = shared.token[row];
     if (token < 0) return *reinterpret_cast<const float2*>(saved(row) + d);
-    // rows of a packed matrix: 32 columns are contiguous
-    const size_t block = (static_cast<size_t>(token / 16) * HIDDEN_COLUMNS + d / 32) * 2 + token % 16 / 8;
-    const half2 v = *reinterpret_cast<const half2*>(pass.embed + block * 256 + token % 8 * 32 + d % 32);
-    return make_float2(__low2float(v) * SEDAC_EMBEDDING_SCALE, __high2float(v) * SEDAC_EMBEDDING_SCALE);
+    const float2 v = pair_of_row(pass.embed, HIDDEN_COLUMNS, token, d);
+    return make_float2(v.x * SEDAC_EMBEDDING_SCALE, v.y * SEDAC_EMBEDDING_SCALE);
   }
   __device__ __forceinline__ float start_of(int row, int d) const {
     const float2 v = pair_of_start(row, d & ~1);

@@ -3,18 +3,16 @@
 // and layers, however long a stage waits for its input. (Loads at the time of use: 799 us a token of Qwen2.5-0.5B's
 // shape against 481.)
 //
-// Matrices are packed: a tile of 16 rows by 32 columns is 1 KB, in the order of the mma's lanes. So a warp's share is
-// contiguous, and reads of it have no bank conflicts.
+// Matrices are packed in blocks, see blocks.cuh, so that a warp's share is contiguous.
 //
 // A warp beside those that compute sends the copies, one lane for each ring, where it can give them its registers.
 // (When each warp's first lane did, gate and up took 5.3 us a layer of Qwen2.5-0.5B's shape instead of 3.6. Two lanes
 // in each of four warps: 575 us for its layers instead of 558, since they take issue slots from the others.) Elsewhere
 // each warp fills its own ring, see copies.cuh.
 #pragma once
-#include "copies.cuh"
 #include "tables.cuh"
 
-constexpr int PIECES_UNDER_WAY = 16, BLOCK_BYTES = 1024;
+constexpr int PIECES_UNDER_WAY = 16;
 
 // What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
 struct alignas(16) RingState {
@@ -91,8 +89,7 @@ struct Producer {
       const Piece piece = source.table[at];
       count = piece.count;
       if (count > free) return false;
-      from = reinterpret_cast<const char*>(source.layers[layer].matrices[piece.stage]) +
-             static_cast<size_t>(piece.offset) * BLOCK_BYTES;
+      from = source.layers[layer].matrices[piece.stage] + static_cast<size_t>(piece.offset) * BLOCK_BYTES;
       if (++at == source.pieces_of_layer) at = 0, layer++;
     } else {
       if (round >= source.head_tiles) {
@@ -131,30 +128,34 @@ struct Producer {
 // A warp's ring of SLOTS column blocks, as the warp reads it.
 template <int SLOTS>
 struct Ring {
-  unsigned operands, barriers;  // shared addresses; operands: the lane's, in the first slot
-  volatile RingState* state;    // where another warp fills the ring
-  Producer<SLOTS> producer;     // where this one does
-  int next = 0;                 // slot that is read next
-  int piece = 0;                // its piece
-  int used = 0;                 // slots that were read
+  LanePlace weights;          // in the first slot
+  unsigned barriers;          // shared address
+  volatile RingState* state;  // where another warp fills the ring
+  Producer<SLOTS> producer;   // where this one does
+  int next = 0;               // slot that is read next
+  int piece = 0;              // its piece
+  int used = 0;               // slots that were read
 
-  // A piece of `count` column blocks times `x`, added to two accumulators.
-  __device__ __forceinline__ void multiply(int count, float (&c)[4], float (&d)[4], const uint4 (&x)[PIECE]) {
-    wait();
-    uint4 upper[PIECE], lower[PIECE];
-    // slots beyond a short piece are read and not used
+  // A piece of `count` column blocks times what input(x, first) gives of the blocks from `first` on, added to two
+  // accumulators.
+  template <class Input>
+  __device__ __forceinline__ void multiply(int count, float (&c)[4], float (&d)[4], Input input) {
 #pragma unroll
-    for (int i = 0; i < PIECE; i++) {
-      const int slot = next + i >= SLOTS ? next + i - SLOTS : next + i;
-      const unsigned address = operands + slot * BLOCK_BYTES;
-      upper[i] = load_shared(address), lower[i] = load_shared(address + BLOCK_BYTES / 2);
-    }
+    for (int first = 0; first < PIECE; first += BLOCKS_AT_ONCE) {
+      uint4 x[BLOCKS_AT_ONCE];
+      input(x, first);
+      if (!first) wait();
+      LaneWeights<WEIGHT_BITS> blocks[BLOCKS_AT_ONCE];
+      // slots beyond a short piece are read and not used
 #pragma unroll
-    for (int i = 0; i < PIECE; i++)
-      if (i < count) {
-        mma(c, upper[i].x, lower[i].x, upper[i].y, lower[i].y, x[i].x, x[i].y);
-        mma(d, upper[i].z, lower[i].z, upper[i].w, lower[i].w, x[i].z, x[i].w);
+      for (int i = 0; i < BLOCKS_AT_ONCE; i++) {
+        const int at = next + first + i, slot = at >= SLOTS ? at - SLOTS : at;
+        blocks[i].load(weights, slot * BLOCK_BYTES);
       }
+#pragma unroll
+      for (int i = 0; i < BLOCKS_AT_ONCE; i++)
+        if (first + i < count) blocks[i].multiply(c, d, x[i]);
+    }
     next += count;
     if (next >= SLOTS) next -= SLOTS;
     used += count, piece++;

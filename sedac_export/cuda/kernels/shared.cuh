@@ -51,10 +51,11 @@ struct Shared {
 };
 template <int N>
 constexpr int RING_START = (sizeof(Shared<N>) + 127) / 128 * 128;
+constexpr int MOST_SLOTS = 24 * 1024 / BLOCK_BYTES;
 template <int N>
 constexpr int RING_FIT = (SHARED_LIMIT - RING_START<N>) / (WARPS * BLOCK_BYTES);
 template <int N>
-constexpr int RING_SLOTS = RING_FIT<N> > 24 ? 24 : RING_FIT<N>;
+constexpr int RING_SLOTS = RING_FIT<N> > MOST_SLOTS ? MOST_SLOTS : RING_FIT<N>;
 static_assert(RING_FIT<MAX_ROWS> >= PIECE, "shared memory is too small");
 template <int N>
 constexpr int SHARED_BYTES = RING_START<N> + RING_SLOTS<N> * WARPS * BLOCK_BYTES;

@@ -105,15 +105,16 @@ struct Stages {
 #pragma unroll 1
     for (int i = range.x; i < range.y; i++) {
       const Piece piece = shared.tables.piece[warp][i];
-      uint4 x[PIECE];
+      const half* from = shared.input[0] + piece.column * 32;
+      int row = INPUT, block = 32;
       if (stage == STAGE_DOWN) {
         if (at % GROUP == 0) activations.receive(tid);
-        columns(tid, x, &shared.activations[warp][at % GROUP][0][0], 32, N * 32);
+        from = &shared.activations[warp][at % GROUP][0][0], row = 32, block = N * 32;
         at += piece.count;
-      } else {
-        input(tid, x, piece.column);
       }
-      if (piece.count) ring.multiply(piece.count, c, d, x);
+      if (piece.count)
+        ring.multiply(piece.count, c, d,
+                      [&](uint4(&x)[BLOCKS_AT_ONCE], int first) { columns(tid, x, from + first * block, row, block); });
       if (piece.slot) {
         float* to = sums[piece.slot - 1] + lane;
 #pragma unroll
@@ -123,18 +124,19 @@ struct Stages {
   }
 
  public:
-  __device__ __forceinline__ void input(int tid, uint4 (&x)[PIECE], int column) const {
+  __device__ __forceinline__ void input(int tid, uint4 (&x)[BLOCKS_AT_ONCE], int column) const {
     columns(tid, x, shared.input[0] + column * 32, INPUT, 32);
   }
 
  private:
   // The mma's columns: a token's numbers, zeros where there is no token; what lies beyond a short piece is not used.
-  __device__ __forceinline__ void columns(int tid, uint4 (&x)[PIECE], const half* from, int row, int block) const {
+  __device__ __forceinline__ void columns(int tid, uint4 (&x)[BLOCKS_AT_ONCE], const half* from, int row,
+                                          int block) const {
     tid = fresh<N>(tid);
     const int g = tid >> 2 & 7, t = tid & 3;
     const bool token = g < (N == 1 ? 1 : pass.rows);
 #pragma unroll
-    for (int i = 0; i < PIECE; i++)
+    for (int i = 0; i < BLOCKS_AT_ONCE; i++)
       x[i] = token ? *reinterpret_cast<const uint4*>(from + g * row + i * block + t * 8) : make_uint4(0, 0, 0, 0);
   }
 

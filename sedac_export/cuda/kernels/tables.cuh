@@ -6,14 +6,12 @@
 //
 // The tables depend on the grid alone: `prepare` writes them once, when a model is loaded.
 #pragma once
-#include "shape.cuh"
+#include "blocks.cuh"
 
 enum Stage { STAGE_QKV, STAGE_O, STAGE_GATE_UP, STAGE_DOWN, STAGES };
 
-constexpr int PIECE = REGISTERS_MOVE ? 4 : 2;
-
 struct Piece {
-  unsigned offset;          // in the packed matrix, in column blocks (1 KB)
+  unsigned offset;          // in the packed matrix, in column blocks
   unsigned short column;    // first column block of the input
   unsigned char count : 4;  // column blocks; 0 for a warp without a share, whose slot is zero
   unsigned char stage : 4;

@@ -5,6 +5,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from build_cache import BuildCache
@@ -36,10 +37,10 @@ def tiny_skeleton(tmp_path_factory: pytest.TempPathFactory) -> TinySkeleton:
 def half_bundle(build_cache: BuildCache, tmp_path: Path) -> HalfBundle:
     """A model and its bundle, by default of fp16, which the test may change."""
 
-    def get(name: str, precision: Precision = "fp16") -> tuple[Path, Path]:
+    def get(name: str, precision: Precision = "fp16", **settings: Any) -> tuple[Path, Path]:
         model = tmp_path / f"{name}-model"
         save_tiny_model(name, model)
-        request = BuildRequest(str(model), tmp_path / name, precision=precision)
+        request = BuildRequest(str(model), tmp_path / name, precision=precision, **settings)
         return model, build_cache.bundle(request)
 
     return get

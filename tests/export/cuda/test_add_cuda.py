@@ -17,6 +17,7 @@ from sedac_export.bundle.manifest import Manifest, read_manifest
 from sedac_export.cuda import compiler
 from sedac_export.cuda.add_cuda import add_cuda
 from sedac_export.cuda.compiler import ARCHITECTURES, Compiler, chain_macros, fingerprint
+from sedac_export.cuda.weight_blocks import HalfBlocks
 from sedac_runtime import SedacModel
 
 from .conftest import HalfBundle
@@ -52,7 +53,8 @@ def test_a_bundle_has_the_chain_among_its_checked_files(half_bundle: HalfBundle)
     ]
     assert chain.weights == "engines/cuda/weights.safetensors"
     assert [(layer.window, layer.rotary) for layer in chain.layers] == [(50, 0), (0, 1)]
-    macros = chain_macros(chain.shape, chain.options, 2, ["query_norm", "mlp_post_norm"])
+    vectors = ["query_norm", "mlp_post_norm"]
+    macros = chain_macros(chain.shape, chain.options, 2, vectors, HalfBlocks())
     assert chain.fingerprint == fingerprint(macros)
     assert chain.compiler == Compiler().version
     assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

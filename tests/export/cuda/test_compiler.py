@@ -9,6 +9,7 @@ from sedac_export import SedacError
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
 from sedac_export.cuda import compiler
 from sedac_export.cuda.compiler import ARCHITECTURES, NEWEST, Compiler, chain_macros, fingerprint
+from sedac_export.cuda.weight_blocks import HalfBlocks
 
 SHAPE = ChainShape(
     hidden=64,
@@ -28,7 +29,7 @@ OPTIONS = ChainOptions(
     logits_softcap=30.0,
     embedding_scale=8.0,
 )
-MACROS = chain_macros(SHAPE, OPTIONS, tables=1, vectors=[])
+MACROS = chain_macros(SHAPE, OPTIONS, tables=1, vectors=[], blocks=HalfBlocks())
 
 
 def test_macros_are_the_shape_and_options() -> None:
@@ -50,6 +51,8 @@ def test_macros_are_the_shape_and_options() -> None:
         "SEDAC_ROTARY_TABLES": "1",
         "SEDAC_QUERY_KEY_NORM": "0",
         "SEDAC_POST_NORMS": "0",
+        "SEDAC_WEIGHT_BITS": "16",
+        "SEDAC_ZERO_POINTS": "0",
     }
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_decoder import ChainCase
+from chain_weights import FORMATS, Quantized
 from conftest import DEMO_MODEL
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
-from sedac_export.cuda import chain_abi, packing
+from sedac_export.cuda import chain_abi
 from sedac_export.cuda.compiler import ARCHITECTURES, Compiler
+from sedac_export.graph.quantized_graph import SCALES, ZERO_POINTS
 
 CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
 
@@ -73,6 +76,14 @@ def compiler() -> Compiler:
             pytest.param(TINY_GEMMA, name, id=name, marks=pytest.mark.slow)
             for name in ARCHITECTURES
         ),
+        *(
+            pytest.param(replace(TINY, weights=weights), name, id=f"{name}-{weights}", marks=marks)
+            for weights, name, marks in (
+                ("int4", "sm_90", []),
+                ("int8", "sm_90", pytest.mark.slow),
+                ("int4-asymmetric", "sm_86", pytest.mark.slow),
+            )
+        ),
     ],
 )
 def test_the_chain_compiles(case: ChainCase, architecture: str, compiler: Compiler) -> None:
@@ -82,6 +93,7 @@ def test_the_chain_compiles(case: ChainCase, architecture: str, compiler: Compil
     assert compiled.kernels[0].spilled_bytes == 0
     facts = chain_abi.Facts.from_buffer_copy(compiler.cubin(compiled.code).facts())
     assert facts.fit()
+    assert facts.weight_block_bytes == case.format.blocks.block_bytes
     assert list(facts.shared_bytes) == [kernel.shared_bytes for kernel in compiled.kernels]
     # registers are allotted to whole blocks
     assert all(kernel.registers * facts.threads <= 65536 for kernel in compiled.kernels)
@@ -130,18 +142,31 @@ def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
         assert members == [field[0] for field in MIRRORS[name]._fields_], name
 
 
-def test_the_benchmark_packs_as_bundles_do() -> None:
-    pytest.importorskip("cuda.bindings.driver", reason="of the extra sedac[cuda]")
-    from chain_launcher import pack
-
-    matrix = np.arange(40 * 96, dtype=np.float16).reshape(40, 96)
-    assert np.array_equal(pack(torch.from_numpy(matrix)).numpy(), packing.pack(matrix))
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_benchmark_packs_as_bundles_do(name: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float16)
+    chosen, tensor = FORMATS[name], torch.from_numpy(matrix)
+    parts = {"": matrix}
+    if isinstance(chosen, Quantized):
+        numbers, scales, zeros = (part.numpy() for part in chosen.parts(tensor))
+        values = numbers[:, ::2] | numbers[:, 1::2] << 4 if chosen.bits == 4 else numbers
+        parts = {"": values, SCALES: scales.astype(np.float32)}
+        if chosen.zero_points:
+            padded = np.pad(zeros, ((0, 0), (0, 1)))
+            parts[ZERO_POINTS] = padded[:, ::2] | padded[:, 1::2] << 4
+    packed = chosen.blocks.pack(parts)
+    assert np.array_equal(chosen.pack(tensor).numpy(), packed)
+    assert np.array_equal(chosen.rounded(tensor).numpy(), chosen.blocks.unpack(packed, 40))
+    assert np.abs(chosen.rounded(tensor).numpy() - matrix).max() < 0.5
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no NVIDIA GPU")
+@pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("case", [TINY, TINY_GEMMA], ids=lambda case: case.name)
-def test_passes_agree_with_pytorch_and_each_other(case: ChainCase, compiler: Compiler) -> None:
+def test_passes_agree_with_pytorch_and_each_other(
+    case: ChainCase, weights: str, compiler: Compiler
+) -> None:
     from chain_checks import ChainChecks
     from chain_launcher import ChainLauncher, card_architecture, compile_chain
 
@@ -151,6 +176,7 @@ def test_passes_agree_with_pytorch_and_each_other(case: ChainCase, compiler: Com
         architecture = card_architecture()
     except UnsupportedGpuError as error:
         pytest.skip(str(error))
+    case = replace(case, weights=weights)
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
     checks = list(ChainChecks(launcher).run())
     assert [check for check in checks if not check.passed] == []

@@ -13,7 +13,8 @@ from sedac_export.arrays import Array
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.manifest import file_entry, read_manifest, write_manifest
 from sedac_export.cuda.description import ChainDescription, describe
-from sedac_export.cuda.packing import pack, write_weights
+from sedac_export.cuda.packing import write_weights
+from sedac_export.cuda.weight_blocks import HalfBlocks
 from sedac_export.model.skeleton import Skeleton
 
 from .conftest import HalfBundle, TinySkeleton
@@ -76,8 +77,8 @@ def test_bf16_beyond_fp16_is_refused(half_bundle: HalfBundle) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (40, 64)])
 def test_every_element_is_at_its_place(rows: int, columns: int) -> None:
-    matrix = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
-    result = pack(matrix)
+    matrix = (np.arange(rows * columns) % 2048).astype(np.float32).reshape(rows, columns)
+    result = HalfBlocks().pack({"": matrix})
     assert result.shape == (-(-rows // 16), columns // 32, 2, 8, 32)
     for row in range(result.shape[0] * 16):
         for column in range(columns):

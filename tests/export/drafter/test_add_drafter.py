@@ -16,6 +16,7 @@ from sedac_export.drafter.train_drafter import DrafterRequest, load_model, train
 from sedac_export.errors import SedacError
 from sedac_export.model.tokenizer import load_tokenizer
 from sedac_runtime import SedacModel
+from sedac_runtime._core import Sampling, Scheduler
 
 MODEL = Path(__file__).parents[3] / "demo" / "model"
 PROMPT = "class Stack:\n    def push(self, item):\n"
@@ -62,6 +63,29 @@ def test_tokens_are_full_depths(drafting_bundle: Path, drafter_name: str) -> Non
             )
             assert drafting.tokens == full.tokens
             drafted += drafting.drafted
+    assert drafted > 0
+
+
+def test_texts_are_drafted_for_together(drafting_bundle: Path) -> None:
+    model = SedacModel.from_pretrained(drafting_bundle)
+    core, sampling = model._core, Sampling(temperature=0.7, seed=3)
+    # two begin alike: what one took in is copied
+    prompts = [model.encode(text) for text in (PROMPT, PROMPT + "        self.", "import os\n")]
+    settings = {"max_new_tokens": 24, "stop_tokens": []}
+    alone = [
+        [token.id for token in core.generate(prompt, core.decoding("full"), sampling, **settings)]  # type: ignore[arg-type]
+        for prompt in prompts
+    ]
+    decoding = core.decoding("lossless", drafter="trained")
+    scheduler = Scheduler(core, max_sequences=2, prefill_chunk=256)
+    numbers = [scheduler.add(prompt, decoding, sampling, **settings) for prompt in prompts]  # type: ignore[arg-type]
+    together: dict[int, list[int]] = {number: [] for number in numbers}
+    drafted = 0
+    while scheduler.statistics().running + scheduler.statistics().waiting:
+        for progress in scheduler.step():
+            together[progress.sequence] += [token.id for token in progress.tokens]
+            drafted += progress.drafts.drafted if progress.drafts else 0
+    assert list(together.values()) == alone
     assert drafted > 0
 
 

@@ -6,7 +6,7 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 3;
+pub(super) const ABI: u32 = 4;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -31,6 +31,8 @@ pub(super) struct ChainFacts {
     pub(super) table_bytes: u32,
     /// Of a position: its hidden state at an exit, and what belongs to it.
     pub(super) saved_floats: u32,
+    /// Of 16 rows and 32 columns of a matrix.
+    pub(super) weight_block_bytes: u32,
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
 }
@@ -43,7 +45,7 @@ impl ChainFacts {
         }
         let (words, _) = bytes.as_chunks::<4>();
         let word = |index: usize| u32::from_le_bytes(words[index]);
-        let (&scratch_bytes, _) = bytes[56..].split_first_chunk::<8>()?;
+        let (&scratch_bytes, _) = bytes[64..].split_first_chunk::<8>()?;
         Some(Self {
             abi: word(0),
             layer_bytes: word(1),
@@ -56,6 +58,7 @@ impl ChainFacts {
             max_capacity: word(11),
             table_bytes: word(12),
             saved_floats: word(13),
+            weight_block_bytes: word(14),
             scratch_bytes: u64::from_le_bytes(scratch_bytes),
         })
     }
@@ -249,7 +252,7 @@ pub struct PassOutcome {
 }
 
 const _: () = {
-    assert!(size_of::<ChainFacts>() == 64);
+    assert!(size_of::<ChainFacts>() == 72);
     assert!(size_of::<LayerPointers>() == 144);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
@@ -266,16 +269,16 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = 1..=14_u32;
+        let words = 1..=16_u32;
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend(15_u64.to_le_bytes());
+        bytes.extend(17_u64.to_le_bytes());
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
             (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
-            (13, 14, 15)
+            (13, 14, 17)
         );
-        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 56);
+        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 64);
         assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
         assert_eq!(ChainFacts::parse(&bytes[1..]), None);
     }

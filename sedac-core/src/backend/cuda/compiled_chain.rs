@@ -47,6 +47,7 @@ impl CompiledChain {
         let loaded = load_module(bundle, kernels, module, stream)?;
         let facts = read_facts(&loaded, stream)?;
         check_abi(&facts).map_err(refused)?;
+        check_weight_blocks(&facts, kernels).map_err(refused)?;
         let multiprocessors = attribute(
             stream,
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
@@ -192,6 +193,21 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
         return Err(format!(
             "its kernels are of ABI {} ({theirs:?}) and this runtime has {ABI} ({ours:?}); {REMEDY}",
             facts.abi
+        ));
+    }
+    Ok(())
+}
+
+/// Weights of another format would be read as others.
+fn check_weight_blocks(
+    facts: &ChainFacts,
+    kernels: &ChainKernels,
+) -> std::result::Result<(), String> {
+    let theirs = facts.weight_block_bytes;
+    if theirs as usize != kernels.block_bytes {
+        return Err(format!(
+            "its kernels read blocks of {theirs} bytes and the bundle's weights have {}; {REMEDY}",
+            kernels.block_bytes
         ));
     }
     Ok(())

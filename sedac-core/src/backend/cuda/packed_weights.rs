@@ -14,7 +14,7 @@ use safetensors::tensor::Metadata;
 
 use super::abi::LayerPointers;
 use crate::backend::gpu::failed;
-use crate::bundle::{Bundle, ChainKernels};
+use crate::bundle::{Bundle, ChainKernels, HALF_BLOCK_BYTES};
 use crate::error::{Error, Result};
 
 /// Largest header; they have some KB a layer.
@@ -116,6 +116,7 @@ impl PackedWeights {
             stream,
             memory,
             buffer: Vec::new(),
+            block_bytes: kernels.block_bytes,
         };
         let head = uploading.matrix("head", [shape.vocabulary, shape.hidden])?;
         let embed = match uploading.weights.metadata.info("embed") {
@@ -169,17 +170,15 @@ fn no_weights(reason: &str) -> String {
     )
 }
 
-/// The shape of a packed [rows, columns] matrix: tiles of rows, blocks of columns, halves of a tile,
-/// rows of a half, columns of a block.
-fn packed([rows, columns]: [usize; 2]) -> [usize; 5] {
-    let blocks = columns.div_ceil(TILE_COLUMNS);
-    [
-        rows.div_ceil(TILE_ROWS),
-        blocks,
-        2,
-        TILE_ROWS / 2,
-        TILE_COLUMNS,
-    ]
+/// Dtype and shape of a packed [rows, columns] matrix: tiles of rows, blocks of columns, and for fp16
+/// halves of a tile, rows of a half, columns of a block; for quantized weights a block's bytes.
+fn packed([rows, columns]: [usize; 2], block_bytes: usize) -> (Dtype, Vec<usize>) {
+    let (tiles, blocks) = (rows.div_ceil(TILE_ROWS), columns.div_ceil(TILE_COLUMNS));
+    if block_bytes == HALF_BLOCK_BYTES {
+        let shape = vec![tiles, blocks, 2, TILE_ROWS / 2, TILE_COLUMNS];
+        return (Dtype::F16, shape);
+    }
+    (Dtype::U8, vec![tiles, blocks, block_bytes])
 }
 
 /// Tensors on their way to the GPU.
@@ -188,6 +187,7 @@ struct Uploading<'a> {
     stream: &'a Arc<CudaStream>,
     memory: &'a mut Vec<CudaSlice<u8>>,
     buffer: Vec<u8>,
+    block_bytes: usize,
 }
 
 impl Uploading<'_> {
@@ -236,7 +236,8 @@ impl Uploading<'_> {
     }
 
     fn matrix(&mut self, name: &str, size: [usize; 2]) -> Result<u64> {
-        let bytes = self.weights.take(name, Dtype::F16, &packed(size))?;
+        let (dtype, shape) = packed(size, self.block_bytes);
+        let bytes = self.weights.take(name, dtype, &shape)?;
         self.copy(name, &[bytes])
     }
 
@@ -306,8 +307,10 @@ mod tests {
 
     #[test]
     fn rows_are_padded_to_whole_tiles() {
-        assert_eq!(packed([151_936, 896]), [9496, 28, 2, 8, 32]);
-        assert_eq!(packed([17, 32]), [2, 1, 2, 8, 32]);
+        let half = |rows, columns| packed([rows, columns], HALF_BLOCK_BYTES);
+        assert_eq!(half(151_936, 896), (Dtype::F16, vec![9496, 28, 2, 8, 32]));
+        assert_eq!(half(17, 32), (Dtype::F16, vec![2, 1, 2, 8, 32]));
+        assert_eq!(packed([17, 64], 288), (Dtype::U8, vec![2, 2, 288]));
     }
 
     #[test]

@@ -18,13 +18,26 @@ const NEVER: f32 = -1e30;
 /// The cache grows by this number of positions at a time: attention computes all of them.
 const GROWTH: usize = 256;
 
-/// A trained drafter: its engines, its cache, and the hidden states that it takes.
+/// A trained drafter: its engines, and what it knows of the sequence in each slot.
 pub(super) struct Drafter {
     entry: DrafterEntry,
     embed: Session,
     state: Session,
     layer: Session,
     hidden_size: usize,
+    slots: Vec<DrafterSlot>,
+    /// The slot that is drafted for.
+    selected: usize,
+    /// The state that the last token taken in gave.
+    next_state: Vec<f32>,
+    /// One for each token of the model's vocabulary.
+    logits: Vec<f32>,
+    /// The largest of the logits, and the sum of the exponentials of their differences from it.
+    normaliser: (f32, f32),
+}
+
+/// The cache of one slot's sequence, and the hidden states that the drafter takes.
+struct DrafterSlot {
     /// Hidden states by position, those of one position side by side.
     features: Vec<f32>,
     /// Keys and values, [1, positions, key_value_size].
@@ -32,14 +45,8 @@ pub(super) struct Drafter {
     /// Positions that the cache has room for, and those that it holds.
     capacity: usize,
     length: usize,
-    /// What passes read and write, by their number of tokens.
+    /// What passes read and write, by their number of tokens; they are bound to the cache.
     passes: HashMap<usize, DrafterPass>,
-    /// The state that the last token taken in gave.
-    next_state: Vec<f32>,
-    /// One for each token of the model's vocabulary.
-    logits: Vec<f32>,
-    /// The largest of the logits, and the sum of the exponentials of their differences from it.
-    normaliser: (f32, f32),
 }
 
 /// What the engines read and write for one number of tokens.
@@ -71,11 +78,8 @@ impl Drafter {
             state: open(&entry.state)?,
             layer: open(&entry.file)?,
             hidden_size: manifest.model.hidden_size,
-            features: Vec::new(),
-            cache: new_cache(GROWTH, entry.key_value_size)?,
-            capacity: GROWTH,
-            length: 0,
-            passes: HashMap::new(),
+            slots: vec![DrafterSlot::new(entry)?],
+            selected: 0,
             next_state: Vec::new(),
             logits: vec![NEVER; manifest.model.vocab_size],
             normaliser: (0.0, 1.0),
@@ -83,21 +87,42 @@ impl Drafter {
         }))
     }
 
-    /// Note the residual stream `rows` after `depth` layers, of positions from `start` on, if the
-    /// drafter takes it.
-    pub(super) fn note(&mut self, depth: usize, start: usize, rows: &[f32]) {
+    /// Make room for the sequences of `slots` slots.
+    pub(super) fn reserve_slots(&mut self, slots: usize) -> Result<()> {
+        while self.slots.len() < slots {
+            self.slots.push(DrafterSlot::new(&self.entry)?);
+        }
+        Ok(())
+    }
+
+    /// Draft for the sequence in `slot` from now on.
+    pub(super) fn select(&mut self, slot: usize) {
+        self.selected = slot;
+    }
+
+    /// The hidden states of the first `length` positions in the slot `from` are those in `to`, too.
+    pub(super) fn copy(&mut self, from: usize, length: usize, to: usize) {
+        let source = &self.slots[from].features;
+        let shared = source[..source.len().min(length * self.width())].to_vec();
+        self.slots[to].features = shared;
+    }
+
+    /// Note the residual stream `rows` after `depth` layers, of positions from `start` on in `slot`,
+    /// if the drafter takes it.
+    pub(super) fn note(&mut self, depth: usize, slot: usize, start: usize, rows: &[f32]) {
         let mut layers = self.entry.feature_layers.iter();
         let Some(index) = layers.position(|&layer| layer == depth) else {
             return;
         };
         let (size, width) = (self.hidden_size, self.width());
         let end = start + rows.len() / size;
-        if self.features.len() < end * width {
-            self.features.resize(end * width, 0.0);
+        let features = &mut self.slots[slot].features;
+        if features.len() < end * width {
+            features.resize(end * width, 0.0);
         }
         for (row, position) in rows.chunks_exact(size).zip(start..) {
             let place = position * width + index * size;
-            self.features[place..place + size].copy_from_slice(row);
+            features[place..place + size].copy_from_slice(row);
         }
     }
 
@@ -106,27 +131,19 @@ impl Drafter {
         self.hidden_size * self.entry.feature_layers.len()
     }
 
+    fn slot(&mut self) -> &mut DrafterSlot {
+        &mut self.slots[self.selected]
+    }
+
     /// Make room for `positions` positions.
     fn reserve(&mut self, positions: usize) -> Result<()> {
-        if positions <= self.capacity {
-            return Ok(());
-        }
-        let capacity = positions.next_multiple_of(GROWTH);
         let size = self.entry.key_value_size;
-        let mut cache = new_cache(capacity, size)?;
-        for (new, old) in cache.iter_mut().zip(&self.cache) {
-            let held = &read(old)[..self.length * size];
-            new.extract_tensor_mut().1[..held.len()].copy_from_slice(held);
-        }
-        // their passes are bound to the old cache
-        self.passes.clear();
-        (self.cache, self.capacity) = (cache, capacity);
-        Ok(())
+        self.slot().reserve(positions, size)
     }
 
     /// The pass for `tokens` tokens, taken out.
     fn take_pass(&mut self, tokens: usize) -> Result<DrafterPass> {
-        match self.passes.remove(&tokens) {
+        match self.slot().passes.remove(&tokens) {
             Some(pass) => Ok(pass),
             None => DrafterPass::new(tokens, self),
         }
@@ -136,17 +153,19 @@ impl Drafter {
     fn advance(&mut self, mut pass: DrafterPass, tokens: &[u32]) -> Result<()> {
         let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
         write(&mut pass.input_ids, &ids);
-        let positions = self.length..self.length + tokens.len();
+        let length = self.slot().length;
+        let positions = length..length + tokens.len();
         let ids: Vec<i64> = positions.clone().map(|position| position as i64).collect();
         write(&mut pass.position_ids, &ids);
         run(&mut self.embed, &pass.embed, || "embed engine".into())?;
         run(&mut self.layer, &pass.layer, || "draft engine".into())?;
         let size = self.entry.key_value_size;
-        for (cache, new) in self.cache.iter_mut().zip(&pass.new) {
+        let slot = self.slot();
+        for (cache, new) in slot.cache.iter_mut().zip(&pass.new) {
             let rows = &mut cache.extract_tensor_mut().1[..positions.end * size];
             rows[positions.start * size..].copy_from_slice(read(new));
         }
-        self.length = positions.end;
+        slot.length = positions.end;
         self.next_state.clear();
         self.next_state.extend_from_slice(read(&pass.next_state));
         let logits = read(&pass.logits);
@@ -157,7 +176,7 @@ impl Drafter {
         let sum = logits.iter().map(|logit| (logit - max).exp()).sum();
         self.normaliser = (max, sum);
         if tokens.len() <= MAX_REUSED_TOKENS {
-            self.passes.insert(tokens.len(), pass);
+            self.slot().passes.insert(tokens.len(), pass);
         }
         Ok(())
     }
@@ -170,12 +189,12 @@ impl DraftEngine for Drafter {
             tokens.len(),
             "a token follows each position"
         );
-        self.length = positions.start;
+        self.slot().length = positions.start;
         self.reserve(positions.end)?;
         for (piece, start) in tokens.chunks(MAX_TOKENS).zip(positions.step_by(MAX_TOKENS)) {
             let mut pass = self.take_pass(piece.len())?;
             let width = self.width();
-            let rows = &self.features[start * width..(start + piece.len()) * width];
+            let rows = &self.slot().features[start * width..(start + piece.len()) * width];
             write(&mut pass.features, rows);
             run(&mut self.state, &pass.combine, || {
                 "draft state engine".into()
@@ -186,7 +205,8 @@ impl DraftEngine for Drafter {
     }
 
     fn roll_out(&mut self, token: u32) -> Result<()> {
-        self.reserve(self.length + 1)?;
+        let length = self.slot().length;
+        self.reserve(length + 1)?;
         let mut pass = self.take_pass(1)?;
         write(&mut pass.state, &self.next_state);
         self.advance(pass, &[token])
@@ -211,6 +231,7 @@ impl DrafterPass {
         let mut state = tensor(&[1, tokens, hidden])?;
         let mut embedding = tensor::<f32>(&[1, tokens, hidden])?;
         let mut new = [tensor(&key_value)?, tensor(&key_value)?];
+        let cache = &drafter.slots[drafter.selected].cache;
         let mut next_state = tensor(&[1, 1, hidden])?;
         let mut logits = tensor(&[1, 1, drafter.entry.tokens.len()])?;
         let mut embed = binding(&drafter.embed)?;
@@ -223,7 +244,7 @@ impl DrafterPass {
         bind_input(&mut layer, "state", &state)?;
         bind_input(&mut layer, "embedding", &embedding)?;
         bind_input(&mut layer, "position_ids", &position_ids)?;
-        for ((kind, past), new) in ["key", "value"].iter().zip(&drafter.cache).zip(&mut new) {
+        for ((kind, past), new) in ["key", "value"].iter().zip(cache).zip(&mut new) {
             bind_input(&mut layer, &format!("past_{kind}"), past)?;
             bind_output(&mut layer, &format!("new_{kind}"), new)?;
         }
@@ -241,6 +262,35 @@ impl DrafterPass {
             combine,
             layer,
         })
+    }
+}
+
+impl DrafterSlot {
+    fn new(entry: &DrafterEntry) -> Result<Self> {
+        Ok(Self {
+            features: Vec::new(),
+            cache: new_cache(GROWTH, entry.key_value_size)?,
+            capacity: GROWTH,
+            length: 0,
+            passes: HashMap::new(),
+        })
+    }
+
+    /// Make room for `positions` positions of `size` numbers.
+    fn reserve(&mut self, positions: usize, size: usize) -> Result<()> {
+        if positions <= self.capacity {
+            return Ok(());
+        }
+        let capacity = positions.next_multiple_of(GROWTH);
+        let mut cache = new_cache(capacity, size)?;
+        for (new, old) in cache.iter_mut().zip(&self.cache) {
+            let held = &read(old)[..self.length * size];
+            new.extract_tensor_mut().1[..held.len()].copy_from_slice(held);
+        }
+        // their passes are bound to the old cache
+        self.passes.clear();
+        (self.cache, self.capacity) = (cache, capacity);
+        Ok(())
     }
 }
 

@@ -300,8 +300,7 @@ impl Engines for OnnxRuntime {
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
-            // its cache is that of one sequence
-            trained_drafter: self.drafter.is_some() && self.slots.len() == 1,
+            trained_drafter: self.drafter.is_some(),
             ..Capabilities::default()
         }
     }
@@ -310,6 +309,9 @@ impl Engines for OnnxRuntime {
         let more = sequences.saturating_sub(self.slots.len());
         self.bundle.check_slots_memory(more)?;
         self.rows = self.load_rows()?;
+        if let Some(drafter) = &mut self.drafter {
+            drafter.reserve_slots(sequences)?;
+        }
         let mut caches = CacheMemory::new(&self.bundle.manifest, sequences)?;
         caches.copy_from(&self.caches);
         self.caches = caches;
@@ -330,6 +332,9 @@ impl Engines for OnnxRuntime {
     fn copy(&mut self, from: usize, length: usize, to: usize) -> bool {
         self.caches.copy(from, length, to);
         self.slots[to].note_run(0..length);
+        if let Some(drafter) = &mut self.drafter {
+            drafter.copy(from, length, to);
+        }
         true
     }
 
@@ -361,22 +366,17 @@ impl Engines for OnnxRuntime {
         let (session, entry) = (&mut self.layers[engine], &self.entries[engine]);
         let passes = &mut self.slots[self.selected].passes;
         passes.run(engine, session, entry, &mut self.stopwatch)?;
-        if let Some(drafter) = self.drafter.as_mut().filter(|_| self.slots.len() == 1) {
-            let rows = read(
-                self.slots[self.selected]
-                    .passes
-                    .current()
-                    .hidden(engine + 1),
-            );
-            drafter.note(entry.end(), self.start, rows);
+        if let Some(drafter) = &mut self.drafter {
+            let rows = read(passes.current().hidden(engine + 1));
+            drafter.note(entry.end(), self.selected, self.start, rows);
         }
         Ok(())
     }
 
     fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
-        self.drafter
-            .as_mut()
-            .map(|drafter| drafter as &mut dyn DraftEngine)
+        let drafter = self.drafter.as_mut()?;
+        drafter.select(self.selected);
+        Some(drafter)
     }
 
     fn attention_only(&mut self) -> Option<&mut dyn AttentionOnly> {

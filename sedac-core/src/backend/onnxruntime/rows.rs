@@ -143,7 +143,15 @@ impl RowEngines for OnnxRuntime {
         let (session, entry) = (&mut self.layers[engine], &self.entries[engine]);
         let rows = self.rows.as_mut().expect("embedded before");
         let passes = &mut rows.current().passes;
-        passes.run(engine, session, entry, &mut self.stopwatch)
+        passes.run(engine, session, entry, &mut self.stopwatch)?;
+        if let Some(drafter) = &mut self.drafter {
+            let all = read(rows.ready[rows.current].passes.current().hidden(engine + 1));
+            for row in &rows.rows {
+                let hidden = &all[row.place * self.hidden_size..][..self.hidden_size];
+                drafter.note(entry.end(), row.slot, row.position, hidden);
+            }
+        }
+        Ok(())
     }
 
     fn row_stability(&self, engine: usize, row: usize) -> Vec<f32> {

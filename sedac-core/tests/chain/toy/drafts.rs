@@ -10,7 +10,8 @@ use super::Toy;
 /// Drafts as an exit would.
 impl DraftEngine for Toy {
     fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
-        let caches = self.slots[0].caches.lock().unwrap().clone();
+        let slot = &mut self.slots[self.selected];
+        let caches = slot.caches.lock().unwrap().clone();
         let run = |layer: &Vec<Option<(u32, u64)>>| {
             let tokens = layer[..positions.end].iter();
             tokens.map(|entry| entry.map(|(token, _)| token)).collect()
@@ -20,7 +21,10 @@ impl DraftEngine for Toy {
         let last: Option<Vec<u32>> = run(&caches[caches.len() - 1]);
         assert_eq!(last.as_ref(), Some(&text), "through every layer");
         assert_eq!(text[positions.start + 1..], tokens[..tokens.len() - 1]);
+        let known = &slot.drafter_cache[..positions.start];
+        assert_eq!(*known, text[..positions.start], "the slot's own text");
         text.extend(tokens.last());
+        slot.drafter_cache = text[..positions.end].to_vec();
         self.set_draft_text(text);
         Ok(())
     }

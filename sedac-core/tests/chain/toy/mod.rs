@@ -156,6 +156,8 @@ pub(crate) struct Toy {
 struct ToySlot {
     caches: Caches,
     saved: Vec<Hidden>,
+    /// The tokens whose states a trained drafter's cache holds.
+    drafter_cache: Vec<u32>,
 }
 
 impl ToySlot {
@@ -165,6 +167,7 @@ impl ToySlot {
         Self {
             caches: caches.clone(),
             saved: vec![Hidden::default(); CAPACITY],
+            drafter_cache: Vec::new(),
         }
     }
 }
@@ -237,7 +240,7 @@ impl Engines for Toy {
             sequences: self.slots.len(),
             probes: ends.clone(),
             exit_heads: ends,
-            trained_drafter: self.draft_text.is_some() && self.slots.len() == 1,
+            trained_drafter: self.draft_text.is_some(),
             ..Capabilities::default()
         }
     }
@@ -408,8 +411,8 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.step(steps, interrupt)
     }
 
-    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
-        self.inner.draft_engine()
+    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
+        self.inner.draft_engine(slot)
     }
 
     fn costs(&self) -> &Costs {

@@ -2,7 +2,8 @@
 #include "structs.cuh"
 struct Facts {
   unsigned abi, layer_bytes, pass_bytes, outcome_bytes, threads, shared_bytes[4];
-  unsigned min_blocks, max_blocks, max_capacity, table_bytes, saved_floats;
+  unsigned min_blocks, max_blocks, max_capacity, table_bytes, saved_floats, weight_block_bytes;
   unsigned long long scratch_bytes;
 };
-extern "C" __constant__ Facts sedac_facts = {STRUCTS, 256, {100, 200, 400, 800}, 1, 1, 1, 1, 1, 1};
+extern "C" __constant__ Facts sedac_facts = {STRUCTS, 256, {100, 200, 400, 800}, 1, 1, 1, 1, 1,
+                                              64 * SEDAC_WEIGHT_BITS + (SEDAC_WEIGHT_BITS < 16) * (32 + 16 * SEDAC_ZERO_POINTS), 1};

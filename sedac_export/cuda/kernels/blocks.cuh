@@ -1,0 +1,138 @@
+// A block of a packed matrix: 16 rows by 32 columns, in the order of the mma's lanes, so that reads of it have no bank
+// conflicts. Lane l has row l / 4 of the upper eight rows and of the lower eight, and of both columns 8 (l % 4) to
+// 8 (l % 4) + 7: the mma's order of columns is another, for weights and input alike.
+//
+// Given at compile time: SEDAC_WEIGHT_BITS (16 for fp16, 8, or 4), and SEDAC_ZERO_POINTS, whether quantized weights
+// have zero points; without them the middle of the range stands for zero. Quantized blocks are a weight's numbers, a
+// scale (fp16) for each row, and a zero point for each row.
+//
+// Quantized weights become halves less their zero, which are exact, and the sums of a block are scaled in fp32: four
+// multiplications a lane instead of sixteen, and no rounding of weights.
+#pragma once
+#include "copies.cuh"
+
+constexpr int WEIGHT_BITS = SEDAC_WEIGHT_BITS;
+constexpr bool QUANTIZED = WEIGHT_BITS < 16, ZERO_POINTS = SEDAC_ZERO_POINTS;
+constexpr int LANE_BYTES = 2 * WEIGHT_BITS, NUMBER_BYTES = 32 * LANE_BYTES;  // LANE_BYTES: of two rows' eight columns
+constexpr int SCALE_BYTES = QUANTIZED ? 32 : 0, ZERO_POINT_BYTES = QUANTIZED && ZERO_POINTS ? 16 : 0;
+constexpr int BLOCK_BYTES = NUMBER_BYTES + SCALE_BYTES + ZERO_POINT_BYTES;
+
+// Column blocks that are sent at once, and those of them that a lane holds. (Smaller pieces would take the sending
+// lanes longer than memory: 8 blocks of 4 bits are 2 KB. Held all at once they spill with four rows and more.)
+constexpr int BLOCKS_AT_ONCE = REGISTERS_MOVE ? 4 : 2, PIECE = BLOCKS_AT_ONCE * (WEIGHT_BITS == 4 ? 2 : 1);
+
+// Halves of 1024 and more have steps of 1: a number in their low bits is added to 1024.
+constexpr unsigned HALVES_1024 = 0x64006400;
+
+__device__ __forceinline__ half2 as_half2(unsigned v) { return *reinterpret_cast<const half2*>(&v); }
+__device__ __forceinline__ unsigned as_word(half2 v) { return *reinterpret_cast<const unsigned*>(&v); }
+template <unsigned MASK>
+__device__ __forceinline__ half2 above_1024(unsigned v) {
+  unsigned r;
+  asm("lop3.b32 %0,%1,%2,%3,0xea;" : "=r"(r) : "r"(v), "n"(MASK), "n"(HALVES_1024));  // v & MASK | HALVES_1024
+  return as_half2(r);
+}
+
+// Eight numbers of a row as halves less `zero`, which is 1024 more. Of 4 bits, the even ones are the lower half word's,
+// and the odd ones the upper one's.
+__device__ __forceinline__ uint4 halves_less(unsigned v, half2 zero) {
+  const half2 sixteenth = __float2half2_rn(1.f / 16), zero_of_high = __hsub2(__float2half2_rn(960.f), zero);
+  const unsigned w = v >> 8;
+  return make_uint4(as_word(__hsub2(above_1024<0x000f000f>(v), zero)),
+                    as_word(__hfma2(above_1024<0x00f000f0>(v), sixteenth, zero_of_high)),
+                    as_word(__hsub2(above_1024<0x000f000f>(w), zero)),
+                    as_word(__hfma2(above_1024<0x00f000f0>(w), sixteenth, zero_of_high)));
+}
+__device__ __forceinline__ uint4 halves_less(uint2 v, half2 zero) {
+  const auto pair = [&](unsigned of, unsigned bytes) {
+    return as_word(__hsub2(as_half2(__byte_perm(of, HALVES_1024, bytes)), zero));
+  };
+  return make_uint4(pair(v.x, 0x5150), pair(v.x, 0x5352), pair(v.y, 0x5150), pair(v.y, 0x5352));
+}
+
+__device__ __forceinline__ void multiply_block(float (&c)[4], float (&d)[4], uint4 upper, uint4 lower, uint4 x) {
+  mma(c, upper.x, lower.x, upper.y, lower.y, x.x, x.y);
+  mma(d, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
+}
+
+// Shared addresses of what a lane reads of the first of some blocks.
+struct LanePlace {
+  unsigned numbers, scales, zeros;
+
+  LanePlace() = default;
+  __device__ __forceinline__ LanePlace(unsigned blocks, int lane)
+      : numbers(blocks + lane * (QUANTIZED ? LANE_BYTES : LANE_BYTES / 2)),
+        scales(blocks + NUMBER_BYTES + (lane >> 2) * 4),
+        zeros(blocks + NUMBER_BYTES + SCALE_BYTES + (lane >> 2) * 2) {}
+};
+
+// A lane's part of a block.
+template <int BITS>
+struct LaneWeights {
+  uint2 numbers;  // the upper row's, and the lower one's; of 8 bits, each of four columns, then of the other four
+  uint2 others;
+  unsigned scales, zeros;
+
+  // Of the block `offset` bytes after the first.
+  __device__ __forceinline__ void load(const LanePlace& first, unsigned offset) {
+    const unsigned at = first.numbers + offset;
+    if constexpr (BITS == 8) {
+      const uint4 v = load_shared(at);
+      numbers = make_uint2(v.x, v.y), others = make_uint2(v.z, v.w);
+    } else {
+      asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(numbers.x), "=r"(numbers.y) : "r"(at) : "memory");
+    }
+    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(scales) : "r"(first.scales + offset) : "memory");
+    if constexpr (ZERO_POINTS)
+      asm volatile("ld.shared.u16 %0,[%1];" : "=r"(zeros) : "r"(first.zeros + offset) : "memory");
+  }
+
+  // Its product with `x`, added to `c`.
+  __device__ __forceinline__ void multiply(float (&c)[4], float (&)[4], uint4 x) const {
+    constexpr unsigned MIDDLE = HALVES_1024 | (1 << (BITS - 1)) * 0x10001;
+    const half2 upper_zero = as_half2(ZERO_POINTS ? __byte_perm(zeros, HALVES_1024, 0x5050) : MIDDLE);
+    const half2 lower_zero = as_half2(ZERO_POINTS ? __byte_perm(zeros, HALVES_1024, 0x5151) : MIDDLE);
+    float sum[4] = {0, 0, 0, 0};
+    if constexpr (BITS == 8)
+      multiply_block(sum, sum, halves_less(numbers, upper_zero), halves_less(others, lower_zero), x);
+    else
+      multiply_block(sum, sum, halves_less(numbers.x, upper_zero), halves_less(numbers.y, lower_zero), x);
+    const float2 scale = __half22float2(as_half2(scales));
+    c[0] = fmaf(scale.x, sum[0], c[0]), c[1] = fmaf(scale.x, sum[1], c[1]);
+    c[2] = fmaf(scale.y, sum[2], c[2]), c[3] = fmaf(scale.y, sum[3], c[3]);
+  }
+};
+template <>
+struct LaneWeights<16> {
+  uint4 upper, lower;
+
+  __device__ __forceinline__ void load(const LanePlace& first, unsigned offset) {
+    const unsigned at = first.numbers + offset;
+    upper = load_shared(at), lower = load_shared(at + NUMBER_BYTES / 2);
+  }
+  __device__ __forceinline__ void multiply(float (&c)[4], float (&d)[4], uint4 x) const {
+    multiply_block(c, d, upper, lower, x);
+  }
+};
+
+// Columns d and d + 1 of a row of a packed matrix, d even.
+__device__ __forceinline__ float2 pair_of_row(const char* matrix, int column_blocks, int row, int d) {
+  const char* block = matrix + (static_cast<size_t>(row / 16) * column_blocks + d / 32) * BLOCK_BYTES;
+  const int lower = row % 16 / 8, lane = row % 8 * 4 + d % 32 / 8, pair = d % 8 / 2;
+  if constexpr (!QUANTIZED)
+    return __half22float2(reinterpret_cast<const half2*>(block + lower * (NUMBER_BYTES / 2) + lane * 16)[pair]);
+  const int of_rows = row % 8 * 2 + lower;
+  const char* numbers = block + lane * LANE_BYTES + lower * (LANE_BYTES / 2);
+  const float scale = __half2float(reinterpret_cast<const half*>(block + NUMBER_BYTES)[of_rows]);
+  const unsigned char* zeros = reinterpret_cast<const unsigned char*>(block + NUMBER_BYTES + SCALE_BYTES);
+  const int zero = ZERO_POINTS ? zeros[of_rows] : 1 << (WEIGHT_BITS - 1);
+  int first, second;
+  if constexpr (WEIGHT_BITS == 8) {
+    const uchar2 v = reinterpret_cast<const uchar2*>(numbers)[pair];
+    first = v.x, second = v.y;
+  } else {
+    const unsigned v = *reinterpret_cast<const unsigned*>(numbers) >> pair * 4;
+    first = v & 15, second = v >> 16 & 15;
+  }
+  return make_float2(static_cast<float>(first - zero) * scale, static_cast<float>(second - zero) * scale);
+}
