@@ -1,5 +1,6 @@
 """The programs in examples/, as a reader runs them."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from certificates import certificate_of, write_certified
 from conftest import DEMO_MODEL
+from transformers import AutoModelForCausalLM
 
 from sedac_runtime import SedacModel
 
@@ -22,9 +25,9 @@ def run(name: str, *arguments: object) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def test_there_are_eight_and_all_are_run() -> None:
+def test_there_are_nine_and_all_are_run() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert len(names) == 8
+    assert len(names) == 9
     # those of the server are run where there is one
     tests = (Path(__file__), Path(__file__).parent / "serve" / "test_server_examples.py")
     text = "".join(path.read_text() for path in tests)
@@ -74,3 +77,26 @@ def test_batch_texts(demo_bundle: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in run("batch_texts.py", demo_bundle, prompts)]
     assert [line["prompt"] for line in lines] == prompts.read_text().splitlines()
     assert all(line["text"] for line in lines)
+
+
+def test_train_for_exits(tmp_path: Path) -> None:
+    text = tmp_path / "text.py"
+    text.write_text(Path(json.__file__).read_text() + Path(argparse.__file__).read_text())
+    output = tmp_path / "model"
+    size = ("--steps", 12, "--batch-size", 4, "--length", 64, "--exit-every", 4)
+    lines = run("train_for_exits.py", DEMO_MODEL, output, "--data", text, *size)
+    losses = {
+        line.split(":")[0]: [float(part.split()[-1]) for part in line.split(",")]
+        for line in lines
+        if line.startswith("layer")
+    }
+    assert list(losses) == ["layer 4", "layer 8", "layer 12"]
+    assert all(after < before for before, after in losses.values()), losses
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    original = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    assert trained.config.num_hidden_layers == original.config.num_hidden_layers
+    changed = [
+        not torch.equal(ours.float(), theirs.float())
+        for ours, theirs in zip(trained.parameters(), original.parameters(), strict=True)
+    ]
+    assert all(changed)

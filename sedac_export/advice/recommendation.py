@@ -73,7 +73,7 @@ def recommend(rows: Sequence[AdviceRow], risks: Sequence[float]) -> Recommendati
             exits.append(best)
     clauses = [
         _choice(chosen, lossless),
-        _exit_advice(rows, exits, risks),
+        _exit_advice(rows, chosen, exits, risks),
         *_doubts(rows, chosen),
     ]
     return Recommendation("; ".join(clauses) + ".", chosen, exits)
@@ -90,7 +90,10 @@ def _choice(chosen: AdviceRow, lossless: Sequence[AdviceRow]) -> str:
 
 
 def _exit_advice(
-    rows: Sequence[AdviceRow], exits: Sequence[AdviceRow], risks: Sequence[float]
+    rows: Sequence[AdviceRow],
+    chosen: AdviceRow,
+    exits: Sequence[AdviceRow],
+    risks: Sequence[float],
 ) -> str:
     if exits:
         gains = (
@@ -102,9 +105,15 @@ def _exit_advice(
     gained = []
     for risk in risks:
         best = max((row for row in rows if row.max_risk == risk), key=_speed, default=None)
-        result = "nothing is certified" if best is None else f"it gives {_times(best)}"
+        result = "nothing is certified" if best is None else f"it saves {_saving(best, chosen)}"
         gained.append(f"at {_percent(risk)} risk {result}")
     return "do not exit early on this model: " + ", ".join(gained)
+
+
+def _saving(row: AdviceRow, chosen: AdviceRow) -> str:
+    """Share of the chosen setting's time that `row` does without."""
+    share = round(1 - _speed(chosen) / _speed(row), 2)
+    return f"{share:.0%}".replace("%", " %") if share > 0 else "nothing"
 
 
 def _doubts(rows: Sequence[AdviceRow], chosen: AdviceRow) -> list[str]:

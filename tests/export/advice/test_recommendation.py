@@ -26,12 +26,12 @@ LOOKUP = row("lossless", "prompt-lookup", 1.3)
 
 
 def test_a_faster_drafter_is_chosen_and_exits_that_gain_nothing_are_refused() -> None:
-    exits = [row("exit", "none", 1.01, risk=0.01)]
+    exits = [row("exit", "none", 1.01, risk=0.01), row("exit", "auto", 1.33, risk=0.05)]
     found = recommend([FULL, SLOW, LOOKUP, *exits], RISKS)
     assert (found.chosen, found.exits) == (LOOKUP, [])
     assert found.sentence == (
         "Use lossless mode with prompt lookup: 1.30x; do not exit early on this model: at 1 % risk"
-        " it gives 1.01x, at 5 % risk nothing is certified."
+        " it saves nothing, at 5 % risk it saves 2 %."
     )
 
 
