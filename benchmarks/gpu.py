@@ -183,7 +183,7 @@ def run_shape(case: ChainCase, directory: Path, deadline: float) -> list[Runtime
 
 def report(case: ChainCase, rows: list[RuntimeRow], copy_rate: float) -> dict[str, Any]:
     """A shape's figures; floors in microseconds, of all layers and of the head."""
-    layer, head = (1e6 * size / copy_rate for size in weight_bytes(case.shape))
+    layer, head = (1e6 * size / copy_rate for size in weight_bytes(case))
     floor = {"layers": case.shape.layers * layer, "head": head}
     return {"name": case.name, "floor": floor, "rows": [row.as_json() for row in rows]}
 

@@ -134,6 +134,7 @@ def calibrate(request: CalibrationRequest, progress: StageProgress = lambda *_: 
     Raises SedacError when the data are too few, and when no setting is certified: it says how
     close the best came.
     """
+    _check(request)
     run = CalibrationRun(request.directory, request.documents, progress)
     step, steps = certify(request, run)
     config = _with_certificate(request, run, step)
@@ -148,7 +149,6 @@ def certify(
 
     Raises SedacError when the data are too few, and when no setting is certified.
     """
-    _check(request)
     _check_size(request, run.certifying)
     ladder = _choose(request, run)
     steps = _test(request, run, ladder)
