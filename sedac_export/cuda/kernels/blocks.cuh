@@ -17,8 +17,9 @@ constexpr int LANE_BYTES = 2 * WEIGHT_BITS, NUMBER_BYTES = 32 * LANE_BYTES;  // 
 constexpr int SCALE_BYTES = QUANTIZED ? 32 : 0, ZERO_POINT_BYTES = QUANTIZED && ZERO_POINTS ? 16 : 0;
 constexpr int BLOCK_BYTES = NUMBER_BYTES + SCALE_BYTES + ZERO_POINT_BYTES;
 
-// Column blocks that are sent at once, and those of them that a lane holds. (Smaller pieces would take the sending
-// lanes longer than memory: 8 blocks of 4 bits are 2 KB. Held all at once they spill with four rows and more.)
+// Column blocks that are sent at once, and those of them that a lane holds. (8 blocks of 4 bits are sent at once, 2 KB;
+// smaller pieces were not tried. Held all at once they spilled 156 and 196 bytes of SmolLM2's shape with four rows and
+// eight.)
 constexpr int BLOCKS_AT_ONCE = REGISTERS_MOVE ? 4 : 2, PIECE = BLOCKS_AT_ONCE * (WEIGHT_BITS == 4 ? 2 : 1);
 
 // Halves of 1024 and more have steps of 1: a number in their low bits is added to 1024.
