@@ -6,39 +6,24 @@ no difference at all.
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from chain_exit_checks import ExitChecks
 from chain_launcher import ChainLauncher, SequenceInput
+from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 from torch import Tensor
 
-from sedac_export.cuda.chain_abi import MARGIN_BINS, MAX_ROWS, Condition, RowRace
+from sedac_export.cuda.chain_abi import MARGIN_BINS, MAX_ROWS, RowRace
 
-# relative norm of the difference; fp16 activations give some 1.2e-3
-TOLERANCE = 1e-2
 MARGIN_TOLERANCE = 1e-4
-STABILITY_TOLERANCE = 1e-3
-RISK_TOLERANCE = 1e-2
 
-TOKENS = (5, 17, 33, 99, 120, 7, 8, 150)
 PASSES = (1, 2, 3, 5, 8)
 REPETITIONS = 100
 TEMPERATURES = (0.3, 0.8, 1.0, 1.7)
 RACES = 5  # passes at each temperature
 MIN_CERTAIN = 0.95
-RUN_LENGTH = 2
-
-
-@dataclass(frozen=True)
-class KernelCheck:
-    """What a check found."""
-
-    name: str
-    passed: bool
-    detail: str = ""
 
 
 class ChainChecks:
@@ -67,8 +52,7 @@ class ChainChecks:
             yield self._completion_alone()
             yield from self._frozen_rows()
             yield self._gap_between_sequences()
-            yield from self._stability_exits()
-            yield from self._risk_exits()
+            yield from ExitChecks(self._launcher).run()
             yield from self._steps()
             yield self._repetitions()
 
@@ -78,7 +62,7 @@ class ChainChecks:
             history = self._launcher.fill(0, self._position)
             wanted = self._launcher.decoder.compute(history, TOKENS[:count]).logits
             logits[count] = self._launcher.run([self._sequence(TOKENS[:count])])
-            error = _relative_error(logits[count], wanted)
+            error = relative_error(logits[count], wanted)
             detail = f"relative error {error:.1e}"
             yield KernelCheck(f"logits, {count} rows", error < TOLERANCE, detail)
             yield KernelCheck(f"outcome, {count} rows", self._outcome_is_of(logits[count]))
@@ -160,10 +144,10 @@ class ChainChecks:
         sequence = self._launcher.outcome().sequence[0]
         depth = (sequence.depth, sequence.criterion) == (self._exit, -1)
         yield KernelCheck(f"exit after {self._exit} layers", depth, f"depth {sequence.depth}")
-        error = _relative_error(logits, wanted.logits)
+        error = relative_error(logits, wanted.logits)
         yield KernelCheck("logits at an exit", error < TOLERANCE, f"relative error {error:.1e}")
         saved = self._launcher.saved[0, self._position]
-        error = _relative_error(saved, wanted.hidden[0])
+        error = relative_error(saved, wanted.hidden[0])
         yield KernelCheck(
             "hidden state at an exit", error < TOLERANCE, f"relative error {error:.1e}"
         )
@@ -198,7 +182,7 @@ class ChainChecks:
         decoder, hidden = self._launcher.decoder, self._launcher.saved[0, self._position]
         weights = decoder.layer(self._layers - 1)
         _, wanted, _ = decoder.project(weights, hidden[None], self._position)
-        return _relative_error(key.float(), wanted[:, 0])
+        return relative_error(key.float(), wanted[:, 0])
 
     def _keys_frozen_alone(self, count: int) -> list[Tensor]:
         self._exit_early(count)
@@ -216,74 +200,6 @@ class ChainChecks:
         depth = self._launcher.outcome().sequence[1].depth
         passed = torch.equal(logits[0], self._bits[0]) and depth == self._exit // 2
         return KernelCheck("a gap between sequences", passed, f"depth {depth}")
-
-    def _stability_exits(self) -> Iterator[KernelCheck]:
-        history = self._launcher.fill(0, self._position)
-        reference = self._launcher.decoder.compute(history, TOKENS[:1])
-        stabilities = reference.stabilities[:, 0].tolist()
-        threshold, wanted = stability_threshold(stabilities)
-        rule = [_stability_condition(threshold)] * self._layers
-        found = []
-        for others in (0, 3, 7):
-            logits, depths = self._run_rule(rule, others)
-            outcome = self._launcher.outcome().sequence[0]
-            error = abs(outcome.stability - stabilities[wanted - 1])
-            detail = f"depth {outcome.depth} of {wanted}, stability's error {error:.1e}"
-            stopped = outcome.criterion == 0 and depths == [wanted, *[self._layers] * bool(others)]
-            passed = stopped and error < STABILITY_TOLERANCE
-            yield KernelCheck(f"stability exit beside {others} rows", passed, detail)
-            found.append(logits)
-        same = all(torch.equal(logits, found[0]) for logits in found)
-        yield KernelCheck("the same bits at stability exits", same)
-
-    def _risk_exits(self) -> Iterator[KernelCheck]:
-        """Probes after some layers only; the deepest of them says stop."""
-        history = self._launcher.fill(0, self._position)
-        decoder = self._launcher.decoder
-        depths = [depth for depth in range(1, self._layers) if depth % 3]
-        risks = {}
-        for depth in depths:
-            self._launcher.hold_probe(
-                depth, torch.cat([w.flatten() for w in decoder.probe(depth).values()])
-            )
-            hidden = decoder.compute(history, TOKENS[:1], depth).hidden
-            risks[depth] = decoder.risk(depth, hidden).item()
-        rule = [Condition() for _ in range(self._layers)]
-        for depth, risk in risks.items():
-            bound = risk + RISK_TOLERANCE * (1 if depth == depths[-1] else -1)
-            rule[depth - 1] = _risk_condition(bound)
-        found = []
-        for others, both in ((0, False), (3, False), (7, False), (1, True)):
-            logits, stops = self._run_rule(rule, others, both)
-            outcome = self._launcher.outcome().sequence[0]
-            error = abs(outcome.risk - risks[depths[-1]])
-            detail = f"depth {stops[0]} of {depths[-1]}, risk's error {error:.1e}"
-            passed = (stops[0], outcome.criterion) == (depths[-1], 0) and error < RISK_TOLERANCE
-            yield KernelCheck(
-                f"risk exit beside {others} rows{' with risks' * both}", passed, detail
-            )
-            found.append((logits, outcome.risk))
-        same = all(
-            torch.equal(logits, found[0][0]) and risk == found[0][1] for logits, risk in found
-        )
-        yield KernelCheck("the same bits at risk exits", same)
-
-    def _run_rule(
-        self, rule: list[Condition], others: int, both: bool = False
-    ) -> tuple[Tensor, list[int]]:
-        """The first token's logits and all depths, beside another sequence's rows.
-
-        both: the rule decides about the other sequence too.
-        """
-        self._launcher.fill(0, self._position)
-        self._launcher.fill(1, 37, seed=5)
-        sequences = [self._sequence(TOKENS[:1], conditions=rule)]
-        if others:
-            theirs = rule if both else ()
-            sequences.append(self._sequence(range(3, 3 + others), 37, slot=1, conditions=theirs))
-        logits = self._launcher.run(sequences)[0]
-        outcome = self._launcher.outcome()
-        return logits, [outcome.sequence[index].depth for index in range(len(sequences))]
 
     def _steps(self) -> Iterator[KernelCheck]:
         """Passes that go on with the tokens they chose, against passes of one step."""
@@ -362,11 +278,9 @@ class ChainChecks:
         position: int | None = None,
         slot: int = 0,
         max_depth: int | None = None,
-        conditions: Sequence[Condition] = (),
     ) -> SequenceInput:
         first = self._position if position is None else position
-        rows = [(token, first + index, 0) for index, token in enumerate(tokens)]
-        return SequenceInput(rows, slot=slot, max_depth=max_depth, conditions=conditions)
+        return SequenceInput.of_tokens(tokens, first, slot, max_depth)
 
     def _exit_early(self, count: int) -> None:
         self._launcher.fill(0, self._position)
@@ -397,40 +311,3 @@ def race_winner(logits: npt.NDArray[np.float32], temperature: float, key: int) -
 def _key(number: int) -> int:
     """A key of 64 random bits."""
     return int(np.random.default_rng(number).integers(1 << 64, dtype=np.uint64))
-
-
-def stability_threshold(stabilities: list[float]) -> tuple[float, int]:
-    """A threshold at which the token exits before its last layer, and after how many.
-
-    It lies in the widest gap between two layers' stabilities, so that rounding does not matter.
-    """
-    ordered = sorted(stabilities)
-    gaps = sorted(pairwise(ordered), key=lambda gap: gap[0] - gap[1])
-    for below, above in gaps:
-        threshold = (below + above) / 2
-        depth = _first_run(stabilities, threshold)
-        if depth < len(stabilities):
-            return threshold, depth
-    raise AssertionError(f"no threshold makes an exit of {stabilities}")
-
-
-def _first_run(stabilities: list[float], threshold: float) -> int:
-    """Layers after which RUN_LENGTH in a row have reached the threshold, all where none have."""
-    run = 0
-    for depth, stability in enumerate(stabilities, 1):
-        run = run + 1 if stability >= threshold else 0
-        if run == RUN_LENGTH:
-            return depth
-    return len(stabilities)
-
-
-def _stability_condition(threshold: float) -> Condition:
-    return Condition(signal=1, comparison=0, threshold=threshold, run_length=RUN_LENGTH, may_exit=1)
-
-
-def _risk_condition(threshold: float) -> Condition:
-    return Condition(signal=2, comparison=1, threshold=threshold, run_length=1, may_exit=1)
-
-
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())

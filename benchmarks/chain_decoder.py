@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
 from sedac_export.cuda.compiler import chain_macros
-from sedac_export.exits.replay.probes import RISK_WIDTH, LREProbe
+from sedac_export.exits.replay.probes import RISK_WIDTH, LearnedProbe, LREProbe
 
 _ROTARY_BASE = 1e6
 
@@ -108,6 +108,46 @@ class RandomDecoder:
         risks: Tensor = probe(hidden)
         return risks[:, 0]
 
+    def lens(self, depth: int) -> dict[str, Tensor]:
+        """A lens as sedac_export.exits.training.lens has them, fp32."""
+        generator, size = self._generator(-2000 - depth), self.shape.hidden
+        matrix = 0.3 * size**-0.5 * self._random(generator, size, size)
+        matrix += torch.eye(size, device=self.device)
+        return {"weight": matrix, "bias": 0.1 * self._random(generator, size)}
+
+    def through_lens(self, depth: int, hidden: Tensor) -> Tensor:
+        """Hidden states as that lens shows them."""
+        lens = self.lens(depth)
+        return functional.linear(hidden, lens["weight"], lens["bias"])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [tokens, hidden]."""
+        logits = self._norm(hidden, self.final_norm) @ self.rounded(self.embedding()).T
+        return _soft_capped(logits, self.options.logits_softcap)
+
+    def learned_probe(self, depth: int) -> LearnedProbe:
+        """An exit head's probe, whose scalars count."""
+        generator = self._generator(-3000 - depth)
+        probe = LearnedProbe(self.shape.hidden).to(self.device).eval()
+        for parameter in probe.parameters():
+            size = 0.5 * parameter.shape[-1] ** -0.5
+            parameter.data = size * self._random(generator, *parameter.shape)
+        return probe
+
+    def exit_signals(
+        self, depth: int, hidden: Tensor, tokens: Tensor, stabilities: Tensor
+    ) -> Tensor:
+        """Margin, learned and entropy [rows, 3] of hidden states [rows, hidden] after `depth`.
+
+        tokens: those that the exit head knows; stabilities: of the last three layers [rows, 3].
+        """
+        logs = self.head(hidden)[:, tokens].log_softmax(-1)
+        top, minus_entropy = logs.topk(2).values, (logs.exp() * logs).sum(-1, keepdim=True)
+        scalars = torch.cat([top, top.exp(), minus_entropy, stabilities], -1)
+        normed = self._norm(hidden, self.final_norm)
+        learned = self.learned_probe(depth)(normed, scalars).sigmoid()
+        return torch.cat([top[:, :1].exp() - top[:, 1:].exp(), learned, -minus_entropy], -1)
+
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [positions, rotary size / 2]."""
         size = self.shape.rotary_size
@@ -129,17 +169,14 @@ class RandomDecoder:
         self, history: History, tokens: Sequence[int], depth: int | None = None
     ) -> ReferenceOutput:
         """The head's logits after `depth` layers, by default all, of tokens that follow."""
-        embedding = self.rounded(self.embedding())
-        hidden = embedding[torch.tensor(tokens, device=self.device)]
+        hidden = self.rounded(self.embedding())[torch.tensor(tokens, device=self.device)]
         hidden *= self.options.embedding_scale
         stabilities = []
         for index in range(depth or self.shape.layers):
             before, hidden = hidden, self._run_layer(index, hidden, history)
             cosine = functional.cosine_similarity(before, hidden, dim=-1)
             stabilities.append((cosine + 1) / 2)
-        logits = self._norm(hidden, self.final_norm) @ embedding.T
-        logits = _soft_capped(logits, self.options.logits_softcap)
-        return ReferenceOutput(logits, hidden, torch.stack(stabilities))
+        return ReferenceOutput(self.head(hidden), hidden, torch.stack(stabilities))
 
     def project(
         self, weights: dict[str, Tensor], hidden: Tensor, position: int

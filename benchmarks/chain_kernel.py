@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from chain_cases import MODELS, TINY, TINY_GEMMA
-from chain_checks import TOKENS, ChainChecks, KernelCheck
+from chain_checks import ChainChecks
 from chain_decoder import ChainCase
 from chain_launcher import (
     ChainLauncher,
@@ -33,6 +33,7 @@ from chain_launcher import (
     compile_chain,
 )
 from chain_weights import FORMATS
+from kernel_check import TOKENS, KernelCheck
 
 from sedac_export.cuda.chain_abi import MAX_ROWS, Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler

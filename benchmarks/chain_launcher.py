@@ -1,7 +1,7 @@
 """Launches passes of the chain's kernel over a decoder's weights; PyTorch holds the memory."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,19 @@ class SequenceInput:
     frozen: int = 0
     max_depth: int | None = None
     conditions: Sequence[Condition] = ()
+
+    @classmethod
+    def of_tokens(
+        cls,
+        tokens: Iterable[int],
+        position: int,
+        slot: int = 0,
+        max_depth: int | None = None,
+        conditions: Sequence[Condition] = (),
+    ) -> "SequenceInput":
+        """Tokens from `position` on, each through all layers that run."""
+        rows = [(token, position + index, 0) for index, token in enumerate(tokens)]
+        return cls(rows, slot, 0, max_depth, conditions)
 
 
 def card_architecture() -> str:
@@ -86,11 +99,30 @@ class ChainLauncher:
                 cache[slot, :, :positions] = filled
         return history
 
-    def hold_probe(self, depth: int, weights: Tensor) -> None:
-        """Give the chain the entropy probe after `depth` layers: its numbers in one row."""
-        self._probes.append(weights)
-        self._layers[depth - 1].probe = weights.data_ptr()
+    def hold_exit(self, depth: int, kind: str, weights: Iterable[Tensor]) -> None:
+        """Give the chain the probe, lens or exit_head after `depth` layers: its tensors in turn."""
+        numbers = torch.cat([tensor.flatten() for tensor in weights])
+        self._exits.append(numbers)
+        setattr(self._layers[depth - 1], kind, numbers.data_ptr())
+        self._has_lenses |= kind == "lens"
         self._buffers["layers"] = _on_device(self._layers)
+
+    def forget_exits(self) -> None:
+        """Take all of these away."""
+        for layer in self._layers:
+            layer.probe = layer.lens = layer.exit_head = 0
+        self._has_lenses = False
+        self._buffers["layers"] = _on_device(self._layers)
+
+    def hold_frequent_tokens(self, tokens: Tensor) -> None:
+        """Give exit heads the head's rows of `tokens`, int64."""
+        rows = torch.zeros(len(tokens), self.decoder.shape.hidden, dtype=torch.half, device="cuda")
+        chosen = tokens.to("cuda", torch.int32)
+        torch.cuda.synchronize()
+        addresses = self._buffers["head"].data_ptr(), chosen.data_ptr(), rows.data_ptr()
+        self._chain.gather_rows(*addresses, len(tokens), self._stream.cuda_stream)
+        torch.cuda.synchronize()
+        self._buffers["frequent_rows"] = rows
 
     def make_pass(
         self,
@@ -106,6 +138,8 @@ class ChainLauncher:
         """
         blocks = self._chain.blocks
         made = Pass(capacity=self.capacity, blocks=blocks, sequences=len(sequences))
+        made.has_lenses = self._has_lenses
+        made.frequent_tokens = len(self._buffers["frequent_rows"])
         for name, tensor in self._buffers.items():
             setattr(made, name, tensor.data_ptr())
         first = 0
@@ -166,7 +200,8 @@ class ChainLauncher:
         )
         self._weights = [self._packed_layer(i) for i in range(shape.layers)]
         layers = self._layers = (Layer * shape.layers)()
-        self._probes: list[Tensor] = []
+        self._exits: list[Tensor] = []
+        self._has_lenses = False
         for layer, weights, keys, values in zip(
             layers, self._weights, self.keys, self.values, strict=True
         ):
@@ -180,6 +215,7 @@ class ChainLauncher:
             "embed": packed,
             "head": packed,
             "final_norm": decoder.final_norm,
+            "frequent_rows": torch.zeros(0, shape.hidden, dtype=torch.half, device="cuda"),
             "cos": cos,
             "sin": sin,
         }

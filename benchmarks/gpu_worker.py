@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from chain_cases import MODELS
-from chain_checks import TOKENS
 from chain_decoder import ChainCase
+from kernel_check import TOKENS
 from torch import Tensor
 
 Handle = Callable[[dict[str, Any]], list[float]]

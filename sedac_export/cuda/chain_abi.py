@@ -3,7 +3,7 @@
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
 # version of the mirrors
-ABI = 4
+ABI = 5
 MAX_ROWS = 8
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
@@ -56,6 +56,8 @@ class Layer(Structure):
         ("window", c_int),
         ("rotary", c_int),
         ("probe", c_uint64),
+        ("lens", c_uint64),
+        ("exit_head", c_uint64),
     )
 
 
@@ -113,6 +115,10 @@ class SequenceOutcome(Structure):
         ("criterion", c_int),
         ("stability", c_float),
         ("risk", c_float),
+        ("margin", c_float),
+        ("learned", c_float),
+        ("entropy", c_float),
+        ("unused", c_int),
     )
 
 
@@ -169,7 +175,10 @@ class Pass(Structure):
         ("sampled_rows", c_uint),
         ("number", c_uint),
         ("steps", c_int),
+        ("has_lenses", c_int),
+        ("frequent_tokens", c_int),
         ("unused", c_int),
+        ("frequent_rows", c_uint64),
         ("min_accepted", c_float * MAX_ROWS),
         ("acceptance", c_float * MARGIN_BINS),
     )

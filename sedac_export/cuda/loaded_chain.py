@@ -33,7 +33,7 @@ class LoadedChain:
             raise UnsupportedGpuError(
                 f"the chain needs {self.facts.min_blocks} multiprocessors, and the GPU has {units}"
             )
-        self._prepare = self._function("prepare")
+        self._prepare, self._gather = self._function("prepare"), self._function("gather_rows")
         self._steps = 1  # the next pass's number: scratch that nothing wrote to holds 0
         self._entries = {rows: self._function(f"chain_{rows}") for rows in ROWS}
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -44,6 +44,13 @@ class LoadedChain:
         """Enqueue what writes the tables, table_bytes for each block, at an address."""
         parameters = ((tables, self.blocks), (ctypes.c_uint64, ctypes.c_int))
         checked(driver.cuLaunchKernel(self._prepare, *self._sizes(), 0, stream, parameters, 0))
+
+    def gather_rows(self, matrix: int, tokens: int, rows: int, count: int, stream: int = 0) -> None:
+        """Enqueue what copies rows of a packed matrix, as fp16, at addresses; tokens are int32."""
+        kinds = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
+        launch, threads = driver.cuLaunchKernel, 128
+        parameters = ((matrix, tokens, rows), kinds)
+        checked(launch(self._gather, count, 1, 1, threads, 1, 1, 0, stream, parameters, 0))
 
     def launch(self, parameters: Pass, stream: int = 0) -> None:
         """Enqueue a pass on the smallest kernel that takes its rows, and number it."""

@@ -11,7 +11,7 @@ use sedac_core::backend::{
 };
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
-use sedac_core::policy::{ExitPolicy, ExitRule, Stability};
+use sedac_core::policy::{Criterion, ExitPolicy, ExitReason, ExitRule, Signal, Stability};
 use sedac_core::sampler::{Sampler, Sampling};
 use sedac_core::sequence::Sequence;
 
@@ -157,7 +157,12 @@ proptest! {
     ) {
         let exits = ends(&engine_sizes);
         let layers = *exits.last().unwrap();
-        let rules = [rule(tau, consecutive_k, layers), rule(0.7, 1, layers)];
+        let by_head = |depth: usize, signal| {
+            Criterion::at_depth(ExitReason::Draft, layers, depth.min(layers), signal, 0.5)
+        };
+        let with_head = rule(0.9, 1, layers).or(by_head(2, Signal::Learned));
+        let with_head = with_head.or(by_head(3, Signal::Margin));
+        let rules = [rule(tau, consecutive_k, layers), with_head];
         let (ours, theirs) = (Caches::default(), Caches::default());
         let kernel = ToyKernel::new(&engine_sizes, 200, 1, &ours);
         let mut passes = CudaChain::new(kernel, layers, &exits, CAPACITY, 1);

@@ -5,6 +5,9 @@
 
 constexpr int MAX_ROWS = 8;
 
+// What is measured for exits, beside stability.
+constexpr int EXIT_SIGNALS = 4;
+
 // Bins of a token's margin, by which the acceptance of drafts is known.
 constexpr int MARGIN_BINS = 8;
 
@@ -31,7 +34,9 @@ struct Layer {
   half *keys, *values;  // [slot][key-value head][capacity][head size]
   int window;           // positions that a token sees, 0 for all
   int rotary;           // which tables
-  const float* probe;   // the entropy probe after it: see probe.cuh; null: none
+  // What tells of exits after it, null where there is none: an entropy probe (probe.cuh), a lens (lens.cuh), and an
+  // exit head's learned probe (exit_head.cuh).
+  const float *probe, *lens, *exit_head;
 };
 
 // A row of a pass: one token at one position.
@@ -53,7 +58,7 @@ struct SequenceRows {
 
 // A row of an exit rule's table, for one depth: see sedac-core/src/policy/rule.rs.
 struct Condition {
-  unsigned signal;      // 0: none, 1: stability, 2: the entropy probe's risk
+  unsigned signal;      // 0: none, 1: stability, 2: the entropy probe's risk, 3 and 4: an exit head's margin, learned
   unsigned comparison;  // 0: at least, 1: below, 2: accumulated
   float threshold;
   unsigned run_length;
@@ -74,7 +79,10 @@ struct Outcome {
     int depth;      // layers that ran
     int criterion;  // which said stop, -1 for none
     float stability;
-    float risk;  // 0 where no criterion asked for it
+    // The entropy probe's risk, and an exit head's margin, learned signal and entropy; of no meaning where no criterion
+    // asks for them after that depth.
+    float measured[EXIT_SIGNALS];
+    int unused;
   } sequence[MAX_ROWS];
   struct {
     unsigned token;  // with the highest logit, the lowest of equals
@@ -114,7 +122,10 @@ struct Pass {
   // Steps that the pass may take: after the first, each row's next token is the one that was chosen for it. Then every
   // sequence has one row, of a token, with logits and without a rule, and steps * rows are at most MAX_ROWS.
   int steps;
+  int has_lenses;       // whether a layer has one
+  int frequent_tokens;  // of exit heads
   int unused;
+  const half* frequent_rows;  // [frequent_tokens][hidden], of the head's matrix
   // A further step is taken where the probability that all tokens chosen so far are accepted is at least this, by step.
   float min_accepted[MAX_ROWS];
   float acceptance[MARGIN_BINS];  // of a token, by the bin of its margin

@@ -1,9 +1,9 @@
 // A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit
 // is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head, and may
 // go on with the tokens that it chose.
+#include "exit_head.cuh"
 #include "head.cuh"
 #include "prefetch.cuh"
-#include "probe.cuh"
 
 __device__ __forceinline__ unsigned long long now() {
   unsigned long long t;
@@ -115,7 +115,7 @@ struct Chain {
       const int layer = run_layers(residual, stages, first_layer, last_layer);
       if (!block_index() && !threadIdx.x) pass.outcome->layers_ended[shared.step] = now();
       if (layer < last_layer) ring.leave_out(SKIP_TO_HEAD);
-      if (pass.logits_rows) residual.finish(thread_index(), pass.logits_rows, exits, odd);
+      if (pass.logits_rows) residual.finish(thread_index(), exits, odd);
       if (pass.logits_rows) head.run();
       again = finish_step(head);
     } while (again);
@@ -280,16 +280,21 @@ struct Chain {
                                          unsigned active) {
     const int s = Exits::lane_sequence(tid), present = s < sequences() ? s : 0;
     const int newest = pass.sequence[present].first_row + pass.sequence[present].rows - 1;
-    const float stability = shared.stability[newest];
-    const float risk = __shfl_sync(~0u, risks(depth, exits.risky(pass, condition)), newest * 4);
+    if (tid < MAX_ROWS) shared.stabilities[depth % 3][tid] = shared.stability[tid];
+    if (__any_sync(~0u, condition.signal > SIGNAL_STABILITY))
+      read_exit_signals<N>(pass, shared, scratch, depth, layer_parities(odd, depth - 1), condition.signal,
+                           exits.stopped);
+    const bool measured = condition.signal > SIGNAL_STABILITY;
+    const float signal =
+        measured ? shared.exit_signals[newest][condition.signal - SIGNAL_RISK] : shared.stability[newest];
     int criterion;
-    const unsigned stops = exits.decide(tid, pass, depth, condition, stability, risk, criterion);
+    const unsigned stops = exits.decide(tid, pass, depth, condition, signal, criterion);
     if (!stops) return;
     find_next_stop();
     if (!block_index() && tid < 32 && tid % MAX_CRITERIA == 0 && (stops >> s & 1)) {
       auto& outcome = pass.outcome->sequence[shared.step * sequences() + s];
-      outcome.depth = depth, outcome.criterion = criterion;
-      outcome.stability = stability, outcome.risk = risk;
+      outcome.depth = depth, outcome.criterion = criterion, outcome.stability = shared.stability[newest];
+      for (int i = 0; i < EXIT_SIGNALS; i++) outcome.measured[i] = shared.exit_signals[newest][i];
     }
     if (depth == LAYERS) return;
     const int row = block_index();
@@ -301,13 +306,6 @@ struct Chain {
     next_stop = LAYERS;
     for (int s = 0; s < sequences(); s++)
       if (!(exits.stopped >> s & 1)) next_stop = min(next_stop, pass.sequence[s].max_depth);
-  }
-
-  // The entropy probe's risks of `rows`; lane 4t gets row t's.
-  __device__ __forceinline__ float risks(int depth, unsigned rows) const {
-    if (!rows) return 0;
-    return probe_risks(rows, shared.layers[depth - 1].probe, scratch, depth, pass.blocks,
-                       layer_parities(odd, depth - 1));
   }
 };
 
@@ -331,7 +329,15 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) chain_8(const __gri
   run_chain<8>(pass);
 }
 
-extern "C" __device__ const Facts sedac_facts = {4,
+// Row `blockIdx.x` of `rows` [][hidden] becomes that of a token of a packed matrix.
+extern "C" __global__ void gather_rows(const char* matrix, const int* tokens, half* rows) {
+  for (int d = 2 * threadIdx.x; d < HIDDEN; d += 2 * blockDim.x) {
+    const float2 v = pair_of_row(matrix, HIDDEN_COLUMNS, tokens[blockIdx.x], d);
+    *reinterpret_cast<half2*>(rows + static_cast<size_t>(blockIdx.x) * HIDDEN + d) = __floats2half2_rn(v.x, v.y);
+  }
+}
+
+extern "C" __device__ const Facts sedac_facts = {5,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),

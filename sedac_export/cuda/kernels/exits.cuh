@@ -5,8 +5,22 @@
 #pragma once
 #include "words.cuh"
 
+// Whether row `row` of up to N is in `rows`.
+template <int N>
+__device__ __forceinline__ bool has(unsigned rows, int row) {
+  return rows >> (N == 1 ? 0 : row) & 1;
+}
+
+// Bit r: the parity of the flags of row r in layer `layer`, that of the row's layers so far, of which the first has 1.
+// `odd`: rows whose first layer's number is odd.
+__device__ __forceinline__ unsigned layer_parities(unsigned odd, int layer) { return layer & 1 ? odd : ~odd; }
+template <int N>
+__device__ __forceinline__ unsigned row_parity(unsigned parities, int row) {
+  return parities >> (N == 1 ? 0 : row) & 1;
+}
+
 constexpr int MAX_CRITERIA = 4;
-enum Signal : unsigned { SIGNAL_NONE, SIGNAL_STABILITY, SIGNAL_RISK };
+enum Signal : unsigned { SIGNAL_NONE, SIGNAL_STABILITY, SIGNAL_RISK, SIGNAL_MARGIN, SIGNAL_LEARNED };
 
 struct Exits {
   unsigned run = 0;
@@ -24,24 +38,12 @@ struct Exits {
     return pass.sequence[s].conditions[c * LAYERS + depth - 1];
   }
 
-  // Rows about which a criterion asks for the risk: the newest of their sequences.
-  __device__ __forceinline__ unsigned risky(const Pass& pass, const Condition& condition) const {
-    const unsigned lanes = __ballot_sync(~0u, condition.signal == SIGNAL_RISK);
-    if (!lanes) return 0;
-    unsigned rows = 0;
-#pragma unroll 1
-    for (int s = 0; s < pass.sequences; s++)
-      if (lanes >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1) && !(stopped >> s & 1))
-        rows |= 1u << (pass.sequence[s].first_row + pass.sequence[s].rows - 1);
-    return rows;
-  }
-
-  // `depth` layers have run, and these are the signals of this lane's sequence: which sequences stop here, a bit each.
-  // `criterion` becomes the one that says so, -1 where the depth does.
+  // `depth` layers have run, and `signal` is the one that this lane's criterion asks for: which sequences stop here, a
+  // bit each. `criterion` becomes the one that says so, -1 where the depth does.
   __device__ __forceinline__ unsigned decide(int tid, const Pass& pass, int depth, const Condition& condition,
-                                             float stability, float risk, int& criterion) {
+                                             float signal, int& criterion) {
     const int s = lane_sequence(tid);
-    const bool says = satisfied(condition, condition.signal == SIGNAL_RISK ? risk : stability);
+    const bool says = satisfied(condition, signal);
     const unsigned ballot = __ballot_sync(~0u, says);
     const unsigned of_sequence = ballot >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1);
     criterion = of_sequence ? __ffs(of_sequence) - 1 : -1;
@@ -80,3 +82,14 @@ struct Exits {
     return run >= condition.run_length && condition.may_exit;
   }
 };
+
+// The newest rows of the sequences, but for those that stopped, about which a lane's criterion `asks` for something.
+__device__ __forceinline__ unsigned rows_that_ask(const Pass& pass, unsigned stopped, bool asks) {
+  const unsigned lanes = __ballot_sync(~0u, asks);
+  unsigned rows = 0;
+#pragma unroll 1
+  for (int s = 0; s < pass.sequences; s++)
+    if (lanes >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1) && !(stopped >> s & 1))
+      rows |= 1u << (pass.sequence[s].first_row + pass.sequence[s].rows - 1);
+  return rows;
+}

@@ -5,9 +5,37 @@
 // probe, so that parities would not alternate. The rest is small, and every warp computes it: so all decide alike about
 // exits.
 #pragma once
-#include "residual.cuh"
+#include "norm.cuh"
 
 constexpr float PROBE_EPSILON = 1e-5f;
+
+// By a warp: the sum of `weight` times a row of the residual stream, as it arrives.
+__device__ __forceinline__ float product_with_stream(int lane, const float* weight, StreamPairs stream) {
+  constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS <= 16 ? PAIRS : 8;
+  float sum = 0;
+#pragma unroll 1
+  for (int first = 2 * lane; first < HIDDEN; first += AT_ONCE * 64) {
+    float2 v[AT_ONCE];
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (first + k * 64 < HIDDEN) v[k] = stream.load(first + k * 64);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (first + k * 64 < HIDDEN) all &= stream.here(v[k]);
+    } while (!all);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+      if (first + k * 64 < HIDDEN) {
+        const float2 x = stream.value(v[k]), w = *reinterpret_cast<const float2*>(weight + first + k * 64);
+        sum = fmaf(w.y, x.y, fmaf(w.x, x.x, sum));
+      }
+  }
+  __syncwarp();
+  return sum_of_lanes<32>(sum);
+}
 
 struct Probe {
   // down [PROBE_WIDTH][hidden], the norm's weight and bias and up [PROBE_WIDTH] each, and up's bias
@@ -16,20 +44,11 @@ struct Probe {
   int depth, blocks;
   unsigned parities;  // of the layer's flags, a bit for each row
 
-  // The risks of `rows`; lane 4t gets row t's.
-  __device__ __forceinline__ float run(unsigned rows) const {
-    const int tid = thread_index(), lane = tid & 31;
-    if (rows >> tid / 32 & 1)
-      for (int output = block_index(); output < PROBE_WIDTH; output += blocks) publish(tid / 32, lane, output);
+  // By the row's warp.
+  __device__ __forceinline__ float risk(int row, int lane) const {
+    for (int output = block_index(); output < PROBE_WIDTH; output += blocks) publish(row, lane, output);
     __syncwarp();
-    float of_lane = 0;
-#pragma unroll 1
-    for (; rows; rows &= rows - 1) {
-      const int row = __ffs(rows) - 1;
-      const float risk = receive(row, lane);
-      if (lane / 4 == row) of_lane = risk;
-    }
-    return of_lane;
+    return receive(row, lane);
   }
 
  private:
@@ -39,31 +58,8 @@ struct Probe {
 
   // By the row's warp: one of the block's outputs of down.
   __device__ __forceinline__ void publish(int row, int lane, int output) const {
-    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS <= 16 ? PAIRS : 8;
-    const float *hidden = scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER, *weight = weights + output * HIDDEN;
-    float sum = 0;
-#pragma unroll 1
-    for (int first = 2 * lane; first < HIDDEN; first += AT_ONCE * 64) {
-      float2 v[AT_ONCE];
-      bool all;
-      do {
-        all = true;
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-          if (first + k * 64 < HIDDEN) v[k] = load2(hidden + first + k * 64);
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
-          if (first + k * 64 < HIDDEN) all &= arrived(v[k], parities >> row);
-      } while (!all);
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; k++)
-        if (first + k * 64 < HIDDEN) {
-          const float2 w = load(weight + first + k * 64);
-          sum = fmaf(w.y, unflagged(v[k].y), fmaf(w.x, unflagged(v[k].x), sum));
-        }
-    }
-    __syncwarp();
-    sum = sum_of_lanes<32>(sum);
+    const float* hidden = scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER;
+    const float sum = product_with_stream(lane, weights + output * HIDDEN, {hidden, parities >> row});
     if (!lane) store_halves(word(row, output), static_cast<unsigned long long>(depth) << 32 | __float_as_uint(sum));
   }
 
@@ -86,9 +82,4 @@ struct Probe {
 
   __device__ __forceinline__ static float2 load(const float* p) { return *reinterpret_cast<const float2*>(p); }
 };
-// Apart from the kernel's own code, whose registers are scarce.
-__device__ __noinline__ float probe_risks(unsigned rows, const float* weights, float* scratch, int depth, int blocks,
-                                          unsigned parities) {
-  return Probe{weights, scratch, depth, blocks, parities}.run(rows);
-}
 static_assert(PROBE_WIDTH == 64, "a lane has two outputs");

@@ -9,32 +9,8 @@
 // other polls for several rows joined, 672.)
 #pragma once
 #include "exits.cuh"
+#include "lens.cuh"
 #include "shared.cuh"
-
-// What is published as halves is scaled by the factor of the row's norm before over this: room for a residual that
-// grows by some thousands within half a layer, and small numbers are not subnormal.
-constexpr float HEADROOM = 64;
-
-// Whether row `row` of up to N is in `rows`.
-template <int N>
-__device__ __forceinline__ bool has(unsigned rows, int row) {
-  return rows >> (N == 1 ? 0 : row) & 1;
-}
-
-// Bit r: the parity of the flags of row r in layer `layer`, that of the row's layers so far, of which the first has 1.
-// `odd`: rows whose first layer's number is odd.
-__device__ __forceinline__ unsigned layer_parities(unsigned odd, int layer) { return layer & 1 ? odd : ~odd; }
-template <int N>
-__device__ __forceinline__ unsigned row_parity(unsigned parities, int row) {
-  return parities >> (N == 1 ? 0 : row) & 1;
-}
-
-template <int LANES>
-__device__ __forceinline__ float sum_of_lanes(float v) {
-#pragma unroll
-  for (int step = LANES / 2; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-  return v;
-}
 
 // An output of a block's tiles, of O or of down: thread `tid` of a block has items tid, tid + THREADS, and so on.
 template <int N>
@@ -118,8 +94,8 @@ struct Residual {
     if (warp < N && has<N>(starting, warp)) {
       // a hidden state from an exit goes on with the very bits that it would have had without
       const float before = shared.token[warp] < 0 ? saved(warp)[HIDDEN] : 0;
-      const float factor = normalise<false>(tid, warp, shared.layers[layer].attention_norm, before, 0,
-                                            [&](int d) { return pair_of_start(warp, d); });
+      const float factor = normalise(tid & 31, shared.input[warp], shared.layers[layer].attention_norm, before,
+                                     ReadyPairs{[&](int d) { return pair_of_start(warp, d); }});
       if (!(tid & 31)) set_factor(warp, before ? saved(warp)[HIDDEN + 1] : factor, before ? before : factor);
     }
     const int2 o = shared.tables.tiles[STAGE_O], down = shared.tables.tiles[STAGE_DOWN];
@@ -134,14 +110,16 @@ struct Residual {
   }
 
   // The head's input, of rows that have stopped: a row to each warp.
-  __device__ __forceinline__ void finish(int tid, unsigned rows, const Exits& exits, unsigned odd) {
+  __device__ __forceinline__ void finish(int tid, const Exits& exits, unsigned odd) {
     const int warp = tid >> 5;
-    if (warp < N && has<N>(rows, warp)) {
+    if (pass.has_lenses) {
+      finish_through_lenses<N>(pass, shared, scratch, exits.depth, odd);
+    } else if (warp < N && has<N>(pass.logits_rows, warp)) {
       const int depth = exits.stopped_at(N == 1 ? 0 : pass.row[warp].sequence);
-      normalise<true>(tid, warp, pass.final_norm, 0, row_parity<N>(layer_parities(odd, depth - 1), warp),
-                      [&](int d) { return load2(stream(warp, false) + d); });
-      if (!(tid & 31)) shared.scale[warp] = HEADROOM;
+      const unsigned parity = row_parity<N>(layer_parities(odd, depth - 1), warp);
+      normalise(tid & 31, shared.input[warp], pass.final_norm, 0, StreamPairs{stream(warp, false), parity});
     }
+    if (warp < N && !(tid & 31)) shared.scale[warp] = HEADROOM;
     sync_block();
   }
 
@@ -178,10 +156,6 @@ struct Residual {
     if (!item.row) store4(to + STREAM_SUMS + item.element / 4, squares, inner, before, parity);
   }
 
-  __device__ __forceinline__ static float norm_factor(float squares) {
-    return rsqrtf(squares * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
-  }
-
  private:
   // By a warp: the factor of its row's norm, and the stability, from the tiles' sums.
   __device__ __forceinline__ void sum_up(int row, int lane, const float4 (&sums)[TILES_OF_LANE]) {
@@ -216,47 +190,5 @@ struct Residual {
   __device__ __forceinline__ void set_factor(int row, float factor, float before) {
     shared.scale[row] = factor * HEADROOM / before;
     shared.factor[row] = factor, shared.factor_before[row] = before;
-  }
-
-  // By a warp: a row's norm, of the elements h(d) and h(d + 1), to the stage's input. Returns the factor; the input is
-  // scaled as if the one before had been `scaled_by`, or by it where that is 0.
-  template <bool FLAGGED, class F>
-  __device__ __forceinline__ float normalise(int tid, int row, const float* weight, float scaled_by, unsigned parity,
-                                             F h) {
-    constexpr int PAIRS = divided_up(HIDDEN, 64), AT_ONCE = PAIRS <= 16 ? PAIRS : 8;
-    const int lane = tid & 31;
-    float2 v[AT_ONCE];
-    const auto each = [&](int first, auto f) {
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; k++)
-        if ((first + k) * 64 + 2 * lane < HIDDEN) f(v[k], (first + k) * 64 + 2 * lane);
-    };
-    const auto load = [&](int first) {
-      bool all;
-      do {
-        all = true;
-        each(first, [&](float2& to, int d) { to = h(d); });
-        if (FLAGGED) each(first, [&](float2 x, int) { all &= arrived(x, parity); });
-      } while (!all);
-      if (FLAGGED) each(first, [&](float2& x, int) { x = make_float2(unflagged(x.x), unflagged(x.y)); });
-    };
-    float squares = 0;
-#pragma unroll 1
-    for (int first = 0; first < PAIRS; first += AT_ONCE) {
-      load(first);
-      each(first, [&](float2 x, int) { squares = fmaf(x.y, x.y, fmaf(x.x, x.x, squares)); });
-    }
-    const float factor = norm_factor(sum_of_lanes<32>(squares));
-    const float k = (scaled_by ? scaled_by : factor) * (1.f / HEADROOM);
-#pragma unroll 1
-    for (int first = 0; first < PAIRS; first += AT_ONCE) {
-      if (PAIRS > AT_ONCE) load(first);
-      each(first, [&](float2 x, int d) {
-        const float2 w = *reinterpret_cast<const float2*>(weight + d);
-        const unsigned halves = packed(x.x * w.x * k, x.y * w.y * k);
-        *reinterpret_cast<unsigned*>(&shared.input[row][d]) = d & 3 ? halves : with_room(halves);
-      });
-    }
-    return factor;
   }
 };

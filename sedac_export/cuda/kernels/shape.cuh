@@ -45,8 +45,8 @@ constexpr int TILES_OF_LANE = divided_up(O_TILES, 32);
 // Keys that attention takes at a time, and the most partial sums of a row and head.
 constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
 
-// Outputs of the entropy probe's first matrix.
-constexpr int PROBE_WIDTH = 64;
+// Outputs of the first matrix of the entropy probe, and of an exit head's learned probe.
+constexpr int PROBE_WIDTH = 64, LEARNED_WIDTH = 64;
 
 static_assert(HIDDEN % 32 == 0 && ATTENTION % 32 == 0 && INNER % 32 == 0 && QKV % 16 == 0, "matrices of whole tiles");
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a key-value head");
@@ -69,4 +69,9 @@ constexpr int SCRATCH_PROBE = SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2;
 constexpr int SCRATCH_ROW = (SCRATCH_PROBE + 2 * PROBE_WIDTH + 31) / 32 * 32;
 // After the rows: each block's highest logit of each row, and its first of each row's race, see head.cuh.
 constexpr long long SCRATCH_HIGHEST = 1ll * MAX_ROWS * SCRATCH_ROW;
-constexpr long long SCRATCH_BYTES = (SCRATCH_HIGHEST + 2 * 8ll * MAX_BLOCKS * MAX_ROWS) * 4;
+// What blocks exchange of a row's exit, each float beside a number that no other step and depth has, so that nobody has
+// to clear it: what the lens gives, the outputs of the learned probe's first matrix, and four numbers of each block.
+constexpr long long SCRATCH_EXITS = SCRATCH_HIGHEST + 2 * 8ll * MAX_BLOCKS * MAX_ROWS;
+constexpr int EXIT_LEARNED = 2 * HIDDEN, EXIT_BLOCKS = EXIT_LEARNED + 2 * LEARNED_WIDTH,
+              EXIT_ROW = EXIT_BLOCKS + 8 * MAX_BLOCKS;
+constexpr long long SCRATCH_BYTES = (SCRATCH_EXITS + 1ll * MAX_ROWS * EXIT_ROW) * 4;

@@ -27,6 +27,8 @@ struct Shared {
   float output[SEDAC_POST_NORMS ? O_TILES_OF_BLOCK : 1][N][16];  // before its norm
   // Of rows: the factor of the last norm and of the one before; by what the stage's input is to be scaled.
   float factor[MAX_ROWS], factor_before[MAX_ROWS], scale[MAX_ROWS], stability[MAX_ROWS], output_factor[MAX_ROWS];
+  // Of rows, where exits are decided: the last stabilities, by depth modulo 3; what is measured beside.
+  float stabilities[3][MAX_ROWS], exit_signals[MAX_ROWS][EXIT_SIGNALS];
   // Activations that a warp multiplies in down, this many column blocks at once.
   static constexpr int GROUP = REGISTERS_MOVE ? (N < 4 ? 24 : N < 8 ? 16 : 8) : N < 4 ? 16 : 32 / N;
   static_assert(GROUP % PIECE == 0 && GROUP * N % 8 == 0, "whole pieces, and whole loads of a warp");
@@ -36,8 +38,10 @@ struct Shared {
     alignas(16) half keys[KEYS][HEAD_ROW];
     alignas(16) half activations[WARPS][GROUP][N][32];
   };
-  // The rest of attention, then gate_up's sums. Those of the other stages are apart: some warps still read QKV's when
-  // others attend, and gate_up's when others multiply in down.
+  // Rows that an exit head reads at a time.
+  static constexpr int EXIT_ROWS = N < 8192 / HIDDEN ? N : larger(1, 8192 / HIDDEN);
+  // The rest of attention, then gate_up's sums, then what exit heads take. Those of the other stages are apart: some
+  // warps still read QKV's when others attend, and gate_up's when others multiply in down.
   union {
     struct {
       alignas(16) half values[KEYS][HEAD_ROW];
@@ -46,6 +50,10 @@ struct Shared {
       alignas(16) float maxima[QUERY_ROWS][KEY_TILES], totals[QUERY_ROWS][KEY_TILES], running[2][QUERY_ROWS];
     };
     alignas(16) float gate_up_sums[WARPS + GATE_UP_TILES_OF_BLOCK][128];
+    struct {
+      alignas(16) half normed[EXIT_ROWS][HIDDEN];
+      float4 exit_logits[EXIT_ROWS][WARPS];
+    };
   };
   alignas(16) float sums[WARPS + larger(QKV_TILES_OF_BLOCK, O_TILES_OF_BLOCK)][128];
 };

@@ -252,7 +252,7 @@ struct Stages {
       }
       __syncwarp();
       sum = sum_of_lanes<32>(sum);
-      if (!lane) shared.output_factor[warp] = Residual<N>::norm_factor(sum);
+      if (!lane) shared.output_factor[warp] = norm_factor(sum);
     }
     sync_block();
   }

@@ -6,7 +6,7 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 4;
+pub(super) const ABI: u32 = 5;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -89,8 +89,10 @@ pub(super) struct LayerPointers {
     pub(super) window: i32,
     /// Index of its rotary tables.
     pub(super) rotary: i32,
-    /// The entropy probe after it: see `probe_weights.rs`.
+    /// What tells of exits after it: see `exit_weights.rs`.
     pub(super) probe: u64,
+    pub(super) lens: u64,
+    pub(super) exit_head: u64,
 }
 
 /// A position that a pass takes through layers.
@@ -180,7 +182,13 @@ pub(super) struct PassParameters {
     pub(super) number: u32,
     /// The most steps.
     pub(super) steps: i32,
+    /// Whether there is a lens after a layer.
+    pub(super) has_lenses: i32,
+    /// Tokens of exit heads.
+    pub(super) frequent_tokens: i32,
     pub(super) unused: i32,
+    /// Their rows of the head, fp16 [tokens, hidden].
+    pub(super) frequent_rows: u64,
     /// See [`Ahead`](crate::backend::Ahead).
     pub(super) min_accepted: [f32; MAX_AHEAD],
     pub(super) acceptance: [f32; MARGIN_BINS],
@@ -196,8 +204,17 @@ pub struct SequenceOutcome {
     pub criterion: i32,
     /// Stability of the newest row's last layer.
     pub stability: f32,
-    /// The entropy probe's risk there, 0 where the rule does not ask for it.
+    /// The entropy probe's risk there. It and the next ones are of no meaning where the rule does
+    /// not ask for them.
     pub risk: f32,
+    /// The exit head's margin.
+    pub margin: f32,
+    /// What its learned probe says.
+    pub learned: f32,
+    /// Its entropy.
+    pub entropy: f32,
+    /// Padding.
+    pub unused: i32,
 }
 
 /// The logits of a row.
@@ -253,12 +270,12 @@ pub struct PassOutcome {
 
 const _: () = {
     assert!(size_of::<ChainFacts>() == 72);
-    assert!(size_of::<LayerPointers>() == 144);
+    assert!(size_of::<LayerPointers>() == 160);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
-    assert!(size_of::<PassParameters>() == 712);
-    assert!(size_of::<PassOutcome>() == 528);
+    assert!(size_of::<PassParameters>() == 728);
+    assert!(size_of::<PassOutcome>() == 656);
     assert!(MAX_AHEAD == MAX_ROWS);
     assert!(size_of::<Condition>() == 32);
 };

@@ -49,6 +49,9 @@ pub trait ChainDevice: Send {
     /// Depths after which rules may ask for an entropy probe's risk.
     fn probes(&self) -> &[usize];
 
+    /// Depths after which rules may ask for an exit head's margin and learned signal.
+    fn exit_heads(&self) -> &[usize];
+
     /// Write `conditions`, [criteria, layers] with up to [`MAX_CRITERIA`] criteria, as the table
     /// number `table`, below [`MAX_TABLES`]. Returns its address.
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64>;

@@ -24,6 +24,8 @@ pub(super) struct CompiledChain {
     kernels: Vec<CudaFunction>,
     /// Writes the tables that blocks read.
     pub(super) prepare: CudaFunction,
+    /// Copies rows out of a packed matrix.
+    pub(super) gather_rows: CudaFunction,
 }
 
 impl CompiledChain {
@@ -98,6 +100,7 @@ impl CompiledChain {
             blocks,
             kernels: loaded_kernels,
             prepare: function("prepare")?,
+            gather_rows: function("gather_rows")?,
         })
     }
 

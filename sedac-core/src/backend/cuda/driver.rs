@@ -12,8 +12,9 @@ use super::CudaChain;
 use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
 use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
 use super::compiled_chain::CompiledChain;
+use super::exit_memory::ExitMemory;
+use super::exit_weights::ExitWeights;
 use super::packed_weights::{PackedWeights, WeightAddresses};
-use super::probe_weights::{self, ProbeWeights};
 use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::gpu::{failed, new_stream};
 use crate::bundle::{Bundle, ChainKernels};
@@ -56,17 +57,14 @@ pub struct CudaDriver {
     outcome: PinnedHostSlice<PassOutcome>,
     /// What only the kernels read and write.
     _memory: Vec<CudaSlice<u8>>,
-    _probes: Vec<CudaSlice<f32>>,
-    /// Depths with an entropy probe.
-    probes: Vec<usize>,
+    exits: ExitMemory,
 }
 
 impl CudaChain<CudaDriver> {
     /// Run the chain of `bundle` on the first GPU, for up to `sequences` sequences at once.
     ///
     /// # Errors
-    /// [`Error::Bundle`] when it holds no kernels, or lenses, which they do not run;
-    /// [`Error::Device`] without a driver, a GPU or a module for it; [`Error::Memory`] when it does
+    /// [`Error::Bundle`] when it holds no kernels, or exits that they do not run; [`Error::Device`] without a driver, a GPU or a module for it; [`Error::Memory`] when it does
     /// not fit.
     pub fn load(bundle: &Bundle, sequences: usize) -> Result<Self> {
         let manifest = &bundle.manifest;
@@ -139,18 +137,17 @@ impl CudaDriver {
         let stream = new_stream()?;
         let chain = CompiledChain::load(bundle, kernels, capacity, &stream)?;
         let weights = PackedWeights::open(bundle, kernels)?;
-        let probes = probe_weights::read(bundle)?;
+        let exits = ExitWeights::read(bundle)?;
         let sizes = MemorySizes::new(kernels, &chain, capacity, sequences);
         let weight_bytes = bundle.gate.bytes(&kernels.weights).unwrap_or(0);
         let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
-        let probe_bytes = probes
-            .iter()
-            .map(|probe| probe.numbers.len() as u64 * FLOAT);
-        let weight_bytes = weight_bytes + probe_bytes.sum::<u64>();
+        let hidden = kernels.shape.hidden;
+        let weight_bytes = weight_bytes + exits.bytes(hidden);
         bundle.check_device_bytes(sizes.total() + weight_bytes, free as u64)?;
         let mut memory = Vec::new();
-        let addresses = weights.upload(kernels, capacity, &stream, &mut memory)?;
-        Self::allocate(stream, chain, sizes, addresses, &probes, memory)
+        let mut addresses = weights.upload(kernels, capacity, &stream, &mut memory)?;
+        let exits = ExitMemory::upload(&exits, &stream, &chain, hidden, &mut addresses)?;
+        Self::allocate(stream, chain, sizes, addresses, exits, memory)
     }
 
     /// Allocate what `sizes` says, and make tables.
@@ -159,19 +156,9 @@ impl CudaDriver {
         chain: CompiledChain,
         sizes: MemorySizes,
         mut weights: WeightAddresses,
-        probes: &[ProbeWeights],
+        exits: ExitMemory,
         mut memory: Vec<CudaSlice<u8>>,
     ) -> Result<Self> {
-        let mut uploaded = Vec::new();
-        for probe in probes {
-            let numbers = stream.clone_htod(&probe.numbers);
-            // they are read until then, also where the call failed
-            let waited = stream.synchronize();
-            let numbers = numbers.and_then(|numbers| waited.map(|()| numbers));
-            let numbers = numbers.map_err(failed("a probe's copy to the GPU"))?;
-            weights.layers[probe.depth - 1].probe = numbers.device_ptr(&stream).0;
-            uploaded.push(numbers);
-        }
         let slots = SlotMemory::allocate(&stream, sizes.slots, &mut weights.layers)?;
         let mut allocate = |bytes| -> Result<u64> {
             let slice = zeros(&stream, bytes)?;
@@ -194,6 +181,9 @@ impl CudaDriver {
             blocks: chain.blocks as i32,
             // scratch that nothing wrote to holds 0
             number: 1,
+            has_lenses: exits.has_lenses.into(),
+            frequent_tokens: exits.frequent_tokens as i32,
+            frequent_rows: exits.frequent_rows,
             ..PassParameters::default()
         };
         let conditions = stream.alloc_zeros::<Condition>(MAX_TABLES * sizes.conditions);
@@ -217,8 +207,7 @@ impl CudaDriver {
             _memory: memory,
             layer_pointers: weights.layers,
             slots,
-            probes: probes.iter().map(|probe| probe.depth).collect(),
-            _probes: uploaded,
+            exits,
             stream,
             chain,
             parameters,
@@ -317,13 +306,6 @@ fn kernels_of(bundle: &Bundle) -> Result<&ChainKernels> {
             bundle.gate.shown("").display()
         )),
     })?;
-    let mut exits = bundle.manifest.engines.exits.iter();
-    if exits.any(|exit| exit.lens.is_some()) {
-        return Err(refused(
-            "has tuned lenses at its exits, which the cuda backend does not run; use --backend \
-             onnxruntime",
-        ));
-    }
     Ok(kernels)
 }
 
@@ -339,7 +321,11 @@ impl ChainDevice for CudaDriver {
     }
 
     fn probes(&self) -> &[usize] {
-        &self.probes
+        &self.exits.probes
+    }
+
+    fn exit_heads(&self) -> &[usize] {
+        &self.exits.heads
     }
 
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {

@@ -7,7 +7,7 @@ use super::abi::{MAX_ROWS, PassRow};
 use crate::backend::{Ahead, EngineTiming, Logits, LogitsRequest, SequenceStep, StepExit};
 use crate::error::Result;
 use crate::kv::{KvFill, KvState};
-use crate::policy::ExitReason;
+use crate::policy::{ExitReason, ExitSignals};
 
 /// A step under way.
 pub(super) struct Lane {
@@ -21,6 +21,8 @@ pub(super) struct Lane {
     /// The rows whose logits are wanted where every layer runs.
     wanted: Range<usize>,
     pub(super) exit: StepExit,
+    /// What the exit head said there, where the rule asked it.
+    pub(super) exit_signals: Option<ExitSignals>,
     pub(super) logits: Logits,
     /// Of the logits' rows, where tokens are wanted, sampled or not.
     pub(super) margins: Vec<f32>,
@@ -87,6 +89,7 @@ impl Lane {
                 layer: layers,
                 reason: ExitReason::FullDepth,
             },
+            exit_signals: None,
             logits: Logits::None,
             margins: Vec::new(),
             ahead: Ahead {

@@ -8,10 +8,11 @@ mod abi;
 mod chain_device;
 mod compiled_chain;
 mod driver;
+mod exit_memory;
+mod exit_weights;
 mod lane;
 mod packed_weights;
 mod pass_costs;
-mod probe_weights;
 mod rule_tables;
 mod slot_memory;
 
@@ -34,7 +35,7 @@ use super::{
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
-use crate::policy::{Condition, Criterion, ExitReason, ExitRule, Signal};
+use crate::policy::{Condition, Criterion, ExitReason, ExitRule, ExitSignals, Signal};
 use crate::sampler::{Race, RaceResult};
 use crate::sequence::{Sequence, Slots};
 
@@ -80,6 +81,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 sequences,
                 shares_passes: true,
                 probes: device.probes().to_vec(),
+                exit_heads: device.exit_heads().to_vec(),
                 margins: true,
                 ahead: MAX_AHEAD,
                 ..Capabilities::default()
@@ -134,11 +136,13 @@ impl<D: ChainDevice> CudaChain<D> {
         ) in placed.into_iter().enumerate()
         {
             let (lane, step) = (&mut lanes[lane], &mut steps[lane]);
-            let exit = self.exit(&piece, step.rule, outcome.sequence[sequence])?;
+            let of_sequence = outcome.sequence[sequence];
+            let exit = self.exit(&piece, step.rule, of_sequence)?;
             lane.timings.extend(cost.timings(epoch, exit.layer));
             note_filled(lane, &piece, step.sequence, exit.layer);
             self.take_logits(lane, &piece, exit, first_row, &outcome, &step.logits)?;
             lane.exit = exit;
+            lane.exit_signals = self.exit_signals(&piece, step.rule, of_sequence);
             let rows = first_row..pass.rows.len();
             self.take_further_steps(lane, rows, &outcome, step)?;
         }
@@ -208,7 +212,9 @@ impl<D: ChainDevice> CudaChain<D> {
         let measured = |condition: &&Condition| match condition.signal {
             Signal::None | Signal::Stability => true,
             Signal::Risk => allowed && self.capabilities.probes.contains(&depth),
-            Signal::Margin | Signal::Learned => false,
+            Signal::Margin | Signal::Learned => {
+                allowed && self.capabilities.exit_heads.contains(&depth)
+            }
         };
         let condition = condition.copied().filter(|row| measured(&row));
         let condition = condition.unwrap_or_default();
@@ -248,6 +254,25 @@ impl<D: ChainDevice> CudaChain<D> {
                 ),
             }),
         }
+    }
+
+    /// What the exit head said where the pass over `piece` ended, if the rule asked it.
+    fn exit_signals(
+        &self,
+        piece: &Piece,
+        rule: Option<&ExitRule>,
+        outcome: SequenceOutcome,
+    ) -> Option<ExitSignals> {
+        let depth = outcome.depth as usize;
+        let asked = rule.is_some_and(|rule| {
+            let mut criteria = rule.criteria().iter();
+            criteria.any(|criterion| self.condition(criterion, depth).signal.is_of_exit_head())
+        });
+        (piece.is_last && asked).then_some(ExitSignals {
+            margin: outcome.margin,
+            entropy: outcome.entropy,
+            learned: outcome.learned,
+        })
     }
 
     /// Take the logits of `piece`, whose first row was number `first_row` of the pass. Where it
@@ -480,7 +505,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
             profile::record_step(&lane.timings, step.tokens.len(), lane.exit);
             StepOutcome {
                 exit: lane.exit,
-                exit_signals: None,
+                exit_signals: lane.exit_signals,
                 logits: lane.logits,
                 margins: lane.margins,
             }

@@ -78,6 +78,10 @@ mod tests {
             unreachable!("nothing runs")
         }
 
+        fn exit_heads(&self) -> &[usize] {
+            unreachable!("nothing runs")
+        }
+
         fn write_conditions(&mut self, table: usize, _: &[Condition]) -> Result<u64> {
             if self.fails {
                 return Err(Error::Cancelled);

@@ -150,9 +150,13 @@ impl ToyKernel {
                     self.saved[slot][row.position as usize] = Some(*hidden);
                 }
             }
+            let signals = hidden[newest].exit_signals(depth);
             return SequenceOutcome {
                 depth: depth as i32,
                 criterion: criterion.unwrap_or(-1),
+                margin: signals.margin,
+                learned: signals.learned,
+                entropy: signals.entropy,
                 ..SequenceOutcome::default()
             };
         }
@@ -277,7 +281,8 @@ impl State {
             Signal::None => return false,
             Signal::Stability => newest.signal(depth, 0),
             Signal::Risk => newest.signal(depth, 1),
-            signal => panic!("the kernel does not measure {signal:?}"),
+            Signal::Margin => newest.signal(depth, 2),
+            Signal::Learned => newest.signal(depth, 4),
         };
         let satisfied = match row.comparison {
             Comparison::AtLeast => value >= row.threshold,
@@ -299,6 +304,10 @@ impl ChainDevice for ToyKernel {
     }
 
     fn probes(&self) -> &[usize] {
+        &self.exit_layers
+    }
+
+    fn exit_heads(&self) -> &[usize] {
         &self.exit_layers
     }
 
