@@ -151,10 +151,11 @@ struct Chain {
     sync_block();
   }
 
-  // The warp that sends weights.
+  // The warps that send weights: a lane for each ring.
   __device__ __forceinline__ void produce(int first_layer, int last_layer) {
-    const int warp = threadIdx.x - THREADS;
-    if (warp < WARPS) producer(warp, first_layer, last_layer).run(&shared.ring[warp]);
+    constexpr int RINGS = WARPS / SENDING_WARPS;
+    const int sender = (threadIdx.x - THREADS) / 32, lane = threadIdx.x % 32, warp = sender * RINGS + lane;
+    if (sender < SENDING_WARPS && lane < RINGS) producer(warp, first_layer, last_layer).run(&shared.ring[warp]);
   }
 
   __device__ __forceinline__ Producer<RING_SLOTS<N>> producer(int warp, int first_layer, int last_layer) const {

@@ -5,14 +5,16 @@
 //
 // Matrices are packed in blocks, see blocks.cuh, so that a warp's share is contiguous.
 //
-// A warp beside those that compute sends the copies, one lane for each ring, where it can give them its registers.
-// (When each warp's first lane did, gate and up took 5.3 us a layer of Qwen2.5-0.5B's shape instead of 3.6. Two lanes
-// in each of four warps: 575 us for its layers instead of 558, since they take issue slots from the others.) Elsewhere
-// each warp fills its own ring, see copies.cuh.
+// Warps beside those that compute send the copies, one lane for each ring, where they can give them their registers.
+// (When each warp's first lane did, gate and up took 5.3 us a layer of Qwen2.5-0.5B's shape instead of 3.6.) One warp
+// sends, or two of 8-bit weights. (Of 1, 2 and 4, us a token: Qwen2.5-0.5B's shape in fp16 548, 564 and 582, since they
+// take issue slots from the others; Mistral-7B's in 8 bits 3343, 3084 and 3098, in 4 bits 2614, 2598 and 2618.)
+// Elsewhere each warp fills its own ring, see copies.cuh.
 #pragma once
 #include "tables.cuh"
 
 constexpr int PIECES_UNDER_WAY = 16;
+constexpr int SENDING_WARPS = WEIGHT_BITS == 8 ? 2 : 1;
 
 // What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
 struct alignas(16) RingState {
