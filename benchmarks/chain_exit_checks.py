@@ -57,6 +57,10 @@ class ExitChecks:
         for lenses in (False, True):
             yield from self._head_exits(reference, lenses)
         yield from self._logits_through_lenses(reference)
+        for lenses in (True, False):
+            if not lenses:
+                self._launcher.forget_exits()
+            yield from self._exits_before_waiting_rows(lenses)
         self._launcher.forget_exits()
 
     def _reference(self) -> Reference:
@@ -172,6 +176,23 @@ class ExitChecks:
             rows.append(self._launcher.run([self._sequence([token], 129 + step, max_depth=depth)]))
             token = int(rows[-1].argmax())
         return KernelCheck("steps through a lens", torch.equal(logits, torch.cat(rows)))
+
+    def _exits_before_waiting_rows(self, lenses: bool) -> Iterator[KernelCheck]:
+        """A rule stops the newest token before the layer at which a row waits that wants logits."""
+        waiting = self._layers // 3
+        first = self._sequence(TOKENS[:1], self._position, max_depth=waiting)
+        for depth in range(1, waiting + 1):
+            rule = [Condition() for _ in range(self._layers)]
+            rule[depth - 1] = _condition(STABILITY, AT_LEAST, -1.0)
+            rows = [(-1, self._position, waiting), (TOKENS[1], self._position + 1, 0)]
+            self._run([first])
+            logits = self._launcher.run([SequenceInput(rows, conditions=rule)])[1:]
+            stop = self._launcher.outcome().sequence[0].depth
+            self._run([first])
+            newest = self._sequence(TOKENS[1:2], self._position + 1, max_depth=depth)
+            same = torch.equal(logits, self._launcher.run([newest]))
+            name = f"an exit after {depth} layers where a row waits{' with lenses' * lenses}"
+            yield KernelCheck(name, same and stop == depth, f"depth {stop}")
 
     def _run_rule(
         self, rule: list[Condition], others: int, both: bool

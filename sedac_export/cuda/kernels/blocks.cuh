@@ -88,8 +88,10 @@ struct LaneWeights {
       asm volatile("ld.shared.u16 %0,[%1];" : "=r"(zeros) : "r"(first.zeros + offset) : "memory");
   }
 
-  // Its product with `x`, added to `c`.
-  __device__ __forceinline__ void multiply(float (&c)[4], float (&)[4], uint4 x) const {
+  // Its product with `x`, added to `c` where it is `wanted`. Only the addition depends on that: with a branch around
+  // all of it, the products of a piece's blocks waited for one another (Mistral-7B's shape in 4 bits, us a token: 2609,
+  // and 3561 for eight rows, instead of 2515 and 3317).
+  __device__ __forceinline__ void multiply(float (&c)[4], float (&)[4], uint4 x, bool wanted) const {
     constexpr unsigned MIDDLE = HALVES_1024 | (1 << (BITS - 1)) * 0x10001;
     const half2 upper_zero = as_half2(ZERO_POINTS ? __byte_perm(zeros, HALVES_1024, 0x5050) : MIDDLE);
     const half2 lower_zero = as_half2(ZERO_POINTS ? __byte_perm(zeros, HALVES_1024, 0x5151) : MIDDLE);
@@ -99,8 +101,11 @@ struct LaneWeights {
     else
       multiply_block(sum, sum, halves_less(numbers.x, upper_zero), halves_less(numbers.y, lower_zero), x);
     const float2 scale = __half22float2(as_half2(scales));
-    c[0] = fmaf(scale.x, sum[0], c[0]), c[1] = fmaf(scale.x, sum[1], c[1]);
-    c[2] = fmaf(scale.y, sum[2], c[2]), c[3] = fmaf(scale.y, sum[3], c[3]);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const float added = fmaf(q < 2 ? scale.x : scale.y, sum[q], c[q]);
+      c[q] = wanted ? added : c[q];
+    }
   }
 };
 template <>
@@ -111,8 +116,8 @@ struct LaneWeights<16> {
     const unsigned at = first.numbers + offset;
     upper = load_shared(at), lower = load_shared(at + NUMBER_BYTES / 2);
   }
-  __device__ __forceinline__ void multiply(float (&c)[4], float (&d)[4], uint4 x) const {
-    multiply_block(c, d, upper, lower, x);
+  __device__ __forceinline__ void multiply(float (&c)[4], float (&d)[4], uint4 x, bool wanted) const {
+    if (wanted) multiply_block(c, d, upper, lower, x);
   }
 };
 

@@ -70,14 +70,18 @@ template <int N>
 __device__ __noinline__ void finish_through_lenses(const Pass& pass, Shared<N>& shared, float* scratch, int depth,
                                                    unsigned odd) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31;
-  const auto lens_of = [&](int row) {
-    const int stopped = __shfl_sync(~0u, depth, MAX_CRITERIA * pass.row[row].sequence);
+  const auto stopped_at = [&](int row) { return __shfl_sync(~0u, depth, MAX_CRITERIA * pass.row[row].sequence); };
+  const auto lens_at = [&](int stopped) {
     return lens_after(pass, shared, scratch, stopped, layer_parities(odd, stopped - 1));
   };
 #pragma unroll 1
   for (unsigned rows = pass.logits_rows; rows; rows &= rows - 1) {
-    const Lens lens = lens_of(__ffs(rows) - 1);
-    if (lens.weights) lens.publish(rows & -rows);
+    const int row = __ffs(rows) - 1, stopped = stopped_at(row);
+    const Lens lens = lens_at(stopped);
+    if (lens.weights && pass.row[row].first_layer < stopped) lens.publish(rows & -rows);
   }
-  if (pass.logits_rows >> warp & 1) normalise_exit(lens_of(warp), lane, warp, pass.final_norm, shared.input[warp]);
+  if (!(pass.logits_rows >> warp & 1)) return;
+  const int stopped = stopped_at(warp);
+  if (pass.row[warp].first_layer < stopped)
+    normalise_exit(lens_at(stopped), lane, warp, pass.final_norm, shared.input[warp]);
 }

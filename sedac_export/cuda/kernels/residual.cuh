@@ -109,7 +109,8 @@ struct Residual {
     }
   }
 
-  // The head's input, of rows that have stopped: a row to each warp.
+  // The head's input, of rows that have stopped: a row to each warp. Rows that start deeper than their sequence stopped
+  // have none, and nothing to wait for.
   __device__ __forceinline__ void finish(int tid, const Exits& exits, unsigned odd) {
     const int warp = tid >> 5;
     if (pass.has_lenses) {
@@ -117,7 +118,8 @@ struct Residual {
     } else if (warp < N && has<N>(pass.logits_rows, warp)) {
       const int depth = exits.stopped_at(N == 1 ? 0 : pass.row[warp].sequence);
       const unsigned parity = row_parity<N>(layer_parities(odd, depth - 1), warp);
-      normalise(tid & 31, shared.input[warp], pass.final_norm, 0, StreamPairs{stream(warp, false), parity});
+      if (N == 1 || pass.row[warp].first_layer < depth)
+        normalise(tid & 31, shared.input[warp], pass.final_norm, 0, StreamPairs{stream(warp, false), parity});
     }
     if (warp < N && !(tid & 31)) shared.scale[warp] = HEADROOM;
     sync_block();

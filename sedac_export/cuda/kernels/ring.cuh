@@ -155,8 +155,7 @@ struct Ring {
         blocks[i].load(weights, slot * BLOCK_BYTES);
       }
 #pragma unroll
-      for (int i = 0; i < BLOCKS_AT_ONCE; i++)
-        if (first + i < count) blocks[i].multiply(c, d, x[i]);
+      for (int i = 0; i < BLOCKS_AT_ONCE; i++) blocks[i].multiply(c, d, x[i], first + i < count);
     }
     next += count;
     if (next >= SLOTS) next -= SLOTS;
