@@ -86,8 +86,14 @@ class Exchange:
         self.log["prompt_tokens"] = self.work.prompt_tokens
         repeated = self.body.n or 1
         for index, sequence in enumerate(self.work.sequences):
-            before = self.work.prompts[index // repeated].echoed
-            choice = ChoiceText(self.model, sequence.decoding, self.body.stops, before)
+            prompt = self.work.prompts[index // repeated]
+            choice = ChoiceText(
+                self.model,
+                sequence.decoding,
+                self.body.stops,
+                prompt,
+                only_prompt=self.body.max_tokens == 0,
+            )
             self.choices.append(choice)
 
     def _log_finish(self, reason: str) -> None:

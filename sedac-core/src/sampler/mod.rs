@@ -173,6 +173,11 @@ impl Sampler {
         self.is_constrained() && self.mask.is_none()
     }
 
+    /// Whether it is asked for how probable the prompt's tokens are.
+    pub fn scores_prompt(&self) -> bool {
+        self.processing.prompt_logprobs
+    }
+
     /// How probable `token` is by `logits`, where that was asked for.
     pub fn logprobs(&self, logits: &[f32], token: u32) -> Option<TokenLogprobs> {
         let top = self.processing.top_logprobs?;
