@@ -50,7 +50,9 @@ def test_a_prompt_is_scored_as_transformers_does(
     ours = torch.tensor(logprobs.token_logprobs[1 : len(tokens)])
     chosen = expected.gather(1, torch.tensor(tokens)[1:, None])[:, 0]
     assert torch.allclose(ours, chosen, atol=1e-2)
-    most_probable = torch.tensor([max(top.values()) for top in logprobs.top_logprobs[1 : len(tokens)]])
+    most_probable = torch.tensor(
+        [max(top.values()) for top in logprobs.top_logprobs[1 : len(tokens)]]
+    )
     assert torch.allclose(most_probable, expected.max(-1).values, atol=1e-2)
     assert len(logprobs.token_logprobs) == len(tokens) + 4
 

@@ -43,7 +43,8 @@ class ChoiceUpdate:
 class ChoiceText:
     """Turns the progress of one sequence into text.
 
-    prompt: what the choice begins with, as `echo` asks for. only_prompt: no tokens are wanted after it.
+    prompt: what the choice begins with, as `echo` asks for. only_prompt: no tokens are wanted after
+    it.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ChoiceText:
         self._prompt = ScoredPrompt(prompt, model.text_stream())
         self._only_prompt = only_prompt
         self._offset = len(prompt.echoed)
-        self._layers = 0
+        self.layers = 0
 
     def push(self, progress: Progress) -> ChoiceUpdate:
         """The next update. It is the last one if it has a finish_reason."""
@@ -92,7 +93,7 @@ class ChoiceText:
         update.tokens.append(SeenToken(token, piece, self._offset))
         update.text += self._filter.push(piece)
         self._offset += len(piece)
-        self._layers += token.exit_layer
+        self.layers += token.exit_layer
         self.completion_tokens += 1
 
     def _summary(self, drafts: DraftSummary | None) -> SedacSummary:
@@ -101,7 +102,7 @@ class ChoiceText:
             drafter=self._decoding.drafter,
             kv_fill=self._decoding.kv_fill,
             num_layers=self._model.core.num_layers,
-            mean_exit_layer=self._layers / max(self.completion_tokens, 1),
+            mean_exit_layer=self.layers / max(self.completion_tokens, 1),
             drafted=drafts.drafted if drafts else 0,
             accepted=drafts.accepted if drafts else 0,
             verify_passes=drafts.verify_passes if drafts else 0,

@@ -18,8 +18,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptToken:
-    """A token of an echoed prompt, and how many characters precede it. Nothing says how probable the
-    first one is: its logprob is None."""
+    """A token of an echoed prompt, and how many characters precede it. Nothing says how probable
+    the first one is: its logprob is None."""
 
     id: int
     offset: int

@@ -52,7 +52,7 @@ def prepare_completion(model: ServedModel, request: CompletionRequest) -> Work:
     if request.best_of not in (None, request.n or 1):
         raise bad_request("best_of is supported only where it equals n; leave it out", "best_of")
     if request.max_tokens == 0 and not request.echo:
-        raise bad_request("max_tokens 0 asks for nothing without echo; give 1 or more", "max_tokens")
+        raise bad_request("max_tokens 0 needs echo: true; give 1 or more", "max_tokens")
     prompts = [_prompt(model, prompt, request) for prompt in _listed(request)]
     if not prompts:
         raise bad_request("prompt is empty; give at least one", "prompt")
