@@ -134,7 +134,8 @@ def measure(server: Server, users: int, load: Load) -> tuple[list[str], bool]:
     environment = Environment(user_classes=[Client], host=f"http://127.0.0.1:{server.port}")
     runner = environment.create_local_runner()
     begun = time.perf_counter()
-    runner.start(users, spawn_rate=users, wait=True)
+    runner.start(users, spawn_rate=users)
+    runner.spawning_greenlet.join()
     while runner.user_count:
         gevent.sleep(0.05)
     seconds = time.perf_counter() - begun
@@ -154,7 +155,8 @@ def measure(server: Server, users: int, load: Load) -> tuple[list[str], bool]:
         f"{server.memory()}",
         f"{answered}",
     ]
-    return row, total.num_failures == 0 and total.num_requests == load.asked == answered
+    is_whole = 0 < total.num_requests == load.asked == answered
+    return row, is_whole and total.num_failures == 0
 
 
 def milliseconds(seconds: list[float]) -> list[str]:

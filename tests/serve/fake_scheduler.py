@@ -21,11 +21,11 @@ class FakeToken:
 class FakeProgress:
     sequence: int
     tokens: list[FakeToken] = field(default_factory=list)
-    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
     cached_prompt_tokens: int = 0
     drafts: None = None
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import THREADS
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -53,7 +54,7 @@ def client(demo_bundle: Path, exporter: InMemorySpanExporter) -> Iterator[TestCl
         patch.setenv("OTEL_TRACES_EXPORTER", "otlp")
         application = load_application(
             [demo_bundle],
-            partial(SedacModel.from_pretrained, threads=1),
+            partial(SedacModel.from_pretrained, threads=THREADS),
             SchedulerSettings(max_sequences=2, max_queue=2, cache_tokens=None),
             ServerSettings(),
         )
@@ -97,7 +98,7 @@ def test_a_span_says_how_a_request_went(
 
 def test_drafts_and_exits_are_in_the_span(client: TestClient, spans: InMemorySpanExporter) -> None:
     repeats = REQUEST | {"prompt": "self.items.append(item)\n" * 12, "max_tokens": 40}
-    summary = client.post("/v1/completions", json=repeats | {"sedac": {"drafter": "lookup"}})
+    summary = client.post("/v1/completions", json=repeats | {"sedac": {"drafter": "prompt-lookup"}})
     summary = summary.json()["choices"][0]["sedac"]["summary"]
     assert summary["drafted"] > 0
     expected = summary["accepted"] / summary["drafted"]
@@ -140,7 +141,7 @@ def test_nothing_is_imported_where_nothing_is_asked_for(environment: dict[str, s
         "import sys, sedac_runtime.serve.launch\n"
         "from fastapi import FastAPI\n"
         f"sedac_runtime.serve.tracing.instrument(FastAPI(), {environment})\n"
-        "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+        "print([name for name in sys.modules if name.startswith('opentelemetry.sdk')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
