@@ -393,6 +393,7 @@ mod tests {
             bias: vec![(1, 5.0)],
             constrained: true,
             top_logprobs: Some(1),
+            prompt_logprobs: false,
         };
         for temperature in [0.0, 0.5] {
             let settings = Sampling {
