@@ -14,20 +14,20 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+from server_process import Server, serving, wait_until
 
-SEQUENCES, CLIENTS, TIMEOUT = 12, 4, 30
+CLIENTS, TIMEOUT = 4, 30
+OPTIONS = ("--max-sequences", 12, "--request-timeout", TIMEOUT)
 # a position that only one prompt reaches, and the byte where its row of the first table begins
 POSITION, ROW = 900, 900 * 32 * 4
 TEXT: dict[str, Any] = {
@@ -40,32 +40,6 @@ TEXT: dict[str, Any] = {
 }
 # as many bytes of response as a server can send
 ENDLESS = TEXT | {"max_tokens": 100_000, "n": 4, "logprobs": 20}
-
-
-@dataclass
-class Server:
-    """A server's process, and where it listens. The metrics are those of its only model."""
-
-    process: subprocess.Popen[bytes]
-    model: str
-    port: int
-
-    @property
-    def url(self) -> str:
-        """The endpoint of all requests."""
-        return f"http://127.0.0.1:{self.port}/v1/completions"
-
-    def running(self) -> int:
-        """Sequences that are generated."""
-        text = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith("sedac_sequences_running")]
-        return int(float(lines[0].split()[-1])) if lines else 0
-
-    def memory(self) -> int:
-        """Megabytes that the process holds."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
-        return int(line.split()[1]) // 1024
 
 
 @dataclass
@@ -99,24 +73,6 @@ class Load:
                 done |= line == "data: [DONE]"
         assert done
         self.answered += 1
-
-
-@contextmanager
-def serving(bundle: Path, log: Path) -> Iterator[Server]:
-    """A server of `bundle` that is ready."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "sedac_runtime.cli", "serve", str(bundle), "--port", str(port)]
-    command += ["--max-sequences", str(SEQUENCES), "--request-timeout", str(TIMEOUT)]
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stderr=output)
-    server = Server(process, bundle.name, port)
-    try:
-        wait_until(lambda: process.poll() is None and is_healthy(port))
-        yield server
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextmanager
@@ -214,23 +170,6 @@ def ask_raw(server: Server, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
-def is_healthy(port: int) -> bool:
-    """Whether a server at `port` is ready."""
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once `condition` is true; raise after two minutes."""
-    end = time.monotonic() + 120
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError("it does not come true")
-        time.sleep(0.01)
-
-
 def spoil_position(bundle: Path) -> None:
     """Make the rotary embedding of position 900 NaN, with digests that fit."""
     file = bundle / "onnx" / "rotary.data"
@@ -254,12 +193,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         spoilt = shutil.copytree(bundle, Path(directory) / "spoilt")
         spoil_position(spoilt)
-        with serving(spoilt, Path(directory) / "log") as server:
+        with serving(spoilt, Path(directory) / "log", *OPTIONS) as server:
             for fault in (*faults, terminate):
                 with under_load(fault.__name__, server) as facts:
                     fault(server, facts)
         with (
-            serving(bundle, Path("/dev/full")) as server,
+            serving(bundle, Path("/dev/full"), *OPTIONS) as server,
             under_load("log on a full disk", server) as facts,
         ):
             nothing(server, facts)

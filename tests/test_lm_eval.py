@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEMO_MODEL
 from transformers import PreTrainedModel
 
 from sedac_runtime import SedacModel
@@ -15,7 +16,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
+from serve.running_server import serving
 
 from sedac_runtime.lm_eval import SedacLM
 
@@ -103,7 +106,9 @@ def test_exits_are_measured(scored: SedacLM, demo_bundle: Path) -> None:
     assert [total for total, _ in full] != [total for total, _ in exited]
 
 
-def test_a_task_of_local_files(scored: SedacLM, tmp_path: Path) -> None:
+@pytest.fixture
+def local_task(tmp_path: Path) -> TaskManager:
+    """The task "local_choice"."""
     documents = [
         {"question": "import ", "choices": ["os", "qqqzzz"], "answer": 0},
         {"question": "def f(self", "choices": ["{}}{}", "):"], "answer": 1},
@@ -111,8 +116,42 @@ def test_a_task_of_local_files(scored: SedacLM, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     (tmp_path / "task.yaml").write_text(TASK.replace("FILE", str(data)))
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    return TaskManager(include_path=str(tmp_path), include_defaults=False)
+
+
+def evaluate(model: Any, manager: TaskManager) -> tuple[float, list[tuple[float, bool]]]:
+    """The accuracy on the task, and the answers of the model."""
     result = simple_evaluate(
-        scored, tasks=["local_choice"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+        model, tasks=["local_choice"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
     )
-    assert result["results"]["local_choice"]["acc,none"] == 1.0
+    samples = result["samples"]["local_choice"]
+    answers = [answer for sample in samples for answer in sample["filtered_resps"]]
+    return result["results"]["local_choice"]["acc,none"], answers
+
+
+def test_a_task_of_local_files(scored: SedacLM, local_task: TaskManager) -> None:
+    assert evaluate(scored, local_task)[0] == 1.0
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_local_completions_measure_the_same(
+    scored: SedacLM, local_task: TaskManager, demo_bundle: Path, tokenized: bool
+) -> None:
+    with serving(demo_bundle, "--threads", 1) as server:
+        client = LocalCompletionsAPI(
+            base_url=f"{server.url}/v1/completions",
+            model=demo_bundle.name,
+            tokenizer=str(DEMO_MODEL),
+            tokenizer_backend="huggingface",
+            tokenized_requests=tokenized,
+            max_length=scored._core.max_cache_length,
+            max_retries=1,
+        )
+        accuracy, answers = evaluate(client, local_task)
+        pairs = client.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    assert accuracy == 1.0
+    expected = evaluate(scored, local_task)[1]
+    expected += scored.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    for (total, greedy), (ours, is_greedy) in zip(expected, [*answers, *pairs], strict=True):
+        assert ours == pytest.approx(total, abs=1e-3)
+        assert is_greedy == greedy

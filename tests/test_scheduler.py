@@ -74,6 +74,25 @@ def test_a_conversation_continues_its_cache(model: Model) -> None:
     assert 0 < statistics.used_cache_tokens <= statistics.cache_tokens
 
 
+def test_prompts_are_scored_in_every_mode(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=1)
+    keywords = {"max_new_tokens": 2, "stop_tokens": [], "prompt_logprobs": True}
+    scored = []
+    for mode in ("full", "exit", "lossless"):
+        decoding = model.decoding(mode)  # type: ignore[arg-type]
+        number = scheduler.add(PROMPTS[3], decoding, Sampling(), top_logprobs=2, **keywords)  # type: ignore[arg-type]
+        steps = run(scheduler)[number]
+        assert all(len(step.prompt_logprobs) <= 16 for step in steps)
+        scored.append([entry for step in steps for entry in step.prompt_logprobs])
+        assert len(tokens(steps)) == 2
+    assert len(scored[0]) == len(PROMPTS[3]) - 1
+    assert scored[0] == scored[1] == scored[2]
+    for logprob, most_probable in scored[0]:
+        assert logprob <= most_probable[0][1] and len(most_probable) == 2
+    with pytest.raises(InputError, match="prompt_logprobs"):
+        scheduler.add(PROMPTS[0], decoding, Sampling(), **keywords)  # type: ignore[arg-type]
+
+
 def test_logprobs_and_bias(model: Model) -> None:
     scheduler = Scheduler(model, max_sequences=2)
     plain = add(scheduler, model, PROMPTS[0], top_logprobs=3)

@@ -295,11 +295,13 @@ class Scheduler:
         max_new_tokens: int,
         stop_tokens: list[int],
         top_logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         logit_bias: Mapping[int, float] | None = None,
         constrained: bool = False,
     ) -> int:
         """Queue a sequence and return its number; from any thread. With `top_logprobs` tokens come
-        with their log-probabilities and those of as many most probable tokens. `logit_bias` is
+        with their log-probabilities and those of as many most probable tokens; with
+        `prompt_logprobs` the prompt's tokens too, but for the first, at full depth. `logit_bias` is
         added to the logits of its tokens. Each token of a `constrained` sequence waits for `allow`.
         InputError where the prompt cannot fit or a setting is out of range."""
 
@@ -321,13 +323,17 @@ class Scheduler:
 @final
 class Progress:
     """What one step did for one sequence: its new tokens and, at its end, why it ended and how its
-    drafts went, or the error that ended it. `cached_prompt_tokens` is the number of tokens of its
-    prompt that did not have to be prefilled."""
+    drafts went, or the error that ended it. `prompt_logprobs` has the next tokens of its prompt,
+    from the second on, where they were asked for: for each the natural logarithm of its
+    probability, and the most probable tokens with theirs. `cached_prompt_tokens` is the number of
+    tokens of its prompt that did not have to be prefilled."""
 
     @property
     def sequence(self) -> int: ...
     @property
     def tokens(self) -> list[StepToken]: ...
+    @property
+    def prompt_logprobs(self) -> list[tuple[float, list[tuple[int, float]]]]: ...
     @property
     def finish_reason(self) -> FinishReason | None: ...
     @property

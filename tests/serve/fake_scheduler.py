@@ -25,6 +25,7 @@ class FakeProgress:
     error: str | None = None
     cached_prompt_tokens: int = 0
     drafts: None = None
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
 
 
 @dataclass

@@ -46,7 +46,7 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
         ({"prompt": [-1]}, "prompt", "out of range"),
         ({"prompt": "a " * 5000}, "prompt", "shorten"),
         ({"best_of": 3}, "best_of", "leave it out"),
-        ({"echo": True, "logprobs": 0}, "logprobs", "leave"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"n": 100}, "n", "fewer"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "no token"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias", "no token"),

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from sedac_runtime.serve import api_errors, chat_routes, completion_routes
+from sedac_runtime.serve import api_errors, chat_routes, completion_routes, tracing
 from sedac_runtime.serve.request_gate import RequestGate, RequestRecord
 from sedac_runtime.serve.response_bodies import ModelEntry, ModelList
 from sedac_runtime.serve.routing import ERRORS, served_model
@@ -36,7 +36,8 @@ _PAGE_HEADERS = {
 def create_application(
     models: Sequence[ServedModel], metrics: ServerMetrics, settings: ServerSettings
 ) -> FastAPI:
-    """The application that serves `models`. Its lifespan starts and stops their threads."""
+    """The application that serves `models`. Its lifespan starts and stops their threads. Raises
+    InputError where traces are asked for that cannot be."""
     app = FastAPI(
         title="sedac-runtime",
         version=version("sedac-runtime"),
@@ -64,6 +65,7 @@ def create_application(
     app.get("/metrics", response_class=Response)(show_metrics)
     for path in _PAGE:
         app.get(path, include_in_schema=False)(show_page)
+    tracing.instrument(app)
     return app
 
 

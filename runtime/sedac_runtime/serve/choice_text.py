@@ -1,10 +1,14 @@
 """The text of one choice of a response, and what was seen of its tokens."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sedac_runtime._core import DecodingSetting, DraftSummary, Progress, StepToken
+from sedac_runtime.serve.echo import Prompt, PromptToken, ScoredPrompt
 from sedac_runtime.serve.response_bodies import (
     ChoiceFinish,
+    CompletionLogprobs,
     SedacChoice,
     SedacSummary,
     SedacToken,
@@ -26,9 +30,11 @@ class SeenToken:
 
 @dataclass
 class ChoiceUpdate:
-    """What one step did for a choice. text: all that is certain to precede a stop string."""
+    """What one step did for a choice. text: all that is certain to precede a stop string. prompt:
+    echoed tokens whose log probabilities are wanted."""
 
     text: str = ""
+    prompt: list[PromptToken] = field(default_factory=list)
     tokens: list[SeenToken] = field(default_factory=list)
     finish_reason: ChoiceFinish | None = None
     summary: SedacSummary | None = None
@@ -37,11 +43,18 @@ class ChoiceUpdate:
 class ChoiceText:
     """Turns the progress of one sequence into text.
 
-    before: text that the choice begins with, as `echo` asks for.
+    prompt: what the choice begins with, as `echo` asks for. only_prompt: no tokens are wanted after
+    it.
     """
 
     def __init__(
-        self, model: ServedModel, decoding: DecodingSetting, stops: list[str], before: str
+        self,
+        model: ServedModel,
+        decoding: DecodingSetting,
+        stops: list[str],
+        prompt: Prompt,
+        *,
+        only_prompt: bool = False,
     ) -> None:
         self.completion_tokens = 0
         self.cached_prompt_tokens = 0
@@ -49,20 +62,24 @@ class ChoiceText:
         self._decoding = decoding
         self._stream = model.text_stream()
         self._filter = StopFilter(stops)
-        self._before = before
-        self._offset = len(before)
-        self._layers = 0
+        self._before = prompt.echoed
+        self._prompt = ScoredPrompt(prompt, model.text_stream())
+        self._only_prompt = only_prompt
+        self._offset = len(prompt.echoed)
+        self.layers = 0
 
     def push(self, progress: Progress) -> ChoiceUpdate:
         """The next update. It is the last one if it has a finish_reason."""
-        update = ChoiceUpdate(text=self._before)
+        update = ChoiceUpdate(self._before, self._prompt.push(progress.prompt_logprobs))
         self._before = ""
         self.cached_prompt_tokens = max(self.cached_prompt_tokens, progress.cached_prompt_tokens)
-        for token in progress.tokens:
+        for token in () if self._only_prompt else progress.tokens:
             self._take(token, update)
             if self._filter.stopped:
                 break
-        if self._filter.stopped:
+        if self._only_prompt:
+            update.finish_reason = None if progress.finish_reason is None else "length"
+        elif self._filter.stopped:
             update.finish_reason = "stop"
         elif progress.finish_reason is not None:
             update.text += self._filter.push(self._stream.finish()) + self._filter.finish()
@@ -76,7 +93,7 @@ class ChoiceText:
         update.tokens.append(SeenToken(token, piece, self._offset))
         update.text += self._filter.push(piece)
         self._offset += len(piece)
-        self._layers += token.exit_layer
+        self.layers += token.exit_layer
         self.completion_tokens += 1
 
     def _summary(self, drafts: DraftSummary | None) -> SedacSummary:
@@ -85,7 +102,7 @@ class ChoiceText:
             drafter=self._decoding.drafter,
             kv_fill=self._decoding.kv_fill,
             num_layers=self._model.core.num_layers,
-            mean_exit_layer=self._layers / max(self.completion_tokens, 1),
+            mean_exit_layer=self.layers / max(self.completion_tokens, 1),
             drafted=drafts.drafted if drafts else 0,
             accepted=drafts.accepted if drafts else 0,
             verify_passes=drafts.verify_passes if drafts else 0,
@@ -96,6 +113,7 @@ def merge(updates: list[ChoiceUpdate]) -> ChoiceUpdate:
     """A choice's updates as one."""
     return ChoiceUpdate(
         text="".join(update.text for update in updates),
+        prompt=[token for update in updates for token in update.prompt],
         tokens=[token for update in updates for token in update.tokens],
         finish_reason=updates[-1].finish_reason,
         summary=updates[-1].summary,
@@ -120,6 +138,50 @@ def sedac_choice(update: ChoiceUpdate) -> SedacChoice:
 def token_logprobs(model: ServedModel, update: ChoiceUpdate) -> list[TokenLogprob]:
     """The log probabilities of an update's tokens."""
     return [_token_logprob(model, seen.token) for seen in update.tokens]
+
+
+class _Scored(Protocol):
+    """A token of a prompt, or a new one."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def logprob(self) -> float | None: ...
+    @property
+    def top_logprobs(self) -> list[tuple[int, float]]: ...
+
+
+def completion_logprobs(model: ServedModel, update: ChoiceUpdate) -> CompletionLogprobs:
+    """The log probabilities of an update's tokens, and of those that it echoes."""
+    logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for token, offset in _scored(update):
+        logprobs.tokens.append(_text(model, token.id))
+        logprobs.token_logprobs.append(token.logprob)
+        logprobs.top_logprobs.append(_by_text(model, token))
+        logprobs.text_offset.append(offset)
+    return logprobs
+
+
+def _scored(update: ChoiceUpdate) -> Iterator[tuple[_Scored, int]]:
+    """Tokens, each with the characters that precede it."""
+    for prompt_token in update.prompt:
+        yield prompt_token, prompt_token.offset
+    for seen in update.tokens:
+        yield seen.token, seen.offset
+
+
+def _by_text(model: ServedModel, token: _Scored) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    logprobs: dict[str, float] = {}
+    for other, logprob in token.top_logprobs:
+        # parts of characters look alike: the most probable one counts
+        logprobs.setdefault(_text(model, other), logprob)
+    return logprobs
+
+
+def _text(model: ServedModel, token: int) -> str:
+    return model.token_bytes(token).decode("utf-8", errors="replace")
 
 
 def _token_logprob(model: ServedModel, token: StepToken) -> TokenLogprob:

@@ -4,7 +4,7 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
-from sedac_runtime.serve.choice_text import ChoiceUpdate, merge, sedac_choice, token_logprobs
+from sedac_runtime.serve.choice_text import ChoiceUpdate, completion_logprobs, merge, sedac_choice
 from sedac_runtime.serve.preparation import prepare_completion
 from sedac_runtime.serve.request_fields import CompletionRequest
 from sedac_runtime.serve.response_bodies import Completion, CompletionChoice, CompletionLogprobs
@@ -69,16 +69,12 @@ class _CompletionWriter:
         return CompletionChoice(
             index=index,
             text=update.text,
-            logprobs=None if self._body.logprobs is None else self._logprobs(update),
+            logprobs=self._logprobs(update),
             finish_reason=update.finish_reason,
             sedac=None if self._body.sedac is None else sedac_choice(update),
         )
 
-    def _logprobs(self, update: ChoiceUpdate) -> CompletionLogprobs:
-        tokens = token_logprobs(self.exchange.model, update)
-        return CompletionLogprobs(
-            tokens=[token.token for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[{top.token: top.logprob for top in t.top_logprobs} for t in tokens],
-            text_offset=[seen.offset for seen in update.tokens],
-        )
+    def _logprobs(self, update: ChoiceUpdate) -> CompletionLogprobs | None:
+        if self._body.logprobs is None:
+            return None
+        return completion_logprobs(self.exchange.model, update)

@@ -40,6 +40,7 @@ class SequenceRequest:
     max_new_tokens: int
     stop_tokens: list[int]
     top_logprobs: int | None = None
+    prompt_logprobs: bool = False
     logit_bias: dict[int, float] | None = None
     constraint: Constraint | None = None
 
@@ -165,6 +166,7 @@ class EngineThread:
             max_new_tokens=request.max_new_tokens,
             stop_tokens=request.stop_tokens,
             top_logprobs=request.top_logprobs,
+            prompt_logprobs=request.prompt_logprobs,
             logit_bias=request.logit_bias,
             constrained=mask is not None,
         )

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 
 # of the request that is being answered
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+# where it is traced
+trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,6 +24,8 @@ class JsonFormatter(logging.Formatter):
         }
         if (current := request_id.get()) is not None:
             line["request_id"] = current
+        if (trace := trace_id.get()) is not None:
+            line["trace_id"] = trace
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

@@ -11,6 +11,7 @@ from sedac_runtime._core import InputError
 from sedac_runtime.serve.api_errors import bad_request
 from sedac_runtime.serve.chat_request import ChatMessage, ChatRequest, FunctionDefinition
 from sedac_runtime.serve.constraint import json_grammar, lark_grammar
+from sedac_runtime.serve.echo import Prompt
 from sedac_runtime.serve.engine_thread import SequenceRequest
 from sedac_runtime.serve.request_fields import (
     CompletionRequest,
@@ -25,14 +26,6 @@ T = TypeVar("T")
 # OpenAI's default for /v1/completions
 _COMPLETION_TOKENS = 16
 _SEEDS = 2**64
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's tokens, and the text that `echo` repeats."""
-
-    tokens: list[int]
-    echoed: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,14 +51,12 @@ def prepare_completion(model: ServedModel, request: CompletionRequest) -> Work:
     """Tokenize, and resolve every setting. Raises ApiError."""
     if request.best_of not in (None, request.n or 1):
         raise bad_request("best_of is supported only where it equals n; leave it out", "best_of")
-    if request.echo and request.logprobs is not None:
-        raise bad_request(
-            "logprobs of an echoed prompt are not supported; leave echo or logprobs out", "logprobs"
-        )
-    prompts = [_prompt(model, prompt, bool(request.echo)) for prompt in _listed(request)]
+    if request.max_tokens == 0 and not request.echo:
+        raise bad_request("max_tokens 0 needs echo: true; give 1 or more", "max_tokens")
+    prompts = [_prompt(model, prompt, request) for prompt in _listed(request)]
     if not prompts:
         raise bad_request("prompt is empty; give at least one", "prompt")
-    limit = request.max_tokens or _COMPLETION_TOKENS
+    limit = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     return _work(model, request, prompts, "prompt", limit, request.logprobs, None)
 
 
@@ -101,15 +92,17 @@ def _work(
     bias = _logit_bias(model, request)
     sequences = []
     for prompt in prompts:
-        room = _room(model, prompt, field)
+        room = _room(model, prompt, field, limit)
         for index in range(request.n or 1):
             sequence = SequenceRequest(
                 prompt=prompt.tokens,
                 decoding=decoding,
                 sampling=_sampling(request, (first_seed + index) % _SEEDS),
-                max_new_tokens=min(limit, room),
+                # the logits that score a prompt give a first token, wanted or not
+                max_new_tokens=max(1, min(limit, room)),
                 stop_tokens=model.core.eos_token_ids,
                 top_logprobs=logprobs,
+                prompt_logprobs=prompt.is_scored,
                 logit_bias=bias,
                 constraint=constraint and constraint.fork(),
             )
@@ -127,21 +120,23 @@ def _listed(request: CompletionRequest) -> list[str] | list[list[int]]:
     return prompt  # type: ignore[return-value]
 
 
-def _prompt(model: ServedModel, prompt: str | list[int], echo: bool) -> Prompt:
+def _prompt(model: ServedModel, prompt: str | list[int], request: CompletionRequest) -> Prompt:
+    echo = bool(request.echo)
+    is_scored = echo and request.logprobs is not None
     if isinstance(prompt, str):
         tokens = _checked("prompt", lambda: model.encode(prompt))
-        return Prompt(tokens, prompt if echo else "")
+        return Prompt(tokens, prompt if echo else "", is_scored)
     for token in prompt:
         if not 0 <= token < model.vocabulary_size:
             raise bad_request(
                 f"token {token} is out of range: 0 to {model.vocabulary_size - 1}", "prompt"
             )
-    return Prompt(prompt, model.decode(prompt) if echo else "")
+    return Prompt(prompt, model.decode(prompt) if echo else "", is_scored)
 
 
-def _room(model: ServedModel, prompt: Prompt, field: str) -> int:
-    """Tokens that fit after `prompt`, at least one."""
-    length, longest = len(prompt.tokens), model.core.max_cache_length
+def _room(model: ServedModel, prompt: Prompt, field: str, limit: int) -> int:
+    """Tokens that fit after `prompt`, at least one where any are wanted."""
+    length, longest = len(prompt.tokens), model.core.max_cache_length + (limit == 0)
     if length == 0:
         raise bad_request(f"{field} has no tokens; give some text", field)
     if length >= longest:

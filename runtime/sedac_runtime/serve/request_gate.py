@@ -11,8 +11,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sedac_runtime.serve import tracing
 from sedac_runtime.serve.api_errors import ApiError, failure, too_many_connections
-from sedac_runtime.serve.json_logs import request_id
+from sedac_runtime.serve.json_logs import request_id, trace_id
 from sedac_runtime.serve.server_metrics import ServerMetrics
 from sedac_runtime.serve.server_settings import ServerSettings
 
@@ -38,6 +39,8 @@ class RequestRecord:
         given = Headers(scope=scope).get(_HEADER, "")
         own = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         request_id.set(own)
+        span = tracing.current_span()
+        trace_id.set(None if span is None else tracing.trace_id(span))
         log: dict[str, Any] = {}
         scope.setdefault("state", {})["log"] = log
         status, begun = _CLIENT_GONE, time.perf_counter()
@@ -47,6 +50,9 @@ class RequestRecord:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[_HEADER] = own
+            elif span is not None and not message.get("more_body", False):
+                # the span ends with the body
+                tracing.describe(span, scope["path"], own, log)
             await send(message)
 
         try:
@@ -56,6 +62,8 @@ class RequestRecord:
             if status == _CLIENT_GONE:  # no response has begun
                 await failure().response()(scope, receive, send_with_id)
         finally:
+            if span is not None and span.is_recording():
+                tracing.describe(span, scope["path"], own, log)
             self._record(scope, status, time.perf_counter() - begun, log)
 
     def _record(self, scope: Scope, status: int, seconds: float, log: dict[str, Any]) -> None:

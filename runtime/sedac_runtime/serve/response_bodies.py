@@ -78,11 +78,12 @@ class ChatLogprobs(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry for each token; text_offset counts characters of the choice's text."""
+    """One entry for each token, with echo also of the prompt, whose first one has null for its log
+    probabilities; text_offset counts characters of the choice's text."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

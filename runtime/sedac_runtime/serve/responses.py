@@ -40,9 +40,11 @@ class Exchange:
     log: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self.deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
+        self._begun = asyncio.get_running_loop().time()
+        self.deadline = self._begun + self.settings.request_timeout
         self.work = Work([], [])
         self.choices: list[ChoiceText] = []
+        self._drafted = self._accepted = 0
 
     async def updates(self) -> Updates:
         """(choice, update) as they come. Raises ApiError."""
@@ -54,9 +56,12 @@ class Exchange:
                 batch.start(self.work.sequences)
                 async for index, progress in batch:
                     update = self.choices[index].push(progress)
+                    if update.tokens and "first_token_ms" not in self.log:
+                        waited = asyncio.get_running_loop().time() - self._begun
+                        self.log["first_token_ms"] = round(waited * 1e3, 1)
                     if update.finish_reason is not None:
                         batch.finish(index)
-                        self._log_finish(update.finish_reason)
+                        self._log_finish(update)
                     yield index, update
             except TimeoutError:
                 raise timed_out(self.settings.request_timeout) from None
@@ -84,15 +89,31 @@ class Exchange:
 
     def _begin(self) -> None:
         self.log["prompt_tokens"] = self.work.prompt_tokens
+        self.log["mode"] = self.work.sequences[0].decoding.mode
         repeated = self.body.n or 1
         for index, sequence in enumerate(self.work.sequences):
-            before = self.work.prompts[index // repeated].echoed
-            choice = ChoiceText(self.model, sequence.decoding, self.body.stops, before)
+            prompt = self.work.prompts[index // repeated]
+            choice = ChoiceText(
+                self.model,
+                sequence.decoding,
+                self.body.stops,
+                prompt,
+                only_prompt=self.body.max_tokens == 0,
+            )
             self.choices.append(choice)
 
-    def _log_finish(self, reason: str) -> None:
-        self.log.setdefault("finish_reasons", []).append(reason)
-        self.log["completion_tokens"] = sum(choice.completion_tokens for choice in self.choices)
+    def _log_finish(self, update: ChoiceUpdate) -> None:
+        self.log.setdefault("finish_reasons", []).append(update.finish_reason)
+        tokens = sum(choice.completion_tokens for choice in self.choices)
+        self.log["completion_tokens"] = tokens
+        if tokens:
+            layers = sum(choice.layers for choice in self.choices)
+            self.log["mean_exit_layer"] = round(layers / tokens, 2)
+        if update.summary is not None:
+            self._drafted += update.summary.drafted
+            self._accepted += update.summary.accepted
+        if self._drafted:
+            self.log["acceptance_rate"] = round(self._accepted / self._drafted, 3)
 
 
 class EventStream(StreamingResponse):

@@ -20,10 +20,11 @@ use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::ExitReason;
-use crate::sampler::{LogitsProcessing, Sampler, TokenMask};
+use crate::sampler::{LogitsProcessing, Sampler, TokenLogprobs, TokenMask};
 use crate::sequence::Sequence;
 
-/// The most tokens that a step other than prefill appends: a draft and the token before it.
+/// The most tokens that a step other than prefill appends: a draft and the token before it. No step
+/// asks for the logits of more positions.
 const MAX_STEP_TOKENS: usize = 16;
 
 /// A text under way.
@@ -47,7 +48,8 @@ enum Planned {
     /// What exits left open.
     #[default]
     Completion,
-    /// Known tokens, of which the last gives the first new one where it `chooses`.
+    /// Known tokens, of which the last gives the first new one where it `chooses`. All score the next
+    /// token of the prompt where that is asked for.
     Prefill { chooses: bool },
     /// A token that has exited before the sequence lost its cache.
     Replay,
@@ -109,6 +111,12 @@ impl Decoding {
         &self.drafts
     }
 
+    /// How probable the prompt's tokens are, from the second on: those that are known since this was
+    /// last asked.
+    pub(crate) fn take_prompt_logprobs(&mut self) -> Vec<TokenLogprobs> {
+        std::mem::take(&mut self.text.prompt_logprobs)
+    }
+
     /// Choose the next token of a constrained text among those of `mask`.
     pub(crate) fn allow(&mut self, mask: TokenMask) {
         self.text.sampler.allow(mask);
@@ -123,7 +131,7 @@ impl Decoding {
     pub(crate) fn waits(&self, length: usize, max_chunk: usize) -> bool {
         let chooses = match self.known() - length {
             0 => true,
-            left => left <= max_chunk && !self.text.has_output(),
+            left => left == self.chunk(length, max_chunk) && !self.text.has_output(),
         };
         chooses && self.text.sampler.lacks_mask()
     }
@@ -141,6 +149,11 @@ impl Decoding {
             true => self.text.prompt_tokens,
             false => self.known(),
         };
+        let max_chunk = match self.text.scores_prompt() {
+            // every position also takes the head and a softmax
+            true => max_chunk.min(MAX_STEP_TOKENS),
+            false => max_chunk,
+        };
         limit.saturating_sub(length).min(max_chunk)
     }
 
@@ -154,7 +167,8 @@ impl Decoding {
     /// The first tokens, which may already be in a cache where full depth computed all entries.
     pub(crate) fn reusable(&self) -> &[u32] {
         let tokens = match (self.text.has_output(), self.replays()) {
-            // the last position of the prompt is run, since its logits are needed
+            // positions whose logits are needed are run: the last one, or all that are not scored
+            (false, _) if self.text.scores_prompt() => self.text.scored,
             (false, _) => self.text.prompt_tokens - 1,
             (true, true) => self.text.prompt_tokens,
             (true, false) => self.known(),
@@ -338,6 +352,9 @@ impl Decoding {
     pub(crate) fn step<'a>(&'a mut self, sequence: &'a mut Sequence) -> SequenceStep<'a> {
         let (may_exit, positions, ahead) = match &self.planned {
             Planned::Completion => (false, 0, Ahead::default()),
+            Planned::Prefill { .. } if self.text.scores_prompt() => {
+                (false, self.inputs.len(), Ahead::default())
+            }
             Planned::Prefill { chooses } => (false, usize::from(*chooses), Ahead::default()),
             Planned::Replay => (true, 0, Ahead::default()),
             Planned::Decode { ahead } => (true, ahead.tokens, *ahead),
@@ -368,9 +385,9 @@ impl Decoding {
         mut emit: impl FnMut(Token) -> ControlFlow<()>,
     ) {
         match (std::mem::take(&mut self.planned), outcome) {
-            (Planned::Prefill { chooses: true }, Some(outcome)) => {
-                let logits = outcome.logits.at(0, self.vocab_size);
-                self.text.take(logits, outcome.exit, None, &mut emit);
+            (Planned::Prefill { chooses }, Some(outcome)) => {
+                let end = sequence.tokens().len();
+                self.take_prefilled(&outcome, end, chooses, &mut emit);
             }
             (Planned::Replay, Some(_)) => self.exits.advance(),
             (Planned::Decode { .. }, Some(outcome)) => {
@@ -386,6 +403,28 @@ impl Decoding {
         }
         // the newest token is never run yet
         sequence.truncate(self.text.tokens.len() - 1);
+    }
+
+    /// Take the logits of the positions before `end`, as many as were wanted.
+    fn take_prefilled(
+        &mut self,
+        outcome: &StepOutcome,
+        end: usize,
+        chooses: bool,
+        emit: &mut impl Emit,
+    ) {
+        let mut last = 0;
+        if self.text.scores_prompt() {
+            last = self.inputs.len() - 1;
+            for index in 0..=last {
+                let logits = outcome.logits.at(index, self.vocab_size);
+                self.text.score(end - 1 - last + index, logits);
+            }
+        }
+        if chooses {
+            let logits = outcome.logits.at(last, self.vocab_size);
+            self.text.take(logits, outcome.exit, None, emit);
+        }
     }
 
     fn take_decoded(&mut self, outcome: &StepOutcome, costs: &Costs, emit: &mut impl Emit) {

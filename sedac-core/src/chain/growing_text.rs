@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use super::{FinishReason, Request, Token};
 use crate::backend::{PositionLogits, StepExit};
-use crate::sampler::Sampler;
+use crate::sampler::{Sampler, TokenLogprobs};
 
 /// Takes tokens; the text ends where it breaks.
 pub(super) trait Emit: FnMut(Token) -> ControlFlow<()> {}
@@ -21,6 +21,10 @@ pub(super) struct Text {
     /// The length at which the text ends: `max_new_tokens` or the cache allows no more.
     pub(super) max_length: usize,
     pub(super) finished: Option<FinishReason>,
+    /// Positions of the prompt from the first on whose next tokens are scored, where that is asked for.
+    pub(super) scored: usize,
+    /// How probable these tokens are, but for those that were handed on.
+    pub(super) prompt_logprobs: Vec<TokenLogprobs>,
 }
 
 impl Text {
@@ -36,6 +40,8 @@ impl Text {
             prompt_tokens,
             max_length: prompt_tokens + max_new_tokens,
             finished: None,
+            scored: 0,
+            prompt_logprobs: Vec::new(),
         }
     }
 
@@ -46,6 +52,25 @@ impl Text {
 
     pub(super) fn has_output(&self) -> bool {
         self.tokens.len() > self.prompt_tokens
+    }
+
+    /// Whether tokens of the prompt are scored as it is prefilled.
+    pub(super) fn scores_prompt(&self) -> bool {
+        self.sampler.scores_prompt() && !self.has_output()
+    }
+
+    /// Score the prompt's token after `position` by the logits there, unless it was before the sequence
+    /// lost its cache.
+    pub(super) fn score(&mut self, position: usize, logits: PositionLogits<'_>) {
+        let PositionLogits::All(logits) = logits else {
+            return;
+        };
+        if position == self.scored && position + 1 < self.prompt_tokens {
+            let next = self.tokens[position + 1];
+            self.prompt_logprobs
+                .extend(self.sampler.logprobs(logits, next));
+            self.scored += 1;
+        }
     }
 
     pub(super) fn newest(&self) -> u32 {

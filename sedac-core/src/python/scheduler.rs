@@ -53,7 +53,7 @@ impl PyScheduler {
     /// Queue a sequence and return its number.
     #[pyo3(signature = (
         prompt, decoding, sampling, *, max_new_tokens, stop_tokens, top_logprobs = None,
-        logit_bias = None, constrained = false
+        prompt_logprobs = false, logit_bias = None, constrained = false
     ))]
     #[expect(clippy::too_many_arguments, reason = "Python's keyword arguments")]
     fn add(
@@ -64,6 +64,7 @@ impl PyScheduler {
         max_new_tokens: usize,
         stop_tokens: Vec<u32>,
         top_logprobs: Option<usize>,
+        prompt_logprobs: bool,
         logit_bias: Option<BTreeMap<u32, f32>>,
         constrained: bool,
     ) -> PyResult<u64> {
@@ -81,6 +82,7 @@ impl PyScheduler {
             bias: logit_bias.into_iter().flatten().collect(),
             constrained,
             top_logprobs,
+            prompt_logprobs,
         };
         Ok(self.scheduler.get()?.add(&request, processing)?)
     }
@@ -129,6 +131,7 @@ impl PyScheduler {
 pub(super) struct PyProgress {
     sequence: u64,
     tokens: Vec<Py<PyStepToken>>,
+    prompt_logprobs: Vec<(f32, Vec<(u32, f32)>)>,
     finish_reason: Option<FinishReason>,
     error: Option<String>,
     cached_prompt_tokens: usize,
@@ -143,11 +146,15 @@ impl PyProgress {
             None => (None, None),
         };
         let tokens = progress.tokens.into_iter();
+        let prompt_logprobs = progress.prompt_logprobs.into_iter();
         Ok(Self {
             sequence: progress.sequence,
             tokens: tokens
                 .map(|token| Py::new(py, PyStepToken::from(token)))
                 .collect::<PyResult<_>>()?,
+            prompt_logprobs: prompt_logprobs
+                .map(|logprobs| (logprobs.logprob, logprobs.top))
+                .collect(),
             finish_reason: end.as_ref().map(|end| end.finish_reason),
             error,
             cached_prompt_tokens: progress.cached_prompt_tokens,

@@ -11,14 +11,25 @@ pub struct LogitsProcessing {
     pub constrained: bool,
     /// Each token comes with its log-probability and those of this number of most probable tokens.
     pub top_logprobs: Option<usize>,
+    /// So do the prompt's tokens, but for the first.
+    pub prompt_logprobs: bool,
 }
 
 impl LogitsProcessing {
-    /// Check the bias against a vocabulary of `vocabulary` tokens.
+    /// Check the bias against a vocabulary of `vocabulary` tokens, and that it is known how many
+    /// log-probabilities a prompt's tokens come with.
     ///
     /// # Errors
-    /// [`Error::Setting`] where a token does not exist or its bias is not finite.
+    /// [`Error::Setting`] where a token does not exist, its bias is not finite, or
+    /// `prompt_logprobs` lacks `top_logprobs`.
     pub fn check(&self, vocabulary: usize) -> Result<()> {
+        if self.prompt_logprobs && self.top_logprobs.is_none() {
+            return Err(Error::setting(
+                "prompt_logprobs",
+                true,
+                "false without top_logprobs",
+            ));
+        }
         for &(token, bias) in &self.bias {
             if token as usize >= vocabulary {
                 let range = format!("for tokens below {vocabulary}, which are all there are");
@@ -152,5 +163,19 @@ mod tests {
         assert!(check((5, -100.0)).is_ok());
         assert!(check((6, 1.0)).is_err());
         assert!(check((0, f32::NAN)).is_err());
+    }
+
+    #[test]
+    fn a_prompt_is_scored_with_a_number_of_most_probable_tokens() {
+        let check = |top_logprobs| {
+            LogitsProcessing {
+                top_logprobs,
+                prompt_logprobs: true,
+                ..LogitsProcessing::default()
+            }
+            .check(6)
+        };
+        assert!(check(Some(0)).is_ok());
+        assert!(check(None).is_err());
     }
 }

@@ -173,6 +173,11 @@ impl Sampler {
         self.is_constrained() && self.mask.is_none()
     }
 
+    /// Whether it is asked for how probable the prompt's tokens are.
+    pub fn scores_prompt(&self) -> bool {
+        self.processing.prompt_logprobs
+    }
+
     /// How probable `token` is by `logits`, where that was asked for.
     pub fn logprobs(&self, logits: &[f32], token: u32) -> Option<TokenLogprobs> {
         let top = self.processing.top_logprobs?;
@@ -388,6 +393,7 @@ mod tests {
             bias: vec![(1, 5.0)],
             constrained: true,
             top_logprobs: Some(1),
+            prompt_logprobs: false,
         };
         for temperature in [0.0, 0.5] {
             let settings = Sampling {

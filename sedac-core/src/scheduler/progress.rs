@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::chain::{DraftSummary, FinishReason, Token};
 use crate::error::Error;
+use crate::sampler::TokenLogprobs;
 
 /// What one step did for one sequence.
 #[derive(Debug)]
@@ -12,6 +13,8 @@ pub struct Progress {
     pub sequence: u64,
     /// Its new tokens.
     pub tokens: Vec<Token>,
+    /// How probable the next tokens of its prompt are, from the second on, where that was asked for.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
     /// How it ended, where it did. A failure may have ended several sequences.
     pub end: Option<Result<SequenceEnd, Arc<Error>>>,
     /// Tokens of its prompt that another sequence's cache held.

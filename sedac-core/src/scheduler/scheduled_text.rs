@@ -41,6 +41,7 @@ impl ScheduledText {
         Progress {
             sequence: number,
             tokens: Vec::new(),
+            prompt_logprobs: Vec::new(),
             end: Some(Err(error)),
             cached_prompt_tokens: self.cached_prompt_tokens.unwrap_or(0),
         }
@@ -77,16 +78,21 @@ impl RunningText {
     /// What its step did; None where there is nothing to report.
     pub(super) fn progress(&mut self, number: u64) -> Option<Progress> {
         let tokens = std::mem::take(&mut self.tokens);
-        let decoding = &self.text.decoding;
+        let decoding = &mut self.text.decoding;
+        let prompt_logprobs = decoding.take_prompt_logprobs();
+        if tokens.is_empty() && prompt_logprobs.is_empty() {
+            return None;
+        }
         let end = decoding.finished().map(|finish_reason| {
             Ok(SequenceEnd {
                 finish_reason,
                 drafts: decoding.drafts().clone(),
             })
         });
-        (!tokens.is_empty()).then_some(Progress {
+        Some(Progress {
             sequence: number,
             tokens,
+            prompt_logprobs,
             end,
             cached_prompt_tokens: self.text.cached_prompt_tokens.unwrap_or(0),
         })

@@ -11,7 +11,7 @@ use sedac_core::Error;
 use sedac_core::bundle::DrafterKind;
 use sedac_core::chain::{Chain, DecodingMode, FinishReason, Request};
 use sedac_core::interrupt::Interrupt;
-use sedac_core::sampler::{LogitsProcessing, Sampling};
+use sedac_core::sampler::{LogitsProcessing, Sampling, TokenLogprobs};
 use sedac_core::scheduler::{Scheduler, SchedulerSettings};
 
 const ENGINE_SIZES: [usize; 3] = [1, 2, 1];
@@ -361,8 +361,8 @@ fn a_bias_changes_the_tokens_and_not_their_logprobs() {
             let scheduler = Scheduler::new(&mut chain, settings(1, 8)).unwrap();
             let processing = LogitsProcessing {
                 bias,
-                constrained: false,
                 top_logprobs,
+                ..LogitsProcessing::default()
             };
             scheduler.add(&request, processing).unwrap();
             let mut all = Vec::new();
@@ -387,6 +387,87 @@ fn a_bias_changes_the_tokens_and_not_their_logprobs() {
             "logprobs change nothing"
         );
         assert!(tokens[1].iter().all(|token| [4, 5].contains(token)));
+    }
+}
+
+/// How probable the tokens of `prompt` are, from the second on, when each is the only one allowed.
+fn forced_logprobs(prompt: &[u32]) -> Vec<TokenLogprobs> {
+    let mut chain = toy();
+    let scheduler = Scheduler::new(&mut chain, settings(1, 8)).unwrap();
+    let processing = LogitsProcessing {
+        constrained: true,
+        top_logprobs: Some(2),
+        ..LogitsProcessing::default()
+    };
+    let request = request(prompt[..1].to_vec(), prompt.len() - 1);
+    let number = scheduler.add(&request, processing).unwrap();
+    let forced = prompt[1..].iter().flat_map(|&token| {
+        scheduler.allow(number, mask(&[token])).unwrap();
+        let progress = scheduler.step(&mut chain, &Interrupt::default());
+        progress.into_iter().flat_map(|progress| progress.tokens)
+    });
+    forced.map(|token| token.logprobs.unwrap()).collect()
+}
+
+/// Prompts are scored at full depth, in small chunks, and again from where a cache was lost; what
+/// others have in their caches is not skipped.
+#[test]
+fn prompts_are_scored_as_they_are_prefilled() {
+    let expected = forced_logprobs(&long_prompt());
+    let processing = LogitsProcessing {
+        top_logprobs: Some(2),
+        prompt_logprobs: true,
+        ..LogitsProcessing::default()
+    };
+    let exits = Request {
+        mode: DecodingMode::Forced { depths: vec![1] },
+        ..request(long_prompt(), 3)
+    };
+    for decides in [Decides::Host, Decides::Device, Decides::Kernel] {
+        for (prefill_chunk, cache_tokens) in [(1, Some(60)), (7, Some(60)), (64, None)] {
+            let mut chain = chain(decides, &ENGINE_SIZES, 256, 0.1).0;
+            let settings = SchedulerSettings {
+                max_sequences: 2,
+                cache_tokens,
+                prefill_chunk,
+            };
+            let scheduler = Scheduler::new(&mut chain, settings).unwrap();
+            let plain = add(&scheduler, &request(vec![1, 2], 30));
+            let mut outcomes = BTreeMap::new();
+            let mut scored: BTreeMap<u64, Vec<TokenLogprobs>> = BTreeMap::new();
+            for _ in 0..3 {
+                scheduler.add(&exits, processing.clone()).unwrap();
+            }
+            while scheduler.statistics().running + scheduler.statistics().waiting > 0 {
+                let mut progress = scheduler.step(&mut chain, &Interrupt::default());
+                for progress in &mut progress {
+                    let logprobs = std::mem::take(&mut progress.prompt_logprobs);
+                    assert!(
+                        logprobs.len() <= 16,
+                        "a longer chunk would stall the others"
+                    );
+                    scored
+                        .entry(progress.sequence)
+                        .or_default()
+                        .extend(logprobs);
+                }
+                note(&mut outcomes, progress);
+            }
+            let preemptions = scheduler.statistics().preemptions;
+            assert_eq!(
+                preemptions > 0,
+                cache_tokens.is_some(),
+                "before the prompt ends"
+            );
+            assert!(scored.remove(&plain).unwrap().is_empty());
+            assert!(
+                outcomes
+                    .values()
+                    .all(|outcome| outcome.end == Some(Ok(FinishReason::Length)))
+            );
+            assert_eq!(scored.len(), 3);
+            assert!(scored.values().all(|logprobs| *logprobs == expected));
+        }
     }
 }
 
