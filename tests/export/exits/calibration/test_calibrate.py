@@ -34,7 +34,9 @@ GENERATION = MeasuredGeneration(
     agreement=0.99,
     tokens=2048,
 )
-COSTS = EngineTimes(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
+COSTS = EngineTimes(
+    num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, lens=0.0, head=1.0, embed=0.1
+)
 
 
 @pytest.fixture
