@@ -39,6 +39,14 @@ COSTS = EngineTimes(
 )
 
 
+def test_only_tokens_that_exit_pay_for_the_lens() -> None:
+    depths, checks = np.array([2, 4]), np.array([1, 1])
+    plain, through = (
+        replace(COSTS, lens=lens).of(depths, checks, "propagate") for lens in (0.0, 0.5)
+    )
+    assert through - plain == pytest.approx([0.5, 0.0])
+
+
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test measures time."""
