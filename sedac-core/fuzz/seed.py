@@ -47,7 +47,7 @@ def build_fuzzed_bundle(work: Path) -> None:
     build_bundle(BuildRequest(model=str(work / "model"), output=BUNDLE, force=True))
     texts = [Path(__file__), HERE / "fuzz_targets" / "first_token.rs"]
     documents = read_documents(Bundle.open(BUNDLE), texts)
-    train_probes(BUNDLE, documents, [1], [1], with_lenses=True)
+    train_probes(BUNDLE, documents, [1], [1], lenses=["affine"])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The commands about exits: collect, train-probes, calibrate, report."""
+"""The commands about exits: collect, train-probes, train-exits, calibrate, report."""
 
 import json
 import os
@@ -35,6 +35,14 @@ ProbeLayers = Annotated[
     ),
 ]
 
+CollectionDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--collection", help="Directory for the collected data; an existing one is resumed."
+    ),
+]
+MaxBytes = Annotated[int, typer.Option(help="Maximum size of the collection.")]
+
 
 class KvFillName(StrEnum):
     """What --kv-fill takes."""
@@ -55,6 +63,7 @@ def register_exit_commands(app: typer.Typer) -> None:
     """Add the commands to sedac-export."""
     app.command()(collect)
     app.command("train-probes")(train_probes)
+    app.command("train-exits")(train_exits)
     app.command()(calibrate)
     app.command()(report)
 
@@ -79,7 +88,7 @@ def collect(
         Path, typer.Option(help="Directory of the collection; an interrupted one is resumed.")
     ],
     exit_layers: ExitLayers = None,
-    max_bytes: Annotated[int, typer.Option(help="Maximum size of the collection.")] = 4_000_000_000,
+    max_bytes: MaxBytes = 4_000_000_000,
 ) -> None:
     """Run the chain over texts and store training data for probes, per token and depth."""
     from sedac_export.exits.replay.replay import Replay
@@ -111,58 +120,116 @@ def train_probes(
     data: Data,
     exit_layers: ExitLayers = None,
     probe_layers: ProbeLayers = None,
-    collection: Annotated[
-        Path | None,
-        typer.Option(help="Directory for the collected data; an existing one is resumed."),
-    ] = None,
-    max_bytes: Annotated[int, typer.Option(help="Maximum size of the collection.")] = 4_000_000_000,
+    collection: CollectionDirectory = None,
+    max_bytes: MaxBytes = 4_000_000_000,
     lens: Annotated[
         bool, typer.Option("--lens", help="Also fit a tuned lens for each exit depth.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit entropy probes, learned probes and lenses, and add them to the bundle."""
+    """Fit entropy probes, learned probes and lenses, and add them to the bundle.
+
+    For models that were trained for exits; train-exits is for others.
+    """
+    depths = parse_depths("--exit-layers", exit_layers)
+    exits = depths, "--exit-layers"
+    kinds = ["affine"] if lens else []
+    trained = _train(bundle, data, exits, probe_layers, collection, max_bytes, kinds)
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in trained.rows]}))
+        return
+    _print_trained(bundle, trained)
+
+
+def train_exits(
+    bundle: BundleArgument,
+    data: Data,
+    depths: Annotated[
+        str | None,
+        typer.Option(help="Exit depths, such as 3,6,9. [default: up to 8, evenly spaced]"),
+    ] = None,
+    probe_layers: ProbeLayers = None,
+    collection: CollectionDirectory = None,
+    max_bytes: MaxBytes = 4_000_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Fit exits to a model that was not trained for them: adapters, and probes through them.
+
+    The model stays as it is. A depth gets an MLP (exit adapter) or an affine map (tuned lens)
+    before the head, whichever comes closer to full depth on held-out texts, or nothing where
+    neither helps. For models trained for exits, and for the cuda backend, use train-probes.
+    """
+    from sedac_export.bundle import Bundle
+    from sedac_export.exits.calibration.engine_times import measure_engine_times
+    from sedac_export.exits.replay.replay import Replay
+
+    exits = parse_depths("--depths", depths), "--depths"
+    kinds = ["affine", "mlp"]
+    trained = _train(bundle, data, exits, probe_layers, collection, max_bytes, kinds)
+    times = measure_engine_times(Replay(Bundle.open(bundle)))
+    shares = {"lens": times.lens / times.layer, "exit": times.exit / times.layer}
+    if as_json:
+        print(
+            json.dumps({"rows": [asdict(row) for row in trained.rows], "share_of_a_layer": shares})
+        )
+        return
+    _print_trained(bundle, trained)
+    console.print(
+        f"time of one token as a share of a layer's: lens {shares['lens']:.2f}, exit engine with it"
+        f" {shares['exit']:.2f}",
+        highlight=False,
+    )
+
+
+def _train(
+    bundle: Path,
+    data: list[Path],
+    exits: tuple[list[int] | None, str],
+    probe_layers: str | None,
+    collection: Path | None,
+    max_bytes: int,
+    lenses: Sequence[Any],
+) -> Any:
+    """Train lenses of the kinds `lenses`, and probes, at the depths asked for by an option."""
     from sedac_export.exits.training import train_probes as training
 
     asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
     with claimed(bundle), progress_bar("collect", "train") as update:
         opened, documents = _read(bundle, data)
-        trained = training.train_probes(
+        return training.train_probes(
             bundle,
             documents,
-            training.exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers)),
+            training.exit_depths(opened.manifest, *exits),
             training.probe_depths(opened.manifest, parse_depths("--probe-layers", asked)),
             collection,
             max_bytes,
             update,
-            lens,
+            lenses,
         )
-    if as_json:
-        print(json.dumps({"rows": [asdict(row) for row in trained.rows]}))
-        return
-    _print_trained(trained.rows, lens)
+
+
+def _print_trained(bundle: Path, trained: Any) -> None:
+    """The trained rows as tables, lenses in a separate one."""
+    table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
+    lenses = Table("depth", "lens", "KL", "with lens", "agreement", "with lens", "MB", "")
+    for row in trained.rows:
+        numbers = [f"{value:.3f}" for value in (row.agreement, row.margin, row.learned)]
+        loss = "" if row.risk_loss is None else f"{row.risk_loss:.4f}"
+        table.add_row(str(row.depth), *numbers, loss)
+        for kind, found in (("affine", row.lens), ("adapter", row.adapter)):
+            if found is None:
+                continue
+            values = (found.kl, found.lens_kl, found.agreement, found.lens_agreement)
+            shown = [f"{value:.3f}" for value in values]
+            state = "kept" if found.kept else "not kept"
+            lenses.add_row(str(row.depth), kind, *shown, f"{found.bytes / 1e6:.2f}", state)
+    for shown_table in (lenses, table) if lenses.row_count else (table,):
+        Console().print(shown_table)
     console.print(
         f"{bundle}: exit engines with {len(trained.tokens)} frequent tokens; figures are of"
         " documents that were held out; calibrate to set thresholds",
         highlight=False,
     )
-
-
-def _print_trained(rows: Sequence[Any], lens: bool) -> None:
-    """The trained rows as tables, the lens in a separate one."""
-    table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
-    lenses = Table("depth", "KL", "with lens", "agreement", "with lens", "lens")
-    for row in rows:
-        numbers = [f"{value:.3f}" for value in (row.agreement, row.margin, row.learned)]
-        loss = "" if row.risk_loss is None else f"{row.risk_loss:.4f}"
-        table.add_row(str(row.depth), *numbers, loss)
-        if lens:
-            found = row.lens
-            values = (found.kl, found.lens_kl, found.agreement, found.lens_agreement)
-            state = "kept" if found.kept else "no better, none kept"
-            lenses.add_row(str(row.depth), *(f"{value:.3f}" for value in values), state)
-    for shown in (lenses, table) if lens else (table,):
-        Console().print(shown)
 
 
 def calibrate(

@@ -1,4 +1,4 @@
-"""What collect, train-probes, calibrate and report cannot use: one line, nothing changed."""
+"""What the commands about exits cannot use: one line, nothing changed."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,15 @@ def text(tmp_path: Path) -> Path:
 
 
 def arguments(command: str, bundle: Path, *data: Path) -> list[str]:
-    output = [] if command in ("train-probes", "calibrate") else ["--output", f"{bundle}-out"]
+    output = (
+        []
+        if command in ("train-probes", "train-exits", "calibrate")
+        else ["--output", f"{bundle}-out"]
+    )
     return [command, str(bundle), "--data", *map(str, data), *output]
 
 
-COMMANDS = ("collect", "train-probes", "calibrate", "report")
+COMMANDS = ("collect", "train-probes", "train-exits", "calibrate", "report")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -41,7 +45,7 @@ def test_unusable_texts_are_named(
     assert not Path(f"{bundle}-out").exists()
 
 
-@pytest.mark.parametrize("command", ["train-probes", "calibrate"])
+@pytest.mark.parametrize("command", ["train-probes", "train-exits", "calibrate"])
 def test_too_little_data_is_refused(
     command: str, export: Command, bundle: Path, text: Path
 ) -> None:
@@ -70,6 +74,9 @@ def test_settings_out_of_range_are_refused(export: Command, bundle: Path, text: 
     for option, value in (("--exit-layers", "9"), ("--probe-layers", "x")):
         result = export(*arguments("train-probes", bundle, text), option, value)
         assert_one_line_error(result, option, value)
+    for value in ("9", "x"):
+        result = export(*arguments("train-exits", bundle, text), "--depths", value)
+        assert_one_line_error(result, "--depths", value)
 
 
 def test_a_collection_of_another_model_is_refused(

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from sedac_export.bundle.manifest import Precision
 from sedac_export.exits.replay.documents import Document, read_documents
 from sedac_export.exits.training import train_probes as train_probes_module
 from sedac_export.exits.training.head_torch import TorchHead
-from sedac_export.exits.training.lens import LensRow, identity, judge
+from sedac_export.exits.training.lens import Adapter, Lens, LensKind, LensRow, identity, judge
 from sedac_export.exits.training.train_probes import Trained, train_probes
 
 # never seen by the demo model; about a thousand tokens are kept of each
@@ -54,12 +55,14 @@ class Training:
     directories: pytest.TempPathFactory
     quick: bool
 
-    def __call__(self, name: str, untrained: Path, lenses: bool = False) -> TrainedBundle:
+    def __call__(
+        self, name: str, untrained: Path, lenses: Sequence[LensKind] = ()
+    ) -> TrainedBundle:
         """Train in a copy of `untrained`; the result can be changed."""
 
         def train(directory: Path) -> None:
             bundle = shutil.copytree(untrained, directory / "bundle")
-            rows = train_probes(bundle, self.documents, EXITS, PROBES, with_lenses=lenses)
+            rows = train_probes(bundle, self.documents, EXITS, PROBES, lenses=lenses)
             save(directory, rows)
 
         trained = self.build_cache.made(f"{name}-{self.quick}", train)
@@ -70,7 +73,7 @@ class Training:
         """Train in the demo model's bundle of `precision`."""
         output = self.directories.mktemp(precision) / "bundle"
         request = BuildRequest(model=str(DEMO_MODEL), output=output, precision=precision)
-        return self(f"trained-{precision}", self.build_cache.bundle(request), lenses=True)
+        return self(f"trained-{precision}", self.build_cache.bundle(request), lenses=["affine"])
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +96,15 @@ def lens_bundle(demo_bundle: Path, training: Training) -> TrainedBundle:
     """The same with lenses that change many tokens, which trained ones do too little."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_probes_module, "train_lens", strong_lens)
-        return training("lens", demo_bundle, lenses=True)
+        return training("lens", demo_bundle, lenses=["affine"])
+
+
+@pytest.fixture(scope="session")
+def adapter_bundle(demo_bundle: Path, training: Training) -> TrainedBundle:
+    """The same with adapters, said to be better than affine lenses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_probes_module, "train_lens", strong_adapter)
+        return training("adapter", demo_bundle, lenses=["affine", "mlp"])
 
 
 @pytest.fixture(scope="session")
@@ -117,9 +128,29 @@ def some_lens(size: int) -> torch.nn.Linear:
     return lens
 
 
+def some_adapter(size: int) -> Adapter:
+    """An adapter far from the identity."""
+    torch.manual_seed(0)
+    lens = Adapter(size)
+    with torch.no_grad():
+        lens.norm.weight += 0.3 * torch.randn(size)
+        lens.down.weight.copy_(2 * torch.randn(size, size) / size**0.5)
+    return lens
+
+
 def strong_lens(
-    head: TorchHead, states: torch.Tensor, full: torch.Tensor, held_out: int
-) -> tuple[torch.nn.Linear, LensRow]:
+    head: TorchHead, states: torch.Tensor, full: torch.Tensor, held_out: int, kind: LensKind
+) -> tuple[Lens, LensRow]:
     """In place of `train_lens`: a lens that is kept, whatever it does."""
-    lens = some_lens(states.shape[-1])
-    return lens, replace(judge(head, lens, states[-held_out:], full[-held_out:]), kept=True)
+    make = some_lens if kind == "affine" else some_adapter
+    lens = make(states.shape[-1])
+    row = judge(head, lens, states[-held_out:], full[-held_out:])
+    return lens, replace(row, kept=True)
+
+
+def strong_adapter(
+    head: TorchHead, states: torch.Tensor, full: torch.Tensor, held_out: int, kind: LensKind
+) -> tuple[Lens, LensRow]:
+    """The same, the affine one worse."""
+    lens, row = strong_lens(head, states, full, held_out, kind)
+    return lens, row if kind == "mlp" else replace(row, lens_kl=row.lens_kl + 100)

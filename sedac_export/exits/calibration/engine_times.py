@@ -18,7 +18,7 @@ _REPEATS = 100
 
 @dataclass(frozen=True)
 class EngineTimes:
-    """Milliseconds for one token: of one layer, kv, exit engine, head, and embed with contexts.
+    """Milliseconds for one token: of one layer, kv, exit engine, lens, head, embed with contexts.
 
     waiting: how much longer a layer takes with one more token in its pass.
     """
@@ -28,6 +28,7 @@ class EngineTimes:
     fill: float
     waiting: float
     exit: float
+    lens: float
     head: float
     embed: float
 
@@ -47,7 +48,10 @@ class EngineTimes:
         skipped = self.skipped(kv_fill)
         fixed = self.embed + self.head + self.num_layers * skipped
         total: npt.NDArray[np.float64] = (
-            fixed + depths * (self.layer - skipped) + checks * self.exit
+            fixed
+            + depths * (self.layer - skipped)
+            + checks * self.exit
+            + (depths < self.num_layers) * self.lens
         )
         return total
 
@@ -70,6 +74,7 @@ def measure_engine_times(replay: Replay) -> EngineTimes:
         fill=_least(runner.load(engines.key_value[0].file), one, caches),
         waiting=max(0.0, _least(layer, two, caches) - layer_time),
         exit=max((_least(runner.load(e.file), one) for e in engines.exits), default=0.0),
+        lens=max((_least(runner.load(e.lens), one) for e in engines.exits if e.lens), default=0.0),
         head=_least(runner.load(engines.head), one),
         embed=sum(_least(runner.load(f), one) for f in (engines.embed, engines.contexts) if f),
     )

@@ -1,6 +1,7 @@
 """probes.safetensors and lens.safetensors: what was trained for a bundle, and for which model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def write_probes(
     save_file(tensors, directory / PROBES, metadata)
 
 
-def write_lenses(directory: Path, manifest: Manifest, lenses: dict[int, nn.Linear]) -> None:
-    """Write the lenses as DEPTH.weight and DEPTH.bias, and whose they are; no file without any."""
+def write_lenses(directory: Path, manifest: Manifest, lenses: Mapping[int, nn.Module]) -> None:
+    """Write the lenses' tensors, by names such as 8.weight, and whose; no file without any."""
     if not lenses:
         (directory / LENSES).unlink(missing_ok=True)
         return

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sedac_export.exits.replay.probes import LEARNED_WIDTH, SCALARS, LearnedProbe, LREProbe
 from sedac_export.exits.training.head_graph import HeadGraph, quantized_product
+from sedac_export.exits.training.lens import Adapter, Lens
 from sedac_export.graph.trace import OPSET
 
 _PREFIX = "sedac_risk_"
@@ -90,7 +91,7 @@ def exit_engine(
     directory: Path,
     tokens: npt.NDArray[np.int64],
     probe: LearnedProbe,
-    lens: torch.nn.Linear | None,
+    lens: Lens | None,
 ) -> onnx.ModelProto:
     """x [1, tokens, hidden], stability [1, tokens, 3] -> signals [1, tokens, 3].
 
@@ -134,22 +135,39 @@ def features_model(engine: onnx.ModelProto, head: HeadGraph) -> onnx.ModelProto:
     return model
 
 
-def lens_engine(head: HeadGraph, lens: torch.nn.Linear) -> onnx.ModelProto:
-    """x [1, tokens, hidden] -> y [1, tokens, hidden], affine."""
+def lens_engine(head: HeadGraph, lens: Lens) -> onnx.ModelProto:
+    """x [1, tokens, hidden] -> y [1, tokens, hidden]."""
     build = GraphBuilder("sedac_lens_")
-    product = build.add("MatMul", "x", build.constant(lens.weight.T))
-    build.add("Add", product, build.constant(lens.bias), output="y")
-    return _model(head.model, build, {"x": None}, ("y", lens.out_features))
+    _add_lens(build, lens, "y")
+    hidden = next(lens.parameters()).shape[-1]
+    return _model(head.model, build, {"x": None}, ("y", hidden))
+
+
+def _add_lens(build: GraphBuilder, lens: Lens, output: str = "") -> str:
+    """What the lens gives of `x`: the name of it."""
+    if not isinstance(lens, Adapter):
+        product = _product(build, "x", lens)
+        return build.add("Add", product, build.constant(lens.bias), output=output)
+    norm = lens.norm
+    weight = build.constant(norm.weight)
+    normed = build.add("RMSNormalization", "x", weight, axis=-1, epsilon=norm.eps)
+    gate = _product(build, normed, lens.gate)
+    active = build.add("Mul", gate, build.add("Sigmoid", gate))
+    inner = build.add("Mul", active, _product(build, normed, lens.up))
+    return build.add("Add", "x", _product(build, inner, lens.down), output=output)
+
+
+def _product(build: GraphBuilder, value: str, linear: torch.nn.Linear) -> str:
+    return build.add("MatMul", value, build.constant(linear.weight.T))
 
 
 def _through_lens(
-    build: GraphBuilder, before: list[onnx.NodeProto], lens: torch.nn.Linear | None
+    build: GraphBuilder, before: list[onnx.NodeProto], lens: Lens | None
 ) -> list[onnx.NodeProto]:
     """The nodes `before` the product, reading what the lens gives where there is one."""
     if lens is None:
         return before
-    product = build.add("MatMul", "x", build.constant(lens.weight.T))
-    seen = build.add("Add", product, build.constant(lens.bias))
+    seen = _add_lens(build, lens)
     moved = []
     for node in before:
         copy = onnx.NodeProto()

@@ -31,7 +31,7 @@ class TorchHead:
             if node.op_type not in OPERATORS:
                 raise SedacError(
                     f"the head has the operator {node.op_type}, through which no lens can be"
-                    " trained; train without --lens"
+                    " trained; use train-probes without --lens"
                 )
         whole = np.arange(head.vocabulary)
         self.weight = torch.from_numpy(head.rows(whole))

@@ -1,9 +1,13 @@
-"""The tuned lens: an affine map after which the head says of an exit's state what full depth says.
+"""Lenses: maps after which the head says of an exit's state what full depth says.
 
-Belrose et al. 2023, https://arxiv.org/abs/2303.08112.
+An affine one is the tuned lens (Belrose et al. 2023, https://arxiv.org/abs/2303.08112), an MLP the
+exit adapter of EE-Tuning (Pan et al. 2024, https://arxiv.org/abs/2402.00518). The model stays as
+it is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +21,39 @@ from sedac_export.exits.training.head_torch import TorchHead
 MOST_TOKENS, MOST_HELD_OUT = 65_536, 8_192
 _ROWS = 512
 
+LensKind = Literal["affine", "mlp"]
+
+
+class Adapter(nn.Module):
+    """x + down(silu(gate(norm x)) * up(norm x)) of hidden states [.., hidden], at first x.
+
+    The MLP is as wide as the hidden state: its weights are three times an affine lens's.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.gate = nn.Linear(hidden, hidden, bias=False)
+        self.up = nn.Linear(hidden, hidden, bias=False)
+        self.down = nn.Linear(hidden, hidden, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the head reads instead of x."""
+        normed = self.norm(x)
+        change: Tensor = self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return x + change
+
+
+Lens = nn.Linear | Adapter
+
 
 @dataclass(frozen=True)
 class LensRow:
     """The head on held-out states, plain and through the lens, and whether the lens is kept.
 
     kl: from full depth's distribution, in nats. agreement: share of tokens that are full depth's.
+    bytes: of the lens, fp32.
     """
 
     kl: float
@@ -30,16 +61,24 @@ class LensRow:
     agreement: float
     lens_agreement: float
     kept: bool
+    bytes: int
 
 
 def train_lens(
-    head: TorchHead, states: Tensor, full: Tensor, held_out: int, fit: Fit | None = None
-) -> tuple[nn.Linear | None, LensRow]:
+    head: TorchHead,
+    states: Tensor,
+    full: Tensor,
+    held_out: int,
+    kind: LensKind = "affine",
+    fit: Fit | None = None,
+) -> tuple[Lens | None, LensRow]:
     """A lens for states [n, hidden] of one depth, and full depth's [n, hidden] of the same tokens.
 
     It starts as the identity. None where the last `held_out` tokens are no better with it.
     """
-    lens = identity(states.shape[-1])
+    torch.manual_seed(0)
+    make, usual = _KINDS[kind]
+    lens = make(states.shape[-1])
     examples = len(states) - held_out
     chosen = _some(0, examples, MOST_TOKENS)
     stopping = _some(examples, len(states), MOST_HELD_OUT)
@@ -51,9 +90,7 @@ def train_lens(
             wanted = head(full[here].float())
         return divergence(wanted, head(model(states[here].float()))).mean()
 
-    # no decay: it would pull towards zero, not towards the identity
-    chosen_fit = fit or Fit(epochs=2, rate=1e-3, batch=256, decay=0)
-    train(lens, loss, len(chosen), len(stopping), chosen_fit)
+    train(lens, loss, len(chosen), len(stopping), fit or usual)
     row = judge(head, lens, states[-held_out:], full[-held_out:])
     return lens if row.kept else None, row
 
@@ -67,6 +104,13 @@ def identity(size: int) -> nn.Linear:
     return lens
 
 
+# no decay: it would pull an affine lens towards zero, not towards the identity
+_KINDS: dict[LensKind, tuple[Callable[[int], Lens], Fit]] = {
+    "affine": (identity, Fit(epochs=2, rate=1e-3, batch=256, decay=0)),
+    "mlp": (Adapter, Fit(epochs=3, rate=1e-3, batch=256, decay=0)),
+}
+
+
 def divergence(wanted: Tensor, given: Tensor) -> Tensor:
     """KL(wanted || given) of logits [n, vocabulary]: nats, [n]."""
     logs = given.log_softmax(-1), wanted.log_softmax(-1)
@@ -74,14 +118,14 @@ def divergence(wanted: Tensor, given: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tokens_through(head: TorchHead, lens: nn.Linear, states: Tensor) -> Tensor:
+def tokens_through(head: TorchHead, lens: Lens, states: Tensor) -> Tensor:
     """The head's tokens of states [n, hidden] through the lens, int64 [n]."""
     parts = torch.split(states, _ROWS)
     return torch.cat([head(lens(part.float())).argmax(-1) for part in parts])
 
 
 @torch.no_grad()
-def judge(head: TorchHead, lens: nn.Linear, states: Tensor, full: Tensor) -> LensRow:
+def judge(head: TorchHead, lens: Lens, states: Tensor, full: Tensor) -> LensRow:
     """What `lens` changes for states and full depth's of the same tokens, both [n, hidden]."""
     sums = torch.zeros(4, dtype=torch.float64)
     for part, end in zip(torch.split(states, _ROWS), torch.split(full, _ROWS), strict=True):
@@ -91,7 +135,8 @@ def judge(head: TorchHead, lens: nn.Linear, states: Tensor, full: Tensor) -> Len
         agree = [(given.argmax(-1) == wanted.argmax(-1)).sum() for given in both]
         sums += torch.stack([*apart, *agree])
     kl, lens_kl, agreement, lens_agreement = (sums / len(states)).tolist()
-    return LensRow(kl, lens_kl, agreement, lens_agreement, lens_kl < kl)
+    bytes_ = 4 * sum(p.numel() for p in lens.parameters())
+    return LensRow(kl, lens_kl, agreement, lens_agreement, lens_kl < kl, bytes_)
 
 
 def _some(first: int, end: int, most: int) -> Tensor:

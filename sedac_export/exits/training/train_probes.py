@@ -1,9 +1,11 @@
-"""Fit probes to a bundle and make them part of it: what `sedac-export train-probes` does."""
+"""Fit probes to a bundle and make them part of it: what `sedac-export train-probes` and
+`train-exits` do.
+"""
 
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,13 @@ from sedac_export.exits.training.fit_probes import (
 )
 from sedac_export.exits.training.head_graph import HeadGraph
 from sedac_export.exits.training.head_torch import TorchHead
-from sedac_export.exits.training.lens import LensRow, tokens_through, train_lens
+from sedac_export.exits.training.lens import (
+    Lens,
+    LensKind,
+    LensRow,
+    tokens_through,
+    train_lens,
+)
 from sedac_export.graph.stamp import save_engine
 
 # the most exit engines where no depths are asked for
@@ -68,8 +76,9 @@ class ProbeRow:
     """What one depth's probes reach on held-out documents.
 
     agreement: share of exit tokens that are full depth's. margin and learned: area under the ROC
-    curve of telling those. risk_loss: Huber loss of the V6 probe, None where there is none. lens:
-    what a lens changes, None where none was asked for; the others are with it where it is kept.
+    curve of telling those. risk_loss: Huber loss of the V6 probe, None where there is none. lens
+    and adapter: what an affine lens and an MLP change, None where not asked for. The better is
+    kept if it helps, and the other figures are with it.
     """
 
     depth: int
@@ -78,6 +87,7 @@ class ProbeRow:
     learned: float
     risk_loss: float | None = None
     lens: LensRow | None = None
+    adapter: LensRow | None = None
 
 
 @dataclass
@@ -88,16 +98,18 @@ class Trained:
     learned: dict[int, LearnedProbe] = field(default_factory=dict)
     risks: dict[int, LREProbe] = field(default_factory=dict)
     medians: dict[int, float] = field(default_factory=dict)
-    lenses: dict[int, torch.nn.Linear] = field(default_factory=dict)
+    lenses: dict[int, Lens] = field(default_factory=dict)
     rows: list[ProbeRow] = field(default_factory=list)
 
 
-def exit_depths(manifest: Manifest, asked: Sequence[int] | None) -> list[int]:
+def exit_depths(
+    manifest: Manifest, asked: Sequence[int] | None, option: str = "--exit-layers"
+) -> list[int]:
     """The depths that get exit engines: those asked for, else up to MOST_EXITS spread evenly."""
     layers = manifest.model.num_layers
     early = [depth for depth in manifest.exit_layers if depth < layers]
     if asked is not None:
-        return _allowed(asked, early, "--exit-layers")
+        return _allowed(asked, early, option)
     if len(early) <= MOST_EXITS:
         return early
     wanted = (layers * part / MOST_EXITS for part in range(1, MOST_EXITS))
@@ -121,13 +133,14 @@ def train_probes(
     collection: Path | None = None,
     max_bytes: int = DEFAULT_BYTES,
     progress: StageProgress = lambda *_: None,
-    with_lenses: bool = False,
+    lenses: Sequence[LensKind] = (),
 ) -> Trained:
     """Collect `documents`, fit the probes, and write them into the bundle at `directory`.
 
-    collection: where the collected states are kept; None takes a temporary directory. with_lenses:
-    fit lenses too, and the probes to what is seen through them. The exit configuration goes back to
-    its defaults: thresholds and a certificate are of the old probes.
+    collection: where the collected states are kept; None takes a temporary directory. lenses: kinds
+    of lens to fit too; a depth gets the best, where it helps, and its probes are fitted to what is
+    seen through it. The exit configuration goes back to its defaults: thresholds and a certificate
+    are of the old probes.
 
     Raises SedacError when there is too little data to hold some out.
     """
@@ -140,7 +153,7 @@ def train_probes(
         )
     depths = sorted({*exits, *probes})
     head = HeadGraph.load(bundle)
-    torch_head = TorchHead(head, directory / "onnx") if with_lenses else None
+    torch_head = TorchHead(head, directory / "onnx") if lenses else None
     with tempfile.TemporaryDirectory() as temporary:
         collected = collect(
             Replay(bundle),
@@ -153,8 +166,8 @@ def train_probes(
         trainer = _Trainer(bundle, head, torch_head, collected)
         for number, depth in enumerate(depths):
             progress("train", number, len(depths))
-            if with_lenses and depth in exits:
-                trainer.fit_lens(depth)
+            if depth in exits:
+                trainer.fit_lens(depth, lenses)
             with one_thread():
                 trainer.fit(depth, depth in exits, depth in probes)
         progress("train", len(depths), len(depths))
@@ -175,23 +188,30 @@ class _Trainer:
         self.head, self.torch_head = head, torch_head
         self.indices, self.held_out = _split(data)
         self.layers = manifest.model.num_layers
-        self.lens_rows: dict[int, LensRow] = {}
+        self.lens_rows: dict[int, dict[LensKind, LensRow]] = {}
         full = data.read("full_token")[self.indices]
         count = head_rows(bundle, self.head)
         self.full = torch.from_numpy(full.astype(np.int64))
         self.target = risk_target(torch.from_numpy(data.read("full_entropy")[self.indices]))
         self.trained = Trained(frequent_tokens(full[: -self.held_out], manifest, count))
 
-    def fit_lens(self, depth: int) -> None:
-        """Fit the lens at `depth`, before `fit`. Unlike probes it gains from several threads."""
-        assert self.torch_head is not None
+    def fit_lens(self, depth: int, kinds: Sequence[LensKind]) -> None:
+        """Fit lenses at `depth`, before `fit`. Unlike probes they gain from several threads."""
+        self.lens_rows[depth] = rows = {}
+        if self.torch_head is None:
+            return
         states, full = (
             torch.from_numpy(self.data.read(f"hidden_{d:03}")[self.indices])
             for d in (depth, self.layers)
         )
-        lens, self.lens_rows[depth] = train_lens(self.torch_head, states, full, self.held_out)
-        if lens is not None:
-            self.trained.lenses[depth] = lens
+        best = math.inf
+        for kind in kinds:
+            lens, row = train_lens(self.torch_head, states, full, self.held_out, kind)
+            if lens is not None and row.lens_kl < best:
+                best, self.trained.lenses[depth] = row.lens_kl, lens
+            rows[kind] = row
+        for kind, row in rows.items():
+            rows[kind] = replace(row, kept=row.kept and row.lens_kl == best)
 
     def fit(self, depth: int, with_exit: bool, with_risk: bool) -> None:
         hidden = self.data.read(f"hidden_{depth:03}")[self.indices]
@@ -214,12 +234,14 @@ class _Trainer:
         held = slice(len(agrees) - self.held_out, None)
         with torch.no_grad():
             scores = probe(normed[held].float(), scalars[held]).squeeze(-1)
+        lenses = self.lens_rows.get(depth, {})
         row = ProbeRow(
             depth,
             float(agrees[held].float().mean()),
             ranking(scalars[held, 2] - scalars[held, 3], agrees[held]),
             ranking(scores, agrees[held]),
-            lens=self.lens_rows.get(depth),
+            lens=lenses.get("affine"),
+            adapter=lenses.get("mlp"),
         )
         self.trained.rows.append(row)
         return row

@@ -23,7 +23,9 @@ from sedac_runtime import SedacModel
 from sedac_runtime._core import DecodingSetting
 
 RISKS = (0.0001, 0.5)
-TIMES = EngineTimes(num_layers=12, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
+TIMES = EngineTimes(
+    num_layers=12, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, lens=0.0, head=1.0, embed=0.1
+)
 
 
 @pytest.fixture

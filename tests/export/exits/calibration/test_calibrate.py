@@ -34,7 +34,17 @@ GENERATION = MeasuredGeneration(
     agreement=0.99,
     tokens=2048,
 )
-COSTS = EngineTimes(num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, head=1.0, embed=0.1)
+COSTS = EngineTimes(
+    num_layers=4, layer=1.0, fill=0.1, waiting=0.1, exit=0.1, lens=0.0, head=1.0, embed=0.1
+)
+
+
+def test_only_tokens_that_exit_pay_for_the_lens() -> None:
+    depths, checks = np.array([2, 4]), np.array([1, 1])
+    plain, through = (
+        replace(COSTS, lens=lens).of(depths, checks, "propagate") for lens in (0.0, 0.5)
+    )
+    assert through - plain == pytest.approx([0.5, 0.0])
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def settings(seen: Observations) -> Iterator[dict[str, Any]]:
         pytest.param("trained_bundle", "defer", marks=pytest.mark.slow),
         pytest.param("lens_bundle", "propagate", marks=pytest.mark.slow),
         ("lens_bundle", "defer"),
+        ("adapter_bundle", "propagate"),
         ("int4_bundle", "propagate"),
         pytest.param("int4_bundle", "defer", marks=pytest.mark.slow),
         pytest.param("int8_bundle", "defer", marks=pytest.mark.slow),

@@ -11,7 +11,7 @@ from conftest import THREADS, TinyBundle
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES
 
-from export.conftest import EXITS, TrainedBundle, some_lens
+from export.conftest import EXITS, TrainedBundle, some_adapter, some_lens
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.manifest import read_manifest
 from sedac_export.bundle.sessions import Engine, load_engine
@@ -25,7 +25,7 @@ from sedac_export.exits.training.exit_graphs import exit_engine, lens_engine
 from sedac_export.exits.training.fit_probes import Fit
 from sedac_export.exits.training.head_graph import HeadGraph
 from sedac_export.exits.training.head_torch import OPERATORS, TorchHead
-from sedac_export.exits.training.lens import divergence, train_lens
+from sedac_export.exits.training.lens import Adapter, Lens, LensKind, divergence, train_lens
 from sedac_export.exits.training.train_probes import train_probes
 
 Tiny = Callable[[str], TinyBundle]
@@ -51,12 +51,15 @@ def test_the_head_in_torch_is_the_head_engine(name: str, tiny_bundle: Tiny) -> N
     assert (x.grad.abs().sum(-1) > 0).all()
 
 
+@pytest.mark.parametrize("make", [some_lens, some_adapter])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_engines_with_a_lens_read_what_it_gives(name: str, tiny_bundle: Tiny) -> None:
+def test_engines_with_a_lens_read_what_it_gives(
+    name: str, make: Callable[[int], Lens], tiny_bundle: Tiny
+) -> None:
     _, bundle = tiny_bundle(name)
     head, _, _ = heads(bundle)
     hidden = read_manifest(bundle).model.hidden_size
-    lens, probe = some_lens(hidden), LearnedProbe(head.width)
+    lens, probe = make(hidden), LearnedProbe(head.width)
     x = torch.randn(9, hidden)
     seen = Engine(lens_engine(head, lens).SerializeToString(), THREADS).run({"x": x[None].numpy()})
     with torch.no_grad():
@@ -87,18 +90,37 @@ def test_a_lens_undoes_an_affine_map(tiny_bundle: Tiny) -> None:
     full = torch.randn(3000, read_manifest(bundle).model.hidden_size)
     with torch.no_grad():
         states = some_lens(full.shape[-1])(full)
-    lens, row = train_lens(head, states, full, 500, Fit(epochs=4, rate=1e-2, batch=128, decay=0))
+    lens, row = train_lens(
+        head, states, full, 500, fit=Fit(epochs=4, rate=1e-2, batch=128, decay=0)
+    )
     assert lens is not None
     assert row.kept
     assert row.lens_kl < 0.1 * row.kl
     assert row.lens_agreement > row.agreement
 
 
-def test_a_lens_that_does_not_help_is_not_kept(tiny_bundle: Tiny) -> None:
+def test_an_adapter_starts_as_the_identity_and_learns_what_is_not_affine(tiny_bundle: Tiny) -> None:
+    _, bundle = tiny_bundle("llama")
+    _, head, _ = heads(bundle)
+    torch.manual_seed(0)
+    hidden = read_manifest(bundle).model.hidden_size
+    states = torch.randn(3000, hidden)
+    assert torch.equal(Adapter(hidden)(states), states)
+    with torch.no_grad():
+        full = some_adapter(hidden)(states)
+    fit = Fit(epochs=12, rate=1e-2, batch=128, decay=0)
+    rows = {kind: train_lens(head, states, full, 500, kind, fit)[1] for kind in ("affine", "mlp")}
+    assert rows["mlp"].kept
+    assert rows["mlp"].lens_kl < 0.5 * rows["affine"].lens_kl
+    assert rows["mlp"].bytes == 4 * (3 * hidden * hidden + hidden)
+
+
+@pytest.mark.parametrize("kind", ["affine", "mlp"])
+def test_a_lens_that_does_not_help_is_not_kept(kind: LensKind, tiny_bundle: Tiny) -> None:
     _, bundle = tiny_bundle("llama")
     _, head, _ = heads(bundle)
     full = torch.randn(1500, read_manifest(bundle).model.hidden_size)
-    lens, row = train_lens(head, full, full, 500)
+    lens, row = train_lens(head, full, full, 500, kind)
     assert lens is None
     assert not row.kept
     assert (row.kl, row.agreement) == (pytest.approx(0, abs=1e-6), 1.0)
@@ -123,10 +145,26 @@ def test_a_bundle_holds_the_lenses_that_were_trained(lens_bundle: TrainedBundle)
         assert abs(row.agreement - row.lens.agreement) > 0.02
 
 
-def test_exits_are_observed_through_the_lens(
-    lens_bundle: TrainedBundle, documents: list[Document]
+def test_of_two_kinds_of_lens_a_depth_gets_the_better(
+    adapter_bundle: TrainedBundle, documents: list[Document]
 ) -> None:
-    bundle, trained = lens_bundle
+    bundle, trained = adapter_bundle
+    stored = load_file(bundle / "lens.safetensors")
+    for row in trained.rows:
+        assert row.lens is not None and row.adapter is not None
+        # `worse_lens` is the affine one
+        assert (row.lens.kept, row.adapter.kept) == (False, True)
+        lens = trained.lenses[row.depth]
+        assert torch.equal(stored[f"{row.depth}.down.weight"], lens.state_dict()["down.weight"])
+        assert f"{row.depth}.weight" not in stored
+        assert row.agreement == pytest.approx(row.adapter.lens_agreement, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["lens", "adapter"])
+def test_exits_are_observed_through_the_lens(
+    kind: str, request: pytest.FixtureRequest, documents: list[Document]
+) -> None:
+    bundle, trained = request.getfixturevalue(f"{kind}_bundle")
     replay = Replay(Bundle.open(bundle), THREADS)
     texts = [Document(d.name, d.tokens[:500], d.sha256) for d in documents[:2]]
     seen = observe(replay, texts)
