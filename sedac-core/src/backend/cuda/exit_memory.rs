@@ -56,7 +56,13 @@ impl ExitMemory {
         for each in &weights.lenses {
             addresses.layers[each.depth - 1].lens = upload(each)?;
         }
-        let rows = gather(&weights.frequent_tokens, stream, chain, hidden, addresses.head)?;
+        let rows = gather(
+            &weights.frequent_tokens,
+            stream,
+            chain,
+            hidden,
+            addresses.head,
+        )?;
         let frequent_rows = rows.device_ptr(stream).0;
         let depths = |each: &[DepthWeights]| each.iter().map(|each| each.depth).collect();
         Ok(Self {

@@ -204,7 +204,9 @@ impl<'a> Tensors<'a> {
         let tokens = words.iter().map(|&word| i64::from_le_bytes(word));
         let known = tokens.map(|token| match usize::try_from(token) {
             Ok(index) if index < vocabulary => Ok(token as i32),
-            _ => Err(format!("frequent_tokens has {token}, of {vocabulary} tokens")),
+            _ => Err(format!(
+                "frequent_tokens has {token}, of {vocabulary} tokens"
+            )),
         });
         known.collect()
     }
@@ -227,7 +229,10 @@ mod tests {
             next += count;
             (name, Dtype::F32, shape, numbers.collect::<Vec<u8>>())
         });
-        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .flat_map(|token| token.to_le_bytes())
+            .collect();
         let frequent = "frequent_tokens".to_owned();
         let of_tokens = (frequent, Dtype::I64, vec![tokens.len()], bytes);
         let tensors: Vec<_> = tensors.chain([of_tokens]).collect();
