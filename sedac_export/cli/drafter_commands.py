@@ -141,10 +141,9 @@ def _temporary() -> Iterator[Path]:
 
 def _read_texts(paths: list[Path]) -> tuple[str, ...]:
     """The texts in `paths`. Raises SedacError when one cannot be read."""
-    files: list[Path] = []
-    for path in paths:
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    from sedac_export.exits.replay.documents import text_files
+
     try:
-        return tuple(path.read_text(encoding="utf-8") for path in files)
+        return tuple(path.read_text(encoding="utf-8") for path in text_files(paths))
     except (OSError, UnicodeDecodeError) as error:
         raise SedacError(f"{DATA}: {error}; give UTF-8 texts") from error

@@ -62,7 +62,7 @@ def read_documents(
     tokenizer = Tokenizer.from_buffer(text)
     unknown = _unknown_token(tokenizer, text)
     documents: dict[str, Document] = {}
-    for path in _all_files(files):
+    for path in text_files(files):
         data = _read(path)
         tokens = _encode(tokenizer, path, data, unknown)
         if int(tokens.max()) >= manifest.model.vocab_size:
@@ -107,15 +107,26 @@ def split_documents(
     return groups
 
 
-def _all_files(files: Sequence[Path]) -> Iterator[Path]:
-    for path in files:
+def text_files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files `paths`, and those in directories among them, by name.
+
+    Of a directory, what is hidden, empty or Python's cache is left out. Raises SedacError when
+    nothing remains of one.
+    """
+    for path in paths:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _is_text_of(path, p)]
         if not inside:
             raise SedacError(f"{path} holds no files; give text files or a directory of them")
         yield from inside
+
+
+def _is_text_of(directory: Path, path: Path) -> bool:
+    parts = path.relative_to(directory).parts
+    ignored = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return not ignored and path.stat().st_size > 0
 
 
 def _read(path: Path) -> bytes:
