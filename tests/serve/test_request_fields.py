@@ -40,7 +40,7 @@ def refusal(model: type[BaseModel], body: Any) -> ErrorDetail | None:
         ("n", True),
         ("n", "1"),
         ("n", 1.5),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", 2**31),
         ("temperature", -0.1),
         ("temperature", 2.1),
