@@ -12,6 +12,7 @@ from kernel_bits import skip_where_rows_differ
 
 from sedac_export import BuildRequest
 from sedac_runtime import SedacModel
+from sedac_runtime._core import Sampling, Scheduler
 
 PROMPTS, NEW_TOKENS = 24, 64
 # never seen by the demo model
@@ -77,3 +78,18 @@ def test_sampled_texts_do_not_flip(model: SedacModel) -> None:
         settings: dict[str, Any] = {"temperature": 0.8, "seed": seed, "max_new_tokens": NEW_TOKENS}
         expected = model.generate(prompt, mode="full", **settings).tokens
         assert model.generate(prompt, mode="lossless", **settings).tokens == expected
+
+
+def test_texts_in_company_are_those_alone(model: SedacModel) -> None:
+    core = model.core
+    scheduler = Scheduler(core, max_sequences=3, prefill_chunk=256)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "stop_tokens": []}
+    encoded = [model.encode(prompt) for prompt in prompts(3)]
+    for tokens in encoded:
+        scheduler.add(tokens, core.decoding("full"), Sampling(), **settings)
+    texts: dict[int, list[int]] = {}
+    while scheduler.statistics().running + scheduler.statistics().waiting:
+        for each in scheduler.step():
+            texts.setdefault(each.sequence, []).extend(token.id for token in each.tokens)
+    alone = [model.generate(tokens, mode="full", **settings).tokens for tokens in encoded]
+    assert [texts[number] for number in sorted(texts)] == alone
