@@ -9,6 +9,7 @@ launch to its token on the host. Of SEDAC's kernel "rows", "layers" and "positio
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -67,13 +68,16 @@ def load_long(case: ChainCase, directory: Path) -> Handle:
 def load_transformers(case: ChainCase, _: Path, device: str = "cuda") -> Handle:
     from transformers import StaticCache
 
+    from sedac_export.model.decoder import cache_argument
+
     model = random_model(case, device)
+    argument = cache_argument(inspect.signature(model.forward).parameters)
     cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
     forward = torch.compile(model.forward, mode="reduce-overhead") if device == "cuda" else model
 
     @torch.no_grad()
     def next_token(run: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Tensor:
-        settings = {"past_key_values": cache, "use_cache": True}
+        settings = {argument: cache, "use_cache": True}
         logits = run(input_ids=tokens, position_ids=positions, **settings).logits
         return logits[:, -1:].argmax(-1)
 

@@ -1,5 +1,6 @@
 """transformers as the reference: greedy decoding at full depth and with exits."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+
+from sedac_export.model.decoder import cache_argument
 
 # two logits closer than this may change places by rounding
 TIE = 1e-4
@@ -96,14 +99,15 @@ def greedy(
     Skipped layers still put the keys and values of the exit hidden state into their caches: that
     is the propagate rule, computed by the model's own layers.
     """
-    cache = DynamicCache(config=model.config)
+    argument = cache_argument(inspect.signature(model.forward).parameters)
+    settings = {argument: DynamicCache(config=model.config), "use_cache": True}
     layers = decoder_layers(model)
-    logits = model(torch.tensor([list(prompt)]), past_key_values=cache, use_cache=True).logits
+    logits = model(torch.tensor([list(prompt)]), **settings).logits
     result = Greedy([int(logits[0, -1].argmax())], [len(layers)])
     for number in range(count - 1):
         step = torch.tensor([[result.tokens[-1]]])
         with exiting(layers, rule, range(number, number + 1)) as exits:
-            logits = model(step, past_key_values=cache, use_cache=True).logits
+            logits = model(step, **settings).logits
         result.tokens.append(int(logits[0, -1].argmax()))
         result.exit_layers.append(int(exits.depths))
     return result

@@ -115,6 +115,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # what the general path takes as well; tests/test_architectures.py runs one long prompt of each
 _SHALLOW = _LLAMA_LIKE | {"num_hidden_layers": 2}
+_WIDE = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": None}
 _WINDOW_THEN_ALL = {
     "sliding_window": 50,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -155,11 +156,14 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stablelm": ("stablelm", _SHALLOW | {"use_qkv_bias": True}),
     "smollm3": ("smollm3", _SHALLOW | {"no_rope_layers": [1, 0]}),
+    "gptj": (
+        "gptj",
+        _WIDE | {"n_positions": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    ),
 }
 
 # what is refused, and words of the line that says why
 _EXPERTS = _SHALLOW | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-_WIDE = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": None}
 REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "gemma3n": (
         "gemma3n_text",
@@ -228,11 +232,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "t5": ("t5", {"vocab_size": 256, "d_model": 64, "num_layers": 2}, ["encoder"]),
     "bloom": ("bloom", _WIDE | {"hidden_size": 64, "n_layer": 2, "n_head": 4}, ["BloomBlock"]),
     "falcon": ("falcon", _SHALLOW | {"alibi": True}, ["FalconDecoderLayer"]),
-    "gptj": (
-        "gptj",
-        _WIDE | {"n_positions": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        ["GPTJBlock"],
-    ),
     "deepseek_v3": (
         "deepseek_v3",
         _SHALLOW
@@ -246,7 +245,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         ["DeepseekV3Attention", "keys of 16"],
     ),
-    "mamba": ("mamba", _WIDE | {"hidden_size": 64, "num_hidden_layers": 2}, ["cache"]),
+    "mamba": ("mamba", _WIDE | {"hidden_size": 64, "num_hidden_layers": 2}, ["taken apart"]),
 }
 
 

@@ -5,6 +5,7 @@ after a low, a middle and the last layer, and the embedding of the token that fo
 model's next-but-one token. Further tokens are drafted from the drafter's own output.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+
+from sedac_export.model.decoder import cache_argument
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,9 @@ class DraftModel(nn.Module):
             x,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
             position_embeddings=self.rotary(x, position_ids),
+            **{cache_argument(inspect.signature(self.layer.forward).parameters): cache},
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result

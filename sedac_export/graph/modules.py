@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from sedac_export.errors import SedacError
 from sedac_export.graph.kernels import Heads
 from sedac_export.graph.operators import HALF, AttentionRouter, group_query_attention, scatter
+from sedac_export.model.decoder import cache_argument
 from sedac_export.model.skeleton import Skeleton
 
 # what a context tensor may hold
@@ -24,8 +25,6 @@ CONTEXT_DTYPES = (
     torch.int32,
     torch.bool,
 )
-
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class LayerCall:
             self.arguments.signature, pytree.tree_unflatten(filled, spec)
         )
         bound.arguments[next(iter(bound.arguments))] = x
-        _set_cache(bound, cache)
+        bound.arguments[cache_argument(bound.signature.parameters)] = cache
         return bound
 
 
@@ -401,12 +400,3 @@ def _index_of(leaf: Any, tensors: list[Tensor]) -> int | None:
 
 def _as_dict(bound: inspect.BoundArguments) -> dict[str, Any]:
     return dict(bound.arguments)
-
-
-def _set_cache(bound: inspect.BoundArguments, cache: Any) -> None:
-    parameters = bound.signature.parameters
-    for name in _CACHE_ARGUMENTS:
-        if name in parameters:
-            bound.arguments[name] = cache
-            return
-    raise SedacError("the decoder layer takes no cache argument; this model is not supported")

@@ -1,12 +1,26 @@
 """The parts of a transformers decoder that exits concern, found without knowing its name."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
 
 from sedac_export.errors import SedacError
+
+# what transformers has called the argument that takes a cache, from its latest releases back
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def cache_argument(parameters: Collection[str]) -> str:
+    """The one of a decoder layer's `parameters` that takes a cache.
+
+    Raises SedacError when none does.
+    """
+    found = [name for name in CACHE_ARGUMENTS if name in parameters]
+    if not found:
+        raise SedacError("the decoder layer takes no cache argument; this model is not supported")
+    return found[0]
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

@@ -26,7 +26,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exits.replay.pass_exits import PassExits
 from sedac_export.exits.replay.probes_file import risk_probes
 from sedac_export.exits.replay.signals import Signals
-from sedac_export.model.decoder import find_layers, find_mlp, replaced
+from sedac_export.model.decoder import CACHE_ARGUMENTS, find_layers, find_mlp, replaced
 from sedac_export.pytorch.environment import config_from_environment
 from sedac_runtime._core import PolicySettings
 from sedac_runtime.choices import KvFill
@@ -156,7 +156,8 @@ class Accelerator:
             tokens = kwargs["inputs_embeds"][..., 0]
         batch, length = tokens.shape
         full_depth = np.zeros((batch, length), dtype=bool)
-        cache = kwargs.get("past_key_values")
+        given = (kwargs.get(name) for name in CACHE_ARGUMENTS)
+        cache = next((cache for cache in given if cache is not None), None)
         if cache is None or cache.get_seq_length() == 0:
             full_depth[:, : length if self._generating else 1] = True
         self._exits = self._start_pass(full_depth.reshape(-1))
