@@ -101,10 +101,11 @@ class ChainChecks:
                 outcomes = self._launcher.outcome().race[: len(keys)]
                 for key, row, outcome in zip(keys, logits.cpu().numpy(), outcomes, strict=True):
                     right = outcome.token == race_winner(row, temperature, key)
+                    right = right and outcome.logit == row[outcome.token]
                     certain += outcome.is_certain
-                    wins += right and outcome.logit == row[outcome.token] and outcome.is_certain
+                    wins += bool(right and outcome.is_certain)
                     total = np.exp(row.astype(np.float64) - row.max()).sum()
-                    worst = max(worst, abs(outcome.total / total - 1))
+                    worst = max(worst, abs(outcome.total / float(total) - 1))
                 drawn += len(keys)
         yield KernelCheck("the same bits where tokens are sampled", same)
         yield KernelCheck(

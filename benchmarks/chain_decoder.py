@@ -69,9 +69,10 @@ class RandomDecoder:
         self.final_norm = 1 + 0.1 * self._random(self._generator(-1), self.shape.hidden)
 
     def embedding(self) -> Tensor:
-        """[vocabulary, hidden], fp16; also the head's matrix."""
+        """[vocabulary, hidden], fp16; also the head's matrix, whose logits are some 8 apart."""
         sizes = self.shape.vocabulary, self.shape.hidden
-        return self._random(self._generator(-2), *sizes).half()
+        numbers = self._random(self._generator(-2), *sizes)
+        return (numbers * 8 * self.shape.hidden**-0.5).half()
 
     def rounded(self, matrix: Tensor) -> Tensor:
         """A matrix as the kernel computes with it, fp32."""
