@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from build_cache import BuildCache
 from conftest import DEMO_MODEL, THREADS
-from kernel_bits import skip_where_rows_differ
+from kernel_bits import rows_have_the_same_bits, skip_where_rows_differ
 
 from sedac_export import BuildRequest
 from sedac_runtime import SedacModel
@@ -19,16 +19,25 @@ PROMPTS, NEW_TOKENS = 24, 64
 MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect")
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
-def model(
-    request: pytest.FixtureRequest,
-    build_cache: BuildCache,
-    tmp_path_factory: pytest.TempPathFactory,
+@pytest.fixture(scope="module", params=[4, 8])
+def bits(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def any_model(
+    bits: int, build_cache: BuildCache, tmp_path_factory: pytest.TempPathFactory
 ) -> SedacModel:
-    skip_where_rows_differ(request.param)
-    output = tmp_path_factory.mktemp(request.param) / "bundle"
-    bundle = build_cache.bundle(BuildRequest(str(DEMO_MODEL), output, request.param))
+    output = tmp_path_factory.mktemp(f"int{bits}") / "bundle"
+    bundle = build_cache.bundle(BuildRequest(str(DEMO_MODEL), output, f"int{bits}"))
     return SedacModel.from_pretrained(bundle, threads=THREADS)
+
+
+@pytest.fixture(scope="module")
+def model(bits: int, any_model: SedacModel) -> SedacModel:
+    """Where this CPU's products let lossless mode be exact."""
+    skip_where_rows_differ(f"int{bits}")
+    return any_model
 
 
 def prompts(count: int = PROMPTS) -> Iterator[str]:
@@ -37,6 +46,20 @@ def prompts(count: int = PROMPTS) -> Iterator[str]:
         text = (library / f"{MODULES[index % len(MODULES)]}.py").read_text(encoding="utf-8")
         start = 3000 + 331 * index
         yield text[start : start + 300]
+
+
+def test_lossless_mode_says_whether_this_cpu_lets_it_be_exact(
+    bits: int, any_model: SedacModel
+) -> None:
+    said = {
+        mode: any_model.generate("import", mode=mode, max_new_tokens=2).certification
+        for mode in ("full", "lossless")
+    }
+    assert said["full"] is None
+    if rows_have_the_same_bits(bits):
+        assert said["lossless"] is None
+    else:
+        assert said["lossless"].startswith("lossless mode is not exact on this CPU")
 
 
 def test_no_token_flips(model: SedacModel) -> None:

@@ -60,7 +60,8 @@ class GenerationOutput:
     exited; they are counted too.
 
     certificate: the bundle's, if it covers the setting of this generation, else None.
-    certification: one sentence on what is certified, None where all tokens are full depth's.
+    certification: one sentence on what is certified, or why lossless mode is not exact on this CPU;
+    None where all tokens are full depth's.
     """
 
     text: str

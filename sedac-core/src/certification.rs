@@ -23,30 +23,36 @@ pub struct GenerationSetting<'a> {
     pub sampling: &'a Sampling,
     /// What runs instead of ONNX Runtime's engines, such as "TensorRT plans".
     pub others: Option<&'static str>,
+    /// See [`Capabilities`](crate::backend::Capabilities::verifies_exactly).
+    pub verifies_exactly: bool,
 }
 
-/// What is certified of tokens that exit; shown as one sentence.
+/// What is certified of tokens that may not be full depth's; shown as one sentence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Certification {
     /// The bundle's certificate is about this generation.
     Certified(Box<Certificate>),
     /// Nothing is certified, for this reason.
     Uncertified(String),
+    /// Lossless mode's tokens are full depth's but for what rounding changes.
+    Rounded,
 }
 
 impl ExitConfig {
     /// What is certified of a generation from the bundle of this configuration and `manifest`. None
-    /// where tokens only come from full depth.
+    /// where all tokens are full depth's.
     pub fn certification(
         &self,
         manifest: &Manifest,
         generation: GenerationSetting<'_>,
     ) -> Option<Certification> {
-        let from_exits = !matches!(
-            generation.mode,
-            DecodingMode::Full | DecodingMode::Lossless { .. }
-        );
-        from_exits.then(|| self.of_exits(manifest, generation))
+        match generation.mode {
+            DecodingMode::Full => None,
+            DecodingMode::Lossless { .. } => {
+                (!generation.verifies_exactly).then_some(Certification::Rounded)
+            }
+            _ => Some(self.of_exits(manifest, generation)),
+        }
     }
 
     /// The same of what the configuration itself says, by argmax.
@@ -60,6 +66,7 @@ impl ExitConfig {
             kv_fill: self.kv_fill,
             sampling: &Sampling::default(),
             others: None,
+            verifies_exactly: true,
         };
         self.of_exits(manifest, generation)
     }
@@ -137,6 +144,12 @@ impl fmt::Display for Certification {
                 "exits not certified ({reason}): nothing bounds how many tokens differ from full \
                  depth's; mode lossless gives full depth's"
             ),
+            Self::Rounded => f.write_str(
+                "lossless mode is not exact on this CPU: ONNX Runtime's products of these quantized \
+                 weights give a token other bits alone than beside drafts, so that it may differ from \
+                 full depth's where two are nearly as probable; bundles built with --precision int8 or \
+                 --block-size 16 are exact",
+            ),
         }
     }
 }
@@ -146,7 +159,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::bundle::test_certificate;
+    use crate::bundle::{DrafterKind, test_certificate};
     use crate::policy::PolicySettings;
 
     fn manifest() -> Value {
@@ -198,6 +211,7 @@ mod tests {
             kv_fill,
             sampling,
             others,
+            verifies_exactly: true,
         };
         let said = config().certification(&read(&manifest()), generation);
         said.map(|certification| certification.to_string())
@@ -271,6 +285,30 @@ mod tests {
         assert_eq!(
             said(&DecodingMode::Full, KvFill::Defer, &argmax, None),
             None
+        );
+    }
+
+    #[test]
+    fn lossless_mode_says_where_rounding_may_change_its_tokens() {
+        let certification = |mode: &DecodingMode, verifies_exactly| {
+            let generation = GenerationSetting {
+                mode,
+                kv_fill: KvFill::Defer,
+                sampling: &Sampling::default(),
+                others: None,
+                verifies_exactly,
+            };
+            config().certification(&read(&manifest()), generation)
+        };
+        let lossless = DecodingMode::Lossless {
+            drafter: DrafterKind::Auto,
+        };
+        assert_eq!(certification(&lossless, true), None);
+        assert_eq!(certification(&DecodingMode::Full, false), None);
+        let said = certification(&lossless, false).unwrap();
+        assert!(
+            said.to_string()
+                .starts_with("lossless mode is not exact on this CPU")
         );
     }
 

@@ -22,6 +22,10 @@ pub struct Capabilities {
     pub trained_drafter: bool,
     /// Tokens that a step may give at most, where it goes [ahead](super::Ahead).
     pub ahead: usize,
+    /// Whether verifying a token beside drafts chooses it as decoding it alone does. Rounding may say
+    /// otherwise where weights are quantized: their products round what they are given to 8 bits,
+    /// which makes of another bit another token.
+    pub verifies_exactly: bool,
 }
 
 impl Default for Capabilities {
@@ -36,6 +40,7 @@ impl Default for Capabilities {
             margins: false,
             trained_drafter: false,
             ahead: 1,
+            verifies_exactly: true,
         }
     }
 }

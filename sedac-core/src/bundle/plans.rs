@@ -27,13 +27,15 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// Whether weights are in blocks of integers.
+    pub fn is_quantized(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int4)
+    }
+
     /// What caches have room for beside a sequence: with quantized weights, attention computes a row
     /// more than it is asked for.
     pub fn spare_positions(self) -> usize {
-        match self {
-            Self::Int8 | Self::Int4 => 1,
-            Self::Fp32 | Self::Fp16 | Self::Bf16 => 0,
-        }
+        usize::from(self.is_quantized())
     }
 }
 

@@ -36,6 +36,7 @@ pub(super) struct Model {
     library: Library,
     backend: BackendName,
     passed_over: Vec<PassedOver>,
+    verifies_exactly: bool,
 }
 
 #[pymethods]
@@ -95,6 +96,7 @@ impl Model {
             )?;
             Ok(Self {
                 bundle,
+                verifies_exactly: chain.limits().capabilities.verifies_exactly,
                 turns: ProcessLocal::new(Turns::new(chain)),
                 codec: ProcessLocal::new(codec),
                 library,
@@ -361,6 +363,7 @@ impl Model {
             kv_fill: request.kv_fill,
             sampling: &request.sampling,
             others: self.backend.others(),
+            verifies_exactly: self.verifies_exactly,
         };
         let Bundle {
             manifest,

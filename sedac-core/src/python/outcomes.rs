@@ -88,7 +88,7 @@ impl From<&Certification> for PyCertification {
         Self {
             certificate: match certification {
                 Certification::Certified(certificate) => Some(certificate.clone()),
-                Certification::Uncertified(_) => None,
+                Certification::Uncertified(_) | Certification::Rounded => None,
             },
             sentence: certification.to_string(),
         }

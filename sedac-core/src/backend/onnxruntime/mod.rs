@@ -1,5 +1,6 @@
 //! ONNX Runtime on the CPU: one session an engine, caches updated in place, one thread pool.
 
+mod attention;
 mod cache_memory;
 mod drafter;
 mod exits;
@@ -71,6 +72,7 @@ pub struct OnnxRuntime {
     selected: usize,
     /// Passes of several slots, where the layers' graphs can have them.
     rows: Option<Rows>,
+    verifies_exactly: bool,
     stopwatch: Stopwatch,
 }
 
@@ -161,6 +163,7 @@ impl OnnxRuntime {
             slots: Vec::new(),
             selected: 0,
             rows: None,
+            verifies_exactly: true,
             stopwatch: Stopwatch::default(),
             exits: Exits::load(exits, manifest.model.hidden_size, open)?,
             drafter,
@@ -177,7 +180,22 @@ impl OnnxRuntime {
             head,
         };
         engines.slots.push(engines.new_slot(0)?);
+        if manifest.precision.is_quantized() && manifest.max_cache_length > 1 {
+            engines.verifies_exactly = engines.first_row(1)? == engines.first_row(2)?;
+        }
         Ok(engines)
+    }
+
+    /// What all layers make of the first of `tokens` equal tokens: some CPUs multiply one row of
+    /// numbers and several by kernels that round differently.
+    fn first_row(&mut self, tokens: usize) -> Result<Vec<f32>> {
+        self.embed(&vec![0; tokens], 0)?;
+        for engine in 0..self.layers.len() {
+            self.run(engine)?;
+        }
+        self.take_timings();
+        let hidden = self.slots[0].passes.newest(tokens, self.hidden_size);
+        Ok(hidden[..self.hidden_size].to_vec())
     }
 
     /// A slot that has run nothing.
@@ -201,20 +219,6 @@ impl OnnxRuntime {
             &self.layers,
             &self.entries,
         )
-    }
-
-    /// Load the attention engines, once.
-    fn load_attention(&mut self) -> Result<()> {
-        if self.attention.len() == self.attention_entries.len() {
-            return Ok(());
-        }
-        let files = self.attention_entries.iter().map(|entry| &*entry.file);
-        self.bundle.check_more_memory(files)?;
-        for entry in &self.attention_entries {
-            let session = session(&self.environment, &self.bundle, &entry.file)?;
-            self.attention.push(session);
-        }
-        Ok(())
     }
 
     /// Make the filling of `positions` ready.
@@ -301,6 +305,7 @@ impl Engines for OnnxRuntime {
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
             trained_drafter: self.drafter.is_some(),
+            verifies_exactly: self.verifies_exactly,
             ..Capabilities::default()
         }
     }
@@ -461,27 +466,5 @@ impl Engines for OnnxRuntime {
 
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         self.stopwatch.take()
-    }
-}
-
-impl AttentionOnly for OnnxRuntime {
-    fn run_attention(&mut self, engine: usize) -> Result<()> {
-        self.load_attention()?;
-        let Slot { passes, shared, .. } = &mut self.slots[self.selected];
-        let pass = passes.current_mut();
-        pass.bind_attention(
-            &self.attention,
-            &self.attention_entries,
-            (shared, &self.caches),
-        )?;
-        let entry = &self.attention_entries[engine];
-        let part = EnginePart::Attention(entry.range());
-        self.stopwatch.time(part, pass.contexts.tokens(), || {
-            run(&mut self.attention[engine], &pass.attention[engine], || {
-                format!("attention engine {}", entry.file.display())
-            })
-        })?;
-        passes.engines_run = engine + 1;
-        Ok(())
     }
 }

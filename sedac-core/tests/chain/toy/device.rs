@@ -64,6 +64,7 @@ impl ToyDevice {
                 attention_only: false,
                 margins: false,
                 trained_drafter: false,
+                verifies_exactly: true,
                 ahead: 1,
             },
             exit_layers,
