@@ -233,8 +233,8 @@ def _untried(directory: Path, manifest: Manifest) -> Iterator[str]:
         )
     if not manifest.engines.exits:
         yield (
-            "exits by trained probes, with lenses: sedac-export train-probes"
-            f" {directory} --lens --data ... (other texts than these)"
+            f"trained exits: sedac-export train-exits {directory} --data ... (other texts than"
+            " these); train-probes if the model was trained for exits"
         )
 
 

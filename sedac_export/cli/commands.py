@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sedac_export.bundle.cuda_entry import PRECISIONS
+from sedac_export.bundle.manifest import QuantizedWeights
 from sedac_export.bundle.signature import SIGNATURE
 from sedac_export.cli import advise_command, target_commands, validate_command
 from sedac_export.cli import tensorrt_commands as tensorrt
@@ -153,7 +154,15 @@ def build(
         version_compatible,
         hardware_compatible,
     )
-    targets = ChosenTargets.check(target, options, precision.value, symmetric)
+    quantized = QuantizedWeights(
+        block_size=block_size,
+        symmetric=symmetric,
+        method=method.value,
+        kept_head=bool(keep_precision),
+    )
+    targets = ChosenTargets.check(
+        target, options, precision.value, quantized if precision in _QUANTIZED else None
+    )
     stages = ("trace", "write", "validate", *(("compare",) if precision in _QUANTIZED else ()))
     with progress_bar(*stages) as progress:
         built = run(request, progress)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sedac_export.bundle.cuda_entry import CudaChain
-from sedac_export.bundle.manifest import Precision, read_manifest
+from sedac_export.bundle.manifest import Precision, QuantizedWeights, read_manifest
 from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.cli import tensorrt_commands as tensorrt
 from sedac_export.cli.progress import progress_bar
@@ -33,12 +33,13 @@ class ChosenTargets:
         targets: list[TargetName],
         options: BuildOptions,
         precision: Precision,
-        symmetric: bool,
+        quantized: QuantizedWeights | None,
     ) -> "ChosenTargets":
         """Those among `targets`. Raises SedacError when one cannot be built here.
 
-        symmetric: whether quantized weights, if any, have no zero points.
+        Which layers are kept is not looked at, only whether anything is.
         """
+        symmetric = quantized is None or quantized.symmetric
         chosen = cls(
             tensorrt.check_flavours(targets, options, precision, symmetric),
             options,
@@ -52,7 +53,7 @@ class ChosenTargets:
         if chosen.cuda:
             from sedac_export.cuda.add_cuda import check_cuda
 
-            check_cuda(precision)
+            check_cuda(precision, quantized)
         return chosen
 
     def add(self, directory: Path, model: str | None) -> None:
@@ -88,8 +89,8 @@ def engines(
         hardware_compatible,
     )
     manifest = read_manifest(bundle)
-    symmetric = manifest.quantization is None or manifest.quantization.symmetric
-    ChosenTargets.check(target, options, manifest.precision, symmetric).add(bundle, model)
+    chosen = ChosenTargets.check(target, options, manifest.precision, manifest.quantization)
+    chosen.add(bundle, model)
 
 
 def _add_onnxruntime_cuda(directory: Path, model: str | None) -> None:

@@ -24,7 +24,7 @@ from sedac_export.cuda.compiler import Compiler, chain_macros, fingerprint
 from sedac_export.cuda.description import ChainDescription, describe
 from sedac_export.cuda.identification import NoChainError
 from sedac_export.cuda.packing import write_weights
-from sedac_export.cuda.weight_blocks import WeightBlocks, weight_blocks
+from sedac_export.cuda.weight_blocks import WeightBlocks, check_quantized, weight_blocks
 from sedac_export.errors import SedacError
 from sedac_export.graph.trace_model import check_attention
 from sedac_export.model.skeleton import Skeleton
@@ -34,13 +34,15 @@ PLACE = "engines/cuda"
 WEIGHTS = f"{PLACE}/weights.safetensors"
 
 
-def check_cuda(precision: bundle.Precision) -> Compiler:
+def check_cuda(precision: bundle.Precision, quantized: bundle.QuantizedWeights | None) -> Compiler:
     """The compiler. Raises SedacError when it is not installed, or for other weights."""
     if precision not in PRECISIONS:
         raise SedacError(
             f"--target cuda takes weights of 16 bits and less, and these are {precision}; build"
             " with --precision fp16"
         )
+    if quantized is not None:
+        check_quantized(quantized)
     return Compiler()
 
 
@@ -58,7 +60,7 @@ def add_cuda(
         bundle.settle_manifest(directory)
         # what is wrong with the target's own files is put right by making them anew
         opened = Bundle.open(directory, replaced=PLACE if model else None)
-        compiler = check_cuda(opened.manifest.precision)
+        compiler = check_cuda(opened.manifest.precision, opened.manifest.quantization)
         if model is None:
             description, chain = None, _held(opened)
         else:

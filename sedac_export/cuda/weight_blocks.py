@@ -4,7 +4,7 @@ A matrix is given by its parts, as the bundle's graphs store them: the weights t
 or quantized ones with their scales and zero points under the suffixes of those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from sedac_export.arrays import Array
 from sedac_export.bundle.cuda_entry import ChainShape
-from sedac_export.bundle.manifest import Manifest
+from sedac_export.bundle.manifest import Manifest, QuantizedWeights
 from sedac_export.errors import SedacError
 from sedac_export.graph.quantized_graph import SCALES, ZERO_POINTS
 from sedac_export.model.quantization import BITS, Quantization, QuantizedRows, unpacked
@@ -191,19 +191,25 @@ def weight_blocks(manifest: Manifest, shape: ChainShape) -> WeightBlocks:
     quantized = manifest.quantization
     if quantized is None:
         return HalfBlocks()
+    rows = (shape.hidden, shape.heads * shape.head_size, shape.intermediate)
+    check_quantized(quantized, rows)
+    size = quantized.block_size
+    return QuantizedBlocks(Quantization(BITS[manifest.precision], size, quantized.symmetric))
+
+
+def check_quantized(quantized: QuantizedWeights, rows: Sequence[int] = ()) -> None:
+    """Raise SedacError for quantized weights, of `rows` columns, that the kernel cannot hold."""
     if quantized.kept_layers or quantized.kept_head:
         raise SedacError(
             "--target cuda takes weights that are all quantized alike; build without"
             " --keep-precision"
         )
     size = quantized.block_size
-    rows = (shape.hidden, shape.heads * shape.head_size, shape.intermediate)
     if size % BLOCK or any(columns % size for columns in rows):
         raise SedacError(
             f"--target cuda takes quantized weights in blocks of {BLOCK}, or of multiples that"
             f" divide the model's rows, and these are of {size}; build with --block-size {BLOCK}"
         )
-    return QuantizedBlocks(Quantization(BITS[manifest.precision], size, quantized.symmetric))
 
 
 def _tiles(matrix: Array, block: int) -> Array:

@@ -103,7 +103,7 @@ def test_the_page_says_first_what_to_do(
     assert page.startswith("**Use lossless mode with prompt lookup: 2.00x; where some tokens may")
     assert page.count("\n| ") == 2 + len(advice.rows)
     assert "Exits at 0.01 % risk: " in page
-    assert "train-drafter MODEL" in page and "train-probes" not in page
+    assert "train-drafter MODEL" in page and "train-exits" not in page
     facts = json.loads(advice.to_json())
     assert facts["sentence"] == advice.recommendation.sentence
     assert facts["rows"][0]["speedup"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -118,7 +118,7 @@ def test_without_trained_parts_the_page_says_how_to_try_them(
     advice = advise(demo_bundle, [replace(d, tokens=d.tokens[:60]) for d in documents[:4]], 2)
     assert ["documents are too few" in (e.refusal or "") for e in advice.exits] == [True, True]
     assert [row.mode for row in advice.rows] == ["full", *["lossless"] * 3]
-    assert "train-probes" in advice_page(advice)
+    assert "train-exits" in advice_page(advice)
 
 
 @pytest.mark.usefixtures("untimed")

@@ -17,8 +17,9 @@ from sedac_export import BuildRequest, SedacError, build_bundle
 from sedac_export.build.inspection import inspect_bundle
 from sedac_export.build.quality import QualityRow
 from sedac_export.bundle import Bundle
-from sedac_export.bundle.manifest import read_manifest
+from sedac_export.bundle.manifest import QuantizedWeights, read_manifest
 from sedac_export.cli import main
+from sedac_export.cuda.weight_blocks import check_quantized
 from sedac_export.device_graphs.onnxruntime_cuda import check_precision
 from sedac_export.exits.training.head_graph import HeadGraph
 from sedac_export.tensorrt.build_plans import check_quantization
@@ -175,6 +176,23 @@ def test_tensorrt_takes_symmetric_blocks_of_4_bits_alone() -> None:
         check_quantization("tensorrt-rtx", "int8", symmetric=True)
     with pytest.raises(SedacError, match=r"takes no zero points; build with --symmetric"):
         check_quantization("tensorrt-rtx", "int4", symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"block_size": 16}, "in blocks of 32.*are of 16; build with --block-size 32"),
+        ({"kept_layers": [3]}, "all quantized alike; build without --keep-precision"),
+        ({"kept_head": True}, "all quantized alike; build without --keep-precision"),
+    ],
+)
+def test_cuda_refuses_blocks_that_its_kernel_cannot_hold(
+    settings: dict[str, Any], reason: str
+) -> None:
+    fields: dict[str, Any] = {"block_size": 64, "symmetric": True, "method": "rtn"}
+    check_quantized(QuantizedWeights(**fields))
+    with pytest.raises(SedacError, match=reason):
+        check_quantized(QuantizedWeights(**fields | settings))
 
 
 def test_calibration_needs_text(tmp_path: Path) -> None:
