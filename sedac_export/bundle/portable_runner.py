@@ -11,16 +11,19 @@ from onnx import TensorProto, numpy_helper
 
 from sedac_export.arrays import Array
 from sedac_export.bundle.manifest import Precision
-from sedac_export.bundle.sessions import Engine
+from sedac_export.bundle.sessions import CPU, Engine
 
 
 class PortableRunner:
-    """Runs portable graphs in ONNX Runtime. Their bf16, which it has no kernels for, as fp32."""
+    """Runs graphs for devices in ONNX Runtime. On the CPU, bf16, which it has no kernels for there,
+    is fp32.
+    """
 
-    def __init__(self, directory: Path, precision: Precision) -> None:
-        self.directory, self.precision = directory, precision
+    def __init__(self, directory: Path, precision: Precision, provider: str = CPU) -> None:
+        self.directory, self.precision, self.provider = directory, precision, provider
         # the precision that its outputs have
-        self.computes: Precision = "fp32" if precision == "bf16" else precision
+        wide = precision == "bf16" and provider == CPU
+        self.computes: Precision = "fp32" if wide else precision
         self._engine = functools.lru_cache(maxsize=2)(self._load)
 
     def __call__(self, graph: str, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -37,18 +40,17 @@ class PortableRunner:
 
     def _load(self, graph: str) -> Engine:
         path = self.directory / graph
-        if self.precision != "bf16":
-            return _engine(path)
+        if self.precision == self.computes:
+            return self._engine_of(path)
         model = onnx.load(path)
         _widen(model.graph)
         with tempfile.TemporaryDirectory() as place:
             wide = Path(place) / "wide.onnx"
             onnx.save(model, wide, save_as_external_data=True)
-            return _engine(wide)
+            return self._engine_of(wide)
 
-
-def _engine(path: Path) -> Engine:
-    return Engine(path, os.cpu_count() or 1, optimized=False)
+    def _engine_of(self, path: Path) -> Engine:
+        return Engine(path, os.cpu_count() or 1, optimized=False, provider=self.provider)
 
 
 def _widen(graph: onnx.GraphProto) -> None:

@@ -11,6 +11,9 @@ from sedac_export.bundle import Bundle
 
 THREADS = 2
 
+# names of ONNX Runtime's providers
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
 # caches by the names of the inputs that they are, such as past_key_0
 Caches = Mapping[str, onnxruntime.OrtValue]
 
@@ -31,6 +34,7 @@ class Engine:
         threads: int = THREADS,
         weights: Path | None = None,
         optimized: bool = True,
+        provider: str = CPU,
     ) -> None:
         options = onnxruntime.SessionOptions()
         if not optimized:
@@ -46,9 +50,7 @@ class Engine:
         options.add_session_config_entry("session.load_model_format", "ONNX")
         if weights is not None:
             options.add_session_config_entry(_WEIGHTS_DIRECTORY, str(weights))
-        self.session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(model, options, providers=[provider])
         self.inputs = {value.name for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
 

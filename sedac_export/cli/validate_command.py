@@ -55,15 +55,11 @@ def _validated(directory: Path, target: TargetName | None) -> list[TargetName]:
             "--target onnxruntime: the build has compared those engines with the original;"
             " sedac-export inspect shows by how much they differ"
         )
-    if target is TargetName.ONNXRUNTIME_CUDA:
-        raise SedacError(
-            "--target onnxruntime-cuda: validate does not run these graphs yet; they are traced"
-            " from the model, with the weights of the bundle's engines"
-        )
     if target is not None:
         return [target]
     manifest = read_manifest(directory)
     held = [TargetName.CUDA] if manifest.cuda is not None else []
+    held += [TargetName.ONNXRUNTIME_CUDA] if manifest.onnxruntime_cuda is not None else []
     held += [TargetName(flavour) for flavour in FLAVOURS if flavour in manifest.plans]
     if not held:
         raise SedacError(
@@ -78,6 +74,10 @@ def _run(directory: Path, target: TargetName, progress: StageProgress) -> Target
         from sedac_export.cuda.validate_chain import validate
 
         return validate(directory, progress)
+    if target is TargetName.ONNXRUNTIME_CUDA:
+        from sedac_export.device_graphs.validate_graphs import validate as validate_graphs
+
+        return validate_graphs(directory, progress)
     from sedac_export.tensorrt.validate_plans import validate as validate_plans
 
     (flavour,) = (name for name in FLAVOURS if TargetName(name) is target)

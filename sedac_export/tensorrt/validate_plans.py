@@ -14,8 +14,8 @@ from sedac_export.bundle.plan_entries import PlanEntry, PlanSet, PortableGraphs
 from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.bundle.target_check import TargetCheck, TargetValidation
 from sedac_export.console import StageProgress
+from sedac_export.device_graphs.agreement import compare
 from sedac_export.errors import SedacError
-from sedac_export.tensorrt.agreement import compare
 from sedac_export.tensorrt.build_plans import fingerprint
 from sedac_export.tensorrt.installed import check_compatible
 from sedac_export.tensorrt.plan_runner import GpuPlanRunner

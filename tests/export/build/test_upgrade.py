@@ -27,7 +27,7 @@ from sedac_export.bundle.certified import read_certification
 from sedac_export.bundle.plan_entries import BuildOptions
 from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.cli.tensorrt_commands import flags
-from sedac_export.tensorrt.agreement import compare
+from sedac_export.device_graphs.agreement import compare
 from sedac_runtime import SedacModel
 
 ARCHIVE = Path(__file__).with_name("schema_1.tar.xz")

@@ -80,4 +80,4 @@ def test_what_it_needs_is_said(tiny: Callable[..., Path], export: Command, tmp_p
     single = export("build", "--model", model, "--output", tmp_path / "fp32", *target)
     assert_one_line_error(single, "takes fp16 or bf16 weights, and these are fp32")
     assert not (tmp_path / "fp32").exists()
-    assert_one_line_error(export("validate", bundle, *target), "validate does not run these graphs")
+    assert_one_line_error(export("validate", bundle, *target), "holds no onnxruntime-cuda engines")

@@ -13,8 +13,8 @@ from sedac_export import BuildRequest, SedacError, build_bundle
 from sedac_export.bundle.agreement_row import GATES
 from sedac_export.bundle.manifest import Manifest, read_manifest
 from sedac_export.bundle.portable_runner import PortableRunner
+from sedac_export.device_graphs.agreement import compare, visible
 from sedac_export.model.skeleton import Skeleton
-from sedac_export.tensorrt.agreement import compare, visible
 from sedac_export.tensorrt.portable_writer import add_portable_graphs
 from sedac_export.tensorrt.structure import expectations
 from sedac_export.tensorrt.worker import Worker
