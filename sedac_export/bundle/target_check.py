@@ -1,7 +1,10 @@
 """What `sedac-export validate` checks of a target, and what it came to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from sedac_export.console import StageProgress
 
 # exit codes of the command, by the first check that failed
 FAILED = {"structure": 3, "onnxruntime": 4, "execution": 5}
@@ -29,6 +32,16 @@ class TargetCheck:
         if not self.checked:
             report["reason"] = self.reason
         return report | {"problems": self.problems, "engines": self.engines}
+
+
+def run_checks(progress: StageProgress, *checks: Callable[[], TargetCheck]) -> list[TargetCheck]:
+    """What `checks` give, one after another."""
+    results = []
+    for count, check in enumerate(checks):
+        progress("validate", count, len(checks))
+        results.append(check())
+    progress("validate", len(checks), len(checks))
+    return results
 
 
 @dataclass(frozen=True)

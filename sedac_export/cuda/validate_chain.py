@@ -10,7 +10,7 @@ import numpy as np
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.agreement_row import GATES, Gates, failures
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
-from sedac_export.bundle.target_check import TargetCheck, TargetValidation
+from sedac_export.bundle.target_check import TargetCheck, TargetValidation, run_checks
 from sedac_export.console import StageProgress
 from sedac_export.cuda.chain_agreement import ChainRunner, compare
 from sedac_export.cuda.recomputed_chain import RecomputedChain
@@ -44,11 +44,7 @@ def validate(directory: Path, progress: StageProgress = lambda *_: None) -> Targ
             f"{directory} holds no cuda engines" + (f": {refusal}" if refusal else f"; {remedy}")
         )
     run = _ChainValidator(bundle, chain)
-    checks = []
-    for count, check in enumerate((run.structure, run.onnxruntime, run.execution)):
-        progress("validate", count, 3)
-        checks.append(check())
-    progress("validate", 3, 3)
+    checks = run_checks(progress, run.structure, run.onnxruntime, run.execution)
     facts = {"version": chain.compiler} | chain.model_dump(include={"fingerprint", "modules"})
     return TargetValidation("cuda", f"CUDA chain of NVRTC {chain.compiler}", facts, checks)
 

@@ -13,7 +13,7 @@ from sedac_export.bundle.manifest import EngineFiles
 from sedac_export.bundle.plan_entries import PortableGraphs
 from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.bundle.sessions import CPU, CUDA
-from sedac_export.bundle.target_check import TargetCheck, TargetValidation
+from sedac_export.bundle.target_check import TargetCheck, TargetValidation, run_checks
 from sedac_export.console import StageProgress
 from sedac_export.device_graphs.agreement import compare
 from sedac_export.device_graphs.onnxruntime_cuda import TARGET
@@ -41,11 +41,7 @@ def validate(directory: Path, progress: StageProgress = lambda *_: None) -> Targ
             f" {directory} --target {TARGET}"
         )
     run = _GraphValidator(bundle, graphs)
-    checks = []
-    for count, check in enumerate((run.structure, run.onnxruntime, run.execution)):
-        progress("validate", count, 3)
-        checks.append(check())
-    progress("validate", 3, 3)
+    checks = run_checks(progress, run.structure, run.onnxruntime, run.execution)
     facts = {"version": onnxruntime.__version__, "precision": bundle.manifest.precision}
     title = f"graphs for ONNX Runtime's CUDA provider, checked with {onnxruntime.__version__}"
     return TargetValidation(TARGET, title, facts, checks)
@@ -58,10 +54,8 @@ class _GraphValidator:
 
     def structure(self) -> TargetCheck:
         check = TargetCheck("structure")
-        graphs, engines = (
-            _without_contexts(self.graphs),
-            _without_contexts(self.bundle.manifest.engines),
-        )
+        graphs = _without_contexts(self.graphs)
+        engines = _without_contexts(self.bundle.manifest.engines)
         if len(graphs) != len(engines):
             check.problems.append(f"{len(graphs)} graphs for {len(engines)} engines")
         for graph, engine in zip(graphs, engines, strict=False):

@@ -12,7 +12,7 @@ from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.agreement_row import GATES, Gates, failures
 from sedac_export.bundle.plan_entries import PlanEntry, PlanSet, PortableGraphs
 from sedac_export.bundle.portable_runner import PortableRunner
-from sedac_export.bundle.target_check import TargetCheck, TargetValidation
+from sedac_export.bundle.target_check import TargetCheck, TargetValidation, run_checks
 from sedac_export.console import StageProgress
 from sedac_export.device_graphs.agreement import compare
 from sedac_export.errors import SedacError
@@ -46,11 +46,7 @@ def validate(
         )
     with Worker(target) as worker:
         run = _PlanValidator(directory, manifest, portable, target, plans, worker)
-        checks = []
-        for count, check in enumerate((run.structure, run.onnxruntime, run.execution)):
-            progress("validate", count, 3)
-            checks.append(check())
-        progress("validate", 3, 3)
+        checks = run_checks(progress, run.structure, run.onnxruntime, run.execution)
     facts = plans.model_dump(exclude={"plans"})
     seconds = {Path(plan.file).stem: plan.seconds for plan in plans.plans}
     title = f"{FLAVOURS[target].title} {plans.version}"
