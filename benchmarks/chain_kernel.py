@@ -26,6 +26,8 @@ import torch
 from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_checks import ChainChecks
 from chain_decoder import ChainCase
+from chain_drafter import RandomDrafter
+from chain_drafter_checks import DrafterChecks
 from chain_launcher import (
     ChainLauncher,
     SequenceInput,
@@ -43,6 +45,8 @@ from sedac_export.errors import SedacError
 from sedac_runtime.flavour import find_gpu
 
 MODEL_NAMES = tuple(case.name for case in MODELS)
+# tokens of a draft
+DRAFTED = (1, 4, 8)
 ROUNDS, PASSES, WARM_UP = 5, 50, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
@@ -82,6 +86,8 @@ class CaseResult:
     checks: list[KernelCheck] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     positions: dict[int, Timing] = field(default_factory=dict)
+    # by the number of tokens, microseconds of a launch that takes in a position and drafts them
+    drafts: dict[int, float] = field(default_factory=dict)
     unsupported: str | None = None
 
     @property
@@ -96,8 +102,10 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
     try:
         launcher = ChainLauncher(case, compiling.result())
         result.checks.extend(ChainChecks(launcher).run())
+        result.checks.extend(DrafterChecks(launcher).run())
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
+            result.drafts = measure_drafts(launcher)
             del launcher
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
@@ -142,6 +150,22 @@ def measure_positions(launcher: ChainLauncher) -> dict[int, Timing]:
         )
         for position in POSITIONS
     }
+
+
+def measure_drafts(launcher: ChainLauncher) -> dict[int, float]:
+    """Launches of a random trained drafter, which the host waits for, at the case's position."""
+    drafter, position = RandomDrafter(launcher), launcher.decoder.case.position
+    medians = {}
+    for count in DRAFTED:
+        wanted, rounds = drafter.make(0, position, TOKENS[:1], count), []
+        for _ in range(ROUNDS + 1):
+            start = time.perf_counter()
+            for _ in range(PASSES):
+                launcher.draft(wanted)
+            rounds.append((time.perf_counter() - start) / PASSES * 1e6)
+        medians[count] = statistics.median(rounds[1:])
+    launcher.feature_depths = []
+    return medians
 
 
 def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
@@ -218,6 +242,9 @@ def markdown(result: CaseResult) -> str:
         ]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [_table_row(measurement) for measurement in result.measurements]
+    if result.drafts:
+        drafts = ", ".join(f"{count}: {median:.0f} µs" for count, median in result.drafts.items())
+        lines.append(f"\nA position taken in, and so many tokens drafted: {drafts}.")
     if result.positions:
         first, last = (timing.median for timing in result.positions.values())
         lines.append(

@@ -12,6 +12,7 @@ from torch import Tensor
 from sedac_export.cuda.chain_abi import (
     MAX_ROWS,
     Condition,
+    DraftPass,
     Layer,
     Outcome,
     Pass,
@@ -84,7 +85,7 @@ class ChainLauncher:
     def __init__(self, case: ChainCase, compiled: CompiledChain, slots: int = 4) -> None:
         self.decoder, self.capacity = RandomDecoder(case), case.capacity
         torch.zeros(1, device="cuda")  # makes the context current
-        self._chain = LoadedChain(compiled.code)
+        self.chain = LoadedChain(compiled.code)
         self._hold_weights(slots)
         self._allocate(slots)
         self._previous_rows, self._parity = MAX_ROWS, 0
@@ -120,9 +121,25 @@ class ChainLauncher:
         chosen = tokens.to("cuda", torch.int32)
         torch.cuda.synchronize()
         addresses = self._buffers["head"].data_ptr(), chosen.data_ptr(), rows.data_ptr()
-        self._chain.gather_rows(*addresses, len(tokens), self._stream.cuda_stream)
+        self.chain.gather_rows(*addresses, len(tokens), self._stream.cuda_stream)
         torch.cuda.synchronize()
         self._buffers["frequent_rows"] = rows
+
+    def take_features(self, depths: list[int]) -> Tensor:
+        """Let passes leave the hidden states after `depths`, [slot, capacity, depths, hidden]."""
+        self.feature_depths = depths
+        sizes = len(self._buffers["saved"]), self.capacity, len(depths), self.decoder.shape.hidden
+        states = torch.zeros(sizes, dtype=torch.bfloat16, device="cuda")
+        self._buffers["feature_states"] = states
+        return states
+
+    def draft(self, wanted: DraftPass) -> None:
+        """Run a launch of a trained drafter to its end."""
+        wanted.blocks, wanted.capacity = self.chain.blocks, self.capacity
+        wanted.embed = self._buffers["embed"].data_ptr()
+        torch.cuda.synchronize()
+        self.chain.draft(wanted, self._stream.cuda_stream)
+        torch.cuda.synchronize()
 
     def make_pass(
         self,
@@ -136,9 +153,11 @@ class ChainLauncher:
         logits_rows: bits of the rows that want logits, default all; races: of the first rows, whose
         tokens are sampled, or of all rows of each step; steps: at most as many, whatever is chosen.
         """
-        blocks = self._chain.blocks
+        blocks = self.chain.blocks
         made = Pass(capacity=self.capacity, blocks=blocks, sequences=len(sequences))
         made.has_lenses = self._has_lenses
+        made.features = len(self.feature_depths)
+        made.feature_depths[: made.features] = self.feature_depths
         made.frequent_tokens = len(self._buffers["frequent_rows"])
         for name, tensor in self._buffers.items():
             setattr(made, name, tensor.data_ptr())
@@ -163,7 +182,7 @@ class ChainLauncher:
         wanted.clear_rows, self._previous_rows = self._previous_rows, wanted.rows
         wanted.outcome = self._outcomes.data_ptr() + outcome * ctypes.sizeof(Outcome)
         self._parity = 1 - self._parity
-        self._chain.launch(wanted, self._stream.cuda_stream)
+        self.chain.launch(wanted, self._stream.cuda_stream)
 
     def run(
         self,
@@ -202,6 +221,7 @@ class ChainLauncher:
         layers = self._layers = (Layer * shape.layers)()
         self._exits: list[Tensor] = []
         self._has_lenses = False
+        self.feature_depths: list[int] = []
         for layer, weights, keys, values in zip(
             layers, self._weights, self.keys, self.values, strict=True
         ):
@@ -230,11 +250,11 @@ class ChainLauncher:
         return {name: pack(w) if w.dim() == 2 else w for name, w in weights.items()}
 
     def _allocate(self, slots: int) -> None:
-        shape, facts = self.decoder.shape, self._chain.facts
+        shape, facts = self.decoder.shape, self.chain.facts
         self._buffers |= {
             "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
             "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
-            "tables": _zeros(facts.table_bytes * self._chain.blocks),
+            "tables": _zeros(facts.table_bytes * self.chain.blocks),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
         # the device writes pinned memory at the address that it has on the host
@@ -245,7 +265,7 @@ class ChainLauncher:
 
     def _prepare(self) -> None:
         torch.cuda.synchronize()
-        self._chain.prepare(self._buffers["tables"].data_ptr(), self._stream.cuda_stream)
+        self.chain.prepare(self._buffers["tables"].data_ptr(), self._stream.cuda_stream)
         torch.cuda.synchronize()
 
     def _sequence_rows(self, sequence: SequenceInput, first: int) -> SequenceRows:

@@ -3,7 +3,7 @@
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
 # version of the mirrors
-ABI = 5
+ABI = 6
 MAX_ROWS = 8
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
@@ -18,6 +18,11 @@ _LAYER_POINTERS = (
 _PASS_POINTERS = (
     *("layers", "embed", "head", "final_norm", "cos", "sin", "saved"),
     *("scratch", "next_scratch", "tables", "logits", "outcome"),
+)
+_DRAFT_POINTERS = (
+    *("combine", "join", "qkv", "o", "gate_up", "down", "head"),
+    *("feature_norms", "state_norm", "embedding_norm", "attention_norm", "mlp_norm", "norm"),
+    *("frequencies", "tokens", "embed", "features", "keys", "values", "scratch", "outcome"),
 )
 _PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
 
@@ -38,13 +43,20 @@ class Facts(Structure):
         ("table_bytes", c_uint),
         ("saved_floats", c_uint),
         ("weight_block_bytes", c_uint),
+        ("draft_pass_bytes", c_uint),
+        ("draft_outcome_bytes", c_uint),
+        ("draft_threads", c_uint),
+        ("draft_shared_bytes", c_uint),
+        ("draft_rows", c_uint),
         ("scratch_bytes", c_uint64),
+        ("draft_scratch_bytes", c_uint64),
     )
 
     def fit(self) -> bool:
         """Whether they are of a chain whose structs are those of this file."""
         sizes = [self.layer_bytes, self.pass_bytes, self.outcome_bytes]
-        mirrors = [sizeof(mirror) for mirror in (Layer, Pass, Outcome)]
+        sizes += [self.draft_pass_bytes, self.draft_outcome_bytes]
+        mirrors = [sizeof(mirror) for mirror in (Layer, Pass, Outcome, DraftPass, DraftOutcome)]
         return self.abi == ABI and sizes == mirrors
 
 
@@ -177,8 +189,36 @@ class Pass(Structure):
         ("steps", c_int),
         ("has_lenses", c_int),
         ("frequent_tokens", c_int),
-        ("unused", c_int),
+        ("features", c_int),
         ("frequent_rows", c_uint64),
         ("min_accepted", c_float * MAX_ROWS),
         ("acceptance", c_float * MARGIN_BINS),
+        ("feature_states", c_uint64),
+        ("feature_depths", c_int * 4),
+    )
+
+
+class DraftPass(Structure):
+    """The only parameter of a trained drafter's kernel: see abi.cuh."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in _DRAFT_POINTERS),
+        *((name, c_int) for name in ("capacity", "blocks", "slot")),
+        *((name, c_int) for name in ("features_of_position", "draft_tokens")),
+        ("norm_epsilon", c_float),
+        *((name, c_int) for name in ("start", "rows", "steps", "sampled")),
+        ("token", c_int * MAX_ROWS),
+        ("race", RowRace * MAX_ROWS),
+        ("min_accepted", c_float * MAX_ROWS),
+        ("acceptance", c_float * MARGIN_BINS),
+    )
+
+
+class DraftOutcome(Structure):
+    """The tokens that were drafted, and the probability that the drafter gives each."""
+
+    _fields_ = (
+        ("tokens", c_int),
+        ("token", c_int * MAX_ROWS),
+        ("probability", c_float * MAX_ROWS),
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from sedac_export.cuda.chain_abi import Facts, Pass
+from sedac_export.cuda.chain_abi import DraftPass, Facts, Pass
 from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import FACTS
 from sedac_export.errors import SedacError
@@ -39,6 +39,8 @@ class LoadedChain:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         for function, shared in zip(self._entries.values(), self.facts.shared_bytes, strict=True):
             checked(driver.cuFuncSetAttribute(function, limit, shared))
+        self._draft = self._function("draft")
+        checked(driver.cuFuncSetAttribute(self._draft, limit, self.facts.draft_shared_bytes))
 
     def prepare(self, tables: int, stream: int = 0) -> None:
         """Enqueue what writes the tables, table_bytes for each block, at an address."""
@@ -56,10 +58,21 @@ class LoadedChain:
         """Enqueue a pass on the smallest kernel that takes its rows, and number it."""
         parameters.number, self._steps = self._steps, self._steps + max(parameters.steps, 1)
         rows = next(rows for rows in ROWS if rows >= parameters.rows)
+        shared = self.facts.shared_bytes[ROWS.index(rows)]
+        self._cooperative(self._entries[rows], self.facts.threads, shared, parameters, stream)
+
+    def draft(self, parameters: DraftPass, stream: int = 0) -> None:
+        """Enqueue a launch of a trained drafter."""
+        threads, shared = self.facts.draft_threads, self.facts.draft_shared_bytes
+        self._cooperative(self._draft, threads, shared, parameters, stream)
+
+    def _cooperative(
+        self, entry: Any, threads: int, shared: int, parameters: Pass | DraftPass, stream: int
+    ) -> None:
         addresses = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        at, shared = ctypes.addressof(addresses), self.facts.shared_bytes[ROWS.index(rows)]
+        sizes = self.blocks, 1, 1, threads, 1, 1
         launch = driver.cuLaunchCooperativeKernel
-        checked(launch(self._entries[rows], *self._sizes(), shared, stream, at))
+        checked(launch(entry, *sizes, shared, stream, ctypes.addressof(addresses)))
 
     def _sizes(self) -> tuple[int, ...]:
         """Of the grid and of a block."""

@@ -7,6 +7,7 @@
 mod capabilities;
 mod costs;
 pub mod cuda;
+mod draft_engine;
 mod gpu;
 mod host_decided;
 mod not_finite;
@@ -22,6 +23,7 @@ use std::ops::Range;
 pub(crate) use self::gpu::gpu_name;
 pub use capabilities::Capabilities;
 pub use costs::{CostRecord, Costs};
+pub use draft_engine::{DraftChoice, DraftEngine, DraftedToken};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
 pub use row_engines::{RowEngines, SequenceRow};
@@ -87,7 +89,7 @@ pub trait Backend: Send {
         interrupt: &Interrupt,
     ) -> Result<Vec<StepOutcome>>;
 
-    /// The engines of a trained drafter, where there are any, for the sequence in `slot`.
+    /// The trained drafter, where there is one, for the sequence in `slot`.
     fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
         let _ = slot;
         None
@@ -160,7 +162,7 @@ pub trait Engines: Send {
         None
     }
 
-    /// The engines of a trained drafter, where there are any, for the sequence in the selected slot.
+    /// The trained drafter, where there is one, for the sequence in the selected slot.
     fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         None
     }
@@ -203,32 +205,6 @@ pub trait Engines: Send {
     /// How long engines took that have run since the last call, as far as it is known without
     /// waiting for any.
     fn take_timings(&mut self) -> Vec<EngineTiming>;
-}
-
-/// The engines of a trained drafter.
-///
-/// Its cache holds a state for each verified position, made of the model's hidden states there and
-/// of the token that followed, and after them states of its own rollout.
-pub trait DraftEngine {
-    /// Take in the model's hidden states at `positions`, all of which the model has run, and the
-    /// `tokens` that followed. Nothing is kept of positions from `positions.start` on.
-    ///
-    /// # Errors
-    /// What the engines report.
-    fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()>;
-
-    /// Take in `token`, drafted after the last state, with the drafter's own state.
-    ///
-    /// # Errors
-    /// What the engines report.
-    fn roll_out(&mut self, token: u32) -> Result<()>;
-
-    /// Logits of the token after the last one taken in, one for each token of the model's
-    /// vocabulary: very low where the drafter never drafts a token.
-    fn logits(&self) -> &[f32];
-
-    /// The probability that the drafter gives `token` there.
-    fn probability(&self, token: u32) -> f32;
 }
 
 /// Engines whose MLPs add nothing, for soft exits.

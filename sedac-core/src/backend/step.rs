@@ -69,6 +69,12 @@ impl Ahead {
             min_accepted: [0.0; MAX_AHEAD],
         }
     }
+
+    /// Whether it goes on after `tokens` tokens, 1 or more, the product of whose acceptance is
+    /// `accepted`.
+    pub fn goes_on(&self, tokens: usize, accepted: f32) -> bool {
+        tokens < self.tokens && accepted >= self.min_accepted[tokens - 1]
+    }
 }
 
 /// The bin of a margin, or of another probability.

@@ -6,7 +6,9 @@ use super::{
     Acceptance, AcceptanceRate, DepthAcceptance, Draft, DraftContext, Drafter, Foresight,
     TakenExit, full_depth_cost,
 };
-use crate::backend::{Ahead, Costs, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome, margin_bin};
+use crate::backend::{
+    Ahead, Costs, DraftChoice, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome, margin_bin,
+};
 use crate::error::Result;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
 

@@ -24,7 +24,9 @@ pub(crate) use self::baseline::BaselineCost;
 use self::early_exit::EarlyExit;
 use self::prompt_lookup::PromptLookup;
 use self::trained::Trained;
-use crate::backend::{Backend, Costs, Logits, LogitsRequest, PositionLogits, StepExit};
+use crate::backend::{
+    Backend, Costs, DraftChoice, Logits, LogitsRequest, PositionLogits, StepExit,
+};
 use crate::bundle::DrafterKind;
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -109,7 +111,7 @@ impl DraftContext<'_> {
     /// positions: all of the draft so far.
     fn logits(&mut self, positions: usize) -> LogitsRequest {
         if self.backend.capabilities().margins {
-            LogitsRequest::of(self.choice.sampler, positions)
+            self.choice.request(positions)
         } else {
             LogitsRequest::Rows(positions)
         }
@@ -133,8 +135,13 @@ impl<'a> Foresight<'a> {
             drafted: 0,
         }
     }
+}
 
-    /// The draft's next token.
+impl DraftChoice for Foresight<'_> {
+    fn request(&mut self, positions: usize) -> LogitsRequest {
+        LogitsRequest::of(self.sampler, positions)
+    }
+
     fn choose(&mut self, logits: PositionLogits<'_>) -> u32 {
         let token = match logits {
             PositionLogits::All(logits) => {

@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use super::round_costs::RoundCosts;
 use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
-use crate::backend::{Costs, MARGIN_BINS, PositionLogits, margin_bin};
+use crate::backend::{Ahead, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
 use crate::error::{Error, Result};
 
 /// Longer drafts are seldom accepted whole.
-const MAX_DRAFTED: usize = 8;
+const MAX_DRAFTED: usize = MAX_AHEAD;
 /// The speedup that is expected before anything was observed.
 const PRIOR_SPEEDUP: f64 = 1.3;
 /// Passes count less with every newer one.
@@ -70,12 +70,44 @@ impl Trained {
         }
     }
 
-    /// Whether one more token, after `drafted` others of which all are accepted with probability
-    /// `all_accepted`, is worth drafting and verifying where it is accepted at `rate`.
-    fn pays(&self, drafted: usize, all_accepted: f64, rate: f64, costs: &Costs) -> bool {
+    /// The probability with which all tokens up to the one after `drafted` others must be accepted for
+    /// it to be worth drafting and verifying.
+    fn min_accepted(&self, drafted: usize, costs: &Costs) -> f64 {
+        if drafted == 0 {
+            return 0.0;
+        }
         let verify = |tokens| full_depth_cost(costs, self.layers, tokens);
         let cost = self.step.mean + verify(drafted + 2) - verify(drafted + 1);
-        all_accepted * rate * self.baseline_seconds / self.expected_speedup >= cost
+        cost * self.expected_speedup / self.baseline_seconds
+    }
+
+    /// How far to draft, to `tokens` tokens at most.
+    fn ahead(&self, tokens: usize, costs: &Costs) -> Ahead {
+        let rates = self.rates.iter().map(AcceptanceRate::estimate);
+        let highest = rates.fold(f64::MIN_POSITIVE, f64::max);
+        Ahead {
+            acceptance: std::array::from_fn(|bin| self.rates[bin].estimate() as f32),
+            // a token that is kept is worth rolling out where the next one may be kept
+            min_accepted: std::array::from_fn(|index| {
+                let kept = self.min_accepted(index, costs);
+                kept.max(self.min_accepted(index + 1, costs) / highest) as f32
+            }),
+            ..Ahead::of(tokens)
+        }
+    }
+
+    /// Keep those of `drafted` that are worth verifying.
+    fn keep(&mut self, drafted: &[DraftedToken], costs: &Costs) {
+        self.drafted.clear();
+        let mut accepted = 1.0;
+        for (index, of) in drafted.iter().enumerate() {
+            let bin = margin_bin(of.probability);
+            accepted *= self.rates[bin].estimate();
+            if accepted < self.min_accepted(index, costs) {
+                return;
+            }
+            self.drafted.push((of.token, bin));
+        }
     }
 }
 
@@ -105,37 +137,16 @@ impl Drafter for Trained {
         // the state at a position goes with the token after it
         let positions = self.verified..history.len() - 1;
         let is_step = positions.len() <= MAX_DRAFTED;
+        let ahead = self.ahead(max_tokens.min(MAX_DRAFTED), &costs);
         let before = Instant::now();
-        engine.verified(positions, &history[self.verified + 1..])?;
+        let followed = &history[self.verified + 1..];
+        let drafted = engine.draft(positions, followed, &ahead, &mut context.choice)?;
         self.verified = history.len() - 1;
         // what a prompt takes is no part of a round's cost
         if is_step {
-            self.step.note(before.elapsed());
+            self.step.note(before.elapsed() / drafted.len() as u32);
         }
-        self.drafted.clear();
-        let mut all_accepted = 1.0;
-        loop {
-            let (token, probability) = {
-                let logits = PositionLogits::All(engine.logits());
-                let token = context.choice.choose(logits);
-                (token, engine.probability(token))
-            };
-            let bin = margin_bin(probability);
-            let rate = self.rates[bin].estimate();
-            let drafted = self.drafted.len();
-            if drafted > 0 && !self.pays(drafted, all_accepted, rate, &costs) {
-                break;
-            }
-            self.drafted.push((token, bin));
-            all_accepted *= rate;
-            if self.drafted.len() == max_tokens.min(MAX_DRAFTED) {
-                break;
-            }
-            context.interrupt.check()?;
-            let before = Instant::now();
-            engine.roll_out(token)?;
-            self.step.note(before.elapsed());
-        }
+        self.keep(&drafted, &costs);
         Ok(Draft {
             tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
             ..Draft::default()

@@ -182,7 +182,7 @@ fn a_conversation_goes_on_from_its_cache() {
 fn beginnings_are_copied() {
     let prompt = long_prompt();
     let kernel = ToyKernel::new(&ENGINE_SIZES, 256, 1, &Caches::default());
-    for mut chain in [toy(), chain_over_kernel(kernel, &ends(&ENGINE_SIZES))] {
+    for mut chain in [toy(), chain_over_kernel(kernel, &ends(&ENGINE_SIZES), 0.1)] {
         let scheduler = Scheduler::new(&mut chain, settings(3, 64)).unwrap();
         let mut outcomes = BTreeMap::new();
         let requests =
@@ -258,7 +258,7 @@ fn a_failing_text_takes_no_other_with_it() {
     engines.poison = Some((POISON, 1));
     let exits = ends(&ENGINE_SIZES);
     for mut chain in [
-        chain_over_kernel(kernel, &exits),
+        chain_over_kernel(kernel, &exits, 0.1),
         chain_over(engines, &exits, 0.1),
     ] {
         let scheduler = Scheduler::new(&mut chain, settings(4, 8)).unwrap();

@@ -13,10 +13,20 @@ use sedac_core::scheduler::{Scheduler, SchedulerSettings};
 
 use super::lossless::{generate, requests};
 use super::scheduled;
-use super::toy::{CAPACITY, Caches, Decides, Toy, chain, chain_over, ends};
+use super::toy::{
+    CAPACITY, Caches, Decides, Toy, ToyKernel, chain, chain_over, chain_over_kernel, ends,
+};
+
+/// What a trained drafter works with: engines that the host drives, or a kernel.
+const WITH: [Decides; 2] = [Decides::Host, Decides::Kernel];
 
 /// A chain over a toy with a trained drafter that is right on the share `agreement`, of 256.
-fn trained(engine_sizes: &[usize], agreement: u64, per_token: f64) -> Chain {
+fn trained(with: Decides, engine_sizes: &[usize], agreement: u64, per_token: f64) -> Chain {
+    if with == Decides::Kernel {
+        let mut kernel = ToyKernel::new(engine_sizes, agreement, 1, &Caches::default());
+        kernel.draft_rows = 3;
+        return chain_over_kernel(kernel, &ends(engine_sizes), per_token);
+    }
     let mut toy = Toy::new(engine_sizes, agreement, &Caches::default());
     toy.draft_text = Some(Vec::new());
     chain_over(toy, &ends(engine_sizes), per_token)
@@ -45,13 +55,14 @@ proptest! {
     #[test]
     fn it_changes_neither_the_tokens_nor_their_end(
         engine_sizes in prop::collection::vec(1..=2_usize, 1..4),
+        with in prop::sample::select(WITH.to_vec()),
         agreement in prop_oneof![Just(0), Just(256), 1..256_u64],
         per_token in 0.0..1.0_f64,
         drafter in prop::sample::select(vec![DrafterKind::Trained, DrafterKind::Auto]),
         requests in prop::collection::vec((requests(), 1..100_usize), 1..6),
     ) {
         // one chain for all: nothing of a request may survive into the next
-        let mut chain = trained(&engine_sizes, agreement, per_token);
+        let mut chain = trained(with, &engine_sizes, agreement, per_token);
         for (mut request, wanted) in requests {
             let (expected, full) = generate(&mut chain, &request, wanted);
             request.mode = DecodingMode::Lossless { drafter };
@@ -65,18 +76,19 @@ proptest! {
 proptest! {
     #[test]
     fn it_follows_each_of_several_texts(
+        with in prop::sample::select(WITH.to_vec()),
         agreement in prop_oneof![Just(256), 100..256_u64],
         requests in prop::collection::vec((requests(), 30..60_usize), 4..9),
         max_sequences in 2..5_usize,
         // so few that texts are preempted and go on in other slots
         cache_tokens in prop::option::of(CAPACITY..CAPACITY * 3 / 2),
     ) {
-        let mut chain = trained(&[1, 2, 1], agreement, 0.1);
+        let mut chain = trained(with, &[1, 2, 1], agreement, 0.1);
         let settings = SchedulerSettings { max_sequences, cache_tokens, prefill_chunk: 5 };
         let scheduler = Scheduler::new(&mut chain, settings).unwrap();
         let mut expected = BTreeMap::new();
         for (mut request, wanted) in requests {
-            let mut alone = trained(&[1, 2, 1], agreement, 0.1);
+            let mut alone = trained(with, &[1, 2, 1], agreement, 0.1);
             request.prompt.truncate(5);
             request.max_new_tokens = wanted;
             request.stop_tokens.clear();
@@ -93,9 +105,9 @@ proptest! {
 }
 
 /// Tokens that were drafted and accepted over twenty texts.
-fn drafted_and_accepted(drafter: DrafterKind, agreement: u64) -> (usize, usize) {
+fn drafted_and_accepted(with: Decides, drafter: DrafterKind, agreement: u64) -> (usize, usize) {
     // of two random tokens of so few, one is often the other: it must cost something to verify
-    let mut chain = trained(&[1; 6], agreement, 0.6);
+    let mut chain = trained(with, &[1; 6], agreement, 0.6);
     let (mut drafted, mut accepted) = (0, 0);
     for seed in 0..20 {
         let request = request(DecodingMode::Lossless { drafter }, seed);
@@ -108,16 +120,20 @@ fn drafted_and_accepted(drafter: DrafterKind, agreement: u64) -> (usize, usize) 
 
 #[test]
 fn it_drafts_more_where_it_is_right() {
-    let (drafted, accepted) = drafted_and_accepted(DrafterKind::Trained, 250);
-    assert!(accepted > drafted / 2, "{accepted} of {drafted}");
-    let (few, _) = drafted_and_accepted(DrafterKind::Trained, 0);
-    assert!(drafted > 2 * few, "{drafted} and {few}");
+    for with in WITH {
+        let (drafted, accepted) = drafted_and_accepted(with, DrafterKind::Trained, 250);
+        assert!(accepted > drafted / 2, "{accepted} of {drafted}");
+        let (few, _) = drafted_and_accepted(with, DrafterKind::Trained, 0);
+        assert!(drafted > 2 * few, "{drafted} and {few}");
+    }
 }
 
 #[test]
 fn auto_weighs_it() {
-    let (_, accepted) = drafted_and_accepted(DrafterKind::Auto, 250);
-    assert!(accepted > 100, "{accepted}");
+    for with in WITH {
+        let (_, accepted) = drafted_and_accepted(with, DrafterKind::Auto, 250);
+        assert!(accepted > 100, "{accepted}");
+    }
 }
 
 #[test]
@@ -143,6 +159,6 @@ fn it_is_refused_between_exits() {
         policy: PolicySettings::for_layers(6),
         drafter: Some(DrafterKind::Trained),
     };
-    let error = refusal(&mut trained(&[1; 6], 200, 0.1), mode);
+    let error = refusal(&mut trained(Decides::Host, &[1; 6], 200, 0.1), mode);
     assert!(error.contains("mode lossless"), "{error}");
 }

@@ -22,7 +22,9 @@ struct Facts {
   unsigned table_bytes;         // of a block, written by prepare
   unsigned saved_floats;        // of a position
   unsigned weight_block_bytes;  // of a matrix
-  unsigned long long scratch_bytes;
+  // Of a trained drafter: of its structs and of a block, and positions that it takes in at once.
+  unsigned draft_pass_bytes, draft_outcome_bytes, draft_threads, draft_shared_bytes, draft_rows;
+  unsigned long long scratch_bytes, draft_scratch_bytes;
 };
 
 // A layer's weights and caches. Matrices are packed: see blocks.cuh.
@@ -122,11 +124,46 @@ struct Pass {
   // Steps that the pass may take: after the first, each row's next token is the one that was chosen for it. Then every
   // sequence has one row, of a token, with logits and without a rule, and steps * rows are at most MAX_ROWS.
   int steps;
-  int has_lenses;       // whether a layer has one
-  int frequent_tokens;  // of exit heads
-  int unused;
+  int has_lenses;             // whether a layer has one
+  int frequent_tokens;        // of exit heads
+  int features;               // of a position: hidden states that a trained drafter takes
   const half* frequent_rows;  // [frequent_tokens][hidden], of the head's matrix
   // A further step is taken where the probability that all tokens chosen so far are accepted is at least this, by step.
   float min_accepted[MAX_ROWS];
-  float acceptance[MARGIN_BINS];  // of a token, by the bin of its margin
+  float acceptance[MARGIN_BINS];   // of a token, by the bin of its margin
+  unsigned short* feature_states;  // [slot][capacity][features][hidden], bf16
+  int feature_depths[4];           // layers after which they are taken
+};
+
+// What a pass of a trained drafter takes: see drafter.cuh. Its weights are fp16, rows of outputs.
+struct DraftPass {
+  const half *combine, *join;            // [hidden][features * hidden], [hidden][2 * hidden]
+  const half *qkv, *o, *gate_up, *down;  // of its layer
+  const half* head;                      // [draft tokens][hidden]
+  const half* feature_norms;             // [features][hidden]
+  const half *state_norm, *embedding_norm, *attention_norm, *mlp_norm, *norm;  // [hidden]
+  const float* frequencies;                                                    // [head size / 2], radians a position
+  const int* tokens;               // [draft tokens], of the model's vocabulary
+  const char* embed;               // the model's
+  const unsigned short* features;  // the model's feature_states
+  half *keys, *values;             // [slot][key-value head][capacity][head size]
+  float* scratch;
+  struct DraftOutcome* outcome;
+  int capacity, blocks, slot;
+  int features_of_position, draft_tokens;
+  float norm_epsilon;
+  int start, rows;      // verified positions, of which the model has run all
+  int steps;            // tokens to draft at most, 0 for none
+  int sampled;          // whether they are sampled
+  int token[MAX_ROWS];  // that followed each position
+  RowRace race[MAX_ROWS];
+  // Another token is drafted where the probability that all so far are accepted is at least this.
+  float min_accepted[MAX_ROWS];
+  float acceptance[MARGIN_BINS];  // of a token, by the bin of its probability
+};
+
+struct DraftOutcome {
+  int tokens;  // that were drafted
+  int token[MAX_ROWS];
+  float probability[MAX_ROWS];  // that the drafter gives it
 };

@@ -1,6 +1,7 @@
 // A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit
 // is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head, and may
 // go on with the tokens that it chose.
+#include "drafter.cuh"
 #include "exit_head.cuh"
 #include "head.cuh"
 #include "prefetch.cuh"
@@ -274,6 +275,7 @@ struct Chain {
     MARK(layer, mlp ? 7 : 1)
     if (mlp) return active;
     if (compared || layer >= next_stop) decide(tid, residual, layer, condition, active);
+    if (pass.features) residual.take_features(tid, layer, active & ~frozen, layer_parities(odd, layer - 1));
     return active_at(layer);
   }
 
@@ -338,7 +340,7 @@ extern "C" __global__ void gather_rows(const char* matrix, const int* tokens, ha
   }
 }
 
-extern "C" __device__ const Facts sedac_facts = {5,
+extern "C" __device__ const Facts sedac_facts = {6,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),
@@ -350,4 +352,10 @@ extern "C" __device__ const Facts sedac_facts = {5,
                                                  sizeof(Tables),
                                                  SAVED,
                                                  BLOCK_BYTES,
-                                                 SCRATCH_BYTES};
+                                                 sizeof(DraftPass),
+                                                 sizeof(DraftOutcome),
+                                                 DRAFT_THREADS,
+                                                 sizeof(DraftShared),
+                                                 DRAFT_ROWS,
+                                                 SCRATCH_BYTES,
+                                                 DraftScratch::FLOATS * 4};

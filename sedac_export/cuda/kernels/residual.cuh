@@ -138,6 +138,28 @@ struct Residual {
     __syncwarp();
   }
 
+  // After `depth` layers: the residual of `rows` where a trained drafter takes it, a row to the block of its number.
+  __device__ __forceinline__ void take_features(int tid, int depth, unsigned rows, unsigned parities) const {
+    const int row = block_index();
+    if (row >= N || !has<N>(rows, row)) return;
+#pragma unroll 1
+    for (int f = 0; f < pass.features; f++) {
+      if (pass.feature_depths[f] != depth) continue;
+      const SequenceRows& of = pass.sequence[N == 1 ? 0 : pass.row[row].sequence];
+      const size_t position = static_cast<size_t>(of.slot) * pass.capacity + shared.position[row];
+      unsigned short* to = pass.feature_states + (position * pass.features + f) * HIDDEN;
+      const float* from = stream(row, false);
+#pragma unroll 1
+      for (int d = tid; d < HIDDEN; d += THREADS) {
+        float v;
+        do v = load1(from + d);
+        while (!arrived(v, row_parity<N>(parities, row)));
+        to[d] = __float_as_uint(unflagged(v)) + 0x8000 >> 16;
+      }
+      __syncwarp();
+    }
+  }
+
   // An element of O or of down, to which the residual was added; lanes l to l + 15 have a tile's of one token. `next`:
   // the weight of the norm that follows; `compared`: whether the layer's stability is asked for.
   __device__ __forceinline__ void publish(const TileItem<N>& item, float v, float next, bool mlp, unsigned parity,

@@ -1,12 +1,12 @@
 //! What the kernel and the core hand to each other, as it lies in memory: mirrors of the structs in
 //! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
 
-use crate::backend::{MARGIN_BINS, MAX_AHEAD};
+use crate::backend::{DraftedToken, MARGIN_BINS, MAX_AHEAD};
 use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 5;
+pub(super) const ABI: u32 = 6;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -33,8 +33,18 @@ pub(super) struct ChainFacts {
     pub(super) saved_floats: u32,
     /// Of 16 rows and 32 columns of a matrix.
     pub(super) weight_block_bytes: u32,
+    /// Of the structs that a trained drafter's kernel takes and gives.
+    pub(super) draft_pass_bytes: u32,
+    pub(super) draft_outcome_bytes: u32,
+    /// Of a block of that kernel, as its shared memory.
+    pub(super) draft_threads: u32,
+    pub(super) draft_shared_bytes: u32,
+    /// Positions that it takes in at once.
+    pub(super) draft_rows: u32,
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
+    /// Of a trained drafter.
+    pub(super) draft_scratch_bytes: u64,
 }
 
 impl ChainFacts {
@@ -45,7 +55,8 @@ impl ChainFacts {
         }
         let (words, _) = bytes.as_chunks::<4>();
         let word = |index: usize| u32::from_le_bytes(words[index]);
-        let (&scratch_bytes, _) = bytes[64..].split_first_chunk::<8>()?;
+        let (&scratch_bytes, _) = bytes[80..].split_first_chunk::<8>()?;
+        let (&draft_scratch_bytes, _) = bytes[88..].split_first_chunk::<8>()?;
         Some(Self {
             abi: word(0),
             layer_bytes: word(1),
@@ -59,7 +70,13 @@ impl ChainFacts {
             table_bytes: word(12),
             saved_floats: word(13),
             weight_block_bytes: word(14),
+            draft_pass_bytes: word(15),
+            draft_outcome_bytes: word(16),
+            draft_threads: word(17),
+            draft_shared_bytes: word(18),
+            draft_rows: word(19),
             scratch_bytes: u64::from_le_bytes(scratch_bytes),
+            draft_scratch_bytes: u64::from_le_bytes(draft_scratch_bytes),
         })
     }
 }
@@ -186,12 +203,97 @@ pub(super) struct PassParameters {
     pub(super) has_lenses: i32,
     /// Tokens of exit heads.
     pub(super) frequent_tokens: i32,
-    pub(super) unused: i32,
+    /// Hidden states of a position that a trained drafter takes.
+    pub(super) features: i32,
     /// Their rows of the head, fp16 [tokens, hidden].
     pub(super) frequent_rows: u64,
     /// See [`Ahead`](crate::backend::Ahead).
     pub(super) min_accepted: [f32; MAX_AHEAD],
     pub(super) acceptance: [f32; MARGIN_BINS],
+    /// [slot, capacity, features, hidden], bf16.
+    pub(super) feature_states: u64,
+    /// Layers after which they are taken; one more is padding.
+    pub(super) feature_depths: [i32; 4],
+}
+
+/// The only parameter of a trained drafter's kernel: device addresses of its weights and of what it
+/// keeps, and what it is to do.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DraftParameters {
+    pub(super) combine: u64,
+    pub(super) join: u64,
+    pub(super) qkv: u64,
+    pub(super) o: u64,
+    pub(super) gate_up: u64,
+    pub(super) down: u64,
+    pub(super) head: u64,
+    pub(super) feature_norms: u64,
+    pub(super) state_norm: u64,
+    pub(super) embedding_norm: u64,
+    pub(super) attention_norm: u64,
+    pub(super) mlp_norm: u64,
+    pub(super) norm: u64,
+    /// fp32 [head size / 2].
+    pub(super) frequencies: u64,
+    /// int32 [draft tokens].
+    pub(super) tokens: u64,
+    /// The model's.
+    pub(super) embed: u64,
+    /// The model's hidden states, as [`PassParameters::feature_states`].
+    pub(super) features: u64,
+    /// fp16 [slot, key-value heads, capacity, head size], as `values`.
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) scratch: u64,
+    /// Pinned memory of the host.
+    pub(super) outcome: u64,
+    pub(super) capacity: i32,
+    pub(super) blocks: i32,
+    pub(super) slot: i32,
+    pub(super) features_of_position: i32,
+    pub(super) draft_tokens: i32,
+    pub(super) norm_epsilon: f32,
+    /// The first position that it takes in.
+    pub(super) start: i32,
+    /// Positions that it takes in.
+    pub(super) rows: i32,
+    /// Tokens that it drafts at most.
+    pub(super) steps: i32,
+    /// Whether they are sampled.
+    pub(super) sampled: i32,
+    /// The token after each position.
+    pub(super) token: [i32; MAX_ROWS],
+    /// By drafted token.
+    pub(super) race: [RowRace; MAX_ROWS],
+    /// See [`Ahead`](crate::backend::Ahead).
+    pub(super) min_accepted: [f32; MAX_AHEAD],
+    pub(super) acceptance: [f32; MARGIN_BINS],
+}
+
+/// What the host reads after a draft.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DraftOutcome {
+    /// How many were drafted.
+    pub(super) tokens: i32,
+    pub(super) token: [i32; MAX_ROWS],
+    /// That the drafter gives each.
+    pub(super) probability: [f32; MAX_ROWS],
+}
+
+impl DraftOutcome {
+    /// The tokens.
+    pub(super) fn drafted(&self) -> Vec<DraftedToken> {
+        let all = self.token.into_iter().zip(self.probability);
+        let drafted = all.take(self.tokens as usize);
+        drafted
+            .map(|(token, probability)| DraftedToken {
+                token: token as u32,
+                probability,
+            })
+            .collect()
+    }
 }
 
 /// Where a sequence of a pass stopped.
@@ -269,12 +371,14 @@ pub struct PassOutcome {
 }
 
 const _: () = {
-    assert!(size_of::<ChainFacts>() == 72);
+    assert!(size_of::<ChainFacts>() == 96);
     assert!(size_of::<LayerPointers>() == 160);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
-    assert!(size_of::<PassParameters>() == 728);
+    assert!(size_of::<PassParameters>() == 752);
+    assert!(size_of::<DraftParameters>() == 432);
+    assert!(size_of::<DraftOutcome>() == 68);
     assert!(size_of::<PassOutcome>() == 656);
     assert!(MAX_AHEAD == MAX_ROWS);
     assert!(size_of::<Condition>() == 32);
@@ -286,16 +390,17 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = 1..=16_u32;
+        let words = 1..=20_u32;
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend(17_u64.to_le_bytes());
+        bytes.extend([21_u64, 22].into_iter().flat_map(u64::to_le_bytes));
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
             (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
-            (13, 14, 17)
+            (13, 14, 21)
         );
-        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 64);
+        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 22));
+        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 80);
         assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
         assert_eq!(ChainFacts::parse(&bytes[1..]), None);
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
-use crate::backend::Ahead;
+use crate::backend::{Ahead, DraftedToken};
 use crate::error::Result;
 use crate::policy::Condition;
 
@@ -30,6 +30,22 @@ pub struct PassPlan {
     /// How far the pass goes on by itself: then every sequence has one row, of a token, with logits
     /// and without a rule, and there is room for as many rows as all steps have.
     pub ahead: Ahead,
+}
+
+/// What a trained drafter is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DraftPlan {
+    /// The slot of the sequence.
+    pub slot: usize,
+    /// The first position that it takes in. Passes have run it and those after it, in all layers.
+    pub start: usize,
+    /// The token after each position, one or more, at most [`ChainDevice::draft_rows`].
+    pub tokens: Vec<u32>,
+    /// How far it drafts after the last of them, see [`DraftEngine`](crate::backend::DraftEngine);
+    /// None where it only takes positions in.
+    pub ahead: Option<Ahead>,
+    /// By what the tokens are sampled, in their order; None where the most probable ones are drafted.
+    pub races: Option<[RowRace; MAX_ROWS]>,
 }
 
 /// A device that runs whole passes: weights, caches and saved hidden states of every slot.
@@ -59,6 +75,18 @@ pub trait ChainDevice: Send {
     /// Run a pass, and wait until it has ended.
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;
 
+    /// Positions that a trained drafter takes in at once; 0 where there is none.
+    fn draft_rows(&self) -> usize {
+        0
+    }
+
+    /// Let the trained drafter do what `plan` says, and wait until it has ended. Returns the tokens
+    /// that it drafted.
+    fn draft(&mut self, plan: &DraftPlan) -> Result<Vec<DraftedToken>> {
+        let _ = plan;
+        Ok(Vec::new())
+    }
+
     /// The logits of `rows` of the last pass, [rows, vocabulary]. Their bits are set in its
     /// [`logits_rows`](PassPlan::logits_rows).
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
@@ -66,7 +94,8 @@ pub trait ChainDevice: Send {
     /// Have `slots` slots, of which none holds anything.
     fn reserve(&mut self, slots: usize) -> Result<()>;
 
-    /// Copy the first `length` positions of the caches of the slot `from` to those of `to`.
+    /// Copy the first `length` positions of the caches of the slot `from`, and what a trained drafter
+    /// takes of them, to those of `to`.
     fn copy(&mut self, from: usize, length: usize, to: usize) -> Result<()>;
 
     /// Overwrite the caches of `slot` with zeros.

@@ -6,7 +6,9 @@ use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 
-use super::abi::{ABI, ChainFacts, LayerPointers, PassOutcome, PassParameters};
+use super::abi::{
+    ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PassOutcome, PassParameters,
+};
 use crate::backend::gpu::failed;
 use crate::bundle::{Bundle, ChainKernels, ChainModule, KERNEL_ROWS};
 use crate::error::{Error, Result};
@@ -26,6 +28,8 @@ pub(super) struct CompiledChain {
     pub(super) prepare: CudaFunction,
     /// Copies rows out of a packed matrix.
     pub(super) gather_rows: CudaFunction,
+    /// A trained drafter.
+    draft: CudaFunction,
 }
 
 impl CompiledChain {
@@ -63,6 +67,7 @@ impl CompiledChain {
             )));
         }
         let shared = facts.shared_bytes.into_iter().max().unwrap_or(0);
+        let shared = shared.max(facts.draft_shared_bytes);
         let available = attribute(
             stream,
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
@@ -88,19 +93,18 @@ impl CompiledChain {
         for (rows, shared) in KERNEL_ROWS.into_iter().zip(facts.shared_bytes) {
             let name = format!("chain_{rows}");
             let kernel = function(&name)?;
-            let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let allowed = kernel.set_attribute(limit, shared as i32);
-            allowed.map_err(failed(format!(
-                "{shared} bytes of shared memory for {name}"
-            )))?;
+            allow_shared(&kernel, &name, shared)?;
             loaded_kernels.push(kernel);
         }
+        let draft = function("draft")?;
+        allow_shared(&draft, "draft", facts.draft_shared_bytes)?;
         Ok(Self {
             facts,
             blocks,
             kernels: loaded_kernels,
             prepare: function("prepare")?,
             gather_rows: function("gather_rows")?,
+            draft,
         })
     }
 
@@ -111,6 +115,15 @@ impl CompiledChain {
         (&self.kernels[index], self.launch_config(shared))
     }
 
+    /// The kernel of a trained drafter, and how it is launched.
+    pub(super) fn draft_kernel(&self) -> (&CudaFunction, LaunchConfig) {
+        let config = LaunchConfig {
+            block_dim: (self.facts.draft_threads, 1, 1),
+            ..self.launch_config(self.facts.draft_shared_bytes)
+        };
+        (&self.draft, config)
+    }
+
     /// One row of blocks with `shared_mem_bytes` each.
     pub(super) fn launch_config(&self, shared_mem_bytes: u32) -> LaunchConfig {
         LaunchConfig {
@@ -119,6 +132,13 @@ impl CompiledChain {
             shared_mem_bytes,
         }
     }
+}
+
+/// Let `kernel`, called `name`, have `bytes` of dynamic shared memory.
+fn allow_shared(kernel: &CudaFunction, name: &str, bytes: u32) -> Result<()> {
+    let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let allowed = kernel.set_attribute(limit, bytes as i32);
+    allowed.map_err(failed(format!("{bytes} bytes of shared memory for {name}")))
 }
 
 /// The module for the stream's GPU.
@@ -186,11 +206,19 @@ fn read_facts(module: &Arc<CudaModule>, stream: &Arc<CudaStream>) -> Result<Chai
 }
 
 fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
-    let theirs = [facts.layer_bytes, facts.pass_bytes, facts.outcome_bytes];
+    let theirs = [
+        facts.layer_bytes,
+        facts.pass_bytes,
+        facts.outcome_bytes,
+        facts.draft_pass_bytes,
+        facts.draft_outcome_bytes,
+    ];
     let ours = [
         size_of::<LayerPointers>(),
         size_of::<PassParameters>(),
         size_of::<PassOutcome>(),
+        size_of::<DraftParameters>(),
+        size_of::<DraftOutcome>(),
     ];
     if facts.abi != ABI || theirs.map(|bytes| bytes as usize) != ours {
         return Err(format!(
@@ -232,6 +260,8 @@ mod tests {
             layer_bytes: size_of::<LayerPointers>() as u32,
             pass_bytes: size_of::<PassParameters>() as u32,
             outcome_bytes: size_of::<PassOutcome>() as u32,
+            draft_pass_bytes: size_of::<DraftParameters>() as u32,
+            draft_outcome_bytes: size_of::<DraftOutcome>() as u32,
             ..ChainFacts::default()
         };
         assert_eq!(check_abi(&facts), Ok(()));

@@ -10,12 +10,15 @@ use cudarc::driver::{
 
 use super::CudaChain;
 use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
-use super::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
+use super::chain_device::{ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan};
 use super::compiled_chain::CompiledChain;
+use super::draft_memory::{DraftMemory, device_bytes};
+use super::drafter_weights::DrafterWeights;
 use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
 use super::packed_weights::{PackedWeights, WeightAddresses};
 use super::slot_memory::{SlotMemory, SlotSizes};
+use crate::backend::DraftedToken;
 use crate::backend::gpu::{failed, new_stream};
 use crate::bundle::{Bundle, ChainKernels};
 use crate::error::{Error, Result};
@@ -58,6 +61,7 @@ pub struct CudaDriver {
     /// What only the kernels read and write.
     _memory: Vec<CudaSlice<u8>>,
     exits: ExitMemory,
+    drafter: Option<DraftMemory>,
 }
 
 impl CudaChain<CudaDriver> {
@@ -138,16 +142,39 @@ impl CudaDriver {
         let chain = CompiledChain::load(bundle, kernels, capacity, &stream)?;
         let weights = PackedWeights::open(bundle, kernels)?;
         let exits = ExitWeights::read(bundle)?;
+        let drafter = DrafterWeights::read(bundle, &kernels.shape)?;
         let sizes = MemorySizes::new(kernels, &chain, capacity, sequences);
         let weight_bytes = bundle.gate.bytes(&kernels.weights).unwrap_or(0);
         let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
         let hidden = kernels.shape.hidden;
-        let weight_bytes = weight_bytes + exits.bytes(hidden);
+        let draft_scratch = chain.facts.draft_scratch_bytes;
+        let of_drafter = drafter.iter();
+        let of_drafter = of_drafter.map(|w| device_bytes(w, hidden, &sizes.slots, draft_scratch));
+        let weight_bytes = weight_bytes + exits.bytes(hidden) + of_drafter.sum::<u64>();
         bundle.check_device_bytes(sizes.total() + weight_bytes, free as u64)?;
         let mut memory = Vec::new();
         let mut addresses = weights.upload(kernels, capacity, &stream, &mut memory)?;
         let exits = ExitMemory::upload(&exits, &stream, &chain, hidden, &mut addresses)?;
-        Self::allocate(stream, chain, sizes, addresses, exits, memory)
+        let mut driver = Self::allocate(stream, chain, sizes, addresses, exits, memory)?;
+        driver.add_drafter(drafter.as_ref(), hidden)?;
+        Ok(driver)
+    }
+
+    /// Draft with `weights`, where there are any, for a model of `hidden` numbers.
+    fn add_drafter(&mut self, weights: Option<&DrafterWeights>, hidden: usize) -> Result<()> {
+        let Some(weights) = weights else {
+            return Ok(());
+        };
+        let drafter = DraftMemory::upload(
+            weights,
+            &self.stream,
+            &self.chain,
+            (hidden, self.sizes.vocabulary),
+            &self.slots.sizes,
+            &mut self.parameters,
+        )?;
+        self.drafter = Some(drafter);
+        Ok(())
     }
 
     /// Allocate what `sizes` says, and make tables.
@@ -208,6 +235,7 @@ impl CudaDriver {
             layer_pointers: weights.layers,
             slots,
             exits,
+            drafter: None,
             stream,
             chain,
             parameters,
@@ -379,6 +407,16 @@ impl ChainDevice for CudaDriver {
         Ok(outcome[0])
     }
 
+    fn draft_rows(&self) -> usize {
+        let rows = self.chain.facts.draft_rows as usize;
+        self.drafter.as_ref().map_or(0, |_| rows)
+    }
+
+    fn draft(&mut self, plan: &DraftPlan) -> Result<Vec<DraftedToken>> {
+        let drafter = self.drafter.as_mut().expect("a drafter was loaded");
+        drafter.run(&self.stream, &self.chain, plan)
+    }
+
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
         let width = self.sizes.vocabulary;
         let from = self.logits.slice(rows.start * width..rows.end * width);
@@ -401,6 +439,9 @@ impl ChainDevice for CudaDriver {
         let slots = SlotMemory::allocate(&self.stream, sizes, &mut layers)?;
         self.parameters.layers = slots.layers.device_ptr(&self.stream).0;
         self.parameters.saved = slots.saved.device_ptr(&self.stream).0;
+        if let Some(drafter) = &mut self.drafter {
+            drafter.reserve(&self.stream, sizes.slots, &mut self.parameters)?;
+        }
         // every pass was waited for, so that nothing uses the memory that goes back now
         self.slots = slots;
         self.layer_pointers = layers;
@@ -408,6 +449,9 @@ impl ChainDevice for CudaDriver {
     }
 
     fn copy(&mut self, from: usize, length: usize, to: usize) -> Result<()> {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.copy(&self.stream, from, length, to)?;
+        }
         self.slots.copy(&self.stream, from, length, to)
     }
 

@@ -78,16 +78,19 @@ impl ExitMemory {
 }
 
 /// A copy of `numbers` on the GPU.
-fn copied<T: DeviceRepr>(stream: &Arc<CudaStream>, numbers: &[T]) -> Result<CudaSlice<T>> {
+pub(super) fn copied<T: DeviceRepr>(
+    stream: &Arc<CudaStream>,
+    numbers: &[T],
+) -> Result<CudaSlice<T>> {
     let copy = stream.clone_htod(numbers);
     // they are read until then, also where the call failed
     let waited = stream.synchronize();
     let copy = copy.and_then(|copy| waited.map(|()| copy));
-    copy.map_err(failed("a copy of what exits read to the GPU"))
+    copy.map_err(failed("a copy of weights to the GPU"))
 }
 
 /// The rows of `tokens` of the packed matrix at `head`, of `hidden` columns, fp16.
-fn gather(
+pub(super) fn gather(
     tokens: &[i32],
     stream: &Arc<CudaStream>,
     chain: &CompiledChain,

@@ -7,6 +7,9 @@
 mod abi;
 mod chain_device;
 mod compiled_chain;
+mod draft_memory;
+mod drafter_weights;
+mod drafting;
 mod driver;
 mod exit_memory;
 mod exit_weights;
@@ -22,19 +25,21 @@ use std::time::Instant;
 pub use self::abi::{
     MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
-pub use self::chain_device::{ChainDevice, MAX_CRITERIA, MAX_TABLES, PassPlan};
+pub use self::chain_device::{ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan};
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
 use self::pass_costs::PassCost;
 use self::rule_tables::RuleTables;
 use super::profile;
 use super::{
-    Ahead, Backend, Capabilities, Costs, LogitsRequest, MAX_AHEAD, SequenceStep, StepOutcome,
+    Ahead, Backend, Capabilities, Costs, DraftEngine, LogitsRequest, MAX_AHEAD, SequenceStep,
+    StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{Condition, Criterion, ExitRule, Signal};
+use crate::sampler::Race;
 use crate::sequence::{Sequence, Slots};
 
 /// Turns steps into passes of a device.
@@ -50,6 +55,8 @@ pub struct CudaChain<D> {
     tables: RuleTables,
     /// The device's clock at the first pass.
     epoch: Option<u64>,
+    /// The slot that a trained drafter drafts for.
+    draft_slot: usize,
 }
 
 /// A piece in a pass.
@@ -81,6 +88,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 probes: device.probes().to_vec(),
                 exit_heads: device.exit_heads().to_vec(),
                 margins: true,
+                trained_drafter: device.draft_rows() > 0,
                 ahead: MAX_AHEAD,
                 ..Capabilities::default()
             },
@@ -88,6 +96,7 @@ impl<D: ChainDevice> CudaChain<D> {
             costs: Costs::default(),
             tables: RuleTables::default(),
             epoch: None,
+            draft_slot: 0,
             device,
         }
     }
@@ -257,12 +266,17 @@ fn place_races(placed: &Placed, lane: &Lane, step: &SequenceStep<'_>, pass: &mut
     for index in 0..pass.ahead.tokens {
         for row in placed.piece.wanted.clone() {
             let in_pass = placed.first_row + row - placed.piece.rows.start;
-            pass.races[index * pass.rows.len() + in_pass] = RowRace {
-                key: race.key(lane.later(row, index)),
-                inverse_temperature: 1.0 / race.temperature(),
-                unused: 0,
-            };
+            pass.races[index * pass.rows.len() + in_pass] = run_race(race, lane.later(row, index));
         }
+    }
+}
+
+/// How the device runs the race of the position that `later` others follow.
+fn run_race(race: &Race, later: usize) -> RowRace {
+    RowRace {
+        key: race.key(later),
+        inverse_temperature: 1.0 / race.temperature(),
+        unused: 0,
     }
 }
 
@@ -340,6 +354,11 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
             }
         });
         Ok(outcomes.collect())
+    }
+
+    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
+        self.draft_slot = slot;
+        (self.device.draft_rows() > 0).then_some(self as &mut dyn DraftEngine)
     }
 
     fn costs(&self) -> &Costs {

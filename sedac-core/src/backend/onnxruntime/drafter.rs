@@ -9,7 +9,9 @@ use ort::value::Tensor;
 
 use super::MAX_REUSED_TOKENS;
 use super::runtime::{bind_input, bind_output, binding, read, run, tensor, write};
-use crate::backend::{DraftEngine, MAX_TOKENS};
+use crate::backend::{
+    Ahead, DraftChoice, DraftEngine, DraftedToken, MAX_TOKENS, PositionLogits, margin_bin,
+};
 use crate::bundle::{Bundle, DrafterEntry};
 use crate::error::Result;
 
@@ -149,6 +151,43 @@ impl Drafter {
         }
     }
 
+    /// Take in the hidden states at `positions` and the `tokens` that followed.
+    fn take_in(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
+        debug_assert_eq!(
+            positions.len(),
+            tokens.len(),
+            "a token follows each position"
+        );
+        self.slot().length = positions.start;
+        self.reserve(positions.end)?;
+        for (piece, start) in tokens.chunks(MAX_TOKENS).zip(positions.step_by(MAX_TOKENS)) {
+            let mut pass = self.take_pass(piece.len())?;
+            let width = self.width();
+            let rows = &self.slot().features[start * width..(start + piece.len()) * width];
+            write(&mut pass.features, rows);
+            run(&mut self.state, &pass.combine, || {
+                "draft state engine".into()
+            })?;
+            self.advance(pass, piece)?;
+        }
+        Ok(())
+    }
+
+    /// Take in `token`, drafted after the last state, with the drafter's own state.
+    fn roll_out(&mut self, token: u32) -> Result<()> {
+        let length = self.slot().length;
+        self.reserve(length + 1)?;
+        let mut pass = self.take_pass(1)?;
+        write(&mut pass.state, &self.next_state);
+        self.advance(pass, &[token])
+    }
+
+    /// The probability that the last logits give `token`.
+    fn probability(&self, token: u32) -> f32 {
+        let (max, sum) = self.normaliser;
+        (self.logits[token as usize] - max).exp() / sum
+    }
+
     /// Take in `tokens` with the states of `pass`.
     fn advance(&mut self, mut pass: DrafterPass, tokens: &[u32]) -> Result<()> {
         let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
@@ -183,42 +222,25 @@ impl Drafter {
 }
 
 impl DraftEngine for Drafter {
-    fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
-        debug_assert_eq!(
-            positions.len(),
-            tokens.len(),
-            "a token follows each position"
-        );
-        self.slot().length = positions.start;
-        self.reserve(positions.end)?;
-        for (piece, start) in tokens.chunks(MAX_TOKENS).zip(positions.step_by(MAX_TOKENS)) {
-            let mut pass = self.take_pass(piece.len())?;
-            let width = self.width();
-            let rows = &self.slot().features[start * width..(start + piece.len()) * width];
-            write(&mut pass.features, rows);
-            run(&mut self.state, &pass.combine, || {
-                "draft state engine".into()
-            })?;
-            self.advance(pass, piece)?;
+    fn draft(
+        &mut self,
+        positions: Range<usize>,
+        tokens: &[u32],
+        ahead: &Ahead,
+        choice: &mut dyn DraftChoice,
+    ) -> Result<Vec<DraftedToken>> {
+        self.take_in(positions, tokens)?;
+        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
+        loop {
+            let token = choice.choose(PositionLogits::All(&self.logits));
+            let probability = self.probability(token);
+            drafted.push(DraftedToken { token, probability });
+            accepted *= ahead.acceptance[margin_bin(probability)];
+            if !ahead.goes_on(drafted.len(), accepted) {
+                return Ok(drafted);
+            }
+            self.roll_out(token)?;
         }
-        Ok(())
-    }
-
-    fn roll_out(&mut self, token: u32) -> Result<()> {
-        let length = self.slot().length;
-        self.reserve(length + 1)?;
-        let mut pass = self.take_pass(1)?;
-        write(&mut pass.state, &self.next_state);
-        self.advance(pass, &[token])
-    }
-
-    fn logits(&self) -> &[f32] {
-        &self.logits
-    }
-
-    fn probability(&self, token: u32) -> f32 {
-        let (max, sum) = self.normaliser;
-        (self.logits[token as usize] - max).exp() / sum
     }
 }
 

@@ -3,46 +3,86 @@
 use std::ops::Range;
 
 use sedac_core::Result;
-use sedac_core::backend::DraftEngine;
+use sedac_core::backend::{
+    Ahead, DraftChoice, DraftEngine, DraftedToken, PositionLogits, margin_bin,
+};
 
-use super::Toy;
+use super::{Cache, Hidden, Toy, mix};
 
 /// Drafts as an exit would.
 impl DraftEngine for Toy {
-    fn verified(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
+    fn draft(
+        &mut self,
+        positions: Range<usize>,
+        tokens: &[u32],
+        ahead: &Ahead,
+        choice: &mut dyn DraftChoice,
+    ) -> Result<Vec<DraftedToken>> {
+        self.take_in(positions, tokens);
+        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
+        loop {
+            let token = choice.choose(PositionLogits::All(&self.draft_logits));
+            let probability = self.probability(token);
+            drafted.push(DraftedToken { token, probability });
+            accepted *= ahead.acceptance[margin_bin(probability)];
+            if !ahead.goes_on(drafted.len(), accepted) {
+                return Ok(drafted);
+            }
+            let mut text = self.draft_text.take().unwrap();
+            text.push(token);
+            self.set_draft_text(text);
+        }
+    }
+}
+
+impl Toy {
+    fn take_in(&mut self, positions: Range<usize>, tokens: &[u32]) {
         let slot = &mut self.slots[self.selected];
         let caches = slot.caches.lock().unwrap().clone();
-        let run = |layer: &Vec<Option<(u32, u64)>>| {
-            let tokens = layer[..positions.end].iter();
-            tokens.map(|entry| entry.map(|(token, _)| token)).collect()
-        };
-        let known: Option<Vec<u32>> = run(&caches[0]);
-        let mut text = known.expect("the model has run all verified positions");
-        let last: Option<Vec<u32>> = run(&caches[caches.len() - 1]);
-        assert_eq!(last.as_ref(), Some(&text), "through every layer");
-        assert_eq!(text[positions.start + 1..], tokens[..tokens.len() - 1]);
-        let known = &slot.drafter_cache[..positions.start];
-        assert_eq!(*known, text[..positions.start], "the slot's own text");
-        text.extend(tokens.last());
-        slot.drafter_cache = text[..positions.end].to_vec();
+        let text = taken_in(&caches, &mut slot.drafter_cache, positions, tokens);
         self.set_draft_text(text);
-        Ok(())
-    }
-
-    fn roll_out(&mut self, token: u32) -> Result<()> {
-        let mut text = self.draft_text.take().unwrap();
-        text.push(token);
-        self.set_draft_text(text);
-        Ok(())
-    }
-
-    fn logits(&self) -> &[f32] {
-        self.draft_logits.as_slice()
     }
 
     fn probability(&self, token: u32) -> f32 {
-        let logits = &self.draft_logits;
-        let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
-        logits[token as usize].exp() / sum
+        probability(&self.draft_logits, token)
     }
+}
+
+/// The text after a trained drafter, whose cache holds `known`, has taken in `positions` and the
+/// `tokens` that followed, which the model with `caches` must have run.
+pub(super) fn taken_in(
+    caches: &Cache,
+    known: &mut Vec<u32>,
+    positions: Range<usize>,
+    tokens: &[u32],
+) -> Vec<u32> {
+    let run = |layer: &Vec<Option<(u32, u64)>>| {
+        let tokens = layer[..positions.end].iter();
+        tokens.map(|entry| entry.map(|(token, _)| token)).collect()
+    };
+    let first: Option<Vec<u32>> = run(&caches[0]);
+    let mut text = first.expect("the model has run all verified positions");
+    let last: Option<Vec<u32>> = run(&caches[caches.len() - 1]);
+    assert_eq!(last.as_ref(), Some(&text), "through every layer");
+    assert_eq!(text[positions.start + 1..], tokens[..tokens.len() - 1]);
+    let own = &known[..positions.start];
+    assert_eq!(*own, text[..positions.start], "the slot's own text");
+    text.extend(tokens.last());
+    *known = text[..positions.end].to_vec();
+    text
+}
+
+/// What a trained drafter says after `text`.
+pub(super) fn draft_logits(text: &[u32], layers: usize, agreement: u64) -> Vec<f32> {
+    let mix_in = |digest, &token: &u32| mix(digest, u64::from(token));
+    let hidden = Hidden {
+        digest: text.iter().fold(0, mix_in),
+        ..Hidden::default()
+    };
+    hidden.logits(0, layers, agreement)
+}
+
+pub(super) fn probability(logits: &[f32], token: u32) -> f32 {
+    let sum: f32 = logits.iter().map(|logit| logit.exp()).sum();
+    logits[token as usize].exp() / sum
 }

@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    ChainDevice, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome,
-    RowOutcome, RowRace, SequenceOutcome, SequenceRows,
+    ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow,
+    RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
-use sedac_core::backend::margin_bin;
+use sedac_core::backend::{DraftedToken, margin_bin};
 use sedac_core::policy::{Comparison, Condition, Signal};
 use sedac_core::sampler::argmax;
 
+use super::drafts::{draft_logits, probability, taken_in};
 use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
 
 /// Runs passes of the toy model.
@@ -28,6 +29,10 @@ pub(crate) struct ToyKernel {
     pub(crate) passes: Vec<usize>,
     /// A token whose logits are NaN.
     pub(crate) poison: Option<u32>,
+    /// Positions that a trained drafter takes in at once; 0 for none.
+    pub(crate) draft_rows: usize,
+    /// By slot, the tokens whose states its cache holds.
+    drafter_caches: Vec<Vec<u32>>,
 }
 
 impl ToyKernel {
@@ -55,6 +60,8 @@ impl ToyKernel {
             clock: 0,
             passes: Vec::new(),
             poison: None,
+            draft_rows: 0,
+            drafter_caches: vec![Vec::new(); slots],
         }
     }
 
@@ -335,6 +342,34 @@ impl ChainDevice for ToyKernel {
         Ok(outcome)
     }
 
+    fn draft_rows(&self) -> usize {
+        self.draft_rows
+    }
+
+    fn draft(&mut self, plan: &DraftPlan) -> Result<Vec<DraftedToken>> {
+        let count = plan.tokens.len();
+        assert!((1..=self.draft_rows).contains(&count));
+        let cache = self.cache(plan.slot);
+        let known = &mut self.drafter_caches[plan.slot];
+        let mut text = taken_in(&cache, known, plan.start..plan.start + count, &plan.tokens);
+        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
+        while let Some(ahead) = &plan.ahead {
+            let logits = draft_logits(&text, self.layers, self.agreement);
+            let token = match &plan.races {
+                Some(races) => race(races[drafted.len()], &logits).token,
+                None => argmax(&logits),
+            };
+            let probability = probability(&logits, token);
+            drafted.push(DraftedToken { token, probability });
+            text.push(token);
+            accepted *= ahead.acceptance[margin_bin(probability)];
+            if !ahead.goes_on(drafted.len(), accepted) {
+                break;
+            }
+        }
+        Ok(drafted)
+    }
+
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
         Ok(self.logits[rows].concat())
     }
@@ -344,6 +379,7 @@ impl ChainDevice for ToyKernel {
         self.caches
             .resize_with(slots, || Arc::new(Mutex::new(empty.clone())));
         self.saved.resize(slots, vec![None; CAPACITY]);
+        self.drafter_caches.resize(slots, Vec::new());
         Ok(())
     }
 

@@ -211,12 +211,7 @@ impl Toy {
 
     /// The trained drafter has taken in `text`.
     fn set_draft_text(&mut self, text: Vec<u32>) {
-        let mix_in = |digest, &token: &u32| mix(digest, u64::from(token));
-        let hidden = Hidden {
-            digest: text.iter().fold(0, mix_in),
-            ..Hidden::default()
-        };
-        self.draft_logits = hidden.logits(0, self.stability.len(), self.agreement);
+        self.draft_logits = drafts::draft_logits(&text, self.stability.len(), self.agreement);
         self.draft_text = Some(text);
     }
 
@@ -475,9 +470,12 @@ pub(crate) fn chain(
 }
 
 /// A chain over `kernel`, whose engines end after the depths `exits`.
-pub(crate) fn chain_over_kernel(kernel: ToyKernel, exits: &[usize]) -> Chain {
+pub(crate) fn chain_over_kernel(kernel: ToyKernel, exits: &[usize], per_token: f64) -> Chain {
     let layers = *exits.last().unwrap();
-    let backend = Timed::new(CudaChain::new(kernel, layers, exits, CAPACITY, 1), 0.1);
+    let backend = Timed::new(
+        CudaChain::new(kernel, layers, exits, CAPACITY, 1),
+        per_token,
+    );
     Chain::new(Box::new(backend), exits.to_vec(), CAPACITY, VOCABULARY)
 }
 

@@ -1,0 +1,164 @@
+"""A random trained drafter for the chain's kernel, on the device and in PyTorch."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from chain_launcher import ChainLauncher
+from torch import Tensor
+from torch.nn import functional
+
+from sedac_export.cuda.chain_abi import (
+    MARGIN_BINS,
+    MAX_ROWS,
+    DraftOutcome,
+    DraftPass,
+    RowRace,
+)
+
+_EPSILON = 1e-5
+_ROTARY_BASE = 10000.0
+_DRAFT_TOKENS = 150
+
+
+class RandomDrafter:
+    """Random weights on the device, and what PyTorch makes of them in fp32.
+
+    features: hidden states that it takes, bf16 [slot, capacity, depths, hidden].
+    """
+
+    def __init__(self, launcher: ChainLauncher) -> None:
+        shape = self.shape = launcher.decoder.shape
+        self._launcher = launcher
+        depths = sorted({2, shape.layers // 2, shape.layers})
+        self.features = launcher.take_features(depths)
+        generator = torch.Generator("cuda").manual_seed(5)
+        hidden, size = shape.hidden, shape.head_size
+        queries, keys = shape.heads * size, shape.key_value_heads * size
+
+        def matrix(rows: int, columns: int) -> Tensor:
+            numbers = torch.randn(rows, columns, device="cuda", generator=generator)
+            return (numbers * columns**-0.5).half()
+
+        def norm(*sizes: int) -> Tensor:
+            return (1 + 0.1 * torch.randn(*sizes, device="cuda", generator=generator)).half()
+
+        everything = torch.randperm(shape.vocabulary, device="cuda", generator=generator)
+        self.tokens = everything[:_DRAFT_TOKENS].sort().values
+        embedding = launcher.decoder.rounded(launcher.decoder.embedding())
+        self._embedding = embedding * launcher.decoder.options.embedding_scale
+        self.weights = {
+            "combine": matrix(hidden, len(depths) * hidden),
+            "join": matrix(hidden, 2 * hidden),
+            "qkv": matrix(queries + 2 * keys, hidden),
+            "o": matrix(hidden, queries),
+            "gate_up": matrix(2 * shape.intermediate, hidden),
+            "down": matrix(hidden, shape.intermediate),
+            "head": embedding[self.tokens].half(),
+            "feature_norms": norm(len(depths), hidden),
+            "state_norm": norm(hidden),
+            "embedding_norm": norm(hidden),
+            "attention_norm": norm(hidden),
+            "mlp_norm": norm(hidden),
+            "norm": norm(hidden),
+        }
+        steps = torch.arange(0, size, 2, device="cuda") / size
+        slots, capacity = self.features.shape[:2]
+        cache = torch.zeros(
+            2, slots, shape.key_value_heads, capacity, size, dtype=torch.half, device="cuda"
+        )
+        scratch = launcher.chain.facts.draft_scratch_bytes
+        self._outcome = torch.zeros(ctypes.sizeof(DraftOutcome), dtype=torch.uint8, pin_memory=True)
+        self._held = self.weights | {
+            "frequencies": _ROTARY_BASE**-steps,
+            "tokens": self.tokens.int(),
+            "features": self.features,
+            "keys": cache[0],
+            "values": cache[1],
+            "scratch": torch.zeros(scratch, dtype=torch.uint8, device="cuda"),
+            "outcome": self._outcome,
+        }
+
+    def make(self, slot: int, start: int, followed: Sequence[int], steps: int) -> DraftPass:
+        """What takes in positions from `start` on, which `followed` follow, and drafts `steps`."""
+        made = DraftPass(slot=slot, start=start, rows=len(followed), steps=steps)
+        for name, tensor in self._held.items():
+            setattr(made, name, tensor.data_ptr())
+        made.features_of_position, made.draft_tokens = self.features.shape[2], len(self.tokens)
+        made.norm_epsilon = _EPSILON
+        made.token[: len(followed)] = followed
+        made.acceptance = (ctypes.c_float * MARGIN_BINS)(*[1.0] * MARGIN_BINS)
+        return made
+
+    def draft(
+        self,
+        slot: int,
+        followed: Sequence[int],
+        steps: int,
+        at_once: int = MAX_ROWS,
+        races: Sequence[RowRace] = (),
+    ) -> tuple[list[int], list[float]]:
+        """Take in all positions from 0 on, `at_once` at once, and draft: tokens, probabilities."""
+        at_once = min(at_once, self._launcher.chain.facts.draft_rows)
+        for start in range(0, len(followed), at_once):
+            piece = followed[start : start + at_once]
+            last = start + len(piece) == len(followed)
+            wanted = self.make(slot, start, piece, steps if last else 0)
+            wanted.sampled = bool(races)
+            for index, race in enumerate(races):
+                wanted.race[index] = race
+            self._launcher.draft(wanted)
+        return self.drafted()
+
+    def drafted(self) -> tuple[list[int], list[float]]:
+        """What the last launch drafted."""
+        outcome = DraftOutcome.from_address(self._outcome.data_ptr())
+        count = outcome.tokens
+        return list(outcome.token[:count]), list(outcome.probability[:count])
+
+    def logits(self, slot: int, followed: Sequence[int], drafted: Sequence[int]) -> Tensor:
+        """PyTorch's logits before each of `drafted`, [drafted, draft vocabulary], in fp32."""
+        weights = {name: weight.float() for name, weight in self.weights.items()}
+        features = self.features[slot, : len(followed)].float()
+        normed = [
+            _norm(features[:, index], weights["feature_norms"][index])
+            for index in range(features.shape[1])
+        ]
+        state = torch.cat(normed, -1) @ weights["combine"].T
+        states, rows = state, []
+        tokens = list(followed)
+        for token in drafted:
+            state = self._layer(weights, states, tokens)[-1:]
+            rows.append(_norm(state, weights["norm"]) @ weights["head"].T)
+            states, tokens = torch.cat([states, state]), [*tokens, token]
+        return torch.cat(rows)
+
+    def _layer(self, weights: dict[str, Tensor], states: Tensor, tokens: list[int]) -> Tensor:
+        shape, count = self.shape, len(tokens)
+        embedded = self._embedding[torch.tensor(tokens, device="cuda")]
+        joined = [_norm(states, weights["state_norm"]), _norm(embedded, weights["embedding_norm"])]
+        x = states + torch.cat(joined, -1) @ weights["join"].T
+        projected = _norm(x, weights["attention_norm"]) @ weights["qkv"].T
+        heads = projected.view(count, -1, shape.head_size).transpose(0, 1)
+        turned = self._rotated(heads[: shape.heads + shape.key_value_heads])
+        queries, keys = turned.split([shape.heads, shape.key_value_heads])
+        group = shape.heads // shape.key_value_heads
+        keys, values = (
+            part.repeat_interleave(group, 0)
+            for part in (keys, heads[shape.heads + shape.key_value_heads :])
+        )
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + attended.transpose(0, 1).reshape(count, -1) @ weights["o"].T
+        gate, up = (_norm(x, weights["mlp_norm"]) @ weights["gate_up"].T).chunk(2, -1)
+        return x + (functional.silu(gate) * up) @ weights["down"].T
+
+    def _rotated(self, heads: Tensor) -> Tensor:
+        positions = torch.arange(heads.shape[1], device="cuda")
+        angles = torch.outer(positions, self._held["frequencies"])
+        first, second = heads.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight, _EPSILON)

@@ -1,0 +1,107 @@
+"""Checks of a trained drafter in the chain's kernel, against PyTorch in fp32."""
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from chain_drafter import RandomDrafter
+from chain_launcher import ChainLauncher, SequenceInput
+from kernel_check import TOKENS, KernelCheck, relative_error
+
+from sedac_export.cuda.chain_abi import MARGIN_BINS, MAX_ROWS, RowRace
+
+# hidden states are kept in bf16
+_ROUNDING = 2**-7
+_POSITIONS = 300
+_STEPS = 6
+# of the drafter's products, whose inputs are fp16, in a probability
+_TOLERANCE = 0.02
+_TEMPERATURE = 0.8
+
+
+class DrafterChecks:
+    """Every check of a drafter beside one launcher."""
+
+    def __init__(self, launcher: ChainLauncher) -> None:
+        self._launcher, self._drafter = launcher, RandomDrafter(launcher)
+        generator = torch.Generator("cuda").manual_seed(6)
+        vocabulary = launcher.decoder.shape.vocabulary
+        self._followed: list[int] = torch.randint(
+            vocabulary, (_POSITIONS,), device="cuda", generator=generator
+        ).tolist()
+        self._random = torch.randn(
+            self._drafter.features[0].shape, device="cuda", generator=generator
+        ).bfloat16()
+
+    def run(self) -> Iterator[KernelCheck]:
+        """One check after another; passes leave hidden states no more afterwards."""
+        with torch.no_grad():
+            yield from self._hidden_states()
+            for slot in (0, 1):
+                self._drafter.features[slot] = self._random
+            for positions in (1, 5, _POSITIONS):
+                yield from self._drafts(positions)
+            yield self._other_pieces()
+            yield self._other_slot()
+            yield self._end_of_draft()
+        self._launcher.feature_depths = []
+
+    def _hidden_states(self) -> Iterator[KernelCheck]:
+        """A pass of several rows, and one that goes on, leave what PyTorch computes."""
+        decoder, position = self._launcher.decoder, 130
+        history = self._launcher.fill(0, position)
+        rows = TOKENS[:3]
+        self._launcher.run([SequenceInput.of_tokens(rows, position)])
+        for index, depth in enumerate(self._launcher.feature_depths):
+            wanted = decoder.compute(history, rows, depth).hidden
+            kept = self._drafter.features[0, position : position + len(rows), index].float()
+            error = relative_error(kept, wanted)
+            name = f"hidden states after {depth} layers"
+            yield KernelCheck(name, error < _ROUNDING, f"relative error {error:.1e}")
+        kept = self._drafter.features[0, position : position + 3].clone()
+        self._launcher.fill(0, position)
+        sequence = SequenceInput.of_tokens(rows[:1], position)
+        self._launcher.run_pass(self._launcher.make_pass([sequence], steps=2))
+        one_by_one = self._drafter.features[0, position : position + 2]
+        same = torch.equal(one_by_one[0], kept[0]) and bool((one_by_one[1] != kept[1]).any())
+        yield KernelCheck("hidden states of a pass of two steps", same)
+
+    def _drafts(self, positions: int) -> Iterator[KernelCheck]:
+        followed = self._followed[:positions]
+        for temperature in (0.0, _TEMPERATURE):
+            races = [RowRace(7919 * k + 1, 1 / temperature) for k in range(_STEPS) if temperature]
+            tokens, probabilities = self._drafter.draft(0, followed, _STEPS, races=races)
+            logits = self._drafter.logits(0, followed, tokens)
+            places = torch.searchsorted(self._drafter.tokens, torch.tensor(tokens, device="cuda"))
+            shares = logits.softmax(-1).gather(1, places[:, None])[:, 0]
+            given = torch.tensor(probabilities, device="cuda")
+            error = (shares - given).abs().max().item()
+            right = error < _TOLERANCE and len(tokens) == _STEPS
+            if not temperature:
+                right = right and bool((logits.softmax(-1).max(-1).values - shares < 0.02).all())
+            chosen = "sampled" if temperature else "most probable"
+            yield KernelCheck(
+                f"{chosen} drafts after {positions} positions", right, f"error {error:.1e}"
+            )
+
+    def _other_pieces(self) -> KernelCheck:
+        at_once = (1, 3, MAX_ROWS)
+        drafts = [self._drafter.draft(0, self._followed[:40], _STEPS, each)[0] for each in at_once]
+        return KernelCheck(
+            "drafts whatever is taken in at once", drafts[0] == drafts[1] == drafts[2]
+        )
+
+    def _other_slot(self) -> KernelCheck:
+        one = self._drafter.draft(0, self._followed[:40], _STEPS)
+        self._drafter.draft(0, self._followed[10:20], _STEPS)
+        return KernelCheck(
+            "the same in another slot", one == self._drafter.draft(1, self._followed[:40], _STEPS)
+        )
+
+    def _end_of_draft(self) -> KernelCheck:
+        wanted = self._drafter.make(0, 0, self._followed[:1], MAX_ROWS)
+        wanted.acceptance = (ctypes.c_float * MARGIN_BINS)(*[0.5] * MARGIN_BINS)
+        wanted.min_accepted = (ctypes.c_float * MAX_ROWS)(*[0.125] * MAX_ROWS)
+        self._launcher.draft(wanted)
+        count = len(self._drafter.drafted()[0])
+        return KernelCheck("drafts end where they do not pay", count == 4, f"{count} tokens")

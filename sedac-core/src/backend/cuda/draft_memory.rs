@@ -1,0 +1,304 @@
+//! A trained drafter on a GPU: its weights, what it keeps of each slot, and its launches.
+
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, PushKernelArg, ValidAsZeroBits,
+};
+
+use super::abi::{DraftOutcome, DraftParameters, MAX_ROWS, PassParameters, RowRace};
+use super::chain_device::DraftPlan;
+use super::compiled_chain::CompiledChain;
+use super::drafter_weights::DrafterWeights;
+use super::driver::zeros;
+use super::exit_memory::{copied, gather};
+use super::slot_memory::SlotSizes;
+use crate::backend::gpu::failed;
+use crate::backend::{Ahead, DraftedToken};
+use crate::error::Result;
+
+/// Bytes of a number of caches and hidden states.
+const HALF: u64 = 2;
+
+// SAFETY: it is repr(C) of integers and floats, and lies in the parameter as the kernel's struct
+// does, whose size was compared.
+unsafe impl DeviceRepr for DraftParameters {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for DraftOutcome {}
+// SAFETY: it is of integers and floats, to which all bits 0 are a value.
+unsafe impl ValidAsZeroBits for DraftOutcome {}
+
+/// Bytes of what a drafter keeps of slots.
+#[derive(Debug, Clone, Copy)]
+struct DraftSizes {
+    slots: usize,
+    capacity: usize,
+    /// Of a position's hidden states.
+    features: u64,
+    /// Of a position's keys, or values.
+    keys: u64,
+}
+
+impl DraftSizes {
+    fn new(weights: &DrafterWeights, hidden: usize, slots: &SlotSizes) -> Self {
+        Self {
+            slots: slots.slots,
+            capacity: slots.capacity,
+            features: (weights.depths.len() * hidden) as u64 * HALF,
+            keys: (slots.key_value_heads * slots.head_size) as u64 * HALF,
+        }
+    }
+
+    /// Bytes of what a position takes `bytes` of.
+    fn all(&self, bytes: u64) -> u64 {
+        (self.slots * self.capacity) as u64 * bytes
+    }
+}
+
+/// A drafter, and where the kernels find what it needs.
+pub(super) struct DraftMemory {
+    parameters: DraftParameters,
+    depths: Vec<usize>,
+    vocabulary: usize,
+    sizes: DraftSizes,
+    /// Hidden states of the model, [slot, capacity, depths, hidden].
+    features: CudaSlice<u8>,
+    /// [slot, key-value heads, capacity, head size], as values.
+    keys: CudaSlice<u8>,
+    values: CudaSlice<u8>,
+    outcome: PinnedHostSlice<DraftOutcome>,
+    _memory: Vec<CudaSlice<u8>>,
+    _numbers: (CudaSlice<i32>, CudaSlice<f32>, CudaSlice<u16>),
+}
+
+/// Bytes that `weights` take on the device, with what they keep of `slots`, for a model of `hidden`
+/// numbers.
+pub(super) fn device_bytes(
+    weights: &DrafterWeights,
+    hidden: usize,
+    slots: &SlotSizes,
+    scratch: u64,
+) -> u64 {
+    let sizes = DraftSizes::new(weights, hidden, slots);
+    weights.bytes(hidden) + sizes.all(sizes.features + 2 * sizes.keys) + scratch
+}
+
+impl DraftMemory {
+    /// Copy `weights`, for a model of `hidden` numbers and `vocabulary` tokens, to the GPU, beside a
+    /// chain whose passes have `chain_parameters`, and let these passes write what it takes.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) when the driver fails.
+    pub(super) fn upload(
+        weights: &DrafterWeights,
+        stream: &Arc<CudaStream>,
+        chain: &CompiledChain,
+        (hidden, vocabulary): (usize, usize),
+        slots: &SlotSizes,
+        chain_parameters: &mut PassParameters,
+    ) -> Result<Self> {
+        let mut memory = Vec::new();
+        for part in &weights.parts {
+            memory.push(copied(stream, part)?);
+        }
+        memory.push(zeros(stream, chain.facts.draft_scratch_bytes)?);
+        let addresses: Vec<u64> = memory
+            .iter()
+            .map(|part| part.device_ptr(stream).0)
+            .collect();
+        let head = gather(
+            &weights.tokens,
+            stream,
+            chain,
+            hidden,
+            chain_parameters.head,
+        )?;
+        let tokens = copied(stream, &weights.tokens)?;
+        let frequencies = copied(stream, &weights.frequencies)?;
+        let sizes = DraftSizes::new(weights, hidden, slots);
+        let features = zeros(stream, sizes.all(sizes.features))?;
+        let [keys, values] = [
+            zeros(stream, sizes.all(sizes.keys))?,
+            zeros(stream, sizes.all(sizes.keys))?,
+        ];
+        // SAFETY: whatever it holds before the next lines is integers and floats
+        let outcome = unsafe {
+            stream
+                .context()
+                .alloc_pinned_with_flags::<DraftOutcome>(1, 0)
+        };
+        let mut outcome = outcome.map_err(failed("pinned memory"))?;
+        let cleared = outcome.as_mut_slice().map_err(failed("pinned memory"))?;
+        cleared.fill(DraftOutcome::default());
+        let [
+            combine,
+            join,
+            qkv,
+            o,
+            gate_up,
+            down,
+            feature_norms,
+            state_norm,
+            embedding_norm,
+            attention_norm,
+            mlp_norm,
+            norm,
+            scratch,
+        ] = addresses[..]
+        else {
+            unreachable!("parts of a drafter's weights, and the scratch");
+        };
+        let parameters = DraftParameters {
+            combine,
+            join,
+            qkv,
+            o,
+            gate_up,
+            down,
+            head: head.device_ptr(stream).0,
+            feature_norms,
+            state_norm,
+            embedding_norm,
+            attention_norm,
+            mlp_norm,
+            norm,
+            frequencies: frequencies.device_ptr(stream).0,
+            tokens: tokens.device_ptr(stream).0,
+            embed: chain_parameters.embed,
+            scratch,
+            // the device has the host's address for it, as for all memory that the driver pins
+            outcome: outcome.as_ptr().map_err(failed("pinned memory"))? as u64,
+            capacity: sizes.capacity as i32,
+            blocks: chain.blocks as i32,
+            features_of_position: weights.depths.len() as i32,
+            draft_tokens: weights.tokens.len() as i32,
+            norm_epsilon: weights.norm_epsilon,
+            ..DraftParameters::default()
+        };
+        let mut drafter = Self {
+            parameters,
+            depths: weights.depths.clone(),
+            vocabulary,
+            sizes,
+            features,
+            keys,
+            values,
+            outcome,
+            _memory: memory,
+            _numbers: (tokens, frequencies, head),
+        };
+        drafter.note_addresses(stream, chain_parameters);
+        Ok(drafter)
+    }
+
+    /// Tell its own launches, and passes of the chain, where slots lie.
+    fn note_addresses(&mut self, stream: &Arc<CudaStream>, chain: &mut PassParameters) {
+        let features = self.features.device_ptr(stream).0;
+        self.parameters.features = features;
+        self.parameters.keys = self.keys.device_ptr(stream).0;
+        self.parameters.values = self.values.device_ptr(stream).0;
+        chain.features = self.depths.len() as i32;
+        chain.feature_states = features;
+        for (place, &depth) in chain.feature_depths.iter_mut().zip(&self.depths) {
+            *place = depth as i32;
+        }
+    }
+
+    /// Have `slots` slots, of which none holds anything.
+    pub(super) fn reserve(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        slots: usize,
+        chain: &mut PassParameters,
+    ) -> Result<()> {
+        let sizes = DraftSizes {
+            slots,
+            ..self.sizes
+        };
+        let features = zeros(stream, sizes.all(sizes.features))?;
+        let keys = zeros(stream, sizes.all(sizes.keys))?;
+        self.values = zeros(stream, sizes.all(sizes.keys))?;
+        (self.features, self.keys, self.sizes) = (features, keys, sizes);
+        self.note_addresses(stream, chain);
+        Ok(())
+    }
+
+    /// Copy the hidden states of the first `length` positions of the slot `from` to those of `to`.
+    ///
+    /// # Panics
+    /// When both are the same slot, or there are no such slots or positions.
+    pub(super) fn copy(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        from: usize,
+        length: usize,
+        to: usize,
+    ) -> Result<()> {
+        assert!(
+            length <= self.sizes.capacity && from != to,
+            "what is copied"
+        );
+        let position = self.sizes.features as usize;
+        let (slot, bytes) = (position * self.sizes.capacity, position * length);
+        let (mut below, mut above) = self.features.split_at_mut(from.max(to) * slot);
+        let low = from.min(to) * slot;
+        let (mut low, mut high) = (below.slice_mut(low..low + bytes), above.slice_mut(..bytes));
+        let copied = match from < to {
+            true => stream.memcpy_dtod(&low, &mut high),
+            false => stream.memcpy_dtod(&high, &mut low),
+        };
+        copied.map_err(failed("a copy of hidden states of the GPU"))
+    }
+
+    /// Take in positions, and draft where `plan` says so; wait until that has ended.
+    pub(super) fn run(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        chain: &CompiledChain,
+        plan: &DraftPlan,
+    ) -> Result<Vec<DraftedToken>> {
+        self.check(chain, plan);
+        let ahead = plan.ahead.unwrap_or_default();
+        let parameters = &mut self.parameters;
+        parameters.slot = plan.slot as i32;
+        parameters.start = plan.start as i32;
+        parameters.rows = plan.tokens.len() as i32;
+        parameters.steps = plan.ahead.map_or(0, |ahead| ahead.tokens as i32);
+        parameters.sampled = plan.races.is_some().into();
+        parameters.race = plan.races.unwrap_or([RowRace::default(); MAX_ROWS]);
+        (parameters.min_accepted, parameters.acceptance) = (ahead.min_accepted, ahead.acceptance);
+        for (place, &token) in parameters.token.iter_mut().zip(&plan.tokens) {
+            *place = token as i32;
+        }
+        let (kernel, config) = chain.draft_kernel();
+        let mut launch = stream.launch_builder(kernel);
+        launch.arg(&self.parameters);
+        // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
+        // points to is allocated for the sizes of the bundle's manifest and facts, and `check` has
+        // made sure that slot, positions and tokens are inside. `self` is borrowed until the kernel
+        // has ended, which is waited for whatever the driver says here.
+        let launched = unsafe { launch.launch_cooperative(config) };
+        let waited = stream.synchronize();
+        launched.map(drop).and(waited).map_err(failed("a draft"))?;
+        if plan.ahead.is_none() {
+            return Ok(Vec::new());
+        }
+        let outcome = self.outcome.as_slice().map_err(failed("a draft"))?;
+        Ok(outcome[0].drafted())
+    }
+
+    /// Check that a launch stays inside of what was allocated.
+    ///
+    /// # Panics
+    /// When it does not.
+    fn check(&self, chain: &CompiledChain, plan: &DraftPlan) {
+        let rows = plan.tokens.len();
+        assert!((1..=chain.facts.draft_rows as usize).contains(&rows));
+        let steps = plan.ahead.map_or(0, |ahead: Ahead| ahead.tokens);
+        assert!(steps <= MAX_ROWS && plan.slot < self.sizes.slots);
+        let end = plan.start + rows + steps.saturating_sub(1);
+        assert!(end <= self.sizes.capacity, "positions of a draft");
+        let known = |&token: &u32| (token as usize) < self.vocabulary;
+        assert!(plan.tokens.iter().all(known), "tokens of a draft");
+    }
+}

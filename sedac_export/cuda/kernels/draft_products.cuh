@@ -1,0 +1,142 @@
+// What the stages of a trained drafter are made of: a barrier of the grid, inputs in shared memory, and products.
+//
+// A drafted token changes no text, so here sums may have any order and weights are read as the file has them: the
+// simple way, with a barrier after each stage.
+#pragma once
+#include "blocks.cuh"
+#include "norm.cuh"
+#include "race.cuh"
+
+constexpr int DRAFT_WARPS = 16, DRAFT_THREADS = DRAFT_WARPS * 32;
+
+// Hidden states of the model that a position has for a drafter, at most.
+constexpr int MAX_FEATURES = 3;
+
+// Positions that are taken in at once, whose normed hidden states lie in shared memory. Partial sums of attention that
+// a head has at most.
+constexpr int DRAFT_CHUNKS = 32;
+constexpr int DRAFT_FIT = (SHARED_LIMIT - HEADS * DRAFT_CHUNKS * 4 - 2048) / (MAX_FEATURES * HIDDEN * 2);
+constexpr int DRAFT_ROWS = DRAFT_FIT > MAX_ROWS ? MAX_ROWS : DRAFT_FIT;
+static_assert(DRAFT_ROWS > 0, "shared memory is too small");
+
+struct DraftShared {
+  float sums[DRAFT_ROWS][DRAFT_WARPS];
+  float shares[HEADS][DRAFT_CHUNKS];
+  int4 bests[2][DRAFT_WARPS];
+  union {
+    alignas(16) half input[larger(MAX_FEATURES * HIDDEN * DRAFT_ROWS, larger(INNER, ATTENTION))];
+    float query[ATTENTION];
+  };
+};
+static_assert(sizeof(DraftShared) <= SHARED_LIMIT, "shared memory is too small");
+
+// What other blocks wrote in this launch: the L1 cache may hold what was there before.
+__device__ __forceinline__ float load_result(const float* p) { return __ldcg(p); }
+
+// All blocks of a cooperative launch. `arrived` counts for as long as the drafter is loaded, and is a multiple of the
+// blocks between launches.
+struct GridBarrier {
+  unsigned long long* arrived;
+  unsigned long long target;
+
+  __device__ __forceinline__ GridBarrier(unsigned long long* arrived, int blocks) : arrived(arrived) {
+    // others may have arrived at the first barrier, but not all
+    target = threadIdx.x ? 0 : load() / blocks * blocks;
+  }
+  __device__ __forceinline__ void wait(int blocks) {
+    __syncthreads();
+    if (!threadIdx.x) {
+      target += blocks;
+      __threadfence();
+      atomicAdd(arrived, 1ull);
+      while (load() < target) {
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  __device__ __forceinline__ unsigned long long load() const {
+    unsigned long long v;
+    asm volatile("ld.acquire.gpu.global.u64 %0,[%1];" : "=l"(v) : "l"(arrived) : "memory");
+    return v;
+  }
+};
+
+// By the block: `rows` rows of `value(row, d)`, each times `weight` and its norm's factor, become the input from
+// `column` on; its rows lie `stride` apart. All loads of a thread are under way together.
+template <int ROWS, class F>
+__device__ __forceinline__ void normalise_rows(DraftShared& shared, int column, int stride, int rows,
+                                               const half* weight, float epsilon, F value) {
+  constexpr int EACH = divided_up(HIDDEN, DRAFT_THREADS);
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  float v[ROWS][EACH];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int d = tid + k * DRAFT_THREADS;
+      v[r][k] = r < rows && d < HIDDEN ? value(r, d) : 0.f;
+    }
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float squares = 0;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) squares = fmaf(v[r][k], v[r][k], squares);
+    squares = sum_of_lanes<32>(squares);
+    if (!lane) shared.sums[r][warp] = squares;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const float squares = sum_of_lanes<DRAFT_WARPS>(shared.sums[r][lane % DRAFT_WARPS]);
+    const float factor = rsqrtf(squares * (1.f / HIDDEN) + epsilon);
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int d = tid + k * DRAFT_THREADS;
+      if (d < HIDDEN) shared.input[r * stride + column + d] = __float2half(v[r][k] * factor * __half2float(weight[d]));
+    }
+  }
+  __syncthreads();
+}
+
+// Eight halves times eight, added to `sum`.
+__device__ __forceinline__ float dot(uint4 a, uint4 b, float sum) {
+  const unsigned x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 u = __half22float2(as_half2(x[i])), v = __half22float2(as_half2(y[i]));
+    sum = fmaf(u.y, v.y, fmaf(u.x, v.x, sum));
+  }
+  return sum;
+}
+
+// By a warp: rows of weights, `distance` apart, times `ROWS` rows of `columns` halves, `stride` apart. All lanes get
+// the sums.
+template <int ROWS, int OUTPUTS>
+__device__ __forceinline__ void multiply_rows(float (&sums)[OUTPUTS][ROWS], const half* weights, size_t distance,
+                                              const half* input, int stride, int columns) {
+#pragma unroll
+  for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sums[o][r] = 0;
+#pragma unroll 2
+  for (int d = (threadIdx.x & 31) * 8; d < columns; d += 256) {
+    uint4 w[OUTPUTS];
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++) w[o] = __ldg(reinterpret_cast<const uint4*>(weights + o * distance + d));
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const uint4 x = *reinterpret_cast<const uint4*>(input + r * stride + d);
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; o++) sums[o][r] = dot(w[o], x, sums[o][r]);
+    }
+  }
+#pragma unroll
+  for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sums[o][r] = sum_of_lanes<32>(sums[o][r]);
+}
+
+// A half that is finite where the float is.
+__device__ __forceinline__ half bounded_half(float v) { return __float2half(fminf(fmaxf(v, -65504.f), 65504.f)); }

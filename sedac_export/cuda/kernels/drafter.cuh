@@ -1,0 +1,260 @@
+// A trained drafter: one decoder layer that continues the model's hidden states, see sedac_export/drafter. One launch
+// takes in the positions that were verified since the last one, and drafts from the newest of them as far as the core
+// says that the next token is worth it.
+//
+// Of the positions that are taken in, all but the newest only leave keys and values, so that every stage after these
+// has one row. Where the model chose the tokens, they are known; from there on each is the one that was drafted.
+#pragma once
+#include "draft_attention.cuh"
+#include "head.cuh"
+
+struct Drafter {
+  const DraftPass& pass;
+  DraftShared& shared;
+  DraftScratch scratch;
+  GridBarrier barrier;
+  int token, step = 0;
+  float accepted = 1;
+
+  __device__ __forceinline__ explicit Drafter(const DraftPass& pass, DraftShared& shared)
+      : pass(pass), shared(shared), scratch(pass.scratch), barrier(scratch.arrived(), pass.blocks) {}
+
+  __device__ __forceinline__ void run() {
+    int row = pass.rows - 1;  // whose state is the newest
+    if (pass.rows == 1)
+      take_in<1>();
+    else
+      take_in<DRAFT_ROWS>();
+    if (!pass.steps) return;
+    int position = pass.start + row;
+#pragma unroll 1
+    for (;;) {
+      DraftAttention{pass, scratch, shared}.run(position);
+      wait();
+      add_attention(row, position);
+      wait();
+      activate();
+      wait();
+      finish_layer();
+      wait();
+      choose();
+      wait();
+      if (!goes_on()) return;
+      row = 0, position++;
+      join<1>(1, [&](int) { return token; });
+      wait();
+      queries_keys_values<1>(1, position);
+      wait();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void wait() { barrier.wait(pass.blocks); }
+
+  // f(i) for the block's share of `count` things, a warp for each.
+  template <class F>
+  __device__ __forceinline__ void each(int count, F f) const {
+#pragma unroll 1
+    for (int i = blockIdx.x + pass.blocks * (threadIdx.x >> 5); i < count; i += pass.blocks * DRAFT_WARPS) f(i);
+  }
+  __device__ __forceinline__ static bool first_lane() { return !(threadIdx.x & 31); }
+
+  // Verified positions: their hidden states become states, then keys and values.
+  template <int ROWS>
+  __device__ __forceinline__ void take_in() {
+    combine<ROWS>();
+    wait();
+    join<ROWS>(pass.rows, [&](int row) { return pass.token[row]; });
+    wait();
+    queries_keys_values<ROWS>(pass.rows, pass.start);
+    wait();
+  }
+
+  template <int ROWS>
+  __device__ __forceinline__ void combine() const {
+    const int features = pass.features_of_position, width = features * HIDDEN;
+    const size_t first = static_cast<size_t>(pass.slot) * pass.capacity + pass.start;
+#pragma unroll 1
+    for (int f = 0; f < features; f++)
+      normalise_rows<ROWS>(shared, f * HIDDEN, width, pass.rows, pass.feature_norms + f * HIDDEN, pass.norm_epsilon,
+                           [&](int row, int d) {
+                             const unsigned short* from = pass.features + (first + row) * width + f * HIDDEN;
+                             return __uint_as_float(static_cast<unsigned>(from[d]) << 16);
+                           });
+    each(HIDDEN, [&](int d) {
+      float sums[1][ROWS];
+      multiply_rows<ROWS, 1>(sums, pass.combine + static_cast<size_t>(d) * width, 0, shared.input, width, width);
+      for_rows<ROWS>(pass.rows, [&](int row) { scratch.state(row)[d] = sums[0][row]; });
+    });
+  }
+
+  // The state and the embedding of the token that follows: the layer's input.
+  template <int ROWS, class Token>
+  __device__ __forceinline__ void join(int rows, Token token_of) const {
+    normalise_rows<ROWS>(shared, 0, 2 * HIDDEN, rows, pass.state_norm, pass.norm_epsilon,
+                         [&](int row, int d) { return load_result(scratch.state(row) + d); });
+    normalise_rows<ROWS>(shared, HIDDEN, 2 * HIDDEN, rows, pass.embedding_norm, pass.norm_epsilon,
+                         [&](int row, int d) { return embedding(token_of(row), d); });
+    each(HIDDEN, [&](int d) {
+      float sums[1][ROWS];
+      multiply_rows<ROWS, 1>(sums, pass.join + static_cast<size_t>(d) * 2 * HIDDEN, 0, shared.input, 2 * HIDDEN,
+                             2 * HIDDEN);
+      for_rows<ROWS>(
+          rows, [&](int row) { scratch.layer_input(row)[d] = load_result(scratch.state(row) + d) + sums[0][row]; });
+    });
+  }
+  __device__ __forceinline__ float embedding(int token, int d) const {
+    const float2 v = pair_of_row(pass.embed, HIDDEN_COLUMNS, token, d & ~1);
+    return (d & 1 ? v.y : v.x) * SEDAC_EMBEDDING_SCALE;
+  }
+
+  // A warp has two elements of a head that rotate into each other.
+  template <int ROWS>
+  __device__ __forceinline__ void queries_keys_values(int rows, int start) const {
+    constexpr int HALF = HEAD / 2;
+    normalise_rows<ROWS>(shared, 0, HIDDEN, rows, pass.attention_norm, pass.norm_epsilon,
+                         [&](int row, int d) { return load_result(scratch.layer_input(row) + d); });
+    each(QKV / 2, [&](int i) {
+      const int head = i / HALF, low = i % HALF;
+      float sums[2][ROWS];
+      multiply_rows<ROWS, 2>(sums, pass.qkv + (static_cast<size_t>(head) * HEAD + low) * HIDDEN, HALF * HIDDEN,
+                             shared.input, HIDDEN, HIDDEN);
+      for_rows<ROWS>(rows,
+                     [&](int row) { place(head, low, start + row, row == rows - 1, sums[0][row], sums[1][row]); });
+    });
+  }
+  __device__ __forceinline__ void place(int head, int low, int position, bool newest, float u, float v) const {
+    const bool value = head >= HEADS + KV_HEADS;
+    if (!value) {
+      float sine, cosine;
+      sincosf(static_cast<float>(position) * pass.frequencies[low], &sine, &cosine);
+      const float x = u, y = v;
+      u = x * cosine - y * sine, v = y * cosine + x * sine;
+    }
+    if (head < HEADS) {
+      float* to = scratch.query() + head * HEAD + low;
+      if (newest) to[0] = u, to[HEAD / 2] = v;
+      return;
+    }
+    const int kv_head = head - HEADS - (value ? KV_HEADS : 0);
+    half* to = (value ? pass.values : pass.keys) +
+               ((static_cast<size_t>(pass.slot) * KV_HEADS + kv_head) * pass.capacity + position) * HEAD + low;
+    to[0] = bounded_half(u), to[HEAD / 2] = bounded_half(v);
+  }
+
+  __device__ __forceinline__ void add_attention(int row, int position) const {
+    DraftAttention{pass, scratch, shared}.combine(position);
+    each(HIDDEN, [&](int d) {
+      float sums[1][1];
+      multiply_rows<1, 1>(sums, pass.o + static_cast<size_t>(d) * ATTENTION, 0, shared.input, 0, ATTENTION);
+      if (first_lane()) scratch.after_attention()[d] = load_result(scratch.layer_input(row) + d) + sums[0][0];
+    });
+  }
+
+  __device__ __forceinline__ void activate() const {
+    normalise_rows<1>(shared, 0, 0, 1, pass.mlp_norm, pass.norm_epsilon,
+                      [&](int, int d) { return load_result(scratch.after_attention() + d); });
+    each(INNER, [&](int i) {
+      float sums[2][1];
+      multiply_rows<1, 2>(sums, pass.gate_up + static_cast<size_t>(i) * HIDDEN, static_cast<size_t>(INNER) * HIDDEN,
+                          shared.input, 0, HIDDEN);
+      const float gate = sums[0][0];
+      if (first_lane()) scratch.activation()[i] = bounded_half(__fdividef(gate, 1.f + __expf(-gate)) * sums[1][0]);
+    });
+  }
+
+  // The next state.
+  __device__ __forceinline__ void finish_layer() const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < INNER / 8; i += DRAFT_THREADS)
+      reinterpret_cast<uint4*>(shared.input)[i] = __ldcg(reinterpret_cast<const uint4*>(scratch.activation()) + i);
+    __syncthreads();
+    each(HIDDEN, [&](int d) {
+      float sums[1][1];
+      multiply_rows<1, 1>(sums, pass.down + static_cast<size_t>(d) * INNER, 0, shared.input, 0, INNER);
+      if (first_lane()) scratch.state(0)[d] = load_result(scratch.after_attention() + d) + sums[0][0];
+    });
+  }
+
+  // Each block's best token, of the draft vocabulary.
+  __device__ __forceinline__ void choose() const {
+    constexpr int AT_ONCE = 4;  // rows of the head
+    normalise_rows<1>(shared, 0, 0, 1, pass.norm, pass.norm_epsilon,
+                      [&](int, int d) { return load_result(scratch.state(0) + d); });
+    Highest highest;
+    Race race;
+    each(divided_up(pass.draft_tokens, AT_ONCE), [&](int i) {
+      // the last few are taken again where there are not as many more
+      const int first = max(0, min(i * AT_ONCE, pass.draft_tokens - AT_ONCE));
+      float sums[AT_ONCE][1];
+      multiply_rows<1, AT_ONCE>(sums, pass.head + static_cast<size_t>(first) * HIDDEN, HIDDEN, shared.input, 0, HIDDEN);
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        if (first + k < i * AT_ONCE) continue;
+        const int token = pass.tokens[first + k];
+        highest.note(sums[k][0], token);
+        if (pass.sampled) race.note(sums[k][0], token, pass.race[step]);
+      }
+    });
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (!lane) shared.bests[0][warp] = highest.words(), shared.bests[1][warp] = race.words();
+    __syncthreads();
+    if (warp < 2 && lane < DRAFT_WARPS) {
+      const unsigned mask = (1u << DRAFT_WARPS) - 1;
+      const int4 words = warp ? merged<Race>(shared.bests[1][lane], mask, DRAFT_WARPS)
+                              : merged<Highest>(shared.bests[0][lane], mask, DRAFT_WARPS);
+      if (!lane) __stcg(scratch.best(warp, blockIdx.x), words);
+    }
+  }
+  // The best of `lanes` lanes.
+  template <class Best>
+  __device__ __forceinline__ static int4 merged(int4 words, unsigned mask, int lanes) {
+    Best best = Best::of(words);
+#pragma unroll 1
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      const int4 v = best.words();
+      best.merge(Best::of(make_int4(__shfl_xor_sync(mask, v.x, distance), __shfl_xor_sync(mask, v.y, distance),
+                                    __shfl_xor_sync(mask, v.z, distance), __shfl_xor_sync(mask, v.w, distance))));
+    }
+    return best.words();
+  }
+  template <class Best>
+  __device__ __forceinline__ Best best_of_blocks(int kind) const {
+    Best best;
+    for (int block = threadIdx.x & 31; block < pass.blocks; block += 32)
+      best.merge(Best::of(__ldcg(scratch.best(kind, block))));
+    __syncwarp();
+    return Best::of(merged<Best>(best.words(), ~0u, 32));
+  }
+
+  // Notes the token that all blocks find to be the best. Whether it is to be followed by another one.
+  __device__ __forceinline__ bool goes_on() {
+    const Highest highest = best_of_blocks<Highest>(0);
+    const Race race = pass.sampled ? best_of_blocks<Race>(1) : Race{};
+    const float logit = pass.sampled ? race.logit : highest.logit;
+    token = static_cast<int>(pass.sampled ? race.token : highest.token);
+    const float probability = __expf(logit - highest.logit) / highest.sum;
+    if (!blockIdx.x && !threadIdx.x) {
+      pass.outcome->token[step] = token, pass.outcome->probability[step] = probability;
+      pass.outcome->tokens = step + 1;
+    }
+    const int bin = max(0, min(static_cast<int>(probability * MARGIN_BINS), MARGIN_BINS - 1));
+    accepted *= pass.acceptance[bin];
+    const bool again = highest.finite && accepted >= pass.min_accepted[step] && step + 1 < pass.steps;
+    step++;
+    return again;
+  }
+
+  // f(row), by the lane of that number.
+  template <int ROWS, class F>
+  __device__ __forceinline__ static void for_rows(int rows, F f) {
+#pragma unroll
+    for (int row = 0; row < ROWS; row++)
+      if (row < rows && static_cast<int>(threadIdx.x & 31) == row) f(row);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(DRAFT_THREADS, 1) draft(const __grid_constant__ DraftPass pass) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  Drafter(pass, *reinterpret_cast<DraftShared*>(memory)).run();
+}
