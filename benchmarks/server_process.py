@@ -45,8 +45,7 @@ class Server:
 @contextmanager
 def serving(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
     """A server of `bundle` that is ready, with these options of `sedac-runtime serve`."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "sedac_runtime.cli", "serve", str(bundle), "--port", str(port)]
     command += map(str, options)
     with log.open("ab") as output:
@@ -58,6 +57,13 @@ def serving(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def is_healthy(port: int) -> bool:

@@ -13,7 +13,11 @@ from sedac_export.errors import SedacError
 from sedac_export.tensorrt.build_plans import check_options
 from sedac_runtime.flavour import FLAVOURS, find_gpu, this_platform
 
-TITLES = {"cuda": "CUDA chain"} | {name: flavour.title for name, flavour in FLAVOURS.items()}
+TITLES = {
+    "cuda": "CUDA chain",
+    "onnxruntime-cuda": "ONNX Runtime's CUDA provider",
+    **{name: flavour.title for name, flavour in FLAVOURS.items()},
+}
 
 # of the tokens that both chains generate; after a tie texts may part for good
 LEAST_SAME_TOKENS = 0.5

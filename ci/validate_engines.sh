@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds the demo model and the models given for the targets cuda, tensorrt and tensorrt-rtx, those that
-# this host can build for, validates the engines as far as it can, generates with ONNX Runtime's chain
-# and, where there is a GPU, with the chain over the engines; there it also runs the tests marked gpu.
+# Builds the demo model and the models given for the targets cuda, onnxruntime-cuda, tensorrt and
+# tensorrt-rtx, those that this host can build for, validates the engines as far as it can, generates with
+# ONNX Runtime's chain and, where there is a GPU, with the chain over the engines; there it also runs the
+# tests marked gpu.
 # Writes report.json and report.md. Exit code: 0 all held, 1 something failed, 2 a wrong argument, 3 all
 # held but engines were not executed for want of a GPU; --allow-no-gpu makes 3 a 0. SEDAC_BIN is the
 # directory of python, sedac-export and sedac-runtime where that is not .venv/bin.
@@ -38,7 +39,7 @@ done
 [[ -x $bin/sedac-export ]] || refuse "$bin/sedac-export is missing, make demo installs it"
 
 targets=(tensorrt tensorrt-rtx)
-[[ $precision == fp32 ]] || targets=(cuda "${targets[@]}") # the kernel takes no such weights
+[[ $precision == fp32 ]] || targets=(cuda onnxruntime-cuda "${targets[@]}") # these take 16 bits
 
 mkdir -p "$output"
 rm -rf "$output"/run-* "$output"/gpu_tests.*
@@ -61,8 +62,10 @@ for model in "${models[@]}"; do
             echo "validate ended with exit code $?" >&2
         "$bin/sedac-runtime" generate --engines "$run/bundle" --prompt "def main():" --mode full \
             --max-new-tokens 32 --json > "$run/generate.json" || echo "generate failed" >&2
+        backend=(--backend "$target")
+        [[ $target != onnxruntime-cuda ]] || backend=(--backend onnxruntime --device cuda)
         "$bin/sedac-runtime" generate --engines "$run/bundle" --prompt "def main():" --mode full \
-            --max-new-tokens 32 --json --backend "$target" > "$run/plans.json" 2> "$run/plans.log" ||
+            --max-new-tokens 32 --json "${backend[@]}" > "$run/plans.json" 2> "$run/plans.log" ||
             echo "not generated over the engines: $(tail -n 1 "$run/plans.log")" >&2
         rm -rf "$run/bundle"
     done

@@ -163,6 +163,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # what is refused, and words of the line that says why
+_RECURRENT = _WIDE | {"hidden_size": 64, "num_hidden_layers": 2}
 _EXPERTS = _SHALLOW | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "gemma3n": (
@@ -245,7 +246,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         ["DeepseekV3Attention", "keys of 16"],
     ),
-    "mamba": ("mamba", _WIDE | {"hidden_size": 64, "num_hidden_layers": 2}, ["taken apart"]),
+    "mamba": ("mamba", _RECURRENT, ["a state other than"]),
+    "falcon_mamba": ("falcon_mamba", _RECURRENT, ["a state other than"]),
+    "rwkv": ("rwkv", _RECURRENT | {"context_length": 320}, ["a state other than"]),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        _SHALLOW | {"num_hidden_layers": 3},
+        ["a state other than"],
+    ),
+    "qwen3_5": ("qwen3_5_text", _SHALLOW, ["a state other than"]),
+    "lfm2": ("lfm2", _SHALLOW | {"full_attn_idxs": [1]}, ["a state other than"]),
 }
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar, get_args
 
@@ -52,8 +53,13 @@ Number = TypeVar("Number", int, float)
 REFERENCES: dict[str, Reference] = {name: name for name in get_args(Reference)}
 METHODS: dict[str, PolicyName] = {"v6": "probe", "v6.1": "cascade", "v7": "stability"}
 
-EnginesOption = Annotated[Path, typer.Option("--engines", help="Directory of the bundle.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+input_option = partial(typer.Option, rich_help_panel="Input")
+mode_option = partial(typer.Option, rich_help_panel="Mode and exits")
+sampling_option = partial(typer.Option, rich_help_panel="Sampling")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
+EnginesOption = Annotated[Path, input_option("--engines", help="Directory of the bundle.")]
+JsonOption = Annotated[bool, output_option("--json", help="Print the result as one JSON object.")]
 
 
 class GenerationMode(StrEnum):
@@ -103,45 +109,42 @@ class LosslessDrafter(StrEnum):
 @app.command()
 def generate(
     engines: EnginesOption,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt: Annotated[str | None, input_option(help="Text to continue.")] = None,
     prompt_file: Annotated[
-        str | None, typer.Option(help="UTF-8 file with the prompt; - for stdin.")
+        str | None, input_option(help="UTF-8 file with the prompt; - for stdin.")
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Render the prompt as a user message with the chat template."),
+        input_option("--chat", help="Render the prompt as a user message with the chat template."),
     ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum number of tokens to generate.")
-    ] = 128,
     mode: Annotated[
         GenerationMode,
-        typer.Option(
+        mode_option(
             help="full runs every layer; lossless gives the same tokens by speculative decoding;"
             " exit stops tokens early and may change them."
         ),
     ] = GenerationMode.LOSSLESS,
     policy: Annotated[
-        Policy | None, typer.Option(help="Exit policy, with --mode exit. [default: the bundle's]")
+        Policy | None, mode_option(help="Exit policy, with --mode exit. [default: the bundle's]")
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Threshold at every depth; not for stability. [default: the bundle's]"),
+        mode_option(help="Threshold at every depth; not for stability. [default: the bundle's]"),
     ] = None,
     tau: Annotated[
         float | None,
-        typer.Option(help="Minimum stability of a stable layer. [default: the bundle's]"),
+        mode_option(help="Minimum stability of a stable layer. [default: the bundle's]"),
     ] = None,
     consecutive_k: Annotated[
-        int | None, typer.Option(help="Consecutive stable layers to exit. [default: the bundle's]")
+        int | None, mode_option(help="Consecutive stable layers to exit. [default: the bundle's]")
     ] = None,
     min_layer_ratio: Annotated[
         float | None,
-        typer.Option(help="Share of the layers that always run. [default: the bundle's]"),
+        mode_option(help="Share of the layers that always run. [default: the bundle's]"),
     ] = None,
     kv_fill: Annotated[
         KvFill | None,
-        typer.Option(
+        mode_option(
             help="KV backfill of skipped layers: projected from the exit's hidden state, or"
             " deferred and exact."
             " [default: the bundle's]"
@@ -149,39 +152,42 @@ def generate(
     ] = None,
     drafter: Annotated[
         Drafter | None,
-        typer.Option(
+        mode_option(
             help="Proposes tokens that full depth verifies; with --mode exit, those that do not"
             " exit. [default: auto with --mode lossless, else the bundle's]"
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    temperature: Annotated[float, sampling_option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[
-        int, typer.Option(help="Sample from the k most probable tokens; 0 for all.")
+        int, sampling_option(help="Sample from the k most probable tokens; 0 for all.")
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(help="Sample from the smallest set of tokens with this total probability."),
+        sampling_option(help="Sample from the smallest set of tokens with this total probability."),
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Minimum probability, relative to the most probable token.")
+        float, sampling_option(help="Minimum probability, relative to the most probable token.")
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Penalty for tokens already in the text; 1 for none.")
+        float, sampling_option(help="Penalty for tokens already in the text; 1 for none.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    seed: Annotated[int, sampling_option(help="Sampling seed.")] = 0,
+    max_new_tokens: Annotated[
+        int, output_option(help="Maximum number of tokens to generate.")
+    ] = 128,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Stop after this text; repeatable."),
+        output_option(help="Stop after this text; repeatable."),
     ] = None,
     threads: ThreadsOption = None,
     backend: BackendOption = BackendName.ONNXRUNTIME,
     device: DeviceOption = None,
     verify: VerifyOption = Verify.ALWAYS,
     memory_limit: MemoryOption = None,
-    stream: Annotated[bool, typer.Option(help="Print the text while it is generated.")] = True,
+    stream: Annotated[bool, output_option(help="Print the text while it is generated.")] = True,
     profile: Annotated[
         Path | None,
-        typer.Option(help="Write a Chrome trace of every step and engine to this file."),
+        output_option(help="Write a Chrome trace of every step and engine to this file."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -271,9 +277,9 @@ def bench(
         ),
     ] = None,
     prompt_file: Annotated[
-        str | None, typer.Option(help="UTF-8 file with the prompt. [default: arbitrary tokens]")
+        str | None, input_option(help="UTF-8 file with the prompt. [default: arbitrary tokens]")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt, in tokens.")] = 64,
+    prompt_tokens: Annotated[int, input_option(help="Length of the prompt, in tokens.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode per repetition.")] = 128,
     repeat: Annotated[int, typer.Option(help="Timed repetitions of each row.")] = 5,
     threads: ThreadsOption = None,

@@ -2,14 +2,17 @@
 
 import re
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+engine_option = partial(typer.Option, rich_help_panel="Engines and hardware")
+
 ThreadsOption = Annotated[
-    int | None, typer.Option(help="Threads that run the engines. [default: all processors]")
+    int | None, engine_option(help="Threads that run the engines. [default: all processors]")
 ]
 
 
@@ -25,7 +28,7 @@ class BackendName(StrEnum):
 
 BackendOption = Annotated[
     BackendName,
-    typer.Option(
+    engine_option(
         "--backend",
         help="Runs the engines: ONNX Runtime on the CPU or a GPU, or on a GPU the CUDA kernels or"
         " TensorRT. auto takes the first that can run of CUDA kernels, TensorRT, ONNX Runtime on"
@@ -43,7 +46,7 @@ class DeviceName(StrEnum):
 
 DeviceOption = Annotated[
     DeviceName | None,
-    typer.Option("--device", help="Where ONNX Runtime runs. [default: cpu]"),
+    engine_option("--device", help="Where ONNX Runtime runs. [default: cpu]"),
 ]
 
 
@@ -56,11 +59,11 @@ class Verify(StrEnum):
 
 VerifyOption = Annotated[
     Verify,
-    typer.Option(help="Hash every file, or only files changed since the last check."),
+    engine_option(help="Hash every file, or only files changed since the last check."),
 ]
 MemoryOption = Annotated[
     str | None,
-    typer.Option(
+    engine_option(
         "--memory-limit",
         help="Limit for engines and KV cache, such as 6G. [default: available memory]",
     ),

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.callback()(configure)
+
+weights_option = partial(typer.Option, rich_help_panel="Weights")
+engines_option = partial(typer.Option, rich_help_panel="Engines")
 
 
 class PrecisionName(StrEnum):
@@ -71,55 +75,55 @@ def build(
         str, typer.Option(help="A model directory, a .gguf file or a hub id (owner/name).")
     ],
     output: Annotated[Path, typer.Option(help="Bundle directory to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     precision: Annotated[
         PrecisionName,
-        typer.Option(help="Storage type of weights."),
+        weights_option(help="Storage type of weights."),
     ] = PrecisionName.FP32,
     block_size: Annotated[
-        int, typer.Option(help="int8, int4: weights that share a scale: 16, 32, 64, 128 or 256.")
+        int, weights_option(help="int8, int4: weights that share a scale: 16, 32, 64, 128 or 256.")
     ] = 32,
     symmetric: Annotated[
         bool,
-        typer.Option(
+        weights_option(
             "--symmetric/--asymmetric",
             help="int8, int4: blocks without a zero point, or with one each.",
         ),
     ] = True,
     method: Annotated[
         MethodName,
-        typer.Option(
+        weights_option(
             help="int8, int4: round to nearest, or calibrate the layers on --data by GPTQ."
         ),
     ] = MethodName.RTN,
     keep_precision: Annotated[
         str,
-        typer.Option(
+        weights_option(
             help="int8, int4: what stays in fp32: head, layers from 0, such as head,0,29."
         ),
     ] = "",
     data: Annotated[
         list[Path] | None,
-        typer.Option(
+        weights_option(
             DATA,
             help="int8, int4: UTF-8 texts to calibrate on and, others, to compare with the original"
             " on; takes several. [default: texts that ship with Python]",
         ),
     ] = None,
     layers_per_engine: Annotated[
-        int, typer.Option(help="Layers per engine; tokens exit between engines.")
+        int, engines_option(help="Layers per engine; tokens exit between engines.")
     ] = 1,
     max_cache_length: Annotated[
         int | None,
-        typer.Option(help="Maximum sequence length. [default: the model's, at most 4096]"),
+        engines_option(help="Maximum sequence length. [default: the model's, at most 4096]"),
     ] = None,
     exit_layers: Annotated[
-        str, typer.Option(help="Depths at which tokens may exit: all, or a list such as 6,12,18.")
+        str, engines_option(help="Depths at which tokens may exit: all, or a list such as 6,12,18.")
     ] = "all",
     atol: Annotated[
         float,
-        typer.Option(help="Maximum difference from the original, up to 1e-2."),
+        engines_option(help="Maximum difference from the original, up to 1e-2."),
     ] = DEFAULT_TOLERANCE,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     target: Targets = [TargetName.ONNXRUNTIME],  # noqa: B006
     max_batch_size: tensorrt.MaxBatchSize = 1,
     max_prefill_chunk: tensorrt.MaxPrefillChunk = 512,

@@ -1,6 +1,7 @@
 """What --target takes."""
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -18,9 +19,11 @@ class TargetName(StrEnum):
 
 OTHERS = " or ".join(name for name in TargetName if name is not TargetName.ONNXRUNTIME)
 
+target_option = partial(typer.Option, rich_help_panel="Targets")
+
 Targets = Annotated[
     list[TargetName],
-    typer.Option(
+    target_option(
         "--target", help="Target to build for; repeatable. ONNX Runtime's for CPUs is always built."
     ),
 ]

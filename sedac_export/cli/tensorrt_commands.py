@@ -3,27 +3,25 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from sedac_export.bundle.manifest import Precision
 from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
-from sedac_export.cli.targets import TargetName
+from sedac_export.cli.targets import TargetName, target_option
 from sedac_export.console import console
 from sedac_runtime.flavour import FLAVOURS, Target
 
-MaxBatchSize = Annotated[int, typer.Option(help="TensorRT: maximum sequences per pass.")]
-MaxPrefillChunk = Annotated[int, typer.Option(help="TensorRT: maximum prompt tokens per pass.")]
+MaxBatchSize = Annotated[int, target_option(help="TensorRT: maximum sequences per pass.")]
+MaxPrefillChunk = Annotated[int, target_option(help="TensorRT: maximum prompt tokens per pass.")]
 ComputeCapabilities = Annotated[
-    str, typer.Option(help="TensorRT-RTX: GPUs to build for, such as 8.6,12.0. [default: all]")
+    str, target_option(help="TensorRT-RTX: GPUs to build for, such as 8.6,12.0. [default: all]")
 ]
 VersionCompatible = Annotated[
     bool,
-    typer.Option("--version-compatible", help="TensorRT: plans that later versions also load."),
+    target_option("--version-compatible", help="TensorRT: plans that later versions also load."),
 ]
 HardwareCompatible = Annotated[
-    bool, typer.Option("--hardware-compatible", help="TensorRT: plans for every GPU since Ampere.")
+    bool, target_option("--hardware-compatible", help="TensorRT: plans for every GPU since Ampere.")
 ]
 
 

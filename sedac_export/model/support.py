@@ -68,11 +68,20 @@ def check_config(config: PretrainedConfig, directory: Path) -> None:
 
 
 def check_modules(model: PreTrainedModel, directory: Path) -> None:
-    """Raise SedacError when `model` is a mixture of experts."""
+    """Raise SedacError when `model` keeps states that are no keys and values, or has experts."""
+    refuse = _Refusal(directory, model.config)
+    # transformers marks recurrent models so, and convolutions over tokens by their layers' types
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if model._is_stateful or "conv" in layer_types:
+        raise refuse(
+            "its layers keep a state other than keys and values, as state-space models do, and"
+            " engines have no cache for one",
+            "export one whose every layer attends",
+        )
     for path, module in model.named_modules():
         name = type(module).__name__
         if path and _EXPERTS.search(name):
-            raise _Refusal(directory, model.config)(
+            raise refuse(
                 f"it is a mixture of experts ({path} is {name}), and engines compute every weight"
                 " for every token",
                 "export a dense one",

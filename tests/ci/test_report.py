@@ -142,6 +142,23 @@ def test_the_chain_is_reported_beside_the_plans(report: ModuleType, tmp_path: Pa
     assert "| demo | CUDA chain 13.2 | 3 |  | passed | passed | passed | passed |" in text
 
 
+def test_graphs_for_onnxruntime_on_gpus_are_checked_on_any_host(
+    report: ModuleType, tmp_path: Path
+) -> None:
+    assert report.installed("onnxruntime-cuda") == 0
+    run(tmp_path, 1, execution=None)
+    directory = tmp_path / "run-1"
+    facts = json.loads((directory / "validate.json").read_text())["targets"][RTX]
+    facts["version"] = "1.32.0"
+    del facts["build_seconds"]
+    (directory / "target").write_text("onnxruntime-cuda\n")
+    (directory / "validate.json").write_text(json.dumps({"targets": {"onnxruntime-cuda": facts}}))
+    assert report.write(tmp_path, allow_no_gpu=True) == 0
+    text = (tmp_path / "report.md").read_text()
+    title = "ONNX Runtime's CUDA provider"
+    assert f"| demo | {title} 1.32.0 | 3 |  | passed | passed | not run | not run |" in text
+
+
 def test_a_model_that_the_kernel_does_not_compute_is_no_failure(
     report: ModuleType, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 from bad_input.command import Command, assert_one_line_error, rewrite_file, spoil
 from bad_input.conftest import runtime
 from prometheus_client.parser import text_string_to_metric_families
+from server_process import free_port
 
 from sedac_runtime.serve import serve_command
 from serve.running_server import COMMAND, SECONDS, RunningServer, serving
@@ -215,12 +216,6 @@ def test_a_log_that_is_full_stops_nothing(demo_bundle: Path) -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def answers(url: str) -> bool:

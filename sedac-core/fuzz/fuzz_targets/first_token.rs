@@ -17,7 +17,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use sedac_core::Result;
 use sedac_core::backend::Layout;
-use sedac_core::bundle::Bundle;
+use sedac_core::bundle::{Bundle, DrafterKind};
 use sedac_core::chain::{Chain, DecodingMode, Request};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::sampler::Sampling;
@@ -125,23 +125,29 @@ fn first_tokens(directory: &Path) -> Result<()> {
     let bundle = Bundle::open(directory)?;
     let codec = TextCodec::new(&bundle.gate.read(Path::new("tokenizer.json"))?)?;
     let mut chain = Chain::load(&bundle, Layout::Engines, Path::new(&library), 1)?;
-    let policy = bundle.exit_config.policy.clone();
-    bundle.manifest.compile(&policy)?;
-    let request = Request {
-        prompt: codec.encode("a prompt", true)?,
-        max_new_tokens: 2,
-        stop_tokens: bundle.manifest.model.eos_token_ids.clone(),
-        mode: DecodingMode::Exit {
-            policy,
-            drafter: None,
-        },
-        kv_fill: bundle.exit_config.kv_fill,
-        sampling: Sampling::default(),
+    let config = &bundle.exit_config;
+    let exits = DecodingMode::Exit {
+        policy: config.policy.clone(),
+        drafter: config.drafter,
     };
-    let mut tokens = Vec::new();
-    chain.generate(&request, &Interrupt::default(), |token| {
-        tokens.push(token.id);
-        ControlFlow::Continue(())
-    })?;
-    codec.decode(&tokens).map(drop)
+    let drafts = DecodingMode::Lossless {
+        drafter: DrafterKind::Trained,
+    };
+    for mode in [exits, drafts] {
+        let request = Request {
+            prompt: codec.encode("a prompt", true)?,
+            max_new_tokens: 3,
+            stop_tokens: bundle.manifest.model.eos_token_ids.clone(),
+            mode,
+            kv_fill: config.kv_fill,
+            sampling: Sampling::default(),
+        };
+        let mut tokens = Vec::new();
+        chain.generate(&request, &Interrupt::default(), |token| {
+            tokens.push(token.id);
+            ControlFlow::Continue(())
+        })?;
+        codec.decode(&tokens)?;
+    }
+    Ok(())
 }

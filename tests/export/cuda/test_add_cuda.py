@@ -11,6 +11,7 @@ from tiny_models import save_tiny_model
 
 import sedac_export.cli
 from sedac_export import SedacError
+from sedac_export.build import exporter
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.edit import edited_bundle
 from sedac_export.bundle.manifest import Manifest, read_manifest
@@ -174,6 +175,28 @@ def test_other_precisions_are_refused_before_anything_is_built(
     result = export("build", "--model", model, "--output", built, *options)
     assert_one_line_error(result, "these are fp32", "--precision fp16")
     assert not built.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--block-size", "16"], ["blocks of 32", "of 16", "--block-size 32"]),
+        (["--keep-precision", "head"], ["quantized alike", "without --keep-precision"]),
+        (["--keep-precision", "0,3"], ["quantized alike", "without --keep-precision"]),
+    ],
+)
+def test_weights_that_the_kernel_cannot_hold_are_refused_before_anything_is_built(
+    export: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(exporter, "build_bundle", lambda *_: pytest.fail("it was built"))
+    arguments = ("--model", tmp_path / "model", "--output", tmp_path / "new" / "bundle")
+    result = export("build", *arguments, "--precision", "int4", "--target", "cuda", *options)
+    assert_one_line_error(result, "--target cuda", *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_chain_the_model_must_be_named(half_bundle: HalfBundle, export: Run) -> None:
