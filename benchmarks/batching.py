@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from models_on_gpu import prompts
+from models_on_gpu import code_prompts
 
 from sedac_runtime import SedacModel
 from sedac_runtime._core import DecodingSetting, Sampling, Scheduler
@@ -45,7 +45,7 @@ class BatchRow:
 
 def encoded(model: SedacModel) -> list[list[int]]:
     """The prompts' tokens."""
-    return [model.encode(prompt) for prompt in prompts()[:PROMPTS]]
+    return [model.encode(prompt) for prompt in code_prompts()[:PROMPTS]]
 
 
 def alone(model: SedacModel, decoding: DecodingSetting, sampling: Sampling) -> list[list[int]]:
