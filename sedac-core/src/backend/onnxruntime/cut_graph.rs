@@ -180,13 +180,219 @@ impl Operator {
     }
 
     fn has_graphs(&self) -> bool {
-        self.attributes()
-            .any(|attribute| attribute.r#type == GRAPH)
+        self.attributes().any(|attribute| attribute.r#type == GRAPH)
     }
 
     fn integer(&self, name: &str) -> Option<usize> {
         let mut attributes = self.attributes();
         let attribute = attributes.find(|attribute| attribute.name == name)?;
         usize::try_from(attribute.i?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn float(name: &str, sizes: &[i64]) -> ValueInfo {
+        let dim = sizes.iter().map(|&size| Dimension {
+            dim_value: (size > 0).then_some(size),
+            dim_param: None,
+        });
+        ValueInfo {
+            name: name.into(),
+            r#type: Some(Type {
+                tensor_type: Some(TensorType {
+                    elem_type: FLOAT,
+                    shape: Some(Shape { dim: dim.collect() }),
+                }),
+            }),
+        }
+    }
+
+    fn stored(name: &str) -> Vec<u8> {
+        let stored = Stored { name: name.into() };
+        stored.encode_to_vec()
+    }
+
+    fn operator(op_type: &str, inputs: &[&str], outputs: &[&str]) -> Operator {
+        Operator {
+            input: inputs.iter().map(ToString::to_string).collect(),
+            output: outputs.iter().map(ToString::to_string).collect(),
+            op_type: op_type.into(),
+            ..Operator::default()
+        }
+    }
+
+    /// With 4 heads, and 2 of keys and values.
+    fn attention(inputs: &[&str]) -> Operator {
+        let outputs = ["attended", "present_key_0", "present_value_0"];
+        let mut node = operator("GroupQueryAttention", inputs, &outputs);
+        for (name, number) in [("num_heads", 4), ("kv_num_heads", 2)] {
+            let attribute = IntegerAttribute {
+                name: name.into(),
+                i: Some(number),
+                r#type: 2,
+            };
+            node.attribute.push(attribute.encode_to_vec());
+        }
+        node
+    }
+
+    /// A layer as quantized bundles have it, around `attention`.
+    fn layer(attention: Operator) -> Vec<Operator> {
+        vec![
+            operator("Norm", &["x", "norm.weight"], &["normed"]),
+            operator("MatMulNBits", &["normed", "qkv.weight"], &["qkv"]),
+            operator("Pad", &["qkv", "pads"], &["padded"]),
+            operator("Add", &["seqlens_k", "one"], &["length"]),
+            operator("Add", &["total_sequence_length", "one"], &["total"]),
+            attention,
+            operator("Pad", &["attended", "cut"], &["rows"]),
+            operator("MatMulNBits", &["rows", "o.weight"], &["product"]),
+            operator("Add", &["product", "normed"], &["y"]),
+            operator("Sum", &["x", "y"], &["stability"]),
+        ]
+    }
+
+    fn packed(name: &str) -> Operator {
+        attention(&[
+            name,
+            "",
+            "",
+            "past_key_0",
+            "past_value_0",
+            "length",
+            "total",
+            "table",
+        ])
+    }
+
+    fn model(node: Vec<Operator>) -> Vec<u8> {
+        let past = |name| float(name, &[1, 2, 0, 8]);
+        let weights = ["norm.weight", "qkv.weight", "o.weight"];
+        let constants = ["pads", "cut", "one", "table"];
+        let graph = RowGraph {
+            node,
+            name: "layer_000".into(),
+            initializer: weights.into_iter().chain(constants).map(stored).collect(),
+            input: vec![
+                float("x", &[1, 0, 32]),
+                float("seqlens_k", &[1]),
+                float("total_sequence_length", &[]),
+                past("past_key_0"),
+                past("past_value_0"),
+            ],
+            output: vec![
+                float("y", &[1, 0, 32]),
+                past("present_key_0"),
+                past("present_value_0"),
+                float("stability", &[1, 0, 1]),
+            ],
+            ..RowGraph::default()
+        };
+        let model = Model {
+            ir_version: 10,
+            graph: Some(graph),
+            ..Model::default()
+        };
+        model.encode_to_vec()
+    }
+
+    fn names(values: &[ValueInfo]) -> Vec<&str> {
+        values.iter().map(|value| &*value.name).collect()
+    }
+
+    /// What a piece takes, stores, computes and gives.
+    fn contents(piece: &[u8]) -> [String; 4] {
+        let graph = Model::decode(piece).unwrap().graph.unwrap();
+        let stored = graph.initializer.iter();
+        let stored = stored.map(|tensor| Stored::decode(&**tensor).unwrap().name);
+        let operators = graph.node.iter().map(|node| &*node.op_type);
+        [
+            names(&graph.input).join(" "),
+            stored.collect::<Vec<_>>().join(" "),
+            operators.collect::<Vec<_>>().join(" "),
+            names(&graph.output).join(" "),
+        ]
+    }
+
+    #[test]
+    fn each_piece_has_what_it_needs() {
+        let cut = around_attention(&model(layer(packed("padded"))), 8).unwrap();
+        let before = ["x", "norm.weight qkv.weight", "Norm MatMulNBits", "qkv"];
+        assert_eq!(contents(&cut.before), before);
+        assert_eq!(
+            contents(&cut.attention),
+            [
+                "seqlens_k total_sequence_length past_key_0 past_value_0 qkv",
+                "pads cut one table",
+                "Pad Add Add GroupQueryAttention Pad",
+                "rows present_key_0 present_value_0",
+            ]
+        );
+        assert_eq!(
+            contents(&cut.after),
+            [
+                "x rows",
+                "norm.weight o.weight",
+                // what both sides of attention read is computed twice
+                "Norm MatMulNBits Add Sum",
+                "y stability",
+            ]
+        );
+    }
+
+    #[test]
+    fn crossings_are_as_wide_as_heads() {
+        let crossing = |(name, width): (&str, usize)| Crossing {
+            name: name.into(),
+            width,
+        };
+        let packed = around_attention(&model(layer(packed("padded"))), 8).unwrap();
+        let expected = [("qkv", 64), ("rows", 32)].map(crossing);
+        assert_eq!(packed.crossings, expected);
+        let parts = ["query", "key", "value", "past_key_0", "past_value_0"];
+        let mut nodes = layer(attention(&[&parts[..], &["length", "total"]].concat()));
+        for name in ["value", "key", "query"] {
+            nodes.insert(
+                2,
+                operator("Pad", &[&format!("{name}_row"), "pads"], &[name]),
+            );
+            let split = operator("MatMulNBits", &["normed"], &[&format!("{name}_row")]);
+            nodes.insert(2, split);
+        }
+        let separate = around_attention(&model(nodes), 8).unwrap();
+        let expected = [
+            ("query_row", 32),
+            ("key_row", 16),
+            ("value_row", 16),
+            ("rows", 32),
+        ];
+        assert_eq!(separate.crossings, expected.map(crossing));
+    }
+
+    #[test]
+    fn what_cannot_be_cut_stays_whole() {
+        let whole = |nodes| assert!(around_attention(&model(nodes), 8).is_none());
+        // no spare row
+        whole(layer(packed("qkv")));
+        // several layers in one engine
+        whole([layer(packed("padded")), layer(packed("padded"))].concat());
+        // attention that reads the rows elsewhere, too
+        let mut bias = packed("padded");
+        bias.input.push("x".into());
+        whole(layer(bias));
+        // nodes with graphs in them
+        let mut choice = operator("If", &["x"], &["chosen"]);
+        let graph = IntegerAttribute {
+            name: "then_branch".into(),
+            i: None,
+            r#type: GRAPH,
+        };
+        choice.attribute.push(graph.encode_to_vec());
+        let mut nodes = layer(packed("padded"));
+        nodes.push(choice);
+        whole(nodes);
     }
 }

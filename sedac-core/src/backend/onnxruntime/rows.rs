@@ -168,7 +168,11 @@ impl RowEngines for OnnxRuntime {
             .collect();
         passes.rows.clear();
         for (index, row) in rows.iter().enumerate() {
-            let place = if is_cut { index } else { row.slot - slots.start };
+            let place = if is_cut {
+                index
+            } else {
+                row.slot - slots.start
+            };
             passes.rows.push(PlacedRow {
                 slot: row.slot,
                 position: row.position,
