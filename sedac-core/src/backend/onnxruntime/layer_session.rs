@@ -26,7 +26,7 @@ pub(super) struct CutLayer {
 /// The tensors that a layer reads and writes in one pass.
 pub(super) enum BoundLayer {
     /// Of one session.
-    Whole(IoBinding),
+    Whole(Box<IoBinding>),
     /// Of three.
     Cut(Box<BoundCut>),
 }
@@ -48,8 +48,8 @@ impl LayerSession {
         }
     }
 
-    /// Run the layer over `bound`, its own tensors, with `attend` in the place of attention where that
-    /// has none; `what` names it in an error.
+    /// Run the layer over `bound`, with `attend` in the place of attention where that has none; `what`
+    /// names it in an error.
     ///
     /// # Panics
     /// Where `bound` is of a layer that is cut otherwise.

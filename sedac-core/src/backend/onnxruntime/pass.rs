@@ -163,26 +163,7 @@ impl Pass {
         };
         pass.bind_embed(embed)?;
         for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
-            let place = (engine, entry);
-            let bound = match session {
-                LayerSession::Whole(session) => {
-                    let bound = pass.bind_layer(place, session, &[], (shared, caches))?;
-                    BoundLayer::Whole(bound)
-                }
-                LayerSession::Cut(layer) => {
-                    let mut bind = |session| {
-                        pass.bind_layer(place, session, &layer.crossings, (shared, caches))
-                    };
-                    BoundLayer::Cut(Box::new(BoundCut {
-                        before: bind(&layer.before)?,
-                        attention: match shared.slots.len() {
-                            1 => Some(bind(&layer.attention)?),
-                            _ => None,
-                        },
-                        after: bind(&layer.after)?,
-                    }))
-                }
-            };
+            let bound = pass.bind_layer((engine, entry), session, (shared, caches))?;
             pass.layers.push(bound);
         }
         Ok(pass)
@@ -214,9 +195,33 @@ impl Pass {
         bind_output(&mut self.embed, "x", &mut self.hidden[0])
     }
 
+    fn bind_layer(
+        &mut self,
+        place: (usize, &LayerEntry),
+        session: &LayerSession,
+        memory: (&Shared, &CacheMemory),
+    ) -> Result<BoundLayer> {
+        let layer = match session {
+            LayerSession::Whole(session) => {
+                let bound = self.bind_session(place, session, &[], memory)?;
+                return Ok(BoundLayer::Whole(Box::new(bound)));
+            }
+            LayerSession::Cut(layer) => layer,
+        };
+        let mut bind = |session| self.bind_session(place, session, &layer.crossings, memory);
+        let has_one_sequence = memory.0.slots.len() == 1;
+        Ok(BoundLayer::Cut(Box::new(BoundCut {
+            before: bind(&layer.before)?,
+            attention: has_one_sequence
+                .then(|| bind(&layer.attention))
+                .transpose()?,
+            after: bind(&layer.after)?,
+        })))
+    }
+
     /// Bind what `session`, the layer engine of this number and entry or a part of it, reads and
     /// writes.
-    fn bind_layer(
+    fn bind_session(
         &mut self,
         (engine, entry): (usize, &LayerEntry),
         session: &Session,
@@ -270,7 +275,7 @@ impl Pass {
     ) -> Result<()> {
         for engine in self.attention.len()..sessions.len() {
             let (session, entry) = (&sessions[engine], &entries[engine]);
-            let bound = self.bind_layer((engine, entry), session, &[], (shared, caches))?;
+            let bound = self.bind_session((engine, entry), session, &[], (shared, caches))?;
             self.attention.push(bound);
         }
         Ok(())

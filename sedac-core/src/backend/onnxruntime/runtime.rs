@@ -130,8 +130,8 @@ pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -
     unsafe { device_session(environment, bundle, file, Provider::Cpu) }
 }
 
-/// The engine of `layer` of `bundle` for the CPU, with rows of several sequences; None where it cannot
-/// have them. Its heads are of `head_size`.
+/// The layer engine in `file` of `bundle` for the CPU, with rows of several sequences; None where it
+/// cannot have them. Its attention has heads of `head_size`.
 pub(super) fn row_session(
     environment: &Environment,
     bundle: &Bundle,
