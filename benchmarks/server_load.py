@@ -2,7 +2,7 @@
 
     uv sync --inexact --group load
     python benchmarks/server_load.py BUNDLE --seconds 60
-    python benchmarks/server_load.py BUNDLE --requests 10000 --max-tokens 4 --users 8
+    python benchmarks/server_load.py BUNDLE --requests 1000 4000 5000 --max-tokens 4 --users 8
 
 The clients are locust's. A token's time is that of the event that brings it: one with several
 tokens counts as so many, equally far apart. The last column says how many requests the server
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +50,7 @@ class Load:
     for as many as come before `end`, of time.perf_counter."""
 
     model: str
+    mode: str
     max_tokens: int
     end: float
     requests: int | None
@@ -73,7 +75,7 @@ class Load:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "sedac": {},
+            "sedac": {"mode": self.mode},
         }
 
     def note(self, asked: float, arrivals: list[tuple[float, int]]) -> None:
@@ -172,7 +174,10 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each row")
-    parser.add_argument("--requests", type=int, help="of each row, however long they take")
+    parser.add_argument(
+        "--requests", type=int, nargs="+", help="of each row, however long they take"
+    )
+    parser.add_argument("--mode", choices=("full", "exit", "lossless"), default="lossless")
     parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
     complete = True
@@ -181,9 +186,9 @@ def main() -> int:
         serving(arguments.bundle.resolve(), Path(directory) / "log") as server,
     ):
         print(*COLUMNS, sep=" | ")
-        for users in arguments.users:
+        for users, requests in product(arguments.users, arguments.requests or [None]):
             end = time.perf_counter() + arguments.seconds
-            load = Load(server.model, arguments.max_tokens, end, arguments.requests)
+            load = Load(server.model, arguments.mode, arguments.max_tokens, end, requests)
             row, is_whole = measure(server, users, load)
             print(*row, sep=" | ", flush=True)
             complete &= is_whole

@@ -1,5 +1,7 @@
 """Decoding on quantized bundles: full depth's tokens where they are promised, and exits."""
 
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,21 @@ from sedac_runtime._core import Sampling, Scheduler
 PROMPTS, NEW_TOKENS = 24, 64
 # never seen by the demo model
 MODULES = ("argparse", "difflib", "tarfile", "zipfile", "typing", "inspect")
+SHARED = """
+import logging, sys
+from sedac_runtime import SedacModel
+from sedac_runtime._core import Sampling, Scheduler
+
+logging.basicConfig(level=logging.DEBUG)
+core = SedacModel.from_pretrained(sys.argv[1], threads=int(sys.argv[2])).core
+scheduler = Scheduler(core, max_sequences=4)
+for prompt in ([1], [2, 3], [4, 5, 6]):
+    full = core.decoding("full")
+    scheduler.add(prompt, full, Sampling(), max_new_tokens=4, stop_tokens=[])
+scheduler.step()
+while scheduler.statistics().running:
+    scheduler.step()
+"""
 
 
 @pytest.fixture(scope="module", params=[4, 8])
@@ -107,12 +124,26 @@ def test_texts_in_company_are_those_alone(model: SedacModel) -> None:
     core = model.core
     scheduler = Scheduler(core, max_sequences=3, prefill_chunk=256)
     settings: dict[str, Any] = {"max_new_tokens": 24, "stop_tokens": []}
-    encoded = [model.encode(prompt) for prompt in prompts(3)]
-    for tokens in encoded:
-        scheduler.add(tokens, core.decoding("full"), Sampling(), **settings)
-    texts: dict[int, list[int]] = {}
-    while scheduler.statistics().running + scheduler.statistics().waiting:
-        for each in scheduler.step():
-            texts.setdefault(each.sequence, []).extend(token.id for token in each.tokens)
-    alone = [model.generate(tokens, mode="full", **settings).tokens for tokens in encoded]
-    assert [texts[number] for number in sorted(texts)] == alone
+    modes: tuple[dict[str, Any], ...] = (
+        {"mode": "full"},
+        {"mode": "lossless"},
+        {"mode": "exit", "forced_exit": [6, 12], "kv_fill": "propagate"},
+    )
+    for mode in modes:
+        encoded = [model.encode(prompt) for prompt in prompts(3)]
+        for tokens in encoded:
+            scheduler.add(tokens, core.decoding(**mode), Sampling(), **settings)
+        texts: dict[int, list[int]] = {}
+        while scheduler.statistics().running + scheduler.statistics().waiting:
+            for each in scheduler.step():
+                texts.setdefault(each.sequence, []).extend(token.id for token in each.tokens)
+        alone = [model.generate(tokens, **mode, **settings).tokens for tokens in encoded]
+        assert [texts[number] for number in sorted(texts)] == alone
+
+
+def test_sequences_share_passes_where_rows_have_equal_bits(any_model: SedacModel) -> None:
+    """Their tokens alone would not tell. Loggers' levels are read once in a process."""
+    command = [sys.executable, "-c", SHARED, str(any_model.bundle), str(THREADS)]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    certification = any_model.generate("import", mode="lossless", max_new_tokens=2).certification
+    assert ("sedac_core.step:tokens=3 depth=12" in log) == (certification is None)

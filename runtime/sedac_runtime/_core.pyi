@@ -241,6 +241,10 @@ class Model:
         kv_fill: KvFill | None = None,
         drafter: Drafter | None = None,
     ) -> DecodingSetting: ...
+    def certification(self, decoding: DecodingSetting, sampling: Sampling) -> Certification | None:
+        """What is certified of texts that are decoded so; None where their tokens are full
+        depth's."""
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
     def follow(self, tokens: list[int], decoding: DecodingSetting) -> FollowedText: ...
@@ -462,7 +466,8 @@ class FollowedText:
 
 @final
 class Certification:
-    """What is certified of tokens that exit; as a string, one sentence."""
+    """What is certified of tokens that exit, or why lossless mode's may not be full depth's; as a
+    string, one sentence."""
 
     @property
     def certificate(self) -> dict[str, Any] | None: ...

@@ -1,5 +1,6 @@
 """The server as an ASGI application."""
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -17,6 +18,8 @@ from sedac_runtime.serve.routing import ERRORS, served_model
 from sedac_runtime.serve.served_model import ServedModel
 from sedac_runtime.serve.server_metrics import ServerMetrics
 from sedac_runtime.serve.server_settings import ServerSettings
+
+_LOG = logging.getLogger(__name__)
 
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -72,6 +75,8 @@ def create_application(
 @asynccontextmanager
 async def _run_engines(app: FastAPI) -> AsyncIterator[None]:
     for model in app.state.models.values():
+        if (certification := model.entry.sedac.certification) is not None:
+            _LOG.warning(certification, extra={"fields": {"model": model.name}})
         model.engine.start()
     yield
     for model in app.state.models.values():

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sedac_runtime._core import DecodingSetting, DraftSummary, Progress, StepToken
+from sedac_runtime._core import DraftSummary, Progress, StepToken
 from sedac_runtime.serve.echo import Prompt, PromptToken, ScoredPrompt
+from sedac_runtime.serve.engine_thread import SequenceRequest
 from sedac_runtime.serve.response_bodies import (
     ChoiceFinish,
     CompletionLogprobs,
@@ -50,7 +51,7 @@ class ChoiceText:
     def __init__(
         self,
         model: ServedModel,
-        decoding: DecodingSetting,
+        sequence: SequenceRequest,
         stops: list[str],
         prompt: Prompt,
         *,
@@ -59,7 +60,7 @@ class ChoiceText:
         self.completion_tokens = 0
         self.cached_prompt_tokens = 0
         self._model = model
-        self._decoding = decoding
+        self._sequence = sequence
         self._stream = model.text_stream()
         self._filter = StopFilter(stops)
         self._before = prompt.echoed
@@ -97,15 +98,17 @@ class ChoiceText:
         self.completion_tokens += 1
 
     def _summary(self, drafts: DraftSummary | None) -> SedacSummary:
+        decoding, sampling = self._sequence.decoding, self._sequence.sampling
         return SedacSummary(
-            mode=self._decoding.mode,
-            drafter=self._decoding.drafter,
-            kv_fill=self._decoding.kv_fill,
+            mode=decoding.mode,
+            drafter=decoding.drafter,
+            kv_fill=decoding.kv_fill,
             num_layers=self._model.core.num_layers,
             mean_exit_layer=self.layers / max(self.completion_tokens, 1),
             drafted=drafts.drafted if drafts else 0,
             accepted=drafts.accepted if drafts else 0,
             verify_passes=drafts.verify_passes if drafts else 0,
+            certification=self._model.certification(decoding, sampling),
         )
 
 

@@ -38,7 +38,8 @@ class SedacToken(BaseModel):
 
 
 class SedacSummary(BaseModel):
-    """How a finished choice was decoded; see `sedac_runtime.GenerationOutput`."""
+    """How a finished choice was decoded; see `sedac_runtime.GenerationOutput`. certification:
+    absent where all tokens are full depth's."""
 
     mode: str
     drafter: str
@@ -48,6 +49,7 @@ class SedacSummary(BaseModel):
     drafted: int
     accepted: int
     verify_passes: int
+    certification: Absent[str] = None
 
 
 class SedacChoice(BaseModel):
@@ -183,7 +185,8 @@ class ChatChunk(BaseModel):
 
 
 class SedacModelFacts(BaseModel):
-    """What a client can choose from."""
+    """What a client can choose from. certification: why lossless mode, the default, is not exact on
+    this CPU; null where it is."""
 
     num_layers: int
     max_cache_length: int
@@ -192,6 +195,7 @@ class SedacModelFacts(BaseModel):
     backend: str
     device: str
     chat: bool
+    certification: str | None
 
 
 class ModelEntry(BaseModel):

@@ -95,7 +95,7 @@ class Exchange:
             prompt = self.work.prompts[index // repeated]
             choice = ChoiceText(
                 self.model,
-                sequence.decoding,
+                sequence,
                 self.body.stops,
                 prompt,
                 only_prompt=self.body.max_tokens == 0,

@@ -8,7 +8,7 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from sedac_runtime import _core
-from sedac_runtime._core import InputError
+from sedac_runtime._core import DecodingSetting, InputError, Sampling
 from sedac_runtime.chat import Message, read_template
 from sedac_runtime.model import SedacModel
 from sedac_runtime.serve.constraint import Constraint
@@ -50,8 +50,14 @@ class ServedModel:
             backend=core.backend,
             device=core.device,
             chat=self._template is not None,
+            certification=self.certification(self.core.decoding("lossless"), Sampling()),
         )
         return ModelEntry(id=self.name, created=self._created, sedac=facts)
+
+    def certification(self, decoding: DecodingSetting, sampling: Sampling) -> str | None:
+        """What is certified of texts that are decoded so; None where they are full depth's."""
+        certification = self.core.certification(decoding, sampling)
+        return None if certification is None else str(certification)
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:

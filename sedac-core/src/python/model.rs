@@ -12,7 +12,7 @@ use super::error::InputError;
 use super::executor::PythonExecutor;
 use super::generation::{Generation, GenerationWork};
 use super::loading::{BackendName, Library, Loaded, PassedOver, Preparation, load};
-use super::outcomes::PyFollowedText;
+use super::outcomes::{PyCertification, PyFollowedText};
 use super::process::ProcessLocal;
 use super::spellings::{BackendChoice, PlanDevice};
 use super::turns::Turns;
@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{PolicyChoice, PolicyKind};
+use crate::sampler::Sampling;
 use crate::text::{StopStrings, TextCodec};
 
 /// A bundle with its engines loaded.
@@ -210,6 +211,21 @@ impl Model {
         choice.resolve(exit_config, manifest).map(PyDecodingSetting)
     }
 
+    /// What is certified of texts that are decoded so; None where their tokens are full depth's.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "Python's objects arrive by value"
+    )]
+    fn certification(
+        &self,
+        decoding: PyDecodingSetting,
+        sampling: PySampling,
+    ) -> Option<PyCertification> {
+        let PyDecodingSetting(decoding) = decoding;
+        let said = self.certification_of(&decoding.mode, decoding.kv_fill, &sampling.0);
+        said.as_ref().map(PyCertification::from)
+    }
+
     /// Run a text token by token with exits.
     fn follow(
         &self,
@@ -292,7 +308,8 @@ impl Model {
         if !stop_strings.is_empty() {
             self.codec()?;
         }
-        let certification = self.certification(&request);
+        let certification =
+            self.certification_of(&request.mode, request.kv_fill, &request.sampling);
         let work = GenerationWork {
             turns: self.turns.get()?.clone(),
             codec: self.codec.get()?.clone(),
@@ -357,11 +374,16 @@ impl Model {
         }
     }
 
-    fn certification(&self, request: &Request) -> Option<Certification> {
+    fn certification_of(
+        &self,
+        mode: &DecodingMode,
+        kv_fill: KvFill,
+        sampling: &Sampling,
+    ) -> Option<Certification> {
         let generation = GenerationSetting {
-            mode: &request.mode,
-            kv_fill: request.kv_fill,
-            sampling: &request.sampling,
+            mode,
+            kv_fill,
+            sampling,
             others: self.backend.others(),
             verifies_exactly: self.verifies_exactly,
         };

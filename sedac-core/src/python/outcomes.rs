@@ -75,7 +75,8 @@ pub(super) struct PyFollowedText {
     pub(super) exit_layers: Vec<usize>,
 }
 
-/// What is certified of tokens that exit; as a string, one sentence.
+/// What is certified of tokens that exit, or why lossless mode's may not be full depth's; as a string,
+/// one sentence.
 #[pyclass(frozen, name = "Certification")]
 #[derive(Debug)]
 pub(super) struct PyCertification {

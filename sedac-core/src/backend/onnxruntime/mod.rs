@@ -2,11 +2,13 @@
 
 mod attention;
 mod cache_memory;
+mod cut_graph;
 mod drafter;
 mod exits;
 mod graph_executor;
 mod head;
 mod huge_pages;
+mod layer_session;
 mod pass;
 mod row_graph;
 mod rows;
@@ -25,6 +27,7 @@ use self::drafter::Drafter;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::head::Head;
+use self::layer_session::LayerSession;
 use self::pass::{Contexts, Pass, Passes, Shared};
 use self::rows::Rows;
 use self::runtime::{bind_input, binding, environment, read, run, session, tensor, write};
@@ -53,7 +56,7 @@ pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
     embed: Session,
     contexts: Option<Session>,
-    layers: Vec<Session>,
+    layers: Vec<LayerSession>,
     /// Loaded when the first soft exit wants them.
     attention: Vec<Session>,
     attention_entries: Vec<LayerEntry>,
@@ -138,7 +141,7 @@ impl OnnxRuntime {
         let contexts = engines.contexts.as_deref().map(open).transpose()?;
         let layers = entries
             .iter()
-            .map(|entry| open(&entry.file))
+            .map(|entry| open(&entry.file).map(LayerSession::Whole))
             .collect::<Result<Vec<_>>>()?;
         let key_value = manifest
             .engines
@@ -313,7 +316,10 @@ impl Engines for OnnxRuntime {
     fn reserve(&mut self, sequences: usize) -> Result<usize> {
         let more = sequences.saturating_sub(self.slots.len());
         self.bundle.check_slots_memory(more)?;
-        self.rows = self.load_rows()?;
+        // where a row has other bits alone than beside others, texts take turns, and are those alone
+        if self.verifies_exactly {
+            self.rows = self.load_rows()?;
+        }
         if let Some(drafter) = &mut self.drafter {
             drafter.reserve_slots(sequences)?;
         }

@@ -8,6 +8,8 @@ use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use super::MAX_REUSED_TOKENS;
 use super::cache_memory::CacheMemory;
+use super::cut_graph::Crossing;
+use super::layer_session::{BoundCut, BoundLayer, LayerSession};
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
 use crate::backend::{EnginePart, Stopwatch};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
@@ -98,7 +100,11 @@ impl Contexts {
     }
 
     /// Bind the named context tensors as inputs.
-    pub(super) fn bind(&self, bound: &mut IoBinding, names: &[String]) -> Result<()> {
+    pub(super) fn bind<'a>(
+        &self,
+        bound: &mut IoBinding,
+        names: impl IntoIterator<Item = &'a String>,
+    ) -> Result<()> {
         for name in names {
             bind_input(bound, name, &self.tensors[name])?;
         }
@@ -118,7 +124,9 @@ pub(super) struct Pass {
     pub(super) stability: Vec<Tensor<f32>>,
     /// [1, tokens, 1] by engine, of those with a probe.
     pub(super) risk: Vec<Option<Tensor<f32>>>,
-    pub(super) layers: Vec<IoBinding>,
+    /// What crosses the cuts of layers, [1, tokens, width] each; all layers use the same.
+    pub(super) crossing: Vec<Tensor<f32>>,
+    pub(super) layers: Vec<BoundLayer>,
     /// The attention engines' bindings; none until one runs.
     pub(super) attention: Vec<IoBinding>,
 }
@@ -128,9 +136,10 @@ impl Pass {
         tokens: usize,
         (shared, caches): (&Shared, &CacheMemory),
         (embed, contexts): (&Session, Option<&Session>),
-        layers: &[Session],
+        layers: &[LayerSession],
         entries: &[LayerEntry],
     ) -> Result<Self> {
+        let widths = layers.first().map(LayerSession::widths).unwrap_or_default();
         let hidden = || tensor(&[1, tokens, shared.hidden_size]);
         let mut pass = Self {
             hidden: [hidden()?, hidden()?],
@@ -145,12 +154,16 @@ impl Pass {
                 .iter()
                 .map(|entry| entry.risk.then(|| tensor(&[1, tokens, 1])).transpose())
                 .collect::<Result<_>>()?,
+            crossing: widths
+                .iter()
+                .map(|&width| tensor(&[1, tokens, width]))
+                .collect::<Result<_>>()?,
             layers: Vec::new(),
             attention: Vec::new(),
         };
         pass.bind_embed(embed)?;
         for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
-            let bound = pass.bind_layer(engine, session, entry, (shared, caches))?;
+            let bound = pass.bind_layer((engine, entry), session, (shared, caches))?;
             pass.layers.push(bound);
         }
         Ok(pass)
@@ -184,26 +197,70 @@ impl Pass {
 
     fn bind_layer(
         &mut self,
-        engine: usize,
+        place: (usize, &LayerEntry),
+        session: &LayerSession,
+        memory: (&Shared, &CacheMemory),
+    ) -> Result<BoundLayer> {
+        let layer = match session {
+            LayerSession::Whole(session) => {
+                let bound = self.bind_session(place, session, &[], memory)?;
+                return Ok(BoundLayer::Whole(Box::new(bound)));
+            }
+            LayerSession::Cut(layer) => layer,
+        };
+        let mut bind = |session| self.bind_session(place, session, &layer.crossings, memory);
+        let has_one_sequence = memory.0.slots.len() == 1;
+        Ok(BoundLayer::Cut(Box::new(BoundCut {
+            before: bind(&layer.before)?,
+            attention: has_one_sequence
+                .then(|| bind(&layer.attention))
+                .transpose()?,
+            after: bind(&layer.after)?,
+        })))
+    }
+
+    /// Bind what `session`, the layer engine of this number and entry or a part of it, reads and
+    /// writes.
+    fn bind_session(
+        &mut self,
+        (engine, entry): (usize, &LayerEntry),
         session: &Session,
-        entry: &LayerEntry,
+        crossings: &[Crossing],
         (shared, caches): (&Shared, &CacheMemory),
     ) -> Result<IoBinding> {
+        let takes = |name: &str| session.inputs().iter().any(|value| value.name() == name);
+        let gives = |name: &str| session.outputs().iter().any(|value| value.name() == name);
         let mut bound = binding(session)?;
-        bind_input(&mut bound, "x", self.hidden(engine))?;
-        self.contexts.bind(&mut bound, &entry.contexts)?;
-        bind_input(&mut bound, "seqlens_k", &shared.seqlens_k)?;
-        let total = &shared.total_sequence_length;
-        bind_input(&mut bound, "total_sequence_length", total)?;
+        if takes("x") {
+            bind_input(&mut bound, "x", self.hidden(engine))?;
+        }
+        let contexts = entry.contexts.iter().filter(|name| takes(name));
+        self.contexts.bind(&mut bound, contexts)?;
+        if takes("seqlens_k") {
+            bind_input(&mut bound, "seqlens_k", &shared.seqlens_k)?;
+            let total = &shared.total_sequence_length;
+            bind_input(&mut bound, "total_sequence_length", total)?;
+        }
+        for (Crossing { name, .. }, value) in crossings.iter().zip(&mut self.crossing) {
+            if takes(name) {
+                bind_input(&mut bound, name, value)?;
+            } else if gives(name) {
+                bind_output(&mut bound, name, value)?;
+            }
+        }
         for index in 0..entry.num_layers {
             let place = (entry.first_layer + index, index);
             // SAFETY: whoever holds passes holds the caches, makes new passes with new ones, and
             // runs one binding at a time.
             unsafe { caches.bind(&mut bound, session, place, shared.slots.clone())? };
         }
-        bind_output(&mut bound, "y", self.hidden_mut(engine + 1))?;
-        bind_output(&mut bound, "stability", &mut self.stability[engine])?;
-        if let Some(risk) = self.risk[engine].as_mut().filter(|_| entry.risk) {
+        if gives("y") {
+            bind_output(&mut bound, "y", self.hidden_mut(engine + 1))?;
+        }
+        if gives("stability") {
+            bind_output(&mut bound, "stability", &mut self.stability[engine])?;
+        }
+        if let Some(risk) = self.risk[engine].as_mut().filter(|_| gives("risk")) {
             bind_output(&mut bound, "risk", risk)?;
         }
         Ok(bound)
@@ -218,7 +275,7 @@ impl Pass {
     ) -> Result<()> {
         for engine in self.attention.len()..sessions.len() {
             let (session, entry) = (&sessions[engine], &entries[engine]);
-            let bound = self.bind_layer(engine, session, entry, (shared, caches))?;
+            let bound = self.bind_session((engine, entry), session, &[], (shared, caches))?;
             self.attention.push(bound);
         }
         Ok(())
@@ -266,16 +323,32 @@ impl Passes {
     pub(super) fn run(
         &mut self,
         engine: usize,
-        session: &mut Session,
+        session: &mut LayerSession,
         entry: &LayerEntry,
         stopwatch: &mut Stopwatch,
     ) -> Result<()> {
-        let pass = self.current();
+        self.run_with(engine, session, entry, stopwatch, |_, _| Ok(()))
+    }
+
+    /// As [`run`](Self::run), with `attend` in the place of attention where the pass has none: it is
+    /// given what crosses the cuts.
+    pub(super) fn run_with(
+        &mut self,
+        engine: usize,
+        session: &mut LayerSession,
+        entry: &LayerEntry,
+        stopwatch: &mut Stopwatch,
+        attend: impl FnOnce(&mut Session, &mut [Tensor<f32>]) -> Result<()>,
+    ) -> Result<()> {
+        let pass = self.current_mut();
         let part = EnginePart::Layers(entry.range());
+        let Pass {
+            layers, crossing, ..
+        } = pass;
+        let attend = |session: &mut Session| attend(session, crossing);
+        let what = || format!("layer engine {}", entry.file.display());
         stopwatch.time(part, pass.contexts.tokens(), || {
-            run(session, &pass.layers[engine], || {
-                format!("layer engine {}", entry.file.display())
-            })
+            session.run(&layers[engine], attend, what)
         })?;
         self.engines_run = engine + 1;
         Ok(())
@@ -289,6 +362,11 @@ impl Passes {
 
     pub(super) fn current(&self) -> &Pass {
         &self.ready[&self.current]
+    }
+
+    /// The pass of one token, which there always is.
+    pub(super) fn of_one(&mut self) -> &mut Pass {
+        self.ready.get_mut(&1).expect("made first")
     }
 
     pub(super) fn current_mut(&mut self) -> &mut Pass {

@@ -30,49 +30,49 @@ const INT64: i32 = 7;
 
 /// An ONNX file whose parts that stay as they are are not read.
 #[derive(Clone, PartialEq, Message)]
-struct Model {
+pub(super) struct Model {
     #[prost(int64, tag = "1")]
-    ir_version: i64,
+    pub(super) ir_version: i64,
     #[prost(bytes = "vec", repeated, tag = "8")]
-    opset_import: Vec<Vec<u8>>,
+    pub(super) opset_import: Vec<Vec<u8>>,
     #[prost(message, optional, tag = "7")]
-    graph: Option<RowGraph>,
+    pub(super) graph: Option<RowGraph>,
     #[prost(bytes = "vec", repeated, tag = "25")]
-    functions: Vec<Vec<u8>>,
+    pub(super) functions: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct RowGraph {
+pub(super) struct RowGraph {
     #[prost(message, repeated, tag = "1")]
-    node: Vec<Operator>,
+    pub(super) node: Vec<Operator>,
     #[prost(string, tag = "2")]
-    name: String,
+    pub(super) name: String,
     #[prost(bytes = "vec", repeated, tag = "5")]
-    initializer: Vec<Vec<u8>>,
+    pub(super) initializer: Vec<Vec<u8>>,
     #[prost(message, repeated, tag = "11")]
-    input: Vec<ValueInfo>,
+    pub(super) input: Vec<ValueInfo>,
     #[prost(message, repeated, tag = "12")]
-    output: Vec<ValueInfo>,
+    pub(super) output: Vec<ValueInfo>,
     #[prost(bytes = "vec", repeated, tag = "15")]
-    sparse_initializer: Vec<Vec<u8>>,
+    pub(super) sparse_initializer: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Operator {
+pub(super) struct Operator {
     #[prost(string, repeated, tag = "1")]
-    input: Vec<String>,
+    pub(super) input: Vec<String>,
     #[prost(string, repeated, tag = "2")]
-    output: Vec<String>,
+    pub(super) output: Vec<String>,
     #[prost(string, tag = "3")]
-    name: String,
+    pub(super) name: String,
     #[prost(string, tag = "4")]
-    op_type: String,
+    pub(super) op_type: String,
     #[prost(bytes = "vec", repeated, tag = "5")]
-    attribute: Vec<Vec<u8>>,
+    pub(super) attribute: Vec<Vec<u8>>,
     #[prost(string, tag = "7")]
-    domain: String,
+    pub(super) domain: String,
     #[prost(string, tag = "8")]
-    overload: String,
+    pub(super) overload: String,
 }
 
 /// A stored tensor of integers.
@@ -90,13 +90,13 @@ struct Integers {
 
 /// An attribute that is an integer.
 #[derive(Clone, PartialEq, Message)]
-struct IntegerAttribute {
+pub(super) struct IntegerAttribute {
     #[prost(string, tag = "1")]
-    name: String,
+    pub(super) name: String,
     #[prost(int64, optional, tag = "3")]
-    i: Option<i64>,
+    pub(super) i: Option<i64>,
     #[prost(int32, tag = "20")]
-    r#type: i32,
+    pub(super) r#type: i32,
 }
 
 impl Operator {
@@ -114,14 +114,13 @@ impl Operator {
         Self::new("Reshape", &[input, shape], output)
     }
 
-    fn is_attention(&self) -> bool {
+    pub(super) fn is_attention(&self) -> bool {
         self.op_type == "GroupQueryAttention"
     }
 }
 
 /// The layer graph `graph` with rows of several sequences. None where its attention is another
-/// operator, or is given a spare row (as in quantized layers): several rows of several sequences are
-/// what ONNX Runtime's attention refuses.
+/// operator, or is given a spare row: such graphs are cut (see [`super::cut_graph`]).
 pub(super) fn of_sequences(graph: &[u8]) -> Option<Vec<u8>> {
     let mut model = Model::decode(graph).ok()?;
     let graph = model.graph.as_mut()?;

@@ -2,12 +2,17 @@
 //!
 //! Attention takes neighbouring slots as a batch. A slot among them that has no row in the pass runs
 //! one that nothing reads, whose keys and values lie behind those of its sequence: there has to be room.
+//! Where layers are cut around attention, it takes one slot after another.
 
 use std::ops::Range;
 
-use super::OnnxRuntime;
+use ort::session::Session;
+use ort::value::Tensor;
+
+use super::layer_session::{BoundLayer, LayerSession};
 use super::pass::{Pass, Passes, Shared};
-use super::runtime::{read, row_session};
+use super::runtime::{read, row_session, run, write};
+use super::{OnnxRuntime, Slot};
 use crate::backend::{EnginePart, RowEngines, SequenceRow};
 use crate::error::Result;
 use crate::policy::ExitSignals;
@@ -34,7 +39,7 @@ struct PlacedRow {
     exited: Option<Vec<f32>>,
 }
 
-/// Neighbouring slots that run together.
+/// Neighbouring slots that run together, or places for as many rows.
 struct Neighbours {
     shared: Shared,
     /// One, with a row of each slot.
@@ -74,29 +79,76 @@ impl OnnxRuntime {
         if !contexts.all(|context| matches!(context.shape[..], [1, -1, _])) {
             return Ok(None);
         }
+        let mut widths = None;
         for (layer, entry) in self.layers.iter_mut().zip(&self.entries) {
-            match row_session(&self.environment, &self.bundle, &entry.file)? {
-                Some(session) => *layer = session,
-                None => return Ok(None),
+            let heads = &self.bundle.manifest.key_value_heads[entry.first_layer];
+            let engine = (&*entry.file, heads.head_size);
+            match row_session(&self.environment, &self.bundle, engine)? {
+                // passes have the same crossing values for all layers
+                Some(session)
+                    if *widths.get_or_insert_with(|| session.widths()) == session.widths() =>
+                {
+                    *layer = session;
+                }
+                _ => return Ok(None),
             }
         }
         Ok(Some(Rows::default()))
     }
 
-    /// The slots of `rows` and those between them.
-    fn neighbours(rows: &[SequenceRow]) -> Range<usize> {
+    /// The slots whose places a pass over `rows` has: theirs and those between them, or as many as
+    /// there are rows where attention takes one slot after another.
+    fn neighbours(&self, rows: &[SequenceRow]) -> Range<usize> {
+        if self.is_cut() {
+            return 0..rows.len();
+        }
         let slots = || rows.iter().map(|row| row.slot);
         slots().min().unwrap_or(0)..slots().max().map_or(0, |last| last + 1)
     }
+
+    fn is_cut(&self) -> bool {
+        matches!(self.layers.first(), Some(LayerSession::Cut(_)))
+    }
+}
+
+/// Run attention for each of `rows`, in the pass of one token of its slot. Its query, key and value
+/// are in `crossing`, and what it makes of them goes there.
+fn attend(
+    attention: &mut Session,
+    engine: usize,
+    rows: &[PlacedRow],
+    slots: &mut [Slot],
+    crossing: &mut [Tensor<f32>],
+) -> Result<()> {
+    for row in rows {
+        let pass = slots[row.slot].passes.of_one();
+        let of_row = |own: &Tensor<f32>| {
+            let width = read(own).len();
+            row.place * width..(row.place + 1) * width
+        };
+        let (attended, given) = crossing.split_last_mut().expect("cuts are crossed");
+        for (own, all) in pass.crossing.iter_mut().zip(given) {
+            let rows = of_row(own);
+            write(own, &read(all)[rows]);
+        }
+        let BoundLayer::Cut(bound) = &pass.layers[engine] else {
+            unreachable!("all passes are bound to the same layers");
+        };
+        let bound = bound.attention.as_ref().expect("it has one sequence");
+        run(attention, bound, || format!("attention of engine {engine}"))?;
+        let own = pass.crossing.last().expect("cuts are crossed");
+        attended.extract_tensor_mut().1[of_row(own)].copy_from_slice(read(own));
+    }
+    Ok(())
 }
 
 impl RowEngines for OnnxRuntime {
     fn may_idle(&self, slot: usize) -> bool {
-        self.slots[slot].used < self.bundle.manifest.max_cache_length
+        self.is_cut() || self.slots[slot].used < self.bundle.manifest.max_cache_length
     }
 
     fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()> {
-        let slots = Self::neighbours(rows);
+        let (slots, is_cut) = (self.neighbours(rows), self.is_cut());
         let mut passes = self.rows.take().expect("rows are run where there are any");
         if !passes.find(&slots) {
             let shared = Shared::new(&self.bundle.manifest, slots.clone())?;
@@ -115,8 +167,12 @@ impl RowEngines for OnnxRuntime {
             .map(|slot| slot.used + 1)
             .collect();
         passes.rows.clear();
-        for row in rows {
-            let place = row.slot - slots.start;
+        for (index, row) in rows.iter().enumerate() {
+            let place = if is_cut {
+                index
+            } else {
+                row.slot - slots.start
+            };
             passes.rows.push(PlacedRow {
                 slot: row.slot,
                 position: row.position,
@@ -126,7 +182,9 @@ impl RowEngines for OnnxRuntime {
             tokens[place] = row.token;
             positions[place] = row.position;
             lengths[place] = row.position + 1;
-            self.slots[row.slot].note_run(row.position..row.position + 1);
+            let slot = &mut self.slots[row.slot];
+            slot.shared.set_lengths(&[row.position + 1]);
+            slot.note_run(row.position..row.position + 1);
         }
         let Neighbours { shared, passes } = passes.current();
         shared.set_lengths(&lengths);
@@ -142,8 +200,12 @@ impl RowEngines for OnnxRuntime {
     fn run_rows(&mut self, engine: usize) -> Result<()> {
         let (session, entry) = (&mut self.layers[engine], &self.entries[engine]);
         let rows = self.rows.as_mut().expect("embedded before");
-        let passes = &mut rows.current().passes;
-        passes.run(engine, session, entry, &mut self.stopwatch)?;
+        let (placed, slots) = (&rows.rows, &mut self.slots);
+        let passes = &mut rows.ready[rows.current].passes;
+        let attend = |attention: &mut Session, crossing: &mut [Tensor<f32>]| {
+            attend(attention, engine, placed, slots, crossing)
+        };
+        passes.run_with(engine, session, entry, &mut self.stopwatch, attend)?;
         if let Some(drafter) = &mut self.drafter {
             let all = read(rows.ready[rows.current].passes.current().hidden(engine + 1));
             for row in &rows.rows {

@@ -18,7 +18,8 @@ use ort::value::{
 };
 use ort::{AsPointer, LoadDynamicError};
 
-use super::{huge_pages, row_graph};
+use super::layer_session::{CutLayer, LayerSession};
+use super::{cut_graph, huge_pages, row_graph};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 
@@ -129,28 +130,33 @@ pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -
     unsafe { device_session(environment, bundle, file, Provider::Cpu) }
 }
 
-/// The layer graph in `file` of `bundle` for the CPU, with rows of several sequences; None where it
-/// cannot have them.
+/// The layer engine in `file` of `bundle` for the CPU, with rows of several sequences; None where it
+/// cannot have them. Its attention has heads of `head_size`.
 pub(super) fn row_session(
     environment: &Environment,
     bundle: &Bundle,
-    file: &Path,
-) -> Result<Option<Session>> {
+    (file, head_size): (&Path, usize),
+) -> Result<Option<LayerSession>> {
     let (graph, directory) = bundle.gate.graph(file)?;
-    let Some(graph) = row_graph::of_sequences(&graph) else {
+    let open = |graph: &[u8]| {
+        // SAFETY: there is no stream.
+        let loaded = unsafe { load(environment, graph, &directory, Provider::Cpu) };
+        let shown = bundle.gate.shown(file);
+        let what = || format!("{} cannot be loaded for rows", shown.display());
+        loaded.map_err(|source| engine_error(what(), source))
+    };
+    if let Some(graph) = row_graph::of_sequences(&graph) {
+        return Ok(Some(LayerSession::Whole(open(&graph)?)));
+    }
+    let Some(cut) = cut_graph::around_attention(&graph, head_size) else {
         return Ok(None);
     };
-    let what = || {
-        format!(
-            "{} cannot be loaded for rows",
-            bundle.gate.shown(file).display()
-        )
-    };
-    // SAFETY: there is no stream.
-    let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
-    loaded
-        .map(Some)
-        .map_err(|source| engine_error(what(), source))
+    Ok(Some(LayerSession::Cut(Box::new(CutLayer {
+        before: open(&cut.before)?,
+        attention: open(&cut.attention)?,
+        after: open(&cut.after)?,
+        crossings: cut.crossings,
+    }))))
 }
 
 /// Load the graph in `file` of `bundle` for `provider`, which takes all of its nodes or fails.
