@@ -44,7 +44,7 @@ MODULES = (
         "timeit",
         "trace",
     ),
-    *("turtle", "typing", "unittest"),
+    *("typing", "unittest", "zipfile"),
 )
 LONGEST = 900
 

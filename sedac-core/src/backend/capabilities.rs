@@ -55,8 +55,8 @@ impl Capabilities {
             return Ok(());
         }
         let range = "another one: this bundle has no trained drafter, or this backend does not run \
-                     it; train one with sedac-export train-drafter and use --backend onnxruntime \
-                     --device cpu, or set drafter auto";
+                     it; train one with sedac-export train-drafter and use --backend cuda, or \
+                     --backend onnxruntime --device cpu, or set drafter auto";
         Err(Error::setting("drafter", "trained", range))
     }
 

@@ -55,5 +55,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     shutil.copytree(Path(__file__).with_name("stand_in"), kernels)
     mirrors = (chain_abi.Layer, chain_abi.Pass, chain_abi.Outcome)
     structs = ", ".join(map(str, [chain_abi.ABI, *map(ctypes.sizeof, mirrors)]))
-    (kernels / "structs.cuh").write_text(f"#define STRUCTS {structs}\n")
+    drafts = (chain_abi.DraftPass, chain_abi.DraftOutcome)
+    of_drafter = ", ".join(str(ctypes.sizeof(mirror)) for mirror in drafts)
+    macros = f"#define STRUCTS {structs}\n#define DRAFT_STRUCTS {of_drafter}\n"
+    (kernels / "structs.cuh").write_text(macros)
     monkeypatch.setattr(compiler, "KERNELS", kernels)

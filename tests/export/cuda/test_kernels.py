@@ -33,6 +33,8 @@ MIRRORS = {
     "RowOutcome": chain_abi.RowOutcome,
     "RaceOutcome": chain_abi.RaceOutcome,
     "PassOutcome": chain_abi.Outcome,
+    "DraftParameters": chain_abi.DraftPass,
+    "DraftOutcome": chain_abi.DraftOutcome,
     "Condition": chain_abi.Condition,
 }
 
@@ -132,7 +134,7 @@ def test_ordinary_shapes_fit_shared_memory(
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
     source = CORE.read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 8
+    assert len(sizes) == 10
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
@@ -168,6 +170,7 @@ def test_passes_agree_with_pytorch_and_each_other(
     case: ChainCase, weights: str, compiler: Compiler
 ) -> None:
     from chain_checks import ChainChecks
+    from chain_drafter_checks import DrafterChecks
     from chain_launcher import ChainLauncher, card_architecture, compile_chain
 
     from sedac_export.cuda.loaded_chain import UnsupportedGpuError
@@ -178,5 +181,5 @@ def test_passes_agree_with_pytorch_and_each_other(
         pytest.skip(str(error))
     case = replace(case, weights=weights)
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
-    checks = list(ChainChecks(launcher).run())
+    checks = [*ChainChecks(launcher).run(), *DrafterChecks(launcher).run()]
     assert [check for check in checks if not check.passed] == []

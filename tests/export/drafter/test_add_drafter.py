@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from build_cache import BuildCache
+from conftest import require_chain
 from typer.testing import CliRunner
 
 from sedac_export.bundle import Bundle
 from sedac_export.cli.commands import app
+from sedac_export.cuda.add_cuda import add_cuda
 from sedac_export.drafter.add_drafter import add_drafter
 from sedac_export.drafter.drafter_file import DRAFTER, DrafterFile
 from sedac_export.drafter.train_drafter import DrafterRequest, load_model, train_drafter
@@ -64,6 +66,32 @@ def test_tokens_are_full_depths(drafting_bundle: Path, drafter_name: str) -> Non
             assert drafting.tokens == full.tokens
             drafted += drafting.drafted
     assert drafted > 0
+
+
+@pytest.mark.gpu
+def test_the_kernel_drafts_as_onnx_runtime_does(
+    drafting_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_chain()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = shutil.copytree(drafting_bundle, tmp_path / "bundle")
+    add_cuda(bundle, str(MODEL))
+    accepted = {}
+    for backend in ("cuda", "onnxruntime"):
+        model = SedacModel.from_pretrained(bundle, backend=backend)
+        passes = tokens = 0
+        for start in range(0, 2400, 300):
+            prompt = Path(json.__file__).read_text()[start : start + 300]
+            for temperature in (0.0, 0.7):
+                settings = {"max_new_tokens": 64, "temperature": temperature, "stop_tokens": []}
+                full = model.generate(prompt, mode="full", **settings)
+                output = model.generate(prompt, drafter="trained", **settings)
+                # the CPU's layers may round otherwise in passes of several tokens
+                assert output.tokens == full.tokens or backend == "onnxruntime"
+                passes, tokens = passes + output.verify_passes, tokens + output.accepted
+        accepted[backend] = tokens / passes
+    # drafts of other lengths pay there, and products in 8 bits draft other tokens now and then
+    assert accepted["cuda"] > 0.7 * accepted["onnxruntime"] > 0
 
 
 def test_texts_are_drafted_for_together(
