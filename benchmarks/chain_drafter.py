@@ -18,7 +18,7 @@ from sedac_export.cuda.chain_abi import (
 
 _EPSILON = 1e-5
 _ROTARY_BASE = 10000.0
-_DRAFT_TOKENS = 150
+_DRAFT_TOKENS = 16384
 
 
 class RandomDrafter:
@@ -44,7 +44,7 @@ class RandomDrafter:
             return (1 + 0.1 * torch.randn(*sizes, device="cuda", generator=generator)).half()
 
         everything = torch.randperm(shape.vocabulary, device="cuda", generator=generator)
-        self.tokens = everything[:_DRAFT_TOKENS].sort().values
+        self.tokens = everything[: min(_DRAFT_TOKENS, 3 * shape.vocabulary // 4)].sort().values
         embedding = launcher.decoder.rounded(launcher.decoder.embedding())
         self._embedding = embedding * launcher.decoder.options.embedding_scale
         self.weights = {

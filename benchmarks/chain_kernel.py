@@ -35,7 +35,7 @@ from chain_launcher import (
     compile_chain,
 )
 from chain_weights import FORMATS
-from kernel_check import TOKENS, KernelCheck
+from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 
 from sedac_export.cuda.chain_abi import MAX_ROWS, Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
@@ -50,6 +50,7 @@ DRAFTED = (1, 4, 8)
 ROUNDS, PASSES, WARM_UP = 5, 50, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
+LONGEST_CAPACITY = 32768
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class CaseResult:
     checks: list[KernelCheck] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     positions: dict[int, Timing] = field(default_factory=dict)
+    # at the end of a cache of LONGEST_CAPACITY positions
+    longest: Timing | None = None
     # by the number of tokens, microseconds of a launch that takes in a position and drafts them
     drafts: dict[int, float] = field(default_factory=dict)
     unsupported: str | None = None
@@ -110,6 +113,11 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
             result.positions = measure_positions(ChainLauncher(long, compiling.result(), slots=1))
+            torch.cuda.empty_cache()
+            longest = dataclasses.replace(case, capacity=LONGEST_CAPACITY)
+            launcher = ChainLauncher(longest, compiling.result(), slots=1)
+            result.checks.extend(check_longest(launcher))
+            result.longest = measure_longest(launcher)
     except (UnsupportedGpuError, torch.cuda.OutOfMemoryError) as error:
         result.unsupported = str(error).splitlines()[0]
     return result
@@ -150,6 +158,25 @@ def measure_positions(launcher: ChainLauncher) -> dict[int, Timing]:
         )
         for position in POSITIONS
     }
+
+
+def check_longest(launcher: ChainLauncher) -> Iterator[KernelCheck]:
+    """Logits of the last positions of a long cache, against PyTorch."""
+    for rows in (1, 3):
+        position = launcher.capacity - rows
+        history = launcher.fill(0, position)
+        with torch.no_grad():
+            wanted = launcher.decoder.compute(history, TOKENS[:rows]).logits
+        logits = launcher.run([SequenceInput.of_tokens(TOKENS[:rows], position)])
+        error = relative_error(logits, wanted)
+        name = f"logits, {rows} rows from position {position}"
+        yield KernelCheck(name, error < TOLERANCE, f"relative error {error:.1e}")
+
+
+def measure_longest(launcher: ChainLauncher) -> Timing:
+    """One row at the last position."""
+    row = (TOKENS[0], launcher.capacity - 1, 0)
+    return time_pass(launcher, launcher.make_pass([SequenceInput([row])]))
 
 
 def measure_drafts(launcher: ChainLauncher) -> dict[int, float]:
@@ -251,6 +278,9 @@ def markdown(result: CaseResult) -> str:
             f"\nPosition {POSITIONS[0]} of {LONG_CAPACITY}: {first:.0f} µs, position"
             f" {POSITIONS[1]}: {last:.0f} µs, {last / first:.2f}x."
         )
+    if result.longest:
+        median = result.longest.median
+        lines.append(f"Position {LONGEST_CAPACITY - 1} of {LONGEST_CAPACITY}: {median:.0f} µs.")
     return "\n".join(lines)
 
 
