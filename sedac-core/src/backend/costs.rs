@@ -22,9 +22,20 @@ const MAX_RECORDED: usize = 16;
 pub struct Costs {
     layer: Curve,
     head: Curve,
+    /// The most tokens of a pass, None where there is no such bound.
+    pass_tokens: Option<usize>,
 }
 
 impl Costs {
+    /// Of a backend whose passes have at most `tokens` tokens, 1 or more, and which takes more in
+    /// several passes.
+    pub fn of_passes(tokens: usize) -> Self {
+        Self {
+            pass_tokens: Some(tokens),
+            ..Self::default()
+        }
+    }
+
     /// `layers` layers took `elapsed` for `tokens` tokens.
     pub fn note_layers(&mut self, layers: usize, tokens: usize, elapsed: Duration) {
         self.layer
@@ -55,12 +66,25 @@ impl Costs {
 
     /// Seconds for `tokens` tokens through `layers` layers.
     pub fn layers(&self, layers: usize, tokens: usize) -> f64 {
-        layers as f64 * self.layer.at(tokens)
+        layers as f64 * self.in_passes(&self.layer, tokens)
     }
 
     /// Seconds for the logits of `tokens` tokens.
     pub fn head(&self, tokens: usize) -> f64 {
-        self.head.at(tokens)
+        self.in_passes(&self.head, tokens)
+    }
+
+    /// Of as many passes as `tokens` tokens take.
+    fn in_passes(&self, curve: &Curve, tokens: usize) -> f64 {
+        let most = self.pass_tokens.unwrap_or(tokens).max(1);
+        let rest = match tokens % most {
+            0 => 0.0,
+            rest => curve.at(rest),
+        };
+        match tokens / most {
+            0 => rest,
+            whole => whole as f64 * curve.at(most) + rest,
+        }
     }
 }
 
@@ -196,6 +220,18 @@ mod tests {
         );
         assert_eq!(costs.layers(3, 1), 3.0);
         assert_eq!(costs.head(1), 0.0);
+    }
+
+    #[test]
+    fn more_tokens_than_a_pass_has_take_several() {
+        let mut costs = Costs::of_passes(4);
+        note(&mut costs, 1, 2);
+        note(&mut costs, 4, 6);
+        let layer = |tokens| costs.layers(1, tokens);
+        assert_eq!(
+            [layer(4), layer(5), layer(8), layer(9)],
+            [3.0, 4.0, 6.0, 7.0]
+        );
     }
 
     #[test]

@@ -93,7 +93,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
-            costs: Costs::default(),
+            costs: Costs::of_passes(MAX_ROWS),
             tables: RuleTables::default(),
             epoch: None,
             draft_slot: 0,

@@ -6,9 +6,6 @@ use super::abi::PassOutcome;
 use super::chain_device::PassPlan;
 use crate::backend::{Costs, EnginePart, EngineTiming};
 
-/// Rows of the longest verification, which takes two passes.
-const MAX_VERIFIED: usize = 16;
-
 /// What one pass took.
 #[derive(Debug, Clone)]
 pub(super) struct PassCost {
@@ -83,25 +80,6 @@ impl PassCost {
         timings
     }
 
-    /// It and `other` as one pass, where each has one step.
-    fn and(&self, other: &Self) -> Option<Self> {
-        let ([first], [second]) = (&self.steps[..], &other.steps[..]) else {
-            return None;
-        };
-        Some(Self {
-            rows: self.rows + other.rows,
-            first_layer: self.first_layer.min(other.first_layer),
-            layers: Some(self.layers.filter(|_| self.layers == other.layers)?),
-            logits_rows: self.logits_rows + other.logits_rows,
-            host: self.host + other.host,
-            steps: vec![StepCost {
-                started: first.started,
-                layers: first.layers + second.layers,
-                head: first.head + second.head,
-            }],
-        })
-    }
-
     fn note(&self, costs: &mut Costs) {
         for step in &self.steps {
             if let Some(layers) = self.layers {
@@ -114,15 +92,9 @@ impl PassCost {
     }
 }
 
-/// Note what the passes of a step cost: each by itself, and both of a long verification together.
+/// Note what the passes of a step cost.
 pub(super) fn note(costs: &mut Costs, passes: &[PassCost]) {
     passes.iter().for_each(|pass| pass.note(costs));
-    if let [first, second] = passes
-        && let Some(both) = first.and(second)
-        && both.rows <= MAX_VERIFIED
-    {
-        both.note(costs);
-    }
 }
 
 /// The layers that every row of `pass` ran whole, where these are the same.
@@ -204,9 +176,7 @@ mod tests {
         for _ in 0..2 {
             note(&mut costs, &[cost(&[0; 8]), cost(&[0; 3])]);
         }
-        // passes over other numbers of rows have come since
-        let seconds = [3, 8, 11].map(|rows| costs.layers(1, rows).round());
-        assert_eq!(seconds, [2.0, 2.0, 4.0]);
-        assert_eq!(costs.head(2).round(), 2.0);
+        let seconds = [3, 8].map(|rows| costs.layers(1, rows).round());
+        assert_eq!(seconds, [2.0, 2.0]);
     }
 }
