@@ -76,10 +76,10 @@ def test_the_kernel_drafts_as_onnx_runtime_does(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = shutil.copytree(drafting_bundle, tmp_path / "bundle")
     add_cuda(bundle, str(MODEL))
-    accepted = {}
+    rates = {}
     for backend in ("cuda", "onnxruntime"):
         model = SedacModel.from_pretrained(bundle, backend=backend)
-        passes = tokens = 0
+        drafted = accepted = 0
         for start in range(0, 2400, 300):
             prompt = Path(json.__file__).read_text()[start : start + 300]
             for temperature in (0.0, 0.7):
@@ -88,10 +88,10 @@ def test_the_kernel_drafts_as_onnx_runtime_does(
                 output = model.generate(prompt, drafter="trained", **settings)
                 # the CPU's layers may round otherwise in passes of several tokens
                 assert output.tokens == full.tokens or backend == "onnxruntime"
-                passes, tokens = passes + output.verify_passes, tokens + output.accepted
-        accepted[backend] = tokens / passes
+                drafted, accepted = drafted + output.drafted, accepted + output.accepted
+        rates[backend] = accepted / drafted
     # drafts of other lengths pay there, and products in 8 bits draft other tokens now and then
-    assert accepted["cuda"] > 0.7 * accepted["onnxruntime"] > 0
+    assert rates["cuda"] > 0.6 * rates["onnxruntime"] > 0, rates
 
 
 def test_texts_are_drafted_for_together(

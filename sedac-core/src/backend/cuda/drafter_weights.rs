@@ -227,7 +227,7 @@ mod tests {
         assert_eq!(weights.tokens, [1, 8]);
         assert_eq!(weights.frequencies, [1.0, 0.01]);
         let sizes: Vec<_> = weights.parts.iter().map(Vec::len).collect();
-        let matrices = [128, 128, 256, 128, 192 * 2, 192].map(|numbers| 2 * numbers);
+        let matrices = [128, 128, 256, 128, 192, 96].map(|numbers| 2 * numbers);
         let sizes_of_norms = [2 * 8, 8, 8, 8, 8, 8].map(|numbers| 2 * numbers);
         assert_eq!(sizes, [matrices, sizes_of_norms].concat());
         // q is the third tensor and k the fourth
