@@ -69,29 +69,25 @@ def test_tokens_are_full_depths(drafting_bundle: Path, drafter_name: str) -> Non
 
 
 @pytest.mark.gpu
-def test_the_kernel_drafts_as_onnx_runtime_does(
+def test_the_kernel_drafts_and_changes_no_token(
     drafting_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What it drafts is compared with PyTorch in tests/export/cuda/test_kernels.py."""
     require_chain()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = shutil.copytree(drafting_bundle, tmp_path / "bundle")
     add_cuda(bundle, str(MODEL))
-    rates = {}
-    for backend in ("cuda", "onnxruntime"):
-        model = SedacModel.from_pretrained(bundle, backend=backend)
-        drafted = accepted = 0
-        for start in range(0, 2400, 300):
-            prompt = Path(json.__file__).read_text()[start : start + 300]
-            for temperature in (0.0, 0.7):
-                settings = {"max_new_tokens": 64, "temperature": temperature, "stop_tokens": []}
-                full = model.generate(prompt, mode="full", **settings)
-                output = model.generate(prompt, drafter="trained", **settings)
-                # the CPU's layers may round otherwise in passes of several tokens
-                assert output.tokens == full.tokens or backend == "onnxruntime"
-                drafted, accepted = drafted + output.drafted, accepted + output.accepted
-        rates[backend] = accepted / drafted
-    # drafts of other lengths pay there, and products in 8 bits draft other tokens now and then
-    assert rates["cuda"] > 0.6 * rates["onnxruntime"] > 0, rates
+    model = SedacModel.from_pretrained(bundle, backend="cuda")
+    drafted = 0
+    for start in range(0, 2400, 300):
+        prompt = Path(json.__file__).read_text()[start : start + 300]
+        for temperature in (0.0, 0.7):
+            settings = {"max_new_tokens": 64, "temperature": temperature, "stop_tokens": []}
+            full = model.generate(prompt, mode="full", **settings)
+            output = model.generate(prompt, drafter="trained", **settings)
+            assert output.tokens == full.tokens
+            drafted += output.drafted
+    assert drafted > 0
 
 
 def test_texts_are_drafted_for_together(
