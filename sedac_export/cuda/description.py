@@ -233,6 +233,7 @@ def _check_limits(shape: ChainShape, has_head_norms: bool) -> None:
         (shape.hidden % 32, f"its hidden size {shape.hidden} is no multiple of 32"),
         (attended % 32, f"its heads' {attended} numbers are no multiple of 32"),
         (shape.intermediate % 32, f"its MLP's size {shape.intermediate} is no multiple of 32"),
+        (shape.intermediate < 64, f"its MLP's size {shape.intermediate} is below 64"),
         (products % 16, f"its queries, keys and values are {products} numbers, no multiple of 16"),
         (rest, f"{shape.heads} heads are no multiple of {shape.key_value_heads}"),
         (group > _MAX_GROUP, f"{group} heads share keys, and the kernel takes {_MAX_GROUP}"),

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{Ahead, LogitsRequest, PositionLogits};
 use crate::error::Result;
+use crate::interrupt::Interrupt;
 
 /// A trained drafter at work.
 ///
@@ -17,13 +18,14 @@ pub trait DraftEngine {
     /// of a token is that of its probability's bin.
     ///
     /// # Errors
-    /// What the engines report.
+    /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted, and what the engines report.
     fn draft(
         &mut self,
         positions: Range<usize>,
         tokens: &[u32],
         ahead: &Ahead,
         choice: &mut dyn DraftChoice,
+        interrupt: &Interrupt,
     ) -> Result<Vec<DraftedToken>>;
 }
 

@@ -32,9 +32,11 @@ pub(super) struct Trained {
     rates: Vec<AcceptanceRate>,
     /// The tokens of the last draft, and their bins of probability.
     drafted: Vec<(u32, usize)>,
+    /// How many were drafted, those that were not worth verifying included.
+    steps: usize,
 }
 
-/// Mean seconds of a pass of the trained layer. The first pass makes buffers and does not count.
+/// Mean seconds of a drafted token. The first pass makes buffers and does not count.
 #[derive(Debug, Default)]
 struct StepCost {
     has_run: bool,
@@ -67,6 +69,7 @@ impl Trained {
                 .map(|bin| AcceptanceRate::new(middle(bin)))
                 .collect(),
             drafted: Vec::new(),
+            steps: 0,
         }
     }
 
@@ -140,12 +143,19 @@ impl Drafter for Trained {
         let ahead = self.ahead(max_tokens.min(MAX_DRAFTED), &costs);
         let before = Instant::now();
         let followed = &history[self.verified + 1..];
-        let drafted = engine.draft(positions, followed, &ahead, &mut context.choice)?;
+        let drafted = engine.draft(
+            positions,
+            followed,
+            &ahead,
+            &mut context.choice,
+            context.interrupt,
+        )?;
         self.verified = history.len() - 1;
         // what a prompt takes is no part of a round's cost
         if is_step {
             self.step.note(before.elapsed() / drafted.len() as u32);
         }
+        self.steps = drafted.len();
         self.keep(&drafted, &costs);
         Ok(Draft {
             tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
@@ -161,7 +171,7 @@ impl Drafter for Trained {
         if full > 0.0 {
             let verify = full_depth_cost(costs, self.layers, self.drafted.len() + 1);
             let baseline = tokens.len() as f64 * self.baseline_seconds;
-            let cost = self.drafted.len() as f64 * self.step.mean + verify;
+            let cost = self.steps as f64 * self.step.mean + verify;
             self.rounds.observe(baseline / full, cost / full);
         }
     }

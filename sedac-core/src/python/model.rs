@@ -212,10 +212,6 @@ impl Model {
     }
 
     /// What is certified of texts that are decoded so; None where their tokens are full depth's.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "Python's objects arrive by value"
-    )]
     fn certification(
         &self,
         decoding: PyDecodingSetting,

@@ -48,6 +48,7 @@ constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = K
 // Outputs of the first matrix of the entropy probe, and of an exit head's learned probe.
 constexpr int PROBE_WIDTH = 64, LEARNED_WIDTH = 64;
 
+static_assert(MAX_BLOCKS >= MAX_ROWS, "a block saves a row");
 static_assert(HIDDEN % 32 == 0 && ATTENTION % 32 == 0 && INNER % 32 == 0 && QKV % 16 == 0, "matrices of whole tiles");
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a key-value head");
 static_assert(HEAD % 16 == 0 && ROTARY % 4 == 0 && ROTARY <= HEAD, "head size");

@@ -205,7 +205,7 @@ pub(super) struct PassParameters {
     pub(super) frequent_tokens: i32,
     /// Hidden states of a position that a trained drafter takes.
     pub(super) features: i32,
-    /// Their rows of the head, fp16 [tokens, hidden].
+    /// The head's rows of exit heads' tokens, fp16 [tokens, hidden].
     pub(super) frequent_rows: u64,
     /// See [`Ahead`](crate::backend::Ahead).
     pub(super) min_accepted: [f32; MAX_AHEAD],

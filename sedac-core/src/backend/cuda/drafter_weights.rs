@@ -5,6 +5,7 @@ use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
+use tracing::warn;
 
 use crate::bundle::{Bundle, ChainShape, DrafterEntry};
 use crate::error::{Error, Result};
@@ -14,6 +15,9 @@ const DRAFTER: &str = "drafter.safetensors";
 
 /// Hidden states of the model that the kernel takes for a position, at most.
 pub(super) const MAX_FEATURES: usize = 3;
+
+/// Rows of the head that the kernel takes at once.
+const FEWEST_TOKENS: usize = 4;
 
 /// The file's `shape`, as far as the kernel depends on it.
 #[derive(Debug, Deserialize)]
@@ -72,17 +76,18 @@ fn parts(shape: &ChainShape, features: usize) -> Vec<Vec<(String, Vec<usize>)>> 
 }
 
 impl DrafterWeights {
-    /// The drafter of `bundle`, whose model has `shape`; None where it has none.
+    /// The drafter of `bundle`, whose model has `shape`; None where it has none, or one whose layer is of
+    /// another shape.
     ///
     /// # Errors
-    /// [`Error::Bundle`] when the file is of another shape, and what reading it reports.
+    /// [`Error::Bundle`] when the file lacks something, and what reading it reports.
     pub(super) fn read(bundle: &Bundle, shape: &ChainShape) -> Result<Option<Self>> {
         let Some(entry) = &bundle.manifest.drafter else {
             return Ok(None);
         };
         let bytes = bundle.gate.read(Path::new(DRAFTER))?;
         let weights = Self::parse(&bytes, entry, shape);
-        weights.map(Some).map_err(|reason| {
+        weights.map_err(|reason| {
             let reason = format!(
                 "not a drafter that the cuda backend runs ({reason}); train it again with \
                  sedac-export train-drafter, or use --backend onnxruntime"
@@ -95,19 +100,25 @@ impl DrafterWeights {
         bytes: &[u8],
         entry: &DrafterEntry,
         model: &ChainShape,
-    ) -> std::result::Result<Self, String> {
+    ) -> std::result::Result<Option<Self>, String> {
         let shape = read_shape(bytes)?;
-        check(&shape, model)?;
+        if let Some(reason) = difference(&shape, model) {
+            warn!(%reason, "the kernel does not run the trained drafter");
+            return Ok(None);
+        }
         let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
         let features = entry.feature_layers.len();
         if features > MAX_FEATURES {
             return Err(format!("it takes {features} hidden states of a position"));
         }
+        if entry.tokens.len() < FEWEST_TOKENS {
+            return Err(format!("it drafts {} tokens only", entry.tokens.len()));
+        }
         let parts = parts(model, features).into_iter();
         let parts = parts.map(|part| concatenated(&tensors, &part));
         let half = shape.head_size / 2;
         let pairs = (0..half).map(|pair| pair as f64 / half as f64);
-        Ok(Self {
+        Ok(Some(Self {
             depths: entry.feature_layers.clone(),
             tokens: entry.tokens.iter().map(|&token| token as i32).collect(),
             frequencies: pairs
@@ -115,7 +126,7 @@ impl DrafterWeights {
                 .collect(),
             norm_epsilon: shape.norm_epsilon,
             parts: parts.collect::<std::result::Result<_, _>>()?,
-        })
+        }))
     }
 
     /// Bytes on the device, with the tokens' rows of a head of `hidden` columns, and their numbers.
@@ -129,11 +140,12 @@ fn read_shape(bytes: &[u8]) -> std::result::Result<DrafterShape, String> {
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
     let fields = metadata.metadata().as_ref();
     let shape = fields.and_then(|fields| fields.get("shape"));
-    serde_json::from_str(shape.ok_or("it says no shape")?).map_err(|error| error.to_string())
+    serde_json::from_str(shape.ok_or("it has no shape in its metadata")?)
+        .map_err(|error| error.to_string())
 }
 
-/// Check that its layer is of the model's shape, which the kernel was compiled for.
-fn check(shape: &DrafterShape, model: &ChainShape) -> std::result::Result<(), String> {
+/// In what its layer differs from the model's, for whose shape the kernel was compiled.
+fn difference(shape: &DrafterShape, model: &ChainShape) -> Option<String> {
     let sizes = [
         ("hidden_size", shape.hidden_size, model.hidden),
         (
@@ -149,10 +161,9 @@ fn check(shape: &DrafterShape, model: &ChainShape) -> std::result::Result<(), St
         ),
         ("head_size", shape.head_size, model.head_size),
     ];
-    let other = sizes.into_iter().find(|(_, own, models)| own != models);
-    other.map_or(Ok(()), |(name, own, models)| {
-        Err(format!("its {name} is {own} and the model's {models}"))
-    })
+    let mut sizes = sizes.into_iter();
+    let (name, own, models) = sizes.find(|(_, own, models)| own != models)?;
+    Some(format!("its {name}: {own}, and the model's: {models}"))
 }
 
 fn concatenated(
@@ -194,7 +205,7 @@ mod tests {
             file: "draft.onnx".into(),
             feature_layers: vec![2, 4],
             key_value_size: 8,
-            tokens: vec![1, 8],
+            tokens: vec![1, 2, 3, 8],
         }
     }
 
@@ -223,8 +234,10 @@ mod tests {
 
     #[test]
     fn parts_are_the_files_tensors_one_after_the_other() {
-        let weights = DrafterWeights::parse(&file("", 4), &entry(), &MODEL).unwrap();
-        assert_eq!(weights.tokens, [1, 8]);
+        let weights = DrafterWeights::parse(&file("", 4), &entry(), &MODEL)
+            .unwrap()
+            .unwrap();
+        assert_eq!(weights.tokens, [1, 2, 3, 8]);
         assert_eq!(weights.frequencies, [1.0, 0.01]);
         let sizes: Vec<_> = weights.parts.iter().map(Vec::len).collect();
         let matrices = [128, 128, 256, 128, 192, 96].map(|numbers| 2 * numbers);
@@ -234,7 +247,7 @@ mod tests {
         assert_eq!(weights.parts[2][0], 2);
         assert_eq!(weights.parts[2][2 * 16 * 8], 3);
         let numbers: usize = sizes.iter().sum();
-        assert_eq!(weights.bytes(8), (numbers + 2 * (2 * 8 + 4) + 2 * 4) as u64);
+        assert_eq!(weights.bytes(8), (numbers + 4 * (2 * 8 + 4) + 2 * 4) as u64);
     }
 
     #[test]
@@ -245,12 +258,13 @@ mod tests {
             missing.contains("no join.weight of F16 [8, 16]"),
             "{missing}"
         );
-        let other = refused(&file("", 2));
-        assert!(
-            other.contains("its heads is 2 and the model's 4"),
-            "{other}"
-        );
+        // another backend may run it
+        let other = DrafterWeights::parse(&file("", 2), &entry(), &MODEL);
+        assert_eq!(other.unwrap(), None);
         assert!(!refused(&[0; 4]).is_empty());
+        let mut few = entry();
+        few.tokens.truncate(3);
+        assert!(DrafterWeights::parse(&file("", 4), &few, &MODEL).is_err());
         let mut deep = entry();
         deep.feature_layers = vec![1, 2, 3, 4];
         assert!(DrafterWeights::parse(&file("", 4), &deep, &MODEL).is_err());

@@ -9,6 +9,7 @@ use crate::backend::{
     Ahead, DraftChoice, DraftEngine, DraftedToken, LogitsRequest, PositionLogits,
 };
 use crate::error::Result;
+use crate::interrupt::Interrupt;
 use crate::sampler::Race;
 
 impl<D: ChainDevice> DraftEngine for CudaChain<D> {
@@ -18,6 +19,7 @@ impl<D: ChainDevice> DraftEngine for CudaChain<D> {
         tokens: &[u32],
         ahead: &Ahead,
         choice: &mut dyn DraftChoice,
+        interrupt: &Interrupt,
     ) -> Result<Vec<DraftedToken>> {
         let at_once = self.device.draft_rows();
         let pieces = tokens
@@ -30,6 +32,7 @@ impl<D: ChainDevice> DraftEngine for CudaChain<D> {
         };
         let mut drafted = Vec::new();
         for (piece, start) in pieces {
+            interrupt.check()?;
             let is_last = start + piece.len() == positions.end;
             let plan = DraftPlan {
                 slot: self.draft_slot,

@@ -27,7 +27,7 @@ use crate::policy::Condition;
 /// Bytes of a number outside of caches.
 const FLOAT: u64 = size_of::<f32>() as u64;
 
-// SAFETY: it is repr(C) of integers only, and lies in the parameter as the kernel's struct does,
+// SAFETY: it is repr(C) of integers and floats, and lies in the parameter as the kernel's struct does,
 // whose size was compared.
 unsafe impl DeviceRepr for PassParameters {}
 // SAFETY: as above.
@@ -68,8 +68,8 @@ impl CudaChain<CudaDriver> {
     /// Run the chain of `bundle` on the first GPU, for up to `sequences` sequences at once.
     ///
     /// # Errors
-    /// [`Error::Bundle`] when it holds no kernels, or exits that they do not run; [`Error::Device`] without a driver, a GPU or a module for it; [`Error::Memory`] when it does
-    /// not fit.
+    /// [`Error::Bundle`] when it holds no kernels, or exits that they do not run; [`Error::Device`]
+    /// without a driver, a GPU or a module for it; [`Error::Memory`] when it does not fit.
     pub fn load(bundle: &Bundle, sequences: usize) -> Result<Self> {
         let manifest = &bundle.manifest;
         let driver = CudaDriver::load(bundle, sequences)?;
@@ -437,11 +437,12 @@ impl ChainDevice for CudaDriver {
         };
         let mut layers = self.layer_pointers.clone();
         let slots = SlotMemory::allocate(&self.stream, sizes, &mut layers)?;
-        self.parameters.layers = slots.layers.device_ptr(&self.stream).0;
-        self.parameters.saved = slots.saved.device_ptr(&self.stream).0;
         if let Some(drafter) = &mut self.drafter {
             drafter.reserve(&self.stream, sizes.slots, &mut self.parameters)?;
         }
+        // nothing fails any more: passes go on with the memory that they had where it did
+        self.parameters.layers = slots.layers.device_ptr(&self.stream).0;
+        self.parameters.saved = slots.saved.device_ptr(&self.stream).0;
         // every pass was waited for, so that nothing uses the memory that goes back now
         self.slots = slots;
         self.layer_pointers = layers;

@@ -94,9 +94,9 @@ fn crossings(
     attention: &Operator,
     head_size: usize,
 ) -> Option<(Vec<Crossing>, Crossing)> {
-    let heads = attention.integer("num_heads")? * head_size;
-    let key_value = attention.integer("kv_num_heads")? * head_size;
-    let rows: Vec<_> = attention.input[..3].iter().collect();
+    let heads = attention.integer("num_heads")?.checked_mul(head_size)?;
+    let key_value = attention.integer("kv_num_heads")?.checked_mul(head_size)?;
+    let rows: Vec<_> = attention.input.get(..3)?.iter().collect();
     let widths = match rows[1].is_empty() {
         true => [heads + 2 * key_value, 0, 0],
         false => [heads, key_value, key_value],
@@ -105,15 +105,16 @@ fn crossings(
     let named = rows.into_iter().zip(widths);
     let named = named.filter(|(name, _)| !name.is_empty());
     let given = named.map(|(name, width)| {
-        let pad = pads().find(|node| node.output[0] == *name)?;
+        let pad = pads().find(|node| node.output.first() == Some(name))?;
         Some(Crossing {
-            name: pad.input[0].clone(),
+            name: pad.input.first()?.clone(),
             width,
         })
     });
-    let cut = pads().find(|node| node.input[0] == attention.output[0])?;
+    let attended = attention.output.first()?;
+    let cut = pads().find(|node| node.input.first() == Some(attended))?;
     let attended = Crossing {
-        name: cut.output[0].clone(),
+        name: cut.output.first()?.clone(),
         width: heads,
     };
     Some((given.collect::<Option<_>>()?, attended))

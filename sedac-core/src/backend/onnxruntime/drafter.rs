@@ -14,6 +14,7 @@ use crate::backend::{
 };
 use crate::bundle::{Bundle, DrafterEntry};
 use crate::error::Result;
+use crate::interrupt::Interrupt;
 
 /// The logit of tokens that are never drafted.
 const NEVER: f32 = -1e30;
@@ -152,7 +153,12 @@ impl Drafter {
     }
 
     /// Take in the hidden states at `positions` and the `tokens` that followed.
-    fn take_in(&mut self, positions: Range<usize>, tokens: &[u32]) -> Result<()> {
+    fn take_in(
+        &mut self,
+        positions: Range<usize>,
+        tokens: &[u32],
+        interrupt: &Interrupt,
+    ) -> Result<()> {
         debug_assert_eq!(
             positions.len(),
             tokens.len(),
@@ -161,6 +167,7 @@ impl Drafter {
         self.slot().length = positions.start;
         self.reserve(positions.end)?;
         for (piece, start) in tokens.chunks(MAX_TOKENS).zip(positions.step_by(MAX_TOKENS)) {
+            interrupt.check()?;
             let mut pass = self.take_pass(piece.len())?;
             let width = self.width();
             let rows = &self.slot().features[start * width..(start + piece.len()) * width];
@@ -228,8 +235,9 @@ impl DraftEngine for Drafter {
         tokens: &[u32],
         ahead: &Ahead,
         choice: &mut dyn DraftChoice,
+        interrupt: &Interrupt,
     ) -> Result<Vec<DraftedToken>> {
-        self.take_in(positions, tokens)?;
+        self.take_in(positions, tokens, interrupt)?;
         let (mut drafted, mut accepted) = (Vec::new(), 1.0);
         loop {
             let token = choice.choose(PositionLogits::All(&self.logits));
@@ -239,6 +247,7 @@ impl DraftEngine for Drafter {
             if !ahead.goes_on(drafted.len(), accepted) {
                 return Ok(drafted);
             }
+            interrupt.check()?;
             self.roll_out(token)?;
         }
     }

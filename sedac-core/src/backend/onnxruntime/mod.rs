@@ -316,14 +316,15 @@ impl Engines for OnnxRuntime {
     fn reserve(&mut self, sequences: usize) -> Result<usize> {
         let more = sequences.saturating_sub(self.slots.len());
         self.bundle.check_slots_memory(more)?;
-        // where a row has other bits alone than beside others, texts take turns, and are those alone
-        if self.verifies_exactly {
-            self.rows = self.load_rows()?;
-        }
         if let Some(drafter) = &mut self.drafter {
             drafter.reserve_slots(sequences)?;
         }
         let mut caches = CacheMemory::new(&self.bundle.manifest, sequences)?;
+        // where a row has other bits alone than beside others, texts take turns, so that each comes out
+        // as it would alone
+        if self.verifies_exactly {
+            self.rows = self.load_rows()?;
+        }
         caches.copy_from(&self.caches);
         self.caches = caches;
         for index in 0..sequences {

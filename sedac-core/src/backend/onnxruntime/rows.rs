@@ -80,7 +80,8 @@ impl OnnxRuntime {
             return Ok(None);
         }
         let mut widths = None;
-        for (layer, entry) in self.layers.iter_mut().zip(&self.entries) {
+        let mut sessions = Vec::new();
+        for entry in &self.entries {
             let heads = &self.bundle.manifest.key_value_heads[entry.first_layer];
             let engine = (&*entry.file, heads.head_size);
             match row_session(&self.environment, &self.bundle, engine)? {
@@ -88,11 +89,12 @@ impl OnnxRuntime {
                 Some(session)
                     if *widths.get_or_insert_with(|| session.widths()) == session.widths() =>
                 {
-                    *layer = session;
+                    sessions.push(session);
                 }
                 _ => return Ok(None),
             }
         }
+        self.layers = sessions;
         Ok(Some(Rows::default()))
     }
 

@@ -7,6 +7,8 @@ use sedac_core::backend::{
     Ahead, DraftChoice, DraftEngine, DraftedToken, PositionLogits, margin_bin,
 };
 
+use sedac_core::interrupt::Interrupt;
+
 use super::{Cache, Hidden, Toy, mix};
 
 /// Drafts as an exit would.
@@ -17,6 +19,7 @@ impl DraftEngine for Toy {
         tokens: &[u32],
         ahead: &Ahead,
         choice: &mut dyn DraftChoice,
+        _: &Interrupt,
     ) -> Result<Vec<DraftedToken>> {
         self.take_in(positions, tokens);
         let (mut drafted, mut accepted) = (Vec::new(), 1.0);
