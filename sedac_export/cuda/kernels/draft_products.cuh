@@ -35,7 +35,7 @@ __device__ __forceinline__ float load_result(const float* p) { return __ldcg(p);
 
 // All blocks of a cooperative launch. `arrived` counts for as long as the drafter is loaded, and is a multiple of the
 // blocks between launches. (SmolLM2's drafter takes 34 us a token. With a count for each block, which 132 threads of
-// every block read, 53; with weights asked for before each barrier 39 to 50, since they need registers that spill.)
+// every block read, 53; with weights asked for before each barrier 35 to 50, since they need registers that spill.)
 struct GridBarrier {
   unsigned long long* arrived;
   unsigned long long target;

@@ -12,7 +12,7 @@ use super::compiled_chain::CompiledChain;
 use super::drafter_weights::DrafterWeights;
 use super::driver::zeros;
 use super::exit_memory::{copied, gather};
-use super::slot_memory::SlotSizes;
+use super::slot_memory::{SlotSizes, copy_within};
 use crate::backend::gpu::failed;
 use crate::backend::{Ahead, DraftedToken};
 use crate::error::Result;
@@ -240,14 +240,7 @@ impl DraftMemory {
         );
         let position = self.sizes.features as usize;
         let (slot, bytes) = (position * self.sizes.capacity, position * length);
-        let (mut below, mut above) = self.features.split_at_mut(from.max(to) * slot);
-        let low = from.min(to) * slot;
-        let (mut low, mut high) = (below.slice_mut(low..low + bytes), above.slice_mut(..bytes));
-        let copied = match from < to {
-            true => stream.memcpy_dtod(&low, &mut high),
-            false => stream.memcpy_dtod(&high, &mut low),
-        };
-        copied.map_err(failed("a copy of hidden states of the GPU"))
+        copy_within(stream, &mut self.features, from * slot, to * slot, bytes)
     }
 
     /// Take in positions, and draft where `plan` says so; wait until that has ended.

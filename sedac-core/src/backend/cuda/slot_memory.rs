@@ -109,17 +109,10 @@ impl SlotMemory {
         let (slot, head) = (self.sizes.slot() as usize, self.sizes.head() as usize);
         let bytes = self.sizes.position() as usize * length;
         assert!(bytes <= head && from != to, "what is copied");
-        let (low, high) = (from.min(to), from.max(to));
         for cache in &mut self.caches {
-            let (mut below, mut above) = cache.split_at_mut(high * slot);
             for start in (0..slot).step_by(head) {
-                let mut low = below.slice_mut(low * slot + start..low * slot + start + bytes);
-                let mut high = above.slice_mut(start..start + bytes);
-                let copied = match from < to {
-                    true => stream.memcpy_dtod(&low, &mut high),
-                    false => stream.memcpy_dtod(&high, &mut low),
-                };
-                copied.map_err(failed("a copy of a cache of the GPU"))?;
+                let (from, to) = (from * slot + start, to * slot + start);
+                copy_within(stream, cache, from, to, bytes)?;
             }
         }
         Ok(())
@@ -135,4 +128,26 @@ impl SlotMemory {
         }
         Ok(())
     }
+}
+
+/// Copy `bytes` bytes of `memory` from the place `from` to `to`.
+///
+/// # Panics
+/// When these overlap, or do not lie in it.
+pub(super) fn copy_within(
+    stream: &Arc<CudaStream>,
+    memory: &mut CudaSlice<u8>,
+    from: usize,
+    to: usize,
+    bytes: usize,
+) -> Result<()> {
+    let (first, second) = (from.min(to), from.max(to));
+    let (mut below, mut above) = memory.split_at_mut(second);
+    let mut low = below.slice_mut(first..first + bytes);
+    let mut high = above.slice_mut(..bytes);
+    let copied = match from < to {
+        true => stream.memcpy_dtod(&low, &mut high),
+        false => stream.memcpy_dtod(&high, &mut low),
+    };
+    copied.map_err(failed("a copy within the GPU's memory"))
 }
