@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 /// by what else the machine does, but caches that grow slow them for good.
 const RISE: f64 = 1.03;
 /// And too high by this much for each later pass over another number of tokens, so that what once
-/// seemed too slow to pay is tried again.
+/// seemed too slow to pay is tried again. Not those over one token: all others are compared with
+/// them, and a drafter that always pays lets none run.
 const FALL: f64 = 0.9998;
 /// Longer passes are prefill's, and no draft's.
 const MAX_RECORDED: usize = 16;
@@ -132,7 +133,7 @@ impl Curve {
 
     fn fall(&mut self, except: usize) {
         for (&tokens, cost) in &mut self.0 {
-            if tokens != except {
+            if tokens != except && tokens > 1 {
                 cost.measured = cost.measured.map(|seconds| seconds * FALL);
                 cost.remembered = cost.remembered.map(|seconds| seconds * FALL);
             }
@@ -256,6 +257,17 @@ mod tests {
             costs.note_head(1, Duration::from_secs(1));
         }
         assert_eq!(costs.layers(1, 4), costs.layers(1, 1));
+    }
+
+    #[test]
+    fn one_token_costs_what_it_did_while_others_are_verified() {
+        let mut costs = Costs::default();
+        note(&mut costs, 1, 2);
+        note(&mut costs, 4, 3);
+        for _ in 0..5000 {
+            costs.note_head(4, Duration::from_secs(1));
+        }
+        assert_eq!(costs.layers(1, 1), 1.0);
     }
 
     #[test]

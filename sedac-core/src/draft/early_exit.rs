@@ -286,12 +286,16 @@ impl Depth {
 }
 
 impl Drafter for EarlyExit {
-    fn start(&mut self) {}
+    fn start(&mut self) {
+        self.depths
+            .iter_mut()
+            .for_each(|depth| depth.rounds.start());
+    }
 
-    fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
+    fn expected_speedup(&mut self, history: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
         let (mut best, mut prior) = (0.0, PRIOR_SPEEDUP);
         for (index, depth) in self.depths.iter_mut().enumerate() {
-            depth.rounds.idle();
+            depth.rounds.idle(history.len());
             depth.rates.iter_mut().for_each(AcceptanceRate::decay);
             let speedup = depth.rounds.speedup(prior);
             if speedup > best {

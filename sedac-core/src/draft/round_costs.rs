@@ -4,7 +4,7 @@
 const PRIOR_WEIGHT: f64 = 3.0;
 /// Rounds count less with every newer one,
 pub(super) const DECAY: f64 = 0.98;
-/// and more slowly while others draft.
+/// and less with every token, whoever drafts: what did not pay may pay again.
 const IDLE_DECAY: f64 = 0.999;
 /// Rounds of earlier processes count as much as this number of rounds at full depth's cost.
 const MAX_REMEMBERED: f64 = 16.0;
@@ -16,6 +16,8 @@ pub(super) struct RoundCosts {
     pub(super) baseline: f64,
     /// What the rounds cost.
     pub(super) cost: f64,
+    /// The text's length when it was last asked whether a round pays.
+    asked_at: Option<usize>,
 }
 
 impl RoundCosts {
@@ -24,9 +26,17 @@ impl RoundCosts {
         (self.baseline + prior * PRIOR_WEIGHT) / (self.cost + PRIOR_WEIGHT)
     }
 
-    /// A round went another way.
-    pub(super) fn idle(&mut self) {
-        self.decay(IDLE_DECAY);
+    /// Another text begins. Rounds of earlier ones count no more than those of earlier processes.
+    pub(super) fn start(&mut self) {
+        self.asked_at = None;
+        self.recall(self.baseline, self.cost);
+    }
+
+    /// The text has `length` tokens. A pass may have given several.
+    pub(super) fn idle(&mut self, length: usize) {
+        let before = self.asked_at.replace(length);
+        let tokens = before.map_or(1, |before| length.saturating_sub(before));
+        self.decay(IDLE_DECAY.powi(tokens as i32));
     }
 
     /// A round gave tokens that cost `baseline` without drafts, for `cost`.
@@ -61,10 +71,29 @@ mod tests {
         }
         assert!((costs.speedup(1.3) - 1.5).abs() < 0.02);
         let before = costs.speedup(1.3);
-        for _ in 0..5000 {
-            costs.idle();
-        }
+        costs.idle(10);
+        costs.idle(5010);
         assert!(costs.speedup(1.3) < before);
+    }
+
+    #[test]
+    fn tokens_count_and_not_how_often_it_is_asked() {
+        let observed = || {
+            let mut costs = RoundCosts::default();
+            (0..500).for_each(|_| costs.observe(1.0, 2.0));
+            costs.idle(1);
+            costs
+        };
+        let (mut often, mut seldom) = (observed(), observed());
+        (2..=801).for_each(|length| often.idle(length));
+        (1..=100).for_each(|step| seldom.idle(1 + 8 * step));
+        assert!((often.cost - seldom.cost).abs() < 1e-9 * often.cost);
+        seldom.start();
+        let started = seldom.cost;
+        assert!(started <= MAX_REMEMBERED);
+        // a prompt is no idle time
+        seldom.idle(5000);
+        assert!((seldom.cost - IDLE_DECAY * started).abs() < 1e-12);
     }
 
     #[test]

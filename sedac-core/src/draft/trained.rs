@@ -117,10 +117,11 @@ impl Trained {
 impl Drafter for Trained {
     fn start(&mut self) {
         self.verified = 0;
+        self.rounds.start();
     }
 
-    fn expected_speedup(&mut self, _: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
-        self.rounds.idle();
+    fn expected_speedup(&mut self, history: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
+        self.rounds.idle(history.len());
         self.rates.iter_mut().for_each(AcceptanceRate::decay);
         self.baseline_seconds = baseline;
         let speedup = self.rounds.speedup(PRIOR_SPEEDUP);
