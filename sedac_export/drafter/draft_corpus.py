@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedac_export.errors import SedacError
 
-# one in so many texts is held out, and answered greedily
-HELD_OUT = 25
+# one in so many texts that are written greedily is held out
+HELD_OUT = 100
 # batches are answered greedily and sampled in turn
 TEMPERATURE = 0.7
+# of the messages: small models write few that make sense at 1, and few different ones at 0.5
+MESSAGE_TEMPERATURE = 0.8
 TEXT_SHARE = 0.25
 MAX_PROMPT_TOKENS = 160
 # how messages begin, in turn: left to the model two times of three, else a request for code, which
@@ -114,12 +116,14 @@ class SelfDistillation:
     def messages(self, count: int, beginning: str) -> list[str]:
         """User messages from `beginning` on, sampled after the template's beginning of a turn.
 
-        Magpie, Xu et al. 2024, https://arxiv.org/abs/2406.08464
+        Fewer than `count`: those that do not come to an end are left out. Magpie, Xu et al. 2024,
+        https://arxiv.org/abs/2406.08464
         """
         start = user_turn_start(self.tokenizer)
         start += self.tokenizer(beginning, add_special_tokens=False).input_ids
-        written = self._generate([start] * count, 1.0, MAX_PROMPT_TOKENS)
-        rests = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written)
+        written = self._generate([start] * count, MESSAGE_TEMPERATURE, MAX_PROMPT_TOKENS)
+        ended = (tokens for tokens in written if tokens[-1] in self._ends())
+        rests = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ended)
         texts = (f"{beginning}{rest}".strip() for rest in rests)
         return [text for text in texts if text]
 

@@ -172,28 +172,31 @@ class Fit:
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
     def _rollout(self, texts: Sequence[OwnText]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each step: its loss, and whether each position's draft is the text, and counts.
+        """For each step: its loss, which drafts are the text, and which count; bool [texts, n].
 
         Step j at position t knows the text up to token t + 1 + j, drafted, and gives the next.
         """
-        tokens, counted = _padded(texts, self.settings.length, self.device)
+        tokens, counted = _padded(texts, self.settings.length)
+        # where to look is found on the host, so that the device's queue never has to run empty
+        places = [_shifted(counted, 2 + step) for step in range(ROLLOUT_STEPS)]
+        tokens = tokens.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            features, target, embeddings = self.frozen.run(tokens)
+            features, logits, embeddings = self.frozen.run(tokens)
+            wanted = logits.flatten(0, 1).float().softmax(-1)
             state = self.drafter.state_of(features)
             positions = torch.arange(tokens.shape[1], device=self.device)[None]
             cache = DynamicCache()
-            for step in range(ROLLOUT_STEPS):
+            for step, counts in enumerate(places):
                 mask = rollout_mask(tokens.shape[1], step, self.device)
                 embedding = _shifted(embeddings, 1 + step)
                 state = self.drafter(state, embedding, positions + step, mask, cache)
-                counts = _shifted(counted, 2 + step)
-                logits = self.drafter.logits(state, self.frozen.head)
-                wanted = _shifted(target, 1 + step)[counts].float()
-                own = logits[counts].float()
-                loss = -(wanted.softmax(-1) * own.log_softmax(-1)).sum(-1).mean()
-                with torch.no_grad():
-                    drafted = self.frozen.tokens[logits.argmax(-1)]
-                yield loss, drafted == _shifted(tokens, 2 + step), counts
+                at = counts.flatten().nonzero().squeeze(1).to(self.device)
+                own = self.drafter.logits(state.flatten(0, 1)[at], self.frozen.head)
+                loss = nn.functional.cross_entropy(own, wanted[at + 1 + step])
+                drafted = self.frozen.tokens[own.detach().argmax(-1)]
+                right = torch.zeros(tokens.numel(), dtype=torch.bool, device=self.device)
+                right[at] = drafted == tokens.flatten()[at + 2 + step]
+                yield loss, right.view_as(tokens), counts.to(self.device)
 
     @torch.no_grad()
     def _evaluate(self, texts: Sequence[OwnText]) -> None:
@@ -303,7 +306,7 @@ def _batches(texts: Sequence[OwnText], settings: FitSettings) -> list[list[int]]
     return [*batches, current] if current else batches
 
 
-def _padded(texts: Sequence[OwnText], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(texts: Sequence[OwnText], length: int) -> tuple[Tensor, Tensor]:
     """Tokens [texts, longest] and which of them the model wrote."""
     rows = [text.tokens[:length] for text in texts]
     # attention's kernels want aligned rows
@@ -313,7 +316,7 @@ def _padded(texts: Sequence[OwnText], length: int, device: torch.device) -> tupl
     for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
         tokens[index, : len(row)] = torch.tensor(row)
         counted[index, text.generated : len(row)] = True
-    return tokens.to(device), counted.to(device)
+    return tokens, counted
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Train a drafter for a model: what `sedac-export train-drafter` does before it edits a bundle."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ CORPUS_SHARE = 0.35
 # texts from --data are cut into pieces of PIECE tokens, of whose beginning the model goes on
 PIECE = 384
 SHORTEST_START, LONGEST_START = 16, 160
+# of a GPU's free memory, what the texts that are written at once may take
+MEMORY_SHARE = 0.4
 CORPUS, REPORT = "corpus.jsonl", "drafter-report.json"
 # a step of the rollout needs tokens to be compared with
 _SHORTEST = ROLLOUT_STEPS + 2
@@ -52,20 +55,20 @@ class DrafterRequest:
     device: str = "cpu"
     seed: int = 0
     steps: int | None = None
-    max_tokens: int = 320
+    max_tokens: int = 256
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Sizes that suit a device. batch: texts that are written at once."""
+    """Sizes that suit a device. most_texts: that are written at once."""
 
-    batch: int
+    most_texts: int
     batch_tokens: int
     steps: int
 
     @classmethod
     def of(cls, device: str) -> "_Scale":
-        return cls(1536, 16384, 6000) if device == "cuda" else cls(32, 2048, 2000)
+        return cls(4096, 16384, 6000) if device == "cuda" else cls(32, 2048, 2000)
 
 
 def load_model(directory: Path, device: str) -> PreTrainedModel:
@@ -130,7 +133,7 @@ def prepare_corpus(
     path = request.folder / CORPUS
     if path.exists():
         return DraftCorpus.load(path)
-    batch = _Scale.of(request.device).batch
+    batch = min(_Scale.of(request.device).most_texts, _texts_that_fit(model, request.max_tokens))
     distillation = SelfDistillation(model, tokenizer, batch, request.max_tokens)
     starts = list(_starts(tokenizer, request.texts, request.seed))
     limit = None if request.minutes is None else 60 * request.minutes * CORPUS_SHARE
@@ -145,6 +148,18 @@ def prepare_corpus(
     corpus.save(new)
     new.replace(path)
     return corpus
+
+
+def _texts_that_fit(model: PreTrainedModel, max_tokens: int) -> int:
+    """How many texts of `max_tokens` after a prompt fit in a GPU's free memory, at least 1."""
+    if model.device.type != "cuda":
+        return sys.maxsize
+    shape, layers = DrafterShape.of(model), model.config.get_text_config().num_hidden_layers
+    keys_and_values = 2 * layers * shape.key_value_heads * shape.head_size * model.dtype.itemsize
+    # sampling holds a few copies of the logits in fp32
+    text = (max_tokens + 2 * LONGEST_START) * keys_and_values + 20 * shape.vocab_size
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, int(MEMORY_SHARE * free / text))
 
 
 def _starts(
