@@ -1,6 +1,6 @@
 //! Layers without their MLPs, for tokens that exit softly.
 
-use super::runtime::{run, session};
+use super::runtime::{layer_session, run};
 use super::{OnnxRuntime, Slot};
 use crate::backend::{AttentionOnly, EnginePart};
 use crate::error::Result;
@@ -14,7 +14,8 @@ impl OnnxRuntime {
         let files = self.attention_entries.iter().map(|entry| &*entry.file);
         self.bundle.check_more_memory(files)?;
         for entry in &self.attention_entries {
-            let session = session(&self.environment, &self.bundle, &entry.file)?;
+            let (bundle, exactly) = (&self.bundle, self.verifies_exactly);
+            let session = layer_session(&self.environment, bundle, &entry.file, exactly)?;
             self.attention.push(session);
         }
         Ok(())

@@ -121,7 +121,7 @@ fn crossings(
 }
 
 /// What of `graph` makes `to` of its inputs and `from`.
-fn piece(graph: &RowGraph, from: &[ValueInfo], to: &[&ValueInfo]) -> RowGraph {
+pub(super) fn piece(graph: &RowGraph, from: &[ValueInfo], to: &[&ValueInfo]) -> RowGraph {
     let given: HashSet<_> = from.iter().map(|value| &value.name).collect();
     let mut wanted: HashSet<_> = to.iter().map(|value| &value.name).collect();
     let mut nodes = Vec::new();
@@ -150,7 +150,7 @@ fn piece(graph: &RowGraph, from: &[ValueInfo], to: &[&ValueInfo]) -> RowGraph {
 }
 
 impl Crossing {
-    fn value(&self) -> ValueInfo {
+    pub(super) fn value(&self) -> ValueInfo {
         let size = |size: usize| Dimension {
             dim_value: Some(size as i64),
             dim_param: None,
@@ -184,10 +184,23 @@ impl Operator {
         self.attributes().any(|attribute| attribute.r#type == GRAPH)
     }
 
-    fn integer(&self, name: &str) -> Option<usize> {
+    pub(super) fn integer(&self, name: &str) -> Option<usize> {
         let mut attributes = self.attributes();
         let attribute = attributes.find(|attribute| attribute.name == name)?;
         usize::try_from(attribute.i?).ok()
+    }
+}
+
+#[cfg(test)]
+impl Operator {
+    pub(super) fn with_integer(mut self, name: &str, number: i64) -> Self {
+        let attribute = IntegerAttribute {
+            name: name.into(),
+            i: Some(number),
+            r#type: 2,
+        };
+        self.attribute.push(attribute.encode_to_vec());
+        self
     }
 }
 
@@ -228,16 +241,9 @@ mod tests {
     /// With 4 heads, and 2 of keys and values.
     fn attention(inputs: &[&str]) -> Operator {
         let outputs = ["attended", "present_key_0", "present_value_0"];
-        let mut node = operator("GroupQueryAttention", inputs, &outputs);
-        for (name, number) in [("num_heads", 4), ("kv_num_heads", 2)] {
-            let attribute = IntegerAttribute {
-                name: name.into(),
-                i: Some(number),
-                r#type: 2,
-            };
-            node.attribute.push(attribute.encode_to_vec());
-        }
-        node
+        operator("GroupQueryAttention", inputs, &outputs)
+            .with_integer("num_heads", 4)
+            .with_integer("kv_num_heads", 2)
     }
 
     /// A layer as quantized bundles have it, around `attention`.

@@ -13,6 +13,7 @@ mod pass;
 mod row_graph;
 mod rows;
 mod runtime;
+mod spare_rows;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -30,7 +31,10 @@ use self::head::Head;
 use self::layer_session::LayerSession;
 use self::pass::{Contexts, Pass, Passes, Shared};
 use self::rows::Rows;
-use self::runtime::{bind_input, binding, environment, read, run, session, tensor, write};
+use self::runtime::{
+    bind_input, binding, environment, layer_session, products_have_equal_rows, read, run, session,
+    tensor, write,
+};
 use super::{
     AttentionOnly, Capabilities, DraftEngine, EnginePart, EngineTiming, Engines, RowEngines,
     Stopwatch,
@@ -139,9 +143,12 @@ impl OnnxRuntime {
         let open = |file: &Path| session(&environment, bundle, file);
         let embed = open(&engines.embed)?;
         let contexts = engines.contexts.as_deref().map(open).transpose()?;
-        let layers = entries
-            .iter()
-            .map(|entry| open(&entry.file).map(LayerSession::Whole))
+        let files = entries.iter().map(|entry| &*entry.file);
+        let verifies_exactly = !manifest.precision.is_quantized()
+            || products_have_equal_rows(&environment, bundle, files.clone())?;
+        let layers = files
+            .map(|file| layer_session(&environment, bundle, file, verifies_exactly))
+            .map(|session| session.map(LayerSession::Whole))
             .collect::<Result<Vec<_>>>()?;
         let key_value = manifest
             .engines
@@ -166,7 +173,7 @@ impl OnnxRuntime {
             slots: Vec::new(),
             selected: 0,
             rows: None,
-            verifies_exactly: true,
+            verifies_exactly,
             stopwatch: Stopwatch::default(),
             exits: Exits::load(exits, manifest.model.hidden_size, open)?,
             drafter,
@@ -183,14 +190,14 @@ impl OnnxRuntime {
             head,
         };
         engines.slots.push(engines.new_slot(0)?);
-        if manifest.precision.is_quantized() && manifest.max_cache_length > 1 {
+        let has_two_rows = manifest.max_cache_length > 1;
+        if manifest.precision.is_quantized() && verifies_exactly && has_two_rows {
             engines.verifies_exactly = engines.first_row(1)? == engines.first_row(2)?;
         }
         Ok(engines)
     }
 
-    /// What all layers make of the first of `tokens` equal tokens: some CPUs multiply one row of
-    /// numbers and several by kernels that round differently.
+    /// What all layers make of the first of `tokens` equal tokens.
     fn first_row(&mut self, tokens: usize) -> Result<Vec<f32>> {
         self.embed(&vec![0; tokens], 0)?;
         for engine in 0..self.layers.len() {

@@ -18,8 +18,10 @@ use ort::value::{
 };
 use ort::{AsPointer, LoadDynamicError};
 
+use super::cut_graph::Crossing;
 use super::layer_session::{CutLayer, LayerSession};
-use super::{cut_graph, huge_pages, row_graph};
+use super::spare_rows::Product;
+use super::{cut_graph, huge_pages, row_graph, spare_rows};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 
@@ -130,6 +132,59 @@ pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -
     unsafe { device_session(environment, bundle, file, Provider::Cpu) }
 }
 
+/// Load the layer or attention engine in `file` of `bundle` for the CPU, with or without the spare
+/// rows of its attention.
+pub(super) fn layer_session(
+    environment: &Environment,
+    bundle: &Bundle,
+    file: &Path,
+    spare_rows: bool,
+) -> Result<Session> {
+    let (mut graph, directory) = bundle.gate.graph(file)?;
+    if !spare_rows && let Some(without) = spare_rows::without(&graph) {
+        graph = without;
+    }
+    // SAFETY: there is no stream.
+    let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
+    loaded.map_err(|source| not_loaded(bundle, file, source))
+}
+
+/// Whether the first product with quantized weights in `files`, layer engines of `bundle`, gives a row
+/// the same bits alone and beside another: some CPUs multiply one row of numbers and several by kernels
+/// that round differently.
+pub(super) fn products_have_equal_rows<'a>(
+    environment: &Environment,
+    bundle: &Bundle,
+    files: impl IntoIterator<Item = &'a Path>,
+) -> Result<bool> {
+    for file in files {
+        let (graph, directory) = bundle.gate.graph(file)?;
+        let Some(Product { graph, crossings }) = spare_rows::first_product(&graph) else {
+            continue;
+        };
+        // SAFETY: there is no stream.
+        let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
+        let mut session = loaded.map_err(|source| not_loaded(bundle, file, source))?;
+        let alone = first_row(&mut session, &crossings, 1)?;
+        return Ok(alone == first_row(&mut session, &crossings, 2)?);
+    }
+    Ok(true)
+}
+
+/// What `session` makes of the first of `rows` equal rows.
+fn first_row(session: &mut Session, [x, y]: &[Crossing; 2], rows: usize) -> Result<Vec<f32>> {
+    let numbers = (0..rows * x.width).map(|place| (place % x.width) as f32);
+    let numbers: Vec<_> = numbers.map(f32::sin).collect();
+    let mut input = tensor(&[1, rows, x.width])?;
+    let mut output = tensor::<f32>(&[1, rows, y.width])?;
+    write(&mut input, &numbers);
+    let mut bound = binding(session)?;
+    bind_input(&mut bound, &x.name, &input)?;
+    bind_output(&mut bound, &y.name, &mut output)?;
+    run(session, &bound, || "a product".into())?;
+    Ok(read(&output)[..y.width].to_vec())
+}
+
 /// The layer engine in `file` of `bundle` for the CPU, with rows of several sequences; None where it
 /// cannot have them. Its attention has heads of `head_size`.
 pub(super) fn row_session(
@@ -170,10 +225,14 @@ pub(super) unsafe fn device_session(
     provider: Provider,
 ) -> Result<Session> {
     let (graph, directory) = bundle.gate.graph(file)?;
-    let what = || format!("{} cannot be loaded", bundle.gate.shown(file).display());
     // SAFETY: what the caller promises.
     let loaded = unsafe { load(environment, &graph, &directory, provider) };
-    loaded.map_err(|source| engine_error(what(), source))
+    loaded.map_err(|source| not_loaded(bundle, file, source))
+}
+
+fn not_loaded(bundle: &Bundle, file: &Path, source: ort::Error) -> Error {
+    let shown = bundle.gate.shown(file);
+    engine_error(format!("{} cannot be loaded", shown.display()), source)
 }
 
 /// # Safety
