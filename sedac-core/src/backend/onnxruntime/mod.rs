@@ -70,6 +70,7 @@ pub struct OnnxRuntime {
     drafter: Option<Drafter>,
     /// The current pass's first position.
     start: usize,
+    /// Loaded when the first layer's cache has to be filled without running it.
     key_value: Vec<KeyValueEngine>,
     head: Head,
     hidden_size: usize,
@@ -132,7 +133,6 @@ impl OnnxRuntime {
         let parts = [&engines.embed, &engines.head].into_iter();
         let parts = parts.chain(&engines.contexts);
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
-        let parts = parts.chain(engines.key_value.iter().map(|entry| &entry.file));
         let parts = parts.chain(exits.iter().flat_map(ExitEntry::files));
         let drafters = manifest
             .drafter
@@ -149,17 +149,6 @@ impl OnnxRuntime {
         let layers = files
             .map(|file| layer_session(&environment, bundle, file, verifies_exactly))
             .map(|session| session.map(LayerSession::Whole))
-            .collect::<Result<Vec<_>>>()?;
-        let key_value = manifest
-            .engines
-            .key_value
-            .iter()
-            .map(|entry| {
-                Ok(KeyValueEngine {
-                    session: open(&entry.file)?,
-                    contexts: entry.contexts.clone(),
-                })
-            })
             .collect::<Result<Vec<_>>>()?;
         let sizes = (manifest.model.hidden_size, manifest.model.vocab_size);
         let head = Head::new(open(&manifest.engines.head)?, sizes.0, sizes.1);
@@ -186,7 +175,7 @@ impl OnnxRuntime {
             embed,
             contexts,
             layers,
-            key_value,
+            key_value: Vec::new(),
             head,
         };
         engines.slots.push(engines.new_slot(0)?);
@@ -229,6 +218,26 @@ impl OnnxRuntime {
             &self.layers,
             &self.entries,
         )
+    }
+
+    /// Load the kv engines, once.
+    fn load_key_value(&mut self) -> Result<()> {
+        let entries = &self.bundle.manifest.engines.key_value;
+        if self.key_value.len() == entries.len() {
+            return Ok(());
+        }
+        let files = entries.iter().map(|entry| &*entry.file);
+        self.bundle.check_more_memory(files)?;
+        self.key_value = entries
+            .iter()
+            .map(|entry| {
+                Ok(KeyValueEngine {
+                    session: session(&self.environment, &self.bundle, &entry.file)?,
+                    contexts: entry.contexts.clone(),
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(())
     }
 
     /// Make the filling of `positions` ready.
@@ -435,6 +444,7 @@ impl Engines for OnnxRuntime {
     }
 
     fn fill(&mut self, layer: usize, positions: Range<usize>) -> Result<()> {
+        self.load_key_value()?;
         self.prepare_filling(&positions)?;
         let slot = &self.slots[self.selected];
         let filling = &slot.fillings[&positions.len()];
