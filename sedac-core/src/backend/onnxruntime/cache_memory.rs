@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, Session};
-use ort::value::{Outlet, Tensor};
+use ort::value::Outlet;
 
-use super::runtime::{Memory, Side, bind_memory, provider_error, read, tensor};
+use super::runtime::{Memory, Side, bind_memory, provider_error};
 use crate::bundle::Manifest;
 use crate::error::Result;
 
@@ -18,9 +18,15 @@ pub(super) struct CacheMemory {
     info: MemoryInfo<'static>,
 }
 
+/// The bytes that kernels load at once.
+const ALIGNMENT: usize = 64;
+
 struct Cache {
-    /// [slots, heads, positions, head size].
-    tensor: Tensor<f32>,
+    /// [slots, heads, positions, head size] from `start` on. The system gives memory where numbers are
+    /// written, and a short text leaves most of it out.
+    memory: Vec<f32>,
+    /// The first number that is aligned.
+    start: usize,
     /// Of its first number.
     address: u64,
     heads: usize,
@@ -34,13 +40,13 @@ impl CacheMemory {
         let positions = manifest.max_cache_length + manifest.precision.spare_positions();
         let layers = manifest.key_value_heads.iter().map(|kv| {
             let cache = || Cache::new(slots, kv.heads, positions, kv.head_size);
-            Ok([cache()?, cache()?])
+            [cache(), cache()]
         });
         let device = AllocationDevice::CPU;
         let info = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default);
         Ok(Self {
             slots,
-            layers: layers.collect::<Result<_>>()?,
+            layers: layers.collect(),
             info: info.map_err(provider_error)?,
         })
     }
@@ -49,8 +55,8 @@ impl CacheMemory {
     pub(super) fn copy_from(&mut self, fewer: &Self) {
         for (ours, theirs) in self.layers.iter_mut().zip(&fewer.layers) {
             for (ours, theirs) in ours.iter_mut().zip(theirs) {
-                let numbers = read(&theirs.tensor);
-                ours.tensor.extract_tensor_mut().1[..numbers.len()].copy_from_slice(numbers);
+                let numbers = &theirs.memory[theirs.start..][..theirs.size(fewer.slots)];
+                ours.numbers()[..numbers.len()].copy_from_slice(numbers);
             }
         }
     }
@@ -59,10 +65,11 @@ impl CacheMemory {
     pub(super) fn copy(&mut self, from: usize, length: usize, to: usize) {
         for cache in self.layers.iter_mut().flatten() {
             let row = cache.positions * cache.head_size;
-            let numbers = cache.tensor.extract_tensor_mut().1;
-            for head in 0..cache.heads {
-                let start = |slot: usize| (slot * cache.heads + head) * row;
-                let source = start(from)..start(from) + length * cache.head_size;
+            let (heads, used) = (cache.heads, length * cache.head_size);
+            let numbers = cache.numbers();
+            for head in 0..heads {
+                let start = |slot: usize| (slot * heads + head) * row;
+                let source = start(from)..start(from) + used;
                 numbers.copy_within(source, start(to));
             }
         }
@@ -83,7 +90,7 @@ impl CacheMemory {
         assert!(slots.start < slots.end && slots.end <= self.slots, "slots");
         for (kind, cache) in ["key", "value"].into_iter().zip(&self.layers[layer]) {
             let shape = [slots.len(), cache.heads, cache.positions, cache.head_size];
-            let slot_bytes = cache.heads * cache.positions * cache.head_size * size_of::<f32>();
+            let slot_bytes = cache.size(1) * size_of::<f32>();
             let memory = Memory {
                 info: &self.info,
                 address: cache.address + (slots.start * slot_bytes) as u64,
@@ -109,15 +116,26 @@ impl CacheMemory {
 }
 
 impl Cache {
-    fn new(slots: usize, heads: usize, positions: usize, head_size: usize) -> Result<Self> {
-        let mut tensor = tensor::<f32>(&[slots, heads, positions, head_size])?;
-        let first = tensor.extract_tensor_mut().1.as_mut_ptr();
-        Ok(Self {
-            address: first.expose_provenance() as u64,
-            tensor,
+    fn new(slots: usize, heads: usize, positions: usize, head_size: usize) -> Self {
+        let numbers = slots * heads * positions * head_size;
+        let mut memory = vec![0.0; numbers + ALIGNMENT / size_of::<f32>()];
+        let start = memory.as_ptr().align_offset(ALIGNMENT);
+        Self {
+            address: memory[start..].as_mut_ptr().expose_provenance() as u64,
+            memory,
+            start,
             heads,
             positions,
             head_size,
-        })
+        }
+    }
+
+    fn numbers(&mut self) -> &mut [f32] {
+        &mut self.memory[self.start..]
+    }
+
+    /// Numbers of `slots` sequences.
+    fn size(&self, slots: usize) -> usize {
+        slots * self.heads * self.positions * self.head_size
     }
 }
