@@ -1,7 +1,9 @@
 //! A loaded bundle.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use pyo3::prelude::*;
 
@@ -81,20 +83,26 @@ impl Model {
         let interrupt = opening.interrupt.clone();
         door::run(py, &interrupt, move || {
             let bundle = Bundle::open_with(&directory, &opening)?;
-            let codec = codec(&bundle)?;
             let library = Library { path, threads };
+            let (codec, loaded) = thread::scope(|scope| {
+                // both take one thread, and the tokenizer a good part of the engines' time
+                let codec = scope.spawn(|| codec(&bundle));
+                let loaded = load(
+                    &bundle,
+                    &library,
+                    backend,
+                    device,
+                    executor,
+                    prepare.as_ref(),
+                );
+                (codec.join(), loaded)
+            });
+            let codec = codec.unwrap_or_else(|panic| resume_unwind(panic))?;
             let Loaded {
                 chain,
                 backend,
                 passed_over,
-            } = load(
-                &bundle,
-                &library,
-                backend,
-                device,
-                executor,
-                prepare.as_ref(),
-            )?;
+            } = loaded?;
             Ok(Self {
                 bundle,
                 verifies_exactly: chain.limits().capabilities.verifies_exactly,
