@@ -162,3 +162,18 @@ def test_wrong_settings_are_refused(model: Model) -> None:
         Scheduler(model, max_sequences=0)
     with pytest.raises(InputError, match="prefill_chunk"):
         Scheduler(model, max_sequences=1, prefill_chunk=0)
+
+
+def test_drafts_and_prompts_share_passes(model: Model) -> None:
+    """Texts that repeat themselves are drafted while a longer prompt is prefilled beside."""
+    settings: dict[str, object] = {"max_new_tokens": 40, "stop_tokens": []}
+    prompts = [PROMPTS[0] * 5, PROMPTS[1] * 8, PROMPTS[3] * 2]
+    decoding = model.decoding("lossless", drafter="prompt-lookup")
+    scheduler = Scheduler(model, max_sequences=3, prefill_chunk=24)
+    numbers = [scheduler.add(prompt, decoding, Sampling(), **settings) for prompt in prompts]  # type: ignore[arg-type]
+    progress = run(scheduler)
+    for prompt, number in zip(prompts, numbers, strict=True):
+        alone = model.generate(prompt, model.decoding("full"), Sampling(), **settings)  # type: ignore[arg-type]
+        assert tokens(progress[number]) == [token.id for token in alone]
+    drafts = [progress[number][-1].drafts for number in numbers]
+    assert any(each is not None and each.drafted > 0 for each in drafts)

@@ -10,6 +10,8 @@ pub struct Capabilities {
     pub sequences: usize,
     /// Whether sequences of one call share passes. Otherwise they run one after another.
     pub shares_passes: bool,
+    /// Whether drafts that are verified, and chunks of prompts, share them too.
+    pub shares_drafts: bool,
     /// Depths after which an entropy probe gives a risk.
     pub probes: Vec<usize>,
     /// Depths with an exit head.
@@ -34,6 +36,7 @@ impl Default for Capabilities {
         Self {
             sequences: 1,
             shares_passes: false,
+            shares_drafts: false,
             probes: Vec::new(),
             exit_heads: Vec::new(),
             attention_only: false,

@@ -224,8 +224,9 @@ impl<E: Engines> HostDecided<E> {
         Some(StepExit { layer, reason })
     }
 
-    /// Interpret the rule after every layer of `engine`, for the row `row` or for the newest token;
-    /// what it says of the last layer counts, if a token may exit there.
+    /// Interpret the rule after every layer of `engine`, for the newest row of the sequence
+    /// `row` of a shared pass, or for the newest token; what it says of the last layer counts, if a token
+    /// may exit there.
     pub(super) fn decide(
         &mut self,
         engine: usize,
@@ -376,7 +377,9 @@ impl<E: Engines> Backend for HostDecided<E> {
         if sequences > self.capabilities.sequences {
             self.capabilities.sequences = self.engines.reserve(sequences)?;
             self.slots.grow(self.capabilities.sequences);
-            self.capabilities.shares_passes = self.engines.rows().is_some();
+            let rows = self.engines.rows();
+            self.capabilities.shares_passes = rows.is_some();
+            self.capabilities.shares_drafts = rows.is_some_and(|rows| rows.take_several());
         }
         Ok(())
     }
@@ -402,7 +405,7 @@ impl<E: Engines> Backend for HostDecided<E> {
             step.sequence.kv().check_room(step.tokens.len())?;
         }
         let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
-        for indices in self.passes_of_rows(steps) {
+        for indices in self.shared_passes(steps) {
             let rows = steps.iter_mut().enumerate();
             let rows = rows.filter(|(index, _)| indices.contains(index));
             let (indices, mut rows): (Vec<_>, Vec<_>) = rows.unzip();

@@ -26,7 +26,7 @@ pub use costs::{CostRecord, Costs};
 pub use draft_engine::{DraftChoice, DraftEngine, DraftedToken};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
-pub use row_engines::{RowEngines, SequenceRow};
+pub use row_engines::{RowEngines, SequenceRows};
 pub use step::{
     Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
     StepOutcome, margin_bin,

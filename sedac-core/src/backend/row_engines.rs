@@ -1,36 +1,48 @@
-//! Passes of several sequences at once, of one row each.
+//! Passes of several sequences at once.
+
+use std::ops::Range;
 
 use super::host_decided::{Deciding, HostDecided};
 use super::not_finite::all_finite;
-use super::{Backend, Engines, SequenceStep, StepExit, StepOutcome};
+use super::{Backend, Engines, Logits, SequenceStep, StepExit, StepOutcome};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
 use crate::policy::{ExitReason, ExitRule, ExitSignals};
 use crate::sequence::Sequence;
 
-/// The newest token of a sequence, as a row of a pass.
+/// The newest tokens of a sequence, as rows of a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SequenceRow {
+pub struct SequenceRows<'a> {
     /// The sequence's cache slot.
     pub slot: usize,
-    /// The token.
-    pub token: u32,
-    /// Its position.
-    pub position: usize,
+    /// The tokens, 1 or more.
+    pub tokens: &'a [u32],
+    /// The position of the first.
+    pub start: usize,
 }
 
-/// Engines that run rows of several sequences in one pass. What a row gives depends on no other, but
-/// for rounding.
+impl SequenceRows<'_> {
+    /// The positions of the tokens.
+    pub fn positions(&self) -> Range<usize> {
+        self.start..self.start + self.tokens.len()
+    }
+}
+
+/// Engines that run rows of several sequences in one pass. What a row gives depends on no other
+/// sequence's, but for rounding. Sequences of a pass are counted from 0.
 pub trait RowEngines {
+    /// Whether a sequence may have several rows in a pass.
+    fn take_several(&self) -> bool;
+
     /// Whether passes may include `slot`, between others, though it has no row in them.
     fn may_idle(&self, slot: usize) -> bool;
 
-    /// Start a pass over `rows`, each of another sequence.
+    /// Start a pass over the rows of `sequences`, each another one.
     ///
     /// # Errors
     /// What the engines report.
-    fn embed_rows(&mut self, rows: &[SequenceRow]) -> Result<()>;
+    fn embed_rows(&mut self, sequences: &[SequenceRows<'_>]) -> Result<()>;
 
     /// Take the residual stream of all rows through `engine`; its layers' caches then hold their
     /// positions.
@@ -39,11 +51,12 @@ pub trait RowEngines {
     /// What the engines report.
     fn run_rows(&mut self, engine: usize) -> Result<()>;
 
-    /// As [`Engines::stability`], for the row `row` of the last [`run_rows`](Self::run_rows).
-    fn row_stability(&self, engine: usize, row: usize) -> Vec<f32>;
+    /// As [`Engines::stability`], for the newest row of `sequence` in the last
+    /// [`run_rows`](Self::run_rows).
+    fn row_stability(&self, engine: usize, sequence: usize) -> Vec<f32>;
 
     /// As [`Engines::risk`], for that row.
-    fn row_risk(&self, engine: usize, row: usize) -> Option<f32>;
+    fn row_risk(&self, engine: usize, sequence: usize) -> Option<f32>;
 
     /// As [`Engines::exit_signals`], for that row.
     ///
@@ -52,45 +65,52 @@ pub trait RowEngines {
     fn row_exit_signals(
         &mut self,
         depth: usize,
-        row: usize,
+        sequence: usize,
         stability: [f32; 3],
     ) -> Result<Option<ExitSignals>>;
 
-    /// The row `row` exits here: save its hidden state, and take its logits from there. What engines
-    /// still compute of it does not count.
+    /// The newest row of `sequence` exits here: save its hidden state, and take its logits from there.
+    /// What engines still compute of it does not count.
     ///
     /// # Errors
     /// What the engines report.
-    fn exit_row(&mut self, row: usize) -> Result<()>;
+    fn exit_row(&mut self, sequence: usize) -> Result<()>;
 
-    /// The logits of all rows, [rows, vocabulary].
+    /// The logits of the newest rows of each sequence, as many as `counts` has for it, 1 or more of all
+    /// together: [rows, vocabulary].
     ///
     /// # Errors
     /// What the engines report.
-    fn rows_logits(&mut self) -> Result<Vec<f32>>;
+    fn rows_logits(&mut self, counts: &[usize]) -> Result<Vec<f32>>;
 }
 
-/// A row on its way through the engines.
-struct OpenRow<'a> {
+/// A sequence whose rows are on their way through the engines.
+struct OpenRows<'a> {
     deciding: Option<Deciding<'a>>,
     exit: Option<StepExit>,
 }
 
 impl<E: Engines> HostDecided<E> {
-    /// Whether `step` may share a pass: it decodes one token, and no other position has to join it.
-    fn is_row(&self, step: &SequenceStep<'_>) -> bool {
+    /// Whether `step` may share a pass: no other position has to join it, and only the newest token of
+    /// one token may exit.
+    fn may_share(&self, step: &SequenceStep<'_>, take_several: bool) -> bool {
         let kv = step.sequence.kv();
         let nothing_waits = kv.complete() == kv.length();
-        step.tokens.len() == 1
-            && step.logits.positions() > 0
-            && !step.rule.is_some_and(ExitRule::is_soft)
+        let is_whole = step.rule.is_none() && step.max_depth >= self.num_layers();
+        let fits = match step.tokens.len() {
+            0 => false,
+            1 => true,
+            _ => take_several && is_whole,
+        };
+        fits && !step.rule.is_some_and(ExitRule::is_soft)
             && (nothing_waits || step.sequence.kv_fill() == KvFill::Propagate)
     }
 
-    /// The indices of those of `steps` that run as rows, for each pass.
-    pub(super) fn passes_of_rows(&mut self, steps: &[SequenceStep<'_>]) -> Vec<Vec<usize>> {
+    /// The indices of those of `steps` that share passes, for each pass.
+    pub(super) fn shared_passes(&mut self, steps: &[SequenceStep<'_>]) -> Vec<Vec<usize>> {
+        let take_several = self.engines.rows().is_some_and(|rows| rows.take_several());
         let rows = steps.iter().enumerate();
-        let rows = rows.filter(|(_, step)| self.is_row(step));
+        let rows = rows.filter(|(_, step)| self.may_share(step, take_several));
         let mut rows: Vec<_> = rows
             .map(|(index, step)| (step.sequence.slot(), index))
             .collect();
@@ -106,7 +126,7 @@ impl<E: Engines> HostDecided<E> {
         passes.map(indices).collect()
     }
 
-    /// Run `steps`, each a row, in one pass.
+    /// Run `steps` in one pass.
     ///
     /// # Errors
     /// As [`Backend::step`].
@@ -116,14 +136,14 @@ impl<E: Engines> HostDecided<E> {
         interrupt: &Interrupt,
     ) -> Result<Vec<StepOutcome>> {
         let rows = steps.iter_mut().map(|step| {
-            Ok(SequenceRow {
-                position: step.sequence.append(step.tokens)?.start,
+            Ok(SequenceRows {
+                start: step.sequence.append(step.tokens)?.start,
                 slot: step.sequence.slot(),
-                token: step.tokens[0],
+                tokens: step.tokens,
             })
         });
         let rows = rows.collect::<Result<Vec<_>>>()?;
-        let open = steps.iter().map(|step| OpenRow {
+        let open = steps.iter().map(|step| OpenRows {
             deciding: step.rule.map(Deciding::new),
             exit: None,
         });
@@ -131,75 +151,91 @@ impl<E: Engines> HostDecided<E> {
         self.row_engines().embed_rows(&rows)?;
         for engine in 0..self.layers.len() {
             interrupt.check()?;
-            for (step, open) in steps.iter_mut().zip(&open) {
+            for ((step, rows), open) in steps.iter_mut().zip(&rows).zip(&open) {
                 if open.exit.is_none() {
-                    self.fill_below(engine, step.sequence)?;
+                    self.fill_below(engine, step.sequence, rows.start)?;
                 }
             }
             self.row_engines().run_rows(engine)?;
-            for (row, (step, open)) in steps.iter_mut().zip(&mut open).enumerate() {
+            for (index, (step, open)) in steps.iter_mut().zip(&mut open).enumerate() {
                 if open.exit.is_none() {
-                    let length = step.sequence.kv().length();
-                    self.note_run(engine, step.sequence, &(length - 1..length));
-                    open.exit = self.exit_of_row(engine, row, step.max_depth, open)?;
+                    self.note_run(engine, step.sequence, &rows[index].positions());
+                    open.exit = self.exit_of_rows(engine, index, step.max_depth, open)?;
                 }
             }
             if open.iter().all(|open| open.exit.is_some()) {
                 break;
             }
         }
-        let logits = self.row_engines().rows_logits()?;
         let full_depth = StepExit {
             layer: self.num_layers(),
             reason: ExitReason::FullDepth,
         };
+        let counts = steps.iter().zip(&open).map(|(step, open)| match open.exit {
+            Some(_) => step.logits.positions().min(1),
+            None => step.logits.positions(),
+        });
+        let counts: Vec<_> = counts.collect();
+        let wanted: usize = counts.iter().sum();
+        let logits = match wanted {
+            0 => Vec::new(),
+            _ => self.row_engines().rows_logits(&counts)?,
+        };
         let exits = open.iter().map(|open| open.exit.unwrap_or(full_depth));
         let deepest = exits.max_by_key(|exit| exit.layer);
-        self.note_costs(rows.len(), deepest.unwrap_or(full_depth));
-        let width = logits.len() / rows.len();
-        let rows = steps.iter().zip(rows).zip(open);
-        let outcomes = rows.zip(logits.chunks_exact(width));
-        outcomes
-            .map(|(((step, row), open), logits)| {
-                if !all_finite(logits) {
+        let tokens = rows.iter().map(|rows| rows.tokens.len()).sum();
+        self.note_costs(tokens, deepest.unwrap_or(full_depth));
+        let width = logits.len() / wanted.max(1);
+        let mut rest = &logits[..];
+        let sequences = steps.iter().zip(rows).zip(open.into_iter().zip(counts));
+        sequences
+            .map(|((step, rows), (open, count))| {
+                let (logits, others) = rest.split_at(count * width);
+                rest = others;
+                if let Some(row) = logits
+                    .chunks_exact(width.max(1))
+                    .position(|row| !all_finite(row))
+                {
                     return Err(Error::NotFinite {
-                        position: row.position,
+                        position: rows.positions().end - count + row,
                         engine: None,
                     });
                 }
                 Ok(StepOutcome {
                     exit: open.exit.unwrap_or(full_depth),
                     exit_signals: open.deciding.and_then(|deciding| deciding.exit_signals),
-                    logits: step.logits.of_rows(logits, width),
+                    logits: match count {
+                        0 => Logits::None,
+                        _ => step.logits.of_rows(logits, width),
+                    },
                     margins: Vec::new(),
                 })
             })
             .collect()
     }
 
-    /// Fill the caches of `engine` where earlier positions of `sequence` exited above it.
-    fn fill_below(&mut self, engine: usize, sequence: &mut Sequence) -> Result<()> {
-        let newest = sequence.kv().length() - 1;
+    /// Fill the caches of `engine` where positions of `sequence` before `start` exited above it.
+    fn fill_below(&mut self, engine: usize, sequence: &mut Sequence, start: usize) -> Result<()> {
         self.engines.select(sequence.slot());
         let mut layers = self.layers[engine].clone();
-        layers.try_for_each(|layer| self.fill(layer, sequence, newest))
+        layers.try_for_each(|layer| self.fill(layer, sequence, start))
     }
 
-    /// Where the row `row` ends, if that is after `engine`.
-    fn exit_of_row(
+    /// Where the newest row of the sequence `index` ends, if that is after `engine`.
+    fn exit_of_rows(
         &mut self,
         engine: usize,
-        row: usize,
+        index: usize,
         max_depth: usize,
-        open: &mut OpenRow<'_>,
+        open: &mut OpenRows<'_>,
     ) -> Result<Option<StepExit>> {
         let decision = match &mut open.deciding {
-            Some(deciding) => self.decide(engine, Some(row), deciding)?,
+            Some(deciding) => self.decide(engine, Some(index), deciding)?,
             None => None,
         };
         let exit = self.exit_after(engine, max_depth, decision.map(|decision| decision.reason));
         if exit.is_some() {
-            self.row_engines().exit_row(row)?;
+            self.row_engines().exit_row(index)?;
         }
         Ok(exit)
     }

@@ -306,7 +306,9 @@ impl Decoding {
         };
         let max_tokens = self.text.room() - 1;
         let history = &self.text.tokens;
-        let speedup = drafting.expected_speedup(history, max_tokens, others, backend.costs());
+        let shares_drafts = backend.capabilities().shares_drafts;
+        let speedup =
+            drafting.expected_speedup(history, max_tokens, others, shares_drafts, backend.costs());
         if speedup <= 1.0 || speedup.is_nan() {
             debug!(speedup, max_tokens, "no draft: it would not pay");
             return Ok(None);

@@ -80,12 +80,14 @@ impl Drafting {
     }
 
     /// Of a draft of at most `max_tokens` tokens after `history`; 0 where there is room for none.
-    /// Without it the next token would share a pass with those of `others`.
+    /// Without it the next token would share a pass with those of `others`, and so does what verifies
+    /// it where that `shares_drafts`.
     pub(super) fn expected_speedup(
         &mut self,
         history: &[u32],
         max_tokens: usize,
         others: usize,
+        shares_drafts: bool,
         costs: &Costs,
     ) -> f64 {
         if max_tokens == 0 {
@@ -93,7 +95,7 @@ impl Drafting {
         }
         // where tokens exit, drafts decide about them too, and are made alike in any company
         let others = if self.is_lossless() { others } else { 0 };
-        let baseline = self.baseline.seconds_beside(others, costs);
+        let baseline = self.baseline.beside(others, shares_drafts, costs);
         self.drafter
             .expected_speedup(history, max_tokens, costs, baseline)
     }

@@ -1,6 +1,6 @@
 //! Takes the drafter with the higher expected speedup at each point of the text.
 
-use super::{Acceptance, Draft, DraftContext, Drafter};
+use super::{Acceptance, Draft, DraftContext, Drafter, TokenCost};
 use crate::backend::Costs;
 use crate::error::Result;
 
@@ -30,7 +30,7 @@ impl Drafter for Auto {
         history: &[u32],
         max_tokens: usize,
         costs: &Costs,
-        baseline: f64,
+        baseline: TokenCost,
     ) -> f64 {
         let mut best = f64::NEG_INFINITY;
         for (index, drafter) in self.drafters.iter_mut().enumerate() {

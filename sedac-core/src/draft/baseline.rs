@@ -24,13 +24,18 @@ impl BaselineCost {
         self.mean * full_depth_cost(costs, self.layers, 1)
     }
 
-    /// Seconds for a token in a pass that tokens of `others` texts share.
-    pub(crate) fn seconds_beside(&self, others: usize, costs: &Costs) -> f64 {
+    /// A token in a pass that tokens of `others` texts share; `verifies` says whether drafts do, too.
+    pub(crate) fn beside(&self, others: usize, verifies: bool, costs: &Costs) -> TokenCost {
         let alone = full_depth_cost(costs, self.layers, 1);
         let together = full_depth_cost(costs, self.layers, 1 + others);
-        match alone > 0.0 {
-            true => self.seconds(costs) * together / (alone * (1 + others) as f64),
-            false => self.seconds(costs),
+        let of_alone = match alone > 0.0 {
+            true => together / (alone * (1 + others) as f64),
+            false => 1.0,
+        };
+        TokenCost {
+            seconds: of_alone * self.seconds(costs),
+            of_alone,
+            verified_beside: if verifies { others } else { 0 },
         }
     }
 
@@ -41,6 +46,38 @@ impl BaselineCost {
         if full > 0.0 {
             self.mean = DECAY * self.mean + (1.0 - DECAY) * seconds / full;
         }
+    }
+}
+
+/// What a text's next token costs without a draft, and beside what one is verified.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TokenCost {
+    /// Seconds, where it shares a pass its share of them.
+    pub seconds: f64,
+    /// The same relative to what it costs in a pass of its own.
+    pub of_alone: f64,
+    /// Tokens of other texts in the pass that verifies a draft, which cost as much as this one.
+    pub verified_beside: usize,
+}
+
+impl TokenCost {
+    /// Of a text alone, whose tokens take `seconds` each.
+    pub fn alone(seconds: f64) -> Self {
+        Self {
+            seconds,
+            of_alone: 1.0,
+            verified_beside: 0,
+        }
+    }
+
+    /// Seconds of the pass that verifies a draft, for `tokens` tokens of the text, in a model of `layers`
+    /// layers, less what it costs for the tokens of others.
+    pub(super) fn verification(&self, costs: &Costs, layers: usize, tokens: usize) -> f64 {
+        let others = self.verified_beside;
+        let pass = full_depth_cost(costs, layers, others + tokens);
+        // passes that were measured at other times may say that the others pay for all
+        let least = pass * tokens as f64 / (others + tokens) as f64 / 2.0;
+        (pass - others as f64 * self.seconds).max(least)
     }
 }
 
@@ -68,11 +105,30 @@ mod tests {
             costs.note_layers(1, tokens, Duration::from_secs(seconds));
         }
         assert_eq!(mean.seconds(&costs), 40.0);
-        assert_eq!(mean.seconds_beside(0, &costs), 40.0);
-        assert_eq!(mean.seconds_beside(1, &costs), 22.0);
+        assert_eq!(mean.beside(0, true, &costs), TokenCost::alone(40.0));
+        let beside = mean.beside(1, false, &costs);
+        assert_eq!((beside.seconds, beside.of_alone), (22.0, 0.55));
         for _ in 0..1000 {
             mean.observe(2, &costs);
         }
         assert!((mean.seconds(&costs) - 22.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_draft_beside_others_costs_what_it_adds_to_their_pass() {
+        let mut costs = Costs::default();
+        for (tokens, seconds) in [(1, 10), (3, 12), (5, 20)] {
+            for _ in 0..2 {
+                costs.note_layers(1, tokens, Duration::from_secs(seconds));
+            }
+        }
+        let beside = |verifies| BaselineCost::new(1).beside(2, verifies, &costs);
+        assert_eq!(beside(true).seconds, 4.0);
+        // two tokens of others cost 8 of the 20 seconds
+        assert_eq!(beside(true).verification(&costs, 1, 3), 12.0);
+        assert_eq!(beside(true).verification(&costs, 1, 1), 4.0);
+        assert_eq!(beside(false).verification(&costs, 1, 3), 12.0);
+        assert_eq!(beside(false).verification(&costs, 1, 5), 20.0);
+        assert_eq!(TokenCost::alone(10.0).verification(&costs, 1, 5), 20.0);
     }
 }

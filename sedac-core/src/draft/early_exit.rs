@@ -4,7 +4,7 @@ use super::baseline::baseline_cost;
 use super::round_costs::{DECAY, RoundCosts};
 use super::{
     Acceptance, AcceptanceRate, DepthAcceptance, Draft, DraftContext, Drafter, Foresight,
-    TakenExit, full_depth_cost,
+    TakenExit, TokenCost, full_depth_cost,
 };
 use crate::backend::{
     Ahead, Costs, DraftChoice, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome, margin_bin,
@@ -292,7 +292,13 @@ impl Drafter for EarlyExit {
             .for_each(|depth| depth.rounds.start());
     }
 
-    fn expected_speedup(&mut self, history: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
+    fn expected_speedup(
+        &mut self,
+        history: &[u32],
+        _: usize,
+        _: &Costs,
+        baseline: TokenCost,
+    ) -> f64 {
         let (mut best, mut prior) = (0.0, PRIOR_SPEEDUP);
         for (index, depth) in self.depths.iter_mut().enumerate() {
             depth.rounds.idle(history.len());
@@ -303,8 +309,10 @@ impl Drafter for EarlyExit {
             }
             prior = speedup * SHALLOWER_SPEEDUP;
         }
+        // rounds have passes of their own, which were compared with those of a token alone
+        best *= baseline.of_alone;
         self.expected_speedup = best.max(1.0);
-        self.baseline = baseline;
+        self.baseline = baseline.seconds;
         best
     }
 

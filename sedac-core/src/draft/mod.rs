@@ -21,6 +21,7 @@ use self::acceptance::AcceptanceRate;
 pub use self::acceptance::{Acceptance, DepthAcceptance, TrainedAcceptance};
 use self::auto::Auto;
 pub(crate) use self::baseline::BaselineCost;
+pub use self::baseline::TokenCost;
 use self::early_exit::EarlyExit;
 use self::prompt_lookup::PromptLookup;
 use self::trained::Trained;
@@ -167,14 +168,14 @@ pub trait Drafter: Send {
     fn start(&mut self);
 
     /// The expected speedup of a round with a draft, in tokens a second, over one without, where a
-    /// token costs `baseline` seconds. At most `max_tokens` tokens, 1 or more, may be drafted after
+    /// token costs what `baseline` says. At most `max_tokens` tokens, 1 or more, may be drafted after
     /// `history`.
     fn expected_speedup(
         &mut self,
         history: &[u32],
         max_tokens: usize,
         costs: &Costs,
-        baseline: f64,
+        baseline: TokenCost,
     ) -> f64;
 
     /// Make the draft whose speedup was asked for last, after `history`, whose last token the

@@ -1,7 +1,7 @@
 //! Drafts what followed the newest tokens when they occurred before.
 
 use super::suffix_automaton::{Continuation, Match, SuffixAutomaton};
-use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
+use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, TokenCost};
 use crate::backend::Costs;
 use crate::error::Result;
 
@@ -115,7 +115,7 @@ impl Drafter for PromptLookup {
         history: &[u32],
         max_tokens: usize,
         costs: &Costs,
-        baseline: f64,
+        baseline: TokenCost,
     ) -> f64 {
         self.rates.iter_mut().for_each(AcceptanceRate::decay);
         self.follow(history);
@@ -136,7 +136,8 @@ impl Drafter for PromptLookup {
             accepted *= self.rates[class].estimate();
             tokens += accepted;
             let length = self.drafted.len();
-            let speedup = baseline * tokens / full_depth_cost(costs, self.layers, length + 1);
+            let cost = baseline.verification(costs, self.layers, length + 1);
+            let speedup = baseline.seconds * tokens / cost;
             if speedup > best {
                 (best, best_length) = (speedup, length);
             }
@@ -213,7 +214,7 @@ mod tests {
     }
 
     fn draft(lookup: &mut PromptLookup, text: &[u32], max_tokens: usize) -> (f64, Vec<u32>) {
-        let speedup = lookup.expected_speedup(text, max_tokens, &costs(0.0), 1.0);
+        let speedup = lookup.expected_speedup(text, max_tokens, &costs(0.0), TokenCost::alone(1.0));
         let tokens = lookup.drafted.iter().map(|&(token, _)| token);
         (speedup, tokens.collect())
     }
@@ -243,7 +244,8 @@ mod tests {
         let lengths = [0.0, 0.5, 2.0].map(|per_token| {
             let mut lookup = PromptLookup::new(1);
             let text = [1, 2, 3, 4, 5, 6, 1, 2];
-            let speedup = lookup.expected_speedup(&text, 9, &costs(per_token), 1.0);
+            let speedup =
+                lookup.expected_speedup(&text, 9, &costs(per_token), TokenCost::alone(1.0));
             (lookup.drafted.len(), speedup > 1.0)
         });
         assert_eq!(lengths[0], (9, true));

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::round_costs::RoundCosts;
-use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, full_depth_cost};
+use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, TokenCost, full_depth_cost};
 use crate::backend::{Ahead, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
 use crate::error::{Error, Result};
 
@@ -26,8 +26,8 @@ pub(super) struct Trained {
     step: StepCost,
     rounds: RoundCosts,
     expected_speedup: f64,
-    /// Seconds that a token takes without drafts.
-    baseline_seconds: f64,
+    /// What a token costs without drafts.
+    baseline: TokenCost,
     /// By the probability of the drafted token, of those drafted after accepted ones.
     rates: Vec<AcceptanceRate>,
     /// The tokens of the last draft, and their bins of probability.
@@ -64,7 +64,7 @@ impl Trained {
             step: StepCost::default(),
             rounds: RoundCosts::default(),
             expected_speedup: 1.0,
-            baseline_seconds: 0.0,
+            baseline: TokenCost::default(),
             rates: (0..MARGIN_BINS)
                 .map(|bin| AcceptanceRate::new(middle(bin)))
                 .collect(),
@@ -79,9 +79,9 @@ impl Trained {
         if drafted == 0 {
             return 0.0;
         }
-        let verify = |tokens| full_depth_cost(costs, self.layers, tokens);
+        let verify = |tokens| self.baseline.verification(costs, self.layers, tokens);
         let cost = self.step.mean + verify(drafted + 2) - verify(drafted + 1);
-        cost * self.expected_speedup / self.baseline_seconds
+        cost * self.expected_speedup / self.baseline.seconds
     }
 
     /// How far to draft, to `tokens` tokens at most.
@@ -120,10 +120,16 @@ impl Drafter for Trained {
         self.rounds.start();
     }
 
-    fn expected_speedup(&mut self, history: &[u32], _: usize, _: &Costs, baseline: f64) -> f64 {
+    fn expected_speedup(
+        &mut self,
+        history: &[u32],
+        _: usize,
+        _: &Costs,
+        baseline: TokenCost,
+    ) -> f64 {
         self.rounds.idle(history.len());
         self.rates.iter_mut().for_each(AcceptanceRate::decay);
-        self.baseline_seconds = baseline;
+        self.baseline = baseline;
         let speedup = self.rounds.speedup(PRIOR_SPEEDUP);
         self.expected_speedup = speedup.max(1.0);
         speedup
@@ -170,8 +176,9 @@ impl Drafter for Trained {
         }
         let full = full_depth_cost(costs, self.layers, 1);
         if full > 0.0 {
-            let verify = full_depth_cost(costs, self.layers, self.drafted.len() + 1);
-            let baseline = tokens.len() as f64 * self.baseline_seconds;
+            let verified = self.drafted.len() + 1;
+            let verify = self.baseline.verification(costs, self.layers, verified);
+            let baseline = tokens.len() as f64 * self.baseline.seconds;
             let cost = self.steps as f64 * self.step.mean + verify;
             self.rounds.observe(baseline / full, cost / full);
         }

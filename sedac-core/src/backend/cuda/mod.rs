@@ -85,6 +85,7 @@ impl<D: ChainDevice> CudaChain<D> {
             capabilities: Capabilities {
                 sequences,
                 shares_passes: true,
+                shares_drafts: true,
                 probes: device.probes().to_vec(),
                 exit_heads: device.exit_heads().to_vec(),
                 margins: true,

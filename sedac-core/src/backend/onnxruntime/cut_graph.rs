@@ -1,8 +1,9 @@
-//! Layer graphs cut around attention, where it is given a spare row, as in quantized layers.
+//! Layer graphs cut around attention.
 //!
-//! ONNX Runtime's attention refuses several rows of several sequences, and a row alone has other bits
-//! than beside its spare. So attention runs for one sequence after another, and what lies before and
-//! after it, all of the weights, for the rows of all.
+//! ONNX Runtime's attention refuses several rows of several sequences. So it runs for one sequence after
+//! another, or as a batch for those of one row, and what lies before and after it, all of the weights,
+//! for the rows of all. Attention that is given a spare row, as in quantized layers, has no batch: a row
+//! alone has other bits than beside its spare.
 
 use std::collections::HashSet;
 
@@ -42,7 +43,7 @@ struct Stored {
 }
 
 /// The layer graph `graph`, whose attention has heads of `head_size`, cut around it. None where it has
-/// not one attention with a spare row, or this takes anything else of the rows.
+/// not one attention, or this takes anything else of the rows.
 pub(super) fn around_attention(graph: &[u8], head_size: usize) -> Option<CutGraph> {
     let model = Model::decode(graph).ok()?;
     let graph = model.graph.as_ref()?;
@@ -88,7 +89,7 @@ pub(super) fn around_attention(graph: &[u8], head_size: usize) -> Option<CutGrap
     })
 }
 
-/// What goes into the nodes of `attention`, its spare row's included, and what comes out of them.
+/// What goes into the nodes of `attention`, those of a spare row included, and what comes out of them.
 fn crossings(
     graph: &RowGraph,
     attention: &Operator,
@@ -105,16 +106,18 @@ fn crossings(
     let named = rows.into_iter().zip(widths);
     let named = named.filter(|(name, _)| !name.is_empty());
     let given = named.map(|(name, width)| {
-        let pad = pads().find(|node| node.output.first() == Some(name))?;
+        let pad = pads().find(|node| node.output.first() == Some(name));
         Some(Crossing {
-            name: pad.input.first()?.clone(),
+            name: pad.map_or(Some(name), |pad| pad.input.first())?.clone(),
             width,
         })
     });
     let attended = attention.output.first()?;
-    let cut = pads().find(|node| node.input.first() == Some(attended))?;
+    let cut = pads().find(|node| node.input.first() == Some(attended));
     let attended = Crossing {
-        name: cut.output.first()?.clone(),
+        name: cut
+            .map_or(Some(attended), |cut| cut.output.first())?
+            .clone(),
         width: heads,
     };
     Some((given.collect::<Option<_>>()?, attended))
@@ -351,6 +354,17 @@ mod tests {
     }
 
     #[test]
+    fn attention_without_a_spare_row_is_cut_out_alone() {
+        let mut nodes = layer(packed("qkv"));
+        nodes.retain(|node| node.op_type != "Pad");
+        nodes[4].output[0] = "rows".into();
+        let cut = around_attention(&model(nodes), 8).unwrap();
+        let [_, _, operators, results] = contents(&cut.attention);
+        assert_eq!(operators, "Add Add GroupQueryAttention");
+        assert_eq!(results, "rows present_key_0 present_value_0");
+    }
+
+    #[test]
     fn crossings_are_as_wide_as_heads() {
         let crossing = |(name, width): (&str, usize)| Crossing {
             name: name.into(),
@@ -382,8 +396,6 @@ mod tests {
     #[test]
     fn what_cannot_be_cut_stays_whole() {
         let whole = |nodes| assert!(around_attention(&model(nodes), 8).is_none());
-        // no spare row
-        whole(layer(packed("qkv")));
         // several layers in one engine
         whole([layer(packed("padded")), layer(packed("padded"))].concat());
         // attention that reads the rows elsewhere, too

@@ -18,6 +18,8 @@ pub(super) enum LayerSession {
 pub(super) struct CutLayer {
     pub(super) before: Session,
     pub(super) attention: Session,
+    /// Whether attention takes a row each of several sequences.
+    pub(super) has_batches: bool,
     pub(super) after: Session,
     /// What crosses the cuts: all that attention is given, and last what it makes of it.
     pub(super) crossings: Vec<Crossing>,
@@ -34,7 +36,7 @@ pub(super) enum BoundLayer {
 /// The tensors of a [`CutLayer`].
 pub(super) struct BoundCut {
     pub(super) before: IoBinding,
-    /// None in passes of several sequences, whose attention runs in passes of their own.
+    /// None in passes over rows of several sequences, whose attention runs in other passes.
     pub(super) attention: Option<IoBinding>,
     pub(super) after: IoBinding,
 }

@@ -320,6 +320,7 @@ impl Engines for OnnxRuntime {
         Capabilities {
             sequences: self.slots.len(),
             shares_passes: self.rows.is_some(),
+            shares_drafts: self.rows.is_some() && self.is_cut(),
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),

@@ -20,7 +20,8 @@ pub(super) struct Shared {
     pub(super) hidden_size: usize,
     pub(super) write_index: Tensor<i64>,
     contexts: Vec<ContextTensor>,
-    /// Whose caches engines see: one, or neighbours with a row each.
+    /// Whose caches engines see: one, or neighbours with a row each; none where attention runs in other
+    /// passes.
     pub(super) slots: Range<usize>,
     seqlens_k: Tensor<i32>,
     total_sequence_length: Tensor<i32>,
@@ -32,7 +33,7 @@ impl Shared {
             hidden_size: manifest.model.hidden_size,
             write_index: tensor(&[1])?,
             contexts: manifest.contexts.clone(),
-            seqlens_k: tensor(&[slots.len()])?,
+            seqlens_k: tensor(&[slots.len().max(1)])?,
             total_sequence_length: tensor(&[])?,
             slots,
         })
@@ -209,12 +210,10 @@ impl Pass {
             LayerSession::Cut(layer) => layer,
         };
         let mut bind = |session| self.bind_session(place, session, &layer.crossings, memory);
-        let has_one_sequence = memory.0.slots.len() == 1;
+        let attends = !memory.0.slots.is_empty();
         Ok(BoundLayer::Cut(Box::new(BoundCut {
             before: bind(&layer.before)?,
-            attention: has_one_sequence
-                .then(|| bind(&layer.attention))
-                .transpose()?,
+            attention: attends.then(|| bind(&layer.attention)).transpose()?,
             after: bind(&layer.after)?,
         })))
     }
@@ -248,7 +247,11 @@ impl Pass {
                 bind_output(&mut bound, name, value)?;
             }
         }
-        for index in 0..entry.num_layers {
+        let layers = match shared.slots.is_empty() {
+            true => 0,
+            false => entry.num_layers,
+        };
+        for index in 0..layers {
             let place = (entry.first_layer + index, index);
             // SAFETY: whoever holds passes holds the caches, makes new passes with new ones, and
             // runs one binding at a time.
@@ -362,11 +365,6 @@ impl Passes {
 
     pub(super) fn current(&self) -> &Pass {
         &self.ready[&self.current]
-    }
-
-    /// The pass of one token, which there always is.
-    pub(super) fn of_one(&mut self) -> &mut Pass {
-        self.ready.get_mut(&1).expect("made first")
     }
 
     pub(super) fn current_mut(&mut self) -> &mut Pass {

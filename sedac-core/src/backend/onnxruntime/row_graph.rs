@@ -120,7 +120,7 @@ impl Operator {
 }
 
 /// The layer graph `graph` with rows of several sequences. None where its attention is another
-/// operator, or is given a spare row: such graphs are cut (see [`super::cut_graph`]).
+/// operator, or is given a spare row.
 pub(super) fn of_sequences(graph: &[u8]) -> Option<Vec<u8>> {
     let mut model = Model::decode(graph).ok()?;
     let graph = model.graph.as_mut()?;

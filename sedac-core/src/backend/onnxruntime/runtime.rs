@@ -186,11 +186,12 @@ fn first_row(session: &mut Session, [x, y]: &[Crossing; 2], rows: usize) -> Resu
 }
 
 /// The layer engine in `file` of `bundle` for the CPU, with rows of several sequences; None where it
-/// cannot have them. Its attention has heads of `head_size`.
+/// cannot have them. It is to be cut around attention, of heads of `cut_head_size`, where that is given.
 pub(super) fn row_session(
     environment: &Environment,
     bundle: &Bundle,
-    (file, head_size): (&Path, usize),
+    file: &Path,
+    cut_head_size: Option<usize>,
 ) -> Result<Option<LayerSession>> {
     let (graph, directory) = bundle.gate.graph(file)?;
     let open = |graph: &[u8]| {
@@ -200,15 +201,19 @@ pub(super) fn row_session(
         let what = || format!("{} cannot be loaded for rows", shown.display());
         loaded.map_err(|source| engine_error(what(), source))
     };
-    if let Some(graph) = row_graph::of_sequences(&graph) {
-        return Ok(Some(LayerSession::Whole(open(&graph)?)));
-    }
+    let Some(head_size) = cut_head_size else {
+        let graph = row_graph::of_sequences(&graph);
+        let session = graph.map(|graph| open(&graph)).transpose()?;
+        return Ok(session.map(LayerSession::Whole));
+    };
     let Some(cut) = cut_graph::around_attention(&graph, head_size) else {
         return Ok(None);
     };
+    let batches = row_graph::of_sequences(&cut.attention);
     Ok(Some(LayerSession::Cut(Box::new(CutLayer {
         before: open(&cut.before)?,
-        attention: open(&cut.attention)?,
+        has_batches: batches.is_some(),
+        attention: open(&batches.unwrap_or(cut.attention))?,
         after: open(&cut.after)?,
         crossings: cut.crossings,
     }))))

@@ -59,6 +59,7 @@ impl ToyDevice {
             capabilities: Capabilities {
                 sequences: SEQUENCES,
                 shares_passes: true,
+                shares_drafts: true,
                 probes: exit_layers.clone(),
                 exit_heads: exit_layers.clone(),
                 attention_only: false,

@@ -13,7 +13,7 @@ use sedac_core::Result;
 use sedac_core::backend::cuda::CudaChain;
 use sedac_core::backend::{
     Backend, Capabilities, Costs, DraftEngine, EngineTiming, Engines, HostDecided, RowEngines,
-    SequenceRow, SequenceStep, StepOutcome,
+    SequenceStep, StepOutcome,
 };
 use sedac_core::bundle::DrafterKind;
 use sedac_core::chain::Chain;
@@ -24,6 +24,7 @@ use sedac_core::sequence::Sequence;
 
 pub(crate) use self::device::ToyDevice;
 pub(crate) use self::kernel::ToyKernel;
+use self::rows::ToyRows;
 
 pub(crate) const VOCABULARY: usize = 6;
 pub(crate) const CAPACITY: usize = 80;
@@ -133,7 +134,7 @@ pub(crate) struct Toy {
     start: usize,
     pass: Vec<Hidden>,
     /// Of the pass, where it is over several sequences.
-    rows: Vec<SequenceRow>,
+    rows: Vec<ToyRows>,
     /// Logits of its rows that have exited.
     exited: Vec<Option<Vec<f32>>>,
     depth: usize,
