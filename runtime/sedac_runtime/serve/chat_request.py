@@ -90,9 +90,9 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    modalities: Annotated[list[str] | None, only(["text"])] = None
-    service_tier: Annotated[str | None, only("auto", "default")] = None
-    store: Annotated[bool | None, only(False)] = None
+    modalities: Annotated[list[str] | None, *only(["text"])] = None
+    service_tier: Annotated[str | None, *only("auto", "default")] = None
+    store: Annotated[bool | None, *only(False)] = None
     metadata: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None

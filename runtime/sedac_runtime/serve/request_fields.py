@@ -3,6 +3,8 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict, JsonValue
+from pydantic.fields import FieldInfo
 
 from sedac_runtime.choices import Drafter, KvFill, Mode, PolicyName
 
@@ -17,7 +19,7 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-def only(*allowed: object) -> AfterValidator:
+def only(*allowed: JsonValue) -> tuple[AfterValidator, FieldInfo]:
     """Accept a field that clients send, where it asks for nothing that is not supported."""
 
     def check(value: object) -> object:
@@ -26,10 +28,11 @@ def only(*allowed: object) -> AfterValidator:
             raise ValueError(f"only {names} is supported")
         return value
 
-    return AfterValidator(check)
+    schema: JsonDict = {"enum": [*allowed, None]}
+    return AfterValidator(check), Field(json_schema_extra=schema)
 
 
-Zero = Annotated[float | None, only(0)]
+Zero = Annotated[float | None, *only(0)]
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
 StopString = Annotated[str, Field(min_length=1)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
@@ -69,6 +72,7 @@ class GenerationRequest(RequestModel):
     max_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    # FastAPI writes both into the schema as doubles, of whose decimal digits only 17 are right
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**64)] = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
     logit_bias: dict[str, LogitBias] | None = None
@@ -98,7 +102,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     best_of: int | None = None
-    suffix: Annotated[str | None, only("")] = None
+    suffix: Annotated[str | None, *only("")] = None
 
 
 class ResponseFormatSchema(RequestModel):
