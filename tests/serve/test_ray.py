@@ -18,6 +18,7 @@ pytest.importorskip("ray", reason="of the extra sedac-runtime[ray]")
 
 from openai import OpenAI
 from pydantic import ValidationError
+from ray.serve.config import BackpressureConfig, HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 
 from sedac_runtime import SedacModel
@@ -195,6 +196,15 @@ def test_the_manifest_has_a_config_of_serve() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(written))
     arguments = Arguments.model_validate(config.applications[0].args)
     assert config.http_options.request_timeout_s > arguments.request_timeout
+
+
+def test_ray_lets_nobody_choose_the_body_of_its_429() -> None:
+    """Where this fails, docs/guides/ray.md is out of date and the 429 can have OpenAI's body."""
+    assert set(BackpressureConfig.model_fields) == {"status_code", "retry_after_s"}
+    with pytest.raises(ValidationError, match="body"):
+        BackpressureConfig.model_validate({"status_code": 429, "body": "{}"})
+    with pytest.raises(ValueError, match="middlewares"):
+        HTTPOptions(middlewares=[object()])
 
 
 def test_a_gpu_is_reserved_where_the_engines_need_one() -> None:
