@@ -111,10 +111,10 @@ impl CostRecord {
 #[derive(Debug, Clone, Default)]
 struct Curve(BTreeMap<usize, Cost>);
 
-/// Seconds for one number of tokens.
+/// Seconds of something that runs again and again.
 #[derive(Debug, Clone, Copy, Default)]
-struct Cost {
-    /// Whether a pass has run. The first one makes buffers too and does not count.
+pub(crate) struct Cost {
+    /// Whether it has run. The first run makes buffers too and does not count.
     has_run: bool,
     measured: Option<f64>,
     /// In an earlier process.
@@ -123,12 +123,7 @@ struct Cost {
 
 impl Curve {
     fn note(&mut self, tokens: usize, seconds: f64) {
-        let cost = self.0.entry(tokens).or_default();
-        if cost.has_run {
-            let known = cost.measured.unwrap_or(f64::INFINITY);
-            cost.measured = Some(seconds.min(known * RISE));
-        }
-        cost.has_run = true;
+        self.0.entry(tokens).or_default().note(seconds);
     }
 
     fn fall(&mut self, except: usize) {
@@ -186,6 +181,20 @@ impl Curve {
 }
 
 impl Cost {
+    /// It took `seconds`.
+    pub(crate) fn note(&mut self, seconds: f64) {
+        if self.has_run {
+            let known = self.measured.unwrap_or(f64::INFINITY);
+            self.measured = Some(seconds.min(known * RISE));
+        }
+        self.has_run = true;
+    }
+
+    /// What was measured, 0 before that.
+    pub(crate) fn measured(&self) -> f64 {
+        self.measured.unwrap_or(0.0)
+    }
+
     fn is_known(&self) -> bool {
         self.measured.is_some() || self.remembered.is_some()
     }

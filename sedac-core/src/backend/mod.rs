@@ -22,6 +22,7 @@ use std::ops::Range;
 
 pub(crate) use self::gpu::gpu_name;
 pub use capabilities::Capabilities;
+pub(crate) use costs::Cost;
 pub use costs::{CostRecord, Costs};
 pub use draft_engine::{DraftChoice, DraftEngine, DraftedToken};
 pub use host_decided::HostDecided;

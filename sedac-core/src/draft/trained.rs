@@ -1,18 +1,16 @@
 //! Drafts by a small layer that was trained for the model.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::round_costs::RoundCosts;
 use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, TokenCost, full_depth_cost};
-use crate::backend::{Ahead, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
+use crate::backend::{Ahead, Cost, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
 use crate::error::{Error, Result};
 
 /// Longer drafts are seldom accepted whole.
 const MAX_DRAFTED: usize = MAX_AHEAD;
 /// The speedup that is expected before anything was observed.
 const PRIOR_SPEEDUP: f64 = 1.3;
-/// Passes count less with every newer one.
-const STEP_DECAY: f64 = 0.95;
 
 /// Takes the model's hidden states at the verified positions through a trained layer, drafts the
 /// token that it finds, and goes on from its own state for as long as the next token is worth what
@@ -23,7 +21,7 @@ pub(super) struct Trained {
     /// Positions of the text that the layer's cache holds states of the model for.
     verified: usize,
     /// Seconds of one drafted token.
-    step: StepCost,
+    step: Cost,
     rounds: RoundCosts,
     expected_speedup: f64,
     /// What a token costs without drafts.
@@ -36,32 +34,13 @@ pub(super) struct Trained {
     steps: usize,
 }
 
-/// Mean seconds of a drafted token. The first pass makes buffers and does not count.
-#[derive(Debug, Default)]
-struct StepCost {
-    has_run: bool,
-    mean: f64,
-}
-
-impl StepCost {
-    fn note(&mut self, elapsed: Duration) {
-        let seconds = elapsed.as_secs_f64();
-        self.mean = match (self.has_run, self.mean) {
-            (false, _) => 0.0,
-            (true, 0.0) => seconds,
-            (true, mean) => STEP_DECAY * mean + (1.0 - STEP_DECAY) * seconds,
-        };
-        self.has_run = true;
-    }
-}
-
 impl Trained {
     pub(super) fn new(layers: usize) -> Self {
         let middle = |bin| (bin as f64 + 0.5) / MARGIN_BINS as f64;
         Self {
             layers,
             verified: 0,
-            step: StepCost::default(),
+            step: Cost::default(),
             rounds: RoundCosts::default(),
             expected_speedup: 1.0,
             baseline: TokenCost::default(),
@@ -80,7 +59,7 @@ impl Trained {
             return 0.0;
         }
         let verify = |tokens| self.baseline.verification(costs, self.layers, tokens);
-        let cost = self.step.mean + verify(drafted + 2) - verify(drafted + 1);
+        let cost = self.step.measured() + verify(drafted + 2) - verify(drafted + 1);
         cost * self.expected_speedup / self.baseline.seconds
     }
 
@@ -160,7 +139,8 @@ impl Drafter for Trained {
         self.verified = history.len() - 1;
         // what a prompt takes is no part of a round's cost
         if is_step {
-            self.step.note(before.elapsed() / drafted.len() as u32);
+            let elapsed = before.elapsed().as_secs_f64();
+            self.step.note(elapsed / drafted.len() as f64);
         }
         self.steps = drafted.len();
         self.keep(&drafted, &costs);
@@ -179,7 +159,7 @@ impl Drafter for Trained {
             let verified = self.drafted.len() + 1;
             let verify = self.baseline.verification(costs, self.layers, verified);
             let baseline = tokens.len() as f64 * self.baseline.seconds;
-            let cost = self.steps as f64 * self.step.mean + verify;
+            let cost = self.steps as f64 * self.step.measured() + verify;
             self.rounds.observe(baseline / full, cost / full);
         }
     }
