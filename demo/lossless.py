@@ -9,6 +9,7 @@ prompts. A text differs if any of its tokens does.
 """
 
 import argparse
+import json
 import random
 import statistics
 import sysconfig
@@ -64,7 +65,9 @@ def main() -> None:
             **mode,
         )
 
-    ways = ["full", *DRAFTERS]
+    manifest = json.loads((arguments.engines / "bundle.json").read_text())
+    trained = ["trained"] if manifest.get("drafter") else []
+    ways = ["full", *DRAFTERS, *trained]
     outputs: dict[str, list[GenerationOutput]] = {way: [] for way in ways}
     order = random.Random(1)
     cut = prompts(model, arguments.prompts, arguments.prompt_tokens)
@@ -77,7 +80,7 @@ def main() -> None:
     print(f"{len(cut)} prompts, full depth {per_token:.3f} ms/token\n")
     print("| drafter | speed | median | minimum | drafted | accepted | texts that differ |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for way in DRAFTERS:
+    for way in ways[1:]:
         pairs = list(zip(full, outputs[way], strict=True))
         ratios = [theirs.decode_ms / ours.decode_ms for theirs, ours in pairs]
         total = sum(theirs.decode_ms for theirs, _ in pairs)
