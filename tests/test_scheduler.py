@@ -164,7 +164,7 @@ def test_wrong_settings_are_refused(model: Model) -> None:
         Scheduler(model, max_sequences=1, prefill_chunk=0)
 
 
-def test_drafts_and_prompts_share_passes(model: Model) -> None:
+def test_drafts_beside_prompts_change_no_text(model: Model) -> None:
     """Texts that repeat themselves are drafted while a longer prompt is prefilled beside."""
     settings: dict[str, object] = {"max_new_tokens": 40, "stop_tokens": []}
     prompts = [PROMPTS[0] * 5, PROMPTS[1] * 8, PROMPTS[3] * 2]

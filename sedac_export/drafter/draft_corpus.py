@@ -181,34 +181,36 @@ def write_corpus(
 
     Ends early once `deadline` says so, with what there is.
 
-    Raises SedacError when nothing was written.
+    Raises SedacError when nothing was written, or none of the messages came to an end.
     """
     corpus = DraftCorpus()
     total = messages + len(texts)
-    done = 0
-    for turn, part in enumerate(_starts(distillation, messages, texts)):
+    done = greedy_texts = 0
+    for turn, (asked, part) in enumerate(_starts(distillation, messages, texts)):
         greedy = turn % 2 == 0
-        written = distillation.answers(part, 0.0 if greedy else TEMPERATURE)
-        if greedy:
-            corpus.held_out += written[::HELD_OUT]
-            corpus.training += [t for i, t in enumerate(written) if i % HELD_OUT]
-        else:
-            corpus.training += written
-        done += len(part)
+        for text in distillation.answers(part, 0.0 if greedy else TEMPERATURE):
+            held_out = greedy and greedy_texts % HELD_OUT == 0
+            (corpus.held_out if held_out else corpus.training).append(text)
+            greedy_texts += greedy
+        done += asked
         progress(done, total)
         if deadline():
             break
     if not corpus.training or not corpus.held_out:
-        raise SedacError("the model wrote nothing; give more --data, or a larger --self-distill")
+        raise SedacError(
+            "the model wrote no messages that end, and no texts; give more --data, or a larger"
+            " --self-distill"
+        )
     return corpus
 
 
 def _starts(
     distillation: SelfDistillation, messages: int, texts: Sequence[list[int]]
-) -> Iterator[list[list[int]]]:
+) -> Iterator[tuple[int, list[list[int]]]]:
     """What the model goes on from, a batch at a time: messages of its own and starts of `texts`.
 
-    As long as there are both, TEXT_SHARE of a batch are of `texts`.
+    As long as there are both, TEXT_SHARE of a batch are of `texts`. Beside each batch, how many
+    were asked for: messages without an end are not among them.
     """
     waiting = list(texts)
     beginnings = itertools.cycle(MESSAGE_STARTS)
@@ -218,11 +220,11 @@ def _starts(
         waiting = waiting[len(batch) :]
         count = min(distillation.batch - len(batch), messages)
         messages -= count
+        asked = len(batch) + count
         if count > 0:
             written = distillation.messages(count, next(beginnings))
             batch += [answer_start(distillation.tokenizer, message) for message in written]
-        if batch:
-            yield batch
+        yield asked, batch
 
 
 def _left_padded(

@@ -388,7 +388,9 @@ impl Drafter for EarlyExit {
         for run in &self.runs {
             depth.ran = DECAY * depth.ran + (1.0 - DECAY) * run.depth as f64;
         }
-        depth.rounds.observe(baseline / full, cost / full);
+        if full > 0.0 {
+            depth.rounds.observe(baseline / full, cost / full);
+        }
     }
 
     fn recall(&mut self, acceptance: &Acceptance) {

@@ -1,14 +1,15 @@
 //! The KV caches of all slots, of which engines see those of one or of several neighbours.
 
+use std::alloc::{Layout, alloc_zeroed};
 use std::ops::Range;
 
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::{IoBinding, Session};
 use ort::value::Outlet;
 
-use super::runtime::{Memory, Side, bind_memory, provider_error};
+use super::runtime::{Memory, Side, bind_memory, engine_error, provider_error};
 use crate::bundle::Manifest;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Caches of as many sequences as there are slots.
 pub(super) struct CacheMemory {
@@ -40,13 +41,13 @@ impl CacheMemory {
         let positions = manifest.max_cache_length + manifest.precision.spare_positions();
         let layers = manifest.key_value_heads.iter().map(|kv| {
             let cache = || Cache::new(slots, kv.heads, positions, kv.head_size);
-            [cache(), cache()]
+            Ok([cache()?, cache()?])
         });
         let device = AllocationDevice::CPU;
         let info = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default);
         Ok(Self {
             slots,
-            layers: layers.collect(),
+            layers: layers.collect::<Result<_>>()?,
             info: info.map_err(provider_error)?,
         })
     }
@@ -116,18 +117,19 @@ impl CacheMemory {
 }
 
 impl Cache {
-    fn new(slots: usize, heads: usize, positions: usize, head_size: usize) -> Self {
+    fn new(slots: usize, heads: usize, positions: usize, head_size: usize) -> Result<Self> {
         let numbers = slots * heads * positions * head_size;
-        let mut memory = vec![0.0; numbers + ALIGNMENT / size_of::<f32>()];
+        let count = numbers + ALIGNMENT / size_of::<f32>();
+        let mut memory = zeros(count).ok_or_else(|| no_room(count))?;
         let start = memory.as_ptr().align_offset(ALIGNMENT);
-        Self {
+        Ok(Self {
             address: memory[start..].as_mut_ptr().expose_provenance() as u64,
             memory,
             start,
             heads,
             positions,
             head_size,
-        }
+        })
     }
 
     fn numbers(&mut self) -> &mut [f32] {
@@ -137,5 +139,37 @@ impl Cache {
     /// Numbers of `slots` sequences.
     fn size(&self, slots: usize) -> usize {
         slots * self.heads * self.positions * self.head_size
+    }
+}
+
+/// `count` zeros, 1 or more, which the system gives memory for where they are written. None where it
+/// has no room for them; a vector would abort.
+fn zeros(count: usize) -> Option<Vec<f32>> {
+    let layout = Layout::array::<f32>(count).ok()?;
+    // SAFETY: the size of `layout` is above 0, as `count` is.
+    let first = unsafe { alloc_zeroed(layout) }.cast::<f32>();
+    if first.is_null() {
+        return None;
+    }
+    // SAFETY: `first` was allocated by the global allocator with the layout of `count` numbers, and all
+    // are initialised: 0.0 is zero bytes.
+    Some(unsafe { Vec::from_raw_parts(first, count, count) })
+}
+
+fn no_room(count: usize) -> Error {
+    let source = ort::Error::new(format!("no room for {count} numbers"));
+    engine_error("a cache cannot be allocated".into(), source)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_no_zeros_where_there_is_no_room() {
+        assert_eq!(zeros(3).unwrap(), [0.0; 3]);
+        for count in [usize::MAX, usize::MAX / 16] {
+            assert!(zeros(count).is_none());
+        }
     }
 }

@@ -71,8 +71,13 @@ impl ReadyPasses {
             .ready
             .iter()
             .position(|pass| pass.passes.has(tokens) && pass.shared.slots == *slots);
-        self.current = found.unwrap_or(self.current);
-        found.is_some()
+        let Some(found) = found else {
+            return false;
+        };
+        // those that were not used for longest come first, and go first
+        self.ready[found..].rotate_left(1);
+        self.current = self.ready.len() - 1;
+        true
     }
 
     fn insert(&mut self, pass: SharedPass) {
@@ -299,11 +304,14 @@ impl RowEngines for OnnxRuntime {
                 exited: None,
             });
         }
-        if let Some(batch) = &batch {
-            self.begin_shared(&mut rows.batches, batch.len(), batch, sequences)?;
-        }
-        self.begin_shared(&mut rows.passes, tokens, &neighbours, sequences)?;
-        let pass = self.rows.insert(rows).passes.current().passes.current_mut();
+        let batched = batch.as_ref().map_or(Ok(()), |batch| {
+            self.begin_shared(&mut rows.batches, batch.len(), batch, sequences)
+        });
+        let begun = batched
+            .and_then(|()| self.begin_shared(&mut rows.passes, tokens, &neighbours, sequences));
+        let rows = self.rows.insert(rows);
+        begun?;
+        let pass = rows.passes.current().passes.current_mut();
         let session = self.contexts.as_mut();
         let positions = positions.into_iter();
         pass.contexts.run(session, positions, &mut self.stopwatch)?;

@@ -10,8 +10,10 @@ use prost::Message;
 use super::cut_graph::{Crossing, piece};
 use super::row_graph::{Model, Operator, RowGraph};
 
-/// What attention is given of rows and positions, padded, and of lengths, one more than there are.
-const GIVEN: [usize; 6] = [0, 1, 2, 5, 6, 9];
+/// What attention is given of rows and positions, padded.
+const ROWS: [usize; 4] = [0, 1, 2, 9];
+/// And of lengths, one more than there are.
+const LENGTHS: [usize; 2] = [5, 6];
 
 /// A product with quantized weights, as a graph of its own.
 pub(super) struct Product {
@@ -25,16 +27,26 @@ pub(super) fn without(graph: &[u8]) -> Option<Vec<u8>> {
     let mut model = Model::decode(graph).ok()?;
     let nodes = &mut model.graph.as_mut()?.node;
     let attentions = || nodes.iter().filter(|node| node.is_attention());
-    let given: HashSet<_> = attentions()
-        .flat_map(|node| GIVEN.map(|input| node.input.get(input).cloned()))
-        .flatten()
-        .collect();
+    let given = |inputs: &[usize]| -> HashSet<_> {
+        let of = |node: &Operator| {
+            inputs
+                .iter()
+                .filter_map(|&n| node.input.get(n))
+                .cloned()
+                .collect::<Vec<_>>()
+        };
+        attentions().flat_map(of).collect()
+    };
+    let (rows, lengths) = (given(&ROWS), given(&LENGTHS));
     let attended: HashSet<_> = attentions().map(|node| node.output[0].clone()).collect();
     let (extensions, mut others): (Vec<_>, Vec<_>) =
         std::mem::take(nodes).into_iter().partition(|node| {
-            let extends =
-                ["Pad", "Add"].contains(&&*node.op_type) && given.contains(&node.output[0]);
-            extends || (node.op_type == "Pad" && attended.contains(&node.input[0]))
+            let given = |names: &HashSet<String>| names.contains(&node.output[0]);
+            match &*node.op_type {
+                "Pad" => given(&rows) || attended.contains(&node.input[0]),
+                "Add" => given(&lengths),
+                _ => false,
+            }
         });
     if extensions.is_empty() {
         return None;
@@ -157,7 +169,8 @@ mod tests {
             "rows keys",
         );
         let padding = operator("Pad", "x pads", "wider");
-        assert_eq!(without(&model(vec![padding, attention])), None);
+        let bias = operator("Add", "product bias", "qkv");
+        assert_eq!(without(&model(vec![padding, bias, attention])), None);
     }
 
     #[test]
