@@ -157,7 +157,10 @@ fn zeros(count: usize) -> Option<Vec<f32>> {
 }
 
 fn no_room(count: usize) -> Error {
-    let source = ort::Error::new(format!("no room for {count} numbers"));
+    let bytes = count.saturating_mul(size_of::<f32>());
+    let source = ort::Error::new(format!(
+        "no room for {bytes} bytes; ask for fewer sequences, or build with a smaller --max-cache-length"
+    ));
     engine_error("a cache cannot be allocated".into(), source)
 }
 
