@@ -179,11 +179,13 @@ def main() -> int:
     )
     parser.add_argument("--mode", choices=("full", "exit", "lossless"), default="lossless")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--backend", default="onnxruntime", help="as sedac-runtime serve takes it")
     arguments = parser.parse_args()
     complete = True
+    options = ("--backend", arguments.backend)
     with (
         tempfile.TemporaryDirectory() as directory,
-        serving(arguments.bundle.resolve(), Path(directory) / "log") as server,
+        serving(arguments.bundle.resolve(), Path(directory) / "log", *options) as server,
     ):
         print(*COLUMNS, sep=" | ")
         for users, requests in product(arguments.users, arguments.requests or [None]):

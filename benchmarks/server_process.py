@@ -52,7 +52,9 @@ def serving(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
         process = subprocess.Popen(command, stderr=output)
     server = Server(process, bundle.name, port)
     try:
-        wait_until(lambda: process.poll() is None and is_healthy(port))
+        wait_until(lambda: process.poll() is not None or is_healthy(port))
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended: {log.read_text().strip()}")
         yield server
     finally:
         process.kill()

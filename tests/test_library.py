@@ -10,7 +10,7 @@ from sedac_runtime.library import find_onnxruntime
 
 OLDER = """
 static const void *api(unsigned version) { return 0; }
-static const char *version(void) { return "1.29.0"; }
+static const char *version(void) { return "1.30.0"; }
 static const struct { const void *(*api)(unsigned); const char *(*version)(void); } base =
     {api, version};
 const void *OrtGetApiBase(void) { return &base; }
@@ -25,7 +25,7 @@ def test_an_older_library_is_refused_with_the_remedy(demo_bundle: Path, tmp_path
     # a process loads ONNX Runtime once, and this one may have
     command = [sys.executable, "-c", LOAD, demo_bundle, library]
     run = subprocess.run(command, capture_output=True, text=True)
-    wanted = f"cannot be loaded from {library}: it is version 1.29.0; install onnxruntime 1.30"
+    wanted = f"cannot be loaded from {library}: it is version 1.30.0; install onnxruntime 1.31"
     assert wanted in run.stderr.splitlines()[-1]
 
 

@@ -80,7 +80,7 @@ pub enum Error {
     Prompt(String),
 
     /// ONNX Runtime could not be loaded.
-    #[error("ONNX Runtime cannot be loaded from {}: {reason}; install onnxruntime 1.30 or newer", path.display())]
+    #[error("ONNX Runtime cannot be loaded from {}: {reason}; install onnxruntime 1.31 or newer", path.display())]
     Library {
         /// The shared library tried.
         path: PathBuf,
