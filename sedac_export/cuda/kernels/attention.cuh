@@ -45,7 +45,7 @@ struct Attention {
   int tid;
 
   static constexpr int UNITS = divided_up(HEAD / 8, WARPS);  // of 16 rows by 8 numbers of the output, a warp
-  static constexpr int LOADS = KEYS * HEAD / 8, LOADS_OF_THREAD = 2 * LOADS / THREADS;  // of 16 bytes
+  static constexpr int LOADS = KEYS * HEAD / 8, LOADS_OF_THREAD = LOADS / THREADS;  // of 16 bytes
   static_assert(LOADS % THREADS == 0, "head size");
 
   struct Sums {
@@ -109,25 +109,40 @@ struct Attention {
   // before the first store (with each store after its load they ran one by one).
   __device__ __forceinline__ void load_cache(const ActiveRows& rows, int kv_head, int first_key) {
     const int tid = fresh<N>(this->tid);
-    const size_t cache = (static_cast<size_t>(rows.slot) * KV_HEADS + kv_head) * pass.capacity;
-    uint4 loaded[LOADS_OF_THREAD];
+    const size_t first = (static_cast<size_t>(rows.slot) * KV_HEADS + kv_head) * pass.capacity + first_key;
+    const half *keys = layer.keys + first * HEAD, *values = layer.values + first * HEAD;
+    const int old = rows.start - first_key, given = old + rows.count;
+    uint4 loaded[2][LOADS_OF_THREAD];
 #pragma unroll
     for (int q = 0; q < LOADS_OF_THREAD; q++) {
-      const int i = (tid + q * THREADS) % LOADS, key = min(first_key + i / (HEAD / 8), pass.capacity - 1);
-      const half* from = (q * THREADS < LOADS ? layer.keys : layer.values) + (cache + key) * HEAD + i % (HEAD / 8) * 8;
-      // from L2: another block may have written them in the step before
-      asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];"
-                   : "=r"(loaded[q].x), "=r"(loaded[q].y), "=r"(loaded[q].z), "=r"(loaded[q].w)
-                   : "l"(from));
+      const int2 at = part(tid, q);
+      loaded[0][q] = loaded[1][q] = make_uint4(0, 0, 0, 0);
+      if (at.x >= old) continue;
+      loaded[0][q] = load_cached(keys + at.x * HEAD + at.y);
+      loaded[1][q] = load_cached(values + at.x * HEAD + at.y);
     }
 #pragma unroll
     for (int q = 0; q < LOADS_OF_THREAD; q++) {
-      const int i = (tid + q * THREADS) % LOADS, row = i / (HEAD / 8), key = first_key + row;
-      half* to = (q * THREADS < LOADS ? shared.keys[row] : shared.values[row]) + i % (HEAD / 8) * 8;
-      const bool old = key < rows.start;
-      if (old || key >= rows.start + rows.count)
-        *reinterpret_cast<uint4*>(to) = old ? loaded[q] : make_uint4(0, 0, 0, 0);
+      const int2 at = part(tid, q);
+      if (at.x >= old && at.x < given) continue;
+      *reinterpret_cast<uint4*>(&shared.keys[at.x][at.y]) = loaded[0][q];
+      *reinterpret_cast<uint4*>(&shared.values[at.x][at.y]) = loaded[1][q];
     }
+  }
+
+  // The q-th 16 bytes of keys, and of values, that a thread loads: row, element.
+  __device__ __forceinline__ static int2 part(int tid, int q) {
+    constexpr int PARTS = HEAD / 8;
+    if (THREADS % PARTS == 0) return make_int2(tid / PARTS + q * (THREADS / PARTS), tid % PARTS * 8);
+    const int i = tid + q * THREADS;
+    return make_int2(i / PARTS, i % PARTS * 8);
+  }
+
+  // From L2: another block may have written them in the step before.
+  __device__ __forceinline__ static uint4 load_cached(const half* from) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
   }
 
   // Four numbers of a head that a thread takes: elements low, low + 1, high and high + 1, of queries and keys those
@@ -157,18 +172,18 @@ struct Attention {
 
   // Queries, and keys and values of the pass's own rows, as they arrive.
   __device__ __forceinline__ void load_rows(const Item& item, int first_key, int sub) {
-    constexpr int AT_ONCE = N == 1 ? 1 : 2;
+    constexpr int AT_ONCE = (N == 1 ? 1 : 2) * GROUP * (HEAD / 4) + N * (HEAD / 2) > THREADS ? 2 : 1;
     const int all =
         (N == 1 ? 1 : min(2, item.rows.count - item.token)) * GROUP * (HEAD / 4) + item.rows.count * (HEAD / 2);
 #pragma unroll 1
     for (int first = fresh<N>(tid); first < all; first += AT_ONCE * THREADS) {
       float2 u[AT_ONCE], v[AT_ONCE];
       Quarter quarters[AT_ONCE];
-      bool all_here;
+      unsigned any_missing;
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) quarters[k] = quarter(item, first + k * THREADS, first_key, sub);
       do {
-        all_here = true;
+        any_missing = 0;
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
           const Quarter& q = quarters[k];
@@ -182,9 +197,9 @@ struct Attention {
         for (int k = 0; k < AT_ONCE; k++) {
           if (quarters[k].of == Quarter::NONE) continue;
           const unsigned parity = row_parity<N>(parities, item.rows.first + quarters[k].token);
-          all_here &= arrived(u[k], parity) && arrived(v[k], parity);
+          any_missing |= missing(u[k], parity) | missing(v[k], parity);
         }
-      } while (!all_here);
+      } while (any_missing & 1);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++)
         if (quarters[k].of != Quarter::NONE) place(item, quarters[k], u[k], v[k], first_key);
@@ -289,7 +304,7 @@ struct Attention {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
           float p = score[n][upper * 2], q = score[n][upper * 2 + 1];
-          p = p > -1e29f ? exp2f(p - largest) : 0.f, q = q > -1e29f ? exp2f(q - largest) : 0.f;
+          p = p > -1e29f ? power_of_2(p - largest) : 0.f, q = q > -1e29f ? power_of_2(q - largest) : 0.f;
           sum += p + q;
           *reinterpret_cast<unsigned*>(&shared.probabilities[row][key_tile * 16 + n * 8 + 2 * t]) = packed(p, q);
         }
@@ -325,7 +340,7 @@ struct Attention {
 #pragma unroll
         for (int upper = 0; upper < 2; upper++) {
           const int row = upper * 8 + g;
-          const float f = exp2f(shared.running[sub & 1][row] - shared.running[(sub + 1) & 1][row]);
+          const float f = power_of_2(shared.running[sub & 1][row] - shared.running[(sub + 1) & 1][row]);
           sums.total[q][upper] *= f;
           sums.even[q][upper * 2] *= f, sums.even[q][upper * 2 + 1] *= f;
           sums.odd[q][upper * 2] *= f, sums.odd[q][upper * 2 + 1] *= f;

@@ -269,13 +269,15 @@ struct Chain {
     const bool compared = !mlp && deciding && layer > first_layer;
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
     const unsigned starting = mlp ? 0 : starting_at(layer);
-    residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1));
-    if (starting && layer < LAYERS) residual.start(tid, layer, starting);
+    // what most layers leave out is out of the way of the rest: code that is fetched cold is latency
+    residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1), !mlp && deciding);
+    if (__builtin_expect(starting && layer < LAYERS, 0)) residual.start(tid, layer, starting);
     sync_block();
     MARK(layer, mlp ? 7 : 1)
     if (mlp) return active;
-    if (compared || layer >= next_stop) decide(tid, residual, layer, condition, active);
-    if (pass.features) residual.take_features(tid, layer, active & ~frozen, layer_parities(odd, layer - 1));
+    if (__builtin_expect(compared || layer >= next_stop, 0)) decide(tid, residual, layer, condition, active);
+    if (__builtin_expect(pass.features, 0))
+      residual.take_features(tid, layer, active & ~frozen, layer_parities(odd, layer - 1));
     return active_at(layer);
   }
 

@@ -10,37 +10,36 @@ __device__ __forceinline__ uint2 combined(const float* partial, const float* sof
   float largest = -1e30f, total = 0;
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-  for (int first = 0; first < chunks; first += CHUNKS_AT_ONCE) {
+  for (; chunks > 0; chunks -= CHUNKS_AT_ONCE) {
     float4 v[CHUNKS_AT_ONCE];
     float2 w[CHUNKS_AT_ONCE];
-    bool all;
+    unsigned any_missing;
     do {
-      all = true;
+      any_missing = 0;
 #pragma unroll
       for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-        if (first + c < chunks) w[c] = load2(softmax + (first + c) * 2), v[c] = load4(partial + (first + c) * HEAD);
+        if (c < chunks) w[c] = load2(softmax + c * 2), v[c] = load4(partial + c * HEAD);
 #pragma unroll
       for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-        if (first + c < chunks) all &= arrived(w[c], parity) & arrived(v[c], parity);
-      if (!all) pause();
-    } while (!all);
+        if (c < chunks) any_missing |= missing(w[c], parity) | missing(v[c], parity);
+      if (any_missing & 1) pause();
+    } while (any_missing & 1);
     float next = largest;
 #pragma unroll
     for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-      if (first + c < chunks) next = fmaxf(next, unflagged(w[c].x));
-    if (first) {
-      const float f = exp2f(largest - next);
-      total *= f, sum.x *= f, sum.y *= f, sum.z *= f, sum.w *= f;
-    }
+      if (c < chunks) next = fmaxf(next, unflagged(w[c].x));
+    const float f = power_of_2(largest - next);
+    total *= f, sum.x *= f, sum.y *= f, sum.z *= f, sum.w *= f;
     largest = next;
 #pragma unroll
     for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-      if (first + c < chunks) {
-        const float e = exp2f(unflagged(w[c].x) - largest);
+      if (c < chunks) {
+        const float e = power_of_2(unflagged(w[c].x) - largest);
         total = fmaf(e, unflagged(w[c].y), total);
         sum.x = fmaf(e, unflagged(v[c].x), sum.x), sum.y = fmaf(e, unflagged(v[c].y), sum.y);
         sum.z = fmaf(e, unflagged(v[c].z), sum.z), sum.w = fmaf(e, unflagged(v[c].w), sum.w);
       }
+    softmax += CHUNKS_AT_ONCE * 2, partial += CHUNKS_AT_ONCE * HEAD;
   }
   const float f = 1.f / total;
   return make_uint2(packed(sum.x * f, sum.y * f) & ~1u, packed(sum.z * f, sum.w * f));

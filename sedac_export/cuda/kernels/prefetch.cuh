@@ -9,8 +9,6 @@ struct Prefetch {
   const Shared<N>& shared;
   int tid;
 
-  static constexpr int USUAL_BLOCKS = 132;  // what follows is worth it for grids of about this size
-
   __device__ __forceinline__ void run(int stage, int layer, int last_layer) const {
     const int warp = tid >> 5;
     constexpr int WEIGHTS =
@@ -20,6 +18,7 @@ struct Prefetch {
         WARPS;
     if (WEIGHTS > RING_SLOTS<N> && stage == STAGE_QKV && !(tid & 31)) {
       const int2 range = shared.tables.range[STAGE_DOWN][warp];
+#pragma unroll 1
       for (int i = range.x; i < range.y; i++) {
         const Piece piece = shared.tables.piece[warp][i];
         const char* from = shared.layers[layer].matrices[STAGE_DOWN] + static_cast<size_t>(piece.offset) * BLOCK_BYTES;
@@ -38,6 +37,7 @@ struct Prefetch {
       to_l2(of.attention_norm + tid * 32), to_l2(of.mlp_norm + tid * 32);
     }
     if (of.qkv_bias)
+#pragma unroll 1
       for (int i = tid; i < QKV / 32; i += THREADS) to_l2(of.qkv_bias + i * 32);
   }
   __device__ __forceinline__ static void to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -50,6 +50,7 @@ struct Prefetch {
     const size_t at =
         ((static_cast<size_t>(pass.sequence[0].slot) * KV_HEADS + item / chunks) * pass.capacity + first) * HEAD;
     const Layer& of = shared.layers[layer];
+#pragma unroll 1
     for (int i = tid; i < 2 * lines; i += THREADS)
       to_l2(i < lines ? of.keys + at + i * 64 : of.values + at + (i - lines) * 64);
   }

@@ -32,7 +32,8 @@ struct Residual {
 
   // The input of QKV, or of gate and up, of the rows that ran what came before, as it arrives. Frozen rows and those of
   // `starting` have other inputs. A poll is a trip to L2, some 0.7 us, so all is asked for at once.
-  __device__ __forceinline__ void receive(int tid, bool mlp, unsigned rows, unsigned starting, unsigned parities) {
+  __device__ __forceinline__ void receive(int tid, bool mlp, unsigned rows, unsigned starting, unsigned parities,
+                                          bool compared) {
     constexpr int EIGHTS = HIDDEN / 8, ALL = divided_up(N * EIGHTS, THREADS), AT_ONCE = ALL < 4 ? ALL : 4;
     const int2 tiles = shared.tables.tiles[mlp ? STAGE_DOWN : STAGE_O];
     const int count = N == 1 ? 1 : pass.rows, warp = tid >> 5, lane = tid & 31;
@@ -55,7 +56,7 @@ struct Residual {
         before_at[k] =
             i < tiles.x * 16 * N && has<N>(rows, item.token) ? stream(item.token, mlp) + item.element : nullptr;
       }
-      bool all;
+      unsigned any_missing;
       do {
         inputs.ask(scratch);
 #pragma unroll
@@ -64,15 +65,15 @@ struct Residual {
 #pragma unroll
         for (int k = 0; k < TILES_OF_LANE; k++)
           if (summing && lane + 32 * k < O_TILES) sums[k] = load4(sums_of_row + (lane + 32 * k) * 4);
-        all = inputs.here();
+        any_missing = inputs.missing_words();
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++)
-          all &= !before_at[k] || arrived(before[k], row_parity<N>(parities, (first + k * THREADS) / 16 % N));
+          if (before_at[k]) any_missing |= missing(before[k], row_parity<N>(parities, (first + k * THREADS) / 16 % N));
 #pragma unroll
         for (int k = 0; k < TILES_OF_LANE; k++)
-          if (summing && lane + 32 * k < O_TILES) all &= arrived(sums[k], row_parity<N>(parities, warp));
-        if (!all) pause();
-      } while (!all);
+          if (summing && lane + 32 * k < O_TILES) any_missing |= missing(sums[k], row_parity<N>(parities, warp));
+        if (any_missing & 1) pause();
+      } while (any_missing & 1);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         const int i = first + k * THREADS, row = N == 1 ? 0 : i / EIGHTS, input = N == 1 ? i : i % EIGHTS;
@@ -83,7 +84,7 @@ struct Residual {
           shared.before[item.index][item.token][item.row] = unflagged(before[k]);
       }
       __syncwarp();
-      if (summing) sum_up(warp, lane, sums);
+      if (summing) sum_up(warp, lane, sums, compared);
       __syncwarp();
     }
   }
@@ -182,16 +183,17 @@ struct Residual {
 
  private:
   // By a warp: the factor of its row's norm, and the stability, from the tiles' sums.
-  __device__ __forceinline__ void sum_up(int row, int lane, const float4 (&sums)[TILES_OF_LANE]) {
+  __device__ __forceinline__ void sum_up(int row, int lane, const float4 (&sums)[TILES_OF_LANE], bool compared) {
     float squares = 0, inner = 0, before = 0;
 #pragma unroll
     for (int k = 0; k < TILES_OF_LANE; k++)
       if (lane + 32 * k < O_TILES)
         squares += unflagged(sums[k].x), inner += unflagged(sums[k].y), before += unflagged(sums[k].z);
-    squares = sum_of_lanes<32>(squares), inner = sum_of_lanes<32>(inner), before = sum_of_lanes<32>(before);
-    if (lane) return;
-    set_factor(row, norm_factor(squares), shared.factor[row]);
-    shared.stability[row] = fmaf(inner * rsqrtf(before * squares), 0.5f, 0.5f);
+    squares = sum_of_lanes<32>(squares);
+    if (!lane) set_factor(row, norm_factor(squares), shared.factor[row]);
+    if (!compared) return;
+    inner = sum_of_lanes<32>(inner), before = sum_of_lanes<32>(before);
+    if (!lane) shared.stability[row] = fmaf(inner * rsqrtf(before * squares), 0.5f, 0.5f);
   }
 
   __device__ __forceinline__ float* saved(int row) const {
@@ -212,7 +214,7 @@ struct Residual {
   }
 
   __device__ __forceinline__ void set_factor(int row, float factor, float before) {
-    shared.scale[row] = factor * HEADROOM / before;
+    shared.scale[row] = __fdividef(factor * HEADROOM, before);
     shared.factor[row] = factor, shared.factor_before[row] = before;
   }
 };

@@ -36,6 +36,11 @@ constexpr int MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
 constexpr int MOST_TILES = larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES));
 constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = divided_up(MOST_TILES, MAX_TILES);
 
+// What depends on the number of blocks is made for grids of about this size, and right for all.
+constexpr int USUAL_BLOCKS = 132;
+// Column blocks of down that a warp multiplies.
+constexpr int DOWN_SHARE = divided_up(divided_up(DOWN_TILES, USUAL_BLOCKS) * INNER_COLUMNS, WARPS);
+
 // What is saved at an exit: the hidden state, and the factors of the norms before and after it (residual.cuh).
 constexpr int SAVED = HIDDEN + 4;
 
