@@ -179,7 +179,7 @@ def main() -> int:
     )
     parser.add_argument("--mode", choices=("full", "exit", "lossless"), default="lossless")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--backend", default="onnxruntime", help="as sedac-runtime serve takes it")
+    parser.add_argument("--backend", default="onnxruntime", help="the server's --backend")
     arguments = parser.parse_args()
     complete = True
     options = ("--backend", arguments.backend)

@@ -54,7 +54,8 @@ def serving(bundle: Path, log: Path, *options: object) -> Iterator[Server]:
     try:
         wait_until(lambda: process.poll() is not None or is_healthy(port))
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended: {log.read_text().strip()}")
+            said = log.read_text().strip() if log.is_file() else "its log is no file"
+            raise RuntimeError(f"the server ended: {said}")
         yield server
     finally:
         process.kill()

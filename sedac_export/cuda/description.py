@@ -27,7 +27,7 @@ from sedac_export.model.skeleton import Skeleton
 TOLERANCE = 1e-9
 
 _MAX_GROUP = 8
-_HEAD_SIZES = (16, 32, 48, 64, 96, 128)
+HEAD_SIZES = (16, 32, 48, 64, 96, 128)
 # those whose norms are sums over a power of two of lanes
 _NORMED_HEAD_SIZES = (16, 32, 64, 128)
 
@@ -227,7 +227,7 @@ def _check_limits(shape: ChainShape, has_head_norms: bool) -> None:
     attended = shape.heads * shape.head_size
     products = (shape.heads + 2 * shape.key_value_heads) * shape.head_size
     group, rest = divmod(shape.heads, shape.key_value_heads)
-    sizes = _NORMED_HEAD_SIZES if has_head_norms else _HEAD_SIZES
+    sizes = _NORMED_HEAD_SIZES if has_head_norms else HEAD_SIZES
     known = ", ".join(map(str, sizes))
     limits = [
         (shape.hidden % 32, f"its hidden size {shape.hidden} is no multiple of 32"),

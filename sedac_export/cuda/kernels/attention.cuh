@@ -28,6 +28,13 @@ __device__ __forceinline__ ActiveRows active_rows(const Pass& pass, const Shared
   return {first, rows.rows - skipped, mine ? shared.position[first] : 0, rows.slot};
 }
 
+// 2 to the x, without exp2f's instructions for subnormal results, which are 0 here.
+__device__ __forceinline__ float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Keys to a chunk, as a power of two.
 __device__ __forceinline__ int chunk_shift(int capacity) {
   int shift = KEYS == 64 ? 6 : 7;
@@ -111,7 +118,7 @@ struct Attention {
     const int tid = fresh<N>(this->tid);
     const size_t first = (static_cast<size_t>(rows.slot) * KV_HEADS + kv_head) * pass.capacity + first_key;
     const half *keys = layer.keys + first * HEAD, *values = layer.values + first * HEAD;
-    const int old = rows.start - first_key, given = old + rows.count;
+    const int old = rows.start - first_key, end = old + rows.count;  // of old keys, and of the pass's own
     uint4 loaded[2][LOADS_OF_THREAD];
 #pragma unroll
     for (int q = 0; q < LOADS_OF_THREAD; q++) {
@@ -124,13 +131,14 @@ struct Attention {
 #pragma unroll
     for (int q = 0; q < LOADS_OF_THREAD; q++) {
       const int2 at = part(tid, q);
-      if (at.x >= old && at.x < given) continue;
+      if (at.x >= old && at.x < end) continue;
       *reinterpret_cast<uint4*>(&shared.keys[at.x][at.y]) = loaded[0][q];
       *reinterpret_cast<uint4*>(&shared.values[at.x][at.y]) = loaded[1][q];
     }
   }
 
-  // The q-th 16 bytes of keys, and of values, that a thread loads: row, element.
+  // The q-th 16 bytes of keys, and of values, that a thread loads: row, element. One division where the threads' are
+  // whole rows.
   __device__ __forceinline__ static int2 part(int tid, int q) {
     constexpr int PARTS = HEAD / 8;
     if (THREADS % PARTS == 0) return make_int2(tid / PARTS + q * (THREADS / PARTS), tid % PARTS * 8);
@@ -172,18 +180,18 @@ struct Attention {
 
   // Queries, and keys and values of the pass's own rows, as they arrive.
   __device__ __forceinline__ void load_rows(const Item& item, int first_key, int sub) {
-    constexpr int AT_ONCE = (N == 1 ? 1 : 2) * GROUP * (HEAD / 4) + N * (HEAD / 2) > THREADS ? 2 : 1;
+    constexpr int MOST = (N == 1 ? 1 : 2) * GROUP * (HEAD / 4) + N * (HEAD / 2), AT_ONCE = MOST > THREADS ? 2 : 1;
     const int all =
         (N == 1 ? 1 : min(2, item.rows.count - item.token)) * GROUP * (HEAD / 4) + item.rows.count * (HEAD / 2);
 #pragma unroll 1
     for (int first = fresh<N>(tid); first < all; first += AT_ONCE * THREADS) {
       float2 u[AT_ONCE], v[AT_ONCE];
       Quarter quarters[AT_ONCE];
-      unsigned any_missing;
+      unsigned stale_bits;
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) quarters[k] = quarter(item, first + k * THREADS, first_key, sub);
       do {
-        any_missing = 0;
+        stale_bits = 0;
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
           const Quarter& q = quarters[k];
@@ -197,9 +205,9 @@ struct Attention {
         for (int k = 0; k < AT_ONCE; k++) {
           if (quarters[k].of == Quarter::NONE) continue;
           const unsigned parity = row_parity<N>(parities, item.rows.first + quarters[k].token);
-          any_missing |= missing(u[k], parity) | missing(v[k], parity);
+          stale_bits |= stale(u[k], parity) | stale(v[k], parity);
         }
-      } while (any_missing & 1);
+      } while (stale_bits & 1);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++)
         if (quarters[k].of != Quarter::NONE) place(item, quarters[k], u[k], v[k], first_key);

@@ -269,8 +269,8 @@ struct Chain {
     const bool compared = !mlp && deciding && layer > first_layer;
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
     const unsigned starting = mlp ? 0 : starting_at(layer);
-    // what most layers leave out is out of the way of the rest: code that is fetched cold is latency
-    residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1), !mlp && deciding);
+    residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1), compared);
+    // what most layers skip is laid out of the way: code that is fetched cold is latency
     if (__builtin_expect(starting && layer < LAYERS, 0)) residual.start(tid, layer, starting);
     sync_block();
     MARK(layer, mlp ? 7 : 1)

@@ -13,17 +13,17 @@ __device__ __forceinline__ uint2 combined(const float* partial, const float* sof
   for (; chunks > 0; chunks -= CHUNKS_AT_ONCE) {
     float4 v[CHUNKS_AT_ONCE];
     float2 w[CHUNKS_AT_ONCE];
-    unsigned any_missing;
+    unsigned stale_bits;
     do {
-      any_missing = 0;
+      stale_bits = 0;
 #pragma unroll
       for (int c = 0; c < CHUNKS_AT_ONCE; c++)
         if (c < chunks) w[c] = load2(softmax + c * 2), v[c] = load4(partial + c * HEAD);
 #pragma unroll
       for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-        if (c < chunks) any_missing |= missing(w[c], parity) | missing(v[c], parity);
-      if (any_missing & 1) pause();
-    } while (any_missing & 1);
+        if (c < chunks) stale_bits |= stale(w[c], parity) | stale(v[c], parity);
+      if (stale_bits & 1) pause();
+    } while (stale_bits & 1);
     float next = largest;
 #pragma unroll
     for (int c = 0; c < CHUNKS_AT_ONCE; c++)

@@ -48,13 +48,6 @@ struct NumberedPairs {
   }
 };
 
-// exp2f without its care for subnormal results, which are 0 here.
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float norm_factor(float squares) {
   return rsqrtf(squares * (1.f / HIDDEN) + SEDAC_NORM_EPSILON);
 }

@@ -36,9 +36,10 @@ struct Prefetch {
     if (tid < HIDDEN / 32) {
       to_l2(of.attention_norm + tid * 32), to_l2(of.mlp_norm + tid * 32);
     }
-    if (of.qkv_bias)
+    if (of.qkv_bias) {
 #pragma unroll 1
       for (int i = tid; i < QKV / 32; i += THREADS) to_l2(of.qkv_bias + i * 32);
+    }
   }
   __device__ __forceinline__ static void to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -31,7 +31,8 @@ struct Residual {
   }
 
   // The input of QKV, or of gate and up, of the rows that ran what came before, as it arrives. Frozen rows and those of
-  // `starting` have other inputs. A poll is a trip to L2, some 0.7 us, so all is asked for at once.
+  // `starting` have other inputs. A poll is a trip to L2, some 0.7 us, so all is asked for at once. `compared`: whether
+  // the stability is asked for.
   __device__ __forceinline__ void receive(int tid, bool mlp, unsigned rows, unsigned starting, unsigned parities,
                                           bool compared) {
     constexpr int EIGHTS = HIDDEN / 8, ALL = divided_up(N * EIGHTS, THREADS), AT_ONCE = ALL < 4 ? ALL : 4;
@@ -56,7 +57,7 @@ struct Residual {
         before_at[k] =
             i < tiles.x * 16 * N && has<N>(rows, item.token) ? stream(item.token, mlp) + item.element : nullptr;
       }
-      unsigned any_missing;
+      unsigned stale_bits;
       do {
         inputs.ask(scratch);
 #pragma unroll
@@ -65,15 +66,15 @@ struct Residual {
 #pragma unroll
         for (int k = 0; k < TILES_OF_LANE; k++)
           if (summing && lane + 32 * k < O_TILES) sums[k] = load4(sums_of_row + (lane + 32 * k) * 4);
-        any_missing = inputs.missing_words();
+        stale_bits = inputs.stale_bits();
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++)
-          if (before_at[k]) any_missing |= missing(before[k], row_parity<N>(parities, (first + k * THREADS) / 16 % N));
+          if (before_at[k]) stale_bits |= stale(before[k], row_parity<N>(parities, (first + k * THREADS) / 16 % N));
 #pragma unroll
         for (int k = 0; k < TILES_OF_LANE; k++)
-          if (summing && lane + 32 * k < O_TILES) any_missing |= missing(sums[k], row_parity<N>(parities, warp));
-        if (any_missing & 1) pause();
-      } while (any_missing & 1);
+          if (summing && lane + 32 * k < O_TILES) stale_bits |= stale(sums[k], row_parity<N>(parities, warp));
+        if (stale_bits & 1) pause();
+      } while (stale_bits & 1);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         const int i = first + k * THREADS, row = N == 1 ? 0 : i / EIGHTS, input = N == 1 ? i : i % EIGHTS;
@@ -182,7 +183,7 @@ struct Residual {
   }
 
  private:
-  // By a warp: the factor of its row's norm, and the stability, from the tiles' sums.
+  // By a warp: the factor of its row's norm, and where `compared` the stability, from the tiles' sums.
   __device__ __forceinline__ void sum_up(int row, int lane, const float4 (&sums)[TILES_OF_LANE], bool compared) {
     float squares = 0, inner = 0, before = 0;
 #pragma unroll

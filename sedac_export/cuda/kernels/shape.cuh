@@ -36,9 +36,9 @@ constexpr int MAX_BLOCKS = GATE_UP_TILES < 256 ? GATE_UP_TILES : 256;
 constexpr int MOST_TILES = larger(GATE_UP_TILES, larger(QKV_TILES, DOWN_TILES));
 constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = divided_up(MOST_TILES, MAX_TILES);
 
-// What depends on the number of blocks is made for grids of about this size, and right for all.
+// Sizes that depend on the number of blocks are tuned for grids of about this many, and right for any.
 constexpr int USUAL_BLOCKS = 132;
-// Column blocks of down that a warp multiplies.
+// The most column blocks of down that a warp then multiplies.
 constexpr int DOWN_SHARE = divided_up(divided_up(DOWN_TILES, USUAL_BLOCKS) * INNER_COLUMNS, WARPS);
 
 // What is saved at an exit: the hidden state, and the factors of the norms before and after it (residual.cuh).
@@ -48,7 +48,7 @@ constexpr int SAVED = HIDDEN + 4;
 constexpr int TILES_OF_LANE = divided_up(O_TILES, 32);
 
 // Keys that attention takes at a time, and the most partial sums of a row and head.
-constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 32) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
+constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 48) ? 64 : 128, KEY_TILES = KEYS / 16, MAX_CHUNKS = 16;
 
 // Outputs of the first matrix of the entropy probe, and of an exit head's learned probe.
 constexpr int PROBE_WIDTH = 64, LEARNED_WIDTH = 64;

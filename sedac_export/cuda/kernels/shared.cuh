@@ -29,11 +29,11 @@ struct Shared {
   float factor[MAX_ROWS], factor_before[MAX_ROWS], scale[MAX_ROWS], stability[MAX_ROWS], output_factor[MAX_ROWS];
   // Of rows, where exits are decided: the last stabilities, by depth modulo 3; what is measured beside.
   float stabilities[3][MAX_ROWS], exit_signals[MAX_ROWS][EXIT_SIGNALS];
-  // Activations that a warp multiplies in down, this many column blocks at once: no more than it usually has, since
-  // asking for none takes as many instructions.
-  static constexpr int MOST_OF_GROUP = REGISTERS_MOVE ? (N < 4 ? 24 : N < 8 ? 16 : 8) : N < 4 ? 16 : 32 / N;
-  static constexpr int GROUP_STEP = larger(PIECE, 8 / N), SHARE = divided_up(DOWN_SHARE, GROUP_STEP) * GROUP_STEP;
-  static constexpr int GROUP = SHARE < MOST_OF_GROUP ? SHARE : MOST_OF_GROUP;
+  // Column blocks whose activations a warp asks for at once in down: no more than it usually has, since a load that is
+  // not wanted costs as many instructions as one that is.
+  static constexpr int MOST_AT_ONCE = REGISTERS_MOVE ? (N < 4 ? 24 : N < 8 ? 16 : 8) : N < 4 ? 16 : 32 / N;
+  static constexpr int GROUP_STEP = larger(PIECE, 8 / N), WHOLE_SHARE = divided_up(DOWN_SHARE, GROUP_STEP) * GROUP_STEP;
+  static constexpr int GROUP = WHOLE_SHARE < MOST_AT_ONCE ? WHOLE_SHARE : MOST_AT_ONCE;
   static_assert(GROUP % PIECE == 0 && GROUP * N % 8 == 0, "whole pieces, and whole loads of a warp");
   // The input of QKV, attention's keys (until weigh's last sync_block), the input of O, that of gate_up, activations.
   union {

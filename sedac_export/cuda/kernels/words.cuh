@@ -58,23 +58,21 @@ __device__ __forceinline__ uint4 halves_of(ulonglong2 v) {
                     static_cast<unsigned>(v.y) & ~1u, static_cast<unsigned>(v.y >> 32));
 }
 
-// The lowest bit says whether a word of v is still that of the layer before, and the others nothing: those of several
-// values are joined by |, and looked at once. (As conditions that are joined they were several times the instructions,
-// which are latency where code is fetched cold: us a token of SmolLM2's shape, one row and eight, 439 and 659 so, 427
-// and 611 since, with combine.cuh's pointers that advance; of Qwen2.5-0.5B's 549 and 805, 532 and 731.)
-__device__ __forceinline__ unsigned missing(float v, unsigned parity) { return __float_as_uint(v) ^ parity; }
-__device__ __forceinline__ unsigned missing(float2 v, unsigned parity) {
-  return missing(v.x, parity) | missing(v.y, parity);
+// The lowest bit says whether a word of v is still that of the layer before; the others mean nothing. So those of
+// several values are joined by | and tested once. (Joined as conditions they took several times the instructions, and
+// code that is fetched cold is latency. With combine.cuh's advancing pointers, us a token for one row and for eight:
+// SmolLM2's shape 439 and 659 before, 427 and 611 since; Qwen2.5-0.5B's 549 and 805, 532 and 731.)
+__device__ __forceinline__ unsigned stale(float v, unsigned parity) { return __float_as_uint(v) ^ parity; }
+__device__ __forceinline__ unsigned stale(float2 v, unsigned parity) { return stale(v.x, parity) | stale(v.y, parity); }
+__device__ __forceinline__ unsigned stale(float4 v, unsigned parity) {
+  return stale(v.x, parity) | stale(v.y, parity) | stale(v.z, parity) | stale(v.w, parity);
 }
-__device__ __forceinline__ unsigned missing(float4 v, unsigned parity) {
-  return missing(v.x, parity) | missing(v.y, parity) | missing(v.z, parity) | missing(v.w, parity);
-}
-__device__ __forceinline__ unsigned missing(ulonglong2 v, unsigned parity) {
+__device__ __forceinline__ unsigned stale(ulonglong2 v, unsigned parity) {
   return (static_cast<unsigned>(v.x) ^ parity) | (static_cast<unsigned>(v.y) ^ parity);
 }
 template <class T>
 __device__ __forceinline__ bool arrived(T v, unsigned parity) {
-  return !(missing(v, parity) & 1);
+  return !(stale(v, parity) & 1);
 }
 __device__ __forceinline__ float flagged(float v, unsigned parity) {
   return __uint_as_float((__float_as_uint(v) & ~1u) | parity);
@@ -108,16 +106,16 @@ struct Awaited {
     for (int k = 0; k < COUNT; k++)
       if (at[k] >= 0) words[k] = load_halves(reinterpret_cast<const half*>(scratch) + at[k]);
   }
-  __device__ __forceinline__ unsigned missing_words() const {
-    unsigned any_missing = 0;
+  __device__ __forceinline__ unsigned stale_bits() const {
+    unsigned bits = 0;
 #pragma unroll
     for (int k = 0; k < COUNT; k++)
-      if (at[k] >= 0) any_missing |= missing(words[k], parities >> k);
-    return any_missing;
+      if (at[k] >= 0) bits |= stale(words[k], parities >> k);
+    return bits;
   }
   // Waits for words that were asked for.
   __device__ __forceinline__ void wait(const float* scratch) {
-    while (missing_words() & 1) {
+    while (stale_bits() & 1) {
       pause();
       ask(scratch);
     }

@@ -17,6 +17,7 @@ from conftest import DEMO_MODEL
 from sedac_export.bundle.cuda_entry import ChainOptions, ChainShape
 from sedac_export.cuda import chain_abi
 from sedac_export.cuda.compiler import ARCHITECTURES, Compiler
+from sedac_export.cuda.description import HEAD_SIZES
 from sedac_export.graph.quantized_graph import SCALES, ZERO_POINTS
 
 CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
@@ -129,6 +130,24 @@ def test_ordinary_shapes_fit_shared_memory(
     cases = [demo_case(), *MODELS]
     refused = [case for case in cases if compiler.compile_for(target, case.macros()) is None]
     assert [case.name for case in refused] == left_out
+
+
+@pytest.mark.parametrize("target", ["compute_86", "compute_90a"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_attention_takes_every_head_size(
+    target: str,
+    head_size: int,
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Also where it takes fewer keys at a time."""
+    attention = tmp_path / "attention.cu"
+    attention.write_text('#include "attention.cuh"\ntemplate struct Attention<8>;')
+    monkeypatch.setattr("sedac_export.cuda.compiler.SOURCE", str(attention))
+    sizes = {"head_size": head_size, "rotary_size": head_size}
+    shape = demo_case().shape.model_copy(update=sizes)
+    assert compiler.compile_for(target, replace(demo_case(), shape=shape).macros()) is not None
 
 
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
