@@ -3,6 +3,7 @@
 import ctypes
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def compiler() -> Compiler:
     return Compiler()
 
 
+@pytest.fixture
+def compiler_of(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], Compiler]:
+    """A compiler of a few lines that include kernels' headers, in place of the whole chain."""
+
+    def of(lines: str) -> Compiler:
+        source = tmp_path / "lines.cu"
+        source.write_text(lines)
+        monkeypatch.setattr("sedac_export.cuda.compiler.SOURCE", str(source))
+        return compiler
+
+    return of
+
+
 # each takes 12 s
 @pytest.mark.parametrize(
     ("case", "architecture"),
@@ -118,15 +134,9 @@ WIDE = ["Mistral-7B"]
     ],
 )
 def test_ordinary_shapes_fit_shared_memory(
-    target: str,
-    left_out: list[str],
-    compiler: Compiler,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    target: str, left_out: list[str], compiler_of: Callable[[str], Compiler]
 ) -> None:
-    layout = tmp_path / "layout.cu"
-    layout.write_text('#include "shared.cuh"')
-    monkeypatch.setattr("sedac_export.cuda.compiler.SOURCE", str(layout))
+    compiler = compiler_of('#include "shared.cuh"')
     cases = [demo_case(), *MODELS]
     refused = [case for case in cases if compiler.compile_for(target, case.macros()) is None]
     assert [case.name for case in refused] == left_out
@@ -135,16 +145,10 @@ def test_ordinary_shapes_fit_shared_memory(
 @pytest.mark.parametrize("target", ["compute_86", "compute_90a"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_attention_takes_every_head_size(
-    target: str,
-    head_size: int,
-    compiler: Compiler,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    target: str, head_size: int, compiler_of: Callable[[str], Compiler]
 ) -> None:
     """Also where it takes fewer keys at a time."""
-    attention = tmp_path / "attention.cu"
-    attention.write_text('#include "attention.cuh"\ntemplate struct Attention<8>;')
-    monkeypatch.setattr("sedac_export.cuda.compiler.SOURCE", str(attention))
+    compiler = compiler_of('#include "attention.cuh"\ntemplate struct Attention<8>;')
     sizes = {"head_size": head_size, "rotary_size": head_size}
     shape = demo_case().shape.model_copy(update=sizes)
     assert compiler.compile_for(target, replace(demo_case(), shape=shape).macros()) is not None
