@@ -5,14 +5,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sedac_export.drafter.batch_decoding import write_texts
 from sedac_export.errors import SedacError
 
 # one in so many texts that are written greedily is held out
@@ -26,6 +24,13 @@ MAX_PROMPT_TOKENS = 160
 # how messages begin, in turn: left to the model two times of three, else a request for code, which
 # models seldom make on their own and are often asked for
 MESSAGE_STARTS = ("", "Write a Python function", "")
+# what is asked about texts, in turn: models that write messages seldom give a text in them
+TEXT_REQUESTS = (
+    "Summarize the following:",
+    "Explain the following in simple words:",
+    "Rewrite the following more clearly:",
+    "Find and correct the mistakes in the following:",
+)
 
 CountProgress = Callable[[int, int], None]
 
@@ -121,7 +126,7 @@ class SelfDistillation:
         """
         start = user_turn_start(self.tokenizer)
         start += self.tokenizer(beginning, add_special_tokens=False).input_ids
-        written = self._generate([start] * count, MESSAGE_TEMPERATURE, MAX_PROMPT_TOKENS)
+        written = self._write([start] * count, MESSAGE_TEMPERATURE, MAX_PROMPT_TOKENS)
         ended = (tokens for tokens in written if tokens[-1] in self._ends())
         rests = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ended)
         texts = (f"{beginning}{rest}".strip() for rest in rests)
@@ -131,43 +136,23 @@ class SelfDistillation:
         """Each of `prompts` with what the model writes after it; 0 is greedy."""
         # passes end with their longest text, and prompts are padded to the longest
         ordered = sorted(prompts, key=len)
-        answers = self._generate(ordered, temperature, self.max_tokens)
+        answers = self._write(ordered, temperature, self.max_tokens)
         pairs = zip(ordered, answers, strict=True)
         return [OwnText([*prompt, *answer], len(prompt)) for prompt, answer in pairs if answer]
 
-    def _generate(
+    def _write(
         self, prompts: Sequence[list[int]], temperature: float, most: int
     ) -> list[list[int]]:
         """What follows each of `prompts`, the token that ends it included."""
-        results = []
+        texts = []
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]
-            tokens, mask = _left_padded(part, self._padding(), self.model.device)
-            sampling: dict[str, Any] = {"do_sample": False}
-            if temperature > 0:
-                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-            model: Any = self.model
-            output = model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=most,
-                pad_token_id=self._padding(),
-                **sampling,
-            )
-            results += [self._until_end(row) for row in output[:, tokens.shape[1] :].tolist()]
-        return results
-
-    def _padding(self) -> int:
-        return self._ends()[0]
+            texts += write_texts(self.model, part, most, temperature, self._ends())
+        return texts
 
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
         return [0] if ends is None else ends if isinstance(ends, list) else [ends]
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        ends = self._ends()
-        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-        return tokens[:length]
 
 
 def write_corpus(
@@ -225,15 +210,3 @@ def _starts(
             written = distillation.messages(count, next(beginnings))
             batch += [answer_start(distillation.tokenizer, message) for message in written]
         yield asked, batch
-
-
-def _left_padded(
-    rows: Sequence[list[int]], padding: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    tokens = torch.full((len(rows), width), padding)
-    mask = torch.zeros_like(tokens)
-    for index, row in enumerate(rows):
-        tokens[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
-    return tokens.to(device), mask.to(device)

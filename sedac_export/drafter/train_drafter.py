@@ -1,5 +1,6 @@
 """Train a drafter for a model: what `sedac-export train-drafter` does before it edits a bundle."""
 
+import itertools
 import json
 import sys
 import time
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sedac_export.drafter.draft_corpus import DraftCorpus, OwnText, SelfDistillation, write_corpus
+from sedac_export.drafter.draft_corpus import (
+    TEXT_REQUESTS,
+    DraftCorpus,
+    OwnText,
+    SelfDistillation,
+    answer_start,
+    write_corpus,
+)
 from sedac_export.drafter.draft_model import DrafterShape, DraftModel
 from sedac_export.drafter.drafter_file import DRAFTER, SAMPLED_ROWS, DrafterFile
 from sedac_export.drafter.fit_drafter import (
@@ -135,7 +143,7 @@ def prepare_corpus(
         return DraftCorpus.load(path)
     batch = min(_Scale.of(request.device).most_texts, _texts_that_fit(model, request.max_tokens))
     distillation = SelfDistillation(model, tokenizer, batch, request.max_tokens)
-    starts = list(_starts(tokenizer, request.texts, request.seed))
+    starts = list(_starts(tokenizer, request))
     limit = None if request.minutes is None else 60 * request.minutes * CORPUS_SHARE
     corpus = write_corpus(
         distillation,
@@ -162,19 +170,27 @@ def _texts_that_fit(model: PreTrainedModel, max_tokens: int) -> int:
     return max(1, int(MEMORY_SHARE * free / text))
 
 
-def _starts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int
-) -> Iterator[list[int]]:
-    """Beginnings of pieces of `texts`, of various lengths, in random order."""
-    generator = torch.Generator().manual_seed(seed)
+def _starts(tokenizer: PreTrainedTokenizerBase, request: DrafterRequest) -> Iterator[list[int]]:
+    """Beginnings of pieces of the texts, of various lengths, in random order.
+
+    Where the model also answers messages, every second one is part of a message that asks about it.
+    """
+    generator = torch.Generator().manual_seed(request.seed)
     pieces = []
-    for text in texts:
+    for text in request.texts:
         tokens: list[int] = tokenizer(text).input_ids
         pieces += [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
-    for index in torch.randperm(len(pieces), generator=generator).tolist():
+    asked = itertools.cycle(TEXT_REQUESTS)
+    order = torch.randperm(len(pieces), generator=generator).tolist()
+    for turn, index in enumerate(order):
         length = int(torch.randint(SHORTEST_START, LONGEST_START, (1,), generator=generator))
-        if len(pieces[index]) >= SHORTEST_START:
-            yield pieces[index][:length]
+        start = pieces[index][:length]
+        if len(pieces[index]) < SHORTEST_START:
+            continue
+        if request.messages > 0 and turn % 2:
+            message = f"{next(asked)}\n\n{tokenizer.decode(start, skip_special_tokens=True)}"
+            start = answer_start(tokenizer, message)
+        yield start
 
 
 def _usable(texts: Sequence[OwnText]) -> list[OwnText]:
