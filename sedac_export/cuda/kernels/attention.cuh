@@ -35,10 +35,12 @@ __device__ __forceinline__ float power_of_2(float x) {
   return y;
 }
 
-// Keys to a chunk, as a power of two.
+// Keys to a chunk, as a power of two. Partial sums are combined a few at a time, one trip to L2 after another, so
+// chunks first grow, and are more only from 512 keys on.
 __device__ __forceinline__ int chunk_shift(int capacity) {
+  constexpr int LONG = 9, FEW = 16;
   int shift = KEYS == 64 ? 6 : 7;
-  while (capacity > MAX_CHUNKS << shift) shift++;
+  while (capacity > (shift < LONG ? FEW : MAX_CHUNKS) << shift) shift++;
   return shift;
 }
 

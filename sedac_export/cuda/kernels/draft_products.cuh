@@ -34,8 +34,10 @@ static_assert(sizeof(DraftShared) <= SHARED_LIMIT, "shared memory is too small")
 __device__ __forceinline__ float load_result(const float* p) { return __ldcg(p); }
 
 // All blocks of a cooperative launch. `arrived` counts for as long as the drafter is loaded, and is a multiple of the
-// blocks between launches. (SmolLM2's drafter takes 34 us a token. With a count for each block, which 132 threads of
-// every block read, 53; with weights asked for before each barrier 35 to 50, since they need registers that spill.)
+// blocks between launches. (Eight tokens of SmolLM2's drafter take 287 us; 305 with a fence and an atomic addition in
+// place of the release, and with norms' weights and residuals asked for where they are used. With a count for each
+// block, which 132 threads of every block read, a token took 53 us instead of 34; with weights asked for before each
+// barrier 35 to 50, since they need registers that spill, and before a stage's input, within them, as long as without.)
 struct GridBarrier {
   unsigned long long* arrived;
   unsigned long long target;
@@ -48,8 +50,7 @@ struct GridBarrier {
     __syncthreads();
     if (!threadIdx.x) {
       target += blocks;
-      __threadfence();
-      atomicAdd(arrived, 1ull);
+      asm volatile("red.release.gpu.global.add.u64 [%0],1;" ::"l"(arrived) : "memory");
       while (load() < target) {
       }
     }
@@ -64,42 +65,49 @@ struct GridBarrier {
   }
 };
 
-// By the block: `rows` rows of `value(row, d)`, each times `weight` and its norm's factor, become the input from
-// `column` on; its rows lie `stride` apart. All loads of a thread are under way together.
-template <int ROWS, class F>
-__device__ __forceinline__ void normalise_rows(DraftShared& shared, int column, int stride, int rows,
-                                               const half* weight, float epsilon, F value) {
-  constexpr int EACH = divided_up(HIDDEN, DRAFT_THREADS);
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  float v[ROWS][EACH];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++)
-#pragma unroll
-    for (int k = 0; k < EACH; k++) {
-      const int d = tid + k * DRAFT_THREADS;
-      v[r][k] = r < rows && d < HIDDEN ? value(r, d) : 0.f;
-    }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    float squares = 0;
-#pragma unroll
-    for (int k = 0; k < EACH; k++) squares = fmaf(v[r][k], v[r][k], squares);
-    squares = sum_of_lanes<32>(squares);
-    if (!lane) shared.sums[r][warp] = squares;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const float squares = sum_of_lanes<DRAFT_WARPS>(shared.sums[r][lane % DRAFT_WARPS]);
-    const float factor = rsqrtf(squares * (1.f / HIDDEN) + epsilon);
+// Rows that the block norms: first all that it needs is asked for, then they become the input from `column` on, each
+// times `weight` and its norm's factor; its rows lie `stride` apart.
+template <int ROWS>
+struct Normed {
+  static constexpr int EACH = divided_up(HIDDEN, DRAFT_THREADS);
+  float values[ROWS][EACH], weights[EACH];
+
+  // `value(row, d)` for the first `rows` rows.
+  template <class F>
+  __device__ __forceinline__ void ask(int rows, const half* weight, F value) {
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-      const int d = tid + k * DRAFT_THREADS;
-      if (d < HIDDEN) shared.input[r * stride + column + d] = __float2half(v[r][k] * factor * __half2float(weight[d]));
+      const int d = threadIdx.x + k * DRAFT_THREADS;
+      weights[k] = d < HIDDEN ? __half2float(weight[d]) : 0.f;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) values[r][k] = r < rows && d < HIDDEN ? value(r, d) : 0.f;
     }
   }
-  __syncthreads();
-}
+
+  __device__ __forceinline__ void finish(DraftShared& shared, int column, int stride, float epsilon) const {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      float squares = 0;
+#pragma unroll
+      for (int k = 0; k < EACH; k++) squares = fmaf(values[r][k], values[r][k], squares);
+      squares = sum_of_lanes<32>(squares);
+      if (!lane) shared.sums[r][warp] = squares;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const float squares = sum_of_lanes<DRAFT_WARPS>(shared.sums[r][lane % DRAFT_WARPS]);
+      const float factor = rsqrtf(squares * (1.f / HIDDEN) + epsilon);
+#pragma unroll
+      for (int k = 0; k < EACH; k++) {
+        const int d = threadIdx.x + k * DRAFT_THREADS;
+        if (d < HIDDEN) shared.input[r * stride + column + d] = __float2half(values[r][k] * factor * weights[k]);
+      }
+    }
+    __syncthreads();
+  }
+};
 
 // Eight halves times eight, added to `sum`.
 __device__ __forceinline__ float dot(uint4 a, uint4 b, float sum) {

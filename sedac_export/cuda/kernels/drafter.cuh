@@ -57,7 +57,7 @@ struct Drafter {
 #pragma unroll 1
     for (int i = blockIdx.x + pass.blocks * (threadIdx.x >> 5); i < count; i += pass.blocks * DRAFT_WARPS) f(i);
   }
-  __device__ __forceinline__ static bool first_lane() { return !(threadIdx.x & 31); }
+  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
 
   // Verified positions: their hidden states become states, then keys and values.
   template <int ROWS>
@@ -74,13 +74,24 @@ struct Drafter {
   __device__ __forceinline__ void combine() const {
     const int features = pass.features_of_position, width = features * HIDDEN;
     const size_t first = static_cast<size_t>(pass.slot) * pass.capacity + pass.start;
+    // several rows take too many registers for all to be asked for at once
+    constexpr int AT_ONCE = ROWS == 1 ? MAX_FEATURES : 1;
 #pragma unroll 1
-    for (int f = 0; f < features; f++)
-      normalise_rows<ROWS>(shared, f * HIDDEN, width, pass.rows, pass.feature_norms + f * HIDDEN, pass.norm_epsilon,
-                           [&](int row, int d) {
-                             const unsigned short* from = pass.features + (first + row) * width + f * HIDDEN;
-                             return __uint_as_float(static_cast<unsigned>(from[d]) << 16);
-                           });
+    for (int begin = 0; begin < features; begin += AT_ONCE) {
+      Normed<ROWS> normed[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const int f = begin + k;
+        if (f >= features) break;
+        normed[k].ask(pass.rows, pass.feature_norms + f * HIDDEN, [&](int row, int d) {
+          const unsigned short* from = pass.features + (first + row) * width + f * HIDDEN;
+          return __uint_as_float(static_cast<unsigned>(from[d]) << 16);
+        });
+      }
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++)
+        if (begin + k < features) normed[k].finish(shared, (begin + k) * HIDDEN, width, pass.norm_epsilon);
+    }
     each(HIDDEN, [&](int d) {
       float sums[1][ROWS];
       multiply_rows<ROWS, 1>(sums, pass.combine + static_cast<size_t>(d) * width, 0, shared.input, width, width);
@@ -91,16 +102,18 @@ struct Drafter {
   // The state and the embedding of the token that follows: the layer's input.
   template <int ROWS, class Token>
   __device__ __forceinline__ void join(int rows, Token token_of) const {
-    normalise_rows<ROWS>(shared, 0, 2 * HIDDEN, rows, pass.state_norm, pass.norm_epsilon,
-                         [&](int row, int d) { return load_result(scratch.state(row) + d); });
-    normalise_rows<ROWS>(shared, HIDDEN, 2 * HIDDEN, rows, pass.embedding_norm, pass.norm_epsilon,
-                         [&](int row, int d) { return embedding(token_of(row), d); });
+    Normed<ROWS> state, token;
+    state.ask(rows, pass.state_norm, [&](int row, int d) { return load_result(scratch.state(row) + d); });
+    if (ROWS > 1) state.finish(shared, 0, 2 * HIDDEN, pass.norm_epsilon);
+    token.ask(rows, pass.embedding_norm, [&](int row, int d) { return embedding(token_of(row), d); });
+    if (ROWS == 1) state.finish(shared, 0, 2 * HIDDEN, pass.norm_epsilon);
+    token.finish(shared, HIDDEN, 2 * HIDDEN, pass.norm_epsilon);
     each(HIDDEN, [&](int d) {
+      const float residual = lane() < rows ? load_result(scratch.state(lane()) + d) : 0.f;
       float sums[1][ROWS];
       multiply_rows<ROWS, 1>(sums, pass.join + static_cast<size_t>(d) * 2 * HIDDEN, 0, shared.input, 2 * HIDDEN,
                              2 * HIDDEN);
-      for_rows<ROWS>(
-          rows, [&](int row) { scratch.layer_input(row)[d] = load_result(scratch.state(row) + d) + sums[0][row]; });
+      for_rows<ROWS>(rows, [&](int row) { scratch.layer_input(row)[d] = residual + sums[0][row]; });
     });
   }
   __device__ __forceinline__ float embedding(int token, int d) const {
@@ -112,8 +125,9 @@ struct Drafter {
   template <int ROWS>
   __device__ __forceinline__ void queries_keys_values(int rows, int start) const {
     constexpr int HALF = HEAD / 2;
-    normalise_rows<ROWS>(shared, 0, HIDDEN, rows, pass.attention_norm, pass.norm_epsilon,
-                         [&](int row, int d) { return load_result(scratch.layer_input(row) + d); });
+    Normed<ROWS> normed;
+    normed.ask(rows, pass.attention_norm, [&](int row, int d) { return load_result(scratch.layer_input(row) + d); });
+    normed.finish(shared, 0, HIDDEN, pass.norm_epsilon);
     each(QKV / 2, [&](int i) {
       const int head = i / HALF, low = i % HALF;
       float sums[2][ROWS];
@@ -145,21 +159,23 @@ struct Drafter {
   __device__ __forceinline__ void add_attention(int row, int position) const {
     DraftAttention{pass, scratch, shared}.combine(position);
     each(HIDDEN, [&](int d) {
+      const float residual = load_result(scratch.layer_input(row) + d);
       float sums[1][1];
       multiply_rows<1, 1>(sums, pass.o + static_cast<size_t>(d) * ATTENTION, 0, shared.input, 0, ATTENTION);
-      if (first_lane()) scratch.after_attention()[d] = load_result(scratch.layer_input(row) + d) + sums[0][0];
+      if (!lane()) scratch.after_attention()[d] = residual + sums[0][0];
     });
   }
 
   __device__ __forceinline__ void activate() const {
-    normalise_rows<1>(shared, 0, 0, 1, pass.mlp_norm, pass.norm_epsilon,
-                      [&](int, int d) { return load_result(scratch.after_attention() + d); });
+    Normed<1> normed;
+    normed.ask(1, pass.mlp_norm, [&](int, int d) { return load_result(scratch.after_attention() + d); });
+    normed.finish(shared, 0, 0, pass.norm_epsilon);
     each(INNER, [&](int i) {
       float sums[2][1];
       multiply_rows<1, 2>(sums, pass.gate_up + static_cast<size_t>(i) * HIDDEN, static_cast<size_t>(INNER) * HIDDEN,
                           shared.input, 0, HIDDEN);
       const float gate = sums[0][0];
-      if (first_lane()) scratch.activation()[i] = bounded_half(__fdividef(gate, 1.f + __expf(-gate)) * sums[1][0]);
+      if (!lane()) scratch.activation()[i] = bounded_half(__fdividef(gate, 1.f + __expf(-gate)) * sums[1][0]);
     });
   }
 
@@ -170,30 +186,34 @@ struct Drafter {
       reinterpret_cast<uint4*>(shared.input)[i] = __ldcg(reinterpret_cast<const uint4*>(scratch.activation()) + i);
     __syncthreads();
     each(HIDDEN, [&](int d) {
+      const float residual = load_result(scratch.after_attention() + d);
       float sums[1][1];
       multiply_rows<1, 1>(sums, pass.down + static_cast<size_t>(d) * INNER, 0, shared.input, 0, INNER);
-      if (first_lane()) scratch.state(0)[d] = load_result(scratch.after_attention() + d) + sums[0][0];
+      if (!lane()) scratch.state(0)[d] = residual + sums[0][0];
     });
   }
 
   // Each block's best token, of the draft vocabulary.
   __device__ __forceinline__ void choose() const {
     constexpr int AT_ONCE = 4;  // rows of the head
-    normalise_rows<1>(shared, 0, 0, 1, pass.norm, pass.norm_epsilon,
-                      [&](int, int d) { return load_result(scratch.state(0) + d); });
+    Normed<1> normed;
+    normed.ask(1, pass.norm, [&](int, int d) { return load_result(scratch.state(0) + d); });
+    normed.finish(shared, 0, 0, pass.norm_epsilon);
     Highest highest;
     Race race;
     each(divided_up(pass.draft_tokens, AT_ONCE), [&](int i) {
       // the last few are taken again where there are not as many more
       const int first = max(0, min(i * AT_ONCE, pass.draft_tokens - AT_ONCE));
+      int tokens[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) tokens[k] = pass.tokens[first + k];
       float sums[AT_ONCE][1];
       multiply_rows<1, AT_ONCE>(sums, pass.head + static_cast<size_t>(first) * HIDDEN, HIDDEN, shared.input, 0, HIDDEN);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         if (first + k < i * AT_ONCE) continue;
-        const int token = pass.tokens[first + k];
-        highest.note(sums[k][0], token);
-        if (pass.sampled) race.note(sums[k][0], token, pass.race[step]);
+        highest.note(sums[k][0], tokens[k]);
+        if (pass.sampled) race.note(sums[k][0], tokens[k], pass.race[step]);
       }
     });
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
