@@ -55,6 +55,8 @@ class StopFilter:
 
     def push(self, piece: str) -> str:
         """The text that is certain to precede any stop string; none after one was found."""
+        if not self._stops:
+            return piece
         if self.stopped:
             return ""
         self._held += piece
