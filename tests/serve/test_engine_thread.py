@@ -142,6 +142,27 @@ async def test_the_deadline_ends_the_wait() -> None:
     assert scheduler.cancelled == [1]
 
 
+async def test_the_deadline_ends_the_wait_for_more_tokens() -> None:
+    scheduler = FakeScheduler()
+    scheduler.steps.release()
+    async with running(scheduler) as engine:
+        with engine.open(1, later(0.05)) as batch:
+            batch.start([request(1)])
+            await anext(batch)
+            with pytest.raises(TimeoutError):
+                await anext(batch)
+
+
+async def test_what_has_finished_by_the_deadline_is_handed_out_after_it() -> None:
+    scheduler = FakeScheduler()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later(0.2)) as batch:
+            batch.start([request(1)])
+            await asyncio.sleep(0.3)
+            assert await ids(batch) == {0: [2, 3, 4]}
+
+
 @pytest.mark.parametrize(
     ("prompt", "status", "words"),
     [(FakeScheduler.REFUSED, 400, "no room"), (FakeScheduler.BROKEN, 500, "NaN")],

@@ -233,16 +233,17 @@ class EngineThread:
 class Batch:
     """The sequences of one request; iterates over (index, Progress) until all have finished.
 
-    Iteration raises ApiError when one fails and TimeoutError at the deadline. The end of an
+    Iteration raises ApiError when one fails and TimeoutError after the deadline. The end of an
     `with` block cancels those that have not finished.
     """
 
     def __init__(self, engine: EngineThread, count: int, deadline: float) -> None:
         self._engine = engine
-        self._deadline = deadline
         self._unfinished = count
         self._sequences: dict[int, _Sequence] = {}
-        self._outcomes: asyncio.Queue[tuple[int, Progress | ApiError]] = asyncio.Queue()
+        self._outcomes: asyncio.Queue[tuple[int, Progress] | Exception] = asyncio.Queue()
+        # one timer for all tokens: a timeout around each would cost as much as decoding it
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._time_out)
 
     def start(self, requests: Sequence[SequenceRequest]) -> None:
         """Begin with the sequences, as many as there is room for."""
@@ -263,13 +264,14 @@ class Batch:
         """Take what a step did for sequence `index`, on the event loop."""
         if index not in self._sequences:
             return
-        self._outcomes.put_nowait((index, outcome))
+        self._outcomes.put_nowait(outcome if isinstance(outcome, ApiError) else (index, outcome))
         if isinstance(outcome, ApiError) or outcome.finish_reason is not None:
             del self._sequences[index]
             self._release(1)
 
     def close(self) -> None:
         """Cancel what has not finished."""
+        self._timer.cancel()
         for index in list(self._sequences):
             self.finish(index)
         self._release(self._unfinished)
@@ -286,11 +288,14 @@ class Batch:
     async def __anext__(self) -> tuple[int, Progress]:
         if not self._sequences and self._outcomes.empty():
             raise StopAsyncIteration
-        async with asyncio.timeout_at(self._deadline):
-            index, outcome = await self._outcomes.get()
-        if isinstance(outcome, ApiError):
+        outcome = await self._outcomes.get()
+        if isinstance(outcome, Exception):
             raise outcome
-        return index, outcome
+        return outcome
+
+    def _time_out(self) -> None:
+        if self._unfinished:
+            self._outcomes.put_nowait(TimeoutError())
 
     def _release(self, count: int) -> None:
         self._unfinished -= count
