@@ -1,6 +1,7 @@
 """The thread between requests and the scheduler, with a scheduler that tests step."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +24,7 @@ class Recorder(StepObserver):
         self.first: list[bool] = []
         self.waits: list[float] = []
         self.states: list[Any] = []
+        self.threads: set[int] = set()
 
     def stepped(self, statistics: Any) -> None:
         self.states.append(statistics)
@@ -30,6 +32,7 @@ class Recorder(StepObserver):
     def progressed(self, progress: Any, prompt_tokens: int, waited: float, first: bool) -> None:
         self.first.append(first)
         self.waits.append(waited)
+        self.threads.add(threading.get_ident())
 
 
 @asynccontextmanager
@@ -71,6 +74,16 @@ async def test_sequences_of_a_request_are_told_apart() -> None:
     assert recorder.first == [True, True, False, False, False]
     assert recorder.states
     assert all(wait >= 0 for wait in recorder.waits)
+
+
+async def test_what_observes_tokens_does_not_delay_the_next_step() -> None:
+    scheduler, recorder = FakeScheduler(), Recorder()
+    scheduler.steps.release(MANY)
+    async with running(scheduler, observer=recorder) as engine:
+        with engine.open(1, later()) as batch:
+            batch.start([request(1)])
+            await ids(batch)
+    assert recorder.threads == {threading.get_ident()}
 
 
 async def test_the_scheduler_is_called_by_one_thread() -> None:

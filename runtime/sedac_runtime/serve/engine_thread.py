@@ -46,16 +46,16 @@ class SequenceRequest:
 
 
 class StepObserver:
-    """Is told what happens in an engine thread, on that thread. This one ignores it."""
+    """Is told what happens in an engine thread. This one ignores it."""
 
     def stepped(self, statistics: SchedulerStatistics) -> None:
-        """A step has ended."""
+        """A step has ended. Called on the engine thread."""
 
     def progressed(
         self, progress: Progress, prompt_tokens: int, waited: float, first: bool
     ) -> None:
         """A sequence has new tokens, `waited` seconds after it was queued (`first`) or after its
-        last ones."""
+        last ones. Called on the event loop, so that the next step does not wait for it."""
 
 
 @dataclass(eq=False)
@@ -196,11 +196,6 @@ class EngineThread:
             del self._sequences[progress.sequence]
         if progress.error is not None:
             return ApiError(500, progress.error, type="server_error", code="generation_failed")
-        if progress.tokens:
-            now = time.perf_counter()
-            prompt_tokens, first = len(sequence.request.prompt), not sequence.has_tokens
-            self._observer.progressed(progress, prompt_tokens, now - sequence.last, first)
-            sequence.last, sequence.has_tokens = now, True
         constraint = sequence.request.constraint
         if constraint is not None and progress.tokens and progress.finish_reason is None:
             return self._constrain(sequence, constraint, progress)
@@ -219,7 +214,21 @@ class EngineThread:
 
     def _publish(self, outcomes: Sequence[tuple[_Sequence, Progress | ApiError]]) -> None:
         if outcomes:
-            self._loop.call_soon_threadsafe(_deliver, outcomes)
+            self._loop.call_soon_threadsafe(self._deliver, outcomes, time.perf_counter())
+
+    def _deliver(
+        self, outcomes: Sequence[tuple[_Sequence, Progress | ApiError]], now: float
+    ) -> None:
+        """Hand out what came at `now`, on the event loop."""
+        for sequence, outcome in outcomes:
+            if not isinstance(outcome, ApiError) and outcome.tokens:
+                self._observe(sequence, outcome, now)
+            sequence.batch.deliver(sequence.index, outcome)
+
+    def _observe(self, sequence: _Sequence, progress: Progress, now: float) -> None:
+        prompt_tokens, first = len(sequence.request.prompt), not sequence.has_tokens
+        self._observer.progressed(progress, prompt_tokens, now - sequence.last, first)
+        sequence.last, sequence.has_tokens = now, True
 
     def _fail(self, error: Exception) -> None:
         """Answer all that runs with the reason, as all that is still sent will be."""
@@ -300,8 +309,3 @@ class Batch:
     def _release(self, count: int) -> None:
         self._unfinished -= count
         self._engine.release(count)
-
-
-def _deliver(outcomes: Sequence[tuple[_Sequence, Progress | ApiError]]) -> None:
-    for sequence, outcome in outcomes:
-        sequence.batch.deliver(sequence.index, outcome)
