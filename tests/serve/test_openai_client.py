@@ -132,6 +132,8 @@ def test_choices_are_drawn_apart(client: OpenAI) -> None:
     assert len(set(texts)) > 1
     again = client.completions.create(**request | {"n": 1, "seed": 6})
     assert text_of(again) == texts[1]
+    for seed in (6 + 2**64, 6 - 2**64):
+        assert text_of(client.completions.create(**request | {"n": 1, "seed": seed})) == texts[1]
 
 
 def test_without_a_seed_texts_differ(client: OpenAI) -> None:

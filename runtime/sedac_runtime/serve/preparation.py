@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 # OpenAI's default for /v1/completions
 _COMPLETION_TOKENS = 16
+# seeds are counted modulo this
 _SEEDS = 2**64
 
 

@@ -72,8 +72,7 @@ class GenerationRequest(RequestModel):
     max_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    # FastAPI writes these bounds into the schema as doubles, and 2**64 comes out a little larger
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**64)] = None
+    seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
     logit_bias: dict[str, LogitBias] | None = None
     stream: bool | None = None
