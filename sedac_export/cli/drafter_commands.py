@@ -44,8 +44,8 @@ def train_drafter(
         list[Path] | None,
         typer.Option(
             DATA,
-            help="UTF-8 texts, or directories of them, whose beginnings the model continues; takes"
-            " several.",
+            help="UTF-8 texts, or directories of them, whose beginnings the model continues, or is"
+            " asked about where it also writes messages; takes several.",
         ),
     ] = None,
     self_distill: Annotated[

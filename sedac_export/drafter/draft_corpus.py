@@ -79,6 +79,13 @@ class DraftCorpus:
         return np.sort(np.argsort(-counts, kind="stable")[:count]).astype(np.int64)
 
 
+def request_about(tokenizer: PreTrainedTokenizerBase, request: str, text: list[int]) -> list[int]:
+    """The start of the answer to `request` about the text of the tokens `text`."""
+    # it may begin or end inside of a character
+    shown = str(tokenizer.decode(text, skip_special_tokens=True)).strip("\ufffd")
+    return answer_start(tokenizer, f"{request}\n\n{shown}")
+
+
 def user_turn_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The chat template up to where a user's message begins.
 

@@ -17,7 +17,7 @@ from sedac_export.drafter.draft_corpus import (
     DraftCorpus,
     OwnText,
     SelfDistillation,
-    answer_start,
+    request_about,
     write_corpus,
 )
 from sedac_export.drafter.draft_model import DrafterShape, DraftModel
@@ -30,6 +30,7 @@ from sedac_export.drafter.fit_drafter import (
     start_from_last_layer,
 )
 from sedac_export.errors import SedacError
+from sedac_export.model.support import check_config, check_modules
 
 DRAFT_VOCABULARY = 16384
 # of the given minutes, what writing the corpus may take
@@ -37,6 +38,8 @@ CORPUS_SHARE = 0.35
 # texts from --data are cut into pieces of PIECE tokens, of whose beginning the model goes on
 PIECE = 384
 SHORTEST_START, LONGEST_START = 16, 160
+# a start, or a message of the model's own, in a chat template and with what is asked about it
+LONGEST_PROMPT = 2 * LONGEST_START
 # of a GPU's free memory, what the texts that are written at once may take
 MEMORY_SHARE = 0.4
 CORPUS, REPORT = "corpus.jsonl", "drafter-report.json"
@@ -52,8 +55,8 @@ class DrafterRequest:
     """What to train, and for how long.
 
     messages: those that the model writes and answers itself. texts: documents whose beginnings it
-    continues. minutes: for everything, None as long as it takes. folder: where all of it goes; what
-    an earlier run left there is gone on from.
+    continues, and with `messages` also answers requests about. minutes: for everything, None as
+    long as it takes. folder: where all of it goes; what an earlier run left there is gone on from.
     """
 
     folder: Path
@@ -80,11 +83,16 @@ class _Scale:
 
 
 def load_model(directory: Path, device: str) -> PreTrainedModel:
-    """The model in `directory`, in bf16 on a GPU. Raises SedacError where there is none."""
+    """The model in `directory`, in bf16 on a GPU.
+
+    Raises SedacError where there is no GPU, and for a model that cannot be exported.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise SedacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    check_config(model.config.get_text_config(), directory)
+    check_modules(model, directory)
     moved: PreTrainedModel = model.to(device)
     return moved
 
@@ -165,7 +173,7 @@ def _texts_that_fit(model: PreTrainedModel, max_tokens: int) -> int:
     shape, layers = DrafterShape.of(model), model.config.get_text_config().num_hidden_layers
     keys_and_values = 2 * layers * shape.key_value_heads * shape.head_size * model.dtype.itemsize
     # sampling holds a few copies of the logits in fp32
-    text = (max_tokens + 2 * LONGEST_START) * keys_and_values + 20 * shape.vocab_size
+    text = (max_tokens + LONGEST_PROMPT) * keys_and_values + 20 * shape.vocab_size
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, int(MEMORY_SHARE * free / text))
 
@@ -180,17 +188,15 @@ def _starts(tokenizer: PreTrainedTokenizerBase, request: DrafterRequest) -> Iter
     for text in request.texts:
         tokens: list[int] = tokenizer(text).input_ids
         pieces += [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
-    asked = itertools.cycle(TEXT_REQUESTS)
     order = torch.randperm(len(pieces), generator=generator).tolist()
-    for turn, index in enumerate(order):
+    long_enough = (pieces[index] for index in order if len(pieces[index]) >= SHORTEST_START)
+    requests = itertools.cycle(TEXT_REQUESTS)
+    for turn, piece in enumerate(long_enough):
         length = int(torch.randint(SHORTEST_START, LONGEST_START, (1,), generator=generator))
-        start = pieces[index][:length]
-        if len(pieces[index]) < SHORTEST_START:
-            continue
         if request.messages > 0 and turn % 2:
-            message = f"{next(asked)}\n\n{tokenizer.decode(start, skip_special_tokens=True)}"
-            start = answer_start(tokenizer, message)
-        yield start
+            yield request_about(tokenizer, next(requests), piece[:length])
+        else:
+            yield piece[:length]
 
 
 def _usable(texts: Sequence[OwnText]) -> list[OwnText]:
@@ -204,7 +210,7 @@ def _usable(texts: Sequence[OwnText]) -> list[OwnText]:
 
 
 def _settings(request: DrafterRequest, scale: _Scale, steps: int) -> FitSettings:
-    length = LONGEST_START + request.max_tokens
+    length = LONGEST_PROMPT + request.max_tokens
     return FitSettings(steps, scale.batch_tokens, length, seed=request.seed)
 
 

@@ -166,6 +166,19 @@ async def test_the_deadline_ends_the_wait_for_more_tokens() -> None:
                 await anext(batch)
 
 
+async def test_a_text_that_is_finished_when_the_deadline_is_seen_has_not_timed_out() -> None:
+    scheduler = FakeScheduler()
+    scheduler.steps.release()
+    async with running(scheduler) as engine:
+        with engine.open(1, later(0.05)) as batch:
+            batch.start([request(1)])
+            await asyncio.sleep(0.1)
+            index, _ = await anext(batch)
+            batch.finish(index)
+            with pytest.raises(StopAsyncIteration):
+                await anext(batch)
+
+
 async def test_what_has_finished_by_the_deadline_is_handed_out_after_it() -> None:
     scheduler = FakeScheduler()
     scheduler.steps.release(MANY)

@@ -221,9 +221,10 @@ class EngineThread:
     ) -> None:
         """Hand out what came at `now`, on the event loop."""
         for sequence, outcome in outcomes:
+            sequence.batch.deliver(sequence.index, outcome)
+        for sequence, outcome in outcomes:
             if not isinstance(outcome, ApiError) and outcome.tokens:
                 self._observe(sequence, outcome, now)
-            sequence.batch.deliver(sequence.index, outcome)
 
     def _observe(self, sequence: _Sequence, progress: Progress, now: float) -> None:
         prompt_tokens, first = len(sequence.request.prompt), not sequence.has_tokens
@@ -298,6 +299,9 @@ class Batch:
         if not self._sequences and self._outcomes.empty():
             raise StopAsyncIteration
         outcome = await self._outcomes.get()
+        if isinstance(outcome, TimeoutError) and not self._sequences:
+            # what it ran for was finished while the timeout waited behind it
+            raise StopAsyncIteration
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

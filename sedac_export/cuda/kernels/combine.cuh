@@ -2,7 +2,7 @@
 #pragma once
 #include "attention.cuh"
 
-constexpr int CHUNKS_AT_ONCE = MAX_CHUNKS < 8 ? MAX_CHUNKS : 8;
+constexpr int CHUNKS_AT_ONCE = 8;
 
 // Four numbers of a row's head: the sum over its `chunks` chunks, eight at a time, rescaled to the largest score so
 // far.

@@ -102,6 +102,7 @@ struct Drafter {
   // The state and the embedding of the token that follows: the layer's input.
   template <int ROWS, class Token>
   __device__ __forceinline__ void join(int rows, Token token_of) const {
+    // both at once where registers allow
     Normed<ROWS> state, token;
     state.ask(rows, pass.state_norm, [&](int row, int d) { return load_result(scratch.state(row) + d); });
     if (ROWS > 1) state.finish(shared, 0, 2 * HIDDEN, pass.norm_epsilon);
@@ -216,7 +217,7 @@ struct Drafter {
         if (pass.sampled) race.note(sums[k][0], tokens[k], pass.race[step]);
       }
     });
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5, lane = this->lane();
     if (!lane) shared.bests[0][warp] = highest.words(), shared.bests[1][warp] = race.words();
     __syncthreads();
     if (warp < 2 && lane < DRAFT_WARPS) {
@@ -270,7 +271,7 @@ struct Drafter {
   __device__ __forceinline__ static void for_rows(int rows, F f) {
 #pragma unroll
     for (int row = 0; row < ROWS; row++)
-      if (row < rows && static_cast<int>(threadIdx.x & 31) == row) f(row);
+      if (row < rows && lane() == row) f(row);
   }
 };
 

@@ -47,8 +47,8 @@ constexpr int SAVED = HIDDEN + 4;
 // Tiles of the residual whose sums a lane adds.
 constexpr int TILES_OF_LANE = divided_up(O_TILES, 32);
 
-// Keys that attention takes at a time, and the most partial sums of a row and head: in a long cache, enough for the
-// usual blocks to have work.
+// Keys that attention takes at a time, and the most partial sums of a row and head: more where key-value heads are few,
+// so that more blocks have work in a long cache.
 constexpr int KEYS = HEAD > (REGISTERS_MOVE ? 64 : 48) ? 64 : 128, KEY_TILES = KEYS / 16;
 constexpr int MAX_CHUNKS = KV_HEADS > 4 ? 16 : KV_HEADS > 2 ? 32 : 64;
 

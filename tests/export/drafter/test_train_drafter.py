@@ -1,0 +1,45 @@
+"""What a drafter is trained on: beginnings of texts, and requests about them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sedac_export.drafter import train_drafter
+from sedac_export.drafter.train_drafter import (
+    LONGEST_START,
+    SHORTEST_START,
+    DrafterRequest,
+    _starts,
+)
+
+TEXTS = ("x" * 5, *("abcdefgh" * 100 for _ in range(9)), "y" * (SHORTEST_START - 1))
+
+
+def _tokenizer(text: str) -> Any:
+    """A token for each character."""
+    return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+
+def _made(monkeypatch: pytest.MonkeyPatch, messages: int) -> list[list[int]]:
+    monkeypatch.setattr(train_drafter, "request_about", lambda _, request, text: [0, *text])
+    tokenizer: Any = _tokenizer
+    return list(_starts(tokenizer, DrafterRequest(Path(), messages, TEXTS)))
+
+
+def test_every_second_beginning_is_asked_about_where_there_are_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = [start[0] == 0 for start in _made(monkeypatch, messages=1)]
+    assert len(asked) > 10
+    assert asked == [turn % 2 == 1 for turn in range(len(asked))]
+    assert not any(start[0] == 0 for start in _made(monkeypatch, messages=0))
+
+
+def test_beginnings_are_of_pieces_that_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = _made(monkeypatch, messages=0)
+    assert all(SHORTEST_START <= len(start) < LONGEST_START for start in starts)
+    # nothing of the texts that are too short
+    assert not {ord("x"), ord("y")} & {token for start in starts for token in start}
+    assert starts == _made(monkeypatch, messages=0)
