@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sedac_export.drafter import train_drafter
 from sedac_export.drafter.train_drafter import (
@@ -12,7 +13,9 @@ from sedac_export.drafter.train_drafter import (
     SHORTEST_START,
     DrafterRequest,
     _starts,
+    load_model,
 )
+from sedac_export.errors import SedacError
 
 TEXTS = ("x" * 5, *("abcdefgh" * 100 for _ in range(9)), "y" * (SHORTEST_START - 1))
 
@@ -43,3 +46,17 @@ def test_beginnings_are_of_pieces_that_are_long_enough(monkeypatch: pytest.Monke
     # nothing of the texts that are too short
     assert not {ord("x"), ord("y")} & {token for start in starts for token in start}
     assert starts == _made(monkeypatch, messages=0)
+
+
+def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(SedacError, match="rope_type dynamic"):
+        load_model(tmp_path, "cpu")
