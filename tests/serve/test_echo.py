@@ -31,6 +31,19 @@ def logprobs_of(completion: Completion, choice: int = 0) -> Logprobs:
     return logprobs
 
 
+def assert_same(ours: Any, others: Any) -> None:
+    """Fields of two texts' Logprobs, or parts of them, are the same up to rounding.
+
+    Passes over other numbers of tokens give other bits on some CPUs, and how many tokens share one
+    depends on measured times.
+    """
+    for field in ("tokens", "text_offset"):
+        assert getattr(ours, field) == getattr(others, field)
+    assert ours.token_logprobs == pytest.approx(others.token_logprobs, abs=1e-4)
+    for tops, of_others in zip(ours.top_logprobs, others.top_logprobs, strict=True):
+        assert tops == (of_others and pytest.approx(of_others, abs=1e-4))
+
+
 def log_softmax(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     """What transformers gives: log probabilities of the tokens after each position."""
     with torch.no_grad():
@@ -75,9 +88,10 @@ def test_a_prompt_alone_is_scored(client: OpenAI, demo_model: SedacModel) -> Non
         assert alone.choices[0].finish_reason == "length"
         assert alone.usage is not None
         assert (alone.usage.prompt_tokens, alone.usage.completion_tokens) == (len(tokens), 0)
-        for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-            ours = getattr(logprobs_of(alone), field)
-            assert ours == getattr(both, field)[: len(tokens)]
+        fields = both.model_dump(exclude_none=True).items()
+        assert_same(
+            logprobs_of(alone), Logprobs.model_construct(**{k: v[: len(tokens)] for k, v in fields})
+        )
 
 
 def test_a_prompt_alone_may_fill_the_cache(client: OpenAI, demo_model: SedacModel) -> None:
@@ -97,7 +111,7 @@ def test_a_prompt_of_one_token_has_no_logprob(client: OpenAI) -> None:
 def test_several_prompts_are_scored(client: OpenAI) -> None:
     prompts = [PROMPT, "def main():\n", PROMPT]
     together = client.completions.create(**SCORED | {"prompt": prompts})
-    assert logprobs_of(together, 0) == logprobs_of(together, 2)
+    assert_same(logprobs_of(together, 0), logprobs_of(together, 2))
     alone = client.completions.create(**SCORED | {"prompt": prompts[1]})
     assert logprobs_of(together, 1).tokens == logprobs_of(alone).tokens
 
@@ -106,9 +120,11 @@ def test_scores_stream(client: OpenAI) -> None:
     whole = client.completions.create(**SCORED)
     pieces = list(client.completions.create(**SCORED, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
-    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        parts = [entry for piece in pieces for entry in getattr(logprobs_of(piece), field)]
-        assert parts == getattr(logprobs_of(whole), field)
+    joined = {
+        field: [entry for piece in pieces for entry in getattr(logprobs_of(piece), field)]
+        for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    }
+    assert_same(Logprobs.model_construct(**joined), logprobs_of(whole))
 
 
 def test_nothing_is_left_of_a_prompt_with_neither_echo_nor_tokens(server: RunningServer) -> None:
