@@ -32,7 +32,8 @@ def write_texts(
 ) -> list[list[int]]:
     """What follows each of `prompts`, up to `most` tokens, the one of `ends` that ends it included.
 
-    temperature: 0 takes the most probable token; otherwise all tokens are sampled from.
+    prompts: at least one, of any lengths. temperature: 0 takes the most probable token; otherwise
+    all tokens are sampled from. Raises SedacError where the model takes no cache.
     """
     batch = _Batch(model, prompts, most, temperature, ends)
     step = batch.prepare_step() if most > 1 else batch.step

@@ -53,6 +53,18 @@ def test_messages_without_an_end_do_not_outlast_the_deadline() -> None:
     assert (fake.asked, seen) == ([32], [(32, 1000)])
 
 
+def test_a_request_shows_whole_characters_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokenizer:
+        def decode(self, tokens: list[int], **_: bool) -> str:
+            return "\ufffdabc\ufffd"
+
+    shown: list[str] = []
+    monkeypatch.setattr(draft_corpus, "answer_start", lambda _, text: shown.append(text) or [1])
+    tokenizer: Any = Tokenizer()
+    assert draft_corpus.request_about(tokenizer, "Explain:", [1, 2]) == [1]
+    assert shown == ["Explain:\n\nabc"]
+
+
 def test_progress_counts_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_corpus, "answer_start", lambda _, message: [1, 2])
     _, distillation = _distillation(messages_end=True)
