@@ -14,6 +14,7 @@ mod not_finite;
 mod onnxruntime;
 pub mod profile;
 mod row_engines;
+mod stability;
 mod step;
 pub mod tensorrt;
 mod timing;

@@ -15,7 +15,7 @@ impl OnnxRuntime {
         self.bundle.check_more_memory(files)?;
         for entry in &self.attention_entries {
             let (bundle, exactly) = (&self.bundle, self.verifies_exactly);
-            let session = layer_session(&self.environment, bundle, &entry.file, exactly)?;
+            let session = layer_session(&self.environment, bundle, entry, exactly)?;
             self.attention.push(session);
         }
         Ok(())

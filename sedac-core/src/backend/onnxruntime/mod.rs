@@ -14,6 +14,7 @@ mod row_graph;
 mod rows;
 mod runtime;
 mod spare_rows;
+mod stability_output;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -145,9 +146,10 @@ impl OnnxRuntime {
         let contexts = engines.contexts.as_deref().map(open).transpose()?;
         let files = entries.iter().map(|entry| &*entry.file);
         let verifies_exactly = !manifest.precision.is_quantized()
-            || products_have_equal_rows(&environment, bundle, files.clone())?;
-        let layers = files
-            .map(|file| layer_session(&environment, bundle, file, verifies_exactly))
+            || products_have_equal_rows(&environment, bundle, files)?;
+        let layers = entries
+            .iter()
+            .map(|entry| layer_session(&environment, bundle, entry, verifies_exactly))
             .map(|session| session.map(LayerSession::Whole))
             .collect::<Result<Vec<_>>>()?;
         let sizes = (manifest.model.hidden_size, manifest.model.vocab_size);
@@ -433,8 +435,7 @@ impl Engines for OnnxRuntime {
 
     fn stability(&mut self, engine: usize) -> Result<Vec<f32>> {
         let pass = self.slots[self.selected].passes.current();
-        let rows = read(&pass.stability[engine]);
-        Ok(rows[rows.len() - self.entries[engine].num_layers..].to_vec())
+        Ok(pass.stability(engine, pass.contexts.tokens() - 1))
     }
 
     fn save(&mut self, positions: Range<usize>) -> Result<()> {

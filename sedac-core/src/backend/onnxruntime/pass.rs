@@ -11,6 +11,7 @@ use super::cache_memory::CacheMemory;
 use super::cut_graph::Crossing;
 use super::layer_session::{BoundCut, BoundLayer, LayerSession};
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
+use crate::backend::stability::stability;
 use crate::backend::{EnginePart, Stopwatch};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
@@ -121,8 +122,8 @@ pub(super) struct Pass {
     /// The residual stream, [1, tokens, hidden_size]. Engines take turns reading one and writing
     /// the other; embed writes the first.
     hidden: [Tensor<f32>; 2],
-    /// [1, tokens, layers of the engine] by engine.
-    pub(super) stability: Vec<Tensor<f32>>,
+    /// [1, tokens, layers of the engine] by engine, of those with several.
+    stability: Vec<Option<Tensor<f32>>>,
     /// [1, tokens, 1] by engine, of those with a probe.
     pub(super) risk: Vec<Option<Tensor<f32>>>,
     /// What crosses the cuts of layers, [1, tokens, width] each; all layers use the same.
@@ -149,7 +150,10 @@ impl Pass {
             input_ids: tensor(&[1, tokens])?,
             stability: entries
                 .iter()
-                .map(|entry| tensor(&[1, tokens, entry.num_layers]))
+                .map(|entry| match entry.num_layers {
+                    1 => Ok(None),
+                    layers => tensor(&[1, tokens, layers]).map(Some),
+                })
                 .collect::<Result<_>>()?,
             risk: entries
                 .iter()
@@ -173,6 +177,22 @@ impl Pass {
     /// The residual stream after `engines` engines.
     pub(super) fn hidden(&self, engines: usize) -> &Tensor<f32> {
         &self.hidden[engines % 2]
+    }
+
+    /// The stability of the layers of `engine`, the one that ran last, for the token number `place`.
+    pub(super) fn stability(&self, engine: usize, place: usize) -> Vec<f32> {
+        let row = |tensor: &Tensor<f32>| {
+            let numbers = read(tensor);
+            let width = numbers.len() / self.contexts.tokens();
+            numbers[place * width..][..width].to_vec()
+        };
+        match &self.stability[engine] {
+            Some(tensor) => row(tensor),
+            None => vec![stability(
+                &row(self.hidden(engine)),
+                &row(self.hidden(engine + 1)),
+            )],
+        }
     }
 
     fn hidden_mut(&mut self, engines: usize) -> &mut Tensor<f32> {
@@ -260,8 +280,9 @@ impl Pass {
         if gives("y") {
             bind_output(&mut bound, "y", self.hidden_mut(engine + 1))?;
         }
-        if gives("stability") {
-            bind_output(&mut bound, "stability", &mut self.stability[engine])?;
+        let stability = self.stability[engine].as_mut();
+        if let Some(stability) = stability.filter(|_| gives("stability")) {
+            bind_output(&mut bound, "stability", stability)?;
         }
         if let Some(risk) = self.risk[engine].as_mut().filter(|_| gives("risk")) {
             bind_output(&mut bound, "risk", risk)?;

@@ -117,7 +117,7 @@ impl OnnxRuntime {
         for entry in &self.entries {
             let heads = &self.bundle.manifest.key_value_heads[entry.first_layer];
             let head_size = cut.then_some(heads.head_size);
-            match row_session(&self.environment, &self.bundle, &entry.file, head_size)? {
+            match row_session(&self.environment, &self.bundle, entry, head_size)? {
                 // passes have the same crossing values for all layers
                 Some(session)
                     if *widths.get_or_insert_with(|| session.widths()) == session.widths() =>
@@ -343,8 +343,7 @@ impl RowEngines for OnnxRuntime {
 
     fn row_stability(&self, engine: usize, sequence: usize) -> Vec<f32> {
         let (pass, place) = self.newest_row(sequence);
-        let layers = self.entries[engine].num_layers;
-        read(&pass.stability[engine])[place * layers..][..layers].to_vec()
+        pass.stability(engine, place)
     }
 
     fn row_risk(&self, engine: usize, sequence: usize) -> Option<f32> {

@@ -1,7 +1,7 @@
 //! The few calls into `ort` that the backend needs, with errors that say what they were about.
 
 use std::ffi::CString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
@@ -21,8 +21,8 @@ use ort::{AsPointer, LoadDynamicError};
 use super::cut_graph::Crossing;
 use super::layer_session::{CutLayer, LayerSession};
 use super::spare_rows::Product;
-use super::{cut_graph, huge_pages, row_graph, spare_rows};
-use crate::bundle::Bundle;
+use super::{cut_graph, huge_pages, row_graph, spare_rows, stability_output};
+use crate::bundle::{Bundle, LayerEntry};
 use crate::error::{Error, Result};
 
 /// The process's ONNX Runtime and its number of threads. Sessions that spin pools of their own
@@ -132,21 +132,33 @@ pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -
     unsafe { device_session(environment, bundle, file, Provider::Cpu) }
 }
 
-/// Load the layer or attention engine in `file` of `bundle` for the CPU, with or without the spare
-/// rows of its attention.
+/// The graph of the layer or attention engine `entry` of `bundle` for the CPU, and where its weights are.
+/// It gives no stability where the host can compute it.
+fn layer_graph(bundle: &Bundle, entry: &LayerEntry) -> Result<(Vec<u8>, PathBuf)> {
+    let (mut graph, directory) = bundle.gate.graph(&entry.file)?;
+    if entry.num_layers == 1
+        && let Some(without) = stability_output::without(&graph)
+    {
+        graph = without;
+    }
+    Ok((graph, directory))
+}
+
+/// Load the layer or attention engine `entry` of `bundle` for the CPU, with or without the spare rows
+/// of its attention.
 pub(super) fn layer_session(
     environment: &Environment,
     bundle: &Bundle,
-    file: &Path,
+    entry: &LayerEntry,
     spare_rows: bool,
 ) -> Result<Session> {
-    let (mut graph, directory) = bundle.gate.graph(file)?;
+    let (mut graph, directory) = layer_graph(bundle, entry)?;
     if !spare_rows && let Some(without) = spare_rows::without(&graph) {
         graph = without;
     }
     // SAFETY: there is no stream.
     let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
-    loaded.map_err(|source| not_loaded(bundle, file, source))
+    loaded.map_err(|source| not_loaded(bundle, &entry.file, source))
 }
 
 /// Whether the first product with quantized weights in `files`, layer engines of `bundle`, gives a row
@@ -185,19 +197,19 @@ fn first_row(session: &mut Session, [x, y]: &[Crossing; 2], rows: usize) -> Resu
     Ok(read(&output)[..y.width].to_vec())
 }
 
-/// The layer engine in `file` of `bundle` for the CPU, with rows of several sequences; None where it
+/// The layer engine `entry` of `bundle` for the CPU, with rows of several sequences; None where it
 /// cannot have them. It is to be cut around attention, of heads of `cut_head_size`, where that is given.
 pub(super) fn row_session(
     environment: &Environment,
     bundle: &Bundle,
-    file: &Path,
+    entry: &LayerEntry,
     cut_head_size: Option<usize>,
 ) -> Result<Option<LayerSession>> {
-    let (graph, directory) = bundle.gate.graph(file)?;
+    let (graph, directory) = layer_graph(bundle, entry)?;
     let open = |graph: &[u8]| {
         // SAFETY: there is no stream.
         let loaded = unsafe { load(environment, graph, &directory, Provider::Cpu) };
-        let shown = bundle.gate.shown(file);
+        let shown = bundle.gate.shown(&entry.file);
         let what = || format!("{} cannot be loaded for rows", shown.display());
         loaded.map_err(|source| engine_error(what(), source))
     };

@@ -24,6 +24,7 @@ pub use host_device::Host;
 
 use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
+use super::stability::stability;
 use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
 use crate::bundle::{Bundle, Gate, PlanFiles, PortableGraphs, PortableLayers};
 use crate::error::{Error, Result};
@@ -465,18 +466,6 @@ impl<D: Device> Engines for TensorRt<D> {
     fn take_timings(&mut self) -> Vec<EngineTiming> {
         std::mem::take(&mut self.timings)
     }
-}
-
-/// (cos + 1) / 2 of two residual streams.
-fn stability(before: &[f32], after: &[f32]) -> f32 {
-    let dot = |left: &[f32], right: &[f32]| -> f32 {
-        left.iter()
-            .zip(right)
-            .map(|(left, right)| left * right)
-            .sum()
-    };
-    let norms = dot(before, before) * dot(after, after);
-    dot(before, after) / norms.sqrt() * 0.5 + 0.5
 }
 
 fn missing_plans(directory: &Path, target: &str) -> Error {
