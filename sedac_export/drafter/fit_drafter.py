@@ -23,10 +23,12 @@ EVALUATIONS = 20
 PATIENCE = 6
 WARM_UP = 0.04
 CHECKPOINT = "checkpoint.pt"
+# steps whose losses are read at once: each reading waits until the device has nothing to do
+STEPS_AT_ONCE = 16
 _ALIGNMENT = 8
 
-# called with steps done, steps in total and the last loss
-FitProgress = Callable[[int, int, float], None]
+# called with steps done and steps in total
+FitProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,19 @@ class FitState:
 
 
 class FrozenModel:
-    """The model's residual streams, logits and embeddings."""
+    """The model's residual streams, logits and embeddings.
+
+    Its head keeps the draft vocabulary only.
+    """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], tokens: Tensor) -> None:
         frozen: Any = model
         self.model: PreTrainedModel = frozen.eval().requires_grad_(False)
         self.tokens = tokens.to(model.device)
         self.embed: nn.Module = model.get_input_embeddings()
-        head = frozen.get_output_embeddings()
-        self.head = head.weight[self.tokens].detach().float()
+        pruned = _pruned(frozen.get_output_embeddings(), self.tokens)
+        frozen.set_output_embeddings(pruned)
+        self.head = pruned.weight.detach().float()
         self._features: dict[int, Tensor] = {}
         modules = find_layers(model)
         for depth in layers:
@@ -97,9 +103,31 @@ class FrozenModel:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Residual streams, logits of the draft vocabulary, and embeddings of `tokens` [b, n]."""
-        logits = self.model(input_ids=tokens, use_cache=False).logits[..., self.tokens]
+        logits = self.model(input_ids=tokens, use_cache=False).logits
         features = [self._features[depth] for depth in self.layers]
         return features, logits, self.embed(tokens)
+
+
+class _Batch:
+    """Texts on the device, and where the steps of a rollout look."""
+
+    def __init__(self, texts: Sequence[OwnText], length: int, device: torch.device) -> None:
+        tokens, counted = _padded(texts, length)
+        before_counted = _shifted(counted, 1)
+        row_of = before_counted.flatten().cumsum(0) - 1
+
+        def sent(indices: Tensor) -> Tensor:
+            # the host goes on, and the device's queue never has to run empty
+            pinned = indices.pin_memory() if device.type == "cuda" else indices
+            return pinned.to(device, non_blocking=True)
+
+        self.tokens = sent(tokens)
+        # [rows], positions in all texts whose next token counts
+        self.wanted = sent(_places(before_counted))
+        places = [_places(_shifted(counted, 2 + step)) for step in range(ROLLOUT_STEPS)]
+        # by step: the positions that draft a token that counts, and the row of the wanted one
+        self.places = [sent(at) for at in places]
+        self.rows = [sent(row_of[at + 1 + step]) for step, at in enumerate(places)]
 
 
 @dataclass
@@ -114,11 +142,15 @@ class Fit:
 
     def __post_init__(self) -> None:
         parameters = list(self.drafter.parameters())
+        self.device = self.frozen.model.device
         self.optimizer = torch.optim.AdamW(
-            parameters, self.settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+            parameters,
+            self.settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            fused=self.device.type == "cuda",
         )
         self.kept = _copied(self.drafter)
-        self.device = self.frozen.model.device
 
     def run(
         self,
@@ -130,13 +162,19 @@ class Fit:
         """Train to the end, and leave the drafter as it was best on `held_out`."""
         interval = max(1, self.settings.steps // EVALUATIONS)
         batches = _batches(training, self.settings)
+        unread: list[Tensor] = []
         while self.state.step < self.settings.steps and not self.state.is_stuck():
-            loss = self._step(self._batch(batches, training))
-            self.state.losses.append(loss)
+            unread.append(self._step(self._batch(batches, training)))
             self.state.step += 1
-            progress(self.state.step, self.settings.steps, loss)
+            is_last = self.state.step == self.settings.steps
+            evaluates = is_last or self.state.step % interval == 0
+            if not evaluates and len(unread) < STEPS_AT_ONCE:
+                continue
+            self.state.losses += torch.stack(unread).tolist()
+            unread.clear()
+            progress(self.state.step, self.settings.steps)
             late = deadline()
-            if self.state.step % interval == 0 or late or self.state.step == self.settings.steps:
+            if evaluates or late:
                 self._evaluate(held_out)
                 self._save()
             if late:
@@ -151,18 +189,21 @@ class Fit:
         order = torch.randperm(len(batches), generator=generator)
         return [texts[i] for i in batches[int(order[index])]]
 
-    def _step(self, texts: Sequence[OwnText]) -> float:
+    def _step(self, texts: Sequence[OwnText]) -> Tensor:
+        """Take a step on `texts`, and its loss, a scalar that the device may not have yet."""
         self.drafter.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self._schedule()
         self.optimizer.zero_grad(set_to_none=True)
         total: Any = torch.zeros((), device=self.device)
-        for step, (loss, _, _) in enumerate(self._rollout(texts)):
+        batch = _Batch(texts, self.settings.length, self.device)
+        for step, (loss, _) in enumerate(self._rollout(batch)):
             total = total + STEP_WEIGHT**step * loss
         total.backward()
         nn.utils.clip_grad_norm_(self.drafter.parameters(), 1.0)
         self.optimizer.step()
-        return float(total.detach())
+        result: Tensor = total.detach()
+        return result
 
     def _schedule(self) -> float:
         """The learning rate's share: a warm-up, then half a cosine down to a twentieth."""
@@ -171,32 +212,24 @@ class Fit:
             return (self.state.step + 1) / (WARM_UP * self.settings.steps + 1)
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
-    def _rollout(self, texts: Sequence[OwnText]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each step: its loss, which drafts are the text, and which count; bool [texts, n].
+    def _rollout(self, batch: _Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each step: its loss, and the logits [places, draft vocabulary] at its places.
 
         Step j at position t knows the text up to token t + 1 + j, drafted, and gives the next.
         """
-        tokens, counted = _padded(texts, self.settings.length)
-        # where to look is found on the host, so that the device's queue never has to run empty
-        places = [_shifted(counted, 2 + step) for step in range(ROLLOUT_STEPS)]
-        tokens = tokens.to(self.device)
+        tokens = batch.tokens
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             features, logits, embeddings = self.frozen.run(tokens)
-            wanted = logits.flatten(0, 1).float().softmax(-1)
+            wanted = logits.flatten(0, 1)[batch.wanted].float().softmax(-1)
             state = self.drafter.state_of(features)
             positions = torch.arange(tokens.shape[1], device=self.device)[None]
             cache = DynamicCache()
-            for step, counts in enumerate(places):
+            for step, (at, rows) in enumerate(zip(batch.places, batch.rows, strict=True)):
                 mask = rollout_mask(tokens.shape[1], step, self.device)
                 embedding = _shifted(embeddings, 1 + step)
                 state = self.drafter(state, embedding, positions + step, mask, cache)
-                at = counts.flatten().nonzero().squeeze(1).to(self.device)
                 own = self.drafter.logits(state.flatten(0, 1)[at], self.frozen.head)
-                loss = nn.functional.cross_entropy(own, wanted[at + 1 + step])
-                drafted = self.frozen.tokens[own.detach().argmax(-1)]
-                right = torch.zeros(tokens.numel(), dtype=torch.bool, device=self.device)
-                right[at] = drafted == tokens.flatten()[at + 2 + step]
-                yield loss, right.view_as(tokens), counts.to(self.device)
+                yield nn.functional.cross_entropy(own, wanted[rows]), own
 
     @torch.no_grad()
     def _evaluate(self, texts: Sequence[OwnText]) -> None:
@@ -206,13 +239,17 @@ class Fit:
         loss_sum, parts = 0.0, _batches(texts, self.settings)
         rounds = 0.0
         for part in parts:
-            accepted: Tensor | None = None
-            for step, (loss, drafts, counts) in enumerate(self._rollout([texts[i] for i in part])):
+            batch = _Batch([texts[i] for i in part], self.settings.length, self.device)
+            tokens = batch.tokens.flatten()
+            accepted = torch.ones(tokens.shape, dtype=torch.bool, device=self.device)
+            rounds += len(batch.places[0])
+            for step, (loss, own) in enumerate(self._rollout(batch)):
                 loss_sum += float(loss) * STEP_WEIGHT**step / len(parts)
-                before = counts if accepted is None else accepted & counts
-                accepted = before & drafts
-                if step == 0:
-                    rounds += float(counts.sum())
+                at = batch.places[step]
+                drafted = self.frozen.tokens[own.argmax(-1)]
+                before = accepted[at]
+                accepted = torch.zeros_like(accepted)
+                accepted[at] = before & (drafted == tokens[at + 2 + step])
                 reached[step] += float(before.sum())
                 right[step] += float(accepted.sum())
         self.state.evaluations.append(
@@ -267,11 +304,15 @@ class Fit:
         """What a step costs, measured without keeping what it did."""
         before, optimizer = _copied(self.drafter), self.optimizer.state_dict()
         batches = _batches(training, self.settings)
-        for _ in range(2):
-            self._step(self._batch(batches, training))
+
+        def take(count: int) -> None:
+            losses = [self._step(self._batch(batches, training)) for _ in range(count)]
+            # the device has taken all of them when the host has their losses
+            torch.stack(losses).tolist()
+
+        take(2)
         started = time.monotonic()
-        for _ in range(steps):
-            self._step(self._batch(batches, training))
+        take(steps)
         elapsed = time.monotonic() - started
         self.drafter.load_state_dict(before)
         self.optimizer.load_state_dict(optimizer)
@@ -317,6 +358,20 @@ def _padded(texts: Sequence[OwnText], length: int) -> tuple[Tensor, Tensor]:
         tokens[index, : len(row)] = torch.tensor(row)
         counted[index, text.generated : len(row)] = True
     return tokens, counted
+
+
+def _places(where: Tensor) -> Tensor:
+    """Indices of what is true in `where`, counted through all of its rows."""
+    return where.flatten().nonzero().squeeze(1)
+
+
+def _pruned(head: nn.Linear, tokens: Tensor) -> nn.Linear:
+    """`head` with its rows of `tokens` only."""
+    bias = None if head.bias is None else head.bias[tokens]
+    pruned = nn.Linear(head.in_features, len(tokens), bias is not None, device="meta")
+    rows = {"weight": head.weight[tokens]} | ({} if bias is None else {"bias": bias})
+    pruned.load_state_dict(rows, assign=True)
+    return pruned.requires_grad_(False)
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

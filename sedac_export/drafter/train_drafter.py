@@ -127,7 +127,7 @@ def train_drafter(
     fit.run(
         training,
         held_out,
-        lambda done, of, _: progress("train", done, of),
+        lambda done, of: progress("train", done, of),
         lambda: budget is not None and time.monotonic() - started > budget,
     )
     sample = fit.frozen.head[:SAMPLED_ROWS]
