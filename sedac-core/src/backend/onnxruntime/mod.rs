@@ -213,10 +213,16 @@ impl OnnxRuntime {
     }
 
     fn new_pass(&self, tokens: usize, shared: &Shared) -> Result<Pass> {
+        // kv engines alone may take any, where attention has its tables
+        let mut entries = self.entries.iter().chain(&self.attention_entries);
+        let takes_contexts = entries.any(|entry| !entry.contexts.is_empty());
         Pass::new(
             tokens,
             (shared, &self.caches),
-            (&self.embed, self.contexts.as_ref()),
+            (
+                &self.embed,
+                self.contexts.as_ref().filter(|_| takes_contexts),
+            ),
             &self.layers,
             &self.entries,
         )

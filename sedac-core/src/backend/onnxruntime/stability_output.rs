@@ -18,9 +18,7 @@ pub(super) fn without(graph: &[u8]) -> Option<Vec<u8>> {
     let mut model = Model::decode(graph).ok()?;
     let whole = model.graph.as_ref()?;
     let outputs = whole.output.iter();
-    let outputs: Vec<&ValueInfo> = outputs
-        .filter(|output| output.name != STABILITY)
-        .collect();
+    let outputs: Vec<&ValueInfo> = outputs.filter(|output| output.name != STABILITY).collect();
     let mut rest = piece(whole, &[], &outputs);
     drop_unread_norms(&mut rest);
     model.graph = Some(rest);
@@ -29,7 +27,10 @@ pub(super) fn without(graph: &[u8]) -> Option<Vec<u8>> {
 
 /// Only add where nothing reads the norm of a sum.
 fn drop_unread_norms(graph: &mut RowGraph) {
-    let inputs = graph.node.iter().flat_map(|node| node.input.iter().cloned());
+    let inputs = graph
+        .node
+        .iter()
+        .flat_map(|node| node.input.iter().cloned());
     let outputs = graph.output.iter().map(|output| output.name.clone());
     let read: Vec<_> = inputs.chain(outputs).collect();
     for node in &mut graph.node {
