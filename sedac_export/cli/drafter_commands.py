@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.console import console
 from sedac_export.errors import SedacError
+
+if TYPE_CHECKING:
+    from sedac_export.model.source import ModelSource
 
 
 class TrainingDevice(StrEnum):
@@ -70,9 +73,11 @@ def train_drafter(
     texts = _read_texts(data or [])
     if not texts and not self_distill:
         raise SedacError("there is nothing to train on; give --self-distill, --data or both")
-    with _opened(model) as (directory, tokenizer):
-        request = DrafterRequest(output, self_distill, texts, minutes, device.value, seed)
-        loaded = load_model(directory, device.value)
+    with _opened(model) as (source, tokenizer):
+        request = DrafterRequest(
+            output, source.name, self_distill, texts, minutes, device.value, seed
+        )
+        loaded = load_model(source.directory, device.value)
         with progress_bar("write", "train") as update:
             report = run(loaded, tokenizer, request, update)
     if bundle is not None:
@@ -118,8 +123,8 @@ def _add(bundle: Path, drafter: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(model: str) -> Iterator[tuple[Path, Any]]:
-    """The model's directory and its tokenizer. Raises SedacError when it has none."""
+def _opened(model: str) -> Iterator[tuple["ModelSource", Any]]:
+    """The model and its tokenizer. Raises SedacError when it has none."""
     from sedac_export.model.source import opened_model
     from sedac_export.model.tokenizer import load_tokenizer
 
@@ -130,7 +135,7 @@ def _opened(model: str) -> Iterator[tuple[Path, Any]]:
         tokenizer = source.tokenizer or load_tokenizer(source.directory)
         if tokenizer is None:
             raise SedacError(f"{model} has no tokenizer, so it cannot write texts to train on")
-        yield source.directory, tokenizer
+        yield source, tokenizer
 
 
 @contextlib.contextmanager

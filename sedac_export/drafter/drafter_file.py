@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from sedac_export.drafter.draft_model import DrafterShape, DraftModel
@@ -45,7 +45,8 @@ class DrafterFile:
             HEAD_SAMPLE: self.head_sample.detach().cpu().half().contiguous(),
         }
         shape = json.dumps(self.drafter.shape.metadata())
-        save_file(tensors, path, self.metadata | {"shape": shape})
+        # unlike save_file, which leaves a file that only its owner reads
+        path.write_bytes(save(tensors, self.metadata | {"shape": shape}))
 
     @classmethod
     def load(cls, path: Path) -> "DrafterFile":

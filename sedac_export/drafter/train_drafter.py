@@ -54,12 +54,14 @@ StageProgress = Callable[[str, int, int], None]
 class DrafterRequest:
     """What to train, and for how long.
 
-    messages: those that the model writes and answers itself. texts: documents whose beginnings it
-    continues, and with `messages` also answers requests about. minutes: for everything, None as
-    long as it takes. folder: where all of it goes; what an earlier run left there is gone on from.
+    model: its name, for the drafter's file. messages: those that the model writes and answers
+    itself. texts: documents whose beginnings it continues, and with `messages` also answers
+    requests about. minutes: for everything, None as long as it takes. folder: where all of it
+    goes; what an earlier run left there is gone on from.
     """
 
     folder: Path
+    model: str
     messages: int = 0
     texts: tuple[str, ...] = ()
     minutes: float | None = None
@@ -131,8 +133,9 @@ def train_drafter(
         lambda: budget is not None and time.monotonic() - started > budget,
     )
     sample = fit.frozen.head[:SAMPLED_ROWS]
-    metadata = {"model": str(model.config.name_or_path)}
-    DrafterFile(fit.drafter, tokens, sample, metadata).save(request.folder / DRAFTER)
+    DrafterFile(fit.drafter, tokens, sample, {"model": request.model}).save(
+        request.folder / DRAFTER
+    )
     report = _report(fit, corpus, written, time.monotonic() - started)
     (request.folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sedac_export.bundle import Bundle
@@ -26,7 +26,8 @@ def write_probes(
     medians: each V6 probe's median risk where it was trained.
     """
     metadata = _whose(manifest) | {"median_risk": json.dumps(medians)}
-    save_file(tensors, directory / PROBES, metadata)
+    # unlike save_file, which leaves files that only their owner reads
+    (directory / PROBES).write_bytes(save(tensors, metadata))
 
 
 def write_lenses(directory: Path, manifest: Manifest, lenses: Mapping[int, nn.Module]) -> None:
@@ -36,7 +37,7 @@ def write_lenses(directory: Path, manifest: Manifest, lenses: Mapping[int, nn.Mo
         return
     states = {depth: lens.state_dict() for depth, lens in lenses.items()}
     tensors = {f"{depth}.{name}": v for depth, state in states.items() for name, v in state.items()}
-    save_file(tensors, directory / LENSES, _whose(manifest))
+    (directory / LENSES).write_bytes(save(tensors, _whose(manifest)))
 
 
 def check_probes(bundle: Bundle) -> None:

@@ -30,7 +30,7 @@ def drafter(build_cache: BuildCache) -> Path:
 
     def make(folder: Path) -> None:
         texts = (Path(json.__file__).read_text(),)
-        request = DrafterRequest(folder, texts=texts, steps=40, max_tokens=48)
+        request = DrafterRequest(folder, "demo", texts=texts, steps=40, max_tokens=48)
         tokenizer = load_tokenizer(MODEL)
         assert tokenizer is not None
         train_drafter(load_model(MODEL, "cpu"), tokenizer, request, lambda *_: None)
@@ -47,6 +47,15 @@ def drafting_bundle(
     shutil.copytree(demo_bundle, directory)
     add_drafter(directory, drafter / DRAFTER)
     return directory
+
+
+def test_the_file_names_its_model(drafter: Path) -> None:
+    assert DrafterFile.load(drafter / DRAFTER).metadata == {"model": "demo"}
+
+
+def test_whoever_reads_the_bundle_reads_its_drafter(drafting_bundle: Path) -> None:
+    modes = {(drafting_bundle / name).stat().st_mode for name in ("bundle.json", DRAFTER)}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("drafter_name", ["trained", "auto"])

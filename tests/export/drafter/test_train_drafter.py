@@ -28,7 +28,7 @@ def _tokenizer(text: str) -> Any:
 def _made(monkeypatch: pytest.MonkeyPatch, messages: int) -> list[list[int]]:
     monkeypatch.setattr(train_drafter, "request_about", lambda _, request, text: [0, *text])
     tokenizer: Any = _tokenizer
-    return list(_starts(tokenizer, DrafterRequest(Path(), messages, TEXTS)))
+    return list(_starts(tokenizer, DrafterRequest(Path(), "model", messages, TEXTS)))
 
 
 def test_every_second_beginning_is_asked_about_where_there_are_messages(

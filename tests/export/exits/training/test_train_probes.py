@@ -45,6 +45,12 @@ def test_the_runtime_loads_it_and_generates_as_before(
     assert [row.depth for row in trained.rows] == list(EXITS)
 
 
+def test_whoever_reads_the_bundle_reads_all_of_it(lens_bundle: TrainedBundle) -> None:
+    bundle, _ = lens_bundle
+    modes = {path.stat().st_mode for path in bundle.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_the_risk_output_is_the_probes(
     trained_bundle: TrainedBundle, replay: Replay, documents: list[Document]
 ) -> None:
