@@ -10,7 +10,7 @@ import torch
 from conftest import DEMO_MODEL
 from transformers import PreTrainedModel
 
-from sedac_runtime import SedacModel
+from sedac_runtime import InputError, SedacModel
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -96,6 +96,21 @@ def test_texts_end_before_a_stop_string(scored: SedacLM, demo_model: SedacModel)
     for prompt, text in zip(prompts, texts, strict=True):
         whole = demo_model.generate(prompt, mode="full", max_new_tokens=24).text
         assert text == whole.partition("\n\n")[0]
+
+
+def test_samples_of_one_context_differ(scored: SedacLM, demo_model: SedacModel) -> None:
+    sampled = {"until": [], "max_gen_toks": 16, "do_sample": True, "temperature": 1.0}
+    asked = [("def main():\n", sampled)] * 3 + [("def main():\n", sampled | {"top_k": 1})]
+    *texts, likeliest = scored.generate_until(requests("generate_until", asked))
+    assert len(set(texts)) == len(texts)
+    greedy = demo_model.generate("def main():\n", mode="full", max_new_tokens=16)
+    assert likeliest == greedy.text
+
+
+def test_settings_that_are_not_supported_are_named(scored: SedacLM) -> None:
+    asked = [("def main():\n", {"until": [], "num_beams": 4})]
+    with pytest.raises(InputError, match="num_beams"):
+        scored.generate_until(requests("generate_until", asked))
 
 
 def test_exits_are_measured(scored: SedacLM, demo_bundle: Path) -> None:

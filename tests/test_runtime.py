@@ -134,6 +134,24 @@ def test_generation_stops_at_a_stop_string(demo_model: SedacModel) -> None:
         demo_model.generate(PROMPT, stop_strings=[""])
 
 
+def test_a_plain_string_is_one_stop_string(demo_model: SedacModel) -> None:
+    settings = {"mode": "full", "max_new_tokens": 60}
+    listed = demo_model.generate("class Stack:\n", stop_strings=["self"], **settings)
+    plain = demo_model.generate("class Stack:\n", stop_strings="self", **settings)
+    assert plain.tokens == listed.tokens
+    assert plain.finish_reason == "stop"
+
+
+def test_what_is_no_text_or_token_is_refused(demo_model: SedacModel) -> None:
+    with pytest.raises(InputError, match="surrogate"):
+        demo_model.generate("x = '\ud800'")
+    for tokens in ([-1], ["a"], [2**40]):
+        with pytest.raises(InputError, match="token"):
+            demo_model.generate(tokens)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="token"):
+            demo_model.decode(tokens)  # type: ignore[arg-type]
+
+
 def test_a_full_cache_ends_the_text(demo_model: SedacModel) -> None:
     prompt = [1] * 1020
     output = demo_model.generate(prompt, max_new_tokens=100, stop_tokens=[])

@@ -193,10 +193,9 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     text = _read_prompt(prompt, prompt_file)
-    if profile is not None and not profile.absolute().parent.is_dir():
-        raise ValueError(
-            f"--profile {profile}: its directory does not exist; create {profile.parent} first"
-        )
+    _check_profile(profile)
+    for string in stop or ():
+        _check_text("--stop", string)
     model = SedacModel.from_pretrained(
         engines,
         threads=threads,
@@ -363,17 +362,35 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(2)
 
 
+def _check_profile(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--profile {path} is a directory; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"--profile {path}: its directory does not exist; create {path.parent} first"
+        )
+
+
+def _check_text(source: str, text: str) -> None:
+    try:
+        text.encode("utf-8")  # an argument's stray bytes arrive as surrogates
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
     source = "--prompt" if prompt_file is None else f"prompt file {prompt_file}"
     try:
         text = _read_file(prompt_file) if prompt is None else prompt
-        text.encode("utf-8")  # an argument's stray bytes arrive as surrogates
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 (byte {error.start}); convert it first") from error
     except OSError as error:
         raise ValueError(f"{source} cannot be read ({error.strerror}); give a text file") from error
+    _check_text(source, text)
     if not text:
         raise ValueError(f"{source} is empty; give some text to continue")
     return text
@@ -396,8 +413,13 @@ def _depths(text: str | None) -> list[int]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"standard output cannot be written ({error.strerror})") from error
 
 
 def _print_tolerance(model: SedacModel) -> None:

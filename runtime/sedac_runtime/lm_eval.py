@@ -11,6 +11,7 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sedac_runtime import _core
@@ -20,6 +21,8 @@ from sedac_runtime.model import SedacModel
 from sedac_runtime.serve.token_text import StopFilter, TextStream
 
 _GENERATED = 256  # tokens, where a task does not say
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_TAKEN = {*_SAMPLING, "until", "max_gen_toks", "do_sample"}
 
 
 @dataclass
@@ -72,6 +75,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
             drafter=drafter,
         )
         self._scheduler = _core.Scheduler(self._core, max_sequences=int(batch_size))
+        self._seed = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -102,12 +106,17 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to the first of its stop strings."""
+        """The text after each context, up to the first of its stop strings.
+
+        Sampled ones take the seeds 0, 1 and so on. Raises InputError for settings of a task that
+        would change its texts and are not supported.
+        """
         running: dict[int, _Written] = {}
         order = []
         for request in requests:
-            context, settings = request.args
-            written = _Written(TextStream(self._core.decode), StopFilter(_stops(settings)))
+            context = request.args[0]
+            settings = normalize_gen_kwargs(request.args[1], _GENERATED)
+            written = _Written(TextStream(self._core.decode), StopFilter(settings["until"]))
             running[self._add_context(context, settings)] = written
             order.append(written)
         for progress in self._progress(running):
@@ -170,16 +179,30 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
         self._scheduler.allow(sequence, mask)
 
     def _add_context(self, context: str, settings: dict[str, Any]) -> int:
-        tokens = int(settings.get("max_gen_toks", _GENERATED))
+        tokens = settings["max_gen_toks"]
         room = max(1, self._core.max_cache_length - tokens)
-        temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
         return self._scheduler.add(
             self.tok_encode(context)[-room:] or [self.eot_token_id],
             self._decoding,
-            _core.Sampling(temperature=temperature, top_p=settings.get("top_p", 1.0)),
+            self._sampling(settings),
             max_new_tokens=tokens,
             stop_tokens=self._core.eos_token_ids,
         )
+
+    def _sampling(self, settings: dict[str, Any]) -> _core.Sampling:
+        others = settings.keys() - _TAKEN
+        if settings.get("num_beams") == 1:  # as here
+            others.discard("num_beams")
+        if others:
+            raise InputError(
+                f"generation setting {min(others)} is not supported; leave it out of the task's"
+                " generation_kwargs"
+            )
+        taken = {name: settings[name] for name in _SAMPLING if name in settings}
+        if settings["do_sample"]:
+            taken["seed"] = self._seed
+            self._seed += 1
+        return _core.Sampling(**taken)
 
     def _progress(self, running: dict[int, Any]) -> Iterator[_core.Progress]:
         """What steps do, until nothing is left in `running`."""
@@ -188,11 +211,6 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
                 if progress.error is not None:
                     raise _core.EngineError(progress.error)
                 yield progress
-
-
-def _stops(settings: dict[str, Any]) -> list[str]:
-    until = settings.get("until") or []
-    return [until] if isinstance(until, str) else [stop for stop in until if stop]
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class GenerationStream:
     The model is in use from the request for the first token until the last one. `close`, the end of
     a `with` block, leaving the loop and garbage collection of the stream release it at once. An
     unread stream stays a few tokens ahead of its reader; another generation on the same model waits
-    until it has finished. Several threads may read one stream.
+    until it has finished. Several threads may read one stream, each with an iterator of its own.
     """
 
     def __init__(
@@ -205,8 +205,8 @@ class SedacModel:
         "cuda", TensorRT, "onnxruntime" on the GPU and on the CPU; the log says which it is, and in
         warnings why no better one.
         device: where "onnxruntime" runs; None for the CPU.
-        verify: "always" hashes every file, "changed" skips files whose size, times and inode are
-        those of their last successful check.
+        verify: "always" hashes every file, "changed" skips files whose size, time of
+        modification and inode are those of their last successful check.
         memory_limit: bytes for engines and KV cache; None for the available memory.
 
         Raises BundleError when the bundle is damaged, does not fit into memory or has no engines
@@ -283,9 +283,14 @@ class SedacModel:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the model expects.
 
-        Raises InputError when the bundle has no tokenizer.
+        Raises InputError when the bundle has no tokenizer, or for lone surrogates.
         """
-        return self._core.encode(text)
+        try:
+            return self._core.encode(text)
+        except UnicodeEncodeError as error:
+            raise _core.InputError(
+                f"the text has a lone surrogate at character {error.start}; give Unicode text"
+            ) from error
 
     def encode_chat(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None
@@ -303,8 +308,10 @@ class SedacModel:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens.
 
-        Raises InputError when the bundle has no tokenizer.
+        Raises InputError when the bundle has no tokenizer, or a token is no number of one.
         """
+        for token in tokens:
+            check_count("token", token, 0)
         return self._core.decode(list(tokens))
 
     def generate(self, prompt: str | Sequence[int], **settings: object) -> GenerationOutput:
@@ -355,7 +362,8 @@ class SedacModel:
         forced_exit: depths taken in turn, one for each token; it exits at the first exit layer from
         there on, whatever the policy. temperature 0 is greedy. A text ends with one of
         `stop_tokens` (None for the model's end-of-text tokens) or with the token that completes one
-        of `stop_strings`. profile: record a Chrome trace, the stream's `profile`.
+        of `stop_strings`, of which a plain string is one. profile: record a Chrome trace, the
+        stream's `profile`.
 
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is requested.
@@ -396,7 +404,7 @@ class SedacModel:
             sampling,
             max_new_tokens=max_new_tokens,
             stop_tokens=stops,
-            stop_strings=list(stop_strings),
+            stop_strings=[stop_strings] if isinstance(stop_strings, str) else list(stop_strings),
             profile=profile,
         )
         return GenerationStream(generation, decoding, len(tokens), self.num_layers)

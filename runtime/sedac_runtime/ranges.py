@@ -1,5 +1,7 @@
 """Whole numbers that the Rust core takes."""
 
+from typing import SupportsIndex
+
 from sedac_runtime._core import InputError
 
 _LARGEST = 2**31 - 1
@@ -10,5 +12,7 @@ MOST_THREADS = 1024
 
 def check_count(name: str, value: int, least: int, largest: int = _LARGEST) -> None:
     """Raise InputError naming setting `name` unless `value` is in `least`..`largest`."""
+    if not isinstance(value, SupportsIndex):
+        raise InputError(f"{name} {value!r} is no whole number")
     if not least <= value <= largest:
         raise InputError(f"{name} {value} is out of range: {least} to {largest}")

@@ -170,6 +170,11 @@ def prompt_of(bundle: Path, tokens: int) -> str:
     return text
 
 
+def test_stop_string_that_is_no_text_is_refused(runtime: Command, bundle: Path) -> None:
+    result = runtime("generate", "--engines", bundle, "--prompt", "x", "--stop", "a\udcff")
+    assert_one_line_error(result, "--stop", "UTF-8")
+
+
 def test_prompt_longer_than_the_cache_is_refused(runtime: Command, bundle: Path) -> None:
     prompt = prompt_of(bundle, SHORT_CACHE + 1)
     result = runtime("generate", "--engines", bundle, "--prompt", prompt)

@@ -94,6 +94,18 @@ def test_a_prompt_alone_is_scored(client: OpenAI, demo_model: SedacModel) -> Non
         )
 
 
+@pytest.mark.parametrize(("length", "tokens"), [(-1, 2), (0, 1)])
+def test_a_text_may_fill_the_cache(
+    client: OpenAI, demo_model: SedacModel, length: int, tokens: int
+) -> None:
+    prompt = (demo_model.encode(PROMPT) * 50)[: demo_model.core.max_cache_length + length]
+    request = {"model": "bundle", "temperature": 0, "max_tokens": 4}
+    answer = client.completions.create(prompt=prompt, **request)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == tokens
+    assert len(demo_model.generate(prompt, max_new_tokens=4).tokens) == tokens
+
+
 def test_a_prompt_alone_may_fill_the_cache(client: OpenAI, demo_model: SedacModel) -> None:
     prompt = (demo_model.encode(PROMPT) * 50)[: demo_model.core.max_cache_length]
     scored = client.completions.create(**SCORED | {"max_tokens": 0, "prompt": prompt})

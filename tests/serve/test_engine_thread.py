@@ -146,6 +146,21 @@ async def test_one_of_two_sequences_may_be_finished() -> None:
     assert scheduler.cancelled == [1, 2]
 
 
+async def test_nothing_that_is_queued_of_a_finished_sequence_is_handed_out() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler) as engine:
+        with engine.open(2, later()) as batch:
+            # the first has ended, and the second not, before any of them is read
+            batch.start([request(1, tokens=3), request(5, tokens=MANY)])
+            scheduler.steps.release(6)
+            while len(scheduler.running.get(2, [])) < 7:
+                await asyncio.sleep(0.01)
+            index, _ = await anext(batch)
+            assert index == 0
+            batch.finish(0)
+            assert [(await anext(batch))[0] for _ in range(4)] == [1] * 4
+
+
 async def test_the_deadline_ends_the_wait() -> None:
     scheduler = FakeScheduler()
     async with running(scheduler) as engine:

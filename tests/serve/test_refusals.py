@@ -145,7 +145,7 @@ def test_a_body_over_the_limit(http: httpx.Client) -> None:
 
 def test_a_megabyte_of_prompt_cannot_fit(http: httpx.Client) -> None:
     response = http.post("/v1/completions", json=COMPLETION | {"prompt": "word " * 200_000})
-    assert "fewer than" in assert_error(response, 400, "prompt")
+    assert "at most" in assert_error(response, 400, "prompt")
 
 
 def test_headers_over_the_limit(server: RunningServer) -> None:

@@ -298,7 +298,13 @@ def test_a_bundle_without_a_tokenizer_is_refused_by_request(
 ) -> None:
     _, bundle = tiny_bundle("llama")
     with serving(bundle, "--threads", 1) as server:
-        body = SHORT | {"model": bundle.name}
-        response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=SECONDS)
-        assert response.status_code == 400
-        assert "tokenizer" in response.json()["error"]["message"]
+        for prompt in ("import ", [5, 6]):
+            body = SHORT | {"model": bundle.name, "prompt": prompt}
+            response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=SECONDS)
+            assert response.status_code == 400
+            assert "tokenizer" in response.json()["error"]["message"]
+
+
+def test_an_empty_key_is_no_key(runtime: Command, demo_bundle: Path) -> None:
+    result = runtime("serve", demo_bundle, "--api-key", "")
+    assert_one_line_error(result, "--api-key", "empty")

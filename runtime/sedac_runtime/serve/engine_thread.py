@@ -251,6 +251,8 @@ class Batch:
         self._engine = engine
         self._unfinished = count
         self._sequences: dict[int, _Sequence] = {}
+        # those whose reader needs no more, whatever is still queued of them
+        self._left: set[int] = set()
         self._outcomes: asyncio.Queue[tuple[int, Progress] | Exception] = asyncio.Queue()
         # one timer for all tokens: a timeout around each would cost as much as decoding it
         self._timer = asyncio.get_running_loop().call_at(deadline, self._time_out)
@@ -264,7 +266,8 @@ class Batch:
             self._engine.send_start(sequence)
 
     def finish(self, index: int) -> None:
-        """Sequence `index` needs no more tokens."""
+        """Sequence `index` needs no more tokens: none of it is handed out any more."""
+        self._left.add(index)
         sequence = self._sequences.pop(index, None)
         if sequence is not None:
             self._engine.send_cancel(sequence)
@@ -296,15 +299,16 @@ class Batch:
         return self
 
     async def __anext__(self) -> tuple[int, Progress]:
-        if not self._sequences and self._outcomes.empty():
-            raise StopAsyncIteration
-        outcome = await self._outcomes.get()
-        if isinstance(outcome, TimeoutError) and not self._sequences:
-            # what it ran for was finished while the timeout waited behind it
-            raise StopAsyncIteration
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        while self._sequences or not self._outcomes.empty():
+            outcome = await self._outcomes.get()
+            if isinstance(outcome, TimeoutError) and not self._sequences:
+                # what it ran for was finished while the timeout waited behind it
+                break
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome[0] not in self._left:
+                return outcome
+        raise StopAsyncIteration
 
     def _time_out(self) -> None:
         if self._unfinished:

@@ -127,6 +127,11 @@ def _prompt(model: ServedModel, prompt: str | list[int], request: CompletionRequ
     if isinstance(prompt, str):
         tokens = _checked("prompt", lambda: model.encode(prompt))
         return Prompt(tokens, prompt if echo else "", is_scored)
+    if not model.core.has_tokenizer:
+        raise bad_request(
+            f"{model.name} has no tokenizer, which its answers need; build its bundle with one",
+            "prompt",
+        )
     for token in prompt:
         if not 0 <= token < model.vocabulary_size:
             raise bad_request(
@@ -137,16 +142,17 @@ def _prompt(model: ServedModel, prompt: str | list[int], request: CompletionRequ
 
 def _room(model: ServedModel, prompt: Prompt, field: str, limit: int) -> int:
     """Tokens that fit after `prompt`, at least one where any are wanted."""
-    length, longest = len(prompt.tokens), model.core.max_cache_length + (limit == 0)
+    length, longest = len(prompt.tokens), model.core.max_cache_length
     if length == 0:
         raise bad_request(f"{field} has no tokens; give some text", field)
-    if length >= longest:
+    if length > longest:
         raise bad_request(
-            f"{field} has {length} tokens and this model takes fewer than {longest}; shorten it",
+            f"{field} has {length} tokens and this model takes at most {longest}; shorten it",
             field,
             "context_length_exceeded",
         )
-    return longest - length
+    # the last token is not run, so it needs no position
+    return longest - length + 1
 
 
 def _decoding(model: ServedModel, options: SedacOptions) -> _core.DecodingSetting:

@@ -80,6 +80,8 @@ def serve(
     from sedac_runtime.serve.launch import SchedulerSettings, serve_bundles
     from sedac_runtime.serve.server_settings import ServerSettings
 
+    if api_key == "":
+        raise InputError("--api-key is empty; give a key, or leave it out for none")
     check_count("--port", port, 0, 65535)
     check_count("--max-sequences", max_sequences, 1, 1024)
     check_count("--max-queue", max_queue, 0, 1_000_000)
@@ -105,7 +107,7 @@ def serve(
         (host, port),
         SchedulerSettings(max_sequences, max_queue, cache_tokens),
         ServerSettings(
-            api_key=api_key or None,
+            api_key=api_key,
             request_timeout=request_timeout,
             max_connections=max_connections,
         ),

@@ -64,7 +64,7 @@ pub enum Verify {
     /// All files are hashed.
     #[default]
     Always,
-    /// Only those whose size, times or inode differ from when they were found whole. Damage that
+    /// Only those whose size, time of modification or inode differ from when they were found whole. Damage that
     /// changes none of these, such as a failing disk's, goes unnoticed.
     Changed,
 }

@@ -58,8 +58,8 @@ impl ModelLimits {
         let capacity = self.capacity;
         if tokens.len() > capacity {
             return Err(Error::Prompt(format!(
-                "of {} tokens is longer than the cache of {capacity} positions; shorten it or \
-                 build the bundle with a larger --max-cache-length",
+                "of {} tokens is longer than the cache of {capacity} positions; shorten it, or give \
+                 a larger cache: --cache-tokens where it is set, --max-cache-length of the build",
                 tokens.len()
             )));
         }

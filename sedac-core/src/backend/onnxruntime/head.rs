@@ -6,10 +6,11 @@ use std::collections::hash_map::Entry;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
+use super::MAX_REUSED_TOKENS;
 use super::runtime::{bind_input, bind_output, binding, read, run, tensor, write};
 use crate::error::Result;
 
-/// The head engine, and its buffers by the number of tokens.
+/// The head engine, and its buffers by the number of tokens: few ones, and the newest others.
 pub(super) struct Head {
     session: Session,
     hidden_size: usize,
@@ -41,6 +42,9 @@ impl Head {
     pub(super) fn run(&mut self, rows: &[f32]) -> Result<()> {
         let tokens = rows.len() / self.hidden_size;
         let sizes = [self.hidden_size, self.vocab_size];
+        if tokens > MAX_REUSED_TOKENS && !self.passes.contains_key(&tokens) {
+            self.passes.retain(|&tokens, _| tokens <= MAX_REUSED_TOKENS);
+        }
         let pass = match self.passes.entry(tokens) {
             Entry::Occupied(ready) => ready.into_mut(),
             Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.session, tokens, sizes)?),
