@@ -67,9 +67,12 @@ def train_drafter(
 ) -> None:
     """Train a drafter on texts that the model writes itself."""
     silence_libraries()
+    from sedac_export.bundle import Bundle
     from sedac_export.drafter.train_drafter import DrafterRequest, load_model
     from sedac_export.drafter.train_drafter import train_drafter as run
 
+    if bundle is not None:
+        Bundle.open(bundle)
     texts = _read_texts(data or [])
     if not texts and not self_distill:
         raise SedacError("there is nothing to train on; give --self-distill, --data or both")

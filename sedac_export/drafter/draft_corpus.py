@@ -59,13 +59,16 @@ class DraftCorpus:
 
     @classmethod
     def load(cls, path: Path) -> "DraftCorpus":
-        """The corpus that `save` wrote."""
+        """The corpus that `save` wrote. Raises SedacError when it is damaged."""
         corpus = cls()
-        with path.open() as file:
-            for line in file:
-                held_out, generated, tokens = json.loads(line)
-                texts = corpus.held_out if held_out else corpus.training
-                texts.append(OwnText(tokens, generated))
+        try:
+            with path.open() as file:
+                for line in file:
+                    held_out, generated, tokens = json.loads(line)
+                    texts = corpus.held_out if held_out else corpus.training
+                    texts.append(OwnText(tokens, generated))
+        except ValueError as error:
+            raise SedacError(f"{path} is damaged ({error}); delete it") from error
         return corpus
 
     def tokens(self) -> int:

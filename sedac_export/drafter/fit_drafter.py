@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sedac_export.drafter.draft_corpus import OwnText
 from sedac_export.drafter.draft_model import DraftModel, rollout_mask
+from sedac_export.errors import SedacError
 from sedac_export.model.decoder import find_layers
 
 ROLLOUT_STEPS = 4
@@ -23,7 +24,7 @@ EVALUATIONS = 20
 PATIENCE = 6
 WARM_UP = 0.04
 CHECKPOINT = "checkpoint.pt"
-# steps whose losses are read at once: each reading waits until the device has nothing to do
+# steps whose losses a GPU's host reads at once: each reading waits until it has nothing to do
 STEPS_AT_ONCE = 16
 _ALIGNMENT = 8
 
@@ -77,7 +78,7 @@ class FitState:
 class FrozenModel:
     """The model's residual streams, logits and embeddings.
 
-    Its head keeps the draft vocabulary only.
+    While it runs, its head has the rows of the draft vocabulary only.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], tokens: Tensor) -> None:
@@ -85,9 +86,9 @@ class FrozenModel:
         self.model: PreTrainedModel = frozen.eval().requires_grad_(False)
         self.tokens = tokens.to(model.device)
         self.embed: nn.Module = model.get_input_embeddings()
-        pruned = _pruned(frozen.get_output_embeddings(), self.tokens)
-        frozen.set_output_embeddings(pruned)
-        self.head = pruned.weight.detach().float()
+        self._whole: nn.Module = frozen.get_output_embeddings()
+        self._pruned = _pruned(frozen.get_output_embeddings(), self.tokens)
+        self.head = self._pruned.weight.detach().float()
         self._features: dict[int, Tensor] = {}
         modules = find_layers(model)
         for depth in layers:
@@ -103,7 +104,12 @@ class FrozenModel:
     @torch.no_grad()
     def run(self, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Residual streams, logits of the draft vocabulary, and embeddings of `tokens` [b, n]."""
-        logits = self.model(input_ids=tokens, use_cache=False).logits
+        frozen: Any = self.model
+        frozen.set_output_embeddings(self._pruned)
+        try:
+            logits = frozen(input_ids=tokens, use_cache=False).logits
+        finally:
+            frozen.set_output_embeddings(self._whole)
         features = [self._features[depth] for depth in self.layers]
         return features, logits, self.embed(tokens)
 
@@ -163,12 +169,13 @@ class Fit:
         interval = max(1, self.settings.steps // EVALUATIONS)
         batches = _batches(training, self.settings)
         unread: list[Tensor] = []
+        steps_at_once = STEPS_AT_ONCE if self.device.type == "cuda" else 1
         while self.state.step < self.settings.steps and not self.state.is_stuck():
             unread.append(self._step(self._batch(batches, training)))
             self.state.step += 1
             is_last = self.state.step == self.settings.steps
             evaluates = is_last or self.state.step % interval == 0
-            if not evaluates and len(unread) < STEPS_AT_ONCE:
+            if not evaluates and len(unread) < steps_at_once:
                 continue
             self.state.losses += torch.stack(unread).tolist()
             unread.clear()
@@ -267,27 +274,36 @@ class Fit:
         if self.folder is None:
             return
         new = self.folder / f"{CHECKPOINT}.new"
-        torch.save(
-            {
-                "settings": asdict(self.settings),
-                "state": asdict(self.state),
-                "drafter": self.drafter.state_dict(),
-                "kept": self.kept,
-                "optimizer": self.optimizer.state_dict(),
-            },
-            new,
-        )
+        checkpoint = {
+            "settings": asdict(self.settings),
+            "state": asdict(self.state),
+            "drafter": self.drafter.state_dict(),
+            "kept": self.kept,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        try:
+            torch.save(checkpoint, new)
+        except (OSError, RuntimeError) as error:
+            new.unlink(missing_ok=True)
+            reason = next(iter(str(error).splitlines()), "")
+            raise SedacError(
+                f"{self.folder / CHECKPOINT} cannot be written ({reason}); is the disk full?"
+            ) from error
         new.replace(self.folder / CHECKPOINT)
 
     def resume(self, steps: int | None) -> bool:
         """Go on from the folder's checkpoint, if there is one of these settings.
 
-        steps: None for as many as the checkpoint's, which were chosen by the time they take.
+        steps: None for as many as the checkpoint's, which were chosen by the time they take. Raises
+        SedacError when the checkpoint is damaged.
         """
         path = None if self.folder is None else self.folder / CHECKPOINT
         if path is None or not path.exists():
             return False
-        saved = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # of several libraries
+            raise SedacError(f"{path} is damaged; delete it") from error
         settings = FitSettings(**saved["settings"])
         if settings != replace(self.settings, steps=settings.steps if steps is None else steps):
             return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedac_export.drafter.draft_corpus import (
     TEXT_REQUESTS,
@@ -23,14 +23,17 @@ from sedac_export.drafter.draft_corpus import (
 from sedac_export.drafter.draft_model import DrafterShape, DraftModel
 from sedac_export.drafter.drafter_file import DRAFTER, SAMPLED_ROWS, DrafterFile
 from sedac_export.drafter.fit_drafter import (
+    CHECKPOINT,
     ROLLOUT_STEPS,
     Fit,
     FitSettings,
     FrozenModel,
     start_from_last_layer,
 )
+from sedac_export.drafter.training_folder import digest_of, fingerprint, open_folder
 from sedac_export.errors import SedacError
-from sedac_export.model.support import check_config, check_modules
+from sedac_export.model.reference import load_original
+from sedac_export.model.skeleton import Skeleton
 
 DRAFT_VOCABULARY = 16384
 # of the given minutes, what writing the corpus may take
@@ -87,16 +90,34 @@ class _Scale:
 def load_model(directory: Path, device: str) -> PreTrainedModel:
     """The model in `directory`, in bf16 on a GPU.
 
-    Raises SedacError where there is no GPU, and for a model that cannot be exported.
+    Raises SedacError where there is no GPU, and for a model that cannot be exported, or that a
+    drafter cannot have the shape of.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SedacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    Skeleton.load(directory)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    check_config(model.config.get_text_config(), directory)
-    check_modules(model, directory)
+    model: Any = load_original(directory, dtype=dtype)
+    _check_shape(model, directory)
     moved: PreTrainedModel = model.to(device)
     return moved
+
+
+def _check_shape(model: PreTrainedModel, directory: Path) -> None:
+    try:
+        hidden = DrafterShape.of(model).hidden_size
+    except Exception as error:  # of configurations whose layers differ, in ways of their own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise SedacError(
+            f"{directory} has no one shape of a layer ({reason}), which a drafter would have; draft"
+            " by prompt lookup or early exit"
+        ) from error
+    embeddings: Any = model.get_input_embeddings()
+    if embeddings.weight.shape[1] != hidden:
+        raise SedacError(
+            f"{directory} has embeddings of {embeddings.weight.shape[1]} numbers and layers of"
+            f" {hidden}, which a drafter joins; draft by prompt lookup or early exit"
+        )
 
 
 def train_drafter(
@@ -107,11 +128,19 @@ def train_drafter(
 ) -> dict[str, Any]:
     """Write a corpus, fit a drafter, and leave it in the folder; its report.
 
-    Raises SedacError when there is too little to train on.
+    Raises SedacError when there is too little to train on, and where the folder is of another
+    request.
     """
     started = time.monotonic()
     torch.manual_seed(request.seed)
-    request.folder.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        "model": fingerprint(model),
+        "texts": digest_of(request.texts),
+        "messages": request.messages,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed,
+    }
+    open_folder(request.folder, wanted, (CORPUS, CHECKPOINT, DRAFTER))
     scale = _Scale.of(request.device)
     budget = None if request.minutes is None else 60 * request.minutes
     corpus = prepare_corpus(model, tokenizer, request, progress)
@@ -163,6 +192,8 @@ def prepare_corpus(
         lambda: limit is not None and time.monotonic() - started > limit,
         lambda done, of: progress("write", done, of),
     )
+    for texts in (corpus.training, corpus.held_out):
+        _usable(texts)  # or nothing is kept of it
     new = path.with_suffix(".new")
     corpus.save(new)
     new.replace(path)

@@ -61,15 +61,23 @@ def opened_reference(skeleton: Skeleton, rounding: Rounding) -> Iterator[Referen
 
 def _load(directory: Path, folder: str) -> PreTrainedModel:
     """The model of `directory` with its weights left on disk until they are used."""
+    return load_original(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        device_map={"": "disk"},
+        offload_folder=folder,
+    )
+
+
+def load_original(directory: Path, **settings: Any) -> PreTrainedModel:
+    """The model that from_pretrained gives with `settings`.
+
+    Raises SedacError where it cannot be loaded, or lacks a weight or has no place for one.
+    """
     with _quiet(), _loading_errors(directory):
         loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore
-            directory,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            device_map={"": "disk"},
-            offload_folder=folder,
-            output_loading_info=True,
-            use_safetensors=True,
+            directory, output_loading_info=True, use_safetensors=True, **settings
         )
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -90,7 +98,8 @@ def _loading_errors(directory: Path) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), "")
         raise SedacError(
             f"{directory}: transformers cannot load the model ({type(error).__name__}: {reason}),"
-            " and engines are compared with what it loads; save it again with save_pretrained()"
+            " which engines are compared with and drafters trained for; save it again with"
+            " save_pretrained()"
         ) from error
 
 

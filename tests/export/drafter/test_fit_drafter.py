@@ -4,16 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from sedac_export.drafter.draft_corpus import DraftCorpus, OwnText
 from sedac_export.drafter.draft_model import DrafterShape, DraftModel
 from sedac_export.drafter.fit_drafter import (
+    CHECKPOINT,
     Fit,
     FitSettings,
     FrozenModel,
     start_from_last_layer,
 )
+from sedac_export.errors import SedacError
 
 SETTINGS = FitSettings(steps=60, batch_tokens=256, length=64)
 
@@ -85,12 +93,60 @@ def test_a_resumed_training_is_the_same(
         assert torch.equal(resumed.drafter.state_dict()[name], value), name
 
 
+def test_a_damaged_checkpoint_is_named(
+    model: PreTrainedModel, texts: list[OwnText], tmp_path: Path
+) -> None:
+    fit = _fit(model, tmp_path, steps=2)
+    fit.run(texts[6:], texts[:6], _silent)
+    checkpoint = tmp_path / CHECKPOINT
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    with pytest.raises(SedacError, match="delete it"):
+        _fit(model, tmp_path, steps=2).resume(2)
+
+
+def test_on_the_cpu_a_deadline_is_seen_after_each_step(
+    model: PreTrainedModel, texts: list[OwnText]
+) -> None:
+    fit, seen = _fit(model, steps=60), list[int]()
+    late = lambda: len(seen) == 2  # noqa: E731
+    fit.run(texts[6:], texts[:6], lambda done, _: seen.append(done), late)
+    assert seen == [1, 2]
+
+
+def test_the_model_keeps_its_head(texts: list[OwnText]) -> None:
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    model = PhiForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    some = torch.arange(5, 64, 3)
+    tokens = torch.tensor([texts[0].tokens])
+    with torch.no_grad():
+        whole = model(tokens).logits
+        _, logits, _ = FrozenModel(model, (1, 2), some).run(tokens)
+        assert torch.equal(model(tokens).logits, whole)
+    torch.testing.assert_close(logits, whole[..., some])
+
+
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
     model: PreTrainedModel, texts: list[OwnText], tmp_path: Path
 ) -> None:
     fit = _fit(model, tmp_path, steps=2)
     fit.run(texts[6:], texts[:6], _silent)
     assert not _fit(model, tmp_path, steps=3).resume(3)
+
+
+def test_a_damaged_corpus_is_named(texts: list[OwnText], tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    DraftCorpus(texts[6:], texts[:6]).save(path)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(SedacError, match="delete it"):
+        DraftCorpus.load(path)
 
 
 def test_a_corpus_is_read_as_it_was_written(texts: list[OwnText], tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from sedac_export.drafter import train_drafter
 from sedac_export.drafter.train_drafter import (
@@ -59,4 +61,28 @@ def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(SedacError, match="rope_type dynamic"):
+        load_model(tmp_path, "cpu")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(SedacError, match="down_proj"):
+        load_model(tmp_path, "cpu")
+
+
+def test_embeddings_of_another_width_than_layers_are_refused(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(SedacError, match="embeddings of 16 numbers and layers of 32"):
         load_model(tmp_path, "cpu")
