@@ -216,13 +216,11 @@ impl OnnxRuntime {
         // kv engines alone may take any, where attention has its tables
         let mut entries = self.entries.iter().chain(&self.attention_entries);
         let takes_contexts = entries.any(|entry| !entry.contexts.is_empty());
+        let contexts = self.contexts.as_ref().filter(|_| takes_contexts);
         Pass::new(
             tokens,
             (shared, &self.caches),
-            (
-                &self.embed,
-                self.contexts.as_ref().filter(|_| takes_contexts),
-            ),
+            (&self.embed, contexts),
             &self.layers,
             &self.entries,
         )
