@@ -119,18 +119,15 @@ impl OnnxRuntime {
     pub fn load(bundle: &Bundle, layout: Layout, library: &Path, threads: usize) -> Result<Self> {
         let environment = environment(library, threads)?;
         let manifest = &bundle.manifest;
-        let (entries, attention_entries, exits) = match layout {
-            Layout::Engines => {
-                let engines = &manifest.engines;
-                (
-                    engines.layers.clone(),
-                    engines.attention.clone(),
-                    &engines.exits[..],
-                )
-            }
-            Layout::Monolith => (vec![manifest.engines.monolith.clone()], Vec::new(), &[][..]),
-        };
         let engines = &manifest.engines;
+        let (entries, attention_entries, exits) = match layout {
+            Layout::Engines => (
+                engines.layers.clone(),
+                engines.attention.clone(),
+                &engines.exits[..],
+            ),
+            Layout::Monolith => (vec![engines.monolith.clone()], Vec::new(), &[][..]),
+        };
         let parts = [&engines.embed, &engines.head].into_iter();
         let parts = parts.chain(&engines.contexts);
         let parts = parts.chain(entries.iter().map(|entry| &entry.file));
