@@ -191,7 +191,7 @@ def build(
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:
-        targets.add(output, model)
+        targets.add(output, model, just_built=True)
     except SedacError as error:
         raise SedacError(f"{error}; {output} is whole for ONNX Runtime") from error
 
