@@ -14,6 +14,19 @@ _EXPERTS = re.compile("expert|moe(?![a-z])", re.IGNORECASE)
 _BOUNDARY = re.compile("window|chunk|original_max_position")
 
 
+def check_no_adapter(directory: Path) -> None:
+    """Raise SedacError when the model in `directory` has an adapter.
+
+    Where PEFT is installed, transformers puts it on the weights; without, it leaves it out.
+    """
+    if (directory / "adapter_config.json").exists():
+        raise SedacError(
+            f"{directory} holds an adapter (adapter_config.json), which SEDAC does not put on the"
+            " weights; merge it into the model first (merge_and_unload() of PEFT), or move it"
+            " elsewhere to export the model without it"
+        )
+
+
 def check_no_code(directory: Path) -> None:
     """Raise SedacError when the model in `directory` comes with code of its own.
 

@@ -83,6 +83,10 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
         configure(auto_map={"AutoModelForCausalLM": "own.Model"}),
         ["config.json", "custom code", "auto_map", "llama"],
     ),
+    "an adapter beside it": (
+        write("adapter_config.json", '{"peft_type": "LORA"}'),
+        ["adapter_config.json", "merge it into the model first"],
+    ),
     "quantized": (configure(quantization_config={"quant_method": "fp8"}), ["quantized"]),
     "config no JSON": (write("config.json", '{"model_type":'), ["config.json", "JSON"]),
     "config of wrong type": (configure(hidden_size="big"), ["config.json", "hidden_size"]),
