@@ -64,6 +64,16 @@ def change_weights(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def index(text: str) -> Damage:
+    """An index `text`, and no file that goes before it."""
+
+    def damage(model: Path) -> None:
+        (model / WEIGHTS).rename(model / "model-00001-of-00001.safetensors")
+        (model / INDEX).write_text(text)
+
+    return damage
+
+
 def name_missing_shard(model: Path) -> None:
     (model / WEIGHTS).rename(model / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -118,9 +128,9 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
     "cut in the header": (cut(WEIGHTS, 20), [WEIGHTS, "whole"]),
     "empty weights": (cut(WEIGHTS, 0), [WEIGHTS, "whole"]),
     "missing shard": (name_missing_shard, ["model-00002-of-00002.safetensors", INDEX]),
-    "index no JSON": (write(INDEX, "{"), [INDEX]),
-    "index no map": (write(INDEX, "[]"), [INDEX]),
-    "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), [INDEX]),
+    "index no JSON": (index("{"), [INDEX]),
+    "index no map": (index("[]"), [INDEX]),
+    "index of numbers": (index('{"weight_map": {"a": 1}}'), ["1", INDEX]),
     "tokenizer no JSON": (write("tokenizer.json", '{"version":'), ["tokenizer"]),
     "tokenizer empty": (write("tokenizer.json", "{}"), ["tokenizer"]),
     "negative end of text": (
