@@ -183,8 +183,8 @@ def build(
     )
     if validation.quality is not None:
         console.print(_quality(asdict(validation.quality)), highlight=False, soft_wrap=True)
-    if built.note is not None:
-        console.print(built.note, highlight=False, soft_wrap=True)
+    for line in built.notes:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     note = tolerance_note(manifest.tolerance)
     if note is not None:
         console.print(f"warning: the bundle is {note}", highlight=False)

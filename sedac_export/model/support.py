@@ -101,13 +101,14 @@ def check_modules(model: PreTrainedModel, directory: Path) -> None:
             )
 
 
-def check_stops(stops: list[Any], directory: Path) -> None:
-    """Raise SedacError when an end-of-text id is not a token."""
+def check_stops(stops: list[Any], vocabulary: int, directory: Path) -> None:
+    """Raise SedacError when an end-of-text id is none of `vocabulary` tokens."""
     for token in stops:
-        if not isinstance(token, int) or token < 0:
+        is_number = isinstance(token, int) and not isinstance(token, bool)
+        if not is_number or not 0 <= token < vocabulary:
             raise SedacError(
-                f"{directory}: eos_token_id {token} is not a token; correct it in config.json and"
-                " generation_config.json"
+                f"{directory}: eos_token_id {token} is none of the model's {vocabulary} tokens;"
+                " correct it in config.json and generation_config.json"
             )
 
 

@@ -137,6 +137,14 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
         write("generation_config.json", '{"eos_token_id": [2, -1]}'),
         ["eos_token_id -1", "generation_config.json"],
     ),
+    "end of text beyond the vocabulary": (
+        write("generation_config.json", '{"eos_token_id": 256}'),
+        ["eos_token_id 256", "256 tokens"],
+    ),
+    "end of text that is true": (
+        write("generation_config.json", '{"eos_token_id": true}'),
+        ["eos_token_id True", "generation_config.json"],
+    ),
     "generation config no JSON": (write("generation_config.json", "{"), ["generation_config.json"]),
 }
 
