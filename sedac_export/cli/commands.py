@@ -29,6 +29,9 @@ from sedac_runtime.logs import configure
 from sedac_runtime.terminal import visible
 from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
 
+# the exit code after Ctrl-C
+STOPPED = 130
+
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
     no_args_is_help=True,
@@ -331,9 +334,11 @@ def main() -> None:
     except (SedacError, OSError) as error:
         print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        # what typer makes of Ctrl-C
+        if end.code == STOPPED:
+            print("stopped", file=sys.stderr)
+        raise
 
 
 def _quantization(quantization: dict[str, Any]) -> str:

@@ -454,6 +454,7 @@ def test_interrupt_within_a_build_leaves_nothing(
     output = tmp_path / "output" / "bundle"
     result = export("build", "--model", model, "--output", output)
     assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1].strip() == "stopped"
     assert "Traceback" not in result.err
     assert not output.parent.exists()
 
@@ -468,7 +469,8 @@ def test_interrupted_build_leaves_nothing(
     os.kill(build.process.pid or 0, signal.SIGINT)
     build.process.join(20)
     assert build.process.exitcode == 130
-    assert "Traceback" not in build.log.read_text()
+    log = build.log.read_text()
+    assert "Traceback" not in log and log.splitlines()[-1] == "stopped"
     assert not output.parent.exists()
 
 
