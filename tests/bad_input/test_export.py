@@ -293,6 +293,23 @@ def test_output_on_a_read_only_disk_is_refused(export: Command, model: Path) -> 
         assert_one_line_error(result, str(disk / "bundle"), "Read-only file system")
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("/proc/bundle", "No such file or directory"),
+        ("/tmp/" + 250 * "n", "File name too long"),
+        ("/tmp/" + 300 * "n", "File name too long"),
+        ("/tmp/" + 300 * "n" + "/bundle", "File name too long"),
+    ],
+    ids=["no disk", "long with its ending", "long", "long parent"],
+)
+def test_output_that_no_file_can_have_is_refused(
+    export: Command, model: Path, output: str, reason: str
+) -> None:
+    result = export("build", "--model", model, "--output", output)
+    assert_one_line_error(result, f"{output} cannot be written: {reason}; nothing was kept")
+
+
 @pytest.mark.parametrize("full_at", ["weights", "tokenizer"])
 def test_full_disk_keeps_the_old_bundle_and_nothing_else(
     export: Command, long_bundle: Path, tmp_path: Path, full_at: str
