@@ -16,8 +16,18 @@ from sedac_export.device_graphs import same_model
 
 # weights as large as trained ones are, so that activations show
 NAME, LARGE = "mistral", {"initializer_range": 0.2}
+# as the bundle's up to positions that only long texts reach
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16384,
+}
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "rope_theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "contexts"),
+    "rope scaled late": ({"rope_parameters": SCALED}, "contexts"),
     "rms_norm_eps": ({"rms_norm_eps": 3e-6}, "the norms' epsilon of layer 0 is 3e-06, the"),
     "hidden_act": ({"hidden_act": "gelu_pytorch_tanh"}, "layer_000"),
     "sliding_window": ({"sliding_window": 300}, "the window of layer 0 is 300, the"),
