@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sedac_export.build.calibration import Calibration
 from sedac_export.build.quality import measure_quality
@@ -22,6 +22,7 @@ from sedac_export.bundle.staging import Claim, claimed
 from sedac_export.console import StageProgress
 from sedac_export.errors import SedacError
 from sedac_export.graph.trace_model import TracedGraphs, check_attention, trace_graphs
+from sedac_export.model.generation import generation_note, read_generation
 from sedac_export.model.quantization import BITS, Method, Quantization
 from sedac_export.model.skeleton import Skeleton
 from sedac_export.model.source import ModelSource, opened_model
@@ -68,7 +69,7 @@ class BuiltBundle:
     manifest: bundle.Manifest
     validation: BundleValidation
     seconds: float
-    note: str | None = None
+    notes: Sequence[str] = ()
 
 
 def build_bundle(request: BuildRequest, progress: StageProgress = lambda *_: None) -> BuiltBundle:
@@ -82,8 +83,9 @@ def build_bundle(request: BuildRequest, progress: StageProgress = lambda *_: Non
         _check_request(request)
         with opened_model(request.model, claim.scratch) as source:
             manifest, validation = _build(request, source, claim, progress)
+            notes = [n for n in (source.note, generation_note(source.directory)) if n is not None]
     seconds = time.monotonic() - started
-    return BuiltBundle(request.output, manifest, validation, seconds, source.note)
+    return BuiltBundle(request.output, manifest, validation, seconds, notes)
 
 
 def _build(
@@ -232,20 +234,14 @@ def _facts(
     source: ModelSource, skeleton: Skeleton, tokenizer: PreTrainedTokenizerBase | None
 ) -> bundle.ModelFacts:
     config = skeleton.config
-    generation = skeleton.model.generation_config
-    path = source.directory / "generation_config.json"
-    if path.exists():
-        try:
-            generation = GenerationConfig.from_pretrained(source.directory)
-        except (OSError, ValueError) as error:
-            raise SedacError(f"{path} cannot be read; download it again") from error
+    generation = read_generation(source.directory) or skeleton.model.generation_config
     stops = getattr(generation, "eos_token_id", None)
     if stops is None:
         stops = getattr(config, "eos_token_id", None)
     if stops is None and tokenizer is not None:
         stops = tokenizer.eos_token_id
     stops = [] if stops is None else list(stops) if isinstance(stops, list | tuple) else [stops]
-    check_stops(stops, source.directory)
+    check_stops(stops, config.vocab_size, source.directory)
     return bundle.ModelFacts(
         name=source.name,
         type=config.model_type,

@@ -69,6 +69,10 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SedacError(f"--data {path} is not UTF-8 text") from error
+    except OSError as error:
+        raise SedacError(
+            f"--data {path} cannot be read: {error.strerror}; name a file of UTF-8 text"
+        ) from error
 
 
 def _shipped() -> dict[str, str]:

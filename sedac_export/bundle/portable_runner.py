@@ -42,7 +42,9 @@ class PortableRunner:
         path = self.directory / graph
         if self.precision == self.computes:
             return self._engine_of(path)
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
+        for initializer in model.graph.initializer:
+            _bring_in(initializer, path.parent)
         _widen(model.graph)
         with tempfile.TemporaryDirectory() as place:
             wide = Path(place) / "wide.onnx"
@@ -51,6 +53,17 @@ class PortableRunner:
 
     def _engine_of(self, path: Path) -> Engine:
         return Engine(path, os.cpu_count() or 1, optimized=False, provider=self.provider)
+
+
+def _bring_in(tensor: TensorProto, directory: Path) -> None:
+    """Read what `tensor` holds in a file, also in one that a copy of a bundle links to."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if place:
+        with (directory / Path(place["location"]).name).open("rb") as file:
+            file.seek(int(place.get("offset", 0)))
+            tensor.raw_data = file.read(int(place["length"]))
+        del tensor.external_data[:]
+        tensor.data_location = TensorProto.DEFAULT
 
 
 def _widen(graph: onnx.GraphProto) -> None:

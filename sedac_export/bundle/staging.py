@@ -105,8 +105,9 @@ def claimed(output: Path) -> Iterator[Claim]:
 
     Raises SedacError when another process has it, and when `output` cannot be written.
     """
-    claim = Claim(output, _place(output))
-    made = [path for path in claim.place.parents if not path.exists()]
+    with _writing(output):
+        claim = Claim(output, _place(output))
+        made = [path for path in claim.place.parents if not path.exists()]
     try:
         with _writing(output):
             claim.place.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,8 @@ def _lock(claim: Claim) -> Iterator[bool]:
         try:
             lock.acquire()
         except Timeout as error:
+            # that is also what comes of a place where no file can be made
+            path.touch()
             raise SedacError(
                 f"{claim.name} is being built or changed by another process; wait until it is done"
             ) from error

@@ -29,6 +29,9 @@ from sedac_runtime.logs import configure
 from sedac_runtime.terminal import visible
 from sedac_runtime.tolerance import DEFAULT_TOLERANCE, tolerance_note
 
+# the exit code after Ctrl-C
+STOPPED = 130
+
 app = typer.Typer(
     help="Build and inspect SEDAC bundles.",
     no_args_is_help=True,
@@ -183,15 +186,15 @@ def build(
     )
     if validation.quality is not None:
         console.print(_quality(asdict(validation.quality)), highlight=False, soft_wrap=True)
-    if built.note is not None:
-        console.print(built.note, highlight=False, soft_wrap=True)
+    for line in built.notes:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     note = tolerance_note(manifest.tolerance)
     if note is not None:
         console.print(f"warning: the bundle is {note}", highlight=False)
     if not manifest.tokenizer:
         console.print("the model has no tokenizer: the bundle generates from token ids only")
     try:
-        targets.add(output, model)
+        targets.add(output, model, just_built=True)
     except SedacError as error:
         raise SedacError(f"{error}; {output} is whole for ONNX Runtime") from error
 
@@ -331,9 +334,11 @@ def main() -> None:
     except (SedacError, OSError) as error:
         print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        # what typer makes of Ctrl-C
+        if end.code == STOPPED:
+            print("stopped", file=sys.stderr)
+        raise
 
 
 def _quantization(quantization: dict[str, Any]) -> str:

@@ -56,13 +56,16 @@ class ChosenTargets:
             check_cuda(precision, quantized)
         return chosen
 
-    def add(self, directory: Path, model: str | None) -> None:
-        """Build for them into the bundle `directory`."""
+    def add(self, directory: Path, model: str | None, just_built: bool = False) -> None:
+        """Build for them into the bundle `directory`.
+
+        just_built: it was built from `model` just now, which needs no check then.
+        """
         if self.onnxruntime_cuda:
-            _add_onnxruntime_cuda(directory, model)
+            _add_onnxruntime_cuda(directory, model, just_built)
         if self.cuda:
-            _add_cuda(directory, model)
-        tensorrt.add_flavours(directory, self.flavours, self.options, model)
+            _add_cuda(directory, model, just_built)
+        tensorrt.add_flavours(directory, self.flavours, self.options, model, just_built)
 
 
 def engines(
@@ -93,22 +96,22 @@ def engines(
     chosen.add(bundle, model)
 
 
-def _add_onnxruntime_cuda(directory: Path, model: str | None) -> None:
+def _add_onnxruntime_cuda(directory: Path, model: str | None, just_built: bool) -> None:
     from sedac_export.device_graphs.onnxruntime_cuda import add_onnxruntime_cuda
 
     silence_libraries()
     with progress_bar("trace") as progress:
-        graphs = add_onnxruntime_cuda(directory, model, progress)
+        graphs = add_onnxruntime_cuda(directory, model, progress, just_built)
     summary = f"graphs for ONNX Runtime's CUDA provider: {len(graphs.layers)} layer engines"
     console.print(summary, highlight=False, soft_wrap=True)
 
 
-def _add_cuda(directory: Path, model: str | None) -> None:
+def _add_cuda(directory: Path, model: str | None, just_built: bool) -> None:
     from sedac_export.cuda.add_cuda import add_cuda
 
     silence_libraries()
     with progress_bar("compile", "pack") as progress:
-        chain = add_cuda(directory, model, progress)
+        chain = add_cuda(directory, model, progress, just_built)
     console.print(_summary(directory, chain), highlight=False, soft_wrap=True)
 
 

@@ -68,7 +68,11 @@ def check_flavours(
 
 
 def add_flavours(
-    directory: Path, targets: list[Target], options: BuildOptions, model: str | None
+    directory: Path,
+    targets: list[Target],
+    options: BuildOptions,
+    model: str | None,
+    just_built: bool,
 ) -> None:
     """Build the plans of `targets` into a bundle, its portable graphs first if it has none."""
     from sedac_export.tensorrt.add import add_target
@@ -76,7 +80,7 @@ def add_flavours(
     silence_libraries()
     for target in targets:
         with progress_bar("trace", target) as progress:
-            plans = add_target(directory, target, options, model, progress)
+            plans = add_target(directory, target, options, model, progress, just_built)
         console.print(_summary(directory, target, plans), highlight=False, soft_wrap=True)
 
 

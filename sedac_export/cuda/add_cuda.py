@@ -5,11 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.agreement_row import failures
 from sedac_export.bundle.cuda_entry import (
     PRECISIONS,
     ChainLayer,
@@ -24,7 +26,9 @@ from sedac_export.cuda.compiler import Compiler, chain_macros, fingerprint
 from sedac_export.cuda.description import ChainDescription, describe
 from sedac_export.cuda.identification import NoChainError
 from sedac_export.cuda.packing import write_weights
+from sedac_export.cuda.recomputed_chain import agreement
 from sedac_export.cuda.weight_blocks import WeightBlocks, check_quantized, weight_blocks
+from sedac_export.device_graphs.same_model import engine_settings, other_model, other_settings
 from sedac_export.errors import SedacError
 from sedac_export.graph.trace_model import check_attention
 from sedac_export.model.skeleton import Skeleton
@@ -47,14 +51,17 @@ def check_cuda(precision: bundle.Precision, quantized: bundle.QuantizedWeights |
 
 
 def add_cuda(
-    directory: Path, model: str | None = None, progress: StageProgress = lambda *_: None
+    directory: Path,
+    model: str | None = None,
+    progress: StageProgress = lambda *_: None,
+    just_built: bool = False,
 ) -> CudaChain:
     """Compile the chain for the bundle in `directory` and lay its weights out.
 
     model is needed where the bundle has no chain yet: a directory, a GGUF file or a hub id, of
     which the structure is used; the weights are those of the bundle. Without it the kernel is
-    compiled anew and the weights kept. Raises SedacError, also when the kernel cannot run the
-    model: the manifest says why from then on.
+    compiled anew and the weights kept. just_built: the bundle was built from it just now. Raises
+    SedacError, also when the kernel cannot run the model: the manifest says why from then on.
     """
     with claimed(directory) as claim:
         bundle.settle_manifest(directory)
@@ -73,6 +80,8 @@ def add_cuda(
                 os.link(opened.path(WEIGHTS), weights)
             else:
                 write_weights(weights, opened, description, progress)
+                if not just_built:
+                    _check_same(opened, model or "", entry, weights)
             _enter(opened, scratch, entry)
     return entry
 
@@ -156,6 +165,26 @@ def _describe(opened: Bundle, model: str, claim: Claim) -> ChainDescription:
                 f"{opened.directory}: the cuda target cannot run this model: {error}; leave the"
                 " target out"
             ) from error
+
+
+def _check_same(opened: Bundle, model: str, chain: CudaChain, weights: Path) -> None:
+    """Raise SedacError when `chain`, described by `model`, is not the bundle's own engines'."""
+    reason = _other_settings(opened, chain) or next(
+        iter(failures(agreement(opened, chain, weights))), None
+    )
+    if reason is not None:
+        raise other_model(opened.directory, model, reason)
+
+
+def _other_settings(opened: Bundle, chain: CudaChain) -> str | None:
+    """Where the chain is not made as engines say that they are: few rows might not show it."""
+    for engine in opened.manifest.engines.layers:
+        own = chain.layers[engine.first_layer :][: engine.num_layers]
+        made = {layer.window for layer in own}, {float(np.float32(chain.options.norm_epsilon))}
+        reason = other_settings(engine, made, engine_settings(opened.path(engine.file)))
+        if reason is not None:
+            return reason
+    return None
 
 
 def _enter(opened: Bundle, scratch: Path, entry: CudaChain) -> None:

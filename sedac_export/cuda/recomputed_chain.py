@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from sedac_export.arrays import Array, Floats
 from sedac_export.bundle import Bundle
+from sedac_export.bundle.agreement_row import GATES
 from sedac_export.bundle.cuda_entry import CudaChain
+from sedac_export.bundle.manifest import Manifest
 from sedac_export.cuda import recomputation
-from sedac_export.cuda.chain_agreement import ChainOutput
+from sedac_export.cuda.chain_agreement import ChainOutput, compare
 from sedac_export.cuda.packing import matrix_shapes
 from sedac_export.cuda.weight_blocks import weight_blocks
 
@@ -21,13 +24,20 @@ from sedac_export.cuda.weight_blocks import weight_blocks
 _ROWS = 16384
 
 
-class RecomputedChain:
-    """Computes in fp32 what the kernel is to compute, from the file of its weights."""
+def agreement(bundle: Bundle, chain: CudaChain, weights: Path) -> list[dict[str, Any]]:
+    """What the file `weights` gives beside the bundle's ONNX Runtime engines: a report of each."""
+    # scales of quantized weights are rounded to fp16
+    gates = GATES["fp32" if bundle.manifest.quantization is None else "fp16"]
+    return compare(bundle, RecomputedChain(bundle.manifest, chain, weights), gates)
 
-    def __init__(self, bundle: Bundle, chain: CudaChain) -> None:
+
+class RecomputedChain:
+    """Computes in fp32 what the kernel is to compute, from the file `weights`."""
+
+    def __init__(self, manifest: Manifest, chain: CudaChain, weights: Path) -> None:
         opened: Callable[..., Any] = safe_open
-        self._file = opened(bundle.path(chain.weights), "np")
-        self._blocks = weight_blocks(bundle.manifest, chain.shape)
+        self._file = opened(weights, "np")
+        self._blocks = weight_blocks(manifest, chain.shape)
         self._names = set(self._file.keys())
         self._chain, self._shape = chain, chain.shape
         self._layer = functools.lru_cache(maxsize=1)(self._load_layer)

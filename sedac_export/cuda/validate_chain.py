@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sedac_export.bundle import Bundle
-from sedac_export.bundle.agreement_row import GATES, Gates, failures
+from sedac_export.bundle.agreement_row import GATES, failures
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
 from sedac_export.bundle.target_check import TargetCheck, TargetValidation, run_checks
 from sedac_export.console import StageProgress
-from sedac_export.cuda.chain_agreement import ChainRunner, compare
-from sedac_export.cuda.recomputed_chain import RecomputedChain
+from sedac_export.cuda.chain_agreement import compare
+from sedac_export.cuda.recomputed_chain import agreement
 from sedac_export.errors import SedacError
 from sedac_runtime.flavour import find_gpu
 
@@ -94,10 +94,8 @@ class _ChainValidator:
         return check
 
     def onnxruntime(self) -> TargetCheck:
-        runner = RecomputedChain(self.bundle, self.chain)
-        # scales of quantized weights are rounded to fp16
-        exact = self.bundle.manifest.quantization is None
-        return self._agreement("onnxruntime", runner, GATES["fp32" if exact else "fp16"])
+        rows = agreement(self.bundle, self.chain, self.bundle.path(self.chain.weights))
+        return TargetCheck("onnxruntime", problems=failures(rows), engines=rows)
 
     def execution(self) -> TargetCheck:
         """Run the kernel, where there is a GPU that can."""
@@ -122,19 +120,13 @@ class _ChainValidator:
             with GpuMemory() as memory:
                 runner = GpuChain(self.bundle, self.chain, module, memory)
                 gates = GATES[self.bundle.manifest.device_precision()]
-                check = self._agreement("execution", runner, gates)
-                check.problems += self._bit_problems(runner)
-                return check
+                rows = compare(self.bundle, runner, gates)
+                problems = failures(rows) + self._bit_problems(runner)
+                return TargetCheck("execution", problems=problems, engines=rows)
         except UnsupportedGpuError as error:
             return TargetCheck.not_executed(str(error))
         except SedacError as error:
             return TargetCheck("execution", problems=[f"the chain does not run: {error}"])
-
-    def _agreement(
-        self, name: Literal["onnxruntime", "execution"], runner: ChainRunner, gates: Gates
-    ) -> TargetCheck:
-        rows = compare(self.bundle, runner, gates)
-        return TargetCheck(name, problems=failures(rows), engines=rows)
 
     def _bit_problems(self, runner: "GpuChain") -> list[str]:
         """Whether verifying tokens gives other logits than decoding them."""

@@ -16,10 +16,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle import manifest as bundle
+from sedac_export.bundle.edit import edited_bundle
 from sedac_export.bundle.plan_entries import PortableGraphs
 from sedac_export.bundle.staging import claimed
 from sedac_export.console import StageProgress
 from sedac_export.device_graphs.graph_writer import write_graphs
+from sedac_export.device_graphs.same_model import check_graphs
 from sedac_export.errors import SedacError
 from sedac_export.graph.constants import constants
 from sedac_export.graph.trace import TracedGraph, Tracer
@@ -56,16 +58,20 @@ def check_precision(precision: bundle.Precision) -> None:
 
 
 def add_onnxruntime_cuda(
-    directory: Path, model: str | None = None, progress: StageProgress = lambda *_: None
+    directory: Path,
+    model: str | None = None,
+    progress: StageProgress = lambda *_: None,
+    just_built: bool = False,
 ) -> PortableGraphs:
     """Trace `model` and write the graphs into the bundle in `directory`.
 
     model: a directory, a GGUF file or a hub id, whose configuration is read; the weights are those
-    of the bundle. Raises SedacError.
+    of the bundle. just_built: the bundle was built from it just now. Raises SedacError.
     """
     with claimed(directory) as claim:
         bundle.settle_manifest(directory)
-        manifest = Bundle.open(directory).manifest
+        opened = Bundle.open(directory)
+        manifest = opened.manifest
         check_precision(manifest.precision)
         if model is None:
             raise SedacError(
@@ -78,23 +84,14 @@ def add_onnxruntime_cuda(
             # the host has both residual streams, and some 14 kernels a layer are not launched
             layers = [without_stability(graph) for graph in graphs.layers]
             graphs = replace(graphs, layers=layers)
-        rest = _withdraw(directory, manifest)
-        entry = write_graphs(directory, rest, graphs, PREFIX)
-        files = {name: bundle.file_entry(directory, name) for name in entry.files()}
-        update = {"onnxruntime_cuda": entry, "files": rest.files | files}
-        bundle.write_manifest(directory, rest.model_copy(update=update))
+        with edited_bundle(opened) as copy:
+            entry = write_graphs(copy, manifest, graphs, PREFIX)
+            if not just_built:
+                check_graphs(copy, manifest, entry, directory, model)
+            files = {name: bundle.file_entry(copy, name) for name in entry.files()}
+            update = {"onnxruntime_cuda": entry, "files": manifest.files | files}
+            bundle.write_manifest(copy, manifest.model_copy(update=update))
     return entry
-
-
-def _withdraw(directory: Path, manifest: bundle.Manifest) -> bundle.Manifest:
-    """Take older graphs out of the manifest, which never names a file that is being replaced."""
-    held = manifest.onnxruntime_cuda
-    if held is None:
-        return manifest
-    files = {name: e for name, e in manifest.files.items() if name not in held.files()}
-    rest = manifest.model_copy(update={"onnxruntime_cuda": None, "files": files})
-    bundle.write_manifest(directory, rest)
-    return rest
 
 
 def without_stability(graph: TracedGraph) -> TracedGraph:

@@ -83,6 +83,9 @@ class Checkpoint:
 
 
 def _file_names(directory: Path) -> list[str]:
+    # where there are both, transformers takes this one
+    if (directory / _SINGLE).exists():
+        return [_SINGLE]
     index = directory / _INDEX
     if index.exists():
         try:
@@ -93,8 +96,6 @@ def _file_names(directory: Path) -> list[str]:
             raise SedacError(
                 f"{index} is not a weight index ({error}); download it again"
             ) from error
-    if (directory / _SINGLE).exists():
-        return [_SINGLE]
     others = sorted(path.name for path in directory.glob("*.bin"))
     if others:
         raise SedacError(

@@ -19,7 +19,7 @@ from transformers import (
 
 from sedac_export.errors import SedacError
 from sedac_export.model.checkpoint import Checkpoint
-from sedac_export.model.support import check_config, check_modules, check_no_code
+from sedac_export.model.support import check_config, check_modules, check_no_adapter, check_no_code
 from sedac_export.model.weights import WeightSources, find_sources, weights_of
 
 # attributes that hold a layer's own index; a layer that computes with it fails validation
@@ -124,6 +124,7 @@ def _as_text(value: Any) -> str:
 
 
 def _config(directory: Path) -> PretrainedConfig:
+    check_no_adapter(directory)
     if not (directory / "config.json").exists():
         raise SedacError(f"{directory} holds no config.json; is it a model directory?")
     check_no_code(directory)

@@ -14,6 +14,19 @@ _EXPERTS = re.compile("expert|moe(?![a-z])", re.IGNORECASE)
 _BOUNDARY = re.compile("window|chunk|original_max_position")
 
 
+def check_no_adapter(directory: Path) -> None:
+    """Raise SedacError when the model in `directory` has an adapter.
+
+    Where PEFT is installed, transformers puts it on the weights; without, it leaves it out.
+    """
+    if (directory / "adapter_config.json").exists():
+        raise SedacError(
+            f"{directory} holds an adapter (adapter_config.json), which SEDAC does not put on the"
+            " weights; merge it into the model first (merge_and_unload() of PEFT), or move it"
+            " elsewhere to export the model without it"
+        )
+
+
 def check_no_code(directory: Path) -> None:
     """Raise SedacError when the model in `directory` comes with code of its own.
 
@@ -88,13 +101,14 @@ def check_modules(model: PreTrainedModel, directory: Path) -> None:
             )
 
 
-def check_stops(stops: list[Any], directory: Path) -> None:
-    """Raise SedacError when an end-of-text id is not a token."""
+def check_stops(stops: list[Any], vocabulary: int, directory: Path) -> None:
+    """Raise SedacError when an end-of-text id is none of `vocabulary` tokens."""
     for token in stops:
-        if not isinstance(token, int) or token < 0:
+        is_number = isinstance(token, int) and not isinstance(token, bool)
+        if not is_number or not 0 <= token < vocabulary:
             raise SedacError(
-                f"{directory}: eos_token_id {token} is not a token; correct it in config.json and"
-                " generation_config.json"
+                f"{directory}: eos_token_id {token} is none of the model's {vocabulary} tokens;"
+                " correct it in config.json and generation_config.json"
             )
 
 

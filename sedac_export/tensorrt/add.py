@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sedac_export.bundle import Bundle
+from sedac_export.bundle.edit import edited_bundle
 from sedac_export.bundle.manifest import settle_manifest
 from sedac_export.bundle.plan_entries import BuildOptions, PlanSet
 from sedac_export.bundle.staging import claimed
@@ -18,25 +19,31 @@ def add_target(
     options: BuildOptions,
     model: str | None = None,
     progress: StageProgress = lambda *_: None,
+    just_built: bool = False,
 ) -> PlanSet:
     """Build the plans of `target` for the bundle in `directory`.
 
     model is needed where the bundle holds no portable graphs: a directory, a GGUF file or a
-    hub id, whose configuration is read; the weights are those of the bundle. Raises SedacError.
+    hub id, whose configuration is read; the weights are those of the bundle. just_built: the bundle
+    was built from it just now. Raises SedacError.
     """
     check_options(target, options)
     with claimed(directory) as claim:
         settle_manifest(directory)
         # what is wrong with this target's own plans is put right by building them
-        manifest = Bundle.open(directory, replaced=f"engines/{target}").manifest
+        opened = Bundle.open(directory, replaced=f"engines/{target}")
+        manifest = opened.manifest
         quantized = manifest.quantization
         symmetric = quantized is None or quantized.symmetric
         check_quantization(target, manifest.precision, symmetric)
         if manifest.portable is None and model is not None:
+            from sedac_export.device_graphs.same_model import check_graphs
             from sedac_export.model.skeleton import Skeleton
             from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
-            with opened_model(model, claim.scratch) as source:
+            with opened_model(model, claim.scratch) as source, edited_bundle(opened) as copy:
                 skeleton = Skeleton.load(source.directory)
-                add_portable_graphs(directory, manifest, skeleton, progress)
+                whole = add_portable_graphs(copy, manifest, skeleton, progress)
+                if not just_built and whole.portable is not None:
+                    check_graphs(copy, whole, whole.portable, directory, model)
         return build_plans(directory, target, options, progress)

@@ -64,6 +64,16 @@ def change_weights(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def index(text: str) -> Damage:
+    """An index `text`, and no file that goes before it."""
+
+    def damage(model: Path) -> None:
+        (model / WEIGHTS).rename(model / "model-00001-of-00001.safetensors")
+        (model / INDEX).write_text(text)
+
+    return damage
+
+
 def name_missing_shard(model: Path) -> None:
     (model / WEIGHTS).rename(model / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -82,6 +92,10 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
     "code beside a known type": (
         configure(auto_map={"AutoModelForCausalLM": "own.Model"}),
         ["config.json", "custom code", "auto_map", "llama"],
+    ),
+    "an adapter beside it": (
+        write("adapter_config.json", '{"peft_type": "LORA"}'),
+        ["adapter_config.json", "merge it into the model first"],
     ),
     "quantized": (configure(quantization_config={"quant_method": "fp8"}), ["quantized"]),
     "config no JSON": (write("config.json", '{"model_type":'), ["config.json", "JSON"]),
@@ -114,14 +128,22 @@ DAMAGED_MODELS: dict[str, tuple[Damage, list[str]]] = {
     "cut in the header": (cut(WEIGHTS, 20), [WEIGHTS, "whole"]),
     "empty weights": (cut(WEIGHTS, 0), [WEIGHTS, "whole"]),
     "missing shard": (name_missing_shard, ["model-00002-of-00002.safetensors", INDEX]),
-    "index no JSON": (write(INDEX, "{"), [INDEX]),
-    "index no map": (write(INDEX, "[]"), [INDEX]),
-    "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), [INDEX]),
+    "index no JSON": (index("{"), [INDEX]),
+    "index no map": (index("[]"), [INDEX]),
+    "index of numbers": (index('{"weight_map": {"a": 1}}'), ["1", INDEX]),
     "tokenizer no JSON": (write("tokenizer.json", '{"version":'), ["tokenizer"]),
     "tokenizer empty": (write("tokenizer.json", "{}"), ["tokenizer"]),
     "negative end of text": (
         write("generation_config.json", '{"eos_token_id": [2, -1]}'),
         ["eos_token_id -1", "generation_config.json"],
+    ),
+    "end of text beyond the vocabulary": (
+        write("generation_config.json", '{"eos_token_id": 256}'),
+        ["eos_token_id 256", "256 tokens"],
+    ),
+    "end of text that is true": (
+        write("generation_config.json", '{"eos_token_id": true}'),
+        ["eos_token_id True", "generation_config.json"],
     ),
     "generation config no JSON": (write("generation_config.json", "{"), ["generation_config.json"]),
 }
@@ -269,6 +291,23 @@ def test_output_on_a_read_only_disk_is_refused(export: Command, model: Path) -> 
     with mounted_tmpfs(model.parent / "disk", "ro") as disk:
         result = export("build", "--model", model, "--output", disk / "bundle")
         assert_one_line_error(result, str(disk / "bundle"), "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("/proc/bundle", "No such file or directory"),
+        ("/tmp/" + 250 * "n", "File name too long"),
+        ("/tmp/" + 300 * "n", "File name too long"),
+        ("/tmp/" + 300 * "n" + "/bundle", "File name too long"),
+    ],
+    ids=["no disk", "long with its ending", "long", "long parent"],
+)
+def test_output_that_no_file_can_have_is_refused(
+    export: Command, model: Path, output: str, reason: str
+) -> None:
+    result = export("build", "--model", model, "--output", output)
+    assert_one_line_error(result, f"{output} cannot be written: {reason}; nothing was kept")
 
 
 @pytest.mark.parametrize("full_at", ["weights", "tokenizer"])
@@ -432,6 +471,7 @@ def test_interrupt_within_a_build_leaves_nothing(
     output = tmp_path / "output" / "bundle"
     result = export("build", "--model", model, "--output", output)
     assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1].strip() == "stopped"
     assert "Traceback" not in result.err
     assert not output.parent.exists()
 
@@ -446,7 +486,8 @@ def test_interrupted_build_leaves_nothing(
     os.kill(build.process.pid or 0, signal.SIGINT)
     build.process.join(20)
     assert build.process.exitcode == 130
-    assert "Traceback" not in build.log.read_text()
+    log = build.log.read_text()
+    assert "Traceback" not in log and log.splitlines()[-1] == "stopped"
     assert not output.parent.exists()
 
 

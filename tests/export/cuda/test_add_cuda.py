@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bad_input.command import Result, assert_one_line_error, call, snapshot
@@ -214,6 +215,27 @@ def test_a_model_of_other_depth_is_refused(
     save_tiny_model("llama", tmp_path / "shallow", num_hidden_layers=2)
     result = export("engines", directory, "--target", "cuda", "--model", tmp_path / "shallow")
     assert_one_line_error(result, "has 4 layers and the model 2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "rotary tables"),
+        ({"rms_norm_eps": 3e-6}, "the norms' epsilon of layer 0 is 3e-06, the bundle's 1e-06"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "layer_000: cosine"),
+        ({"sliding_window": 300}, "the window of layer 0 is 300, the bundle's 9"),
+    ],
+)
+def test_a_model_with_another_configuration_is_refused(
+    settings: dict[str, Any], reason: str, half_bundle: HalfBundle, export: Run
+) -> None:
+    model, directory = half_bundle("mistral")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+    before = snapshot(directory.parent)
+    result = export("engines", directory, "--target", "cuda", "--model", model)
+    assert_one_line_error(result, "the model that", "was built from", reason)
+    assert snapshot(directory.parent) == before
 
 
 def test_a_link_out_of_the_bundle_is_refused(half_bundle: HalfBundle, tmp_path: Path) -> None:

@@ -211,7 +211,9 @@ class ComputedChain:
 
     def __init__(self, directory: Path, noise: float = 0.0) -> None:
         self.chain, self.noise = chain_of(directory), noise
-        self.weights = RecomputedChain(Bundle.open(directory), self.chain)
+        opened = Bundle.open(directory)
+        weights = opened.path(self.chain.weights)
+        self.weights = RecomputedChain(opened.manifest, self.chain, weights)
         hidden = self.chain.shape.hidden
         self.facts = Facts(scratch_bytes=64, saved_floats=hidden + 4)
         self.blocks, self.prepared = 1, 0
