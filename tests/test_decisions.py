@@ -12,9 +12,19 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sedac_runtime import InputError, Thresholds, exits_by_risk, exits_by_stability
-from sedac_runtime._core import BatchDecision, PolicySettings
+from sedac_runtime._core import BatchDecision, PolicySettings, stabilities
 
 Floats = npt.NDArray[np.float32]
+
+
+def test_stability_is_half_of_one_and_the_cosine() -> None:
+    before, after = np.random.default_rng(0).standard_normal((2, 5, 70), dtype=np.float32)
+    lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+    cosines = (before * after).sum(-1) / lengths
+    np.testing.assert_allclose(stabilities(before, after), (cosines + 1) / 2, atol=1e-6)
+    for wrong in (after[:4], after[:, :9], after[0]):
+        with pytest.raises(InputError, match="out of range"):
+            stabilities(before, np.ascontiguousarray(wrong))
 
 
 def numpy_exits_by_stability(

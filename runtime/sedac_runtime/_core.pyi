@@ -55,6 +55,7 @@ __all__ = [
     "exits_by_stability",
     "read_manifest",
     "read_unlisted",
+    "stabilities",
 ]
 
 _Path: TypeAlias = str | os.PathLike[str]
@@ -502,6 +503,13 @@ class Thresholds:
     def __new__(cls, values: dict[int, float]) -> Thresholds: ...
     def get(self, depth: int) -> float | None: ...
     def follow(self, depth: int, risks: _Array, exit_rate: float, step: float) -> float: ...
+
+def stabilities(before: _Array, after: _Array) -> list[float]:
+    """The stability of a layer for each token, as where the host computes it.
+
+    before, after: float32 [tokens, hidden], the residual stream before the layer and after it.
+    Raises InputError for other shapes.
+    """
 
 def exits_by_stability(
     stability: _Array, tau: float, consecutive_k: int, min_layer_ratio: float

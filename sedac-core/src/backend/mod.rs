@@ -22,6 +22,7 @@ mod timing;
 use std::ops::Range;
 
 pub(crate) use self::gpu::gpu_name;
+pub(crate) use self::stability::stability;
 pub use capabilities::Capabilities;
 pub(crate) use costs::Cost;
 pub use costs::{CostRecord, Costs};

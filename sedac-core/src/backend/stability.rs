@@ -5,7 +5,7 @@ const LANES: usize = 16;
 
 /// (cos + 1) / 2 of the residual stream `before` a layer and `after` it, fp32 of equal length. As an
 /// engine's graph has it, the square of half the sum of two unit vectors: that of zeros is zeros, too.
-pub(super) fn stability(before: &[f32], after: &[f32]) -> f32 {
+pub(crate) fn stability(before: &[f32], after: &[f32]) -> f32 {
     let (of_before, of_after) = (dot(before, before), dot(after, after));
     if of_before == 0.0 || of_after == 0.0 {
         let units = [of_before, of_after].map(|squares| if squares == 0.0 { 0.0 } else { 0.25 });

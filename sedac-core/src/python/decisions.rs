@@ -9,6 +9,7 @@ use pyo3::types::{PyBytes, PyMemoryView};
 use super::error::InputError;
 use super::policy_settings::PyPolicySettings;
 use super::process;
+use crate::backend::stability;
 use crate::policy::{self, BatchDecision, BatchSignals, ExitSignals, Stability, Thresholds};
 
 /// Where n tokens exit that go through the layers together.
@@ -229,6 +230,35 @@ impl PyThresholds {
         let mut risks = risks.to_vec(py)?;
         Ok(py.detach(|| self.0.follow(depth, &mut risks, exit_rate, step))?)
     }
+}
+
+/// The stability of a layer for each token, as where the host computes it.
+///
+/// before, after: float32 [tokens, hidden], the residual stream before the layer and after it.
+#[pyfunction]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "Python buffers arrive by value"
+)]
+pub(super) fn stabilities(
+    py: Python<'_>,
+    before: PyBuffer<f32>,
+    after: PyBuffer<f32>,
+) -> PyResult<Vec<f32>> {
+    process::check()?;
+    let (tokens, hidden) = rows("before", &before)?;
+    if rows("after", &after)? != (tokens, hidden) {
+        let shape = after.shape();
+        return Err(InputError::new_err(format!(
+            "after of shape {shape:?} is out of range: [{tokens}, {hidden}], as before"
+        )));
+    }
+    let (before, after) = (before.to_vec(py)?, after.to_vec(py)?);
+    Ok(py.detach(|| {
+        let rows = before.chunks_exact(hidden).zip(after.chunks_exact(hidden));
+        rows.map(|(before, after)| stability(before, after))
+            .collect()
+    }))
 }
 
 /// The depth after which each token exits by consecutive stable layers.

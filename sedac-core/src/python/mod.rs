@@ -51,6 +51,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<executor::PyPlanTensor>()?;
     module.add_class::<decisions::PyBatchDecision>()?;
     module.add_class::<decisions::PyThresholds>()?;
+    module.add_function(wrap_pyfunction!(decisions::stabilities, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_stability, module)?)?;
     module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
     module.add_function(wrap_pyfunction!(files::read_manifest, module)?)?;

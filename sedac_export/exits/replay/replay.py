@@ -23,7 +23,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exits.replay.pass_exits import PassExits
 from sedac_export.exits.replay.probes_file import check_probes
 from sedac_export.exits.replay.signals import Signals
-from sedac_runtime._core import PolicySettings
+from sedac_runtime._core import PolicySettings, stabilities
 from sedac_runtime.choices import KvFill
 
 CHUNK = 256
@@ -175,6 +175,8 @@ class _Sequence:
         runner, caches = self.replay.runner, self.caches[layer]
         entry = self.replay.manifest.engines.layers[layer]
         outputs = runner.layers(entry, x[None], inputs, caches)
+        # by the runtime's own sums: the engine's round otherwise, and a threshold may lie between
+        outputs["stability"][0, :, 0] = stabilities(x, outputs["y"][0])
         skipping = exits.skip_from <= layer
         if skipping.any():
             # keys and values come before the MLP, so both engines write the same ones

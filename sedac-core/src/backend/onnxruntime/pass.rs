@@ -11,8 +11,7 @@ use super::cache_memory::CacheMemory;
 use super::cut_graph::Crossing;
 use super::layer_session::{BoundCut, BoundLayer, LayerSession};
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
-use crate::backend::stability::stability;
-use crate::backend::{EnginePart, Stopwatch};
+use crate::backend::{EnginePart, Stopwatch, stability};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
 use crate::error::{Error, Result};
 

@@ -24,8 +24,7 @@ pub use host_device::Host;
 
 use self::buffers::{Caches, Frame, Masks, Sizes, allocate, bound, decode_f32};
 use super::onnxruntime::Exits;
-use super::stability::stability;
-use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS};
+use super::{Capabilities, EnginePart, EngineTiming, Engines, MAX_TOKENS, stability};
 use crate::bundle::{Bundle, Gate, PlanFiles, PortableGraphs, PortableLayers};
 use crate::error::{Error, Result};
 use crate::policy::ExitSignals;
