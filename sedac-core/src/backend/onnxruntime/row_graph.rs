@@ -230,6 +230,33 @@ impl Edits {
     }
 }
 
+/// Graphs as tests write them.
+#[cfg(test)]
+pub(super) mod examples {
+    use super::*;
+
+    /// A node with the inputs and outputs named, "-" for one that is left out.
+    pub(in super::super) fn operator(op_type: &str, inputs: &str, outputs: &str) -> Operator {
+        let names = |names: &str| names.split(' ').map(|name| name.replace('-', "")).collect();
+        Operator {
+            input: names(inputs),
+            output: names(outputs),
+            op_type: op_type.into(),
+            ..Operator::default()
+        }
+    }
+
+    /// A line for each node of the ONNX file `graph`.
+    pub(in super::super) fn lines(graph: &[u8]) -> Vec<String> {
+        let nodes = Model::decode(graph).unwrap().graph.unwrap().node;
+        let line = |node: &Operator| {
+            let (inputs, outputs) = (node.input.join(" "), node.output.join(" "));
+            format!("{} {inputs}: {outputs}", node.op_type)
+        };
+        nodes.iter().map(line).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -106,17 +106,8 @@ pub(super) fn first_product(graph: &[u8]) -> Option<Product> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::row_graph::examples::{lines, operator};
     use super::*;
-
-    fn operator(op_type: &str, inputs: &str, outputs: &str) -> Operator {
-        let names = |names: &str| names.split(' ').map(|name| name.replace('-', "")).collect();
-        Operator {
-            input: names(inputs),
-            output: names(outputs),
-            op_type: op_type.into(),
-            ..Operator::default()
-        }
-    }
 
     fn model(node: Vec<Operator>) -> Vec<u8> {
         let graph = RowGraph {
@@ -128,15 +119,6 @@ mod tests {
             ..Model::default()
         };
         model.encode_to_vec()
-    }
-
-    fn lines(graph: &[u8]) -> Vec<String> {
-        let nodes = Model::decode(graph).unwrap().graph.unwrap().node;
-        let line = |node: &Operator| {
-            let (inputs, outputs) = (node.input.join(" "), node.output.join(" "));
-            format!("{} {inputs}: {outputs}", node.op_type)
-        };
-        nodes.iter().map(line).collect()
     }
 
     #[test]

@@ -55,19 +55,10 @@ fn drop_unread_norms(graph: &mut RowGraph) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::row_graph::examples::{lines, operator};
     use super::*;
 
-    fn operator(op_type: &str, inputs: &str, outputs: &str) -> Operator {
-        let names = |names: &str| names.split(' ').map(|name| name.replace('-', "")).collect();
-        Operator {
-            input: names(inputs),
-            output: names(outputs),
-            op_type: op_type.into(),
-            ..Operator::default()
-        }
-    }
-
-    fn lines(node: Vec<Operator>, outputs: &[&str]) -> Vec<String> {
+    fn kept(node: Vec<Operator>, outputs: &[&str]) -> Vec<String> {
         let value = |name: &&str| ValueInfo {
             name: (*name).into(),
             ..ValueInfo::default()
@@ -81,14 +72,9 @@ mod tests {
             ..Model::default()
         };
         let graph = without(&model.encode_to_vec()).unwrap();
-        let graph = Model::decode(&*graph).unwrap().graph.unwrap();
-        let line = |node: &Operator| {
-            let (inputs, outputs) = (node.input.join(" "), node.output.join(" "));
-            format!("{} {inputs}: {outputs}", node.op_type)
-        };
-        let nodes = graph.node.iter().map(line);
-        let outputs = graph.output.iter().map(|output| output.name.clone());
-        nodes.chain(outputs).collect()
+        let outputs = Model::decode(&*graph).unwrap().graph.unwrap().output;
+        let outputs = outputs.into_iter().map(|output| output.name);
+        lines(&graph).into_iter().chain(outputs).collect()
     }
 
     #[test]
@@ -102,7 +88,7 @@ mod tests {
             operator("ReduceSumSquare", "total axes", STABILITY),
         ];
         assert_eq!(
-            lines(nodes, &["y", STABILITY]),
+            kept(nodes, &["y", STABILITY]),
             [
                 "SkipSimplifiedLayerNormalization x attended weight: normed   sum",
                 "MatMul normed w: product",
@@ -128,6 +114,6 @@ mod tests {
             "y",
             "risk",
         ];
-        assert_eq!(lines(nodes, &["y", STABILITY, "risk"]), expected);
+        assert_eq!(kept(nodes, &["y", STABILITY, "risk"]), expected);
     }
 }
