@@ -347,6 +347,17 @@ def test_reader_that_leaves_early_gets_no_traceback(long_bundle: Path) -> None:
         assert process.wait(30) == 1
 
 
+def test_output_that_cannot_be_written_is_named(bundle: Path) -> None:
+    command = [sys.executable, "-m", "sedac_runtime.cli", "generate", "--engines", str(bundle)]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [*command, "--prompt", "x"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert run.returncode == 2
+    assert "standard output cannot be written (No space left on device)" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_output_of_a_text_is_its_json(runtime: Command, bundle: Path) -> None:
     arguments = ["generate", "--engines", bundle, "--prompt", "def f", "--max-new-tokens", 8]
     text = runtime(*arguments)
