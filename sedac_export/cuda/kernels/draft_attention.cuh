@@ -82,8 +82,10 @@ struct DraftAttention {
   }
 
  private:
+  // (From 64 keys on, and half as many keys and values asked for at once, eight tokens of SmolLM2's drafter took 292 us
+  // instead of 267.)
   __device__ __forceinline__ static int chunk_size(int keys) {
-    return max(64, divided_up(divided_up(keys, DRAFT_CHUNKS), 32) * 32);
+    return max(32, divided_up(divided_up(keys, DRAFT_CHUNKS), 32) * 32);
   }
   __device__ __forceinline__ static float highest_of_lanes(float v) {
 #pragma unroll
@@ -108,7 +110,7 @@ struct DraftAttention {
       total = total * kept + sum_of_lanes<32>(weight);
 #pragma unroll
       for (int k = 0; k < PAIRS; k++) sums[k].x *= kept, sums[k].y *= kept;
-#pragma unroll 8
+#pragma unroll 16
       for (int i = 0; i < 32; i++) {
         const float share = __shfl_sync(~0u, weight, i);
         if (first + i >= end) continue;
@@ -132,7 +134,7 @@ struct DraftAttention {
 
   __device__ __forceinline__ static float dot_key(const float* query, const half* key) {
     float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int d = 0; d < HEAD; d += 8) {
       const uint4 v = __ldcg(reinterpret_cast<const uint4*>(key + d));
       const unsigned halves[4] = {v.x, v.y, v.z, v.w};

@@ -34,10 +34,11 @@ static_assert(sizeof(DraftShared) <= SHARED_LIMIT, "shared memory is too small")
 __device__ __forceinline__ float load_result(const float* p) { return __ldcg(p); }
 
 // All blocks of a cooperative launch. `arrived` counts for as long as the drafter is loaded, and is a multiple of the
-// blocks between launches. (Eight tokens of SmolLM2's drafter take 287 us; 305 with a fence and an atomic addition in
+// blocks between launches. (Eight tokens of SmolLM2's drafter took 287 us; 305 with a fence and an atomic addition in
 // place of the release, and with norms' weights and residuals asked for where they are used. With a count for each
 // block, which 132 threads of every block read, a token took 53 us instead of 34; with weights asked for before each
-// barrier 35 to 50, since they need registers that spill, and before a stage's input, within them, as long as without.)
+// barrier 35 to 50, since they need registers that spill, and before a stage's input, within them or by copies to
+// shared memory, as long as without.)
 struct GridBarrier {
   unsigned long long* arrived;
   unsigned long long target;

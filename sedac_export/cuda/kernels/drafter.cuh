@@ -239,11 +239,19 @@ struct Drafter {
     }
     return best.words();
   }
+  // All are asked for at once. (One after another: some 10 us more for eight tokens of SmolLM2's drafter.)
   template <class Best>
   __device__ __forceinline__ Best best_of_blocks(int kind) const {
+    constexpr int OF_LANE = divided_up(MAX_BLOCKS, 32);
+    int4 words[OF_LANE];
+    const int lane = this->lane();
+#pragma unroll
+    for (int k = 0; k < OF_LANE; k++)
+      if (lane + k * 32 < pass.blocks) words[k] = __ldcg(scratch.best(kind, lane + k * 32));
     Best best;
-    for (int block = threadIdx.x & 31; block < pass.blocks; block += 32)
-      best.merge(Best::of(__ldcg(scratch.best(kind, block))));
+#pragma unroll
+    for (int k = 0; k < OF_LANE; k++)
+      if (lane + k * 32 < pass.blocks) best.merge(Best::of(words[k]));
     __syncwarp();
     return Best::of(merged<Best>(best.words(), ~0u, 32));
   }
