@@ -68,8 +68,8 @@ struct Attention {
   };
 
   __device__ __forceinline__ void run(unsigned active) {
-    const int blocks = pass.blocks, last = blocks - 1 - block_index(), shift = shared.chunk_shift;
-    int before = 0;
+    const int blocks = pass.blocks, shift = shared.chunk_shift;
+    int next = blocks - 1 - block_index();  // the block's next item, from the sequence's first on
     bool again = false;
 #pragma unroll 1
     for (int s = 0; s < (N == 1 ? 1 : pass.sequences); s++) {
@@ -78,13 +78,14 @@ struct Attention {
       const int chunks = ((rows.start + rows.count - 1) >> shift) + 1, pairs = N == 1 ? 1 : (rows.count + 1) / 2,
                 items = KV_HEADS * chunks * pairs;
 #pragma unroll 1
-      for (int i = N == 1 ? last : (last + blocks - before % blocks) % blocks; i < items; i += blocks) {
+      for (; next < items; next += blocks) {
         if (again) sync_block();
-        const int of_head = i / pairs;
-        attend({rows, N == 1 ? 0 : i % pairs * 2, of_head / chunks, of_head % chunks}, shift);
+        const int of_chunk = next / KV_HEADS;
+        const int pair = N <= 2 ? 0 : of_chunk / chunks;
+        attend({rows, pair * 2, next % KV_HEADS, of_chunk - pair * chunks}, shift);
         again = true;
       }
-      before += items;
+      next -= items;
     }
   }
 
@@ -396,7 +397,8 @@ struct Attention {
                flagged(sums.even[q][upper * 2 + 1] + sums.odd[q][upper * 2 + 1], parity));
         if (!column && !t) {
           const float largest = sub < 0 ? -1e30f : shared.running[(sub + 1) & 1][upper * 8 + g];
-          store2(to + SCRATCH_SOFTMAX + index * 2, flagged(largest, parity), flagged(sums.total[q][upper], parity));
+          store2(to + SCRATCH_SOFTMAX + index * SECTOR, flagged(largest, parity),
+                 flagged(sums.total[q][upper], parity));
         }
       }
     }

@@ -270,15 +270,22 @@ struct Chain {
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
     const unsigned starting = mlp ? 0 : starting_at(layer);
     residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1), compared);
-    // what most layers skip is laid out of the way: code that is fetched cold is latency
-    if (__builtin_expect(starting && layer < LAYERS, 0)) residual.start(tid, layer, starting);
+    if (__builtin_expect(starting && layer < LAYERS, 0)) start_rows<N>(pass, shared, scratch, tid, layer, starting);
     sync_block();
     MARK(layer, mlp ? 7 : 1)
     if (mlp) return active;
     if (__builtin_expect(compared || layer >= next_stop, 0)) decide(tid, residual, layer, condition, active);
-    if (__builtin_expect(pass.features, 0))
-      residual.take_features(tid, layer, active & ~frozen, layer_parities(odd, layer - 1));
+    if (__builtin_expect(has_features(layer), 0))
+      ::take_features<N>(pass, shared, scratch, tid, layer, active & ~frozen, layer_parities(odd, layer - 1));
     return active_at(layer);
+  }
+
+  // Whether a trained drafter takes hidden states after `depth` layers. (Depths that there are not are 0.)
+  __device__ __forceinline__ bool has_features(int depth) const {
+    bool has = false;
+#pragma unroll
+    for (int f = 0; f < MAX_FEATURES; f++) has |= pass.feature_depths[f] == depth;
+    return has && depth;
   }
 
   __device__ __forceinline__ void decide(int tid, const Residual<N>& residual, int depth, const Condition& condition,
@@ -304,7 +311,7 @@ struct Chain {
     if (depth == LAYERS) return;
     const int row = block_index();
     if (row < rows() && has<N>(active & ~frozen, row) && (stops >> pass.row[row].sequence & 1))
-      residual.save(tid, row, row_parity<N>(layer_parities(odd, depth - 1), row));
+      save_row<N>(pass, shared, scratch, tid, row, row_parity<N>(layer_parities(odd, depth - 1), row));
   }
 
   __device__ __forceinline__ void find_next_stop() {

@@ -2,10 +2,12 @@
 #pragma once
 #include "attention.cuh"
 
-constexpr int CHUNKS_AT_ONCE = 8;
+// Chunks that are asked for at once, and those of them that are added at once.
+constexpr int CHUNKS_AT_ONCE = 8, CHUNKS_ADDED = 4;
 
-// Four numbers of a row's head: the sum over its `chunks` chunks, eight at a time, rescaled to the largest score so
-// far.
+// Four numbers of a row's head: the sum over its `chunks` chunks, four at a time, rescaled to the largest score so far.
+// (Eight at a time: Qwen2.5-0.5B's shape 516 us a token
+// instead of 510, for eight rows 695 instead of 686.)
 __device__ __forceinline__ uint2 combined(const float* partial, const float* softmax, int chunks, unsigned parity) {
   float largest = -1e30f, total = 0;
   float4 sum = make_float4(0, 0, 0, 0);
@@ -18,28 +20,31 @@ __device__ __forceinline__ uint2 combined(const float* partial, const float* sof
       stale_bits = 0;
 #pragma unroll
       for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-        if (c < chunks) w[c] = load2(softmax + c * 2), v[c] = load4(partial + c * HEAD);
+        if (c < chunks) w[c] = load2(softmax + c * SECTOR), v[c] = load4(partial + c * HEAD);
 #pragma unroll
       for (int c = 0; c < CHUNKS_AT_ONCE; c++)
         if (c < chunks) stale_bits |= stale(w[c], parity) | stale(v[c], parity);
-      if (stale_bits & 1) pause();
     } while (stale_bits & 1);
-    float next = largest;
 #pragma unroll
-    for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-      if (c < chunks) next = fmaxf(next, unflagged(w[c].x));
-    const float f = power_of_2(largest - next);
-    total *= f, sum.x *= f, sum.y *= f, sum.z *= f, sum.w *= f;
-    largest = next;
+    for (int first = 0; first < CHUNKS_AT_ONCE; first += CHUNKS_ADDED) {
+      if (first >= chunks) break;
+      float next = largest;
 #pragma unroll
-    for (int c = 0; c < CHUNKS_AT_ONCE; c++)
-      if (c < chunks) {
-        const float e = power_of_2(unflagged(w[c].x) - largest);
-        total = fmaf(e, unflagged(w[c].y), total);
-        sum.x = fmaf(e, unflagged(v[c].x), sum.x), sum.y = fmaf(e, unflagged(v[c].y), sum.y);
-        sum.z = fmaf(e, unflagged(v[c].z), sum.z), sum.w = fmaf(e, unflagged(v[c].w), sum.w);
-      }
-    softmax += CHUNKS_AT_ONCE * 2, partial += CHUNKS_AT_ONCE * HEAD;
+      for (int c = first; c < first + CHUNKS_ADDED; c++)
+        if (c < chunks) next = fmaxf(next, unflagged(w[c].x));
+      const float f = power_of_2(largest - next);
+      total *= f, sum.x *= f, sum.y *= f, sum.z *= f, sum.w *= f;
+      largest = next;
+#pragma unroll
+      for (int c = first; c < first + CHUNKS_ADDED; c++)
+        if (c < chunks) {
+          const float e = power_of_2(unflagged(w[c].x) - largest);
+          total = fmaf(e, unflagged(w[c].y), total);
+          sum.x = fmaf(e, unflagged(v[c].x), sum.x), sum.y = fmaf(e, unflagged(v[c].y), sum.y);
+          sum.z = fmaf(e, unflagged(v[c].z), sum.z), sum.w = fmaf(e, unflagged(v[c].w), sum.w);
+        }
+    }
+    softmax += CHUNKS_AT_ONCE * SECTOR, partial += CHUNKS_AT_ONCE * HEAD;
   }
   const float f = 1.f / total;
   return make_uint2(packed(sum.x * f, sum.y * f) & ~1u, packed(sum.z * f, sum.w * f));
@@ -81,8 +86,8 @@ struct Combine {
     const int head = item * 4 / HEAD;
     const float* from = scratch + row * SCRATCH_ROW;
     return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD,
-                    from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * 2, (shared.position[row] >> shared.chunk_shift) + 1,
-                    row_parity<N>(parities, row));
+                    from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * SECTOR,
+                    (shared.position[row] >> shared.chunk_shift) + 1, row_parity<N>(parities, row));
   }
   __device__ __forceinline__ half* output(int row, int item) const {
     return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_ATTENTION) + item * 4;

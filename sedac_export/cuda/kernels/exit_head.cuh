@@ -152,7 +152,7 @@ struct ExitHead {
     for (int block = lane; block < pass.blocks; block += 32) {
       const NumberedPairs pairs{of_blocks + 2 * block, lens.number};
       ulonglong2 v, w;
-      while (v = pairs.load(0), w = pairs.load(2), !pairs.here(v) || !pairs.here(w)) pause();
+      while (v = pairs.load(0), w = pairs.load(2), !pairs.here(v) || !pairs.here(w)) continue;
       const float2 first = pairs.value(v), second = pairs.value(w);
       logits.merge({first.x, first.y, second.x, second.y});
     }
@@ -168,7 +168,7 @@ struct ExitHead {
     const float *bias = of_scalars + LEARNED_WIDTH * 8, *up = bias + LEARNED_WIDTH, *linear = up + LEARNED_WIDTH;
     const NumberedPairs pairs{words(row, EXIT_LEARNED), lens.number};
     ulonglong2 v;
-    while (v = pairs.load(2 * lane), !pairs.here(v)) pause();
+    while (v = pairs.load(2 * lane), !pairs.here(v)) continue;
     __syncwarp();
     const float2 of_state = pairs.value(v);
     float sum = 0;

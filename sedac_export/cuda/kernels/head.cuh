@@ -102,6 +102,7 @@ struct Head {
       const int count = min(PIECE, end - column);
       ring.multiply(count, c, d,
                     [&](uint4(&x)[BLOCKS_AT_ONCE], int first) { stages.input(thread_index(), x, column + first); });
+      ring.give_back();
       column += count;
     }
 #pragma unroll
@@ -175,7 +176,6 @@ struct Head {
         for (int k = 0; k < AT_ONCE; k++)
           if (first + k * 32 < pass.blocks)
             for (int i = 0; i < 2; i++) all &= v[k][i].x >> 32 == number && v[k][i].y >> 32 == number;
-        if (!all) pause();
       } while (!all);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++)

@@ -69,7 +69,7 @@ struct Probe {
     const float2 weight = load(rest), bias = load(rest + PROBE_WIDTH), up = load(rest + 2 * PROBE_WIDTH);
     const float up_bias = weights[PROBE_WIDTH * (HIDDEN + 3)];
     ulonglong2 words;
-    while (words = load_halves(word(row, 2 * lane)), words.x >> 32 != depth || words.y >> 32 != depth) pause();
+    while (words = load_halves(word(row, 2 * lane)), words.x >> 32 != depth || words.y >> 32 != depth) continue;
     __syncwarp();
     float x = __uint_as_float(static_cast<unsigned>(words.x)), y = __uint_as_float(static_cast<unsigned>(words.y));
     const float mean = sum_of_lanes<32>(x + y) / PROBE_WIDTH;

@@ -139,11 +139,12 @@ struct Ring {
   int used = 0;               // slots that were read
 
   // A piece of `count` column blocks times what input(x, first) gives of the blocks from `first` on, added to two
-  // accumulators.
+  // accumulators. What was read is given back by give_back, when nobody waits for the products any more.
   template <class Input>
   __device__ __forceinline__ void multiply(int count, float (&c)[4], float (&d)[4], Input input) {
 #pragma unroll
     for (int first = 0; first < PIECE; first += BLOCKS_AT_ONCE) {
+      if (!QUANTIZED && first >= count) break;
       uint4 x[BLOCKS_AT_ONCE];
       input(x, first);
       if (!first) wait();
@@ -160,7 +161,6 @@ struct Ring {
     next += count;
     if (next >= SLOTS) next -= SLOTS;
     used += count, piece++;
-    give_back();
   }
 
   // Lets the pieces land that are under way, and goes on with what `skip` does not leave out.
@@ -168,7 +168,7 @@ struct Ring {
     int sent, slots;
     if constexpr (REGISTERS_MOVE) {
       if (!(threadIdx.x & 31)) state->skips = skip;
-      while (!(sent = state->skipped)) pause();
+      while (!(sent = state->skipped)) continue;
       __threadfence_block();
       sent--, slots = state->slots_sent;
     } else {
@@ -190,7 +190,9 @@ struct Ring {
   __device__ __forceinline__ void give_back() {
     __syncwarp();  // every lane has read what will be overwritten
     if constexpr (REGISTERS_MOVE) {
-      if (!(threadIdx.x & 31)) state->used_slots = used, state->used_pieces = piece;
+      if (threadIdx.x & 31) return;
+      state->used_slots = used;
+      state->used_pieces = piece;
     } else {
 #pragma unroll 1
       while (producer.send(used, piece)) continue;

@@ -38,8 +38,12 @@ constexpr int MAX_TILES = larger(16, divided_up(MOST_TILES, 108)), MIN_BLOCKS = 
 
 // Sizes that depend on the number of blocks are tuned for grids of about this many, and right for any.
 constexpr int USUAL_BLOCKS = 132;
-// The most column blocks of down that a warp then multiplies.
-constexpr int DOWN_SHARE = divided_up(divided_up(DOWN_TILES, USUAL_BLOCKS) * INNER_COLUMNS, WARPS);
+// The most column blocks that a warp then multiplies.
+constexpr int warp_share_of(int tiles, int columns) {
+  return divided_up(divided_up(tiles, USUAL_BLOCKS) * columns, WARPS);
+}
+constexpr int GATE_UP_SHARE = warp_share_of(GATE_UP_TILES, HIDDEN_COLUMNS),
+              DOWN_SHARE = warp_share_of(DOWN_TILES, INNER_COLUMNS);
 
 // What is saved at an exit: the hidden state, and the factors of the norms before and after it (residual.cuh).
 constexpr int SAVED = HIDDEN + 4;
@@ -61,20 +65,28 @@ static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a k
 static_assert(HEAD % 16 == 0 && ROTARY % 4 == 0 && ROTARY <= HEAD, "head size");
 static_assert(!SEDAC_QUERY_KEY_NORM || 32 % (HEAD / 4) == 0, "norms of heads are sums over lanes");
 
+// Floats of a sector of L2. Blocks that write to one sector hold each other up, so what each writes lies in sectors
+// of its own. (16 bytes from each of 132 blocks were read by all after 1054 ns where two shared a sector, and after 907
+// where none did. With the next line, us a token for one row and for eight: SmolLM2's shape 417 and 575 before, 388 and
+// 524 since; Qwen2.5-0.5B's 514 and 700, 498 and 667.)
+constexpr int SECTOR = 8;
+
 // Scratch of one row, in floats: what blocks exchange. Rows lie one after another.
 constexpr int SCRATCH_QKV = 0;
 // The residual stream after attention, and after the layer: the residual, then the next stage's input as halves, then
-// four sums of each tile, then the tiles' sums of squares before a norm that comes before adding.
+// each tile's four sums, then each tile's sum of squares before a norm that comes before adding.
 constexpr int STREAM_INPUT = HIDDEN, STREAM_SUMS = STREAM_INPUT + HIDDEN / 2,
-              STREAM_OUTPUT_SUMS = STREAM_SUMS + O_TILES * 4, STREAM_WORDS = STREAM_OUTPUT_SUMS + (O_TILES + 3) / 4 * 4;
+              STREAM_OUTPUT_SUMS = STREAM_SUMS + O_TILES * SECTOR,
+              STREAM_WORDS = STREAM_OUTPUT_SUMS + (SEDAC_POST_NORMS ? O_TILES * SECTOR : 0);
 constexpr int SCRATCH_AFTER_ATTENTION = SCRATCH_QKV + QKV;
 constexpr int SCRATCH_AFTER_LAYER = SCRATCH_AFTER_ATTENTION + STREAM_WORDS;
-constexpr int SCRATCH_ACTIVATION = SCRATCH_AFTER_LAYER + STREAM_WORDS;        // halves
-constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + INNER / 2;             // halves
-constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;            // [head][chunk][head size]
-constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;  // [head][chunk]{maximum, sum}
-constexpr int SCRATCH_PROBE = SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * 2;
+constexpr int SCRATCH_ACTIVATION = SCRATCH_AFTER_LAYER + STREAM_WORDS;          // [tile of gate_up] eight halves
+constexpr int SCRATCH_ATTENTION = SCRATCH_ACTIVATION + GATE_UP_TILES * SECTOR;  // halves
+constexpr int SCRATCH_PARTIAL = SCRATCH_ATTENTION + ATTENTION / 2;              // [head][chunk][head size]
+constexpr int SCRATCH_SOFTMAX = SCRATCH_PARTIAL + HEADS * MAX_CHUNKS * HEAD;    // [head][chunk]{maximum, sum}
+constexpr int SCRATCH_PROBE = SCRATCH_SOFTMAX + HEADS * MAX_CHUNKS * SECTOR;
 constexpr int SCRATCH_ROW = (SCRATCH_PROBE + 2 * PROBE_WIDTH + 31) / 32 * 32;
+static_assert(QKV % SECTOR == 0 && STREAM_SUMS % SECTOR == 0 && SCRATCH_SOFTMAX % SECTOR == 0, "whole sectors");
 // After the rows: each block's highest logit of each row, and its first of each row's race, see head.cuh.
 constexpr long long SCRATCH_HIGHEST = 1ll * MAX_ROWS * SCRATCH_ROW;
 // What blocks exchange of a row's exit, each float beside a number that no other step and depth has, so that nobody has

@@ -22,9 +22,10 @@ struct Activations {
 #pragma unroll
     for (int l = 0; l < LOADS; l++) {
       const int item = lane + 32 * l, column = item / (N * 4), row = item / 4 % N, quarter = item % 4;
-      words.set(l, next + column < end && has<N>(active, row),
-                (row * SCRATCH_ROW + SCRATCH_ACTIVATION) * 2 + (next + column) % INNER_COLUMNS * 32 + quarter * 8,
-                row_parity<N>(parities, row));
+      words.set(
+          l, next + column < end && has<N>(active, row),
+          (row * SCRATCH_ROW + SCRATCH_ACTIVATION) * 2 + ((next + column) % INNER_COLUMNS * 4 + quarter) * SECTOR * 2,
+          row_parity<N>(parities, row));
     }
     words.ask(scratch);
   }
@@ -120,6 +121,7 @@ struct Stages {
 #pragma unroll
         for (int q = 0; q < 4; q++) to[q * 32] = c[q] + d[q], c[q] = d[q] = 0;
       }
+      ring.give_back();
     }
   }
 
@@ -140,18 +142,15 @@ struct Stages {
       x[i] = token ? *reinterpret_cast<const uint4*>(from + g * row + i * block + t * 8) : make_uint4(0, 0, 0, 0);
   }
 
-  // An output of a tile: the sum over the warps that had a part of it, in their order.
+  // An output of a tile: the sum over the warps that had a part of it, in their order. (Four at a time in a loop:
+  // SmolLM2's shape 394 us a token instead of 386.)
   __device__ __forceinline__ static float gather(const float (*sums)[128], int2 parts, int row, int token) {
     const float* p = sums[parts.x] + ((row >> 3) * 2 + (token & 1)) * 32 + (row & 7) * 4 + token / 2;
-    float sum = 0;
-    int i = 0;
-#pragma unroll 1
-    for (; i + 4 <= parts.y; i += 4, p += 512) {
-      const float x = p[0], y = p[128], z = p[256], u = p[384];
-      sum += x, sum += y, sum += z, sum += u;
-    }
-#pragma unroll 1
-    for (; i < parts.y; i++, p += 128) sum += *p;
+    float part[WARPS], sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) part[i] = i < parts.y ? p[i * 128] : 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) sum += part[i];
     return sum;
   }
 
@@ -175,9 +174,9 @@ struct Stages {
             up = gather(shared.gate_up_sums, parts, row + 8, token) * scale;
       if (bias) gate += bias[tile * 16 + row], up += bias[tile * 16 + 8 + row];
       const unsigned long long word = packed_lanes(activation(gate) * up, row & 3);
+      float* to = scratch + token * SCRATCH_ROW + SCRATCH_ACTIVATION + tile * SECTOR;
       if (!(row & 3) && has<N>(active, token) && first + lane < all)
-        store_halves(reinterpret_cast<half*>(scratch + token * SCRATCH_ROW + SCRATCH_ACTIVATION) + tile * 8 + row,
-                     word | row_parity<N>(parities, token));
+        store_halves(reinterpret_cast<half*>(to) + row, word | row_parity<N>(parities, token));
       __syncwarp();
     }
   }
@@ -237,7 +236,7 @@ struct Stages {
       if (!there) return;
       shared.output[item.index][item.token][item.row] = v;
       if (!item.row && has<N>(active, item.token))
-        store1(squares(item.token) + item.element / 16, flagged(sum, row_parity<N>(parities, item.token)));
+        store1(squares(item.token) + item.element / 16 * SECTOR, flagged(sum, row_parity<N>(parities, item.token)));
     });
     __syncwarp();
     const int warp = tid >> 5, lane = tid & 31;
@@ -246,7 +245,7 @@ struct Stages {
 #pragma unroll 1
       for (int tile = lane; tile < O_TILES; tile += 32) {
         float v;
-        do v = load1(squares(warp) + tile);
+        do v = load1(squares(warp) + tile * SECTOR);
         while (!arrived(v, row_parity<N>(parities, warp)));
         sum += unflagged(v);
       }
