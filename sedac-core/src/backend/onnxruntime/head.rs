@@ -1,13 +1,15 @@
 //! The head engine.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
 use ort::session::{IoBinding, Session};
-use ort::value::Tensor;
+use ort::value::{Outlet, Tensor};
 
 use super::MAX_REUSED_TOKENS;
-use super::runtime::{bind_input, bind_output, binding, read, run, tensor, write};
+use super::host_memory::HostMemory;
+use super::runtime::{
+    Side, bind_input, bind_memory, bind_output, binding, engine_error, read, run, tensor, write,
+};
 use crate::error::Result;
 
 /// The head engine, and its buffers by the number of tokens: few ones, and the newest others.
@@ -16,6 +18,8 @@ pub(super) struct Head {
     hidden_size: usize,
     vocab_size: usize,
     passes: HashMap<usize, HeadPass>,
+    /// Logits of few tokens, which all of their passes use.
+    logits: HostMemory,
     /// Tokens whose logits were computed last.
     tokens: usize,
 }
@@ -24,31 +28,38 @@ pub(super) struct Head {
 struct HeadPass {
     binding: IoBinding,
     input: Tensor<f32>,
-    logits: Tensor<f32>,
+    /// None where few tokens share the head's.
+    logits: Option<Tensor<f32>>,
 }
 
 impl Head {
-    pub(super) fn new(session: Session, hidden_size: usize, vocab_size: usize) -> Self {
-        Self {
+    pub(super) fn new(session: Session, hidden_size: usize, vocab_size: usize) -> Result<Self> {
+        let count = MAX_REUSED_TOKENS * vocab_size;
+        let logits = HostMemory::new(count)?.ok_or_else(|| {
+            let source = ort::Error::new(format!("no room for {count} numbers"));
+            engine_error("logits cannot be allocated".into(), source)
+        })?;
+        Ok(Self {
             session,
             hidden_size,
             vocab_size,
             passes: HashMap::new(),
+            logits,
             tokens: 0,
-        }
+        })
     }
 
     /// Compute the logits of `rows` of the residual stream.
     pub(super) fn run(&mut self, rows: &[f32]) -> Result<()> {
         let tokens = rows.len() / self.hidden_size;
-        let sizes = [self.hidden_size, self.vocab_size];
         if tokens > MAX_REUSED_TOKENS && !self.passes.contains_key(&tokens) {
             self.passes.retain(|&tokens, _| tokens <= MAX_REUSED_TOKENS);
         }
-        let pass = match self.passes.entry(tokens) {
-            Entry::Occupied(ready) => ready.into_mut(),
-            Entry::Vacant(empty) => empty.insert(HeadPass::new(&self.session, tokens, sizes)?),
-        };
+        if !self.passes.contains_key(&tokens) {
+            let pass = self.new_pass(tokens)?;
+            self.passes.insert(tokens, pass);
+        }
+        let pass = self.passes.get_mut(&tokens).expect("inserted above");
         write(&mut pass.input, rows);
         self.tokens = tokens;
         run(&mut self.session, &pass.binding, || "head engine".into())
@@ -56,26 +67,41 @@ impl Head {
 
     /// The logits that were computed last.
     pub(super) fn logits(&self) -> &[f32] {
-        let pass = self.passes.get(&self.tokens);
-        pass.map_or(&[], |pass| read(&pass.logits))
+        match self.passes.get(&self.tokens) {
+            None => &[],
+            Some(HeadPass {
+                logits: Some(logits),
+                ..
+            }) => read(logits),
+            Some(_) => &self.logits.numbers()[..self.tokens * self.vocab_size],
+        }
     }
-}
 
-impl HeadPass {
-    fn new(
-        session: &Session,
-        tokens: usize,
-        [hidden_size, vocab_size]: [usize; 2],
-    ) -> Result<Self> {
-        let input = tensor(&[1, tokens, hidden_size])?;
-        let mut logits = tensor(&[1, tokens, vocab_size])?;
-        let mut bound = binding(session)?;
-        bind_input(&mut bound, "x", &input)?;
-        bind_output(&mut bound, "logits", &mut logits)?;
-        Ok(Self {
-            binding: bound,
-            input,
-            logits,
-        })
+    fn new_pass(&self, tokens: usize) -> Result<HeadPass> {
+        let shape = [1, tokens, self.vocab_size];
+        let mut pass = HeadPass {
+            binding: binding(&self.session)?,
+            input: tensor(&[1, tokens, self.hidden_size])?,
+            logits: None,
+        };
+        bind_input(&mut pass.binding, "x", &pass.input)?;
+        if tokens > MAX_REUSED_TOKENS {
+            let logits = pass.logits.insert(tensor(&shape)?);
+            bind_output(&mut pass.binding, "logits", logits)?;
+            return Ok(pass);
+        }
+        let outputs = self.session.outputs();
+        let output = outputs
+            .iter()
+            .find(|output: &&Outlet| output.name() == "logits");
+        let output = output.ok_or_else(|| {
+            let source = ort::Error::new("the head engine does not give it");
+            engine_error("output logits cannot be bound".into(), source)
+        })?;
+        let memory = self.logits.tensor(0, &shape);
+        // SAFETY: `self` keeps the memory and the binding, which runs while `self` is borrowed mutably,
+        // so that nobody reads it.
+        unsafe { bind_memory(&mut pass.binding, Side::Output, output, &memory)? };
+        Ok(pass)
     }
 }

@@ -7,6 +7,7 @@ mod drafter;
 mod exits;
 mod graph_executor;
 mod head;
+mod host_memory;
 mod huge_pages;
 mod layer_session;
 mod pass;
@@ -150,7 +151,7 @@ impl OnnxRuntime {
             .map(|session| session.map(LayerSession::Whole))
             .collect::<Result<Vec<_>>>()?;
         let sizes = (manifest.model.hidden_size, manifest.model.vocab_size);
-        let head = Head::new(open(&manifest.engines.head)?, sizes.0, sizes.1);
+        let head = Head::new(open(&manifest.engines.head)?, sizes.0, sizes.1)?;
         let drafter = match layout {
             Layout::Engines => Drafter::load(bundle, open)?,
             Layout::Monolith => None,
