@@ -95,7 +95,7 @@ def read_template(bundle: Path, read: ReadText) -> tuple[str, dict[str, str]]:
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None
     if not (isinstance(template, str) and template):
-        raise InputError(f"{bundle} has no chat template; generate without --chat")
+        raise InputError(f"{bundle} has no chat template; give a prompt in place of messages")
     tokens = {}
     for name, value in config.items():
         if name.endswith("_token") and value is not None:

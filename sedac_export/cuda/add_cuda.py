@@ -28,7 +28,12 @@ from sedac_export.cuda.identification import NoChainError
 from sedac_export.cuda.packing import write_weights
 from sedac_export.cuda.recomputed_chain import agreement
 from sedac_export.cuda.weight_blocks import WeightBlocks, check_quantized, weight_blocks
-from sedac_export.device_graphs.same_model import engine_settings, other_model, other_settings
+from sedac_export.device_graphs.same_model import (
+    check_facts,
+    engine_settings,
+    other_model,
+    other_settings,
+)
 from sedac_export.errors import SedacError
 from sedac_export.graph.trace_model import check_attention
 from sedac_export.model.skeleton import Skeleton
@@ -150,16 +155,15 @@ def _describe(opened: Bundle, model: str, claim: Claim) -> ChainDescription:
     manifest = opened.manifest
     with opened_model(model, claim.scratch) as source, torch.no_grad():
         skeleton = Skeleton.load(source.directory)
-        if len(skeleton.layers) != manifest.model.num_layers:
-            raise SedacError(
-                f"{opened.directory} has {manifest.model.num_layers} layers and the model"
-                f" {len(skeleton.layers)}; name the model that the bundle was built from"
-            )
+        check_facts(opened.directory, manifest.model, model, skeleton)
         # the prompt that describes a model is shorter than most windows; masks show those
         check_attention(skeleton, manifest.max_cache_length)
         try:
             return describe(skeleton)
         except NoChainError as error:
+            if manifest.cuda is not None:
+                reason = f"the kernel runs the bundle's, and not this one ({error})"
+                raise other_model(opened.directory, model, reason) from error
             _withdraw(opened, str(error))
             raise SedacError(
                 f"{opened.directory}: the cuda target cannot run this model: {error}; leave the"

@@ -21,7 +21,7 @@ from sedac_export.bundle.plan_entries import PortableGraphs
 from sedac_export.bundle.staging import claimed
 from sedac_export.console import StageProgress
 from sedac_export.device_graphs.graph_writer import write_graphs
-from sedac_export.device_graphs.same_model import check_graphs
+from sedac_export.device_graphs.same_model import check_facts, check_graphs
 from sedac_export.errors import SedacError
 from sedac_export.graph.constants import constants
 from sedac_export.graph.trace import TracedGraph, Tracer
@@ -79,6 +79,7 @@ def add_onnxruntime_cuda(
             )
         with opened_model(model, claim.scratch) as source, torch.no_grad():
             skeleton = Skeleton.load(source.directory)
+            check_facts(directory, manifest.model, model, skeleton)
             graphs = trace_graphs(skeleton, progress, CudaTracer, DTYPES[manifest.precision])
         if manifest.layers_per_engine == 1:
             # the host has both residual streams, and some 14 kernels a layer are not launched

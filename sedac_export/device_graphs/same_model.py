@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx
 
 from sedac_export.bundle.agreement_row import GATES, failures
-from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
+from sedac_export.bundle.manifest import LayerEngineEntry, Manifest, ModelFacts
 from sedac_export.bundle.plan_entries import PortableGraphs
 from sedac_export.bundle.portable_runner import PortableRunner
 from sedac_export.device_graphs.agreement import compare
 from sedac_export.errors import SedacError
+from sedac_export.model.skeleton import Skeleton
 
 # the windows that layers see, 0 for all, and their norms' epsilons
 Settings = tuple[set[int], set[float]]
@@ -34,6 +35,19 @@ def check_graphs(
     )
     if reason is not None:
         raise other_model(name, model, reason)
+
+
+def check_facts(name: Path, facts: ModelFacts, model: str, skeleton: Skeleton) -> None:
+    """Raise SedacError when `model` is of another kind or size than the bundle `name`."""
+    config = skeleton.config
+    for what, made, wanted in (
+        ("type", config.model_type, facts.type),
+        ("number of layers", len(skeleton.layers), facts.num_layers),
+        ("hidden size", config.hidden_size, facts.hidden_size),
+        ("vocabulary size", config.vocab_size, facts.vocab_size),
+    ):
+        if made != wanted:
+            raise other_model(name, model, f"its {what} is {made}, the bundle's {wanted}")
 
 
 def other_model(name: Path, model: str, reason: str) -> SedacError:

@@ -37,12 +37,13 @@ def add_target(
         symmetric = quantized is None or quantized.symmetric
         check_quantization(target, manifest.precision, symmetric)
         if manifest.portable is None and model is not None:
-            from sedac_export.device_graphs.same_model import check_graphs
+            from sedac_export.device_graphs.same_model import check_facts, check_graphs
             from sedac_export.model.skeleton import Skeleton
             from sedac_export.tensorrt.portable_writer import add_portable_graphs
 
             with opened_model(model, claim.scratch) as source, edited_bundle(opened) as copy:
                 skeleton = Skeleton.load(source.directory)
+                check_facts(directory, manifest.model, model, skeleton)
                 whole = add_portable_graphs(copy, manifest, skeleton, progress)
                 if not just_built and whole.portable is not None:
                     check_graphs(copy, whole, whole.portable, directory, model)

@@ -214,7 +214,25 @@ def test_a_model_of_other_depth_is_refused(
     _, directory = half_bundle("llama")
     save_tiny_model("llama", tmp_path / "shallow", num_hidden_layers=2)
     result = export("engines", directory, "--target", "cuda", "--model", tmp_path / "shallow")
-    assert_one_line_error(result, "has 4 layers and the model 2")
+    assert_one_line_error(
+        result, "is not the model that", "its number of layers is 2, the bundle's 4"
+    )
+
+
+def test_a_model_of_another_kind_takes_nothing_away(
+    half_bundle: HalfBundle, export: Run, tmp_path: Path
+) -> None:
+    model, directory = half_bundle("llama")
+    add_cuda(directory, str(model))
+    before = snapshot(directory)
+    save_tiny_model("gpt2", tmp_path / "gpt2")
+    result = export("engines", directory, "--target", "cuda", "--model", tmp_path / "gpt2")
+    assert_one_line_error(result, "its type is gpt2, the bundle's llama")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    result = export("engines", directory, "--target", "cuda", "--model", model)
+    assert_one_line_error(result, "the kernel runs the bundle's, and not this one")
+    assert snapshot(directory) == before
 
 
 @pytest.mark.parametrize(
