@@ -20,10 +20,11 @@ constexpr int BLOCK_BYTES = NUMBER_BYTES + SCALE_BYTES + ZERO_POINT_BYTES;
 // Column blocks that are sent at once, and those of them that a lane holds. Eight are sent of 4 bits, 2 KB (smaller
 // pieces were not tried; held all at once they spilled 156 and 196 bytes of SmolLM2's shape with four rows and eight),
 // and of fp16 where a warp's share of a stage is one piece then. (Us for one, two and four rows: SmolLM2's shape 381,
-// 436 and 491 in pieces of four, 376, 421 and 479 in pieces of eight; Qwen2.5-0.5B's, where shares are up to 18, 508,
+// 436 and 491 in pieces of four, 376, 421 and 479 in pieces of eight, which eight rows spill 164 bytes for instead of
+// 44; Qwen2.5-0.5B's, where shares are up to 19, 508,
 // 583 and 630, and 523, 587 and 643.)
 constexpr int BLOCKS_AT_ONCE = REGISTERS_MOVE ? 4 : 2;
-constexpr bool ONE_PIECE = !QUANTIZED && REGISTERS_MOVE && larger(GATE_UP_SHARE, DOWN_SHARE) <= 2 * BLOCKS_AT_ONCE;
+constexpr bool ONE_PIECE = !QUANTIZED && REGISTERS_MOVE && LARGEST_SHARE <= 2 * BLOCKS_AT_ONCE;
 constexpr int PIECE = BLOCKS_AT_ONCE * (WEIGHT_BITS == 4 || ONE_PIECE ? 2 : 1);
 
 // Halves of 1024 and more have steps of 1: a number in their low bits is added to 1024.

@@ -168,6 +168,7 @@ struct Ring {
     int sent, slots;
     if constexpr (REGISTERS_MOVE) {
       if (!(threadIdx.x & 31)) state->skips = skip;
+      __syncwarp();
       while (!(sent = state->skipped)) continue;
       __threadfence_block();
       sent--, slots = state->slots_sent;

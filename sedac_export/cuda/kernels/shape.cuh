@@ -42,8 +42,10 @@ constexpr int USUAL_BLOCKS = 132;
 constexpr int warp_share_of(int tiles, int columns) {
   return divided_up(divided_up(tiles, USUAL_BLOCKS) * columns, WARPS);
 }
-constexpr int GATE_UP_SHARE = warp_share_of(GATE_UP_TILES, HIDDEN_COLUMNS),
+constexpr int QKV_SHARE = warp_share_of(QKV_TILES, HIDDEN_COLUMNS), O_SHARE = warp_share_of(O_TILES, ATTENTION_COLUMNS),
+              GATE_UP_SHARE = warp_share_of(GATE_UP_TILES, HIDDEN_COLUMNS),
               DOWN_SHARE = warp_share_of(DOWN_TILES, INNER_COLUMNS);
+constexpr int LARGEST_SHARE = larger(larger(QKV_SHARE, O_SHARE), larger(GATE_UP_SHARE, DOWN_SHARE));
 
 // What is saved at an exit: the hidden state, and the factors of the norms before and after it (residual.cuh).
 constexpr int SAVED = HIDDEN + 4;
@@ -65,16 +67,16 @@ static_assert(HEADS % KV_HEADS == 0 && GROUP <= 8, "at most 8 query heads to a k
 static_assert(HEAD % 16 == 0 && ROTARY % 4 == 0 && ROTARY <= HEAD, "head size");
 static_assert(!SEDAC_QUERY_KEY_NORM || 32 % (HEAD / 4) == 0, "norms of heads are sums over lanes");
 
-// Floats of a sector of L2. Blocks that write to one sector hold each other up, so what each writes lies in sectors
-// of its own. (16 bytes from each of 132 blocks were read by all after 1054 ns where two shared a sector, and after 907
-// where none did. With the next line, us a token for one row and for eight: SmolLM2's shape 417 and 575 before, 388 and
-// 524 since; Qwen2.5-0.5B's 514 and 700, 498 and 667.)
+// Floats of a sector of L2. Blocks that write to one sector hold each other up, so what each writes of a layer lies in
+// sectors of its own. (16 bytes from each of 132 blocks were read by all after 1054 ns where two shared a sector, and
+// after 907 where none did. Us a token for one row and for eight: SmolLM2's shape 417 and 575 before, 397 and 545
+// since; Qwen2.5-0.5B's 514 and 700, 512 and 676.)
 constexpr int SECTOR = 8;
 
 // Scratch of one row, in floats: what blocks exchange. Rows lie one after another.
 constexpr int SCRATCH_QKV = 0;
 // The residual stream after attention, and after the layer: the residual, then the next stage's input as halves, then
-// each tile's four sums, then each tile's sum of squares before a norm that comes before adding.
+// each tile's three sums, then each tile's sum of squares before a norm that comes before adding.
 constexpr int STREAM_INPUT = HIDDEN, STREAM_SUMS = STREAM_INPUT + HIDDEN / 2,
               STREAM_OUTPUT_SUMS = STREAM_SUMS + O_TILES * SECTOR,
               STREAM_WORDS = STREAM_OUTPUT_SUMS + (SEDAC_POST_NORMS ? O_TILES * SECTOR : 0);
