@@ -219,13 +219,33 @@ impl Sampler {
 
 /// The index of the largest logit, the first of equals.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (index, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = index;
+    // maxima of pieces are vector instructions, which a comparison with the best so far is not
+    const PIECE: usize = 256;
+    let (mut highest, mut first) = (f32::NEG_INFINITY, 0);
+    for (index, piece) in logits.chunks(PIECE).enumerate() {
+        let high = maximum(piece);
+        if high > highest {
+            (highest, first) = (high, index * PIECE);
         }
     }
-    best as u32
+    let within = logits[first..].iter().position(|&logit| logit == highest);
+    (first + within.unwrap_or(0)) as u32
+}
+
+/// The largest of `logits`; what is no number is none of them.
+fn maximum(logits: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let rows = logits.chunks_exact(LANES);
+    let rest = rows.remainder();
+    for row in rows {
+        for (lane, &logit) in lanes.iter_mut().zip(row) {
+            *lane = larger(*lane, logit);
+        }
+    }
+    let all = lanes.iter().chain(rest);
+    all.fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
 }
 
 /// Penalise each token of `history` once, however often it occurs.
@@ -244,6 +264,9 @@ fn penalise(penalised: &mut [f32], logits: &[f32], history: &[u32], penalty: f32
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn counts(settings: Sampling, logits: &[f32], draws: usize) -> Vec<usize> {
@@ -259,6 +282,22 @@ mod tests {
     fn greedy_takes_the_first_of_equals() {
         let mut sampler = Sampler::new(Sampling::default()).unwrap();
         assert_eq!(sampler.sample(&[0.0, 2.0, 2.0], &[]), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_largest_is_found_wherever_it_is(
+            logits in vec(prop_oneof![-3_i8..3, Just(i8::MIN)], 1..700),
+        ) {
+            let number = |&logit: &i8| match logit {
+                i8::MIN => f32::NEG_INFINITY,
+                _ => f32::from(logit),
+            };
+            let logits: Vec<f32> = logits.iter().map(number).collect();
+            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let first = logits.iter().position(|&logit| logit == highest);
+            prop_assert_eq!(Some(argmax(&logits) as usize), first);
+        }
     }
 
     #[test]
