@@ -95,7 +95,9 @@ def read_template(bundle: Path, read: ReadText) -> tuple[str, dict[str, str]]:
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None
     if not (isinstance(template, str) and template):
-        raise InputError(f"{bundle} has no chat template; give a prompt in place of messages")
+        raise InputError(
+            f"{bundle} has no chat template, which --chat and chat completions need; give a prompt"
+        )
     tokens = {}
     for name, value in config.items():
         if name.endswith("_token") and value is not None:

@@ -1,4 +1,5 @@
-//! Wall-clock comparison of modes on the same prompt: interleaved, warm-up excluded.
+//! Wall-clock comparison of modes on the same prompt: interleaved, warm-up excluded, and each run
+//! as in a new process, which has no earlier text to draft from.
 
 use std::ops::ControlFlow;
 
@@ -36,6 +37,8 @@ pub struct BenchRow {
     pub speedup: f64,
     /// Share of the tokens that are those of the case compared with.
     pub agreement: f64,
+    /// Drafted tokens that were accepted, of the last repeat.
+    pub accepted: usize,
 }
 
 /// What the repeats of one case gave.
@@ -43,6 +46,7 @@ pub struct BenchRow {
 struct BenchRuns {
     ms: Vec<f64>,
     tokens: Vec<Token>,
+    accepted: usize,
 }
 
 /// Run every case once to warm up, then `repeat` times in turn, over `prompt` and `new_tokens`
@@ -78,10 +82,10 @@ pub fn run(
                 kv_fill: KvFill::default(),
                 sampling: Sampling::default(),
             };
-            let (ms, tokens) = measure(chains[case.chain], &request, interrupt)?;
+            let (ms, tokens, accepted) = measure(chains[case.chain], &request, interrupt)?;
             if round > 0 {
                 runs.ms.push(ms);
-                runs.tokens = tokens;
+                (runs.tokens, runs.accepted) = (tokens, accepted);
             }
         }
     }
@@ -105,12 +109,14 @@ fn check_room(chain: &Chain, prompt_tokens: usize, new_tokens: usize) -> Result<
     Ok(())
 }
 
-/// Milliseconds per decoded token, and these tokens.
+/// Milliseconds per decoded token, these tokens, and how many drafted ones were accepted.
 fn measure(
     chain: &mut Chain,
     request: &Request,
     interrupt: &Interrupt,
-) -> Result<(f64, Vec<Token>)> {
+) -> Result<(f64, Vec<Token>, usize)> {
+    // the runs before had the same text
+    chain.forget_texts();
     let mut tokens = Vec::with_capacity(request.max_new_tokens);
     let summary = chain.generate(request, interrupt, |token| {
         tokens.push(token);
@@ -118,7 +124,7 @@ fn measure(
     })?;
     let decoded = tokens.split_off(1);
     let ms = summary.decode.as_secs_f64() * 1e3 / decoded.len() as f64;
-    Ok((ms, decoded))
+    Ok((ms, decoded, summary.drafts.accepted))
 }
 
 fn summarise(name: &str, runs: &BenchRuns, against: &BenchRuns) -> BenchRow {
@@ -139,6 +145,7 @@ fn summarise(name: &str, runs: &BenchRuns, against: &BenchRuns) -> BenchRow {
         mean_exit_layer: layers as f64 / count,
         speedup: median(ratios),
         agreement: same as f64 / count,
+        accepted: runs.accepted,
     }
 }
 

@@ -53,6 +53,6 @@ def test_another_model_is_refused_and_nothing_changed(demo_bundle: Path, tmp_pat
     save_tiny_model("llama", tmp_path / "model")
     before = read_manifest(demo_bundle)
     message = refusal("engines", str(demo_bundle), *RTX, "--model", str(tmp_path / "model"))
-    assert "name the model that the bundle was built from" in message
+    assert "its number of layers is 4, the bundle's 12" in message
     assert read_manifest(demo_bundle) == before
     assert not list((demo_bundle / "onnx").glob("portable_*"))

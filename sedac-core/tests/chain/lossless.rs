@@ -5,6 +5,7 @@ use std::ops::{ControlFlow, Range};
 
 use super::toy::{CAPACITY, Decides, UNTRAINED, VOCABULARY, chain};
 use proptest::prelude::*;
+use sedac_core::bench::{self, BenchCase};
 use sedac_core::bundle::DrafterKind;
 use sedac_core::chain::{Chain, DecodingMode, DraftSummary, FinishReason, Request, Summary};
 use sedac_core::interrupt::Interrupt;
@@ -147,6 +148,29 @@ fn forgotten_texts_are_not_drafted_from() {
     chain.forget_texts();
     let forgotten = generate(&mut chain, &request, 100).1.drafts.accepted;
     assert!(again > first.max(forgotten), "{first} {again} {forgotten}");
+}
+
+#[test]
+fn repeats_of_a_benchmark_have_no_earlier_text() {
+    let mode = DecodingMode::Lossless {
+        drafter: DrafterKind::PromptLookup,
+    };
+    let request = request(mode.clone(), 0.0, 0);
+    let case = BenchCase {
+        name: "prompt-lookup".into(),
+        chain: 0,
+        mode,
+    };
+    let new = || chain(Decides::Host, &[1; 6], 240, 0.05).0;
+    let alone = generate(&mut new(), &request, 60).1.drafts.accepted;
+    let (mut repeated, interrupt) = (new(), Interrupt::default());
+    let cases = [case.clone(), case];
+    let chains = &mut [&mut repeated];
+    let rows = bench::run(chains, &cases, &request.prompt, 60, 2, 0, &interrupt).unwrap();
+    assert_eq!(
+        rows.iter().map(|row| row.accepted).collect::<Vec<_>>(),
+        [alone; 2]
+    );
 }
 
 #[test]
