@@ -170,7 +170,7 @@ def _choose(request: CalibrationRequest, run: CalibrationRun) -> list[Candidate]
     """
     replay, seen = run.replay, run.searched
     front = pareto(search(seen, run.engine_times, request.kv_fill))
-    front = [c for c in front if c.speedup >= _LEAST_GAIN and c.risk > 0]
+    front = [c for c in front if c.speedup >= _LEAST_GAIN]
     if not front:
         raise SedacError(
             "no setting of any policy is faster than full depth; train probes with more data, or"
@@ -181,7 +181,9 @@ def _choose(request: CalibrationRequest, run: CalibrationRun) -> list[Candidate]
     if request.kv_fill == "propagate":
         full = seen.full_by_document(run.searching, window_length(replay.manifest))
         losses, _ = count_losses(replay, run.searching, full, trial.config.policy_settings())
-        inflation = max(1.0, losses.risk / trial.risk)
+        # one token more of both, for a trial that made no error
+        one = 1 / float(losses.tokens.sum())
+        inflation = max(1.0, (losses.risk + one) / (trial.risk + one))
     same = [c for c in front if c.config.policy == trial.config.policy]
     chosen: list[Candidate] = []
     for share in _LADDERS[request.kv_fill]:

@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,11 @@ from sedac_export.errors import SedacError
 from sedac_export.exits.calibration import calibrate as calibration
 from sedac_export.exits.calibration import exit_report as reporting
 from sedac_export.exits.calibration import generation_speed as generation
-from sedac_export.exits.calibration.calibrate import CalibrationRequest, calibrate
+from sedac_export.exits.calibration.calibrate import (
+    CalibrationRequest,
+    CalibrationRun,
+    calibrate,
+)
 from sedac_export.exits.calibration.engine_times import EngineTimes
 from sedac_export.exits.calibration.exit_report import make_report
 from sedac_export.exits.calibration.exit_report_page import write_report
@@ -96,6 +102,16 @@ def test_pareto_keeps_what_nothing_beats() -> None:
     front = pareto(search(observations(), COSTS, "propagate"))
     assert [c.risk for c in front] == sorted(c.risk for c in front)
     assert [c.speedup for c in front] == sorted(c.speedup for c in front)
+
+
+def test_a_setting_without_an_error_can_be_chosen() -> None:
+    seen = observations()
+    seen = replace(seen, tokens=seen.tokens | {2: seen.full})
+    run = SimpleNamespace(replay=None, searched=seen, engine_times=COSTS)
+    request = CalibrationRequest(Path(), [], "speed", max_risk=0.01)
+    (chosen,) = calibration._choose(request, cast(CalibrationRun, run))
+    assert chosen.risk == 0
+    assert chosen.speedup > 1.2
 
 
 def test_splits_are_by_document_and_even() -> None:
