@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -13,28 +13,30 @@ from sedac_runtime import rendering
 from sedac_runtime._core import BundleError, InputError
 
 Message = dict[str, Any]
-ReadText = Callable[[str], str | None]
+Texts = Mapping[str, str | None]
 
 # wall-clock, generous for a busy machine; processor time is limited separately
 _SECONDS = 6
 _LONGEST_REASON = 300
-_CONFIG = "tokenizer_config.json"
+_TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+# of a bundle, that chats are rendered from
+FILES = (_TEMPLATE, _CONFIG)
 
 
 def render_chat(
     bundle: Path,
-    read: ReadText,
+    texts: Texts,
     messages: list[Message],
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """The prompt that asks the model of `bundle` for the next message.
 
-    read: the text of one of its files, None where it has no such file. messages: dicts of role and
+    texts: of its FILES, None where it has no such file. messages: dicts of role and
     content. tools: functions that the model may call, as the template expects them. Raises
     InputError when the bundle has no chat template, or the template refuses the messages, fails,
     or takes too much time or memory; BundleError when what the bundle holds of it cannot be read.
     """
-    template, tokens = read_template(bundle, read)
+    template, tokens = read_template(bundle, texts)
     variables = {"messages": messages, "tools": tools, **tokens}
     return render(f"the chat template of {bundle}", template, variables)
 
@@ -84,13 +86,13 @@ def _ask(request: str) -> dict[str, str]:
         return answer
 
 
-def read_template(bundle: Path, read: ReadText) -> tuple[str, dict[str, str]]:
+def read_template(bundle: Path, texts: Texts) -> tuple[str, dict[str, str]]:
     """The chat template and the special tokens by name. Raises as `render_chat` does."""
     config: dict[str, Any] = {}
-    text = read(_CONFIG)
+    text = texts[_CONFIG]
     if text is not None:
         config = _parse(bundle / _CONFIG, text)
-    template = read("chat_template.jinja") or config.get("chat_template")
+    template = texts[_TEMPLATE] or config.get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from sedac_runtime import _core
 from sedac_runtime.bench_row import BenchRow
+from sedac_runtime.chat import FILES as CHAT_FILES
 from sedac_runtime.chat import Message, render_chat
 from sedac_runtime.choices import (
     Backend,
@@ -184,6 +185,8 @@ class SedacModel:
     def __init__(self, bundle: Path, core: _core.Model) -> None:
         self.bundle = bundle
         self._core = core
+        # now: whoever edits a bundle puts another in its place
+        self.chat_texts = {name: core.read_text(name) for name in CHAT_FILES}
 
     @classmethod
     def from_pretrained(
@@ -301,7 +304,7 @@ class SedacModel:
         when the bundle has no tokenizer or no template for these messages.
         """
         return self._core.encode(
-            render_chat(self.bundle, self._core.read_text, messages, tools),
+            render_chat(self.bundle, self.chat_texts, messages, tools),
             add_special_tokens=False,
         )
 

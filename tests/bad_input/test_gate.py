@@ -21,7 +21,7 @@ from bad_input.command import (
     rewrite_file,
     rewrite_manifest,
 )
-from sedac_runtime import BundleError, SedacModel
+from sedac_runtime import SedacModel
 from sedac_runtime._core import BenchCase, DecodingMode
 
 Reader = Callable[[Path], Result]
@@ -169,12 +169,11 @@ def test_a_relative_bundle_survives_another_working_directory(
     assert rows[0]["agreement"] == 1.0
 
 
-def test_what_changes_after_its_check_is_not_opened(bundle: Path) -> None:
+def test_what_changes_after_its_check_is_not_read(bundle: Path) -> None:
     rewrite_file(bundle, "chat_template.jinja", b"{{ messages[0].content }}")
     model = SedacModel.from_pretrained(bundle, threads=THREADS)
     (bundle / "chat_template.jinja").write_text("{{ 'something else' }}")
-    with pytest.raises(BundleError, match=r"chat_template.jinja is altered"):
-        model.encode_chat([{"role": "user", "content": "def f"}])
+    assert model.encode_chat([{"role": "user", "content": "def f"}]) == model.encode("def f")
 
 
 def test_inspect_says_what_it_hashed(

@@ -30,6 +30,8 @@ class ServedModel:
         self.core = model.core
         self._model = model
         self._created = int(time.time())
+        # now: whoever edits a bundle puts another in its place
+        self._tokenizer_text = model.core.read_text(_TOKENIZER)
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -90,7 +92,7 @@ class ServedModel:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        text = self.core.read_text(_TOKENIZER)
+        text = self._tokenizer_text
         if text is None:
             raise InputError(f"{self.name} has no tokenizer; build its bundle with one")
         return LLTokenizer(text, n_vocab=self.vocabulary_size, eos_token=self.core.eos_token_ids)
@@ -98,7 +100,7 @@ class ServedModel:
     @cached_property
     def _template(self) -> str | None:
         try:
-            template, _ = read_template(self._model.bundle, self.core.read_text)
+            template, _ = read_template(self._model.bundle, self._model.chat_texts)
         except InputError:
             return None
         return template
