@@ -113,6 +113,33 @@ def test_settings_that_are_not_supported_are_named(scored: SedacLM) -> None:
         scored.generate_until(requests("generate_until", asked))
 
 
+def test_generations_that_leave_no_room_for_a_prompt_are_refused(scored: SedacLM) -> None:
+    cache = scored._core.max_cache_length
+    too_long = {"until": [], "max_gen_toks": cache}
+    refused = f"max_gen_toks {cache} .* cache of {cache} positions; .* --max-cache-length"
+    with pytest.raises(InputError, match=refused):
+        scored.generate_until(requests("generate_until", [("def main():\n", too_long)]))
+
+
+@pytest.mark.parametrize("argument", ["treshold=0.5", "kv_fill=defer", "min_layer_ratio=0.5"])
+def test_model_arguments_that_are_not_known_are_named(demo_bundle: Path, argument: str) -> None:
+    name = argument.partition("=")[0]
+    with pytest.raises(InputError, match=f"{name} is not known; known are .*threshold, tau"):
+        SedacLM.create_from_arg_string(f"bundle={demo_bundle},{argument}")
+
+
+def test_what_the_harness_adds_is_accepted(demo_bundle: Path) -> None:
+    arguments = {"bundle": str(demo_bundle), "trust_remote_code": True}
+    added = {"batch_size": "2", "max_batch_size": 4, "device": "cpu"}
+    SedacLM.create_from_arg_obj(arguments, added)
+
+
+@pytest.mark.parametrize("batch_size", ["auto", "auto:4"])
+def test_batch_sizes_are_numbers(demo_bundle: Path, batch_size: str) -> None:
+    with pytest.raises(InputError, match=f"batch_size {batch_size} is not a number; give how many"):
+        SedacLM(bundle=str(demo_bundle), batch_size=batch_size)
+
+
 def test_exits_are_measured(scored: SedacLM, demo_bundle: Path) -> None:
     early = SedacLM(bundle=str(demo_bundle), mode="exit", tau=0.5, batch_size=2)
     asked = requests("loglikelihood", PAIRS[:3])

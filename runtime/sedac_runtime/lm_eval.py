@@ -7,6 +7,7 @@ takes the arguments of the command lm_eval.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -23,6 +24,8 @@ from sedac_runtime.serve.token_text import StopFilter, TextStream
 _GENERATED = 256  # tokens, where a task does not say
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TAKEN = {*_SAMPLING, "until", "max_gen_toks", "do_sample"}
+# what lm_eval adds to the model's arguments, batch_size aside
+_HARNESS = {"device", "max_batch_size", "trust_remote_code"}
 
 
 @dataclass
@@ -62,9 +65,11 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
         consecutive_k: int | None = None,
         drafter: Drafter | None = None,
         threads: int | None = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         super().__init__()
+        _refuse_unknown(others)
+        sequences = _sequences(batch_size)
         self._core = SedacModel.from_pretrained(bundle, threads=threads).core
         self._decoding = self._core.decoding(
             mode,
@@ -74,7 +79,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
             consecutive_k=consecutive_k,
             drafter=drafter,
         )
-        self._scheduler = _core.Scheduler(self._core, max_sequences=int(batch_size))
+        self._scheduler = _core.Scheduler(self._core, max_sequences=sequences)
         self._seed = 0
 
     @property
@@ -180,7 +185,14 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
 
     def _add_context(self, context: str, settings: dict[str, Any]) -> int:
         tokens = settings["max_gen_toks"]
-        room = max(1, self._core.max_cache_length - tokens)
+        cache = self._core.max_cache_length
+        room = cache - tokens
+        if room < 1:
+            raise InputError(
+                f"max_gen_toks {tokens} leaves no room for a prompt in the cache of {cache}"
+                " positions; set a smaller max_gen_toks or build the bundle with a longer"
+                " --max-cache-length"
+            )
         return self._scheduler.add(
             self.tok_encode(context)[-room:] or [self.eot_token_id],
             self._decoding,
@@ -211,6 +223,23 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
                 if progress.error is not None:
                     raise _core.EngineError(progress.error)
                 yield progress
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    unknown = arguments.keys() - _HARNESS
+    if unknown:
+        taken = signature(SedacLM).parameters.values()
+        known = ", ".join(each.name for each in taken if each.kind is not Parameter.VAR_KEYWORD)
+        raise InputError(f"model argument {min(unknown)} is not known; known are {known}")
+
+
+def _sequences(batch_size: int | str) -> int:
+    try:
+        return int(batch_size)
+    except ValueError as error:
+        raise InputError(
+            f"batch_size {batch_size} is not a number; give how many sequences run together"
+        ) from error
 
 
 if __name__ == "__main__":
