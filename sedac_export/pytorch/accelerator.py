@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ def create_universal_accelerator(
     another model.
     """
     layers = find_layers(model)
+    _check_exits(len(layers), exit_layers, kv_fill)
     chosen = config or _stability(len(layers), tau, consecutive_k, min_layer_ratio)
     return Accelerator(
         model,
@@ -282,6 +283,14 @@ def _stability(
         raise SedacError(
             f"{given} is out of range: tau and ratio 0 or more, K 1 or more"
         ) from error
+
+
+def _check_exits(layers: int, exit_layers: Sequence[int] | None, kv_fill: str | None) -> None:
+    for depth in exit_layers or ():
+        if not 1 <= depth <= layers:
+            raise SedacError(f"exit_layers: depth {depth} is out of range: 1 to {layers}")
+    if kv_fill is not None and kv_fill not in get_args(KvFill):
+        raise SedacError(f"kv_fill {kv_fill} is unknown: {', '.join(get_args(KvFill))}")
 
 
 def _flat(x: Tensor) -> Floats:

@@ -107,6 +107,11 @@ def test_environment_sets_the_defaults(
 def test_settings_out_of_range_are_refused(demo_reference: PreTrainedModel) -> None:
     with pytest.raises(SedacError, match="out of range"):
         create_universal_accelerator(demo_reference, -1.0)
+    for depth in (0, 99):
+        with pytest.raises(SedacError, match=f"exit_layers: depth {depth} is out of range: 1 to"):
+            create_universal_accelerator(demo_reference, exit_layers=[6, depth])
+    with pytest.raises(SedacError, match="kv_fill x is unknown: propagate, defer"):
+        create_universal_accelerator(demo_reference, kv_fill="x")  # type: ignore[arg-type]
     learned = ExitConfig(policy="learned", thresholds={6: 0.9})
     accelerator = create_universal_accelerator(demo_reference, config=learned)
     with pytest.raises(SedacError, match="needs an exit engine at depth 6"), accelerator:
