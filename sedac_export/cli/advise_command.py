@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sedac_export.cli.exit_commands import AsJson, BundleArgument, Data
+from sedac_export.cli.outputs import check_file
 from sedac_export.cli.progress import progress_bar
 from sedac_export.errors import SedacError
 from sedac_runtime.terminal import visible
@@ -35,6 +36,8 @@ def advise(
             " one of a model"
         )
     documents = read_documents(Bundle.open(bundle), data)
+    if output is not None:
+        check_file(output)
     with progress_bar("search", "certify", "time") as update:
         advice = run(bundle, documents, prompts, update)
     page = advice_page(advice)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sedac_export.bundle.staging import claimed
+from sedac_export.cli.outputs import check_directory
 from sedac_export.cli.progress import progress_bar
 from sedac_export.console import console
 from sedac_export.errors import SedacError
@@ -305,7 +306,9 @@ def report(
     from sedac_export.exits.calibration.exit_report_page import write_report
 
     _, documents = _read(bundle, data)
-    place = output or bundle.with_name(f"{bundle.resolve().name}-report")
+    whole = bundle.resolve()  # "." has no name
+    place = output or whole.with_name(f"{whole.name}-report")
+    check_directory(place)
     with progress_bar("report") as update:
         result = make_report(bundle, documents, full, kv_fill.value, update)
     write_report(result, bundle, place)

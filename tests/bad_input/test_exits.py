@@ -79,6 +79,30 @@ def test_settings_out_of_range_are_refused(export: Command, bundle: Path, text: 
         assert_one_line_error(result, "--depths", value)
 
 
+def test_outputs_are_checked_before_the_work(
+    export: Command, bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sedac_export.exits.calibration.exit_report.make_report", None)
+    monkeypatch.setattr("sedac_export.advice.advise.advise", None)
+    before = text.read_text()
+    report = ["report", str(bundle), "--data", str(text), "--output"]
+    for output in (text, text / "below"):
+        assert_one_line_error(export(*report, output), f"--output {output}", "another directory")
+    advise = ["advise", *report[1:]]
+    for output in (bundle, text / "below.md", bundle / "missing" / "advice.md"):
+        assert_one_line_error(export(*advise, output), f"--output {output}", "another file")
+    assert text.read_text() == before
+
+
+def test_a_report_from_inside_of_the_bundle_is_beside_it(
+    export: Command, bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle)
+    result = export("report", ".", "--data", text)
+    assert result.code == 0, result
+    assert (bundle.parent / "bundle-report" / "report.html").exists()
+
+
 def test_a_collection_of_another_model_is_refused(
     export: Command, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
