@@ -94,6 +94,7 @@ def collect(
     """Run the chain over texts and store training data for probes, per token and depth."""
     from sedac_export.exits.replay.replay import Replay
     from sedac_export.exits.training.collect import collect as run
+    from sedac_export.exits.training.collect import left_out
     from sedac_export.exits.training.train_probes import exit_depths
 
     opened, documents = _read(bundle, data)
@@ -107,11 +108,11 @@ def collect(
             max_bytes,
             lambda done, total: update("collect", done, total),
         )
-    left = len(documents) - len(collection.documents)
+    left = left_out(collection, documents)
     console.print(
         f"{output}: {collection.tokens} tokens of {len(collection.documents)} documents,"
         f" {collection.tokens * collection.bytes_per_token / 1e6:.0f} MB"
-        + (f"; {left} documents left out (--max-bytes)" if left > 0 else ""),
+        + (f"; {left} documents left out (--max-bytes)" if left else ""),
         highlight=False,
     )
 
@@ -197,7 +198,7 @@ def _train(
     asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
     with claimed(bundle), progress_bar("collect", "train") as update:
         opened, documents = _read(bundle, data)
-        return training.train_probes(
+        trained = training.train_probes(
             bundle,
             documents,
             training.exit_depths(opened.manifest, *exits),
@@ -207,6 +208,12 @@ def _train(
             update,
             lenses,
         )
+    if trained.left_out:
+        console.print(
+            f"{bundle}: {trained.left_out} of {len(documents)} documents left out (--max-bytes)",
+            highlight=False,
+        )
+    return trained
 
 
 def _print_trained(bundle: Path, trained: Any) -> None:

@@ -3,10 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from bad_input.command import Command, assert_one_line_error, rewrite_manifest, snapshot
+from sedac_export.bundle import Bundle
+from sedac_export.exits.replay.documents import read_documents
+from sedac_export.exits.training.collect import layout
+from sedac_export.exits.training.train_probes import exit_depths
 
 TEXT = "def push(self, item):\n    self.items.append(item)\n" * 20
 
@@ -16,6 +21,24 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.py"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture
+def long_texts(text: Path) -> list[Path]:
+    """Two that are enough to train on."""
+    text.write_text(TEXT * 4)
+    second = text.with_name("second.py")
+    second.write_text(TEXT * 4 + "# another\n")
+    return [text, second]
+
+
+def enough_for_one(bundle: Path, texts: list[Path]) -> int:
+    """Bytes that the largest of `texts` takes in a collection at all depths."""
+    opened = Bundle.open(bundle)
+    depths = exit_depths(opened.manifest, None)
+    fields = layout(opened.manifest, depths).values()
+    most = max(len(document.tokens) for document in read_documents(opened, texts))
+    return most * sum(np.dtype(kind).itemsize * size for kind, size in fields)
 
 
 def arguments(command: str, bundle: Path, *data: Path) -> list[str]:
@@ -52,6 +75,37 @@ def test_too_little_data_is_refused(
     before = snapshot(bundle)
     assert_one_line_error(export(*arguments(command, bundle, text)), "document")
     assert snapshot(bundle) == before
+
+
+def test_too_little_of_what_was_collected_is_refused(
+    export: Command, bundle: Path, long_texts: list[Path], tmp_path: Path
+) -> None:
+    short = tmp_path / "short.py"
+    short.write_text("x")
+    assert len(read_documents(Bundle.open(bundle), [short])[0].tokens) == 1
+    before = snapshot(bundle)
+    command = arguments("train-probes", bundle, *long_texts)
+    assert_one_line_error(
+        export(*command, "--max-bytes", enough_for_one(bundle, long_texts)),
+        "documents: 1",
+        "--max-bytes, which left out 1",
+    )
+    many = long_texts[0].with_name("many.py")
+    many.write_text(TEXT * 8)
+    assert_one_line_error(export(*arguments("train-probes", bundle, many, short)), "documents: 1")
+    assert snapshot(bundle) == before
+
+
+def test_training_says_what_the_limit_left_out(
+    export: Command, bundle: Path, long_texts: list[Path]
+) -> None:
+    third = long_texts[0].with_name("third.py")
+    third.write_text(TEXT * 8 + "# the third\n")
+    limit = 2 * enough_for_one(bundle, long_texts)
+    command = arguments("train-probes", bundle, *long_texts, third)
+    result = export(*command, "--exit-layers", "2", "--max-bytes", limit, "--json")
+    assert result.code == 0, result
+    assert "1 of 3 documents left out (--max-bytes)" in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -153,12 +207,10 @@ def test_depths_that_are_no_exits_are_refused(export: Command, bundle: Path, tex
 
 @pytest.mark.parametrize("name", ["probes.safetensors", "lens.safetensors"])
 def test_probes_of_another_model_are_refused(
-    name: str, export: Command, bundle: Path, text: Path, tmp_path: Path
+    name: str, export: Command, bundle: Path, long_texts: list[Path]
 ) -> None:
-    text.write_text(TEXT * 4)
-    (tmp_path / "second.py").write_text(TEXT * 4 + "# another\n")
     trained = export(
-        *arguments("train-probes", bundle, text, tmp_path / "second.py"),
+        *arguments("train-probes", bundle, *long_texts),
         *("--exit-layers", "2", "--probe-layers", "2", "--lens"),
     )
     assert trained.code == 0, trained
@@ -170,4 +222,5 @@ def test_probes_of_another_model_are_refused(
 
     files[name] = {"bytes": probes.stat().st_size, "sha256": sha256(probes)}
     rewrite_manifest(bundle, files=files)
-    assert_one_line_error(export(*arguments("report", bundle, text)), "probes", "another model")
+    report = export(*arguments("report", bundle, *long_texts))
+    assert_one_line_error(report, "probes", "another model")

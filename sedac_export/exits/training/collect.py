@@ -168,6 +168,12 @@ def collect(
     return collection
 
 
+def left_out(collection: Collection, documents: Sequence[Document]) -> int:
+    """How many of `documents` a limit kept out; those of one token are never collected."""
+    held = {document["sha256"] for document in collection.documents}
+    return sum(d.sha256 not in held and len(d.tokens) > 1 for d in documents)
+
+
 def _document(
     replay: Replay, document: Document, collection: Collection
 ) -> dict[str, Array] | None:

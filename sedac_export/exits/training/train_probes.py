@@ -33,7 +33,7 @@ from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.probes import LearnedProbe, LREProbe
 from sedac_export.exits.replay.probes_file import write_lenses, write_probes
 from sedac_export.exits.replay.replay import Replay, chunks
-from sedac_export.exits.training.collect import DEFAULT_BYTES, Collection, collect
+from sedac_export.exits.training.collect import DEFAULT_BYTES, Collection, collect, left_out
 from sedac_export.exits.training.exit_graphs import (
     NORMED,
     SCALARS_NAME,
@@ -92,7 +92,7 @@ class ProbeRow:
 
 @dataclass
 class Trained:
-    """The trained parts by depth, and the held-out rows."""
+    """The trained parts by depth, the held-out rows, and how many documents a limit left out."""
 
     tokens: npt.NDArray[np.int64]
     learned: dict[int, LearnedProbe] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class Trained:
     medians: dict[int, float] = field(default_factory=dict)
     lenses: dict[int, Lens] = field(default_factory=dict)
     rows: list[ProbeRow] = field(default_factory=list)
+    left_out: int = 0
 
 
 def exit_depths(
@@ -145,12 +146,7 @@ def train_probes(
     Raises SedacError when there is too little data to hold some out.
     """
     bundle = Bundle.open(directory)
-    total = sum(len(document.tokens) for document in documents)
-    if total < MIN_TOKENS or len(documents) < 2:
-        raise SedacError(
-            f"{total} tokens in {len(documents)} documents are too little to train on; give at"
-            f" least {MIN_TOKENS} in 2"
-        )
+    _require_enough([len(document.tokens) for document in documents])
     depths = sorted({*exits, *probes})
     head = HeadGraph.load(bundle)
     torch_head = TorchHead(head, directory / "onnx") if lenses else None
@@ -163,6 +159,8 @@ def train_probes(
             max_bytes,
             lambda done, of: progress("collect", done, of),
         )
+        left = left_out(collected, documents)
+        _require_enough([document["tokens"] for document in collected.documents], left)
         trainer = _Trainer(bundle, head, torch_head, collected)
         for number, depth in enumerate(depths):
             progress("train", number, len(depths))
@@ -172,7 +170,17 @@ def train_probes(
                 trainer.fit(depth, depth in exits, depth in probes)
         progress("train", len(depths), len(depths))
     _write(bundle, head, trainer.trained)
-    return trainer.trained
+    return replace(trainer.trained, left_out=left)
+
+
+def _require_enough(sizes: Sequence[int], left: int = 0) -> None:
+    """Raise SedacError when documents of `sizes` are too little; a limit left out `left` more."""
+    if sum(sizes) < MIN_TOKENS or len(sizes) < 2:
+        limit = f", or raise --max-bytes, which left out {left}" if left else ""
+        raise SedacError(
+            f"documents: {len(sizes)}, tokens: {sum(sizes)}, which is too little to train on; give"
+            f" at least {MIN_TOKENS} tokens in 2 documents{limit}"
+        )
 
 
 class _Trainer:
