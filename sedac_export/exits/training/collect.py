@@ -5,11 +5,12 @@ by document and read memory-mapped. collection.json names what is complete; byte
 what an interrupted run left, and the next run cuts them off.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,25 @@ def layout(manifest: Manifest, depths: Sequence[int]) -> dict[str, tuple[str, in
     return fields
 
 
+def chain_fingerprint(manifest: Manifest) -> str:
+    """SHA-256 over the weights of embedding, layers and head, which states depend on.
+
+    Graphs do not count: probes become part of the layers'. Nothing that is added to a bundle
+    changes the weights.
+    """
+    engines = manifest.engines
+    graphs = [engines.embed, *(layer.file for layer in engines.layers), engines.head]
+    names = sorted(str(PurePosixPath(graph).with_suffix(".data")) for graph in graphs)
+    weights = [(name, manifest.files[name].sha256) for name in names if name in manifest.files]
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
 @dataclass
 class Collection:
-    """A collection in `directory`: its layout and the documents that are complete."""
+    """A collection in `directory`: its layout and the documents that are complete.
+
+    fingerprint: `chain_fingerprint` of the model that it is of.
+    """
 
     directory: Path
     fingerprint: str
@@ -108,12 +125,14 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
 
     Raises SedacError when it is another model's or has other depths.
     """
-    fresh = Collection(directory, manifest.fingerprint(), list(depths), layout(manifest, depths))
+    fresh = Collection(
+        directory, chain_fingerprint(manifest), list(depths), layout(manifest, depths)
+    )
     index = directory / INDEX
     if not index.exists():
         if directory.exists() and any(directory.iterdir()):
             raise SedacError(
-                f"{directory} is neither a collection nor empty; choose another --output"
+                f"{directory} is neither a collection nor empty; choose another directory"
             )
         directory.mkdir(parents=True, exist_ok=True)
         return fresh
@@ -124,11 +143,11 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
     except (ValueError, KeyError, TypeError) as error:
         raise SedacError(f"{index} cannot be read; remove {directory} and collect again") from error
     if found.fingerprint != fresh.fingerprint:
-        raise SedacError(f"{directory} was collected from another model; choose another --output")
+        raise SedacError(f"{directory} was collected from another model; choose another directory")
     if found.fields != fresh.fields:
         raise SedacError(
             f"{directory} was collected at depths {found.depths}, not {fresh.depths}; choose"
-            " another --output"
+            " another directory"
         )
     return found
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from export.conftest import EXITS, PROBES, TrainedBundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
+from sedac_export.errors import SedacError
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.probes_file import risk_probes
 from sedac_export.exits.replay.replay import Replay
@@ -163,6 +164,20 @@ def test_collecting_goes_on_where_it_was_interrupted(
     assert parts.tokens == whole.tokens == sum(len(d.tokens) for d in documents[:3])
     for name in whole.fields:
         assert np.array_equal(parts.read(name), whole.read(name)), name
+
+
+def test_a_collection_is_of_all_layers_weights(
+    demo_bundle: Path, lens_bundle: TrainedBundle, documents: list[Document], tmp_path: Path
+) -> None:
+    collect(Replay(Bundle.open(demo_bundle), THREADS), documents[:1], tmp_path / "states", [6])
+    # lenses and probes, those in the layers too, do not change what was collected
+    edited = Bundle.open(lens_bundle[0]).manifest
+    assert open_collection(tmp_path / "states", edited, [6]).documents
+    for name in ("embed", "layer_000", f"layer_{edited.model.num_layers - 1:03}", "head"):
+        other = edited.model_copy(deep=True)
+        other.files[f"onnx/{name}.data"].sha256 = "0" * 64
+        with pytest.raises(SedacError, match="another model"):
+            open_collection(tmp_path / "states", other, [6])
 
 
 def test_a_collection_keeps_its_limit(
