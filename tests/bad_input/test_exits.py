@@ -173,6 +173,26 @@ def test_a_collection_of_another_model_is_refused(
     assert_one_line_error(export(*command[:-1], str(bundle)), "neither a collection")
 
 
+def test_a_damaged_collection_is_refused(
+    export: Command, bundle: Path, long_texts: list[Path], tmp_path: Path
+) -> None:
+    collected = tmp_path / "collected"
+    command = ["collect", str(bundle), "--data", str(long_texts[0]), "--output", str(collected)]
+    train = arguments("train-probes", bundle, *long_texts)
+    assert export(*command).code == 0
+    token = collected / "token"
+    whole = token.read_bytes()
+    for damaged in (whole[:-4], b""):
+        token.write_bytes(damaged)
+        before = snapshot(collected)
+        for again in (command, [*train, "--collection", str(collected)]):
+            result = export(*again)
+            assert_one_line_error(result, str(token), f"{len(damaged)} bytes", "delete")
+        assert snapshot(collected) == before
+    token.unlink()
+    assert_one_line_error(export(*command), str(token), "delete")
+
+
 CONFIGS = [
     ({"policy": "margin"}, "thresholds"),
     ({"policy": "margin", "thresholds": {"2": 1.5}}, "thresholds.2"),

@@ -123,7 +123,7 @@ class Collection:
 def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) -> Collection:
     """The collection in `directory`, a new one where there is none.
 
-    Raises SedacError when it is another model's or has other depths.
+    Raises SedacError when it is another model's, has other depths or is damaged.
     """
     fresh = Collection(
         directory, chain_fingerprint(manifest), list(depths), layout(manifest, depths)
@@ -140,8 +140,9 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
         facts = json.loads(index.read_text())
         fields = {name: (str(kind), int(size)) for name, (kind, size) in facts["fields"].items()}
         found = Collection(directory, **(facts | {"fields": fields}))
+        held = found.tokens
     except (ValueError, KeyError, TypeError) as error:
-        raise SedacError(f"{index} cannot be read; remove {directory} and collect again") from error
+        raise SedacError(f"{index} cannot be read; delete {directory} and collect again") from error
     if found.fingerprint != fresh.fingerprint:
         raise SedacError(f"{directory} was collected from another model; choose another directory")
     if found.fields != fresh.fields:
@@ -149,7 +150,19 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
             f"{directory} was collected at depths {found.depths}, not {fresh.depths}; choose"
             " another directory"
         )
+    for name, (kind, size) in fields.items():
+        _require_whole(directory / name, held * size * np.dtype(kind).itemsize)
     return found
+
+
+def _require_whole(path: Path, least: int) -> None:
+    """Raise SedacError where a field's file lacks some of what the index names."""
+    actual = path.stat().st_size if path.is_file() else 0
+    if actual < least:
+        raise SedacError(
+            f"{path} is damaged: {actual} bytes instead of {least}; delete {path.parent} and"
+            " collect again"
+        )
 
 
 def collect(
