@@ -193,6 +193,27 @@ def test_a_damaged_collection_is_refused(
     assert_one_line_error(export(*command), str(token), "delete")
 
 
+def test_a_collection_of_other_data_is_refused(
+    export: Command, bundle: Path, long_texts: list[Path], tmp_path: Path
+) -> None:
+    first, second = long_texts
+    third = first.with_name("third.py")
+    third.write_text(TEXT * 4 + "# the third\n")
+    collected = tmp_path / "collected"
+    assert export("collect", bundle, "--data", first, "--output", collected).code == 0
+    before = snapshot(collected), snapshot(bundle)
+    keep = ["--exit-layers", "1,2,3", "--collection", collected]
+    result = export(*arguments("train-probes", bundle, second, third), *keep)
+    assert_one_line_error(result, str(collected), str(first), "--data")
+    result = export("collect", bundle, "--data", second, "--output", collected)
+    assert_one_line_error(result, str(collected), str(first), "--data")
+    assert (snapshot(collected), snapshot(bundle)) == before
+    # more of the same data is gone on with
+    assert export(*arguments("train-probes", bundle, second, first), *keep).code == 0
+    index = json.loads((collected / "collection.json").read_text())
+    assert [d["name"] for d in index["documents"]] == [str(first), str(second)]
+
+
 CONFIGS = [
     ({"policy": "margin"}, "thresholds"),
     ({"policy": "margin", "thresholds": {"2": 1.5}}, "thresholds.2"),

@@ -178,9 +178,10 @@ def collect(
     It ends before the document that would take it beyond `max_bytes`. progress gets the tokens
     done and their number.
 
-    Raises SedacError when not even one document fits, or the disk is full.
+    Raises SedacError when it holds other documents, not even one fits, or the disk is full.
     """
     collection = open_collection(directory, replay.manifest, depths)
+    _refuse_others(collection, documents)
     held = {document["sha256"] for document in collection.documents}
     total = sum(len(document.tokens) for document in documents)
     for document in documents:
@@ -198,6 +199,17 @@ def collect(
     if not collection.documents:
         raise SedacError(f"no document fits into {max_bytes} bytes; raise --max-bytes")
     return collection
+
+
+def _refuse_others(collection: Collection, documents: Sequence[Document]) -> None:
+    """Raise SedacError where the collection holds what is none of `documents`."""
+    given = {document.sha256 for document in documents}
+    others = [d["name"] for d in collection.documents if d["sha256"] not in given]
+    if others:
+        raise SedacError(
+            f"{collection.directory} holds other data, such as {others[0]}; give all that it"
+            " was collected from as --data, or choose another directory"
+        )
 
 
 def left_out(collection: Collection, documents: Sequence[Document]) -> int:
