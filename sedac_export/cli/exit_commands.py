@@ -221,7 +221,8 @@ def _print_trained(bundle: Path, trained: Any) -> None:
     table = Table("depth", "agreement", "AUC margin", "AUC learned", "V6 Huber loss")
     lenses = Table("depth", "lens", "KL", "with lens", "agreement", "with lens", "MB", "")
     for row in trained.rows:
-        numbers = [f"{value:.3f}" for value in (row.agreement, row.margin, row.learned)]
+        shares = (row.agreement, row.margin, row.learned)
+        numbers = ["" if share is None else f"{share:.3f}" for share in shares]
         loss = "" if row.risk_loss is None else f"{row.risk_loss:.4f}"
         table.add_row(str(row.depth), *numbers, loss)
         for kind, found in (("affine", row.lens), ("adapter", row.adapter)):

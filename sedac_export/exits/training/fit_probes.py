@@ -121,12 +121,15 @@ def train_learned(
     return probe, value
 
 
-def ranking(scores: Tensor, right: Tensor) -> float:
-    """Area under the ROC curve: the chance that a right one scores above a wrong one."""
+def ranking(scores: Tensor, right: Tensor) -> float | None:
+    """Area under the ROC curve: the chance that a right one scores above a wrong one.
+
+    None where all are right, or all wrong.
+    """
     ranks = torch.empty(len(scores), dtype=torch.float64)
     ranks[scores.argsort()] = torch.arange(len(scores), dtype=torch.float64)
     good = int(right.sum())
     bad = len(right) - good
     if not good or not bad:
-        return math.nan
+        return None
     return float((ranks[right].sum() - good * (good - 1) / 2) / good / bad)

@@ -76,15 +76,15 @@ class ProbeRow:
     """What one depth's probes reach on held-out documents.
 
     agreement: share of exit tokens that are full depth's. margin and learned: area under the ROC
-    curve of telling those. risk_loss: Huber loss of the V6 probe, None where there is none. lens
-    and adapter: what an affine lens and an MLP change, None where not asked for. The better is
-    kept if it helps, and the other figures are with it.
+    curve of telling those, None where all agree or none do. risk_loss: Huber loss of the V6 probe,
+    None where there is none. lens and adapter: what an affine lens and an MLP change, None where
+    not asked for. The better is kept if it helps, and the other figures are with it.
     """
 
     depth: int
     agreement: float
-    margin: float
-    learned: float
+    margin: float | None
+    learned: float | None
     risk_loss: float | None = None
     lens: LensRow | None = None
     adapter: LensRow | None = None

@@ -201,3 +201,5 @@ def test_risk_targets_are_clamped_logarithms() -> None:
 def test_ranking_is_the_area_under_the_curve() -> None:
     scores, right = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])
     assert ranking(scores, right) == pytest.approx(0.75)
+    # NaN would be no JSON
+    assert ranking(scores, torch.ones(4, dtype=torch.bool)) is None
