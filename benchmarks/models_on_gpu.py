@@ -81,7 +81,8 @@ def modes_of(bundle: str) -> dict[str, dict[str, Any]]:
 def generate(
     model: SedacModel, prompts: list[list[int]], mode: dict[str, Any]
 ) -> list[GenerationOutput]:
-    """A text after each prompt."""
+    """A text after each prompt, of which earlier ways of generating told nothing."""
+    model.core.forget_texts()
     wanted = {"max_new_tokens": NEW_TOKENS, "stop_tokens": []} | mode
     return [model.generate(prompt, **wanted) for prompt in prompts]
 

@@ -56,6 +56,8 @@ def main() -> None:
 
     def run(way: str, prompt: list[int], seed: int) -> GenerationOutput:
         mode = {"mode": "full"} if way == "full" else {"mode": "lossless", "drafter": way}
+        # drafts come from this text alone, as in a process of its own
+        model.core.forget_texts()
         return model.generate(
             prompt,
             max_new_tokens=arguments.new_tokens,

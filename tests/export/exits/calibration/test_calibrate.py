@@ -176,6 +176,21 @@ def test_generation_is_measured_in_every_way(
     assert measured.agreement < 1
 
 
+def test_no_text_is_drafted_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Model:
+        core = SimpleNamespace(forget_texts=lambda: calls.append("forget"))
+
+        def generate(self, prompt: list[int], **_: object) -> SimpleNamespace:
+            calls.append("generate")
+            return SimpleNamespace(decode_ms=1.0, tokens=prompt)
+
+    monkeypatch.setattr(SedacModel, "from_pretrained", lambda *_, **__: Model())
+    generation.time_setups(Path(), [generation.FULL, generation.PLAIN], [[1], [2]])
+    assert calls == ["forget", "generate"] * 6
+
+
 def test_the_fastest_drafter_is_written_and_lossless_beside_it(
     trained_bundle: TrainedBundle, documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
