@@ -20,6 +20,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from serve.running_server import serving
 
+from sedac_runtime import lm_eval
 from sedac_runtime.lm_eval import SedacLM
 
 PAIRS = [
@@ -138,6 +139,22 @@ def test_what_the_harness_adds_is_accepted(demo_bundle: Path) -> None:
 def test_batch_sizes_are_numbers(demo_bundle: Path, batch_size: str) -> None:
     with pytest.raises(InputError, match=f"batch_size {batch_size} is not a number; give how many"):
         SedacLM(bundle=str(demo_bundle), batch_size=batch_size)
+
+
+def test_the_command_says_what_is_refused_in_a_line(
+    demo_bundle: Path,
+    local_task: TaskManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["lm_eval", "run", "--model", "sedac", "--tasks", "local_choice"]
+    arguments += ["--include_path", str(tmp_path), "--batch_size", "auto"]
+    arguments += ["--model_args", f"bundle={demo_bundle}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="2"):
+        lm_eval.main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: batch_size auto is not")
 
 
 def test_exits_are_measured(scored: SedacLM, demo_bundle: Path) -> None:

@@ -5,18 +5,20 @@ python -m sedac_runtime.lm_eval run --model sedac --model_args bundle=engines/de
 takes the arguments of the command lm_eval.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any
 
+from lm_eval import __main__ as lm_eval_command
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sedac_runtime import _core
-from sedac_runtime._core import InputError
+from sedac_runtime._core import InputError, SedacError
 from sedac_runtime.choices import Drafter, Mode, PolicyName
 from sedac_runtime.model import SedacModel
 from sedac_runtime.serve.token_text import StopFilter, TextStream
@@ -242,7 +244,14 @@ def _sequences(batch_size: int | str) -> int:
         ) from error
 
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
+def main() -> None:
+    """Run the command lm_eval, which knows this model; what the model refuses is one line."""
+    try:
+        lm_eval_command.cli_evaluate()
+    except SedacError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
-    cli_evaluate()
+
+if __name__ == "__main__":
+    main()
