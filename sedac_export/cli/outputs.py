@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from sedac_export.bundle.manifest import MANIFEST
 from sedac_export.errors import SedacError
 
 
@@ -18,7 +19,12 @@ def check_file(output: Path) -> None:
 
 
 def check_directory(output: Path) -> None:
-    """Raise SedacError where `output` is no directory that can be written, nor can become one."""
+    """Raise SedacError where `output` is no directory that can be written, nor can become one.
+
+    What lies in a bundle and is none of its files goes when the bundle is edited.
+    """
+    if (output / MANIFEST).exists():
+        raise SedacError(f"--output {output} is a bundle; give another directory")
     with _writing(output, "directory"):
         path = output.absolute()
         existing = next(each for each in (path, *path.parents) if each.exists())

@@ -140,7 +140,7 @@ def test_outputs_are_checked_before_the_work(
     monkeypatch.setattr("sedac_export.advice.advise.advise", None)
     before = text.read_text()
     report = ["report", str(bundle), "--data", str(text), "--output"]
-    for output in (text, text / "below"):
+    for output in (text, text / "below", bundle):
         assert_one_line_error(export(*report, output), f"--output {output}", "another directory")
     advise = ["advise", *report[1:]]
     for output in (bundle, text / "below.md", bundle / "missing" / "advice.md"):
