@@ -33,8 +33,8 @@ _LOG = logging.getLogger(__name__)
 class TokenOutput:
     """One generated token.
 
-    text: what the token completes. exit_layer: layers executed. exit_reason: why the token stopped
-    there.
+    text: what the token completes. exit_layer: layers executed, with soft exits those before the
+    decision. exit_reason: why the token stopped there.
     """
 
     id: int
@@ -52,7 +52,7 @@ class TokenOutput:
 class GenerationOutput:
     """A finished generation, with the fields of `generate --json`.
 
-    tokens, exit_layers (layers executed) and exit_reasons have one entry for each token. prefill_ms
+    tokens, exit_layers (as a token's) and exit_reasons have one entry for each token. prefill_ms
     lasts until the first token; decode_ms and decode_tokens_per_second are for the others.
 
     With a drafter, `drafted` tokens were proposed and `accepted` of them confirmed in
