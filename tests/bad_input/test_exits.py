@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import THREADS
 from safetensors.numpy import load_file, save_file
 
 from bad_input.command import Command, assert_one_line_error, rewrite_manifest, snapshot
 from sedac_export.bundle import Bundle
+from sedac_export.exits.calibration import wall_clock
 from sedac_export.exits.replay.documents import read_documents
 from sedac_export.exits.training.collect import layout
 from sedac_export.exits.training.train_probes import exit_depths
@@ -151,6 +153,7 @@ def test_outputs_are_checked_before_the_work(
 def test_a_report_from_inside_of_the_bundle_is_beside_it(
     export: Command, bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(wall_clock, "THREADS", THREADS)
     monkeypatch.chdir(bundle)
     result = export("report", ".", "--data", text)
     assert result.code == 0, result
