@@ -180,7 +180,10 @@ class GenerationStream:
 
 
 class SedacModel:
-    """A bundle with its engines loaded. One sequence is generated at a time."""
+    """A bundle with its engines loaded. One sequence is generated at a time.
+
+    chat_texts: of the files that chats are rendered from, None for one that the bundle lacks.
+    """
 
     def __init__(self, bundle: Path, core: _core.Model) -> None:
         self.bundle = bundle

@@ -95,11 +95,6 @@ class _Writer:
         self.directory, self.manifest, self.graphs = directory, manifest, graphs
         self.prefix, self.point = prefix, point
         self.models: dict[str, onnx.ModelProto] = {}
-        if len(graphs.kinds) != manifest.model.num_layers:
-            raise SedacError(
-                f"{directory} has {manifest.model.num_layers} layers and the model"
-                f" {len(graphs.kinds)}; name the model that the bundle was built from"
-            )
         self.monolith = self._weights(manifest.engines.monolith.file)
 
     def engine(self, graph: TracedGraph, twin: str) -> onnx.ModelProto:

@@ -280,7 +280,7 @@ struct Chain {
     return active_at(layer);
   }
 
-  // Whether a trained drafter takes hidden states after `depth` layers. (Depths that there are not are 0.)
+  // Whether a trained drafter takes hidden states after `depth` layers. Unused depths are 0.
   __device__ __forceinline__ bool has_features(int depth) const {
     bool has = false;
 #pragma unroll

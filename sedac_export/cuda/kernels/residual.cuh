@@ -220,7 +220,7 @@ struct Residual {
 };
 
 // What most layers skip is called, which keeps the loop over layers short: straight code takes 1 cycle an instruction
-// within 32 KB, 2 to 3 within 128 KB and 6 beyond, and each jump over what is skipped is a miss. (Us for one, two, four
+// within 32 KB, 2 to 3 within 128 KB and 6 beyond. (Us for one, two, four
 // and eight rows: SmolLM2's shape 394, 450, 501 and 530 before, 382, 439, 498 and 528 since; Qwen2.5-0.5B's 503, 581,
 // 671 and 672, 508, 593, 635 and 687.)
 template <int N>

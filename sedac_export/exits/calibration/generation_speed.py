@@ -88,7 +88,7 @@ def time_setups(
             for setup in order.sample(setups, len(setups)):
                 mode, drafter = setup
                 settings: dict[str, Any] = {"mode": mode, "drafter": drafter, "stop_tokens": []}
-                # neither the warm-up's text nor a like one is drafted from
+                # neither the warm-up's text nor a similar one is drafted from
                 model.core.forget_texts()
                 output = model.generate(prompt, max_new_tokens=NEW_TOKENS, **settings)
                 if number > 0:
