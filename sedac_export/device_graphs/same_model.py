@@ -3,7 +3,7 @@
 Names and shapes of weights do not: two models may differ in config.json alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -21,6 +21,9 @@ Settings = tuple[set[int], set[float]]
 
 # of the epsilon that keeps a length from being 0, which is no model's
 _LEAST_EPSILON = 1e-20
+
+# outputs of a layer engine that say something of the layer
+_SIGNALS = {"stability", "risk"}
 
 
 def check_graphs(
@@ -60,7 +63,7 @@ def other_model(name: Path, model: str, reason: str) -> SedacError:
 def engine_settings(file: Path) -> Settings:
     """What a layer engine's graph says of itself."""
     windows, epsilons = set(), set()
-    for node in onnx.load(file, load_external_data=False).graph.node:
+    for node in _layer_nodes(onnx.load(file, load_external_data=False).graph):
         numbers = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type == "GroupQueryAttention":
             window = numbers.get("local_window_size")
@@ -68,6 +71,18 @@ def engine_settings(file: Path) -> Settings:
         if "epsilon" in numbers and numbers["epsilon"].f > _LEAST_EPSILON:
             epsilons.add(numbers["epsilon"].f)
     return windows, epsilons
+
+
+def _layer_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes that the residual stream and caches come from.
+
+    A probe's norm has an epsilon of its own, which is none of the model's.
+    """
+    needed = {output.name for output in graph.output} - _SIGNALS
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            yield node
 
 
 def other_settings(engine: LayerEngineEntry, own: Settings, held: Settings) -> str | None:

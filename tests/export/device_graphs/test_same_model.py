@@ -1,15 +1,18 @@
 """A model that is not the bundle's is refused, though its weights have those names and shapes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bad_input.command import Command, assert_one_line_error, call, snapshot
 from build_cache import BuildCache
+from conftest import DEMO_MODEL
 from tiny_models import save_tiny_model
 
 import sedac_export.cli
+from export.conftest import TrainedBundle
 from sedac_export import BuildRequest
 from sedac_export.bundle.manifest import read_manifest
 from sedac_export.device_graphs import same_model
@@ -84,3 +87,15 @@ def test_a_build_does_not_compare_what_it_has_just_built(
     options = ("--precision", "fp16", "--target", "onnxruntime-cuda")
     assert export("build", *arguments, *options).code == 0
     assert read_manifest(tmp_path / "bundle").onnxruntime_cuda is not None
+
+
+@pytest.mark.parametrize("target", ["cuda", "onnxruntime-cuda"])
+def test_probes_are_no_other_model(
+    target: str, trained_bundle: TrainedBundle, export: Command, tmp_path: Path
+) -> None:
+    if target == "cuda":
+        pytest.importorskip("cuda.bindings.nvrtc", reason="of the extra sedac[cuda]")
+    bundle = shutil.copytree(trained_bundle[0], tmp_path / "bundle")
+    assert any(engine.risk for engine in read_manifest(bundle).engines.layers)
+    result = export("engines", bundle, "--target", target, "--model", DEMO_MODEL)
+    assert result.code == 0, result.err
