@@ -1,5 +1,7 @@
 //! Sampled tokens as races: what a device may run in the sampler's place.
 
+use std::cmp::Ordering;
+
 use super::{Sampling, argmax};
 
 /// Relative error of a device's exponentials, and more.
@@ -112,44 +114,97 @@ pub(super) fn choose(
     logits: &[f32],
     candidates: &mut Vec<(u32, f32)>,
 ) -> u32 {
-    keep_candidates(sampling, logits, candidates);
-    let time = |&(token, weight): &(u32, f32)| exponential(key, token) / f64::from(weight);
-    let first = candidates.iter().min_by(|a, b| time(a).total_cmp(&time(b)));
-    first.map_or_else(|| argmax(logits), |&(token, _)| token)
-}
-
-/// Fill `candidates` with the kept tokens and their unnormalised weights.
-fn keep_candidates(sampling: &Sampling, logits: &[f32], candidates: &mut Vec<(u32, f32)>) {
-    let &Sampling {
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        ..
-    } = sampling;
+    let most_probable = argmax(logits);
+    let highest = logits[most_probable as usize];
+    if sampling.top_k == 0 && sampling.top_p == 1.0 {
+        let all = (0..).zip(logits.iter().copied());
+        return run(sampling, key, (most_probable, highest), all);
+    }
     candidates.clear();
     candidates.extend((0..).zip(logits.iter().copied()));
-    let likeliest_first = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1);
+    keep_top_k(candidates, sampling.top_k);
+    keep_nucleus(candidates, highest, sampling);
+    let kept = candidates.iter().copied();
+    run(sampling, key, (most_probable, highest), kept)
+}
+
+/// The winner among those of `tokens`, each with its logit, that min_p keeps. `first` is the most
+/// probable.
+///
+/// A token's time is -ln(u) exp(y), where y says how far its logit is below the highest. Most cannot
+/// win, which shows without a logarithm and an exponential: -ln(u) is at least 1 - u, and exp(y) at
+/// least the first terms of its series.
+fn run(
+    sampling: &Sampling,
+    key: u64,
+    first: (u32, f32),
+    tokens: impl Iterator<Item = (u32, f32)>,
+) -> u32 {
+    /// Of what is rounded in the bound.
+    const ROUNDING: f32 = 1e-4;
+    let &Sampling {
+        temperature, min_p, ..
+    } = sampling;
+    let (mut winner, highest) = first;
+    let mut fastest = -uniform(bits(key, winner)).ln();
+    let mut limit = fastest as f32 * (1.0 + ROUNDING);
+    for (token, logit) in tokens {
+        let bits = bits(key, token);
+        let y = (highest - logit) / temperature;
+        let bound = below_one(bits) * (1.0 + y * (1.0 + y * (0.5 + y * (1.0 / 6.0))));
+        // false for NaN
+        if bound < limit {
+            let weight = weight(logit, highest, temperature);
+            let time = -uniform(bits).ln() / f64::from(weight);
+            if time < fastest && weight >= min_p {
+                (winner, fastest) = (token, time);
+                limit = fastest as f32 * (1.0 + ROUNDING);
+            }
+        }
+    }
+    winner
+}
+
+/// The `top_k` most probable of `candidates`, tokens with their logits; all where it is 0.
+fn keep_top_k(candidates: &mut Vec<(u32, f32)>, top_k: usize) {
     if top_k > 0 && top_k < candidates.len() {
         candidates.select_nth_unstable_by(top_k - 1, likeliest_first);
         candidates.truncate(top_k);
     }
-    let logits = candidates.iter().map(|&(_, logit)| logit);
-    let highest = logits.fold(f32::NEG_INFINITY, f32::max);
-    for (_, logit) in candidates.iter_mut() {
-        *logit = weight(*logit, highest, temperature);
+}
+
+/// The most probable of `candidates` whose probabilities first reach top_p.
+fn keep_nucleus(candidates: &mut Vec<(u32, f32)>, highest: f32, sampling: &Sampling) {
+    let &Sampling {
+        temperature, top_p, ..
+    } = sampling;
+    if top_p == 1.0 {
+        return;
     }
-    if top_p < 1.0 {
-        candidates.sort_unstable_by(|a, b| likeliest_first(a, b).then(a.0.cmp(&b.0)));
-        let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
-        let mut sum = 0.0;
-        let nucleus = candidates.iter().position(|(_, weight)| {
-            sum += weight;
-            sum >= top_p * total
-        });
-        candidates.truncate(nucleus.map_or(candidates.len(), |last| last + 1));
+    let weight = |&(_, logit): &(u32, f32)| f64::from(weight(logit, highest, temperature));
+    let wanted = f64::from(top_p) * candidates.iter().map(weight).sum::<f64>();
+    // to sort them all would take longer than all the rest
+    let mut width = 4.0 * temperature;
+    let is_near = |width: f32| move |of: &(u32, f32)| of.1 >= highest - width;
+    let sum_near = |width| -> f64 {
+        let near = candidates.iter().copied().filter(is_near(width));
+        near.map(|of| weight(&of)).sum()
+    };
+    while width.is_finite() && sum_near(width) < wanted {
+        width *= 2.0;
     }
-    candidates.retain(|&(_, weight)| weight >= min_p);
+    candidates.retain(is_near(width));
+    candidates.sort_unstable_by(|a, b| likeliest_first(a, b).then(a.0.cmp(&b.0)));
+    let mut sum = 0.0;
+    let last = candidates.iter().position(|of| {
+        sum += weight(of);
+        sum >= wanted
+    });
+    candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
+}
+
+fn likeliest_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.total_cmp(&a.1)
 }
 
 /// Relative to the most probable token's.
@@ -157,21 +212,32 @@ fn weight(logit: f32, highest: f32, temperature: f32) -> f32 {
     ((logit - highest) / temperature).exp()
 }
 
-/// An exponential variable of rate 1, the same for the same `key` and `token`.
+/// The numbers below this are equally probable [`bits`].
+const RANGE: u64 = 1 << 53;
+
+/// What a token's exponential variable of rate 1 is made of: the same for the same `key` and `token`.
 ///
 /// Of such variables divided by weights, each is the smallest with its weight's probability
 /// (Gumbel-max, <https://arxiv.org/abs/1611.00712>). Against logits that were rounded otherwise,
 /// as passes over one or several tokens do, this choice hardly ever changes; a point drawn on the
 /// sum of all weights would fall beside some boundary once in a few hundred tokens.
-fn exponential(key: u64, token: u32) -> f64 {
+fn bits(key: u64, token: u32) -> u64 {
     // SplitMix64, Steele et al. 2014, <https://doi.org/10.1145/2660193.2660195>; race.cuh computes
     // the same
     let mut z = key.wrapping_add(u64::from(token).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^= z >> 31;
-    let uniform = ((z >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
-    -uniform.ln()
+    (z ^ (z >> 31)) >> 11
+}
+
+/// The number u between 0 and 1 that `bits` stand for; -ln(u) is the exponential variable.
+fn uniform(bits: u64) -> f64 {
+    (bits as f64 + 0.5) / RANGE as f64
+}
+
+/// 1 - u, or less.
+fn below_one(bits: u64) -> f32 {
+    (RANGE - 1 - bits) as i64 as f32 * (1.0 / RANGE as f32)
 }
 
 #[cfg(test)]
@@ -206,7 +272,8 @@ mod tests {
     fn samplings() -> impl Strategy<Value = Sampling> {
         let top_p = prop_oneof![Just(1.0), 0.01..1.0_f32];
         let min_p = prop_oneof![Just(0.0), 0.0..1.0_f32];
-        (0.1..3.0_f32, 0..20_usize, top_p, min_p).prop_map(|(temperature, top_k, top_p, min_p)| {
+        let top_k = prop_oneof![Just(0), 1..20_usize];
+        (0.1..3.0_f32, top_k, top_p, min_p).prop_map(|(temperature, top_k, top_p, min_p)| {
             Sampling {
                 temperature,
                 top_k,
@@ -217,7 +284,48 @@ mod tests {
         })
     }
 
+    /// As [`choose`] is defined: every token's time, of those that the filters keep.
+    fn choose_by_definition(sampling: &Sampling, key: u64, logits: &[f32]) -> u32 {
+        let mut kept: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        kept.sort_by(|a, b| b.1.total_cmp(&a.1));
+        if sampling.top_k > 0 {
+            kept.truncate(sampling.top_k);
+        }
+        let highest = kept[0].1;
+        let weight = |logit: f32| f64::from(weight(logit, highest, sampling.temperature));
+        let total: f64 = kept.iter().map(|of| weight(of.1)).sum();
+        let mut sum = 0.0;
+        kept.retain(|of| {
+            let before = sum;
+            sum += weight(of.1);
+            before < f64::from(sampling.top_p) * total
+        });
+        kept.retain(|of| weight(of.1) >= f64::from(sampling.min_p));
+        let time = |of: &(u32, f32)| -uniform(bits(key, of.0)).ln() / weight(of.1);
+        let first = kept.iter().min_by(|a, b| time(a).total_cmp(&time(b)));
+        first.unwrap().0
+    }
+
     proptest! {
+        #[test]
+        #[cfg_attr(miri, ignore = "too many numbers for Miri")]
+        fn the_winner_is_the_fastest_of_all(
+            sampling in samplings(),
+            key in any::<u64>(),
+            // no two are equal, and some are masked out
+            unit in 0.001..0.02_f32,
+            masked in 0..3_u32,
+            order in Just((0..2000_u32).collect::<Vec<_>>()).prop_shuffle(),
+        ) {
+            let logit = |&rank: &u32| match rank % 3 < masked && rank > 0 {
+                true => f32::NEG_INFINITY,
+                false => -(rank as f32) * unit,
+            };
+            let logits: Vec<f32> = order.iter().map(logit).collect();
+            let chosen = choose(&sampling, key, &logits, &mut Vec::new());
+            prop_assert_eq!(chosen, choose_by_definition(&sampling, key, &logits));
+        }
+
         #[test]
         fn what_a_result_settles_is_what_logits_give(
             sampling in samplings(),
@@ -252,6 +360,35 @@ mod tests {
         assert!(settled(|sampling| sampling.top_k = 40) > 900);
         assert!(settled(|sampling| sampling.top_p = 0.9) > 700);
         assert!(settled(|sampling| sampling.min_p = 0.05) > 700);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "too many numbers for Miri")]
+    fn a_nucleus_is_as_wide_as_it_has_to_be() {
+        let candidates: Vec<_> = (0..2000_u32).map(|n| (n, -0.01 * n as f32)).collect();
+        for top_p in [0.5, 0.9, 0.99, 0.999, 0.999_99] {
+            let sampling = Sampling {
+                temperature: 1.0,
+                top_p,
+                ..Sampling::default()
+            };
+            let mut kept = candidates.clone();
+            keep_nucleus(&mut kept, 0.0, &sampling);
+            // of weights that shrink by exp(-0.01) each
+            let expected = -100.0 * (1.0 - f64::from(top_p)).ln();
+            assert!(
+                (kept.len() as f64 - expected).abs() <= 2.0,
+                "{top_p}: {}",
+                kept.len()
+            );
+        }
+    }
+
+    #[test]
+    fn the_bound_is_below_the_variable() {
+        for bits in [0, 1, 1 << 30, RANGE / 2, RANGE - 2, RANGE - 1] {
+            assert!(f64::from(below_one(bits)) <= -uniform(bits).ln() * (1.0 + 1e-6));
+        }
     }
 
     #[test]
