@@ -7,10 +7,15 @@ use std::path::Path;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::bundle::{Certificate, CertifiedSetting, ExitConfig, Manifest, drafter_name, hex};
+use crate::bundle::{
+    Certificate, CertifiedSetting, DrafterEntry, ExitConfig, Manifest, drafter_name, hex,
+};
 use crate::chain::DecodingMode;
 use crate::kv::KvFill;
 use crate::sampler::Sampling;
+
+/// The weights of portable graphs, where the bundle's own are quantized.
+const PORTABLE_WEIGHTS: &str = "onnx/portable.data";
 
 /// Everything about a generation that a certificate depends on.
 #[derive(Debug, Clone, Copy)]
@@ -119,19 +124,24 @@ impl CertifiedSetting {
 }
 
 impl Manifest {
-    /// SHA-256, in hex, of all that runs: the engines, where tokens exit, and every file but those
-    /// below `engines`, which are of GPUs. It is taken of JSON with sorted keys and without spaces:
-    /// `{"engines": .., "exit_layers": .., "files": {path: digest}}`.
+    /// SHA-256, in hex, of all that exits depend on: the engines, where tokens exit, and every file
+    /// but a drafter's and those that are of GPUs. It is taken of JSON with sorted keys and without
+    /// spaces: `{"engines": .., "exit_layers": .., "files": {path: digest}}`.
     pub fn engines_sha256(&self) -> String {
-        let files = self
-            .digests()
-            .filter(|(file, _)| !self.is_for_devices(file));
+        let files = self.digests().filter(|(file, _)| self.changes_exits(file));
         let run = json!({
             "engines": self.engines,
             "exit_layers": self.exit_layers,
             "files": files.collect::<BTreeMap<&Path, &str>>(),
         });
         hex(&Sha256::digest(run.to_string()))
+    }
+
+    /// Whether what exits give may depend on `file`.
+    fn changes_exits(&self, file: &Path) -> bool {
+        let is_of_portable = self.portable.is_some() && file == Path::new(PORTABLE_WEIGHTS);
+        let mut drafter = self.drafter.iter().flat_map(DrafterEntry::all_files);
+        !self.is_for_devices(file) && !is_of_portable && !drafter.any(|own| own == file)
     }
 }
 
@@ -333,13 +343,36 @@ mod tests {
     }
 
     #[test]
+    fn a_drafter_leaves_the_engines_what_they_were() {
+        let mut more = manifest();
+        more["drafter"] = json!({
+            "state": "onnx/draft_state.onnx", "file": "onnx/draft.onnx",
+            "feature_layers": [1, 2], "key_value_size": 8, "tokens": [1, 2]
+        });
+        let files = [
+            "onnx/draft_state.onnx",
+            "onnx/draft.onnx",
+            "drafter.safetensors",
+        ];
+        for file in files {
+            more["files"][file] = json!({"bytes": 1, "sha256": "dd"});
+        }
+        let digests = [manifest(), more].map(|manifest| read(&manifest).engines_sha256());
+        assert_eq!(digests[0], digests[1]);
+    }
+
+    #[test]
     fn what_tensorrt_adds_leaves_the_engines_what_they_were() {
         let mut more = manifest();
         more["portable"] = json!({
             "embed": "onnx/portable_embed.onnx", "layers": [], "key_value": [],
             "head": "onnx/portable_head.onnx", "contexts": {}, "masks": {}
         });
-        for file in ["onnx/portable_embed.onnx", "engines/tensorrt/embed.plan"] {
+        for file in [
+            "onnx/portable_embed.onnx",
+            "onnx/portable.data",
+            "engines/tensorrt/embed.plan",
+        ] {
             more["files"][file] = json!({"bytes": 1, "sha256": "dd"});
         }
         let digests = [manifest(), more].map(|manifest| read(&manifest).engines_sha256());

@@ -121,6 +121,9 @@ impl ExitEntry {
     }
 }
 
+/// A trained drafter's weights, of which its engines are made.
+const DRAFTER_WEIGHTS: &str = "drafter.safetensors";
+
 /// The engines of a trained drafter.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DrafterEntry {
@@ -140,6 +143,12 @@ impl DrafterEntry {
     /// Its graphs.
     pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
         [&self.state, &self.file].into_iter()
+    }
+
+    /// Every file of it.
+    pub(crate) fn all_files(&self) -> impl Iterator<Item = &Path> {
+        let weights = Path::new(DRAFTER_WEIGHTS);
+        self.files().map(PathBuf::as_path).chain([weights])
     }
 
     /// Whether its layers and tokens are the model's.

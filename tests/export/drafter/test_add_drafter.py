@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from build_cache import BuildCache
+from certificates import certificate_of, write_certified
 from conftest import require_chain
 from typer.testing import CliRunner
 
 from sedac_export.bundle import Bundle
+from sedac_export.bundle.certified import read_certification
 from sedac_export.cli.commands import app
 from sedac_export.cuda.add_cuda import add_cuda
 from sedac_export.drafter.add_drafter import add_drafter
@@ -124,6 +126,15 @@ def test_texts_are_drafted_for_together(
             drafted += progress.drafts.drafted if progress.drafts else 0
     assert list(together.values()) == alone
     assert drafted > 0
+
+
+def test_exits_stay_certified(drafter: Path, demo_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    write_certified(copy, certificate_of(copy))
+    for _ in range(2):  # the second one replaces the first
+        add_drafter(copy, drafter / DRAFTER)
+        certification = read_certification(Bundle.open(copy))
+        assert certification.certified, certification.sentence
 
 
 def test_a_file_that_was_changed_is_refused(drafting_bundle: Path, tmp_path: Path) -> None:
