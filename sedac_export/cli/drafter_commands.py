@@ -68,11 +68,12 @@ def train_drafter(
     """Train a drafter on texts that the model writes itself."""
     silence_libraries()
     from sedac_export.bundle import Bundle
+    from sedac_export.drafter.add_drafter import check_shape
+    from sedac_export.drafter.draft_model import DrafterShape
     from sedac_export.drafter.train_drafter import DrafterRequest, load_model
     from sedac_export.drafter.train_drafter import train_drafter as run
 
-    if bundle is not None:
-        Bundle.open(bundle)
+    opened = None if bundle is None else Bundle.open(bundle)
     texts = _read_texts(data or [])
     if not texts and not self_distill:
         raise SedacError("there is nothing to train on; give --self-distill, --data or both")
@@ -81,6 +82,8 @@ def train_drafter(
             output, source.name, self_distill, texts, minutes, device.value, seed
         )
         loaded = load_model(source.directory, device.value)
+        if opened is not None:
+            check_shape(opened, DrafterShape.of(loaded))
         with progress_bar("write", "train") as update:
             report = run(loaded, tokenizer, request, update)
     if bundle is not None:

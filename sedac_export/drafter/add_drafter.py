@@ -8,6 +8,7 @@ import torch
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.edit import edited_bundle
 from sedac_export.bundle.manifest import DrafterEntry, list_files, write_manifest
+from sedac_export.drafter.draft_model import DrafterShape
 from sedac_export.drafter.drafter_file import DRAFTER, DrafterFile
 from sedac_export.drafter.drafter_graph import draft_graph, state_graph
 from sedac_export.errors import SedacError
@@ -29,7 +30,9 @@ def add_drafter(directory: Path, file: Path) -> DrafterEntry:
     found = DrafterFile.load(file)
     shape, manifest = found.drafter.shape, bundle.manifest
     head = HeadGraph.load(bundle)
-    _check(bundle, found, head)
+    check_shape(bundle, shape)
+    sampled = found.tokens[: len(found.head_sample)].numpy()
+    found.check_head(torch.from_numpy(head.rows(sampled)), str(bundle.directory))
     rows = head.rows(found.tokens.numpy())
     entry = DrafterEntry(
         state=STATE_ENGINE,
@@ -53,9 +56,9 @@ def add_drafter(directory: Path, file: Path) -> DrafterEntry:
     return entry
 
 
-def _check(bundle: Bundle, found: DrafterFile, head: HeadGraph) -> None:
-    shape, facts = found.drafter.shape, bundle.manifest.model
-    name = str(bundle.directory)
+def check_shape(bundle: Bundle, shape: DrafterShape) -> None:
+    """Raise SedacError where `bundle` can have no drafter of `shape`, whatever it is trained to."""
+    facts, name = bundle.manifest.model, str(bundle.directory)
     own = (facts.hidden_size, facts.vocab_size, facts.num_layers)
     if (shape.hidden_size, shape.vocab_size, shape.feature_layers[-1]) != own:
         raise SedacError(
@@ -63,8 +66,6 @@ def _check(bundle: Bundle, found: DrafterFile, head: HeadGraph) -> None:
             f" tokens and {shape.feature_layers[-1]} layers, {name} for one of {own[0]}, {own[1]}"
             f" and {own[2]}; train one for it with sedac-export train-drafter"
         )
-    sampled = found.tokens[: len(found.head_sample)].numpy()
-    found.check_head(torch.from_numpy(head.rows(sampled)), name)
     ends = {entry.first_layer + entry.num_layers for entry in bundle.manifest.engines.layers}
     if missing := sorted(set(shape.feature_layers) - ends):
         raise SedacError(

@@ -10,6 +10,7 @@ from certificates import certificate_of, write_certified
 from conftest import require_chain
 from typer.testing import CliRunner
 
+from sedac_export import BuildRequest
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.certified import read_certification
 from sedac_export.cli.commands import app
@@ -179,3 +180,14 @@ def test_the_command_prints_one_object(drafter: Path, demo_bundle: Path, tmp_pat
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["feature_layers"] == [2, 6, 12]
     assert json.loads((drafter / "drafter-report.json").read_text())["steps"] > 0
+
+
+def test_a_bundle_that_takes_no_drafter_is_refused_before_the_training(
+    build_cache: BuildCache, tmp_path: Path
+) -> None:
+    request = BuildRequest(model=str(MODEL), output=tmp_path / "bundle", layers_per_engine=3)
+    bundle, output = build_cache.bundle(request), tmp_path / "drafter"
+    words = ["train-drafter", str(MODEL), "--data", json.__file__, "--bundle", str(bundle)]
+    result = CliRunner().invoke(app, [*words, "--output", str(output)])
+    assert "--layers-per-engine 1" in str(result.exception)
+    assert not output.exists()
