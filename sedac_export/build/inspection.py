@@ -123,7 +123,7 @@ def _engine_files(manifest: Manifest) -> list[tuple[str, str]]:
         for file in (e.file, e.lens)
         if file is not None
     ]
-    attention = [(e.file, str(e.first_layer)) for e in manifest.engines.attention]
+    attention = [(e.file, _range(e.first_layer, e.num_layers)) for e in manifest.engines.attention]
     engines = manifest.engines
     first = [(file, "") for file in (engines.embed, engines.contexts) if file is not None]
     return [*first, *layers, *fills, *attention, *exits, (engines.head, "")]

@@ -17,6 +17,7 @@ from tiny_models import ARCHITECTURES, save_tiny_model
 
 from sedac_export import BuildRequest, SedacError, build_bundle
 from sedac_export.build import exporter
+from sedac_export.build.inspection import inspect_bundle
 from sedac_export.bundle.manifest import read_manifest
 from sedac_export.graph.modules import stability
 from sedac_export.graph.trace_model import trace_graphs
@@ -86,6 +87,8 @@ def test_a_block_is_its_layers(tmp_path: Path, tiny_bundle: Callable[[str], Tiny
     assert manifest.exit_layers == [3, 4]
     files = [entry.file for entry in manifest.engines.layers]
     assert files == ["onnx/block_000_002.onnx", "onnx/layer_003.onnx"]
+    shown = {row["name"]: row["layers"] for row in inspect_bundle(tmp_path / "blocks")["engines"]}
+    assert (shown["block_000_002"], shown["attention_000_002"]) == ("0..2", "0..2")
     rng = np.random.default_rng(0)
     feeds = {
         "x": rng.standard_normal((1, 5, 64)).astype(np.float32),
