@@ -372,7 +372,14 @@ def _cuda(facts: dict[str, Any]) -> str:
     if facts["precision"] not in PRECISIONS:
         stored = facts["precision"]
         return f"no CUDA chain: it takes weights of 16 bits and less, and these are {stored}"
-    return "no CUDA chain; sedac-export engines --target cuda adds it"
+    if facts["quantization"] is not None:
+        from sedac_export.cuda.weight_blocks import check_quantized
+
+        try:
+            check_quantized(QuantizedWeights(**facts["quantization"]))
+        except SedacError as error:
+            return f"no CUDA chain: {error}"
+    return "no CUDA chain; sedac-export engines BUNDLE --target cuda --model MODEL adds it"
 
 
 def _visible(facts: Any) -> Any:

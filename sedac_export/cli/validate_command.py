@@ -64,7 +64,7 @@ def _validated(directory: Path, target: TargetName | None) -> list[TargetName]:
     if not held:
         raise SedacError(
             f"{directory} holds no engines for GPUs; add them with"
-            f" sedac-export engines {directory} and {OTHERS} as --target"
+            f" sedac-export engines {directory} --model MODEL and {OTHERS} as --target"
         )
     return held
 

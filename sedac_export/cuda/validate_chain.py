@@ -39,7 +39,7 @@ def validate(directory: Path, progress: StageProgress = lambda *_: None) -> Targ
     chain = bundle.manifest.cuda
     if chain is None:
         refusal = bundle.manifest.cuda_refusal
-        remedy = f"add it with sedac-export engines {directory} --target cuda"
+        remedy = f"add it with sedac-export engines {directory} --target cuda and --model"
         raise SedacError(
             f"{directory} holds no cuda engines" + (f": {refusal}" if refusal else f"; {remedy}")
         )

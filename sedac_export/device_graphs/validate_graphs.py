@@ -38,7 +38,7 @@ def validate(directory: Path, progress: StageProgress = lambda *_: None) -> Targ
     if graphs is None:
         raise SedacError(
             f"{directory} holds no {TARGET} engines; add them with sedac-export engines"
-            f" {directory} --target {TARGET}"
+            f" {directory} --target {TARGET} and --model"
         )
     run = _GraphValidator(bundle, graphs)
     checks = run_checks(progress, run.structure, run.onnxruntime, run.execution)

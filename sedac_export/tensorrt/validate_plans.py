@@ -42,7 +42,7 @@ def validate(
     if plans is None or portable is None:
         raise SedacError(
             f"{directory} holds no {target} engines; add them with"
-            f" sedac-export engines {directory} --target {target}"
+            f" sedac-export engines {directory} --target {target} and --model"
         )
     with Worker(target) as worker:
         run = _PlanValidator(directory, manifest, portable, target, plans, worker)

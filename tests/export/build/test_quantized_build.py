@@ -236,4 +236,12 @@ def test_commands_about_other_engines_say_why_not(
         assert snapshot(bundle) == before
     shown = call(main, ["inspect", str(bundle)], capfd)
     assert "quantized by rtn, symmetric blocks of 32" in shown.out
-    assert "no CUDA chain; sedac-export engines --target cuda adds it" in shown.out
+    assert "no CUDA chain; sedac-export engines BUNDLE --target cuda" in shown.out
+
+
+def test_inspect_says_that_the_kernel_takes_no_kept_weights(
+    build_cache: BuildCache, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = BuildRequest(str(DEMO_MODEL), tmp_path / "bundle", "int4", keep_precision="head")
+    shown = call(main, ["inspect", str(build_cache.bundle(request))], capfd)
+    assert "no CUDA chain: --target cuda takes weights that are all quantized alike" in shown.out

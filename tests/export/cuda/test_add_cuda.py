@@ -151,7 +151,7 @@ def test_the_commands_build_and_show_it(
 ) -> None:
     model, directory = half_bundle("llama")
     assert (
-        "no CUDA chain; sedac-export engines --target cuda adds it"
+        "no CUDA chain; sedac-export engines BUNDLE --target cuda --model MODEL adds it"
         in export("inspect", directory).out
     )
     result = export("engines", directory, "--target", "cuda", "--model", model)

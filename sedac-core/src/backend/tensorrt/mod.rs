@@ -469,7 +469,8 @@ impl<D: Device> Engines for TensorRt<D> {
 
 fn missing_plans(directory: &Path, target: &str) -> Error {
     let reason = format!(
-        "holds no plans for {target}; add them with sedac-export engines --target {target}"
+        "holds no plans for {target}; add them with sedac-export engines --target {target} and \
+         --model"
     );
     Error::bundle(directory, reason)
 }
