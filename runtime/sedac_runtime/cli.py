@@ -209,9 +209,10 @@ def generate(
     chosen: PolicyName | None = None if policy is None else policy.value
     if mode is GenerationMode.EXIT:  # the variables configure exits
         chosen = chosen or _method()
-        tau = _variable("SEDAC_V7_TAU", float, chosen) if tau is None else tau
-        if consecutive_k is None:
-            consecutive_k = _variable("SEDAC_V7_K", int, chosen)
+        if threshold is None:  # which is no setting of stability
+            tau = _variable("SEDAC_V7_TAU", float, chosen) if tau is None else tau
+            if consecutive_k is None:
+                consecutive_k = _variable("SEDAC_V7_K", int, chosen)
     generation = model.stream(
         tokens,
         max_new_tokens=max_new_tokens,

@@ -1,5 +1,7 @@
 """The core's chain exits where a replay of the same bundle exits, under every policy."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,9 @@ import numpy.typing as npt
 import pytest
 from conftest import THREADS
 from kernel_bits import skip_where_rows_differ
+from typer.testing import CliRunner
 
+from export.conftest import EXITS, TrainedBundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.edit import write_config
 from sedac_export.bundle.exit_config import ExitConfig
@@ -18,6 +22,7 @@ from sedac_export.exits.calibration.observe import Observations, observe
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.replay import Replay
 from sedac_runtime import SedacModel
+from sedac_runtime.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +106,16 @@ def test_the_chain_exits_where_the_replay_exits(
         assert len(exits) == len(beginnings) * (len(text) - 1)
         # early and at full depth
         assert min(exits) < 12 and exits.count(12) > 0, fields
+
+
+def test_the_environments_tau_is_not_taken_where_a_threshold_is(
+    trained_bundle: TrainedBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(trained_bundle[0], tmp_path / "bundle")
+    config = ExitConfig(policy="margin", thresholds=dict.fromkeys(EXITS, 0.9))
+    write_config(bundle, config.to_json())
+    monkeypatch.setenv("SEDAC_V7_TAU", "0.5")
+    words = ["generate", "--engines", str(bundle), "--prompt", "def", "--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, [*words, "--mode", "exit", "--threshold", "0", "--json"])
+    assert result.exit_code == 0, result.exception
+    assert "margin" in json.loads(result.stdout)["exit_reasons"]
