@@ -89,6 +89,7 @@ def collect(
         Path, typer.Option(help="Directory of the collection; an interrupted one is resumed.")
     ],
     exit_layers: ExitLayers = None,
+    probe_layers: ProbeLayers = None,
     max_bytes: MaxBytes = 4_000_000_000,
 ) -> None:
     """Run the chain over texts and store training data for probes, per token and depth."""
@@ -98,7 +99,8 @@ def collect(
     from sedac_export.exits.training.train_probes import exit_depths
 
     opened, documents = _read(bundle, data)
-    depths = exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers))
+    exits = exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers))
+    depths = sorted({*exits, *_probe_depths(opened, probe_layers)})
     with progress_bar("collect") as update:
         collection = run(
             Replay(opened),
@@ -195,14 +197,13 @@ def _train(
     """Train lenses of the kinds `lenses`, and probes, at the depths asked for by an option."""
     from sedac_export.exits.training import train_probes as training
 
-    asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
     with claimed(bundle), progress_bar("collect", "train") as update:
         opened, documents = _read(bundle, data)
         trained = training.train_probes(
             bundle,
             documents,
             training.exit_depths(opened.manifest, *exits),
-            training.probe_depths(opened.manifest, parse_depths("--probe-layers", asked)),
+            _probe_depths(opened, probe_layers),
             collection,
             max_bytes,
             update,
@@ -214,6 +215,14 @@ def _train(
             highlight=False,
         )
     return trained
+
+
+def _probe_depths(opened: Any, probe_layers: str | None) -> list[int]:
+    """The depths of entropy probes that the option, the original's variable or nobody asks for."""
+    from sedac_export.exits.training.train_probes import probe_depths
+
+    asked = probe_layers or os.environ.get("SEDAC_V6_LAYERS")
+    return probe_depths(opened.manifest, parse_depths("--probe-layers", asked))
 
 
 def _print_trained(bundle: Path, trained: Any) -> None:

@@ -123,7 +123,8 @@ class Collection:
 def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) -> Collection:
     """The collection in `directory`, a new one where there is none.
 
-    Raises SedacError when it is another model's, has other depths or is damaged.
+    It may have more depths than `depths`. Raises SedacError when it is another model's, lacks a
+    depth or is damaged.
     """
     fresh = Collection(
         directory, chain_fingerprint(manifest), list(depths), layout(manifest, depths)
@@ -145,10 +146,10 @@ def open_collection(directory: Path, manifest: Manifest, depths: Sequence[int]) 
         raise SedacError(f"{index} cannot be read; delete {directory} and collect again") from error
     if found.fingerprint != fresh.fingerprint:
         raise SedacError(f"{directory} was collected from another model; choose another directory")
-    if found.fields != fresh.fields:
+    if not fresh.fields.items() <= found.fields.items():
         raise SedacError(
-            f"{directory} was collected at depths {found.depths}, not {fresh.depths}; choose"
-            " another directory"
+            f"{directory} was collected at depths {found.depths}, which are not all of"
+            f" {fresh.depths}; ask for no others, or choose another directory"
         )
     for name, (kind, size) in fields.items():
         _require_whole(directory / name, held * size * np.dtype(kind).itemsize)

@@ -9,10 +9,12 @@ import torch
 from conftest import THREADS
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 from export.conftest import EXITS, PROBES, TrainedBundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
+from sedac_export.cli import app
 from sedac_export.errors import SedacError
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.probes_file import risk_probes
@@ -20,7 +22,7 @@ from sedac_export.exits.replay.replay import Replay
 from sedac_export.exits.replay.signals import Signals
 from sedac_export.exits.training.collect import collect, open_collection
 from sedac_export.exits.training.fit_probes import ranking, risk_target
-from sedac_export.exits.training.train_probes import train_probes
+from sedac_export.exits.training.train_probes import exit_depths, probe_depths, train_probes
 from sedac_export.pytorch.accelerator import create_universal_accelerator
 from sedac_runtime import SedacModel
 
@@ -178,6 +180,22 @@ def test_a_collection_is_of_all_layers_weights(
         other.files[f"onnx/{name}.data"].sha256 = "0" * 64
         with pytest.raises(SedacError, match="another model"):
             open_collection(tmp_path / "states", other, [6])
+
+
+def test_a_collection_serves_the_training_of_any_of_its_depths(
+    demo_bundle: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    manifest = Bundle.open(demo_bundle).manifest
+    collected, data = tmp_path / "states", tmp_path / "text.py"
+    data.write_text(texts[0].read_text()[:200])
+    words = ["collect", str(demo_bundle), "--data", str(data), "--output", str(collected)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    # what train-probes takes by default
+    depths = sorted({*exit_depths(manifest, None), *probe_depths(manifest, None)})
+    assert open_collection(collected, manifest, depths).depths == depths
+    assert open_collection(collected, manifest, depths[1:2]).depths == depths
+    with pytest.raises(SedacError, match="not all of"):
+        open_collection(collected, manifest, [*depths, 11])
 
 
 def test_a_collection_keeps_its_limit(
