@@ -23,7 +23,7 @@ from sedac_export.exits.calibration.generation_speed import (
     decoding_setups,
 )
 from sedac_export.exits.replay.documents import Document
-from sedac_export.exits.replay.replay import Replay
+from sedac_export.exits.replay.replay import Replay, early_depths
 from sedac_runtime import SedacModel
 from sedac_runtime._core import DecodingMode, DecodingSetting
 from sedac_runtime.choices import Drafter, LosslessDrafter, Mode
@@ -231,7 +231,7 @@ def _untried(directory: Path, manifest: Manifest) -> Iterator[str]:
             "a trained drafter: sedac-export train-drafter MODEL --self-distill 20000 --output"
             f" drafter --bundle {directory}"
         )
-    if not manifest.engines.exits:
+    if early_depths(manifest) and not manifest.engines.exits:
         yield (
             f"trained exits: sedac-export train-exits {directory} --data ... (other texts than"
             " these); train-probes if the model was trained for exits"

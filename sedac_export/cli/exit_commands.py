@@ -93,12 +93,13 @@ def collect(
     max_bytes: MaxBytes = 4_000_000_000,
 ) -> None:
     """Run the chain over texts and store training data for probes, per token and depth."""
-    from sedac_export.exits.replay.replay import Replay
+    from sedac_export.exits.replay.replay import Replay, require_early_depths
     from sedac_export.exits.training.collect import collect as run
     from sedac_export.exits.training.collect import left_out
     from sedac_export.exits.training.train_probes import exit_depths
 
     opened, documents = _read(bundle, data)
+    require_early_depths(opened.manifest, bundle)
     exits = exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers))
     depths = sorted({*exits, *_probe_depths(opened, probe_layers)})
     with progress_bar("collect") as update:
@@ -195,10 +196,12 @@ def _train(
     lenses: Sequence[Any],
 ) -> Any:
     """Train lenses of the kinds `lenses`, and probes, at the depths asked for by an option."""
+    from sedac_export.exits.replay.replay import require_early_depths
     from sedac_export.exits.training import train_probes as training
 
     with claimed(bundle), progress_bar("collect", "train") as update:
         opened, documents = _read(bundle, data)
+        require_early_depths(opened.manifest, bundle)
         trained = training.train_probes(
             bundle,
             documents,

@@ -13,7 +13,7 @@ from sedac_export.bundle import Bundle
 from sedac_export.exits.calibration import wall_clock
 from sedac_export.exits.replay.documents import read_documents
 from sedac_export.exits.training.collect import layout
-from sedac_export.exits.training.train_probes import exit_depths
+from sedac_export.exits.training.train_probes import exit_depths, probe_depths
 
 TEXT = "def push(self, item):\n    self.items.append(item)\n" * 20
 
@@ -37,7 +37,7 @@ def long_texts(text: Path) -> list[Path]:
 def enough_for_one(bundle: Path, texts: list[Path]) -> int:
     """Bytes that the largest of `texts` takes in a collection at all depths."""
     opened = Bundle.open(bundle)
-    depths = exit_depths(opened.manifest, None)
+    depths = sorted({*exit_depths(opened.manifest, None), *probe_depths(opened.manifest, None)})
     fields = layout(opened.manifest, depths).values()
     most = max(len(document.tokens) for document in read_documents(opened, texts))
     return most * sum(np.dtype(kind).itemsize * size for kind, size in fields)
@@ -68,6 +68,18 @@ def test_unusable_texts_are_named(
     assert_one_line_error(export(*arguments(command, bundle, missing)), "missing.py")
     assert snapshot(bundle) == before
     assert not Path(f"{bundle}-out").exists()
+
+
+@pytest.mark.parametrize("command", ["collect", "train-probes", "train-exits", "calibrate"])
+def test_a_bundle_whose_tokens_never_exit_early_is_refused(
+    command: str, export: Command, bundle: Path, long_texts: list[Path]
+) -> None:
+    rewrite_manifest(bundle, exit_layers=Bundle.open(bundle).manifest.exit_layers[-1:])
+    before = snapshot(bundle)
+    assert_one_line_error(
+        export(*arguments(command, bundle, *long_texts)), "no token exits early", "--exit-layers"
+    )
+    assert snapshot(bundle) == before
 
 
 @pytest.mark.parametrize("command", ["train-probes", "train-exits", "calibrate"])

@@ -37,7 +37,7 @@ from sedac_export.exits.replay.documents import (
     split_documents,
     window_length,
 )
-from sedac_export.exits.replay.replay import Replay
+from sedac_export.exits.replay.replay import Replay, require_early_depths
 from sedac_runtime.choices import CalibrationMode, KvFill
 
 # what part of the risk the settings to certify spend where they were searched, safest first; few
@@ -147,8 +147,10 @@ def certify(
 ) -> tuple[CalibrationStep, list[CalibrationStep]]:
     """The certified setting that the request asks for, and all that were tested, in order.
 
-    Raises SedacError when the data are too few, and when no setting is certified.
+    Raises SedacError when no token can exit early, the data are too few, and when no setting is
+    certified.
     """
+    require_early_depths(run.bundle.manifest, run.bundle.directory)
     _check_size(request, run.certifying)
     ladder = _choose(request, run)
     steps = _test(request, run, ladder)

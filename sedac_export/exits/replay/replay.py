@@ -9,6 +9,7 @@ positions gives what decoding them one by one with exits gives.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from sedac_export.arrays import Floats
 from sedac_export.bundle import Bundle
-from sedac_export.bundle.manifest import LayerEngineEntry
+from sedac_export.bundle.manifest import LayerEngineEntry, Manifest
 from sedac_export.bundle.runner import BundleRunner, PassInputs
 from sedac_export.bundle.sessions import THREADS
 from sedac_export.errors import SedacError
@@ -75,7 +76,7 @@ class Replay:
         self.runner = BundleRunner.of(bundle, threads)
         self.num_layers = manifest.model.num_layers
         self.exits = [entry.depth for entry in manifest.engines.exits]
-        self.early = {depth for depth in manifest.exit_layers if depth < self.num_layers}
+        self.early = set(early_depths(manifest))
 
     @property
     def attention(self) -> list[LayerEngineEntry]:
@@ -230,4 +231,18 @@ def _check_finite(x: Floats, chunk: slice) -> None:
         raise SedacError(
             f"activations are NaN or infinite at positions {chunk.start} to {chunk.stop - 1};"
             " is the model damaged? sedac-export inspect shows what its bundle was validated at"
+        )
+
+
+def early_depths(manifest: Manifest) -> list[int]:
+    """The depths at which tokens may exit, full depth aside."""
+    return [depth for depth in manifest.exit_layers if depth < manifest.model.num_layers]
+
+
+def require_early_depths(manifest: Manifest, name: Path) -> None:
+    """Raise SedacError where no token of the bundle `name` can exit early."""
+    if not early_depths(manifest):
+        raise SedacError(
+            f"{name} has no exit before its last layer, so that no token exits early; build it with"
+            " other --exit-layers"
         )

@@ -32,7 +32,7 @@ from sedac_export.errors import SedacError
 from sedac_export.exits.replay.documents import Document
 from sedac_export.exits.replay.probes import LearnedProbe, LREProbe
 from sedac_export.exits.replay.probes_file import write_lenses, write_probes
-from sedac_export.exits.replay.replay import Replay, chunks
+from sedac_export.exits.replay.replay import Replay, chunks, early_depths
 from sedac_export.exits.training.collect import DEFAULT_BYTES, Collection, collect, left_out
 from sedac_export.exits.training.exit_graphs import (
     NORMED,
@@ -107,8 +107,7 @@ def exit_depths(
     manifest: Manifest, asked: Sequence[int] | None, option: str = "--exit-layers"
 ) -> list[int]:
     """The depths that get exit engines: those asked for, else up to MOST_EXITS spread evenly."""
-    layers = manifest.model.num_layers
-    early = [depth for depth in manifest.exit_layers if depth < layers]
+    layers, early = manifest.model.num_layers, early_depths(manifest)
     if asked is not None:
         return _allowed(asked, early, option)
     if len(early) <= MOST_EXITS:
@@ -119,8 +118,7 @@ def exit_depths(
 
 def probe_depths(manifest: Manifest, asked: Sequence[int] | None) -> list[int]:
     """The depths that get V6 probes: by default those nearest 1/6, 1/3 and 1/2 of the layers."""
-    layers = manifest.model.num_layers
-    early = [depth for depth in manifest.exit_layers if depth < layers]
+    layers, early = manifest.model.num_layers, early_depths(manifest)
     if asked is not None:
         return _allowed(asked, early, "--probe-layers")
     return sorted({_nearest(early, share * layers) for share in PROBE_SHARES}) if early else []
