@@ -122,7 +122,7 @@ impl ExitEntry {
 }
 
 /// A trained drafter's weights, of which its engines are made.
-const DRAFTER_WEIGHTS: &str = "drafter.safetensors";
+pub(crate) const DRAFTER_WEIGHTS: &str = "drafter.safetensors";
 
 /// The engines of a trained drafter.
 #[derive(Debug, Clone, Serialize, Deserialize)]

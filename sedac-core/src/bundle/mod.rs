@@ -31,11 +31,11 @@ pub(crate) use self::exit_config::EXIT_CONFIG;
 pub use self::exit_config::{DrafterKind, ExitConfig};
 pub(crate) use self::gate::hex;
 pub use self::gate::{FileEntry, Gate, Verify};
-pub(crate) use self::manifest::MAX_BUFFER;
 pub use self::manifest::{
     ContextTensor, DrafterEntry, EngineFiles, ExitEntry, KeyValueEntry, KeyValueHeads, LayerEntry,
     Manifest, ModelFacts, SCHEMA_VERSION, Target,
 };
+pub(crate) use self::manifest::{DRAFTER_WEIGHTS, MAX_BUFFER};
 pub use self::plans::{
     ElementType, PlanFiles, PlanSet, PlanTarget, PortableContext, PortableGraphs, PortableLayers,
     Precision,

@@ -7,11 +7,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use tracing::warn;
 
-use crate::bundle::{Bundle, ChainShape, DrafterEntry};
+use crate::bundle::{Bundle, ChainShape, DRAFTER_WEIGHTS, DrafterEntry};
 use crate::error::{Error, Result};
-
-/// Where a trained drafter is kept.
-const DRAFTER: &str = "drafter.safetensors";
 
 /// Hidden states of the model that the kernel takes for a position, at most.
 pub(super) const MAX_FEATURES: usize = 3;
@@ -85,14 +82,14 @@ impl DrafterWeights {
         let Some(entry) = &bundle.manifest.drafter else {
             return Ok(None);
         };
-        let bytes = bundle.gate.read(Path::new(DRAFTER))?;
+        let bytes = bundle.gate.read(Path::new(DRAFTER_WEIGHTS))?;
         let weights = Self::parse(&bytes, entry, shape);
         weights.map_err(|reason| {
             let reason = format!(
                 "not a drafter that the cuda backend runs ({reason}); train it again with \
                  sedac-export train-drafter, or use --backend onnxruntime"
             );
-            Error::bundle(&bundle.gate.shown(DRAFTER), reason)
+            Error::bundle(&bundle.gate.shown(DRAFTER_WEIGHTS), reason)
         })
     }
 

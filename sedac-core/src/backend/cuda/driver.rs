@@ -330,7 +330,7 @@ fn kernels_of(bundle: &Bundle) -> Result<&ChainKernels> {
             "holds no cuda engines, which cannot run this model: {reason}; use --backend onnxruntime"
         )),
         None => refused(&format!(
-            "holds no cuda engines; add them with sedac-export engines {} --target cuda",
+            "holds no cuda engines; add them with sedac-export engines {} --target cuda --model MODEL",
             bundle.gate.shown("").display()
         )),
     })?;
