@@ -95,6 +95,7 @@ impl<E: Engines> HostDecided<E> {
             exit_signals: deciding.and_then(|deciding| deciding.exit_signals),
             logits,
             margins: Vec::new(),
+            mispredicted: false,
         })
     }
 

@@ -209,6 +209,7 @@ impl<E: Engines> HostDecided<E> {
                         _ => step.logits.of_rows(logits, width),
                     },
                     margins: Vec::new(),
+                    mispredicted: false,
                 })
             })
             .collect()

@@ -149,6 +149,9 @@ pub struct StepOutcome {
     /// the second, where tokens, sampled or not, were requested of a backend that
     /// [measures](super::Capabilities::margins) it; empty elsewhere.
     pub margins: Vec<f32>,
+    /// Whether it went on with a token other than the one chosen last: what ran after it was for
+    /// nothing.
+    pub mispredicted: bool,
 }
 
 /// The depth at which a step ended.

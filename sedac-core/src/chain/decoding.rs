@@ -10,6 +10,7 @@ use tracing::{Span, debug, debug_span};
 use super::drafting::Drafting;
 use super::growing_text::{Emit, Text};
 use super::model_limits::ModelLimits;
+use super::run_ahead::RunAhead;
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, step_one};
 use crate::backend::{
     Ahead, Backend, Costs, Logits, LogitsRequest, MAX_AHEAD, SequenceStep, StepExit, StepOutcome,
@@ -36,6 +37,7 @@ pub(crate) struct Decoding {
     text: Text,
     pub(super) drafter: Option<DrafterKind>,
     pub(super) drafting: Option<Drafting>,
+    run_ahead: RunAhead,
     planned: Planned,
     /// The tokens that the planned step appends.
     inputs: Vec<u32>,
@@ -87,6 +89,7 @@ impl Decoding {
                 limits.capacity,
             ),
             drafting: None,
+            run_ahead: RunAhead::default(),
             planned: Planned::default(),
             inputs: Vec::new(),
             drafts: DraftSummary::default(),
@@ -274,7 +277,7 @@ impl Decoding {
             (drafting.undrafted / 2).clamp(1, MAX_AHEAD)
         });
         let tokens = match self.exits.is_constant() {
-            true => wanted.min(max_ahead),
+            true => wanted.min(max_ahead).min(self.run_ahead.tokens()),
             false => 1,
         };
         self.inputs.clear();
@@ -430,7 +433,9 @@ impl Decoding {
     }
 
     fn take_decoded(&mut self, outcome: &StepOutcome, costs: &Costs, emit: &mut impl Emit) {
-        for index in 0..outcome.logits.tokens().len().max(1) {
+        let tokens = outcome.logits.tokens().len().max(1);
+        self.run_ahead.observe(tokens, outcome.mispredicted);
+        for index in 0..tokens {
             let logits = outcome.logits.at(index, self.vocab_size);
             self.text.take(logits, outcome.exit, None, emit);
             if let Some(drafting) = &mut self.drafting {

@@ -6,6 +6,7 @@ mod drafting_record;
 mod growing_text;
 mod mode;
 mod model_limits;
+mod run_ahead;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;

@@ -7,6 +7,7 @@ mod exit_drafts;
 mod lossless;
 mod not_finite;
 mod passes;
+mod run_ahead;
 mod scheduled;
 mod scheduled_events;
 mod toy;

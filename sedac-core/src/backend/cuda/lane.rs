@@ -26,6 +26,8 @@ pub(super) struct Lane {
     pub(super) logits: Logits,
     /// Of the logits' rows, where tokens are wanted, sampled or not.
     pub(super) margins: Vec<f32>,
+    /// Whether the device went on with another token than the one chosen last.
+    pub(super) mispredicted: bool,
     /// How far it can go on.
     pub(super) ahead: Ahead,
     /// How far it was asked to.
@@ -92,6 +94,7 @@ impl Lane {
             exit_signals: None,
             logits: Logits::None,
             margins: Vec::new(),
+            mispredicted: false,
             ahead: Ahead {
                 tokens,
                 ..step.ahead

@@ -352,6 +352,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
                 exit_signals: lane.exit_signals,
                 logits: lane.logits,
                 margins: lane.margins,
+                mispredicted: lane.mispredicted,
             }
         });
         Ok(outcomes.collect())

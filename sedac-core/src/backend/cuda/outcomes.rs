@@ -125,7 +125,8 @@ impl<D: ChainDevice> CudaChain<D> {
                 _ => outcome.row[before].token,
             };
             let newest = lane.logits.tokens().last();
-            if newest != Some(&chosen) || outcome.row[in_pass].finite == 0 {
+            lane.mispredicted = newest != Some(&chosen);
+            if lane.mispredicted || outcome.row[in_pass].finite == 0 {
                 break;
             }
             let appended = step.sequence.append(&[chosen])?;

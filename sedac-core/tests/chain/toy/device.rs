@@ -176,6 +176,7 @@ impl ToyDevice {
             exit_signals: lane.exit_signals,
             logits,
             margins: Vec::new(),
+            mispredicted: false,
         }
     }
 }

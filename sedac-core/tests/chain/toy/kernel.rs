@@ -1,6 +1,7 @@
 //! The toy model as a kernel that runs passes, and checks that they keep the contract.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
@@ -27,6 +28,8 @@ pub(crate) struct ToyKernel {
     clock: u64,
     /// The number of rows of each pass so far.
     pub(crate) passes: Vec<usize>,
+    /// The number of steps of all passes so far.
+    pub(crate) steps: Arc<AtomicUsize>,
     /// A token whose logits are NaN.
     pub(crate) poison: Option<u32>,
     /// Positions that a trained drafter takes in at once; 0 for none.
@@ -59,6 +62,7 @@ impl ToyKernel {
             logits: Vec::new(),
             clock: 0,
             passes: Vec::new(),
+            steps: Arc::default(),
             poison: None,
             draft_rows: 0,
             drafter_caches: vec![Vec::new(); slots],
@@ -335,6 +339,7 @@ impl ChainDevice for ToyKernel {
         for step in 0..pass.ahead.tokens {
             self.check(&pass);
             self.run_step(&pass, step, &mut outcome);
+            self.steps.fetch_add(1, Ordering::Relaxed);
             if !go_on(&mut pass, step, &outcome, &mut accepted) {
                 break;
             }
