@@ -11,6 +11,7 @@ from conftest import DEMO_MODEL, THREADS
 from tiny_models import save_tiny_model
 
 from sedac_export import BuildRequest
+from sedac_export.build.inspection import inspect_bundle
 from sedac_export.device_graphs.onnxruntime_cuda import add_onnxruntime_cuda
 from sedac_runtime import BundleError, EngineError, InputError, SedacModel, _core, cuda_libraries
 from sedac_runtime.cuda_libraries import load_cuda_libraries, needed
@@ -97,6 +98,13 @@ def test_graphs_must_be_there(demo_bundle: Path) -> None:
         BundleError, match="sedac-export engines --target onnxruntime-cuda and --model"
     ):
         on_host(demo_bundle)
+
+
+def test_inspect_shows_them(demo_with_graphs: Path, demo_bundle: Path) -> None:
+    shown = [
+        inspect_bundle(bundle)["onnxruntime_cuda"] for bundle in (demo_with_graphs, demo_bundle)
+    ]
+    assert shown == [True, False]
 
 
 def test_graphs_are_not_certified(demo_with_graphs: Path) -> None:

@@ -81,6 +81,12 @@ def inspect_bundle(directory: Path, verify: Verify = "always") -> dict[str, Any]
         "plans": {target: plans.version for target, plans in manifest.plans.items()},
         "cuda": manifest.cuda and manifest.cuda.model_dump(),
         "cuda_refusal": manifest.cuda_refusal,
+        "onnxruntime_cuda": manifest.onnxruntime_cuda is not None,
+        "drafter": manifest.drafter
+        and {
+            "feature_layers": manifest.drafter.feature_layers,
+            "tokens": len(manifest.drafter.tokens),
+        },
         "files": {"hashed": hashed, "unchanged": unchanged},
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "max_cache_length": manifest.max_cache_length,

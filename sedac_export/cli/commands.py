@@ -247,8 +247,12 @@ def inspect(
     if quality is not None:
         out.print(_quality(quality), soft_wrap=True)
     out.print(_cuda(facts), soft_wrap=True)
+    if facts["onnxruntime_cuda"]:
+        out.print("graphs for ONNX Runtime's CUDA provider")
     for flavour, version in facts["plans"].items():
         out.print(f"{flavour} engines of version {version}")
+    if facts["drafter"] is not None:
+        out.print(f"trained drafter of {facts['drafter']['tokens']} tokens")
     differences = {row["engine"]: row["difference"] for row in (quality or {}).get("engines", ())}
     table = Table("engine", "layers", "weights MB", "error", "cosine", "quantization error")
     for engine in facts["engines"]:

@@ -248,7 +248,8 @@ def _print_trained(bundle: Path, trained: Any) -> None:
         Console().print(shown_table)
     console.print(
         f"{bundle}: exit engines with {len(trained.tokens)} frequent tokens; figures are of"
-        " documents that were held out; calibrate to set thresholds",
+        " documents that were held out; the exit configuration is the default again and certifies"
+        " nothing: calibrate to set thresholds",
         highlight=False,
     )
 

@@ -11,6 +11,7 @@ from conftest import require_chain
 from typer.testing import CliRunner
 
 from sedac_export import BuildRequest
+from sedac_export.build.inspection import inspect_bundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.certified import read_certification
 from sedac_export.cli.commands import app
@@ -127,6 +128,13 @@ def test_texts_are_drafted_for_together(
             drafted += progress.drafts.drafted if progress.drafts else 0
     assert list(together.values()) == alone
     assert drafted > 0
+
+
+def test_inspect_shows_it(drafting_bundle: Path) -> None:
+    shown = inspect_bundle(drafting_bundle)["drafter"]
+    assert shown["feature_layers"] == [2, 6, 12] and shown["tokens"] > 0
+    result = CliRunner().invoke(app, ["inspect", str(drafting_bundle)])
+    assert f"trained drafter of {shown['tokens']} tokens" in result.output
 
 
 def test_exits_stay_certified(drafter: Path, demo_bundle: Path, tmp_path: Path) -> None:
