@@ -194,7 +194,7 @@ fn keep_nucleus(candidates: &mut Vec<(u32, f32)>, highest: f32, sampling: &Sampl
         width *= 2.0;
     }
     candidates.retain(is_near(width));
-    candidates.sort_unstable_by(|a, b| likeliest_first(a, b).then(a.0.cmp(&b.0)));
+    candidates.sort_unstable_by(likeliest_first);
     let mut sum = 0.0;
     let last = candidates.iter().position(|of| {
         sum += weight(of);
@@ -203,8 +203,9 @@ fn keep_nucleus(candidates: &mut Vec<(u32, f32)>, highest: f32, sampling: &Sampl
     candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
 }
 
+/// Of equals the lowest token.
 fn likeliest_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
-    b.1.total_cmp(&a.1)
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
 /// Relative to the most probable token's.
@@ -381,6 +382,19 @@ mod tests {
                 "{top_p}: {}",
                 kept.len()
             );
+        }
+    }
+
+    #[test]
+    fn filters_keep_the_lowest_of_equals() {
+        for top_k in 1..4 {
+            let sampling = Sampling {
+                temperature: 1.0,
+                top_k,
+                ..Sampling::default()
+            };
+            let chosen = (0..200).map(|key| choose(&sampling, key, &[1.0; 5], &mut Vec::new()));
+            assert_eq!(chosen.max(), Some(top_k as u32 - 1));
         }
     }
 
