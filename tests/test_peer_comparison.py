@@ -113,6 +113,16 @@ def test_what_is_not_installed_is_left_out(
         installed_peers(["llama.cpp"])
 
 
+def test_a_model_may_be_given_for_what_is_not_installed(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command runs wherever some of its runtimes are: here it goes on to the other's."""
+    install(monkeypatch, "llama_cpp")
+    models: dict[PeerName, str] = {"transformers": str(DEMO_MODEL)}
+    with pytest.raises(InputError, match=r"llama\.cpp has no model"):
+        bench_peers(demo_bundle, ["llama.cpp", "transformers"], peer_models=models, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

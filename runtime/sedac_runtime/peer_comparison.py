@@ -16,7 +16,14 @@ from typing import Any, TypedDict
 from sedac_runtime._core import EngineError, InputError
 from sedac_runtime.choices import LosslessDrafter, Verify
 from sedac_runtime.library import default_threads
-from sedac_runtime.peer_models import PeerName, find_models, genai_model, installed_peers, last_line
+from sedac_runtime.peer_models import (
+    PeerName,
+    check_asked_for,
+    find_models,
+    genai_model,
+    installed_peers,
+    last_line,
+)
 from sedac_runtime.ranges import MOST_THREADS, check_count
 
 # a prompt and the tokens after it
@@ -64,7 +71,8 @@ def bench_peers(
     tokens, which say nothing about drafts or exits.
 
     peer_models: where a peer has the model from. For onnxruntime-genai and transformers that is a
-    checkpoint's directory or a hub id, by default the bundle's; for llama.cpp a GGUF file.
+    checkpoint's directory or a hub id, by default the bundle's; for llama.cpp a GGUF file. What is
+    given for a peer that is not installed is not used.
     onnxruntime-genai's model builder makes a model of the bundle's precision and block size, unless
     the directory is one that it wrote.
 
@@ -84,8 +92,10 @@ def bench_peers(
     threads = default_threads() if threads is None else threads
     check_count("threads", threads, 1, MOST_THREADS)
     directory = Path(bundle)
+    given = peer_models or {}
+    check_asked_for(peers, given)
     compared = installed_peers(peers)
-    models = find_models(directory, compared, peer_models or {})
+    models = find_models(directory, compared, given)
     options = {"verify": verify, "memory_limit": memory_limit}
     sedac = _Case("", "sedac", str(directory), threads, options)
     texts = prompts or [[1 + position % 97 for position in range(prompt_tokens)]]

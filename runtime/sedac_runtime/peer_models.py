@@ -6,7 +6,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -60,6 +60,13 @@ def parse_peer_models(texts: Sequence[str]) -> dict[PeerName, str]:
     return found
 
 
+def check_asked_for(peers: Sequence[PeerName], given: Iterable[PeerName]) -> None:
+    """Raises InputError where a model is `given` for another runtime than `peers`."""
+    for name in given:
+        if name not in peers:
+            raise InputError(f"a model is given for {name}, which is not compared with")
+
+
 def _known(name: str) -> PeerName | None:
     return next((known for known in PEERS if known == name), None)
 
@@ -90,9 +97,6 @@ def find_models(
 
     Raises InputError for a peer that has none, or one that cannot be it.
     """
-    for name in given:
-        if name not in peers:
-            raise InputError(f"a model is given for {name}, which is not compared with")
     source = str(_manifest(bundle)["model"]["name"])
     found = {}
     for name in peers:
