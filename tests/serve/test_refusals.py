@@ -54,6 +54,7 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
         ({"sedac": {"mode": "exit", "tau": -1}}, "sedac", "tau"),
         ({"sedac": {"mode": "full", "tau": 0.9}}, "sedac", "tau"),
         ({"sedac": {"mode": "exit", "policy": "probe"}}, "sedac", "probe"),
+        ({"sedac": {"drafter": "trained"}}, "sedac", "no trained drafter"),
         ({"stream": True, "prompt": ""}, "prompt", "no tokens"),
     ],
 )
@@ -146,6 +147,13 @@ def test_a_body_over_the_limit(http: httpx.Client) -> None:
 def test_a_megabyte_of_prompt_cannot_fit(http: httpx.Client) -> None:
     response = http.post("/v1/completions", json=COMPLETION | {"prompt": "word " * 200_000})
     assert "at most" in assert_error(response, 400, "prompt")
+
+
+def test_a_prompt_that_the_caches_of_all_sequences_cannot_hold(demo_bundle: Path) -> None:
+    with serving(demo_bundle, "--cache-tokens", 8, "--threads", 1) as server:
+        body = COMPLETION | {"model": "bundle", "prompt": [5] * 9}
+        response = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert "at most 8" in assert_error(response, 400, "prompt")
 
 
 def test_headers_over_the_limit(server: RunningServer) -> None:

@@ -71,11 +71,13 @@ class _Sequence:
 class EngineThread:
     """Runs a scheduler's steps as long as it has sequences.
 
-    capacity: sequences that may run and wait at once, all requests together.
+    capacity: sequences that may run and wait at once, all requests together. cache_tokens:
+    positions that all of them share.
     """
 
     def __init__(self, scheduler: Scheduler, observer: StepObserver, capacity: int) -> None:
         self.capacity = capacity
+        self.cache_tokens = scheduler.statistics().cache_tokens
         self.failure: str | None = None
         self._scheduler = scheduler
         self._observer = observer

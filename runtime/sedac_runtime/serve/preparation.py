@@ -142,7 +142,8 @@ def _prompt(model: ServedModel, prompt: str | list[int], request: CompletionRequ
 
 def _room(model: ServedModel, prompt: Prompt, field: str, limit: int) -> int:
     """Tokens that fit after `prompt`, at least one where any are wanted."""
-    length, longest = len(prompt.tokens), model.core.max_cache_length
+    length = len(prompt.tokens)
+    longest = min(model.core.max_cache_length, model.engine.cache_tokens)
     if length == 0:
         raise bad_request(f"{field} has no tokens; give some text", field)
     if length > longest:

@@ -20,6 +20,14 @@ pub(crate) struct ModelLimits {
 }
 
 impl ModelLimits {
+    /// Check that the model can decode in `mode`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] otherwise.
+    pub(crate) fn check_decoding(&self, mode: &DecodingMode, kv_fill: KvFill) -> Result<()> {
+        self.exit_schedule(mode, kv_fill).map(drop)
+    }
+
     /// When the tokens of `mode` exit.
     ///
     /// # Errors

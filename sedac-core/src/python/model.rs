@@ -22,7 +22,9 @@ use crate::backend::Layout;
 use crate::bench::BenchCase;
 use crate::bundle::{Bundle, Opening, Verify};
 use crate::certification::{Certification, GenerationSetting};
-use crate::chain::{Chain, DecodingChoice, DecodingMode, DrafterChoice, ModeName, Request};
+use crate::chain::{
+    Chain, DecodingChoice, DecodingMode, DrafterChoice, ModeName, ModelLimits, Request,
+};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
@@ -39,7 +41,7 @@ pub(super) struct Model {
     library: Library,
     backend: BackendName,
     passed_over: Vec<PassedOver>,
-    verifies_exactly: bool,
+    limits: ModelLimits,
 }
 
 #[pymethods]
@@ -105,7 +107,7 @@ impl Model {
             } = loaded?;
             Ok(Self {
                 bundle,
-                verifies_exactly: chain.limits().capabilities.verifies_exactly,
+                limits: chain.limits(),
                 turns: ProcessLocal::new(Turns::new(chain)),
                 codec: ProcessLocal::new(codec),
                 library,
@@ -180,7 +182,8 @@ impl Model {
         self.bundle.manifest.tokenizer
     }
 
-    /// How tokens are decoded: as the arguments say, and where they are None the bundle.
+    /// How tokens are decoded: as the arguments say, and where they are None the bundle. Raises
+    /// where what runs the bundle cannot decode so.
     #[pyo3(signature = (
         mode, *, forced_exit = None, policy = None, threshold = None, tau = None,
         consecutive_k = None, min_layer_ratio = None, kv_fill = None, drafter = None
@@ -216,7 +219,9 @@ impl Model {
             exit_config,
             ..
         } = &self.bundle;
-        choice.resolve(exit_config, manifest).map(PyDecodingSetting)
+        let setting = choice.resolve(exit_config, manifest)?;
+        self.limits.check_decoding(&setting.mode, setting.kv_fill)?;
+        Ok(PyDecodingSetting(setting))
     }
 
     /// What is certified of texts that are decoded so; None where their tokens are full depth's.
@@ -389,7 +394,7 @@ impl Model {
             kv_fill,
             sampling,
             others: self.backend.others(),
-            verifies_exactly: self.verifies_exactly,
+            verifies_exactly: self.limits.capabilities.verifies_exactly,
         };
         let Bundle {
             manifest,
