@@ -1,5 +1,6 @@
 """Schemathesis: requests made from the server's own OpenAPI schema, valid and not."""
 
+import httpx
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
@@ -24,6 +25,13 @@ def test_answers_are_those_of_the_schema(server: RunningServer, quick: bool) -> 
         assert statuses
         if operation.body:
             assert {200, 400} <= statuses
+
+
+def test_the_schema_has_no_answer_that_is_never_given(server: RunningServer) -> None:
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    operations = [operation for path in schema["paths"].values() for operation in path.values()]
+    assert all("422" not in operation["responses"] for operation in operations)
+    assert "ValidationError" not in str(schema)
 
 
 def check(operation: schemathesis.APIOperation, examples: int) -> set[int]:

@@ -115,6 +115,13 @@ def test_refusals_name_the_place(model: type[BaseModel], body: Any, param: str) 
     assert detail.param == param
 
 
+def test_too_many_stop_strings_are_called_that() -> None:
+    """Not that they are no text, which is the other form of the field."""
+    detail = refusal(CompletionRequest, COMPLETION | {"stop": ["a"] * 17})
+    assert detail is not None
+    assert detail.message == "stop: List should have at most 16 items after validation, not 17"
+
+
 def test_a_field_that_is_not_supported_is_called_that() -> None:
     detail = refusal(ChatRequest, CHAT | {"audio": {}})
     assert detail is not None

@@ -108,7 +108,7 @@ def invalid_request(error: RequestValidationError) -> ApiError:
     """400: something in the body that does not match the schema.
 
     Of the alternatives of a union all report what they lack: the deepest place is the one that
-    the client meant.
+    the client meant, and of equally deep ones what is of the right type.
     """
     errors = error.errors()
     if errors[0]["loc"][:1] != ("body",) or errors[0]["type"] == "json_invalid":
@@ -117,7 +117,11 @@ def invalid_request(error: RequestValidationError) -> ApiError:
         field_path(entry["loc"][1:], error.body, missing=entry["type"] == "missing")
         for entry in errors
     ]
-    deepest = max(range(len(places)), key=lambda index: len(places[index]))
+    meant = [
+        (len(place), not entry["type"].endswith("_type"))
+        for place, entry in zip(places, errors, strict=True)
+    ]
+    deepest = meant.index(max(meant))
     param, kind = ".".join(places[deepest]).replace(".[", "[") or None, errors[deepest]["type"]
     if kind == "extra_forbidden":
         return bad_request(f"{param} is not supported; leave it out", param, "unknown_parameter")

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -36,12 +37,24 @@ _PAGE_HEADERS = {
 }
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """Without FastAPI's own answer to a body that does not fit: here that is status 400."""
+        schema = super().openapi()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
+
+
 def create_application(
     models: Sequence[ServedModel], metrics: ServerMetrics, settings: ServerSettings
 ) -> FastAPI:
     """The application that serves `models`. Its lifespan starts and stops their threads. Raises
     InputError where traces are asked for that cannot be."""
-    app = FastAPI(
+    app = _Application(
         title="sedac-runtime",
         version=version("sedac-runtime"),
         docs_url=None,  # they would load scripts from elsewhere
