@@ -76,15 +76,16 @@ class ProbeRow:
     """What one depth's probes reach on held-out documents.
 
     agreement: share of exit tokens that are full depth's. margin and learned: area under the ROC
-    curve of telling those, None where all agree or none do. risk_loss: Huber loss of the V6 probe,
-    None where there is none. lens and adapter: what an affine lens and an MLP change, None where
-    not asked for. The better is kept if it helps, and the other figures are with it.
+    curve of telling those, None where all agree or none do. All three are None where the depth has
+    no exit engine. risk_loss: Huber loss of the V6 probe, None where there is none. lens and
+    adapter: what an affine lens and an MLP change, None where not asked for. The better is kept if
+    it helps, and the other figures are with it.
     """
 
     depth: int
-    agreement: float
-    margin: float | None
-    learned: float | None
+    agreement: float | None = None
+    margin: float | None = None
+    learned: float | None = None
     risk_loss: float | None = None
     lens: LensRow | None = None
     adapter: LensRow | None = None
@@ -221,7 +222,8 @@ class _Trainer:
 
     def fit(self, depth: int, with_exit: bool, with_risk: bool) -> None:
         hidden = self.data.read(f"hidden_{depth:03}")[self.indices]
-        row = self._fit_exit(depth, hidden) if with_exit else None
+        row = self._fit_exit(depth, hidden) if with_exit else ProbeRow(depth)
+        self.trained.rows.append(row)
         if with_risk:
             states = torch.from_numpy(hidden)
             probe, loss = train_risk(states, self.target, self.held_out)
@@ -229,8 +231,7 @@ class _Trainer:
             with torch.no_grad():
                 seen = probe(states[-self.held_out :].float())
             self.trained.medians[depth] = float(seen.median())
-            if row is not None:
-                row.risk_loss = loss
+            row.risk_loss = loss
 
     def _fit_exit(self, depth: int, hidden: npt.NDArray[np.float16]) -> ProbeRow:
         normed, scalars = self._features(depth, hidden)
@@ -241,7 +242,7 @@ class _Trainer:
         with torch.no_grad():
             scores = probe(normed[held].float(), scalars[held]).squeeze(-1)
         lenses = self.lens_rows.get(depth, {})
-        row = ProbeRow(
+        return ProbeRow(
             depth,
             float(agrees[held].float().mean()),
             ranking(scalars[held, 2] - scalars[held, 3], agrees[held]),
@@ -249,8 +250,6 @@ class _Trainer:
             lens=lenses.get("affine"),
             adapter=lenses.get("mlp"),
         )
-        self.trained.rows.append(row)
-        return row
 
     def _exit_tokens(self, depth: int, hidden: npt.NDArray[np.float16]) -> Tensor:
         """The tokens of exits at `depth`, int64: the collected ones are without a lens."""

@@ -36,7 +36,7 @@ def replay(trained_bundle: TrainedBundle) -> Replay:
 def test_the_runtime_loads_it_and_generates_as_before(
     trained_bundle: TrainedBundle, demo_model: SedacModel
 ) -> None:
-    bundle, trained = trained_bundle
+    bundle, _ = trained_bundle
     manifest = Bundle.open(bundle).manifest
     assert [entry.depth for entry in manifest.engines.exits] == list(EXITS)
     with_risk = [e.first_layer + e.num_layers for e in manifest.engines.layers if e.risk]
@@ -45,7 +45,14 @@ def test_the_runtime_loads_it_and_generates_as_before(
     prompt = "def main():\n"
     expected = demo_model.generate(prompt, mode="full", max_new_tokens=40)
     assert model.generate(prompt, mode="full", max_new_tokens=40).tokens == expected.tokens
-    assert [row.depth for row in trained.rows] == list(EXITS)
+
+
+def test_every_depth_has_a_row_of_its_figures(trained_bundle: TrainedBundle) -> None:
+    _, trained = trained_bundle
+    assert [row.depth for row in trained.rows] == sorted({*EXITS, *PROBES})
+    for row in trained.rows:
+        assert (row.agreement is not None) == (row.depth in EXITS)
+        assert (row.risk_loss is not None) == (row.depth in PROBES)
 
 
 def test_whoever_reads_the_bundle_reads_all_of_it(lens_bundle: TrainedBundle) -> None:
