@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sedac_export.bundle import Bundle
@@ -141,11 +141,10 @@ def _range(first: int, count: int) -> str:
 
 
 def _weight_bytes(model: ModelProto) -> int:
-    """Bytes of the weights that an engine reads; engines may share them."""
-    lengths = [
-        int(entry.value)
-        for initializer in model.graph.initializer
-        for entry in initializer.external_data
-        if entry.key == "length"
-    ]
-    return sum(lengths)
+    """Bytes of the weights that an engine reads, beside it or in it; engines may share the former."""
+    return sum(_bytes(initializer) for initializer in model.graph.initializer)
+
+
+def _bytes(initializer: TensorProto) -> int:
+    external = {entry.key: entry.value for entry in initializer.external_data}
+    return int(external.get("length", len(initializer.raw_data)))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from export.conftest import EXITS, PROBES, TrainedBundle
+from sedac_export.build.inspection import inspect_bundle
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.cli import app
@@ -53,6 +54,15 @@ def test_every_depth_has_a_row_of_its_figures(trained_bundle: TrainedBundle) -> 
     for row in trained.rows:
         assert (row.agreement is not None) == (row.depth in EXITS)
         assert (row.risk_loss is not None) == (row.depth in PROBES)
+
+
+def test_inspect_counts_the_weights_inside_exit_engines(trained_bundle: TrainedBundle) -> None:
+    """They have no file beside them as layers do."""
+    bundle, trained = trained_bundle
+    shown = {row["name"]: row["bytes"] for row in inspect_bundle(bundle)["engines"]}
+    width = Bundle.open(bundle).manifest.model.hidden_size
+    for depth in EXITS:
+        assert shown[f"exit_{depth:03}"] > len(trained.tokens) * width
 
 
 def test_whoever_reads_the_bundle_reads_all_of_it(lens_bundle: TrainedBundle) -> None:
