@@ -141,7 +141,7 @@ def _range(first: int, count: int) -> str:
 
 
 def _weight_bytes(model: ModelProto) -> int:
-    """Bytes of the weights that an engine reads, beside it or in it; engines may share the former."""
+    """Bytes of the weights that an engine reads; engines may share those beside them."""
     return sum(_bytes(initializer) for initializer in model.graph.initializer)
 
 
