@@ -64,7 +64,10 @@ def check_asked_for(peers: Sequence[PeerName], given: Iterable[PeerName]) -> Non
     """Raises InputError where a model is `given` for another runtime than `peers`."""
     for name in given:
         if name not in peers:
-            raise InputError(f"a model is given for {name}, which is not compared with")
+            raise InputError(
+                f"a model is given for {name}, which is not compared with; name it in --against or"
+                " leave its model out"
+            )
 
 
 def _known(name: str) -> PeerName | None:
