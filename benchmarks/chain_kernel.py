@@ -34,6 +34,7 @@ from chain_launcher import (
     card_architecture,
     compile_chain,
 )
+from chain_prefill_checks import PrefillChecks
 from chain_weights import FORMATS
 from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 
@@ -106,6 +107,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         launcher = ChainLauncher(case, compiling.result())
         result.checks.extend(ChainChecks(launcher).run())
         result.checks.extend(DrafterChecks(launcher).run())
+        result.checks.extend(PrefillChecks(launcher).run())
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
             result.drafts = measure_drafts(launcher)

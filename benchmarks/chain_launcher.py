@@ -16,6 +16,7 @@ from sedac_export.cuda.chain_abi import (
     Layer,
     Outcome,
     Pass,
+    PrefillPass,
     Row,
     RowRace,
     SequenceRows,
@@ -141,6 +142,24 @@ class ChainLauncher:
         self.chain.draft(wanted, self._stream.cuda_stream)
         torch.cuda.synchronize()
 
+    def make_prefill(self, tokens: Sequence[int], position: int, slot: int = 0) -> PrefillPass:
+        """The parameter of a prefill of up to PREFILL_ROWS tokens from `position` on."""
+        made = PrefillPass(capacity=self.capacity, blocks=self.chain.blocks, slot=slot)
+        made.start, made.rows = position, len(tokens)
+        made.token[: made.rows] = tokens
+        made.features = len(self.feature_depths)
+        made.feature_depths[: made.features] = self.feature_depths
+        for name in ("layers", "embed", "cos", "sin"):
+            setattr(made, name, self._buffers[name].data_ptr())
+        if self.feature_depths:
+            made.feature_states = self._buffers["feature_states"].data_ptr()
+        made.scratch, made.times = self._prefill_scratch.data_ptr(), self._times.data_ptr()
+        return made
+
+    def prefill(self, wanted: PrefillPass) -> None:
+        """Enqueue a prefill."""
+        self.chain.prefill(wanted, self.decoder.shape.layers, self._stream.cuda_stream)
+
     def make_pass(
         self,
         sequences: Sequence[SequenceInput],
@@ -257,6 +276,7 @@ class ChainLauncher:
             "tables": _zeros(facts.table_bytes * self.chain.blocks),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
+        self._prefill_scratch, self._times = _zeros(facts.prefill_scratch_bytes), _zeros(16)
         # the device writes pinned memory at the address that it has on the host
         size = OUTCOMES * ctypes.sizeof(Outcome)
         self._outcomes = torch.zeros(size, dtype=torch.uint8, pin_memory=True)

@@ -3,10 +3,18 @@
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
 
 # version of the mirrors
-ABI = 6
+ABI = 7
 MAX_ROWS = 8
+# positions that prefill takes at once
+PREFILL_ROWS = 256
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
+
+# what prefill launches, by kernel and stage: one before the layers, then those of each layer
+PREFILL_LAUNCHES = (
+    *(("start", 0), ("product", 0), ("heads", 0), ("attention", 0), ("product", 1), ("add", 1)),
+    *(("product", 2), ("product", 3), ("add", 3)),
+)
 
 _LAYER_POINTERS = (
     *("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
@@ -25,6 +33,20 @@ _DRAFT_POINTERS = (
     *("frequencies", "tokens", "embed", "features", "keys", "values", "scratch", "outcome"),
 )
 _PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
+
+
+class PrefillLaunch(Structure):
+    """How a kernel of prefill is launched: a block for each rows rows, in so many columns.
+
+    shared_bytes is the dynamic shared memory of a block.
+    """
+
+    _fields_ = (
+        ("threads", c_uint),
+        ("shared_bytes", c_uint),
+        ("rows", c_uint),
+        ("blocks", c_uint),
+    )
 
 
 class Facts(Structure):
@@ -48,16 +70,19 @@ class Facts(Structure):
         ("draft_threads", c_uint),
         ("draft_shared_bytes", c_uint),
         ("draft_rows", c_uint),
+        ("prefill_pass_bytes", c_uint),
+        ("prefill", PrefillLaunch * len(PREFILL_LAUNCHES)),
         ("scratch_bytes", c_uint64),
         ("draft_scratch_bytes", c_uint64),
+        ("prefill_scratch_bytes", c_uint64),
     )
 
     def fit(self) -> bool:
         """Whether they are of a chain whose structs are those of this file."""
         sizes = [self.layer_bytes, self.pass_bytes, self.outcome_bytes]
-        sizes += [self.draft_pass_bytes, self.draft_outcome_bytes]
-        mirrors = [sizeof(mirror) for mirror in (Layer, Pass, Outcome, DraftPass, DraftOutcome)]
-        return self.abi == ABI and sizes == mirrors
+        sizes += [self.draft_pass_bytes, self.draft_outcome_bytes, self.prefill_pass_bytes]
+        mirrors = (Layer, Pass, Outcome, DraftPass, DraftOutcome, PrefillPass)
+        return self.abi == ABI and sizes == [sizeof(mirror) for mirror in mirrors]
 
 
 class Layer(Structure):
@@ -195,6 +220,22 @@ class Pass(Structure):
         ("acceptance", c_float * MARGIN_BINS),
         ("feature_states", c_uint64),
         ("feature_depths", c_int * 4),
+    )
+
+
+class PrefillPass(Structure):
+    """What prefill takes: consecutive tokens of one sequence, the first at position start.
+
+    times is the address of when it began and ended, nanoseconds of the device's clock.
+    """
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("layers", "embed", "cos", "sin", "scratch", "times")),
+        ("feature_states", c_uint64),
+        *((name, c_int) for name in ("capacity", "blocks", "features")),
+        ("feature_depths", c_int * 4),
+        *((name, c_int) for name in ("slot", "start", "rows")),
+        ("token", c_int * PREFILL_ROWS),
     )
 
 

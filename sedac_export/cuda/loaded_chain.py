@@ -5,7 +5,7 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from sedac_export.cuda.chain_abi import DraftPass, Facts, Pass
+from sedac_export.cuda.chain_abi import PREFILL_LAUNCHES, DraftPass, Facts, Pass, PrefillPass
 from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import FACTS
 from sedac_export.errors import SedacError
@@ -39,6 +39,12 @@ class LoadedChain:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         for function, shared in zip(self._entries.values(), self.facts.shared_bytes, strict=True):
             checked(driver.cuFuncSetAttribute(function, limit, shared))
+        # a multiprocessor is idle while its memory is divided anew
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        self._prefill = [self._function(f"prefill_{name}") for name, _ in PREFILL_LAUNCHES]
+        for function, launch in zip(self._prefill, self.facts.prefill, strict=True):
+            checked(driver.cuFuncSetAttribute(function, limit, launch.shared_bytes))
+            checked(driver.cuFuncSetAttribute(function, carveout, 100))
         self._draft = self._function("draft")
         checked(driver.cuFuncSetAttribute(self._draft, limit, self.facts.draft_shared_bytes))
 
@@ -60,6 +66,23 @@ class LoadedChain:
         rows = next(rows for rows in ROWS if rows >= parameters.rows)
         shared = self.facts.shared_bytes[ROWS.index(rows)]
         self._cooperative(self._entries[rows], self.facts.threads, shared, parameters, stream)
+
+    def prefill(self, parameters: PrefillPass, layers: int, stream: int = 0) -> None:
+        """Enqueue a prefill through all layers of a model."""
+        self._launch_prefill(0, parameters, 0, stream)
+        for layer in range(layers):
+            for index in range(1, len(PREFILL_LAUNCHES)):
+                self._launch_prefill(index, parameters, layer, stream)
+
+    def _launch_prefill(self, index: int, parameters: PrefillPass, layer: int, stream: int) -> None:
+        launch, stage = self.facts.prefill[index], PREFILL_LAUNCHES[index][1]
+        numbers = (ctypes.c_int * 2)(layer, stage)
+        places = ctypes.addressof(numbers), ctypes.addressof(numbers) + ctypes.sizeof(ctypes.c_int)
+        addresses = (ctypes.c_void_p * 3)(ctypes.addressof(parameters), *places)
+        grid = -(-parameters.rows // launch.rows), launch.blocks, 1
+        sizes = *grid, launch.threads, 1, 1, launch.shared_bytes
+        entry, parameter = self._prefill[index], ctypes.addressof(addresses)
+        checked(driver.cuLaunchKernel(entry, *sizes, stream, parameter, 0))
 
     def draft(self, parameters: DraftPass, stream: int = 0) -> None:
         """Enqueue a launch of a trained drafter."""

@@ -27,15 +27,14 @@ pub(super) struct PyScheduler {
 impl PyScheduler {
     #[new]
     #[pyo3(signature = (
-        model, *, max_sequences, cache_tokens = None,
-        prefill_chunk = SchedulerSettings::PREFILL_CHUNK
+        model, *, max_sequences, cache_tokens = None, prefill_chunk = None
     ))]
     fn new(
         py: Python<'_>,
         model: Py<Model>,
         max_sequences: usize,
         cache_tokens: Option<usize>,
-        prefill_chunk: usize,
+        prefill_chunk: Option<usize>,
     ) -> PyResult<Self> {
         let settings = SchedulerSettings {
             max_sequences,

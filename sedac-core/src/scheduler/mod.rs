@@ -35,20 +35,16 @@ pub struct SchedulerSettings {
     /// Cache positions of all of them together, and of sequences that have ended; None for what
     /// their slots have.
     pub cache_tokens: Option<usize>,
-    /// Tokens of prompts that a step prefills, 1 or more.
-    pub prefill_chunk: usize,
+    /// Tokens of prompts that a step prefills, 1 or more; None for what suits the backend.
+    pub prefill_chunk: Option<usize>,
 }
 
 impl SchedulerSettings {
-    /// Tokens of prompts that a step prefills unless set otherwise: few enough that a step with a
-    /// chunk takes less than three times as long as one without.
-    pub const PREFILL_CHUNK: usize = 32;
-
     fn check(self) -> Result<()> {
         let numbers = [
             ("max_sequences", self.max_sequences),
             ("cache_tokens", self.cache_tokens.unwrap_or(1)),
-            ("prefill_chunk", self.prefill_chunk),
+            ("prefill_chunk", self.prefill_chunk.unwrap_or(1)),
         ];
         match numbers.into_iter().find(|&(_, value)| value == 0) {
             Some((name, value)) => Err(Error::setting(name, value, "1 or more")),
@@ -78,9 +74,11 @@ impl Scheduler {
         let slots = limits.capabilities.sequences.saturating_sub(1);
         let slots = slots.clamp(1, settings.max_sequences);
         let cache_tokens = settings.cache_tokens.unwrap_or(slots * limits.capacity);
+        let prefill_chunk = settings.prefill_chunk;
+        let prefill_chunk = prefill_chunk.unwrap_or(limits.capabilities.prefill_chunk);
         limits.capacity = limits.capacity.min(cache_tokens);
         Ok(Self {
-            rounds: Mutex::new(Rounds::new(slots, cache_tokens, settings.prefill_chunk)),
+            rounds: Mutex::new(Rounds::new(slots, cache_tokens, prefill_chunk)),
             inbox: Mutex::new(Inbox::new(cache_tokens)),
             limits,
         })

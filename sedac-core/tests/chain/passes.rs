@@ -1,6 +1,8 @@
 //! A backend that turns steps into passes gives what one does that runs engine by engine: outcomes,
 //! and what caches hold.
 
+use std::ops::Range;
+
 use super::toy::{CAPACITY, Caches, Toy, ToyKernel, VOCABULARY, ends};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
@@ -58,8 +60,11 @@ fn wants() -> impl Strategy<Value = Wants> {
 }
 
 fn planned() -> impl Strategy<Value = Planned> {
-    let tokens = |range| prop::collection::vec(0..VOCABULARY as u32, range);
-    let tokens = prop_oneof![4 => tokens(1..2), 2 => tokens(1..6), 1 => tokens(1..17)];
+    let tokens = |range: Range<usize>| prop::collection::vec(0..VOCABULARY as u32, range);
+    // prompts, whose last pass of the toy on the host, of up to 16 tokens, has more than 8
+    let prompt =
+        (1..4_usize).prop_flat_map(move |passes| tokens(16 * passes + 9..16 * passes + 17));
+    let tokens = prop_oneof![4 => tokens(1..2), 2 => tokens(1..6), 1 => tokens(1..17), 1 => prompt];
     let step = (
         tokens,
         prop::option::of(0..2_usize),
@@ -389,6 +394,25 @@ fn a_batch_is_one_pass_and_a_prompt_several() {
     run(&mut chain, &mut steps);
     run(&mut chain, &mut [step(&mut sequences[0], &[2; 19], 4)]);
     assert_eq!(chain.device().passes, [8, 8, 8, 3]);
+}
+
+#[test]
+fn long_prompts_are_prefilled_but_for_what_wants_logits() {
+    let mut chain = chain(2);
+    let mut sequences = [0, 1].map(|_| chain.open(KvFill::Defer).unwrap());
+    let [first, second] = &mut sequences;
+    let mut steps = [step(first, &[2; 60], 4), step(second, &[1], 4)];
+    steps[0].logits = LogitsRequest::Tokens(2);
+    run(&mut chain, &mut steps);
+    assert_eq!(chain.device().prefills, [20, 20, 18]);
+    assert_eq!(chain.device().passes, [3]);
+    assert!((0..4).all(|layer| first.kv().filled(layer) == 60));
+    // exits that wait come before, and a step that may exit is not prefilled
+    run(&mut chain, &mut [step(second, &[1], 2)]);
+    run(&mut chain, &mut [step(second, &[3; 30], 4)]);
+    run(&mut chain, &mut [step(second, &[3; 30], 2)]);
+    assert_eq!(chain.device().prefills[3..], [20, 9]);
+    assert_eq!(chain.device().passes[1..], [1, 1, 1, 8, 8, 8, 6]);
 }
 
 #[test]

@@ -90,7 +90,7 @@ pub(super) fn settings(max_sequences: usize, prefill_chunk: usize) -> SchedulerS
     SchedulerSettings {
         max_sequences,
         cache_tokens: None,
-        prefill_chunk,
+        prefill_chunk: Some(prefill_chunk),
     }
 }
 
@@ -170,7 +170,7 @@ proptest! {
         arrivals in prop::collection::vec(arrivals(), 1..9),
         max_sequences in 1..5_usize,
         cache_tokens in prop::option::of(CAPACITY..3 * CAPACITY),
-        prefill_chunk in 1..24_usize,
+        prefill_chunk in prop::option::of(1..24_usize),
     ) {
         let of = || chain(decides, &engine_sizes, agreement, 0.1).0;
         let mut together = of();

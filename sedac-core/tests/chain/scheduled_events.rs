@@ -137,7 +137,7 @@ fn what_cannot_fit_is_refused() {
     assert_eq!(outcomes[&number].tokens.len(), 1);
     assert_eq!(outcomes[&number].end, Some(Ok(FinishReason::Length)));
     for (max_sequences, cache_tokens, prefill_chunk) in
-        [(0, None, 1), (1, Some(0), 1), (1, None, 0)]
+        [(0, None, None), (1, Some(0), None), (1, None, Some(0))]
     {
         let settings = SchedulerSettings {
             max_sequences,
@@ -429,7 +429,7 @@ fn prompts_are_scored_as_they_are_prefilled() {
             let settings = SchedulerSettings {
                 max_sequences: 2,
                 cache_tokens,
-                prefill_chunk,
+                prefill_chunk: Some(prefill_chunk),
             };
             let scheduler = Scheduler::new(&mut chain, settings).unwrap();
             let plain = add(&scheduler, &request(vec![1, 2], 30));

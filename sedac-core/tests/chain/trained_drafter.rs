@@ -84,7 +84,7 @@ proptest! {
         cache_tokens in prop::option::of(CAPACITY..CAPACITY * 3 / 2),
     ) {
         let mut chain = trained(with, &[1, 2, 1], agreement, 0.1);
-        let settings = SchedulerSettings { max_sequences, cache_tokens, prefill_chunk: 5 };
+        let settings = SchedulerSettings { max_sequences, cache_tokens, prefill_chunk: Some(5) };
         let scheduler = Scheduler::new(&mut chain, settings).unwrap();
         let mut expected = BTreeMap::new();
         for (mut request, wanted) in requests {

@@ -5,11 +5,25 @@
 
 constexpr int MAX_ROWS = 8;
 
+// Positions that prefill takes at once.
+constexpr int PREFILL_ROWS = 256;
+
 // What is measured for exits, beside stability.
 constexpr int EXIT_SIGNALS = 4;
 
 // Bins of a token's margin, by which the acceptance of drafts is known.
 constexpr int MARGIN_BINS = 8;
+
+// How a kernel of prefill is launched, with a PrefillPass, a layer and a stage (tables.cuh): in the x direction a block
+// for each `rows` rows, in the y direction `blocks`.
+struct PrefillLaunch {
+  unsigned threads, shared_bytes;  // of a block
+  unsigned rows, blocks;
+};
+
+// What prefill launches: first prefill_start, then for each layer prefill_product of QKV, prefill_heads,
+// prefill_attention, prefill_product of O, prefill_add, prefill_product of gate_up and of down, and prefill_add.
+constexpr int PREFILL_LAUNCHES = 9;
 
 // What the host has to know of a module.
 struct Facts {
@@ -24,7 +38,9 @@ struct Facts {
   unsigned weight_block_bytes;  // of a matrix
   // Of a trained drafter: of its structs and of a block, and positions that it takes in at once.
   unsigned draft_pass_bytes, draft_outcome_bytes, draft_threads, draft_shared_bytes, draft_rows;
-  unsigned long long scratch_bytes, draft_scratch_bytes;
+  unsigned prefill_pass_bytes;
+  PrefillLaunch prefill[PREFILL_LAUNCHES];
+  unsigned long long scratch_bytes, draft_scratch_bytes, prefill_scratch_bytes;
 };
 
 // A layer's weights and caches. Matrices are packed: see blocks.cuh.
@@ -133,6 +149,20 @@ struct Pass {
   float acceptance[MARGIN_BINS];   // of a token, by the bin of its margin
   unsigned short* feature_states;  // [slot][capacity][features][hidden], bf16
   int feature_depths[4];           // layers after which they are taken
+};
+
+// What prefill takes: consecutive tokens of one sequence, see prefill.cuh.
+struct PrefillPass {
+  const Layer* layers;
+  const char* embed;
+  const float *cos, *sin;  // as in Pass
+  struct PrefillScratch* scratch;
+  unsigned long long* times;       // when it began and ended, globaltimer, ns
+  unsigned short* feature_states;  // as in Pass
+  int capacity, blocks, features;  // as in Pass; blocks: of the passes whose bits it gives
+  int feature_depths[4];           // as in Pass
+  int slot, start, rows;           // start: the first token's position
+  int token[PREFILL_ROWS];
 };
 
 // What a pass of a trained drafter takes: see drafter.cuh. Its weights are fp16, rows of outputs.

@@ -8,6 +8,7 @@
 // Keys and values of the pass's own rows come from the scratch, rotated and rounded here; the block whose chunk they
 // lie in writes them to the cache.
 #pragma once
+#include "heads.cuh"
 #include "residual.cuh"
 
 // The rows of one sequence that run a layer.
@@ -26,13 +27,6 @@ __device__ __forceinline__ ActiveRows active_rows(const Pass& pass, const Shared
   const int skipped = mine ? __ffs(mine) - 1 : rows.rows;  // rows that start deeper come first
   const int first = rows.first_row + skipped;
   return {first, rows.rows - skipped, mine ? shared.position[first] : 0, rows.slot};
-}
-
-// 2 to the x, without exp2f's instructions for subnormal results, which are 0 here.
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // Keys to a chunk, as a power of two. Partial sums are combined a few at a time, one trip to L2 after another, so
@@ -156,8 +150,7 @@ struct Attention {
     return v;
   }
 
-  // Four numbers of a head that a thread takes: elements low, low + 1, high and high + 1, of queries and keys those
-  // that rotate into each other.
+  // A quarter of a head, see heads.cuh.
   struct Quarter {
     enum { NONE, QUERY, KEY, VALUE } of;
     int token, in_group, low, high;
@@ -173,12 +166,11 @@ struct Attention {
     const int token = N == 1 ? 0 : query ? item.token + head / GROUP : head;
     const int key = item.rows.start + token - first_key;
     if (query ? sub > 0 : key < 0 || key >= KEYS) return {Quarter::NONE};
-    const bool in_pairs = rotates && part < ROTARY / 4;
-    const int low = in_pairs ? 2 * part : rotates ? ROTARY + 4 * (part - ROTARY / 4) : 4 * part;
+    const int2 of_head = quarter_of_head(part, rotates);
     return {query     ? Quarter::QUERY
             : rotates ? Quarter::KEY
                       : Quarter::VALUE,
-            token, head % GROUP, low, low + (in_pairs ? ROTARY / 2 : 2)};
+            token, head % GROUP, of_head.x, of_head.y};
   }
 
   // Queries, and keys and values of the pass's own rows, as they arrive.
@@ -222,8 +214,9 @@ struct Attention {
     const bool query = q.of == Quarter::QUERY, value = q.of == Quarter::VALUE;
     u = make_float2(unflagged(u.x), unflagged(u.y)), v = make_float2(unflagged(v.x), unflagged(v.y));
     if (!value) {
-      if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, query ? layer.query_norm : layer.key_norm, q.low, q.high);
-      if (q.low < ROTARY) rotate(u, v, item.rows.first + q.token, q.low);
+      if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, query ? layer.query_norm : layer.key_norm, q.low, q.high, tid);
+      const auto& tables = shared.rotary[layer.rotary][item.rows.first + q.token];
+      if (q.low < ROTARY) rotate(u, v, tables[0] + q.low, tables[1] + q.low);
     }
     const unsigned lower = packed(u.x, u.y), upper = packed(v.x, v.y);
     const int key = item.rows.start + q.token - first_key;
@@ -237,27 +230,6 @@ struct Attention {
         ((static_cast<size_t>(item.rows.slot) * KV_HEADS + item.kv_head) * pass.capacity + item.rows.start + q.token) *
             HEAD;
     *reinterpret_cast<unsigned*>(cache + q.low) = lower, *reinterpret_cast<unsigned*>(cache + q.high) = upper;
-  }
-
-  __device__ __forceinline__ void rotate(float2& u, float2& v, int pass_row, int low) const {
-    const float2 c = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][0][low]);
-    const float2 s = *reinterpret_cast<const float2*>(&shared.rotary[layer.rotary][pass_row][1][low]);
-    const float2 x = u, y = v;
-    u = make_float2(x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y);
-    v = make_float2(y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y);
-  }
-
-  // RMS norm of a head, whose elements consecutive lanes hold.
-  __device__ __forceinline__ void normalise_head(float2& u, float2& v, const float* weight, int low, int high) const {
-    constexpr unsigned LANES = HEAD / 4;
-    const int lane = tid & 31;
-    const unsigned mask = LANES == 32 ? ~0u : ((1u << LANES % 32) - 1) << lane / LANES * LANES;
-    float squares = fmaf(v.y, v.y, fmaf(v.x, v.x, fmaf(u.y, u.y, u.x * u.x)));
-#pragma unroll
-    for (int step = LANES / 2; step; step /= 2) squares += __shfl_xor_sync(mask, squares, step);
-    const float k = rsqrtf(squares * (1.f / HEAD) + SEDAC_NORM_EPSILON);
-    u = make_float2(u.x * k * weight[low], u.y * k * weight[low + 1]);
-    v = make_float2(v.x * k * weight[high], v.y * k * weight[high + 1]);
   }
 
   // The largest score of a row so far.
@@ -328,15 +300,6 @@ struct Attention {
       }
     }
     sync_block();
-  }
-
-  __device__ __forceinline__ static float scaled(float score) {
-    constexpr float TO_BASE_2 = 1.44269504f;
-    if (SEDAC_ATTENTION_SOFTCAP != 0.f) {
-      const float bounded = tanhf(score * (SEDAC_ATTENTION_SCALE / SEDAC_ATTENTION_SOFTCAP)) * SEDAC_ATTENTION_SOFTCAP;
-      return bounded * TO_BASE_2;
-    }
-    return score * (SEDAC_ATTENTION_SCALE * TO_BASE_2);
   }
 
   // Probabilities times values, added to what came of the chunk's keys before.

@@ -5,12 +5,7 @@
 #include "exit_head.cuh"
 #include "head.cuh"
 #include "prefetch.cuh"
-
-__device__ __forceinline__ unsigned long long now() {
-  unsigned long long t;
-  asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t));
-  return t;
-}
+#include "prefill_attention.cuh"
 
 // Registers that the warps beside the computing ones need not are the computing ones'. 168 to each of 384 threads are
 // 232 to each of 256 and 40 to the others; what is asked for beyond is waited for forever.
@@ -349,22 +344,39 @@ extern "C" __global__ void gather_rows(const char* matrix, const int* tokens, ha
   }
 }
 
-extern "C" __device__ const Facts sedac_facts = {6,
-                                                 sizeof(Layer),
-                                                 sizeof(Pass),
-                                                 sizeof(Outcome),
-                                                 ALL_THREADS,
-                                                 {SHARED_BYTES<1>, SHARED_BYTES<2>, SHARED_BYTES<4>, SHARED_BYTES<8>},
-                                                 MIN_BLOCKS,
-                                                 MAX_BLOCKS,
-                                                 1u << 20,
-                                                 sizeof(Tables),
-                                                 SAVED,
-                                                 BLOCK_BYTES,
-                                                 sizeof(DraftPass),
-                                                 sizeof(DraftOutcome),
-                                                 DRAFT_THREADS,
-                                                 sizeof(DraftShared),
-                                                 DRAFT_ROWS,
-                                                 SCRATCH_BYTES,
-                                                 DraftScratch::FLOATS * 4};
+constexpr PrefillLaunch product_launch(int tiles) {
+  return {THREADS, PREFILL_PRODUCTS_BYTES, PRODUCT_TOKENS, divided_up(tiles, PRODUCT_TILES)};
+}
+constexpr PrefillLaunch ROW_TO_BLOCK = {THREADS, 0, 1, 1};
+
+extern "C" __device__ const Facts sedac_facts = {
+    7,
+    sizeof(Layer),
+    sizeof(Pass),
+    sizeof(Outcome),
+    ALL_THREADS,
+    {SHARED_BYTES<1>, SHARED_BYTES<2>, SHARED_BYTES<4>, SHARED_BYTES<8>},
+    MIN_BLOCKS,
+    MAX_BLOCKS,
+    1u << 20,
+    sizeof(Tables),
+    SAVED,
+    BLOCK_BYTES,
+    sizeof(DraftPass),
+    sizeof(DraftOutcome),
+    DRAFT_THREADS,
+    sizeof(DraftShared),
+    DRAFT_ROWS,
+    sizeof(PrefillPass),
+    {{THREADS, 0, WARPS, 1},
+     product_launch(QKV_TILES),
+     ROW_TO_BLOCK,
+     {ATTENTION_THREADS, PREFILL_ATTENTION_BYTES, ATTENTION_TOKENS, KV_HEADS},
+     product_launch(O_TILES),
+     ROW_TO_BLOCK,
+     product_launch(GATE_UP_TILES),
+     product_launch(DOWN_TILES),
+     ROW_TO_BLOCK},
+    SCRATCH_BYTES,
+    DraftScratch::FLOATS * 4,
+    sizeof(PrefillScratch)};

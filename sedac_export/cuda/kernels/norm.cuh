@@ -1,4 +1,4 @@
-// RMS norm of a whole row by one warp.
+// What is done to numbers between products: the RMS norm of a whole row by one warp, and the MLP's activation.
 #pragma once
 #include "shape.cuh"
 #include "words.cuh"
@@ -91,4 +91,10 @@ __device__ __forceinline__ float normalise(int lane, half* to, const float* weig
     });
   }
   return factor;
+}
+
+// The activation of the MLP's gate.
+__device__ __forceinline__ float activation(float gate) {
+  if (SEDAC_GELU) return 0.5f * gate * (1.f + tanhf(0.7978845608f * fmaf(0.044715f * gate * gate, gate, gate)));
+  return __fdividef(gate, 1.f + __expf(-gate));
 }

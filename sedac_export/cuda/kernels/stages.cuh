@@ -154,11 +154,6 @@ struct Stages {
     return sum;
   }
 
-  __device__ __forceinline__ static float activation(float gate) {
-    if (SEDAC_GELU) return 0.5f * gate * (1.f + tanhf(0.7978845608f * fmaf(0.044715f * gate * gate, gate, gate)));
-    return __fdividef(gate, 1.f + __expf(-gate));
-  }
-
   // act(gate) * up. Four rows make one word with one flag.
   __device__ __forceinline__ void activate(int tid, int2 tiles, int layer, unsigned active, unsigned parities) {
     tid = fresh<N>(tid);

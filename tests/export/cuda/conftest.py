@@ -57,6 +57,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     structs = ", ".join(map(str, [chain_abi.ABI, *map(ctypes.sizeof, mirrors)]))
     drafts = (chain_abi.DraftPass, chain_abi.DraftOutcome)
     of_drafter = ", ".join(str(ctypes.sizeof(mirror)) for mirror in drafts)
-    macros = f"#define STRUCTS {structs}\n#define DRAFT_STRUCTS {of_drafter}\n"
-    (kernels / "structs.cuh").write_text(macros)
+    macros = {
+        "STRUCTS": structs,
+        "DRAFT_STRUCTS": of_drafter,
+        "PREFILL_STRUCT": ctypes.sizeof(chain_abi.PrefillPass),
+    }
+    lines = (f"#define {name} {value}\n" for name, value in macros.items())
+    (kernels / "structs.cuh").write_text("".join(lines))
     monkeypatch.setattr(compiler, "KERNELS", kernels)

@@ -31,6 +31,8 @@ MIRRORS = {
     "SequenceRows": chain_abi.SequenceRows,
     "RowRace": chain_abi.RowRace,
     "PassParameters": chain_abi.Pass,
+    "PrefillLaunch": chain_abi.PrefillLaunch,
+    "PrefillParameters": chain_abi.PrefillPass,
     "SequenceOutcome": chain_abi.SequenceOutcome,
     "RowOutcome": chain_abi.RowOutcome,
     "RaceOutcome": chain_abi.RaceOutcome,
@@ -148,7 +150,13 @@ def test_attention_takes_every_head_size(
     target: str, head_size: int, compiler_of: Callable[[str], Compiler]
 ) -> None:
     """Also where it takes fewer keys at a time."""
-    compiler = compiler_of('#include "attention.cuh"\ntemplate struct Attention<8>;')
+    lines = (
+        '#include "attention.cuh"',
+        '#include "prefill_attention.cuh"',
+        "template struct Attention<8>;",
+        "static_assert(PREFILL_ATTENTION_BYTES <= SHARED_LIMIT);",
+    )
+    compiler = compiler_of("\n".join(lines))
     sizes = {"head_size": head_size, "rotary_size": head_size}
     shape = demo_case().shape.model_copy(update=sizes)
     assert compiler.compile_for(target, replace(demo_case(), shape=shape).macros()) is not None
@@ -157,11 +165,13 @@ def test_attention_takes_every_head_size(
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
     source = CORE.read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 10
+    assert len(sizes) == 11
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
     assert MIRRORS.keys() - bodies.keys() == {"Condition"}
+    launches = re.findall(r'\("prefill_(\w+)", (\d)\)', source)
+    assert [(name, int(stage)) for name, stage in launches] == list(chain_abi.PREFILL_LAUNCHES)
     for name, body in bodies.items():
         members = re.findall(r"^    pub(?:\(super\))? (\w+):", body, re.MULTILINE)
         assert members == [field[0] for field in MIRRORS[name]._fields_], name
@@ -195,6 +205,7 @@ def test_passes_agree_with_pytorch_and_each_other(
     from chain_checks import ChainChecks
     from chain_drafter_checks import DrafterChecks
     from chain_launcher import ChainLauncher, card_architecture, compile_chain
+    from chain_prefill_checks import PrefillChecks
 
     from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 
@@ -205,4 +216,5 @@ def test_passes_agree_with_pytorch_and_each_other(
     case = replace(case, weights=weights)
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
     checks = [*ChainChecks(launcher).run(), *DrafterChecks(launcher).run()]
+    checks += PrefillChecks(launcher).run()
     assert [check for check in checks if not check.passed] == []

@@ -6,10 +6,38 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 6;
+pub(super) const ABI: u32 = 7;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
+
+/// Positions that prefill takes at once.
+pub const PREFILL_ROWS: usize = 256;
+
+/// What prefill launches, by kernel and stage: one before the layers, then those of each layer.
+pub(super) const PREFILL_LAUNCHES: [(&str, i32); 9] = [
+    ("prefill_start", 0),
+    ("prefill_product", 0),
+    ("prefill_heads", 0),
+    ("prefill_attention", 0),
+    ("prefill_product", 1),
+    ("prefill_add", 1),
+    ("prefill_product", 2),
+    ("prefill_product", 3),
+    ("prefill_add", 3),
+];
+
+/// How one of them is launched: a block for each `rows` rows, in `blocks` columns.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct PrefillLaunch {
+    /// Of a block.
+    pub(super) threads: u32,
+    /// Dynamic shared memory of a block.
+    pub(super) shared_bytes: u32,
+    pub(super) rows: u32,
+    pub(super) blocks: u32,
+}
 
 /// Facts about a compiled chain: the module's constant `sedac_facts`.
 #[repr(C)]
@@ -41,10 +69,16 @@ pub(super) struct ChainFacts {
     pub(super) draft_shared_bytes: u32,
     /// Positions that it takes in at once.
     pub(super) draft_rows: u32,
+    /// Of the struct that prefill takes.
+    pub(super) prefill_pass_bytes: u32,
+    /// By [`PREFILL_LAUNCHES`].
+    pub(super) prefill: [PrefillLaunch; PREFILL_LAUNCHES.len()],
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
     /// Of a trained drafter.
     pub(super) draft_scratch_bytes: u64,
+    /// Of prefill.
+    pub(super) prefill_scratch_bytes: u64,
 }
 
 impl ChainFacts {
@@ -55,8 +89,16 @@ impl ChainFacts {
         }
         let (words, _) = bytes.as_chunks::<4>();
         let word = |index: usize| u32::from_le_bytes(words[index]);
-        let (&scratch_bytes, _) = bytes[80..].split_first_chunk::<8>()?;
-        let (&draft_scratch_bytes, _) = bytes[88..].split_first_chunk::<8>()?;
+        let size_at = |at: usize| {
+            let (&size, _) = bytes[at..].split_first_chunk::<8>()?;
+            Some(u64::from_le_bytes(size))
+        };
+        let launch = |index: usize| PrefillLaunch {
+            threads: word(21 + 4 * index),
+            shared_bytes: word(22 + 4 * index),
+            rows: word(23 + 4 * index),
+            blocks: word(24 + 4 * index),
+        };
         Some(Self {
             abi: word(0),
             layer_bytes: word(1),
@@ -75,8 +117,11 @@ impl ChainFacts {
             draft_threads: word(17),
             draft_shared_bytes: word(18),
             draft_rows: word(19),
-            scratch_bytes: u64::from_le_bytes(scratch_bytes),
-            draft_scratch_bytes: u64::from_le_bytes(draft_scratch_bytes),
+            prefill_pass_bytes: word(20),
+            prefill: std::array::from_fn(launch),
+            scratch_bytes: size_at(232)?,
+            draft_scratch_bytes: size_at(240)?,
+            prefill_scratch_bytes: size_at(248)?,
         })
     }
 }
@@ -214,6 +259,30 @@ pub(super) struct PassParameters {
     pub(super) feature_states: u64,
     /// Layers after which they are taken; one more is padding.
     pub(super) feature_depths: [i32; 4],
+}
+
+/// The first parameter of prefill's kernels, beside a layer and a stage: consecutive tokens of one
+/// sequence. What is not described is as in [`PassParameters`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PrefillParameters {
+    pub(super) layers: u64,
+    pub(super) embed: u64,
+    pub(super) cos: u64,
+    pub(super) sin: u64,
+    pub(super) scratch: u64,
+    /// Pinned memory of the host: when it began and ended, nanoseconds of the device's clock.
+    pub(super) times: u64,
+    pub(super) feature_states: u64,
+    pub(super) capacity: i32,
+    pub(super) blocks: i32,
+    pub(super) features: i32,
+    pub(super) feature_depths: [i32; 4],
+    pub(super) slot: i32,
+    /// Position of the first token.
+    pub(super) start: i32,
+    pub(super) rows: i32,
+    pub(super) token: [i32; PREFILL_ROWS],
 }
 
 /// The only parameter of a trained drafter's kernel: device addresses of its weights and of what it
@@ -371,12 +440,13 @@ pub struct PassOutcome {
 }
 
 const _: () = {
-    assert!(size_of::<ChainFacts>() == 96);
+    assert!(size_of::<ChainFacts>() == 256);
     assert!(size_of::<LayerPointers>() == 160);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
     assert!(size_of::<PassParameters>() == 752);
+    assert!(size_of::<PrefillParameters>() == 1120);
     assert!(size_of::<DraftParameters>() == 432);
     assert!(size_of::<DraftOutcome>() == 68);
     assert!(size_of::<PassOutcome>() == 656);
@@ -390,17 +460,29 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = 1..=20_u32;
+        let words = (1..=57_u32).chain([0]);
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend([21_u64, 22].into_iter().flat_map(u64::to_le_bytes));
+        bytes.extend([58_u64, 59, 60].into_iter().flat_map(u64::to_le_bytes));
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
             (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
-            (13, 14, 21)
+            (13, 14, 58)
         );
-        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 22));
-        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 80);
+        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 59));
+        let last = PrefillLaunch {
+            threads: 54,
+            shared_bytes: 55,
+            rows: 56,
+            blocks: 57,
+        };
+        assert_eq!(facts.prefill[8], last);
+        assert_eq!(
+            (facts.prefill_pass_bytes, facts.prefill_scratch_bytes),
+            (21, 60)
+        );
+        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 232);
+        assert_eq!(std::mem::offset_of!(ChainFacts, prefill), 84);
         assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
         assert_eq!(ChainFacts::parse(&bytes[1..]), None);
     }

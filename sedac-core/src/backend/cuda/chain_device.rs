@@ -32,6 +32,26 @@ pub struct PassPlan {
     pub ahead: Ahead,
 }
 
+/// Consecutive tokens of a sequence, of which only what they leave in caches is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrefillPlan {
+    /// The slot of the sequence.
+    pub slot: usize,
+    /// The position of the first token. Passes and prefill have run those before, in all layers.
+    pub start: usize,
+    /// The tokens, one or more, at most [`ChainDevice::prefill_rows`].
+    pub tokens: Vec<u32>,
+}
+
+/// When a prefill ran: nanoseconds of the device's clock, see [`PassOutcome::started`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PrefillTimes {
+    /// When it began.
+    pub started: u64,
+    /// When it ended.
+    pub ended: u64,
+}
+
 /// What a trained drafter is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DraftPlan {
@@ -74,6 +94,18 @@ pub trait ChainDevice: Send {
 
     /// Run a pass, and wait until it has ended.
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;
+
+    /// Tokens that prefill takes at once; 0 where there is none.
+    fn prefill_rows(&self) -> usize {
+        0
+    }
+
+    /// Run the tokens of `plan` through all layers, and wait until that has ended. What they leave is
+    /// what a pass leaves of them.
+    fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
+        let _ = plan;
+        Ok(PrefillTimes::default())
+    }
 
     /// Positions that a trained drafter takes in at once; 0 where there is none.
     fn draft_rows(&self) -> usize {

@@ -7,7 +7,8 @@ use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 
 use super::abi::{
-    ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PassOutcome, PassParameters,
+    ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PREFILL_LAUNCHES, PassOutcome,
+    PassParameters, PrefillParameters,
 };
 use crate::backend::gpu::failed;
 use crate::bundle::{Bundle, ChainKernels, ChainModule, KERNEL_ROWS};
@@ -30,6 +31,8 @@ pub(super) struct CompiledChain {
     pub(super) gather_rows: CudaFunction,
     /// A trained drafter.
     draft: CudaFunction,
+    /// By [`PREFILL_LAUNCHES`].
+    prefill: Vec<CudaFunction>,
 }
 
 impl CompiledChain {
@@ -67,7 +70,8 @@ impl CompiledChain {
             )));
         }
         let shared = facts.shared_bytes.into_iter().max().unwrap_or(0);
-        let shared = shared.max(facts.draft_shared_bytes);
+        let of_prefill = facts.prefill.into_iter().map(|launch| launch.shared_bytes);
+        let shared = of_prefill.fold(shared.max(facts.draft_shared_bytes), u32::max);
         let available = attribute(
             stream,
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
@@ -98,6 +102,13 @@ impl CompiledChain {
         }
         let draft = function("draft")?;
         allow_shared(&draft, "draft", facts.draft_shared_bytes)?;
+        let mut prefill = Vec::new();
+        for ((name, _), launch) in PREFILL_LAUNCHES.into_iter().zip(facts.prefill) {
+            let kernel = function(name)?;
+            allow_shared(&kernel, name, launch.shared_bytes)?;
+            prefer_shared(&kernel, name)?;
+            prefill.push(kernel);
+        }
         Ok(Self {
             facts,
             blocks,
@@ -105,6 +116,7 @@ impl CompiledChain {
             prepare: function("prepare")?,
             gather_rows: function("gather_rows")?,
             draft,
+            prefill,
         })
     }
 
@@ -124,6 +136,22 @@ impl CompiledChain {
         (&self.draft, config)
     }
 
+    /// The kernel of the launch number `index` of [`PREFILL_LAUNCHES`], and how it is launched for
+    /// `rows` rows.
+    pub(super) fn prefill_kernel(
+        &self,
+        index: usize,
+        rows: usize,
+    ) -> (&CudaFunction, LaunchConfig) {
+        let launch = self.facts.prefill[index];
+        let config = LaunchConfig {
+            grid_dim: ((rows as u32).div_ceil(launch.rows), launch.blocks, 1),
+            block_dim: (launch.threads, 1, 1),
+            shared_mem_bytes: launch.shared_bytes,
+        };
+        (&self.prefill[index], config)
+    }
+
     /// One row of blocks with `shared_mem_bytes` each.
     pub(super) fn launch_config(&self, shared_mem_bytes: u32) -> LaunchConfig {
         LaunchConfig {
@@ -139,6 +167,14 @@ fn allow_shared(kernel: &CudaFunction, name: &str, bytes: u32) -> Result<()> {
     let limit = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     let allowed = kernel.set_attribute(limit, bytes as i32);
     allowed.map_err(failed(format!("{bytes} bytes of shared memory for {name}")))
+}
+
+/// Divide a multiprocessor's memory for `kernel`, called `name`, as for one that takes all it can
+/// get: between kernels that divide it otherwise, a multiprocessor is idle.
+fn prefer_shared(kernel: &CudaFunction, name: &str) -> Result<()> {
+    let share = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    let preferred = kernel.set_attribute(share, 100);
+    preferred.map_err(failed(format!("the shared memory of {name}")))
 }
 
 /// The module for the stream's GPU.
@@ -212,6 +248,7 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
         facts.outcome_bytes,
         facts.draft_pass_bytes,
         facts.draft_outcome_bytes,
+        facts.prefill_pass_bytes,
     ];
     let ours = [
         size_of::<LayerPointers>(),
@@ -219,6 +256,7 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
         size_of::<PassOutcome>(),
         size_of::<DraftParameters>(),
         size_of::<DraftOutcome>(),
+        size_of::<PrefillParameters>(),
     ];
     if facts.abi != ABI || theirs.map(|bytes| bytes as usize) != ours {
         return Err(format!(
@@ -262,6 +300,7 @@ mod tests {
             outcome_bytes: size_of::<PassOutcome>() as u32,
             draft_pass_bytes: size_of::<DraftParameters>() as u32,
             draft_outcome_bytes: size_of::<DraftOutcome>() as u32,
+            prefill_pass_bytes: size_of::<PrefillParameters>() as u32,
             ..ChainFacts::default()
         };
         assert_eq!(check_abi(&facts), Ok(()));

@@ -9,14 +9,17 @@ use cudarc::driver::{
 };
 
 use super::CudaChain;
-use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
-use super::chain_device::{ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan};
+use super::abi::{LayerPointers, MAX_ROWS, PREFILL_ROWS, PassOutcome, PassParameters};
+use super::chain_device::{
+    ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan, PrefillPlan, PrefillTimes,
+};
 use super::compiled_chain::CompiledChain;
 use super::draft_memory::{DraftMemory, device_bytes};
 use super::drafter_weights::DrafterWeights;
 use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
 use super::packed_weights::{PackedWeights, WeightAddresses};
+use super::prefill_memory::{PrefillLimits, PrefillMemory};
 use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::DraftedToken;
 use crate::backend::gpu::{failed, new_stream};
@@ -61,6 +64,7 @@ pub struct CudaDriver {
     /// What only the kernels read and write.
     _memory: Vec<CudaSlice<u8>>,
     exits: ExitMemory,
+    prefill: PrefillMemory,
     drafter: Option<DraftMemory>,
 }
 
@@ -92,6 +96,7 @@ struct MemorySizes {
     tables: u64,
     /// Each of two sets.
     scratch: u64,
+    prefill_scratch: u64,
     /// In the table of one exit rule.
     conditions: usize,
 }
@@ -116,6 +121,7 @@ impl MemorySizes {
             vocabulary: shape.vocabulary,
             tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
             scratch: chain.facts.scratch_bytes,
+            prefill_scratch: chain.facts.prefill_scratch_bytes,
             conditions: MAX_CRITERIA * shape.layers,
         }
     }
@@ -129,6 +135,7 @@ impl MemorySizes {
         self.slots.total()
             + self.tables
             + 2 * self.scratch
+            + self.prefill_scratch
             + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
             + self.logits() as u64 * FLOAT
     }
@@ -235,6 +242,7 @@ impl CudaDriver {
             layer_pointers: weights.layers,
             slots,
             exits,
+            prefill: PrefillMemory::allocate(&stream, &chain)?,
             drafter: None,
             stream,
             chain,
@@ -405,6 +413,23 @@ impl ChainDevice for CudaDriver {
             .as_slice()
             .map_err(failed("a pass of the chain"))?;
         Ok(outcome[0])
+    }
+
+    fn prefill_rows(&self) -> usize {
+        PREFILL_ROWS
+    }
+
+    fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
+        let sizes = &self.slots.sizes;
+        let limits = PrefillLimits {
+            layers: sizes.layers,
+            slots: sizes.slots,
+            capacity: sizes.capacity,
+            vocabulary: self.sizes.vocabulary,
+        };
+        let (stream, chain) = (&self.stream, &self.chain);
+        self.prefill
+            .run(stream, chain, &self.parameters, limits, plan)
     }
 
     fn draft_rows(&self) -> usize {

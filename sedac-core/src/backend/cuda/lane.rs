@@ -48,8 +48,14 @@ pub(super) struct Piece {
 }
 
 impl Lane {
-    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most.
-    pub(super) fn new(step: &mut SequenceStep<'_>, layers: usize, limit: usize) -> Result<Self> {
+    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most. `prefill`:
+    /// tokens that prefill takes at once, 0 where there is none.
+    pub(super) fn new(
+        step: &mut SequenceStep<'_>,
+        layers: usize,
+        limit: usize,
+        prefill: usize,
+    ) -> Result<Self> {
         let appended = step.sequence.append(step.tokens)?;
         let mut rows = waiting(step.sequence.kv(), appended.start, limit);
         let count = rows.len();
@@ -78,13 +84,20 @@ impl Lane {
             false => 1,
         };
         assert!(wanted <= rows.len(), "logits of positions that do not run");
+        let prefills = prefill > 0 && limit == layers && step.rule.is_none();
+        let pieces = match step.tokens.len() - wanted.min(step.tokens.len()) {
+            new if prefills && new > MOST_IN_PASSES => {
+                pieces_with_prefill(count, new, rows.len(), prefill)
+            }
+            _ => pieces(count, rows.len(), step.rule.is_some()),
+        };
         Ok(Self {
             frozen: match step.sequence.kv_fill() {
                 KvFill::Propagate => count,
                 KvFill::Defer => 0,
             },
             limit,
-            pieces: pieces(count, rows.len(), step.rule.is_some()),
+            pieces,
             wanted: rows.len() - wanted..rows.len(),
             rows,
             exit: StepExit {
@@ -123,6 +136,13 @@ impl Lane {
         self.rows.len() - 1 - row + self.asked_ahead - 1 - step
     }
 
+    /// Take the next piece, if it is one for prefill.
+    pub(super) fn take_prefill(&mut self) -> Option<Range<usize>> {
+        let is_one = |rows: &&Range<usize>| rows.len() > MAX_ROWS;
+        self.pieces.front().filter(is_one)?;
+        self.pieces.pop_front()
+    }
+
     /// Take the next piece, if there is one of at most `room` rows.
     pub(super) fn take_piece(&mut self, room: usize) -> Option<Piece> {
         let rows = self
@@ -155,15 +175,42 @@ fn waiting(kv: &KvState, end: usize, limit: usize) -> Vec<PassRow> {
     rows.collect()
 }
 
+/// New rows without logits that are left to passes: as many take less time in these than in prefill.
+const MOST_IN_PASSES: usize = 3 * MAX_ROWS;
+
+/// Split `count` rows into passes, but for `new` new ones after the first `waiting`: those are for
+/// prefill, which takes `prefill` at once. A piece for prefill has more rows than a pass.
+fn pieces_with_prefill(
+    waiting: usize,
+    new: usize,
+    count: usize,
+    prefill: usize,
+) -> VecDeque<Range<usize>> {
+    let new = match new % prefill {
+        rest if rest <= MAX_ROWS => new - rest,
+        _ => new,
+    };
+    let end = waiting + new;
+    let prefilled = (waiting..end)
+        .step_by(prefill)
+        .map(|start| start..end.min(start + prefill));
+    split(0..waiting)
+        .chain(prefilled)
+        .chain(split(end..count))
+        .collect()
+}
+
+/// Split rows into passes.
+fn split(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = rows.end;
+    rows.step_by(MAX_ROWS)
+        .map(move |start| start..end.min(start + MAX_ROWS))
+}
+
 /// Split `count` rows, of which the first `waiting` are not new, into passes. New rows that the rule
 /// decides about share the last pass, if one holds them. Waiting rows that do not fit beside them
 /// run before, all of them: the next tokens are spared a second pass.
 fn pieces(waiting: usize, count: usize, has_rule: bool) -> VecDeque<Range<usize>> {
-    let split = |rows: Range<usize>| {
-        let end = rows.end;
-        rows.step_by(MAX_ROWS)
-            .map(move |start| start..end.min(start + MAX_ROWS))
-    };
     if has_rule && count > MAX_ROWS {
         return split(0..waiting).chain(split(waiting..count)).collect();
     }
@@ -187,6 +234,19 @@ mod tests {
         assert_eq!(rows(6, 9, false), [8, 1]);
         assert_eq!(rows(9, 9, true), [8, 1]);
         assert_eq!(rows(0, 20, true), [8, 8, 4]);
+    }
+
+    #[test]
+    fn prefill_takes_whole_pieces_of_new_rows() {
+        let rows = |waiting, new, count| -> Vec<_> {
+            pieces_with_prefill(waiting, new, count, 100).into()
+        };
+        assert_eq!(rows(0, 50, 51), [0..50, 50..51]);
+        assert_eq!(rows(9, 50, 60), [0..8, 8..9, 9..59, 59..60]);
+        // a rest that one pass holds runs beside the rows that want logits
+        assert_eq!(rows(0, 204, 206), [0..100, 100..200, 200..206]);
+        assert_eq!(rows(0, 209, 209), [0..100, 100..200, 200..209]);
+        assert_eq!(rows(0, 200, 200), [0..100, 100..200]);
     }
 
     #[test]

@@ -17,23 +17,27 @@ mod lane;
 mod outcomes;
 mod packed_weights;
 mod pass_costs;
+mod prefill_memory;
 mod rule_tables;
 mod slot_memory;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use self::abi::{
-    MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
+    MAX_ROWS, PREFILL_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace,
+    SequenceOutcome, SequenceRows,
 };
-pub use self::chain_device::{ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan};
+pub use self::chain_device::{
+    ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan, PrefillPlan, PrefillTimes,
+};
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
 use self::pass_costs::PassCost;
 use self::rule_tables::RuleTables;
 use super::profile;
 use super::{
-    Ahead, Backend, Capabilities, Costs, DraftEngine, LogitsRequest, MAX_AHEAD, SequenceStep,
-    StepOutcome,
+    Ahead, Backend, Capabilities, Costs, DraftEngine, EnginePart, EngineTiming, LogitsRequest,
+    MAX_AHEAD, SequenceStep, StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -91,6 +95,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 margins: true,
                 trained_drafter: device.draft_rows() > 0,
                 ahead: MAX_AHEAD,
+                prefill_chunk: device.prefill_rows().max(Capabilities::PREFILL_CHUNK),
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
@@ -155,6 +160,36 @@ impl<D: ChainDevice> CudaChain<D> {
             self.take_further_steps(lane, rows, &outcome, step)?;
         }
         Ok(cost)
+    }
+
+    /// Prefill what `lane` leaves to it next.
+    fn prefill(
+        &mut self,
+        lane: &mut Lane,
+        step: &mut SequenceStep<'_>,
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        while let Some(rows) = lane.take_prefill() {
+            interrupt.check()?;
+            let rows = &lane.rows[rows];
+            let start = rows[0].position as usize;
+            let times = self.device.prefill(&PrefillPlan {
+                slot: step.sequence.slot(),
+                start,
+                tokens: rows.iter().map(|row| row.token as u32).collect(),
+            })?;
+            for layer in 0..self.num_layers() {
+                step.sequence.kv_mut().fill(layer, start + rows.len());
+            }
+            let epoch = *self.epoch.get_or_insert(times.started);
+            lane.timings.push(EngineTiming {
+                part: EnginePart::Layers(0..self.num_layers()),
+                tokens: rows.len(),
+                start: Duration::from_nanos(times.started.saturating_sub(epoch)),
+                elapsed: Duration::from_nanos(times.ended.saturating_sub(times.started)),
+            });
+        }
+        Ok(())
     }
 
     /// Append `piece` of `lane` to `pass`.
@@ -240,8 +275,13 @@ impl<D: ChainDevice> CudaChain<D> {
     ) -> Result<()> {
         let mut passes = Vec::new();
         while lanes.iter().any(Lane::is_open) {
+            for (lane, step) in lanes.iter_mut().zip(steps.iter_mut()) {
+                self.prefill(lane, step, interrupt)?;
+            }
             interrupt.check()?;
-            passes.push(self.run_pass(lanes, steps)?);
+            if lanes.iter().any(Lane::is_open) {
+                passes.push(self.run_pass(lanes, steps)?);
+            }
         }
         pass_costs::note(&mut self.costs, &passes);
         Ok(())
@@ -334,7 +374,8 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
         }
         let layers = self.num_layers();
         let lanes = steps.iter_mut();
-        let lanes = lanes.map(|step| Lane::new(step, layers, self.limit(step.max_depth)));
+        let prefill = self.device.prefill_rows();
+        let lanes = lanes.map(|step| Lane::new(step, layers, self.limit(step.max_depth), prefill));
         let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
         if let Err(error) = self.run(&mut lanes, steps, interrupt) {
             if matches!(error, Error::NotFinite { .. }) {

@@ -67,6 +67,7 @@ impl ToyDevice {
                 trained_drafter: false,
                 verifies_exactly: true,
                 ahead: 1,
+                prefill_chunk: 9,
             },
             exit_layers,
             num_layers,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
     ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow,
-    RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
+    PrefillPlan, PrefillTimes, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
 use sedac_core::backend::{DraftedToken, margin_bin};
 use sedac_core::policy::{Comparison, Condition, Signal};
@@ -15,6 +15,9 @@ use sedac_core::sampler::argmax;
 
 use super::drafts::{draft_logits, probability, taken_in};
 use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
+
+/// Tokens that prefill takes at once.
+const PREFILL_ROWS: usize = 20;
 
 /// Runs passes of the toy model.
 pub(crate) struct ToyKernel {
@@ -28,6 +31,8 @@ pub(crate) struct ToyKernel {
     clock: u64,
     /// The number of rows of each pass so far.
     pub(crate) passes: Vec<usize>,
+    /// The number of tokens of each prefill so far.
+    pub(crate) prefills: Vec<usize>,
     /// The number of steps of all passes so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// A token whose logits are NaN.
@@ -62,6 +67,7 @@ impl ToyKernel {
             logits: Vec::new(),
             clock: 0,
             passes: Vec::new(),
+            prefills: Vec::new(),
             steps: Arc::default(),
             poison: None,
             draft_rows: 0,
@@ -345,6 +351,29 @@ impl ChainDevice for ToyKernel {
             }
         }
         Ok(outcome)
+    }
+
+    fn prefill_rows(&self) -> usize {
+        PREFILL_ROWS
+    }
+
+    fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
+        assert!((1..=PREFILL_ROWS).contains(&plan.tokens.len()));
+        self.prefills.push(plan.tokens.len());
+        let mut hidden: Vec<_> = plan.tokens.iter().map(|&token| Hidden::of(token)).collect();
+        for layer in 0..self.layers {
+            let mut cache = self.caches[plan.slot].lock().unwrap();
+            for (position, hidden) in (plan.start..).zip(&mut hidden) {
+                assert!(cache[layer][..position].iter().all(Option::is_some));
+                hidden.run(layer, position, &mut cache);
+            }
+        }
+        let started = self.clock;
+        self.clock += 1000;
+        Ok(PrefillTimes {
+            started,
+            ended: self.clock,
+        })
     }
 
     fn draft_rows(&self) -> usize {

@@ -17,4 +17,10 @@ extern "C" __global__ void chain_1(float* out) { chain<1>(out); }
 extern "C" __global__ void chain_2(float* out) { chain<2>(out); }
 extern "C" __global__ void chain_4(float* out) { chain<4>(out); }
 extern "C" __global__ void chain_8(float* out) { chain<8>(out); }
+extern "C" __global__ void draft(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void prepare(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void prefill_start(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void prefill_product(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void prefill_heads(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void prefill_attention(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void prefill_add(char* tables, int blocks) { tables[threadIdx.x] = blocks; }

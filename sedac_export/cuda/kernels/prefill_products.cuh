@@ -1,0 +1,258 @@
+// Prefill's products: a matrix times up to PREFILL_ROWS tokens, in the order of the chain's sums.
+//
+// In the chain a tile's sum is that of the parts which the warps of its block have (tables.cuh), so a sum here is cut
+// at the same columns. Weights are read in their packed order, which is that of the mma's lanes.
+//
+// The four products of a layer are one kernel and little code: code that was not fetched lately takes 6 cycles an
+// instruction.
+#pragma once
+#include "prefill_rows.cuh"
+
+// 16 bytes to shared memory without a thread waiting for them, or zeros where nothing is there.
+__device__ __forceinline__ void copy_16(unsigned to, const void* from, bool there = true) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the last PENDING groups of copies are there.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// What a block has of a product: some tiles of weights and some tokens, of which a warp has a quarter and a half. Small
+// models have too few tiles to keep all multiprocessors busy with large pieces, and wait for the longest chain of mmas.
+constexpr bool FEW_TILES = O_TILES < USUAL_BLOCKS;
+constexpr int PRODUCT_TILES = FEW_TILES ? 4 : 8, PRODUCT_TOKENS = FEW_TILES ? 32 : 64;
+constexpr int WARP_TILES = PRODUCT_TILES / 4, TOKEN_TILES = PRODUCT_TOKENS / 2 / 8;
+static_assert(WARPS == 4 * 2, "a warp to each quarter of the tiles and half of the tokens");
+// Column blocks that are copied together.
+constexpr int PRODUCT_COLUMNS = FEW_TILES ? 4 : 2;
+
+struct ProductInput {
+  alignas(16) char weights[PRODUCT_TILES][PRODUCT_COLUMNS * BLOCK_BYTES];
+  alignas(16) half tokens[PRODUCT_COLUMNS][PRODUCT_TOKENS][32];
+};
+struct ProductSums {
+  float sums[PRODUCT_TOKENS][PRODUCT_TILES * 16 + 4];  // 4 more against bank conflicts
+  float scale[PRODUCT_TOKENS];
+};
+// Inputs that there is room for, at most three: so two blocks share a multiprocessor where shared memory is not scarce.
+constexpr int INPUTS_FIT = (SHARED_LIMIT - sizeof(ProductSums)) / sizeof(ProductInput);
+constexpr int PRODUCT_COPIES = INPUTS_FIT < 3 ? INPUTS_FIT : 3;
+constexpr int PREFILL_PRODUCTS_BYTES = PRODUCT_COPIES * sizeof(ProductInput) + sizeof(ProductSums);
+
+// The parts of a tile's sum.
+struct TileParts {
+  int before, columns_of_block;  // column blocks of its block's tiles, before it and in all
+  int warp = 0;                  // that has the part
+
+  TileParts() = default;
+  __device__ __forceinline__ TileParts(int tile, const StageShape& shape, int blocks)
+      : before(tile / blocks * shape.columns),
+        columns_of_block(tile_count(tile % blocks, shape.tiles, blocks) * shape.columns) {}
+  // Where the part ends that begins at `column`, in column blocks of the tile.
+  __device__ __forceinline__ int end(int column) {
+    int of_block;
+#pragma unroll 1
+    do of_block = share_start(++warp, columns_of_block);
+    while (of_block <= before + column);
+    return of_block - before;
+  }
+};
+
+struct Product {
+  const PrefillPass& pass;
+  const Layer& layer;
+  unsigned inputs;  // shared address of PRODUCT_COPIES of ProductInput
+  ProductSums& shared;
+  int stage;
+  StageShape shape;
+  int warp_tile, warp_token;  // the warp's first of each, of the block's
+  // From where a thread copies, 16 bytes at a time, in the next step.
+  static constexpr int TILE_COPIES = PRODUCT_COLUMNS * BLOCK_BYTES / 16, TOKEN_COPIES = PRODUCT_COLUMNS * 4;
+  static constexpr int WEIGHT_LOADS = divided_up(PRODUCT_TILES * TILE_COPIES, THREADS),
+                       TOKEN_LOADS = PRODUCT_TOKENS * TOKEN_COPIES / THREADS;
+  const char *weights, *tokens[TOKEN_LOADS];
+  unsigned offsets[WEIGHT_LOADS];
+  float c[WARP_TILES][TOKEN_TILES][4] = {}, d[WARP_TILES][TOKEN_TILES][4] = {};
+
+  __device__ __forceinline__ Product(const PrefillPass& pass, const Layer& layer, int stage, unsigned char* memory)
+      : pass(pass),
+        layer(layer),
+        inputs(shared_address(memory)),
+        shared(*reinterpret_cast<ProductSums*>(memory + PRODUCT_COPIES * sizeof(ProductInput))),
+        stage(stage),
+        shape(stage_shape(stage, 0, 1)) {
+    const int warp = threadIdx.x / 32;
+    warp_tile = warp % 4 * WARP_TILES, warp_token = warp / 4 * TOKEN_TILES * 8;
+    find_weights();
+    find_tokens();
+    if (threadIdx.x < PRODUCT_TOKENS) shared.scale[threadIdx.x] = pass.scratch->scale[row_of(threadIdx.x)];
+  }
+
+  __device__ __forceinline__ void run() {
+    const int steps = divided_up(shape.columns, PRODUCT_COLUMNS);
+#pragma unroll 1
+    for (int step = 0; step < PRODUCT_COPIES - 1; step++) copy(step);
+    TileParts parts[WARP_TILES];
+    int ends[WARP_TILES];
+#pragma unroll
+    for (int j = 0; j < WARP_TILES; j++) {
+      parts[j] = {tile_of(warp_tile + j), shape, pass.blocks};
+      ends[j] = parts[j].end(0);
+    }
+    unsigned later = 0;  // tiles of whose sum a part has ended, a bit each
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      wait_for_copies<PRODUCT_COPIES - 2>();
+      __syncthreads();
+      copy(step + PRODUCT_COPIES - 1);
+      multiply(step, parts, ends, later);
+    }
+    __syncthreads();
+    write();
+  }
+
+ private:
+  static constexpr unsigned TOKENS_AT = sizeof(ProductInput::weights);
+  __device__ __forceinline__ unsigned input_of(int step) const {
+    return inputs + step % PRODUCT_COPIES * sizeof(ProductInput);
+  }
+  __device__ __forceinline__ int row_of(int token) const {
+    return min(blockIdx.x * PRODUCT_TOKENS + token, pass.rows - 1);
+  }
+  __device__ __forceinline__ int tile_of(int index) const {
+    return min(blockIdx.y * PRODUCT_TILES + index, shape.tiles - 1);
+  }
+  // Tiles and rows beyond the last are copies of it.
+  __device__ __forceinline__ void find_weights() {
+    const int first = tile_of(0);
+    weights = layer.matrices[stage] + static_cast<size_t>(first) * shape.columns * BLOCK_BYTES;
+#pragma unroll
+    for (int k = 0; k < WEIGHT_LOADS; k++) {
+      const int i = threadIdx.x + k * THREADS;
+      offsets[k] = (tile_of(i / TILE_COPIES) - first) * shape.columns * BLOCK_BYTES + i % TILE_COPIES * 16;
+    }
+  }
+  __device__ __forceinline__ void find_tokens() {
+    const PrefillScratch& scratch = *pass.scratch;
+    const half* first = stage == STAGE_DOWN ? scratch.activations[0] : scratch.input[0];
+    const int width = stage == STAGE_DOWN ? INNER : larger(HIDDEN, ATTENTION);
+#pragma unroll
+    for (int k = 0; k < TOKEN_LOADS; k++) {
+      const int i = threadIdx.x + k * THREADS;
+      tokens[k] = reinterpret_cast<const char*>(first + row_of(i / TOKEN_COPIES) * width) + i % TOKEN_COPIES * 16;
+    }
+  }
+
+  // Asks for the weights and tokens of a step, if there is one.
+  __device__ __forceinline__ void copy(int step) {
+    const unsigned to = input_of(step);
+    const int blocks = min(shape.columns - step * PRODUCT_COLUMNS, PRODUCT_COLUMNS);
+    const int part = threadIdx.x % TOKEN_COPIES, token = threadIdx.x / TOKEN_COPIES;
+    const unsigned token_to = to + TOKENS_AT + (part / 4 * PRODUCT_TOKENS + token) * 64 + part % 4 * 16;
+#pragma unroll
+    for (int k = 0; k < WEIGHT_LOADS; k++) {
+      const int i = threadIdx.x + k * THREADS;
+      if (i < PRODUCT_TILES * TILE_COPIES && i % TILE_COPIES < blocks * (BLOCK_BYTES / 16))
+        copy_16(to + i * 16, weights + offsets[k]);
+    }
+    weights += PRODUCT_COLUMNS * BLOCK_BYTES;
+#pragma unroll
+    for (int k = 0; k < TOKEN_LOADS; k++) {
+      if (part < blocks * 4) copy_16(token_to + k * (THREADS / TOKEN_COPIES) * 64, tokens[k]);
+      tokens[k] += PRODUCT_COLUMNS * 64;
+    }
+    end_copies();
+  }
+
+  __device__ __forceinline__ void multiply(int step, TileParts (&parts)[WARP_TILES], int (&ends)[WARP_TILES],
+                                           unsigned& later) {
+    const unsigned from = input_of(step);
+    const int lane = threadIdx.x % 32, blocks = min(shape.columns - step * PRODUCT_COLUMNS, PRODUCT_COLUMNS);
+    const LanePlace place(from + warp_tile * PRODUCT_COLUMNS * BLOCK_BYTES, lane);
+    const unsigned tokens = from + TOKENS_AT + (warp_token + lane / 4) * 64 + lane % 4 * 16;
+#pragma unroll
+    for (int block = 0; block < PRODUCT_COLUMNS; block++) {
+      if (block >= blocks) break;
+      uint4 x[TOKEN_TILES];
+#pragma unroll
+      for (int n = 0; n < TOKEN_TILES; n++) x[n] = load_shared(tokens + (block * PRODUCT_TOKENS + n * 8) * 64);
+      const int column = step * PRODUCT_COLUMNS + block + 1;
+      LaneWeights<WEIGHT_BITS> of_tile[WARP_TILES];
+#pragma unroll
+      for (int j = 0; j < WARP_TILES; j++) of_tile[j].load(place, (j * PRODUCT_COLUMNS + block) * BLOCK_BYTES);
+#pragma unroll
+      for (int j = 0; j < WARP_TILES; j++)
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) of_tile[j].multiply(c[j][n], d[j][n], x[n], true);
+#pragma unroll
+      for (int j = 0; j < WARP_TILES; j++) {
+        if (column < ends[j] && column < shape.columns) continue;
+        end_part(j, later >> j & 1);
+        later |= 1 << j;
+        if (column < shape.columns) ends[j] = parts[j].end(column);
+      }
+    }
+  }
+
+  // Adds the part of a tile's sum that ends to those before it. A thread has rows lane / 4 and 8 more of a tile, and
+  // two of each eight tokens.
+  __device__ __forceinline__ void end_part(int j, bool later) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < TOKEN_TILES; n++)
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        float& sum =
+            shared.sums[warp_token + n * 8 + lane % 4 * 2 + q % 2][(warp_tile + j) * 16 + q / 2 * 8 + lane / 4];
+        sum = (later ? sum : 0.f) + (c[j][n][q] + d[j][n][q]);
+        c[j][n][q] = d[j][n][q] = 0;
+      }
+  }
+
+  // A thread has a pair of outputs of every second row: those that are gate and up where these meet.
+  __device__ __forceinline__ void write() const {
+    constexpr int PAIRS = PRODUCT_TILES * 8;
+    const int pair = threadIdx.x % PAIRS, tile = blockIdx.y * PRODUCT_TILES + pair / 8;
+    const int of_block = pair / 8 * 16 + pair % 8, output = tile * 16 + pair % 8;
+    if (tile >= shape.tiles) return;
+    const float* bias = stage == STAGE_QKV       ? layer.qkv_bias
+                        : stage == STAGE_O       ? layer.o_bias
+                        : stage == STAGE_GATE_UP ? layer.gate_up_bias
+                                                 : layer.down_bias;
+    const float2 of_outputs = bias ? make_float2(bias[output], bias[output + 8]) : make_float2(0, 0);
+    for (int token = threadIdx.x / PAIRS; token < PRODUCT_TOKENS; token += THREADS / PAIRS) {
+      const int row = blockIdx.x * PRODUCT_TOKENS + token;
+      if (row >= pass.rows) break;
+      const float2 v = make_float2(shared.sums[token][of_block], shared.sums[token][of_block + 8]);
+      write(row, tile * 8 + pair % 8, output, v, shared.scale[token], bias, of_outputs);
+    }
+  }
+
+  // Outputs `output` and 8 more of a row, which are gate and up of `inner`. The same numbers as Stages make of sums,
+  // whose words have a bit less.
+  __device__ __forceinline__ void write(int row, int inner, int output, float2 v, float scale, bool biased,
+                                        float2 bias) const {
+    PrefillScratch& scratch = *pass.scratch;
+    if (stage == STAGE_GATE_UP) {
+      float gate = v.x * scale, up = v.y * scale;
+      if (biased) gate += bias.x, up += bias.y;
+      const unsigned word = __half_as_ushort(__float2half(activation(gate) * up));
+      scratch.activations[row][inner] = __ushort_as_half(inner % 4 ? word : with_room(word));
+      return;
+    }
+    float* to = scratch.products[row] + output;
+    if (stage == STAGE_QKV) {
+      to[0] = unflagged(fmaf(v.x, scale, bias.x)), to[8] = unflagged(fmaf(v.y, scale, bias.y));
+    } else {
+      to[0] = v.x + bias.x, to[8] = v.y + bias.y;
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    prefill_product(const __grid_constant__ PrefillPass pass, int layer, int stage) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  Product(pass, pass.layers[layer], stage, memory).run();
+}
