@@ -33,6 +33,10 @@ def _split(bundles: Any) -> Any:
     return list(filter(None, bundles.split(","))) if isinstance(bundles, str) else bundles
 
 
+def _bytes(limit: Any) -> Any:
+    return parse_bytes(limit) if isinstance(limit, str) else limit
+
+
 class Arguments(BaseModel):
     """Arguments of the application: `name=value` after it, or `args` in a Serve config file.
 
@@ -48,14 +52,14 @@ class Arguments(BaseModel):
     min_replicas: Annotated[int, Field(ge=1)] = 1
     max_replicas: Annotated[int, Field(ge=1)] = 1
     max_sequences: Annotated[int, Field(ge=1, le=1024)] = 8
-    max_queue: Annotated[int, Field(ge=0, le=1_000_000)] = 64
+    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 64  # Ray cannot do without one
     cache_tokens: Annotated[int | None, Field(ge=1)] = None
     request_timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] = 1
     backend: BackendName = BackendName.ONNXRUNTIME
     device: DeviceName | None = None
     verify: Verify = Verify.ALWAYS
-    memory_limit: str | None = None
+    memory_limit: Annotated[int | None, BeforeValidator(_bytes), Field(ge=1)] = None
 
     @property
     def needs_gpu(self) -> bool:
@@ -74,7 +78,7 @@ class BundleServer:
             backend=arguments.backend.value,
             device=None if arguments.device is None else arguments.device.value,
             verify=arguments.verify.value,
-            memory_limit=parse_bytes(arguments.memory_limit),
+            memory_limit=arguments.memory_limit,
         )
         log_json()
         self._application = load_application(

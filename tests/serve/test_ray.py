@@ -182,12 +182,19 @@ def keep_asking(cluster: RayCluster) -> None:
         {"bundles": ""},
         {"bundles": []},
         {"bundles": "a", "max_sequences": 0},
+        {"bundles": "a", "max_queue": 0},
+        {"bundles": "a", "memory_limit": "6X"},
         {"bundles": "a", "replicas": 2},
     ],
 )
 def test_arguments_that_cannot_be(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Arguments.model_validate(arguments)
+
+
+@pytest.mark.parametrize("limit", ["6G", str(6 << 30), 6 << 30])
+def test_memory_limits_are_sizes(limit: str | int) -> None:
+    assert Arguments.model_validate({"bundles": "a", "memory_limit": limit}).memory_limit == 6 << 30
 
 
 def test_the_manifest_has_a_config_of_serve() -> None:
