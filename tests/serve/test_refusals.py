@@ -117,6 +117,14 @@ def test_a_body_that_is_no_object(http: httpx.Client, body: bytes) -> None:
     assert_error(http.post("/v1/completions", content=body, headers=headers), 400)
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_body_of_another_type_says_which_is_read(http: httpx.Client, path: str) -> None:
+    """As curl sends it without a header."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    response = http.post(f"/v1/{path}", content=b'{"model": "chat"}', headers=headers)
+    assert "Content-Type: application/json" in assert_error(response, 400)
+
+
 def test_half_a_character_is_refused(http: httpx.Client) -> None:
     headers = {"Content-Type": "application/json"}
     body = b'{"model": "chat", "prompt": "\\ud800"}'

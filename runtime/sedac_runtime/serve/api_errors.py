@@ -111,8 +111,13 @@ def invalid_request(error: RequestValidationError) -> ApiError:
     the client meant, and of equally deep ones what is of the right type.
     """
     errors = error.errors()
-    if errors[0]["loc"][:1] != ("body",) or errors[0]["type"] == "json_invalid":
+    outermost = errors[0]
+    if outermost["loc"][:1] != ("body",) or outermost["type"] == "json_invalid":
         return bad_request("the body is not JSON; send a JSON object", None)
+    if outermost["loc"] == ("body",) and outermost["type"] != "missing":
+        return bad_request(
+            "the body is not a JSON object; send one, with Content-Type: application/json", None
+        )
     places = [
         field_path(entry["loc"][1:], error.body, missing=entry["type"] == "missing")
         for entry in errors
