@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bad_input.command import rewrite_file
 from conftest import DEMO_MODEL
 from transformers import PreTrainedModel
 
@@ -83,6 +85,24 @@ def test_rolling_loglikelihoods_are_transformers(
     assert total == pytest.approx(expected, abs=1e-2)
 
 
+def test_texts_stand_behind_the_tokenizers_first_token(
+    demo_bundle: Path, demo_reference: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Which need not be the one that ends them."""
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    config = json.loads((bundle / "tokenizer_config.json").read_text())
+    config["bos_token"] = {"content": "import"}
+    rewrite_file(bundle, "tokenizer_config.json", json.dumps(config).encode())
+    model = SedacLM(bundle=str(bundle))
+    (first,) = model.tok_encode("import")
+    assert first != model.eot_token_id
+    (total,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", [("def main",)]))
+    (pair,) = model.loglikelihood(requests("loglikelihood", [("", "def main")]), disable_tqdm=True)
+    expected, _ = loglikelihood(demo_reference, [first], model.tok_encode("def main"))
+    assert total == pytest.approx(expected, abs=1e-2)
+    assert pair[0] == pytest.approx(expected, abs=1e-2)
+
+
 def test_texts_longer_than_the_cache_are_scored_in_windows(scored: SedacLM) -> None:
     (total,) = scored.loglikelihood_rolling(requests("loglikelihood_rolling", [("x = 1\n" * 500,)]))
     assert math.isfinite(total)
@@ -133,6 +153,35 @@ def test_what_the_harness_adds_is_accepted(demo_bundle: Path) -> None:
     arguments = {"bundle": str(demo_bundle), "trust_remote_code": True}
     added = {"batch_size": "2", "max_batch_size": 4, "device": "cpu"}
     SedacLM.create_from_arg_obj(arguments, added)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [("tau=high", "'tau'"), ("consecutive_k=2.5", "'consecutive_k'"), ("policy=3", "'policy'")],
+)
+def test_model_arguments_of_another_type_are_named(
+    demo_bundle: Path, argument: str, named: str
+) -> None:
+    with pytest.raises(InputError, match=named):
+        SedacLM.create_from_arg_string(f"bundle={demo_bundle},mode=exit,{argument}")
+
+
+def test_a_bundle_is_needed() -> None:
+    with pytest.raises(InputError, match="bundle is missing"):
+        SedacLM.create_from_arg_string("mode=exit")
+
+
+@pytest.mark.parametrize("batch_size", ["0", -3])
+def test_batch_sizes_are_positive(demo_bundle: Path, batch_size: int | str) -> None:
+    with pytest.raises(InputError, match=f"batch_size {batch_size} is out of range"):
+        SedacLM(bundle=str(demo_bundle), batch_size=batch_size)
+
+
+def test_chat_templates_are_refused(scored: SedacLM, local_task: TaskManager) -> None:
+    with pytest.raises(InputError, match="leave out --apply_chat_template"):
+        simple_evaluate(
+            scored, tasks=["local_choice"], task_manager=local_task, apply_chat_template=True
+        )
 
 
 @pytest.mark.parametrize("batch_size", ["auto", "auto:4"])

@@ -88,10 +88,7 @@ def _ask(request: str) -> dict[str, str]:
 
 def read_template(bundle: Path, texts: Texts) -> tuple[str, dict[str, str]]:
     """The chat template and the special tokens by name. Raises as `render_chat` does."""
-    config: dict[str, Any] = {}
-    text = texts[_CONFIG]
-    if text is not None:
-        config = _parse(bundle / _CONFIG, text)
+    config = _read_config(bundle, texts)
     template = texts[_TEMPLATE] or config.get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
@@ -100,11 +97,25 @@ def read_template(bundle: Path, texts: Texts) -> tuple[str, dict[str, str]]:
         raise InputError(
             f"{bundle} has no chat template, which --chat and chat completions need; give a prompt"
         )
+    return template, _special_tokens(config)
+
+
+def read_special_tokens(bundle: Path, texts: Texts) -> dict[str, str]:
+    """The special tokens by name, such as bos_token. Raises BundleError as `render_chat` does."""
+    return _special_tokens(_read_config(bundle, texts))
+
+
+def _read_config(bundle: Path, texts: Texts) -> dict[str, Any]:
+    text = texts[_CONFIG]
+    return {} if text is None else _parse(bundle / _CONFIG, text)
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     tokens = {}
     for name, value in config.items():
         if name.endswith("_token") and value is not None:
             tokens[name] = str(value.get("content") if isinstance(value, dict) else value)
-    return template, tokens
+    return tokens
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:

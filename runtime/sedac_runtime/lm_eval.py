@@ -19,8 +19,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sedac_runtime import _core
 from sedac_runtime._core import InputError, SedacError
+from sedac_runtime.chat import read_special_tokens
 from sedac_runtime.choices import Drafter, Mode, PolicyName
 from sedac_runtime.model import SedacModel
+from sedac_runtime.ranges import check_count
 from sedac_runtime.serve.token_text import StopFilter, TextStream
 
 _GENERATED = 256  # tokens, where a task does not say
@@ -58,7 +60,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        bundle: str,
+        bundle: str | None = None,
         batch_size: int | str = 1,
         mode: Mode = "full",
         policy: PolicyName | None = None,
@@ -72,25 +74,44 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         _refuse_unknown(others)
         sequences = _sequences(batch_size)
-        self._core = SedacModel.from_pretrained(bundle, threads=threads).core
-        self._decoding = self._core.decoding(
-            mode,
-            policy=policy,
-            threshold=threshold,
-            tau=tau,
-            consecutive_k=consecutive_k,
-            drafter=drafter,
-        )
+        if bundle is None:
+            raise InputError("model argument bundle is missing; give the directory of a bundle")
+        model = SedacModel.from_pretrained(bundle, threads=threads)
+        self._core = model.core
+        self._bos_token = read_special_tokens(model.bundle, model.chat_texts).get("bos_token")
+        try:
+            self._decoding = self._core.decoding(
+                mode,
+                policy=policy,
+                threshold=threshold,
+                tau=tau,
+                consecutive_k=consecutive_k,
+                drafter=drafter,
+            )
+        except TypeError as error:  # lm_eval gives each argument the type that it looks like
+            reason = " ".join([str(error), *getattr(error, "__notes__", [])])
+            raise InputError(f"a model argument is of another type: {reason}") from error
         self._scheduler = _core.Scheduler(self._core, max_sequences=sequences)
         self._seed = 0
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text, which also stands before one."""
+        """The token that ends a text."""
         tokens = self._core.eos_token_ids
         if not tokens:
             raise InputError("the bundle has no end-of-text token, which texts are scored after")
         return tokens[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text: the tokenizer's bos_token, else what ends one."""
+        tokens = self.tok_encode(self._bos_token or "", add_special_tokens=False)
+        return tokens[0] if len(tokens) == 1 else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval asks for before it applies a chat template."""
+        raise InputError("chat templates are not applied; leave out --apply_chat_template")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -104,7 +125,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0], add_special_tokens=False),
-                prefix_token=self.eot_token_id,
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self._core.max_cache_length - 1,
                 context_len=1,
             )
@@ -196,7 +217,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
                 " --max-cache-length"
             )
         return self._scheduler.add(
-            self.tok_encode(context)[-room:] or [self.eot_token_id],
+            self.tok_encode(context)[-room:] or [self.prefix_token_id],
             self._decoding,
             self._sampling(settings),
             max_new_tokens=tokens,
@@ -237,11 +258,13 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
 
 def _sequences(batch_size: int | str) -> int:
     try:
-        return int(batch_size)
+        sequences = int(batch_size)
     except ValueError as error:
         raise InputError(
             f"batch_size {batch_size} is not a number; give how many sequences run together"
         ) from error
+    check_count("batch_size", sequences, 1)
+    return sequences
 
 
 def main() -> None:
