@@ -32,6 +32,8 @@ from sedac_runtime._core import PolicySettings
 from sedac_runtime.choices import KvFill
 
 _T = TypeVar("_T")
+# what policies need
+_PROBE, _EXIT = "an entropy probe", "an exit engine"
 
 
 @dataclass
@@ -108,12 +110,14 @@ class Accelerator:
     ) -> None:
         self.propagate = kv_fill == "propagate"
         self.model, self.layers, self.policy, self.probes = model, layers, policy, probes
-        allowed = exit_layers or (probes.exit_layers if probes else range(1, len(layers)))
+        allowed = exit_layers
+        if allowed is None:
+            allowed = probes.exit_layers if probes else range(1, len(layers))
         self.exit_layers = {depth for depth in allowed if depth < len(layers)}
-        # refuses settings that are out of range now, not in the first pass
-        self._start_pass(np.zeros(0, dtype=bool))
+        self._check()
         self._statistics = Statistics(len(layers))
-        self._generating = False
+        # positions before this one run at full depth
+        self._prompt_end = 1
         self._exits: PassExits | None = None
         # what each token's prediction is made of so far
         self._predicting = torch.empty(0)
@@ -144,11 +148,11 @@ class Accelerator:
         return self._statistics
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._generating = True
+        self._prompt_end = _prompt_length(*args, **kwargs)
         try:
             return generate(*args, **kwargs)
         finally:
-            self._generating = False
+            self._prompt_end = 1
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start a pass: which of its tokens run at full depth whatever the policy says."""
@@ -159,9 +163,18 @@ class Accelerator:
         full_depth = np.zeros((batch, length), dtype=bool)
         given = (kwargs.get(name) for name in CACHE_ARGUMENTS)
         cache = next((cache for cache in given if cache is not None), None)
-        if cache is None or cache.get_seq_length() == 0:
-            full_depth[:, : length if self._generating else 1] = True
+        start = 0 if cache is None else int(cache.get_seq_length())
+        full_depth[:, : max(0, self._prompt_end - start)] = True
         self._exits = self._start_pass(full_depth.reshape(-1))
+
+    def _check(self) -> None:
+        """Refuse settings that are out of range and missing probes now, not in the first pass."""
+        exits, probes = self._start_pass(np.zeros(1, dtype=bool)), self.probes
+        for depth in sorted(self.exit_layers):
+            if exits.reads_risk(depth):
+                _need(probes and probes.probes.get(depth), _PROBE, depth)
+            if exits.reads_exit_head(depth):
+                _need(probes and probes.exits.get(depth), _EXIT, depth)
 
     def _start_pass(self, full_depth: Mask) -> PassExits:
         return PassExits(self.policy, len(self.layers), self.exit_layers, full_depth)
@@ -215,7 +228,7 @@ class Accelerator:
             depth,
             exits.stabilities[:, depth - 1],
             probes.risk(depth, x) if probes else None,
-            lambda: _need(probes, depth).signals(depth, x, exits.last_stabilities(depth)),
+            lambda: _need(probes, _EXIT, depth).signals(depth, x, exits.last_stabilities(depth)),
         )
         exits.observe(signals)
 
@@ -247,7 +260,7 @@ class _Probes:
 
     def signals(self, depth: int, x: Tensor, stabilities: Floats) -> Floats:
         feeds = {"x": _flat(x)[None], "stability": stabilities[None]}
-        signals: Floats = _need(self.exits.get(depth), depth).run(feeds)["signals"][0]
+        signals: Floats = self.exits[depth].run(feeds)["signals"][0]
         return signals
 
     def through_lens(self, x: Tensor, exits: PassExits) -> Tensor:
@@ -299,10 +312,18 @@ def _flat(x: Tensor) -> Floats:
     return result
 
 
-def _need(value: _T | None, depth: int) -> _T:
+def _prompt_length(inputs: Tensor | None = None, *_: Any, **kwargs: Any) -> int:
+    """Positions of the prompt in these arguments of generate, 1 where there is none."""
+    for given in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
+        if given is not None:
+            return int(given.shape[1])
+    return 1
+
+
+def _need(value: _T | None, what: str, depth: int) -> _T:
     if value is None:
         raise SedacError(
-            f"this policy needs an exit engine at depth {depth}: pass bundle=, trained with"
+            f"this policy needs {what} at depth {depth}: pass bundle=, trained with"
             " sedac-export train-probes"
         )
     return value

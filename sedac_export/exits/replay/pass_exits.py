@@ -47,11 +47,19 @@ class PassExits:
         decision.observe(
             depth,
             signals.stability,
-            signals.read_risk() if decision.reads_risk(depth) else None,
-            signals.exit if decision.reads_exit_head(depth) else None,
+            signals.read_risk() if self.reads_risk(depth) else None,
+            signals.exit if self.reads_exit_head(depth) else None,
         )
         self._read_decision()
         return self.exited & ~before
+
+    def reads_risk(self, depth: int) -> bool:
+        """Whether the decision after `depth` layers takes the V6 probe's risk."""
+        return self._decision.reads_risk(depth)
+
+    def reads_exit_head(self, depth: int) -> bool:
+        """Whether the decision after `depth` layers takes the exit engine's signals."""
+        return self._decision.reads_exit_head(depth)
 
     def last_stabilities(self, depth: int) -> Floats:
         """Stabilities of the depths depth - 2 to depth, 0 where below 1: [n, 3]."""

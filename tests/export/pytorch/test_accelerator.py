@@ -1,6 +1,8 @@
 """Exits inside PyTorch: the same as decoding one token at a time, and gone when it ends."""
 
+import inspect
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 from conftest import THREADS
 from eager import Stable, assert_decoded, greedy
 from tiny_models import ARCHITECTURES, save_tiny_model
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.exit_config import ExitConfig
 from sedac_export.errors import SedacError
 from sedac_export.exits.replay.replay import Replay
+from sedac_export.model.decoder import cache_argument
 from sedac_export.pytorch.accelerator import create_universal_accelerator
 from sedac_runtime import SedacModel
 
@@ -112,7 +115,46 @@ def test_settings_out_of_range_are_refused(demo_reference: PreTrainedModel) -> N
             create_universal_accelerator(demo_reference, exit_layers=[6, depth])
     with pytest.raises(SedacError, match="kv_fill x is unknown: propagate, defer"):
         create_universal_accelerator(demo_reference, kv_fill="x")  # type: ignore[arg-type]
-    learned = ExitConfig(policy="learned", thresholds={6: 0.9})
-    accelerator = create_universal_accelerator(demo_reference, config=learned)
-    with pytest.raises(SedacError, match="needs an exit engine at depth 6"), accelerator:
-        demo_reference(torch.arange(9)[None])
+
+
+@pytest.mark.parametrize(
+    ("policy", "part"), [("probe", "an entropy probe"), ("learned", "an exit engine")]
+)
+def test_probes_that_are_missing_are_named_before_the_first_pass(
+    demo_reference: PreTrainedModel, policy: Literal["probe", "learned"], part: str
+) -> None:
+    config = ExitConfig(policy=policy, thresholds={6: 0.9})
+    with pytest.raises(SedacError, match=f"needs {part} at depth 6: pass bundle="):
+        create_universal_accelerator(demo_reference, config=config)
+
+
+def test_no_exit_layers_are_none(demo_reference: PreTrainedModel) -> None:
+    with create_universal_accelerator(demo_reference, 0.5, 1, exit_layers=[]) as accelerator:
+        demo_reference(torch.arange(1, 40)[None])
+    assert accelerator.stats().depths == {12: 39}
+
+
+@pytest.mark.parametrize("settings", [{"use_cache": False}, {"prefill_chunk_size": 3}])
+def test_passes_of_any_size_exit_alike(
+    demo_reference: PreTrainedModel, settings: dict[str, Any]
+) -> None:
+    """The whole prompt runs at full depth, and no more than it."""
+    prompt = torch.arange(1, 20)[None]
+    asked: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+    with create_universal_accelerator(demo_reference, 0.9, 1) as usual:
+        expected = demo_reference.generate(prompt, do_sample=False, **asked)
+    with create_universal_accelerator(demo_reference, 0.9, 1) as accelerator:
+        given = demo_reference.generate(prompt, do_sample=False, **asked, **settings)
+    assert given.tolist() == expected.tolist()
+    assert accelerator.stats().last_depths[-1] == usual.stats().last_depths[-1] < 12
+
+
+def test_a_prompt_that_continues_a_cache_runs_at_full_depth(
+    demo_reference: PreTrainedModel,
+) -> None:
+    cache, prompt = DynamicCache(), torch.arange(1, 40)[None]
+    earlier = {cache_argument(inspect.signature(demo_reference.forward).parameters): cache}
+    demo_reference(prompt[:, :20], **earlier)
+    with create_universal_accelerator(demo_reference, 0.5, 1) as accelerator:
+        demo_reference.generate(prompt, max_new_tokens=1, pad_token_id=0, **earlier)
+    assert accelerator.stats().depths == {12: 19}
