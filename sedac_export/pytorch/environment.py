@@ -32,7 +32,7 @@ def config_from_environment(num_layers: int) -> ExitConfig:
     if _METHODS[method] == "stability":
         return _stability(num_layers)
     if _METHODS[method] == "probe":
-        return _probe()
+        return _probe(num_layers)
     raise SedacError(f"SEDAC_METHOD {method} needs thresholds; pass a configuration")
 
 
@@ -49,18 +49,20 @@ def _stability(num_layers: int) -> ExitConfig:
     return ExitConfig(tau=tau, consecutive_k=int(k), min_layer_ratio=minimum / num_layers)
 
 
-def _probe() -> ExitConfig:
+def _probe(num_layers: int) -> ExitConfig:
     names = ("SEDAC_V6_LAYERS", "SEDAC_V6_THRESHOLDS")
     texts = [os.environ.get(name, "") for name in names]
     try:
         layers = [int(part) for part in texts[0].split(",")]
         thresholds = [float(part) for part in texts[1].split(",")]
         pairs = dict(zip(layers, thresholds, strict=True))
+        if len(pairs) < len(layers) or not set(layers) <= set(range(1, num_layers + 1)):
+            raise ValueError
         return ExitConfig(policy="probe", thresholds=pairs)
     except ValueError as error:
         raise SedacError(
             f"{names[0]}={texts[0]} and {names[1]}={texts[1]} are not two lists of the same length,"
-            " such as 4,8,12 and 0.5,0.6,0.7"
+            f" such as 4,8,12 and 0.5,0.6,0.7, of different layers from 1 to {num_layers}"
         ) from error
 
 
