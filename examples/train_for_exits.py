@@ -125,30 +125,54 @@ def train(losses: ExitLosses, tokens: torch.Tensor, options: argparse.Namespace)
         schedule.step()
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def positive(text: str) -> int:
+    """A count on the command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the script takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory of a model that transformers loads, or a hub id")
     parser.add_argument("output", type=Path, help="directory for the trained model")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="UTF-8 texts")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
-    parser.add_argument("--exit-every", type=int, default=3, help="layers between exits")
+    parser.add_argument("--steps", type=positive, default=2000)
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--length", type=positive, default=512, help="tokens in a sequence")
+    parser.add_argument("--exit-every", type=positive, default=3, help="layers between exits")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Train, print losses before and after, and save."""
-    options = parse()
+    parser = command_line()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    try:
+        # what cannot be written is better known before the training
+        options.output.mkdir(parents=True, exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokens = read_tokens(tokenizer, options.data)
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(" ".join(str(error).split()))
+    held_out = max(options.length, round(HELD_OUT * len(tokens)))
+    if len(tokens) < held_out + options.length:
+        parser.error(
+            f"--data has {len(tokens)} tokens, fewer than two sequences of --length"
+            f" {options.length}; give more text or a smaller length"
+        )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
     losses = ExitLosses(model.to(options.device), options.exit_every)
-    tokens = read_tokens(tokenizer, options.data)
-    held_out = max(options.length, round(HELD_OUT * len(tokens)))
+    if not losses.exits:
+        parser.error(
+            f"--exit-every {options.exit_every} leaves no exit before the last of"
+            f" {len(losses.layers)} layers; give a smaller number"
+        )
     batches = [
         windows(tokens[-held_out:], options.batch_size, options.length, options.device)
         for _ in range(HELD_OUT_BATCHES)

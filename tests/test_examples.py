@@ -100,3 +100,23 @@ def test_train_for_exits(tmp_path: Path) -> None:
         for ours, theirs in zip(trained.parameters(), original.parameters(), strict=True)
     ]
     assert all(changed)
+
+
+@pytest.mark.parametrize(
+    ("output", "settings", "reason"),
+    [
+        ("text.py", (), "File exists"),
+        ("model", ("--length", 100_000), "fewer than two sequences"),
+        ("model", ("--exit-every", 12), "leaves no exit before the last of 12 layers"),
+        ("model", ("--steps", 0), "--steps"),
+    ],
+)
+def test_train_for_exits_says_before_training_what_cannot_be(
+    tmp_path: Path, output: str, settings: tuple[object, ...], reason: str
+) -> None:
+    text = tmp_path / "text.py"
+    text.write_text(Path(argparse.__file__).read_text())
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run("train_for_exits.py", DEMO_MODEL, tmp_path / output, "--data", text, *settings)
+    assert caught.value.returncode == 2
+    assert reason in caught.value.stderr.splitlines()[-1]
