@@ -9,6 +9,7 @@ from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.cli.targets import TargetName, target_option
 from sedac_export.console import console
+from sedac_export.errors import SedacError
 from sedac_runtime.flavour import FLAVOURS, Target
 
 MaxBatchSize = Annotated[int, target_option(help="TensorRT: maximum sequences per pass.")]
@@ -57,10 +58,17 @@ def flags(options: BuildOptions) -> str:
 def check_flavours(
     targets: list[TargetName], options: BuildOptions, precision: Precision, symmetric: bool
 ) -> list[Target]:
-    """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here."""
+    """The TensorRT flavours among `targets`. Raises SedacError when one cannot be built here, or
+    there are options for none."""
     from sedac_export.tensorrt.build_plans import check_options, check_quantization
 
     chosen = [flavour for flavour in FLAVOURS if TargetName(flavour) in targets]
+    given = flags(options)
+    if given and not chosen:
+        raise SedacError(
+            f"{given.split()[0]} is for --target {' and '.join(FLAVOURS)}; leave it out or add one"
+            " of these"
+        )
     for flavour in chosen:
         check_quantization(flavour, precision, symmetric)
         check_options(flavour, options)

@@ -48,6 +48,19 @@ def test_options_are_refused_before_the_model_is_read(option: list[str], tmp_pat
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    "option",
+    [["--max-batch-size", "4"], ["--compute-capabilities", "8.6"], ["--version-compatible"]],
+)
+def test_options_for_no_target_are_refused(
+    option: list[str], demo_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    message = f"{option[0]} is for --target tensorrt and tensorrt-rtx; leave it out"
+    assert message in refusal("build", "--model", "no/model", "--output", str(output), *option)
+    assert message in refusal("engines", str(demo_bundle), "--target", "cuda", *option)
+
+
 def test_another_model_is_refused_and_nothing_changed(demo_bundle: Path, tmp_path: Path) -> None:
 
     save_tiny_model("llama", tmp_path / "model")
