@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sedac_export.cli.exit_commands import DATA, AsJson, BundleArgument
+from sedac_export.cli.outputs import check_directory
 from sedac_export.cli.progress import progress_bar
 from sedac_export.cli.quiet import silence_libraries
 from sedac_export.console import console
@@ -73,6 +74,7 @@ def train_drafter(
     from sedac_export.drafter.train_drafter import DrafterRequest, load_model
     from sedac_export.drafter.train_drafter import train_drafter as run
 
+    check_directory(output)
     opened = None if bundle is None else Bundle.open(bundle)
     texts = _read_texts(data or [])
     if not texts and not self_distill:

@@ -98,6 +98,7 @@ def collect(
     from sedac_export.exits.training.collect import left_out
     from sedac_export.exits.training.train_probes import exit_depths
 
+    check_directory(output)
     opened, documents = _read(bundle, data)
     require_early_depths(opened.manifest, bundle)
     exits = exit_depths(opened.manifest, parse_depths("--exit-layers", exit_layers))
@@ -199,6 +200,8 @@ def _train(
     from sedac_export.exits.replay.replay import require_early_depths
     from sedac_export.exits.training import train_probes as training
 
+    if collection is not None:
+        check_directory(collection, "--collection")
     with claimed(bundle), progress_bar("collect", "train") as update:
         opened, documents = _read(bundle, data)
         require_early_depths(opened.manifest, bundle)

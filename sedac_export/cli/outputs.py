@@ -18,24 +18,29 @@ def check_file(output: Path) -> None:
             TemporaryFile(dir=output.parent).close()
 
 
-def check_directory(output: Path) -> None:
+def check_directory(output: Path, option: str = "--output") -> None:
     """Raise SedacError where `output` is no directory that can be written, nor can become one.
 
-    What lies in a bundle and is none of its files goes when the bundle is edited.
+    Nor in a bundle: what lies there and is none of its files goes when it is edited.
     """
-    if (output / MANIFEST).exists():
-        raise SedacError(f"--output {output} is a bundle; give another directory")
-    with _writing(output, "directory"):
-        path = output.absolute()
-        existing = next(each for each in (path, *path.parents) if each.exists())
+    path = output.resolve()
+    places = (path, *path.parents)
+    bundle = next((place for place in places if (place / MANIFEST).exists()), None)
+    if bundle is not None:
+        raise SedacError(
+            f"{option} {output} is in the bundle {bundle}, and would go when that is changed; give"
+            " another directory"
+        )
+    with _writing(output, "directory", option):
+        existing = next(place for place in places if place.exists())
         TemporaryFile(dir=existing).close()
 
 
 @contextlib.contextmanager
-def _writing(output: Path, kind: str) -> Iterator[None]:
+def _writing(output: Path, kind: str, option: str = "--output") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise SedacError(
-            f"--output {output} cannot be written ({error.strerror}); give another {kind}"
+            f"{option} {output} cannot be written ({error.strerror}); give another {kind}"
         ) from error

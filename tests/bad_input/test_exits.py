@@ -185,7 +185,38 @@ def test_a_collection_of_another_model_is_refused(
     assert snapshot(collected) == before
     index.write_text("{")
     assert_one_line_error(export(*command), "collection.json")
-    assert_one_line_error(export(*command[:-1], str(bundle)), "neither a collection")
+    assert_one_line_error(export(*command[:-1], str(tmp_path)), "neither a collection")
+
+
+@pytest.mark.parametrize("place", [".", "onnx", "made/later"])
+def test_what_is_written_is_not_in_a_bundle(
+    export: Command, bundle: Path, text: Path, tmp_path: Path, place: str
+) -> None:
+    """A change of the bundle would remove it."""
+    before = snapshot(bundle)
+    (tmp_path / "link").symlink_to(bundle)
+    inside = [bundle / place, tmp_path / "link" / place]
+    for directory in inside:
+        for command, option in (
+            (["collect", bundle], "--output"),
+            (["report", bundle], "--output"),
+            (["train-probes", bundle], "--collection"),
+            (["train-exits", bundle], "--collection"),
+            (["train-drafter", "no/model"], "--output"),
+        ):
+            result = export(*command, "--data", text, option, directory)
+            assert_one_line_error(result, f"{option} {directory} is in the bundle {bundle}")
+    assert snapshot(bundle) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("collect", "--output"), ("train-probes", "--collection")]
+)
+def test_a_collection_is_no_file(
+    export: Command, bundle: Path, text: Path, command: str, option: str
+) -> None:
+    result = export(command, bundle, "--data", text, option, text)
+    assert_one_line_error(result, f"{option} {text} cannot be written", "give another directory")
 
 
 def test_a_damaged_collection_is_refused(
