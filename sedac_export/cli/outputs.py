@@ -10,7 +10,11 @@ from sedac_export.errors import SedacError
 
 
 def check_file(output: Path) -> None:
-    """Raise SedacError where no file can be written at `output`; pipes and devices pass."""
+    """Raise SedacError where no file can be written at `output`; pipes and devices pass.
+
+    Nor in a bundle, as for directories.
+    """
+    _refuse_bundles(output, "--output", "file")
     with _writing(output, "file"):
         if output.is_file() or output.is_dir():
             output.open("ab").close()
@@ -23,17 +27,21 @@ def check_directory(output: Path, option: str = "--output") -> None:
 
     Nor in a bundle: what lies there and is none of its files goes when it is edited.
     """
+    _refuse_bundles(output, option, "directory")
+    with _writing(output, "directory", option):
+        path = output.resolve()
+        existing = next(place for place in (path, *path.parents) if place.exists())
+        TemporaryFile(dir=existing).close()
+
+
+def _refuse_bundles(output: Path, option: str, kind: str) -> None:
     path = output.resolve()
-    places = (path, *path.parents)
-    bundle = next((place for place in places if (place / MANIFEST).exists()), None)
+    bundle = next((place for place in (path, *path.parents) if (place / MANIFEST).exists()), None)
     if bundle is not None:
         raise SedacError(
             f"{option} {output} is in the bundle {bundle}, and would go when that is changed; give"
-            " another directory"
+            f" another {kind}"
         )
-    with _writing(output, "directory", option):
-        existing = next(place for place in places if place.exists())
-        TemporaryFile(dir=existing).close()
 
 
 @contextlib.contextmanager

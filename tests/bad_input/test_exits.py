@@ -209,6 +209,13 @@ def test_what_is_written_is_not_in_a_bundle(
     assert snapshot(bundle) == before
 
 
+def test_advice_is_not_written_into_a_bundle(export: Command, bundle: Path, text: Path) -> None:
+    output = bundle / "advice.md"
+    result = export("advise", bundle, "--data", text, "--output", output)
+    assert_one_line_error(result, f"--output {output} is in the bundle {bundle}", "another file")
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("command", "option"), [("collect", "--output"), ("train-probes", "--collection")]
 )
