@@ -38,7 +38,7 @@ from chain_prefill_checks import PrefillChecks
 from chain_weights import FORMATS
 from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 
-from sedac_export.cuda.chain_abi import MAX_ROWS, Pass
+from sedac_export.cuda.chain_abi import MAX_ROWS, PREFILL_ROWS, Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 from sedac_export.cuda.weight_blocks import BLOCK, TILE
@@ -46,9 +46,10 @@ from sedac_export.errors import SedacError
 from sedac_runtime.flavour import find_gpu
 
 MODEL_NAMES = tuple(case.name for case in MODELS)
-# tokens of a draft
+# tokens of a draft, and of a prefill
 DRAFTED = (1, 4, 8)
-ROUNDS, PASSES, WARM_UP = 5, 50, 5
+PREFILLED = (32, 64, 128, PREFILL_ROWS)
+ROUNDS, PASSES, PREFILLS, WARM_UP = 5, 50, 10, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
 LONGEST_CAPACITY = 32768
@@ -92,6 +93,8 @@ class CaseResult:
     longest: Timing | None = None
     # by the number of tokens, microseconds of a launch that takes in a position and drafts them
     drafts: dict[int, float] = field(default_factory=dict)
+    # by the number of tokens, microseconds of a prefill from position 0 on
+    prefills: dict[int, float] = field(default_factory=dict)
     unsupported: str | None = None
 
     @property
@@ -111,6 +114,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
             result.drafts = measure_drafts(launcher)
+            result.prefills = measure_prefills(launcher)
             del launcher
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
@@ -197,6 +201,23 @@ def measure_drafts(launcher: ChainLauncher) -> dict[int, float]:
     return medians
 
 
+def measure_prefills(launcher: ChainLauncher) -> dict[int, float]:
+    """The first tokens of a text, which the host waits for."""
+    medians = {}
+    for count in PREFILLED:
+        tokens = [token % launcher.decoder.shape.vocabulary for token in range(count)]
+        graph, rounds = launcher.captured(launcher.make_prefill(tokens, 0)), []
+        for _ in range(ROUNDS + 1):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(PREFILLS):
+                graph.replay()
+            torch.cuda.synchronize()
+            rounds.append((time.perf_counter() - start) / PREFILLS * 1e6)
+        medians[count] = statistics.median(rounds[1:])
+    return medians
+
+
 def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
     """Passes one after another, without the host waiting in between; of one of their steps."""
     steps = max(wanted.steps, 1)
@@ -274,6 +295,9 @@ def markdown(result: CaseResult) -> str:
     if result.drafts:
         drafts = ", ".join(f"{count}: {median:.0f} µs" for count, median in result.drafts.items())
         lines.append(f"\nA position taken in, and so many tokens drafted: {drafts}.")
+    if result.prefills:
+        each = (f"{count}: {median:.0f} µs" for count, median in result.prefills.items())
+        lines.append(f"\nPrefill of so many tokens: {', '.join(each)}.")
     if result.positions:
         first, last = (timing.median for timing in result.positions.values())
         lines.append(

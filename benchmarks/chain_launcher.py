@@ -160,6 +160,13 @@ class ChainLauncher:
         """Enqueue a prefill."""
         self.chain.prefill(wanted, self.decoder.shape.layers, self._stream.cuda_stream)
 
+    def captured(self, wanted: PrefillPass) -> torch.cuda.CUDAGraph:
+        """A prefill as a graph: Python launches kernels more slowly than they run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            self.prefill(wanted)
+        return graph
+
     def make_pass(
         self,
         sequences: Sequence[SequenceInput],

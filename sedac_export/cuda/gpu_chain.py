@@ -12,10 +12,12 @@ from sedac_export.bundle import Bundle
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
 from sedac_export.cuda.chain_abi import (
     MAX_ROWS,
+    PREFILL_ROWS,
     Condition,
     Layer,
     Outcome,
     Pass,
+    PrefillPass,
     Row,
     SequenceRows,
 )
@@ -71,6 +73,23 @@ class GpuChain:
         saved = self._read("saved", (len(start), self._chain.facts.saved_floats))
         return ChainOutput(saved[:, : self._shape.hidden], stabilities)
 
+    def run_prefilled(self, tokens: Array) -> Floats:
+        """Logits of the last MAX_ROWS of more tokens, in a pass; those before are prefilled."""
+        held = len(tokens) - MAX_ROWS
+        for start in range(0, held, PREFILL_ROWS):
+            self._prefill(tokens[start : min(start + PREFILL_ROWS, held)].tolist(), start)
+        self._run_pass(_Piece(tokens[held:].tolist(), held, 0, self._shape.layers, True))
+        return self._read("logits", (MAX_ROWS, self._shape.vocabulary))
+
+    def _prefill(self, tokens: list[int], start: int) -> None:
+        shared = {name: self._common[name] for name in ("layers", "embed", "cos", "sin")}
+        sizes = {"capacity": self._capacity, "blocks": self._chain.blocks, "rows": len(tokens)}
+        parameters = PrefillPass(**shared, **sizes, start=start)
+        parameters.scratch, parameters.times = self._prefill_scratch, self._times
+        parameters.token[: len(tokens)] = tokens
+        self._chain.prefill(parameters, self._shape.layers)
+        self._memory.synchronize()
+
     def _run_pass(self, piece: "_Piece") -> Outcome:
         parameters = Pass(**self._common, capacity=self._capacity, blocks=self._chain.blocks)
         parameters.scratch, parameters.next_scratch = self._scratch
@@ -123,6 +142,7 @@ class GpuChain:
             "logits": zeros(MAX_ROWS * shape.vocabulary * _FLOAT),
         }
         self._scratch = [zeros(facts.scratch_bytes) for _ in range(2)]
+        self._prefill_scratch, self._times = zeros(facts.prefill_scratch_bytes), zeros(16)
 
     def _upload_rule(self) -> int:
         shape = self._shape

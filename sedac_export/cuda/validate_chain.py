@@ -12,6 +12,7 @@ from sedac_export.bundle.agreement_row import GATES, failures
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
 from sedac_export.bundle.target_check import TargetCheck, TargetValidation, run_checks
 from sedac_export.console import StageProgress
+from sedac_export.cuda.chain_abi import MAX_ROWS
 from sedac_export.cuda.chain_agreement import compare
 from sedac_export.cuda.recomputed_chain import agreement
 from sedac_export.errors import SedacError
@@ -129,13 +130,18 @@ class _ChainValidator:
             return TargetCheck("execution", problems=[f"the chain does not run: {error}"])
 
     def _bit_problems(self, runner: "GpuChain") -> list[str]:
-        """Whether verifying tokens gives other logits than decoding them."""
+        """Whether tokens have other logits where they are verified than decoded, or prefilled."""
         count = min(BIT_TOKENS, self.bundle.manifest.max_cache_length)
         tokens = np.arange(count) % self.chain.shape.vocabulary
         layers = self.chain.shape.layers
         logits = [runner.run(tokens, 0, layers, rows).values for rows in (8, 4, 2, 1)]
-        same = all(np.array_equal(one, logits[0]) for one in logits)
-        return [] if same else ["a token's logits are other bits in passes of other sizes"]
+        if not all(np.array_equal(one, logits[0]) for one in logits):
+            return ["a token's logits are other bits in passes of other sizes"]
+        if count > MAX_ROWS and not np.array_equal(
+            runner.run_prefilled(tokens), logits[0][-MAX_ROWS:]
+        ):
+            return ["a token's logits are other bits where the tokens before it are prefilled"]
+        return []
 
 
 def _number(digits: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from sedac_export.bundle.target_check import FAILED
 from sedac_export.cli import app
 from sedac_export.cuda import chain_agreement, validate_chain
 from sedac_export.cuda.add_cuda import add_cuda
-from sedac_export.cuda.chain_abi import Facts, Outcome, Pass
+from sedac_export.cuda.chain_abi import Facts, Outcome, Pass, PrefillPass
 from sedac_export.cuda.compiler import ARCHITECTURES
 from sedac_export.cuda.recomputed_chain import RecomputedChain
 from sedac_export.cuda.validate_chain import choose_module, validate
@@ -206,16 +206,16 @@ class HostMemory:
 class ComputedChain:
     """In the kernels' place: what a pass's parameter asks for, computed by PyTorch.
 
-    `noise` is what makes a token's bits depend on its pass.
+    `noise` is what makes a token's bits depend on its pass; prefill runs other tokens by `shift`.
     """
 
-    def __init__(self, directory: Path, noise: float = 0.0) -> None:
-        self.chain, self.noise = chain_of(directory), noise
+    def __init__(self, directory: Path, noise: float = 0.0, shift: int = 0) -> None:
+        self.chain, self.noise, self.shift = chain_of(directory), noise, shift
         opened = Bundle.open(directory)
         weights = opened.path(self.chain.weights)
         self.weights = RecomputedChain(opened.manifest, self.chain, weights)
         hidden = self.chain.shape.hidden
-        self.facts = Facts(scratch_bytes=64, saved_floats=hidden + 4)
+        self.facts = Facts(scratch_bytes=64, saved_floats=hidden + 4, prefill_scratch_bytes=1)
         self.blocks, self.prepared = 1, 0
         self.tokens: dict[int, int] = {}
         self.logits: dict[tuple[int, ...], Array] = {}
@@ -249,6 +249,16 @@ class ComputedChain:
             logits = np.stack(list(known)) + np.float32(self.noise * len(rows))
             ctypes.memmove(parameters.logits, logits.tobytes(), logits.nbytes)
 
+    def prefill(self, parameters: PrefillPass, layers: int) -> None:
+        tokens = [token + self.shift for token in parameters.token[: parameters.rows]]
+        positions = range(parameters.start, parameters.start + parameters.rows)
+        hidden = self.weights._embed(np.array(tokens))
+        for layer in range(layers):
+            self.before[layer] |= dict(zip(positions, hidden, strict=True))
+            seen = [self.before[layer][position] for position in range(positions.stop)]
+            hidden = self.weights._run_layer(layer, torch.stack(seen))[-len(tokens) :]
+        self.tokens |= dict(zip(positions, tokens, strict=True))
+
     def known(self, row: Any, logits: Array) -> Array:
         """The first logits after a text: PyTorch's bits depend on the number of rows."""
         self.tokens[row.position] = row.token
@@ -272,7 +282,7 @@ def stand(
     chain = computed or ComputedChain(directory)
     # it runs every layer over the whole text
     monkeypatch.setattr(chain_agreement, "TOKENS", 20)
-    monkeypatch.setattr(validate_chain, "BIT_TOKENS", 8)
+    monkeypatch.setattr(validate_chain, "BIT_TOKENS", 12)
     monkeypatch.setattr(validate_chain, "find_gpu", lambda: Gpu("H200", "9.0", "580.1"))
     monkeypatch.setattr("sedac_export.cuda.gpu_memory.GpuMemory", HostMemory)
     monkeypatch.setattr("sedac_export.cuda.gpu_chain.LoadedChain", lambda code: chain)
@@ -299,6 +309,14 @@ def test_bits_that_depend_on_the_pass_are_caught(
     directory = chained("qwen2")
     stand(directory, monkeypatch, ComputedChain(directory, noise=1e-5))
     assert_fails(directory, "execution", "logits are other bits in passes of other sizes")
+
+
+def test_a_prefill_of_other_bits_is_caught(
+    chained: Chained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = chained("qwen2")
+    stand(directory, monkeypatch, ComputedChain(directory, shift=1))
+    assert_fails(directory, "execution", "other bits where the tokens before it are prefilled")
 
 
 def test_a_driver_that_fails_fails_the_check(
