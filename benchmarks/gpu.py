@@ -1,10 +1,10 @@
 """What a token takes on this host's NVIDIA GPU: SEDAC's kernel beside other runtimes.
 
 Random fp16 weights, greedy, one sequence, around position 511 of 1024, head included, from the
-launch of a pass to its token on the host. Every runtime has a process of its own; in each of 5
-rounds all of them run, in random order. A figure is the median of the rounds' means; percentiles
-are of single passes. The floor is the weights' bytes over the rate of a copy on the device. A
-runtime that is not installed or fails is a row that says why.
+launch of a pass to its token on the host; and the first token after a prompt. Every runtime has a
+process of its own; in each of 5 rounds all of them run, in random order. A figure is the median of
+the rounds' means; percentiles are of single passes. The floor is the weights' bytes over the rate of
+a copy on the device. A runtime that is not installed or fails is a row that says why.
 
     python benchmarks/gpu.py [--json] [--shapes SmolLM2-135M ...] [--minutes 10]
 
@@ -37,7 +37,9 @@ from sedac_export.bundle.cuda_entry import ChainShape
 from sedac_export.cuda.compiler import ROWS, Compiler
 from sedac_export.errors import SedacError
 
-ROUNDS, PASSES = 5, 32
+ROUNDS, PASSES, PROMPTS = 5, 32, 8
+# tokens of the prompt before the first token
+PROMPT = 512
 # s of a shape's time that are left for the runtimes that have loaded by then
 MEASURING = 15
 NAMES = ("SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Llama-3.2-1B", "Mistral-7B")
@@ -142,7 +144,9 @@ def rows_of(shape: ChainShape) -> list[RuntimeRow]:
         RuntimeRow(f"SEDAC, position {position} of 4096", "sedac-long", {"position": position})
         for position in (500, 4000)
     ]
-    return rows + [RuntimeRow(name, runtime) for runtime, name in PEERS.items()]
+    peers = [("sedac", "SEDAC"), *PEERS.items()]
+    rows += [RuntimeRow(name, runtime) for runtime, name in PEERS.items()]
+    return rows + [RuntimeRow(name, runtime, {"prompt": PROMPT}) for runtime, name in peers]
 
 
 def measure(rows: list[RuntimeRow], workers: dict[str, Worker], deadline: float) -> None:
@@ -156,7 +160,8 @@ def measure(rows: list[RuntimeRow], workers: dict[str, Worker], deadline: float)
         for row in shuffle.sample(rows, len(rows)):
             if row.failure is None and time.monotonic() < deadline:
                 try:
-                    times = workers[row.runtime].ask(row.request | {"passes": PASSES}, deadline)
+                    passes = PROMPTS if "prompt" in row.request else PASSES
+                    times = workers[row.runtime].ask(row.request | {"passes": passes}, deadline)
                 except RuntimeError as error:
                     row.failure = str(error)
                 else:
@@ -191,12 +196,13 @@ def report(case: ChainCase, rows: list[RuntimeRow], copy_rate: float) -> dict[st
 def markdown(shape: dict[str, Any], layers: int) -> str:
     """A shape's figures for people."""
     floor = shape["floor"]
+    passes = [row for row in shape["rows"] if "prompt" not in row]
     lines = [
         f"\n## {shape['name']}: {layers} layers, floor {sum(floor.values()):.0f} µs\n",
         "| runtime | layers | rows | µs a pass | p10, p50, p90 | floor's share |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in shape["rows"]:
+    for row in passes:
         depth = row.get("layers", layers)
         cells = [row["name"], str(depth), str(row.get("rows", 1))]
         if "failure" in row:
@@ -207,6 +213,13 @@ def markdown(shape: dict[str, Any], layers: int) -> str:
         share = least / row["microseconds"]
         cells += [f"{row['microseconds']:.0f}", percentiles, f"{share:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
+    first = [
+        f"{row['name']} {row['microseconds'] / 1e3:.1f} ms"
+        for row in shape["rows"]
+        if "prompt" in row and "failure" not in row
+    ]
+    if first:
+        lines.append(f"\nFirst token after a prompt of {PROMPT}: {', '.join(first)}.")
     return "\n".join(lines)
 
 
