@@ -2,9 +2,9 @@
 
 Random fp16 weights, greedy, one sequence, around position 511 of 1024, head included, from the
 launch of a pass to its token on the host; and the first token after a prompt. Every runtime has a
-process of its own; in each of 5 rounds all of them run, in random order. A figure is the median of
-the rounds' means; percentiles are of single passes. The floor is the weights' bytes over the rate of
-a copy on the device. A runtime that is not installed or fails is a row that says why.
+process of its own; in each of 5 rounds all of them run, in random order. A figure is the median
+of the rounds' means; percentiles are of single passes. The floor is the weights' bytes over the
+rate of a copy on the device. A runtime that is not installed or fails is a row that says why.
 
     python benchmarks/gpu.py [--json] [--shapes SmolLM2-135M ...] [--minutes 10]
 
