@@ -7,7 +7,10 @@
 #include "combine.cuh"
 #include "prefill.cuh"
 
-// Of a block. Two warps share the columns of large heads, whose sums are too many for one's registers.
+// Of a block. Two warps share the columns of large heads, whose sums are too many for one's registers. (A layer's
+// attention of 256 tokens behind 2000 with 2, 4 and 8 warps: SmolLM2's shape 48, 42 and 64 us, Mistral-7B's 245, 164
+// and 170. With a block for each two tokens, whose warps shared keys and columns, SmolLM2's took 132 behind 3000 and
+// 58 since.)
 constexpr int ATTENTION_WARPS = 4, ATTENTION_THREADS = ATTENTION_WARPS * 32;
 constexpr int WARPS_OF_PAIR = divided_up(HEAD, 128), ATTENTION_TOKENS = 2 * ATTENTION_WARPS / WARPS_OF_PAIR;
 
