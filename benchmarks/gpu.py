@@ -144,9 +144,10 @@ def rows_of(shape: ChainShape) -> list[RuntimeRow]:
         RuntimeRow(f"SEDAC, position {position} of 4096", "sedac-long", {"position": position})
         for position in (500, 4000)
     ]
-    peers = [("sedac", "SEDAC"), *PEERS.items()]
     rows += [RuntimeRow(name, runtime) for runtime, name in PEERS.items()]
-    return rows + [RuntimeRow(name, runtime, {"prompt": PROMPT}) for runtime, name in peers]
+    # a prompt is not what peers compile for
+    names = {"sedac": "SEDAC"} | {runtime: runtime for runtime in PEERS}
+    return rows + [RuntimeRow(name, runtime, {"prompt": PROMPT}) for runtime, name in names.items()]
 
 
 def measure(rows: list[RuntimeRow], workers: dict[str, Worker], deadline: float) -> None:

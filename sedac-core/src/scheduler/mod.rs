@@ -21,7 +21,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::inbox::Inbox;
 pub use self::progress::{Progress, SchedulerStatistics, SequenceEnd};
-use self::rounds::Rounds;
+use self::rounds::{PrefillChunks, Rounds};
+use crate::backend::Capabilities;
 use crate::chain::{Chain, Decoding, ModelLimits, Request};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -35,7 +36,8 @@ pub struct SchedulerSettings {
     /// Cache positions of all of them together, and of sequences that have ended; None for what
     /// their slots have.
     pub cache_tokens: Option<usize>,
-    /// Tokens of prompts that a step prefills, 1 or more; None for what suits the backend.
+    /// Tokens of prompts that a step prefills, 1 or more; None for what suits the backend, which may
+    /// take more of one prompt than of several.
     pub prefill_chunk: Option<usize>,
 }
 
@@ -74,11 +76,14 @@ impl Scheduler {
         let slots = limits.capabilities.sequences.saturating_sub(1);
         let slots = slots.clamp(1, settings.max_sequences);
         let cache_tokens = settings.cache_tokens.unwrap_or(slots * limits.capacity);
-        let prefill_chunk = settings.prefill_chunk;
-        let prefill_chunk = prefill_chunk.unwrap_or(limits.capabilities.prefill_chunk);
+        let chunk = |default| settings.prefill_chunk.unwrap_or(default);
+        let prefill = PrefillChunks {
+            of_one: chunk(limits.capabilities.prefill_chunk),
+            of_several: chunk(Capabilities::PREFILL_CHUNK),
+        };
         limits.capacity = limits.capacity.min(cache_tokens);
         Ok(Self {
-            rounds: Mutex::new(Rounds::new(slots, cache_tokens, prefill_chunk)),
+            rounds: Mutex::new(Rounds::new(slots, cache_tokens, prefill)),
             inbox: Mutex::new(Inbox::new(cache_tokens)),
             limits,
         })

@@ -17,7 +17,7 @@ use super::drafts::{draft_logits, probability, taken_in};
 use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
 
 /// Tokens that prefill takes at once.
-const PREFILL_ROWS: usize = 20;
+const PREFILL_ROWS: usize = 40;
 
 /// Runs passes of the toy model.
 pub(crate) struct ToyKernel {
@@ -32,7 +32,7 @@ pub(crate) struct ToyKernel {
     /// The number of rows of each pass so far.
     pub(crate) passes: Vec<usize>,
     /// The number of tokens of each prefill so far.
-    pub(crate) prefills: Vec<usize>,
+    pub(crate) prefills: Arc<Mutex<Vec<usize>>>,
     /// The number of steps of all passes so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// A token whose logits are NaN.
@@ -67,7 +67,7 @@ impl ToyKernel {
             logits: Vec::new(),
             clock: 0,
             passes: Vec::new(),
-            prefills: Vec::new(),
+            prefills: Arc::default(),
             steps: Arc::default(),
             poison: None,
             draft_rows: 0,
@@ -359,7 +359,7 @@ impl ChainDevice for ToyKernel {
 
     fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
         assert!((1..=PREFILL_ROWS).contains(&plan.tokens.len()));
-        self.prefills.push(plan.tokens.len());
+        self.prefills.lock().unwrap().push(plan.tokens.len());
         let mut hidden: Vec<_> = plan.tokens.iter().map(|&token| Hidden::of(token)).collect();
         for layer in 0..self.layers {
             let mut cache = self.caches[plan.slot].lock().unwrap();
