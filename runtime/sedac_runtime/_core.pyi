@@ -288,8 +288,8 @@ class Scheduler:
     ) -> Scheduler:
         """Up to `max_sequences` run at once; others wait. `cache_tokens` positions is what their
         caches may hold together, None for what the slots have. A step prefills up to
-        `prefill_chunk` tokens of prompts, None for what suits the backend. InputError where one is below 1, BundleError where the
-        memory does not suffice."""
+        `prefill_chunk` tokens of prompts, None for what suits the backend. InputError where one is
+        below 1, BundleError where the memory does not suffice."""
 
     def add(
         self,
