@@ -216,7 +216,7 @@ struct Product {
       }
   }
 
-  // A thread has a pair of outputs of every second row: those that are gate and up where these meet.
+  // A thread has a pair of outputs, those that are gate and up where these meet, of some of the rows.
   __device__ __forceinline__ void write() const {
     constexpr int PAIRS = PRODUCT_TILES * 8;
     const int pair = threadIdx.x % PAIRS, tile = blockIdx.y * PRODUCT_TILES + pair / 8;
