@@ -206,10 +206,11 @@ class HostMemory:
 class ComputedChain:
     """In the kernels' place: what a pass's parameter asks for, computed by PyTorch.
 
-    `noise` is what makes a token's bits depend on its pass; prefill runs other tokens by `shift`.
+    `noise` is what makes a token's bits depend on its pass; prefill runs other tokens by `shift`,
+    or none where that is None.
     """
 
-    def __init__(self, directory: Path, noise: float = 0.0, shift: int = 0) -> None:
+    def __init__(self, directory: Path, noise: float = 0.0, shift: int | None = 0) -> None:
         self.chain, self.noise, self.shift = chain_of(directory), noise, shift
         opened = Bundle.open(directory)
         weights = opened.path(self.chain.weights)
@@ -250,6 +251,8 @@ class ComputedChain:
             ctypes.memmove(parameters.logits, logits.tobytes(), logits.nbytes)
 
     def prefill(self, parameters: PrefillPass, layers: int) -> None:
+        if self.shift is None:
+            return
         tokens = [token + self.shift for token in parameters.token[: parameters.rows]]
         positions = range(parameters.start, parameters.start + parameters.rows)
         hidden = self.weights._embed(np.array(tokens))
@@ -311,11 +314,12 @@ def test_bits_that_depend_on_the_pass_are_caught(
     assert_fails(directory, "execution", "logits are other bits in passes of other sizes")
 
 
+@pytest.mark.parametrize("shift", [1, None])
 def test_a_prefill_of_other_bits_is_caught(
-    chained: Chained, monkeypatch: pytest.MonkeyPatch
+    shift: int | None, chained: Chained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = chained("qwen2")
-    stand(directory, monkeypatch, ComputedChain(directory, shift=1))
+    stand(directory, monkeypatch, ComputedChain(directory, shift=shift))
     assert_fails(directory, "execution", "other bits where the tokens before it are prefilled")
 
 
