@@ -7,23 +7,21 @@
 #include "combine.cuh"
 #include "prefill.cuh"
 
-// Of a block. Two warps share the columns of large heads, whose sums are too many for one's registers. (A layer's
-// attention of 256 tokens behind 2000 with 2, 4 and 8 warps: SmolLM2's shape 48, 42 and 64 us, Mistral-7B's 245, 164
-// and 170. With a block for each two tokens, whose warps shared keys and columns, SmolLM2's took 132 behind 3000 and
-// 58 since.)
-constexpr int ATTENTION_WARPS = 4, ATTENTION_THREADS = ATTENTION_WARPS * 32;
-constexpr int WARPS_OF_PAIR = divided_up(HEAD, 128), ATTENTION_TOKENS = 2 * ATTENTION_WARPS / WARPS_OF_PAIR;
+// Of a block. (A layer's attention of 256 tokens behind 2000 with 2, 4 and 8 warps: SmolLM2's shape 48, 42 and 64 us,
+// Mistral-7B's 245, 164 and 170. With a block for each two tokens, whose warps shared keys and columns, SmolLM2's took
+// 132 behind 3000 and 58 since.)
+constexpr int ATTENTION_WARPS = 4, ATTENTION_THREADS = ATTENTION_WARPS * 32, ATTENTION_TOKENS = 2 * ATTENTION_WARPS;
 
 struct PrefillKeys {
   alignas(16) half keys[KEYS][HEAD_ROW];
   alignas(16) half values[KEYS][HEAD_ROW];
 };
-// The next keys come while others are read, where there is room for both.
-constexpr int KEY_COPIES = 2 * sizeof(PrefillKeys) <= SHARED_LIMIT ? 2 : 1;
-constexpr int PREFILL_ATTENTION_BYTES = KEY_COPIES * sizeof(PrefillKeys);
+// The next keys come while others are read.
+constexpr int PREFILL_ATTENTION_BYTES = 2 * sizeof(PrefillKeys);
+static_assert(HEAD <= 128 && PREFILL_ATTENTION_BYTES <= SHARED_LIMIT, "a warp's registers hold the sums of two tokens");
 
 struct PrefillAttention {
-  static constexpr int UNITS = divided_up(HEAD / 8, WARPS_OF_PAIR);  // of 16 rows by 8 columns, of a warp
+  static constexpr int UNITS = HEAD / 8;  // of 16 rows by 8 columns
 
   // Of a chunk's keys so far: sums of values over the even and the odd tiles of keys; of both rows the largest score,
   // and the sum of probabilities relative to it.
@@ -37,10 +35,10 @@ struct PrefillAttention {
   };
 
   const PrefillPass& pass;
-  PrefillKeys* memory;        // [KEY_COPIES]
+  PrefillKeys* memory;        // [2]
   const half *keys, *values;  // of the head
   int window, kv_head;
-  int row, first_column;  // the warp's
+  int row;  // the warp's first
   unsigned queries[HEAD / 16][4];
   // Of both rows, all chunks that were added.
   float largest[2] = {-1e30f, -1e30f}, total[2] = {0, 0}, sum[UNITS][4] = {};
@@ -49,9 +47,7 @@ struct PrefillAttention {
       : pass(pass), memory(memory), window(layer.window), kv_head(blockIdx.y) {
     const size_t first = (static_cast<size_t>(pass.slot) * KV_HEADS + kv_head) * pass.capacity * HEAD;
     keys = layer.keys + first, values = layer.values + first;
-    const int warp = threadIdx.x / 32;
-    row = blockIdx.x * ATTENTION_TOKENS + warp / WARPS_OF_PAIR * 2;
-    first_column = warp % WARPS_OF_PAIR * UNITS * 8;
+    row = blockIdx.x * ATTENTION_TOKENS + threadIdx.x / 32 * 2;
     load_queries();
   }
 
@@ -66,14 +62,10 @@ struct PrefillAttention {
     copy(first, first);
 #pragma unroll 1
     for (int at = first; at <= last; at++) {
-      if (KEY_COPIES == 1 && at > first) {
-        __syncthreads();  // those before are read
-        copy(at, first);
-      }
       wait_for_copies<0>();
       __syncthreads();
-      if (KEY_COPIES == 2 && at < last) copy(at + 1, first);
-      attend(chunk, memory[(at - first) % KEY_COPIES], at * KEYS);
+      if (at < last) copy(at + 1, first);
+      attend(chunk, memory[(at - first) % 2], at * KEYS);
       if ((at + 1) % of_chunk && at < last) continue;
       const int number = at / of_chunk % CHUNKS_ADDED;
       if (begun == ended) begun = number;
@@ -103,7 +95,7 @@ struct PrefillAttention {
   // Asks for KEYS keys and their values; zeros where there are none, since nothing times NaN is NaN.
   __device__ __forceinline__ void copy(int at, int first) {
     constexpr int PARTS = HEAD / 8;
-    PrefillKeys& to = memory[(at - first) % KEY_COPIES];
+    PrefillKeys& to = memory[(at - first) % 2];
     const int first_key = at * KEYS, there = pass.start + pass.rows - first_key;
     for (int i = threadIdx.x; i < KEYS * PARTS; i += ATTENTION_THREADS) {
       const int key = i / PARTS, part = i % PARTS * 8, from = (first_key + min(key, there - 1)) * HEAD + part;
@@ -190,14 +182,12 @@ struct PrefillAttention {
     const unsigned values = shared_address(from.values);
 #pragma unroll
     for (int q = 0; q < UNITS; q++) {
-      const int column = first_column + q * 8;
-      if (HEAD / 8 % WARPS_OF_PAIR && column >= HEAD) break;
 #pragma unroll
       for (int e = 0; e < 4; e++) chunk.even[q][e] *= before[e / 2], chunk.odd[q][e] *= before[e / 2];
 #pragma unroll
       for (int k = 0; k < KEYS / 32; k++) {
         unsigned v[4];
-        load_transposed(v, values + ((k * 32 + threadIdx.x % 32) * HEAD_ROW + column) * 2);
+        load_transposed(v, values + ((k * 32 + threadIdx.x % 32) * HEAD_ROW + q * 8) * 2);
         const unsigned (&a)[4] = probabilities[2 * k], (&b)[4] = probabilities[2 * k + 1];
         mma(chunk.even[q], a[0], a[1], a[2], a[3], v[0], v[1]);
         mma(chunk.odd[q], b[0], b[1], b[2], b[3], v[2], v[3]);
@@ -249,10 +239,8 @@ struct PrefillAttention {
       const float f = 1.f / total[upper];
 #pragma unroll
       for (int q = 0; q < UNITS; q++) {
-        const int column = first_column + q * 8;
-        if (HEAD / 8 % WARPS_OF_PAIR && column >= HEAD) break;
         const unsigned halves = packed(sum[q][2 * upper] * f, sum[q][2 * upper + 1] * f);
-        half* to = pass.scratch->input[row + upper] + (kv_head * GROUP + g) * HEAD + column + 2 * t;
+        half* to = pass.scratch->input[row + upper] + (kv_head * GROUP + g) * HEAD + q * 8 + 2 * t;
         *reinterpret_cast<unsigned*>(to) = t % 2 ? halves : halves & ~1u;
       }
     }
