@@ -10,7 +10,6 @@ from sedac_export.cuda.chain_abi import MAX_ROWS, PREFILL_ROWS
 
 # tokens of each prefill, one after the other
 SPLITS = ((PREFILL_ROWS, 44), (1, 63, 130), (17,), (2, 65))
-DEPTHS = 3  # after which features are taken
 
 
 class PrefillChecks:
@@ -22,7 +21,7 @@ class PrefillChecks:
     def run(self) -> Iterator[KernelCheck]:
         """From the first position on, and after some others."""
         layers = self._launcher.decoder.shape.layers
-        features = self._launcher.take_features([1, layers // 2, layers][:DEPTHS])
+        features = self._launcher.take_features([1, layers // 2, layers])
         for position in (0, self._launcher.decoder.case.position):
             for split in SPLITS:
                 if position + sum(split) <= self._launcher.capacity:

@@ -14,12 +14,6 @@ struct PrefillScratch {
   float factor[PREFILL_ROWS], scale[PREFILL_ROWS];
 };
 
-__device__ __forceinline__ unsigned long long now() {
-  unsigned long long t;
-  asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t));
-  return t;
-}
-
 // A row to each warp: the embedding of its token, and its norm.
 extern "C" __global__ void __launch_bounds__(THREADS)
     prefill_start(const __grid_constant__ PrefillPass pass, int, int) {
