@@ -1,8 +1,8 @@
 //! The whole chain in one kernel: embedding, layers, exits, head and the choice of tokens.
 //!
 //! The kernel takes passes of up to [`MAX_ROWS`] rows, of one sequence or of several, and decides
-//! about exits by the rule's table. This backend turns steps into passes and keeps the books; the
-//! [`ChainDevice`] runs them.
+//! about exits by the rule's table; long prompts are prefilled by other kernels. This backend turns
+//! steps into passes and prefills and keeps the books; the [`ChainDevice`] runs them.
 
 mod abi;
 mod chain_device;
@@ -46,7 +46,7 @@ use crate::policy::{Condition, Criterion, ExitRule, Signal};
 use crate::sampler::Race;
 use crate::sequence::{Sequence, Slots};
 
-/// Turns steps into passes of a device.
+/// Turns steps into passes and prefills of a device.
 #[derive(Debug)]
 pub struct CudaChain<D> {
     device: D,
