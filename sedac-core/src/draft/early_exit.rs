@@ -11,6 +11,7 @@ use crate::backend::{
 };
 use crate::error::Result;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
+use crate::sampler::sum_of_exponentials;
 
 /// Longer drafts are seldom accepted whole.
 const MAX_DRAFTED: usize = 8;
@@ -427,8 +428,7 @@ fn margin(logits: &[f32]) -> f32 {
             second = logit;
         }
     }
-    let total: f32 = logits.iter().map(|logit| (logit - first).exp()).sum();
-    (1.0 - (second - first).exp()) / total
+    (1.0 - (second - first).exp()) / sum_of_exponentials(logits, first) as f32
 }
 
 #[cfg(test)]

@@ -1,5 +1,9 @@
 //! What a request changes about logits before a token is chosen, and what it wants to know of them.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::exponentials::sum_of_exponentials;
 use crate::error::{Error, Result};
 
 /// A request's logit bias and constraint, and the log-probabilities it asks for.
@@ -105,17 +109,9 @@ impl TokenLogprobs {
     /// Of `token` and the `top` most probable ones of `logits`.
     pub(super) fn new(logits: &[f32], token: u32, top: usize) -> Self {
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weights = logits.iter().map(|logit| f64::from(logit - highest).exp());
-        let log_total = weights.sum::<f64>().ln();
+        let log_total = sum_of_exponentials(logits, highest).ln();
         let logprob = |logit: f32| (f64::from(logit - highest) - log_total) as f32;
-        let mut ranked: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-        let most_probable_first =
-            |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if top < ranked.len() {
-            ranked.select_nth_unstable_by(top, most_probable_first);
-            ranked.truncate(top);
-        }
-        ranked.sort_unstable_by(most_probable_first);
+        let ranked = highest_first(logits, top);
         Self {
             logprob: logprob(logits[token as usize]),
             top: ranked
@@ -126,8 +122,50 @@ impl TokenLogprobs {
     }
 }
 
+/// The `top` highest of `logits` with their tokens, the highest first and of equals the lowest token.
+fn highest_first(logits: &[f32], top: usize) -> Vec<(u32, f32)> {
+    if top == 0 {
+        return Vec::new();
+    }
+    let mut kept = BinaryHeap::new();
+    let mut lowest = f32::NEG_INFINITY; // of `top` that are kept
+    for (token, &logit) in (0..).zip(logits) {
+        if logit < lowest {
+            continue;
+        }
+        kept.push(Reverse(rank(token, logit)));
+        if kept.len() > top {
+            kept.pop();
+        }
+        if let (true, Some(&Reverse(worst))) = (kept.len() == top, kept.peek()) {
+            lowest = logits[token_of(worst) as usize];
+        }
+    }
+    let ranks = kept.into_sorted_vec().into_iter();
+    ranks
+        .map(|Reverse(rank)| (token_of(rank), logits[token_of(rank) as usize]))
+        .collect()
+}
+
+/// The higher, the higher the logit by `total_cmp`, and of equals the lower the token.
+fn rank(token: u32, logit: f32) -> u64 {
+    let bits = logit.to_bits();
+    let ordered = if bits >> 31 == 1 {
+        !bits
+    } else {
+        bits | 1 << 31
+    };
+    u64::from(ordered) << 32 | u64::from(!token)
+}
+
+fn token_of(rank: u64) -> u32 {
+    !(rank as u32)
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -177,5 +215,21 @@ mod tests {
         };
         assert!(check(Some(0)).is_ok());
         assert!(check(None).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn the_highest_are_those_of_all_in_order(
+            logits in prop::collection::vec(
+                prop_oneof![(-4..4_i8).prop_map(f32::from), -9.0..9.0_f32, Just(f32::NEG_INFINITY)],
+                0..80,
+            ),
+            top in 0..90_usize,
+        ) {
+            let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+            all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            all.truncate(top);
+            prop_assert_eq!(highest_first(&logits, top), all);
+        }
     }
 }

@@ -15,6 +15,7 @@ use crate::backend::{
 use crate::bundle::{Bundle, DrafterEntry};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
+use crate::sampler::sum_of_exponentials;
 
 /// The logit of tokens that are never drafted.
 const NEVER: f32 = -1e30;
@@ -219,8 +220,7 @@ impl Drafter {
             self.logits[token as usize] = logit;
         }
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum = logits.iter().map(|logit| (logit - max).exp()).sum();
-        self.normaliser = (max, sum);
+        self.normaliser = (max, sum_of_exponentials(logits, max) as f32);
         if tokens.len() <= MAX_REUSED_TOKENS {
             self.slot().passes.insert(tokens.len(), pass);
         }
