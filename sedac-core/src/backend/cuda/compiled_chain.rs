@@ -8,7 +8,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::abi::{
     ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PREFILL_LAUNCHES, PassOutcome,
-    PassParameters, PrefillParameters,
+    PassParameters, PrefillLaunch, PrefillParameters,
 };
 use crate::backend::gpu::failed;
 use crate::bundle::{Bundle, ChainKernels, ChainModule, KERNEL_ROWS};
@@ -264,6 +264,10 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
             facts.abi
         ));
     }
+    let takes_rows = |launch: &PrefillLaunch| launch.rows > 0 && launch.blocks > 0;
+    if !facts.prefill.iter().all(takes_rows) {
+        return Err(format!("its prefill takes no rows; {REMEDY}"));
+    }
     Ok(())
 }
 
@@ -293,6 +297,11 @@ mod tests {
 
     #[test]
     fn kernels_of_another_abi_are_refused() {
+        let launch = PrefillLaunch {
+            rows: 1,
+            blocks: 1,
+            ..PrefillLaunch::default()
+        };
         let facts = ChainFacts {
             abi: ABI,
             layer_bytes: size_of::<LayerPointers>() as u32,
@@ -301,6 +310,7 @@ mod tests {
             draft_pass_bytes: size_of::<DraftParameters>() as u32,
             draft_outcome_bytes: size_of::<DraftOutcome>() as u32,
             prefill_pass_bytes: size_of::<PrefillParameters>() as u32,
+            prefill: [launch; PREFILL_LAUNCHES.len()],
             ..ChainFacts::default()
         };
         assert_eq!(check_abi(&facts), Ok(()));
@@ -312,7 +322,9 @@ mod tests {
             pass_bytes: facts.pass_bytes + 8,
             ..facts
         };
-        for facts in [newer, other] {
+        let mut without_rows = facts;
+        without_rows.prefill[8].rows = 0;
+        for facts in [newer, other, without_rows] {
             let reason = check_abi(&facts).unwrap_err();
             assert!(reason.contains("sedac-export engines"), "{reason}");
         }
