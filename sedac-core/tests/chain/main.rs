@@ -10,5 +10,6 @@ mod passes;
 mod run_ahead;
 mod scheduled;
 mod scheduled_events;
+mod scheduled_prefill;
 mod toy;
 mod trained_drafter;

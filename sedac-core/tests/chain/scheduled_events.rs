@@ -40,29 +40,6 @@ fn long_prompt() -> Vec<u32> {
 }
 
 #[test]
-fn a_step_prefills_one_long_prompt_at_most() {
-    let kernel = ToyKernel::new(&ENGINE_SIZES, 256, 5, &Caches::default());
-    let prefills = kernel.prefills.clone();
-    let mut chain = chain_over_kernel(kernel, &ends(&ENGINE_SIZES), 0.1);
-    let settings = SchedulerSettings {
-        max_sequences: 4,
-        cache_tokens: None,
-        prefill_chunk: None,
-    };
-    let scheduler = Scheduler::new(&mut chain, settings).unwrap();
-    for (first, length) in [(1, 60), (2, 60), (3, 10), (4, 10)] {
-        add(&scheduler, &request(vec![first; length], 1));
-    }
-    let mut step = || {
-        scheduler.step(&mut chain, &Interrupt::default());
-        std::mem::take(&mut *prefills.lock().unwrap())
-    };
-    // passes take what is left of a prompt, and short ones
-    assert_eq!([step(), step()], [[40], [40]]);
-    assert!((0..4).all(|_| step().is_empty()));
-}
-
-#[test]
 fn a_long_prompt_stalls_nobody() {
     let mut chain = toy();
     let scheduler = Scheduler::new(&mut chain, settings(4, 4)).unwrap();

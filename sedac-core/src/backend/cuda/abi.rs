@@ -12,7 +12,7 @@ pub(super) const ABI: u32 = 7;
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
 
 /// Positions that prefill takes at once.
-pub const PREFILL_ROWS: usize = 256;
+pub(super) const PREFILL_ROWS: usize = 256;
 
 /// What prefill launches, by kernel and stage: one before the layers, then those of each layer.
 pub(super) const PREFILL_LAUNCHES: [(&str, i32); 9] = [

@@ -43,7 +43,9 @@ pub struct PrefillPlan {
     pub tokens: Vec<u32>,
 }
 
-/// When a prefill ran: nanoseconds of the device's clock, see [`PassOutcome::started`].
+/// When a prefill ran: nanoseconds of the device's clock, see [`PassOutcome::started`]. The device
+/// writes it.
+#[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PrefillTimes {
     /// When it began.

@@ -19,7 +19,7 @@ use super::drafter_weights::DrafterWeights;
 use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
 use super::packed_weights::{PackedWeights, WeightAddresses};
-use super::prefill_memory::{PrefillLimits, PrefillMemory};
+use super::prefill_memory::PrefillMemory;
 use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::DraftedToken;
 use crate::backend::gpu::{failed, new_stream};
@@ -420,16 +420,10 @@ impl ChainDevice for CudaDriver {
     }
 
     fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
-        let sizes = &self.slots.sizes;
-        let limits = PrefillLimits {
-            layers: sizes.layers,
-            slots: sizes.slots,
-            capacity: sizes.capacity,
-            vocabulary: self.sizes.vocabulary,
-        };
+        let sizes = (&self.slots.sizes, self.sizes.vocabulary);
         let (stream, chain) = (&self.stream, &self.chain);
         self.prefill
-            .run(stream, chain, &self.parameters, limits, plan)
+            .run(stream, chain, &self.parameters, sizes, plan)
     }
 
     fn draft_rows(&self) -> usize {

@@ -175,7 +175,9 @@ fn waiting(kv: &KvState, end: usize, limit: usize) -> Vec<PassRow> {
     rows.collect()
 }
 
-/// New rows without logits that are left to passes: as many take less time in these than in prefill.
+/// New rows without logits that are left to passes: as many take no longer in these than in prefill.
+/// (SmolLM2 on one H200 has its first token 1.93 ms after a prompt of 25 in passes, and 2.01 after
+/// one of 26, of which 25 are prefilled; after 256 2.31.)
 const MOST_IN_PASSES: usize = 3 * MAX_ROWS;
 
 /// Split `count` rows into passes, but for `new` new ones after the first `waiting`: those are for

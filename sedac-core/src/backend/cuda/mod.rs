@@ -24,8 +24,7 @@ mod slot_memory;
 use std::time::{Duration, Instant};
 
 pub use self::abi::{
-    MAX_ROWS, PREFILL_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace,
-    SequenceOutcome, SequenceRows,
+    MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
 pub use self::chain_device::{
     ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan, PrefillPlan, PrefillTimes,

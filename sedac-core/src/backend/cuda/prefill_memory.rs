@@ -10,13 +10,14 @@ use super::abi::{PREFILL_LAUNCHES, PREFILL_ROWS, PassParameters, PrefillParamete
 use super::chain_device::{PrefillPlan, PrefillTimes};
 use super::compiled_chain::CompiledChain;
 use super::driver::zeros;
+use super::slot_memory::SlotSizes;
 use crate::backend::gpu::failed;
 use crate::error::Result;
 
 // SAFETY: it is repr(C) of integers, and lies in the parameter as the kernels' struct does, whose
 // size was compared.
 unsafe impl DeviceRepr for PrefillParameters {}
-// SAFETY: as above, of two integers.
+// SAFETY: it is repr(C) of two integers, which the last kernel writes.
 unsafe impl DeviceRepr for PrefillTimes {}
 // SAFETY: it is of integers, to which all bits 0 are a value.
 unsafe impl ValidAsZeroBits for PrefillTimes {}
@@ -25,15 +26,6 @@ unsafe impl ValidAsZeroBits for PrefillTimes {}
 pub(super) struct PrefillMemory {
     scratch: CudaSlice<u8>,
     times: PinnedHostSlice<PrefillTimes>,
-}
-
-/// What a prefill has to stay inside of.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PrefillLimits {
-    pub(super) layers: usize,
-    pub(super) slots: usize,
-    pub(super) capacity: usize,
-    pub(super) vocabulary: usize,
 }
 
 impl PrefillMemory {
@@ -50,18 +42,19 @@ impl PrefillMemory {
         Ok(Self { scratch, times })
     }
 
-    /// Run `plan` by the weights and caches of `passes`, and wait until that has ended.
+    /// Run `plan` by the weights and caches of `passes`, for a model that knows `vocabulary` tokens, and
+    /// wait until that has ended.
     pub(super) fn run(
         &self,
         stream: &Arc<CudaStream>,
         chain: &CompiledChain,
         passes: &PassParameters,
-        limits: PrefillLimits,
+        (sizes, vocabulary): (&SlotSizes, usize),
         plan: &PrefillPlan,
     ) -> Result<PrefillTimes> {
-        check(limits, plan);
+        check(sizes, vocabulary, plan);
         let parameters = self.parameters(stream, passes, plan)?;
-        let launched = launch(stream, chain, &parameters, limits.layers);
+        let launched = launch(stream, chain, &parameters, sizes.layers);
         let waited = stream.synchronize();
         launched.and(waited).map_err(failed("a prefill"))?;
         let times = self.times.as_slice().map_err(failed("a prefill"))?;
@@ -129,10 +122,10 @@ fn launch(
 ///
 /// # Panics
 /// When it does not.
-fn check(limits: PrefillLimits, plan: &PrefillPlan) {
+fn check(sizes: &SlotSizes, vocabulary: usize, plan: &PrefillPlan) {
     let rows = plan.tokens.len();
     assert!((1..=PREFILL_ROWS).contains(&rows), "rows of a prefill");
-    assert!(plan.slot < limits.slots && plan.start + rows <= limits.capacity);
-    let known = |&token: &u32| (token as usize) < limits.vocabulary;
+    assert!(plan.slot < sizes.slots && plan.start + rows <= sizes.capacity);
+    let known = |&token: &u32| (token as usize) < vocabulary;
     assert!(plan.tokens.iter().all(known), "tokens of a prefill");
 }

@@ -1,0 +1,29 @@
+//! What a scheduler's steps prefill where the backend has kernels for long prompts.
+
+use super::scheduled::{add, request};
+use super::toy::{Caches, ToyKernel, chain_over_kernel};
+use sedac_core::interrupt::Interrupt;
+use sedac_core::scheduler::{Scheduler, SchedulerSettings};
+
+#[test]
+fn a_step_prefills_one_long_prompt_at_most() {
+    let kernel = ToyKernel::new(&[1; 4], 256, 5, &Caches::default());
+    let prefills = kernel.prefills.clone();
+    let mut chain = chain_over_kernel(kernel, &[1, 2, 3, 4], 0.1);
+    let settings = SchedulerSettings {
+        max_sequences: 4,
+        cache_tokens: None,
+        prefill_chunk: None,
+    };
+    let scheduler = Scheduler::new(&mut chain, settings).unwrap();
+    for (first, length) in [(1, 60), (2, 60), (3, 10), (4, 10)] {
+        add(&scheduler, &request(vec![first; length], 1));
+    }
+    let mut step = || {
+        scheduler.step(&mut chain, &Interrupt::default());
+        std::mem::take(&mut *prefills.lock().unwrap())
+    };
+    // passes take what is left of a prompt, and short ones
+    assert_eq!([step(), step()], [[40], [40]]);
+    assert!((0..4).all(|_| step().is_empty()));
+}
