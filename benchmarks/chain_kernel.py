@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
+from chain_batch_checks import BatchChecks
 from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_checks import ChainChecks
 from chain_decoder import ChainCase
@@ -34,11 +35,10 @@ from chain_launcher import (
     card_architecture,
     compile_chain,
 )
-from chain_prefill_checks import PrefillChecks
 from chain_weights import FORMATS
 from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 
-from sedac_export.cuda.chain_abi import MAX_ROWS, PREFILL_ROWS, Pass
+from sedac_export.cuda.chain_abi import BATCH_ROWS, MAX_ROWS, Pass
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 from sedac_export.cuda.weight_blocks import BLOCK, TILE
@@ -48,7 +48,7 @@ from sedac_runtime.flavour import find_gpu
 MODEL_NAMES = tuple(case.name for case in MODELS)
 # tokens of a draft, and of a prefill
 DRAFTED = (1, 4, 8)
-PREFILLED = (32, 64, 128, PREFILL_ROWS)
+PREFILLED = (32, 64, 128, BATCH_ROWS)
 ROUNDS, PASSES, PREFILLS, WARM_UP = 5, 50, 10, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
@@ -110,7 +110,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         launcher = ChainLauncher(case, compiling.result())
         result.checks.extend(ChainChecks(launcher).run())
         result.checks.extend(DrafterChecks(launcher).run())
-        result.checks.extend(PrefillChecks(launcher).run())
+        result.checks.extend(BatchChecks(launcher).run())
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
             result.drafts = measure_drafts(launcher)
@@ -206,7 +206,7 @@ def measure_prefills(launcher: ChainLauncher) -> dict[int, float]:
     medians = {}
     for count in PREFILLED:
         tokens = [token % launcher.decoder.shape.vocabulary for token in range(count)]
-        graph, rounds = launcher.captured(launcher.make_prefill(tokens, 0)), []
+        graph, rounds = launcher.captured(launcher.make_prefill(tokens, 0), prefills=True), []
         for _ in range(ROUNDS + 1):
             torch.cuda.synchronize()
             start = time.perf_counter()

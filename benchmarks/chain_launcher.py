@@ -1,8 +1,9 @@
 """Launches passes of the chain's kernel over a decoder's weights; PyTorch holds the memory."""
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from chain_decoder import ChainCase, History, RandomDecoder
 from torch import Tensor
 
 from sedac_export.cuda.chain_abi import (
+    BATCH_LOGITS_ROWS,
     MAX_ROWS,
+    BatchOutcome,
+    BatchPass,
+    BatchRow,
     Condition,
     DraftPass,
     Layer,
     Outcome,
     Pass,
-    PrefillPass,
     Row,
     RowRace,
     SequenceRows,
@@ -142,30 +146,71 @@ class ChainLauncher:
         self.chain.draft(wanted, self._stream.cuda_stream)
         torch.cuda.synchronize()
 
-    def make_prefill(self, tokens: Sequence[int], position: int, slot: int = 0) -> PrefillPass:
-        """The parameter of a prefill of up to PREFILL_ROWS tokens from `position` on."""
-        made = PrefillPass(capacity=self.capacity, blocks=self.chain.blocks, slot=slot)
-        made.start, made.rows = position, len(tokens)
-        made.token[: made.rows] = tokens
+    def make_prefill(self, tokens: Sequence[int], position: int, slot: int = 0) -> BatchPass:
+        """The parameter of a prefill of up to BATCH_ROWS tokens from `position` on."""
+        rows = [BatchRow(token, position + index, slot) for index, token in enumerate(tokens)]
+        return self.make_batch(rows, [])
+
+    def make_batch(
+        self,
+        rows: Sequence[BatchRow],
+        logits_rows: Sequence[int],
+        races: Mapping[int, RowRace] = MappingProxyType({}),
+    ) -> BatchPass:
+        """The parameter of a batch.
+
+        logits_rows: the rows that want logits; races: of those of them whose tokens are sampled, by
+        their index in logits_rows.
+        """
+        made = BatchPass(capacity=self.capacity, blocks=self.chain.blocks)
+        made.rows, made.logits_rows = len(rows), len(logits_rows)
+        for index, row in enumerate(rows):
+            made.row[index] = row
+        made.logits_row[: made.logits_rows] = logits_rows
         made.features = len(self.feature_depths)
         made.feature_depths[: made.features] = self.feature_depths
-        for name in ("layers", "embed", "cos", "sin"):
+        for name in ("layers", "embed", "head", "final_norm", "cos", "sin", "logits"):
             setattr(made, name, self._buffers[name].data_ptr())
         if self.feature_depths:
             made.feature_states = self._buffers["feature_states"].data_ptr()
-        made.scratch, made.times = self._prefill_scratch.data_ptr(), self._times.data_ptr()
+        made.scratch, made.outcome = self._batch_scratch.data_ptr(), self._batch_outcome.data_ptr()
+        held = (RowRace * BATCH_LOGITS_ROWS)()
+        for index, race in races.items():
+            held[index] = race
+            made.sampled |= 1 << index
+        self._races = _on_device(held)
+        made.races = self._races.data_ptr()
         return made
 
-    def prefill(self, wanted: PrefillPass) -> None:
+    def prefill(self, wanted: BatchPass) -> None:
         """Enqueue a prefill."""
-        self.chain.prefill(wanted, self.decoder.shape.layers, self._stream.cuda_stream)
+        self._enqueue(wanted, prefills=True)
 
-    def captured(self, wanted: PrefillPass) -> torch.cuda.CUDAGraph:
-        """A prefill as a graph: Python launches kernels more slowly than they run."""
+    def launch_batch(self, wanted: BatchPass) -> None:
+        """Enqueue a batch."""
+        self._enqueue(wanted, prefills=False)
+
+    def run_batch(self, wanted: BatchPass) -> Tensor:
+        """Run a batch to its end; its logits [logits rows, vocabulary]."""
+        torch.cuda.synchronize()
+        self.launch_batch(wanted)
+        torch.cuda.synchronize()
+        return self._buffers["logits"][: wanted.logits_rows].clone()
+
+    def batch_outcome(self) -> BatchOutcome:
+        """What a batch left, once it has ended."""
+        return BatchOutcome.from_address(self._batch_outcome.data_ptr())
+
+    def captured(self, wanted: BatchPass, prefills: bool) -> torch.cuda.CUDAGraph:
+        """A batch as a graph: Python launches kernels more slowly than they run."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
-            self.prefill(wanted)
+            self._enqueue(wanted, prefills)
         return graph
+
+    def _enqueue(self, wanted: BatchPass, prefills: bool) -> None:
+        layers = self.decoder.shape.layers
+        self.chain.run_batch(wanted, layers, prefills, self._stream.cuda_stream)
 
     def make_pass(
         self,
@@ -278,15 +323,17 @@ class ChainLauncher:
     def _allocate(self, slots: int) -> None:
         shape, facts = self.decoder.shape, self.chain.facts
         self._buffers |= {
-            "logits": torch.zeros(MAX_ROWS, shape.vocabulary, device="cuda"),
+            "logits": torch.zeros(BATCH_LOGITS_ROWS, shape.vocabulary, device="cuda"),
             "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
             "tables": _zeros(facts.table_bytes * self.chain.blocks),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
-        self._prefill_scratch, self._times = _zeros(facts.prefill_scratch_bytes), _zeros(16)
+        self._batch_scratch = _zeros(facts.batch_scratch_bytes)
         # the device writes pinned memory at the address that it has on the host
         size = OUTCOMES * ctypes.sizeof(Outcome)
         self._outcomes = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        size = ctypes.sizeof(BatchOutcome)
+        self._batch_outcome = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
         self._conditions: list[Tensor] = []
         self._stream = torch.cuda.Stream()
 

@@ -37,7 +37,7 @@ WARM_UP = 16
 def load_sedac(case: ChainCase, _: Path) -> Handle:
     from chain_launcher import ChainLauncher, SequenceInput, card_architecture, compile_chain
 
-    from sedac_export.cuda.chain_abi import PREFILL_ROWS
+    from sedac_export.cuda.chain_abi import BATCH_ROWS
     from sedac_export.cuda.compiler import Compiler
 
     launcher = ChainLauncher(case, compile_chain(Compiler(), case, card_architecture()), slots=1)
@@ -45,9 +45,11 @@ def load_sedac(case: ChainCase, _: Path) -> Handle:
 
     def first_token(prompt: int) -> Callable[[], None]:
         """The last token's pass after a prefill, whose kernels Python launches too slowly."""
-        starts = range(0, prompt - 1, PREFILL_ROWS)
-        pieces = [range(start, min(start + PREFILL_ROWS, prompt - 1)) for start in starts]
-        graphs = [launcher.captured(launcher.make_prefill(p, p.start)) for p in pieces]
+        starts = range(0, prompt - 1, BATCH_ROWS)
+        pieces = [range(start, min(start + BATCH_ROWS, prompt - 1)) for start in starts]
+        graphs = [
+            launcher.captured(launcher.make_prefill(p, p.start), prefills=True) for p in pieces
+        ]
         last = launcher.make_pass([SequenceInput.of_tokens(TOKENS[:1], prompt - 1)])
 
         def step() -> None:

@@ -1,20 +1,44 @@
 """What the host and the kernel exchange: mirrors of kernels/abi.cuh."""
 
-from ctypes import Structure, c_float, c_int, c_uint, c_uint64, sizeof
+from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
+from enum import IntEnum
 
 # version of the mirrors
-ABI = 7
+ABI = 8
 MAX_ROWS = 8
-# positions that prefill takes at once
-PREFILL_ROWS = 256
+# rows of a batch, and those of them whose logits it gives
+BATCH_ROWS, BATCH_LOGITS_ROWS = 256, 64
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
 
-# what prefill launches, by kernel and stage: one before the layers, then those of each layer
-PREFILL_LAUNCHES = (
-    *(("start", 0), ("product", 0), ("heads", 0), ("attention", 0), ("product", 1), ("add", 1)),
-    *(("product", 2), ("product", 3), ("add", 3)),
-)
+
+class BatchKernel(IntEnum):
+    """How kernels of batches are launched: the index in Facts.batch."""
+
+    START = 0
+    PREFILL_QKV = 1
+    PREFILL_O = 2
+    PREFILL_GATE_UP = 3
+    PREFILL_DOWN = 4
+    PREFILL_ATTENTION = 5
+    PRODUCT = 6
+    ATTENTION = 7
+    HEADS = 8
+    ADD = 9
+    FINISH = 10
+    HEAD = 11
+    CANDIDATES = 12
+    CHOOSE = 13
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name."""
+        name = self.name.lower()
+        is_prefill_product = BatchKernel.PREFILL_QKV <= self <= BatchKernel.PREFILL_DOWN
+        if is_prefill_product:
+            return "prefill_product"
+        return name if name.startswith("prefill") else f"batch_{name}"
+
 
 _LAYER_POINTERS = (
     *("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
@@ -32,13 +56,18 @@ _DRAFT_POINTERS = (
     *("feature_norms", "state_norm", "embedding_norm", "attention_norm", "mlp_norm", "norm"),
     *("frequencies", "tokens", "embed", "features", "keys", "values", "scratch", "outcome"),
 )
+_BATCH_POINTERS = (
+    *("layers", "embed", "head", "final_norm", "cos", "sin", "scratch", "logits", "outcome"),
+    *("races", "feature_states"),
+)
 _PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
 
 
-class PrefillLaunch(Structure):
-    """How a kernel of prefill is launched: a block for each rows rows, in so many columns.
+class BatchLaunch(Structure):
+    """How a kernel of a batch is launched: a block for each rows rows, in so many columns.
 
-    shared_bytes is the dynamic shared memory of a block.
+    blocks is 0 where columns are as many as a pass's blocks; shared_bytes is the dynamic shared
+    memory of a block.
     """
 
     _fields_ = (
@@ -70,18 +99,20 @@ class Facts(Structure):
         ("draft_threads", c_uint),
         ("draft_shared_bytes", c_uint),
         ("draft_rows", c_uint),
-        ("prefill_pass_bytes", c_uint),
-        ("prefill", PrefillLaunch * len(PREFILL_LAUNCHES)),
+        ("batch_pass_bytes", c_uint),
+        ("batch_outcome_bytes", c_uint),
+        ("batch", BatchLaunch * len(BatchKernel)),
         ("scratch_bytes", c_uint64),
         ("draft_scratch_bytes", c_uint64),
-        ("prefill_scratch_bytes", c_uint64),
+        ("batch_scratch_bytes", c_uint64),
     )
 
     def fit(self) -> bool:
         """Whether they are of a chain whose structs are those of this file."""
         sizes = [self.layer_bytes, self.pass_bytes, self.outcome_bytes]
-        sizes += [self.draft_pass_bytes, self.draft_outcome_bytes, self.prefill_pass_bytes]
-        mirrors = (Layer, Pass, Outcome, DraftPass, DraftOutcome, PrefillPass)
+        sizes += [self.draft_pass_bytes, self.draft_outcome_bytes]
+        sizes += [self.batch_pass_bytes, self.batch_outcome_bytes]
+        mirrors = (Layer, Pass, Outcome, DraftPass, DraftOutcome, BatchPass, BatchOutcome)
         return self.abi == ABI and sizes == [sizeof(mirror) for mirror in mirrors]
 
 
@@ -223,19 +254,36 @@ class Pass(Structure):
     )
 
 
-class PrefillPass(Structure):
-    """What prefill takes: consecutive tokens of one sequence, the first at position start.
+class BatchRow(Structure):
+    """A token at a position of the sequence in a slot."""
 
-    times is the address of when it began and ended, nanoseconds of the device's clock.
+    _fields_ = (("token", c_int), ("position", c_int), ("slot", c_int))
+
+
+class BatchPass(Structure):
+    """What kernels of batches take: tokens at positions of any sequences.
+
+    logits_row lists the rows whose logits are wanted; races, and the bits of sampled, are of these.
     """
 
     _fields_ = (
-        *((name, c_uint64) for name in ("layers", "embed", "cos", "sin", "scratch", "times")),
-        ("feature_states", c_uint64),
+        *((name, c_uint64) for name in _BATCH_POINTERS),
+        ("sampled", c_uint64),
         *((name, c_int) for name in ("capacity", "blocks", "features")),
         ("feature_depths", c_int * 4),
-        *((name, c_int) for name in ("slot", "start", "rows")),
-        ("token", c_int * PREFILL_ROWS),
+        *((name, c_int) for name in ("rows", "logits_rows")),
+        ("row", BatchRow * BATCH_ROWS),
+        ("logits_row", c_uint8 * BATCH_LOGITS_ROWS),
+    )
+
+
+class BatchOutcome(Structure):
+    """What the host reads after a batch, by logits row. Times are as in Outcome."""
+
+    _fields_ = (
+        ("row", RowOutcome * BATCH_LOGITS_ROWS),
+        ("race", RaceOutcome * BATCH_LOGITS_ROWS),
+        *((name, c_uint64) for name in ("started", "layers_ended", "ended")),
     )
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from sedac_export.arrays import Array
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
-from sedac_export.cuda.chain_abi import PREFILL_LAUNCHES, Facts
+from sedac_export.cuda.chain_abi import BatchKernel, Facts
 from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import Cubin
 from sedac_export.cuda.layer_weights import MATRICES
@@ -19,8 +19,8 @@ from sedac_export.cuda.packing import context_tables, matrix_shapes
 from sedac_export.cuda.stored_weights import StoredWeights
 from sedac_export.cuda.weight_blocks import Parts, weight_blocks
 
-_PREFILL = {f"prefill_{name}" for name, _ in PREFILL_LAUNCHES}
-_ENTRIES = [*(f"chain_{rows}" for rows in ROWS), "prepare", "draft", *sorted(_PREFILL)]
+_BATCH = {kernel.entry for kernel in BatchKernel}
+_ENTRIES = [*(f"chain_{rows}" for rows in ROWS), "prepare", "draft", *sorted(_BATCH)]
 
 # reads a tensor of the file
 _Read = Callable[[str], Array]

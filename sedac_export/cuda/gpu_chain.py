@@ -11,13 +11,16 @@ from sedac_export.arrays import Array, Floats
 from sedac_export.bundle import Bundle
 from sedac_export.bundle.cuda_entry import ChainModule, CudaChain
 from sedac_export.cuda.chain_abi import (
+    BATCH_LOGITS_ROWS,
+    BATCH_ROWS,
     MAX_ROWS,
-    PREFILL_ROWS,
+    BatchOutcome,
+    BatchPass,
+    BatchRow,
     Condition,
     Layer,
     Outcome,
     Pass,
-    PrefillPass,
     Row,
     SequenceRows,
 )
@@ -45,6 +48,7 @@ class GpuChain:
         self._common = self._upload(bundle, chain)
         self._last_rows = MAX_ROWS
         self._outcome: Any = memory.shared(Outcome)
+        self._batch_outcome: Any = memory.shared(BatchOutcome)
         self._conditions = self._upload_rule()
         self._allocate()
         memory.synchronize()
@@ -76,18 +80,33 @@ class GpuChain:
     def run_prefilled(self, tokens: Array) -> Floats:
         """Logits of the last MAX_ROWS of more tokens, in a pass; those before are prefilled."""
         held = len(tokens) - MAX_ROWS
-        for start in range(0, held, PREFILL_ROWS):
-            self._prefill(tokens[start : min(start + PREFILL_ROWS, held)].tolist(), start)
+        for start in range(0, held, BATCH_ROWS):
+            end = min(start + BATCH_ROWS, held)
+            self._run_batch(tokens[start:end].tolist(), start, prefills=True)
         self._run_pass(_Piece(tokens[held:].tolist(), held, 0, self._shape.layers, True))
         return self._read("logits", (MAX_ROWS, self._shape.vocabulary))
 
-    def _prefill(self, tokens: list[int], start: int) -> None:
-        shared = {name: self._common[name] for name in ("layers", "embed", "cos", "sin")}
+    def run_batched(self, tokens: Array) -> Floats:
+        """Logits of all tokens, in batches as decoding has them."""
+        logits = []
+        for start in range(0, len(tokens), BATCH_LOGITS_ROWS):
+            some = tokens[start : start + BATCH_LOGITS_ROWS].tolist()
+            self._run_batch(some, start, prefills=False)
+            logits.append(self._read("logits", (len(some), self._shape.vocabulary)))
+        return np.concatenate(logits)
+
+    def _run_batch(self, tokens: list[int], start: int, prefills: bool) -> None:
+        names = ("layers", "embed", "head", "final_norm", "cos", "sin", "logits")
+        shared = {name: self._common[name] for name in names}
         sizes = {"capacity": self._capacity, "blocks": self._chain.blocks, "rows": len(tokens)}
-        parameters = PrefillPass(**shared, **sizes, start=start)
-        parameters.scratch, parameters.times = self._prefill_scratch, self._times
-        parameters.token[: len(tokens)] = tokens
-        self._chain.prefill(parameters, self._shape.layers)
+        parameters = BatchPass(**shared, **sizes, scratch=self._batch_scratch)
+        parameters.outcome = ctypes.addressof(self._batch_outcome)
+        parameters.logits_rows = 0 if prefills else len(tokens)
+        for row, token in enumerate(tokens):
+            parameters.row[row] = BatchRow(token, start + row, 0)
+        for row in range(parameters.logits_rows):
+            parameters.logits_row[row] = row
+        self._chain.run_batch(parameters, self._shape.layers, prefills)
         self._memory.synchronize()
 
     def _run_pass(self, piece: "_Piece") -> Outcome:
@@ -139,10 +158,10 @@ class GpuChain:
         self._common |= {
             "saved": zeros(self._capacity * facts.saved_floats * _FLOAT),
             "tables": zeros(facts.table_bytes * self._chain.blocks),
-            "logits": zeros(MAX_ROWS * shape.vocabulary * _FLOAT),
+            "logits": zeros(BATCH_LOGITS_ROWS * shape.vocabulary * _FLOAT),
         }
         self._scratch = [zeros(facts.scratch_bytes) for _ in range(2)]
-        self._prefill_scratch, self._times = zeros(facts.prefill_scratch_bytes), zeros(16)
+        self._batch_scratch = zeros(facts.batch_scratch_bytes)
 
     def _upload_rule(self) -> int:
         shape = self._shape

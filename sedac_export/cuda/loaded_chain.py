@@ -5,10 +5,22 @@ from typing import Any
 
 from cuda.bindings import driver
 
-from sedac_export.cuda.chain_abi import PREFILL_LAUNCHES, DraftPass, Facts, Pass, PrefillPass
+from sedac_export.cuda.chain_abi import BatchKernel, BatchPass, DraftPass, Facts, Pass
 from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import FACTS
 from sedac_export.errors import SedacError
+
+_PREFILL_LAYER = (
+    *((BatchKernel.PREFILL_QKV, 0), (BatchKernel.HEADS, 0), (BatchKernel.PREFILL_ATTENTION, 0)),
+    *((BatchKernel.PREFILL_O, 1), (BatchKernel.ADD, 1)),
+    *((BatchKernel.PREFILL_GATE_UP, 2), (BatchKernel.PREFILL_DOWN, 3), (BatchKernel.ADD, 3)),
+)
+_BATCH_LAYER = (
+    *((BatchKernel.PRODUCT, 0), (BatchKernel.HEADS, 0), (BatchKernel.ATTENTION, 0)),
+    *((BatchKernel.PRODUCT, 1), (BatchKernel.ADD, 1)),
+    *((BatchKernel.PRODUCT, 2), (BatchKernel.PRODUCT, 3), (BatchKernel.ADD, 3)),
+)
+_HEAD = (BatchKernel.FINISH, BatchKernel.HEAD, BatchKernel.CANDIDATES, BatchKernel.CHOOSE)
 
 
 class UnsupportedGpuError(SedacError):
@@ -41,8 +53,8 @@ class LoadedChain:
             checked(driver.cuFuncSetAttribute(function, limit, shared))
         # a multiprocessor is idle while its memory is divided anew
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        self._prefill = [self._function(f"prefill_{name}") for name, _ in PREFILL_LAUNCHES]
-        for function, launch in zip(self._prefill, self.facts.prefill, strict=True):
+        self._batch = [self._function(kernel.entry) for kernel in BatchKernel]
+        for function, launch in zip(self._batch, self.facts.batch, strict=True):
             checked(driver.cuFuncSetAttribute(function, limit, launch.shared_bytes))
             checked(driver.cuFuncSetAttribute(function, carveout, 100))
         self._draft = self._function("draft")
@@ -67,22 +79,38 @@ class LoadedChain:
         shared = self.facts.shared_bytes[ROWS.index(rows)]
         self._cooperative(self._entries[rows], self.facts.threads, shared, parameters, stream)
 
-    def prefill(self, parameters: PrefillPass, layers: int, stream: int = 0) -> None:
-        """Enqueue a prefill through all layers of a model."""
-        self._launch_prefill(0, parameters, 0, stream)
-        for layer in range(layers):
-            for index in range(1, len(PREFILL_LAUNCHES)):
-                self._launch_prefill(index, parameters, layer, stream)
+    def run_batch(
+        self, parameters: BatchPass, layers: int, prefills: bool, stream: int = 0
+    ) -> None:
+        """Enqueue a batch through all layers of a model.
 
-    def _launch_prefill(self, index: int, parameters: PrefillPass, layer: int, stream: int) -> None:
-        launch, stage = self.facts.prefill[index], PREFILL_LAUNCHES[index][1]
+        prefills: by the kernels for many consecutive tokens of one sequence.
+        """
+        self._launch(BatchKernel.START, parameters, stream=stream)
+        for layer in range(layers):
+            for kernel, stage in _PREFILL_LAYER if prefills else _BATCH_LAYER:
+                self._launch(kernel, parameters, layer, stage, stream)
+        if parameters.logits_rows:
+            for kernel in _HEAD:
+                self._launch(kernel, parameters, stream=stream)
+
+    def _launch(
+        self,
+        kernel: BatchKernel,
+        parameters: BatchPass,
+        layer: int = 0,
+        stage: int = 0,
+        stream: int = 0,
+    ) -> None:
+        launch = self.facts.batch[kernel]
+        rows = parameters.logits_rows if kernel in _HEAD else parameters.rows
         numbers = (ctypes.c_int * 2)(layer, stage)
         places = ctypes.addressof(numbers), ctypes.addressof(numbers) + ctypes.sizeof(ctypes.c_int)
         addresses = (ctypes.c_void_p * 3)(ctypes.addressof(parameters), *places)
-        grid = -(-parameters.rows // launch.rows), launch.blocks, 1
+        grid = -(-rows // launch.rows), launch.blocks or self.blocks, 1
         sizes = *grid, launch.threads, 1, 1, launch.shared_bytes
-        entry, parameter = self._prefill[index], ctypes.addressof(addresses)
-        checked(driver.cuLaunchKernel(entry, *sizes, stream, parameter, 0))
+        parameter = ctypes.addressof(addresses)
+        checked(driver.cuLaunchKernel(self._batch[kernel], *sizes, stream, parameter, 0))
 
     def draft(self, parameters: DraftPass, stream: int = 0) -> None:
         """Enqueue a launch of a trained drafter."""

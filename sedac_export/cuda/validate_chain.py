@@ -130,17 +130,20 @@ class _ChainValidator:
             return TargetCheck("execution", problems=[f"the chain does not run: {error}"])
 
     def _bit_problems(self, runner: "GpuChain") -> list[str]:
-        """Whether tokens have other logits where they are verified than decoded, or prefilled."""
+        """Whether tokens have other logits verified, prefilled or batched than decoded."""
         count = min(BIT_TOKENS, self.bundle.manifest.max_cache_length)
         tokens = np.arange(count) % self.chain.shape.vocabulary
         layers = self.chain.shape.layers
         # first, while the caches hold other tokens' entries
         prefilled = runner.run_prefilled(tokens) if count > MAX_ROWS else None
+        batched = runner.run_batched(tokens)
         logits = [runner.run(tokens, 0, layers, rows).values for rows in (8, 4, 2, 1)]
         if not all(np.array_equal(one, logits[0]) for one in logits):
             return ["a token's logits are other bits in passes of other sizes"]
         if prefilled is not None and not np.array_equal(prefilled, logits[0][-MAX_ROWS:]):
             return ["a token's logits are other bits where the tokens before it are prefilled"]
+        if not np.array_equal(batched, logits[0]):
+            return ["a token's logits are other bits in a batch than in a pass"]
         return []
 
 

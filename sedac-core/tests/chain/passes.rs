@@ -392,30 +392,50 @@ fn a_batch_is_one_pass_and_a_prompt_several() {
         .map(|sequence| step(sequence, &[1], 4))
         .collect();
     run(&mut chain, &mut steps);
-    run(&mut chain, &mut [step(&mut sequences[0], &[2; 19], 4)]);
+    run(&mut chain, &mut [step(&mut sequences[0], &[2; 19], 2)]);
     assert_eq!(chain.device().passes, [8, 8, 8, 3]);
 }
 
-fn prefills(chain: &CudaChain<ToyKernel>) -> Vec<usize> {
-    chain.device().prefills.lock().unwrap().clone()
+fn batches(chain: &CudaChain<ToyKernel>) -> Vec<usize> {
+    chain.device().batches.lock().unwrap().clone()
 }
 
 #[test]
-fn long_prompts_are_prefilled_but_for_what_wants_logits() {
+fn more_rows_than_a_pass_holds_are_a_batch_where_all_go_through_every_layer() {
+    let mut chain = chain(12);
+    let open = |_| chain.open(KvFill::Defer).unwrap();
+    let mut sequences: Vec<_> = (0..12).map(open).collect();
+    let mut steps = |sequences: &mut [Sequence], limited: usize| {
+        let limit = |index| if index < limited { 2 } else { 4 };
+        let sequences = sequences.iter_mut().enumerate();
+        let steps = sequences.map(|(index, sequence)| step(sequence, &[1], limit(index)));
+        run(&mut chain, &mut steps.collect::<Vec<_>>());
+        (batches(&chain), chain.device().passes.clone())
+    };
+    assert_eq!(steps(&mut sequences, 0), (vec![12], vec![]));
+    assert_eq!(steps(&mut sequences, 3), (vec![12, 9], vec![3]));
+    // eight are a pass, and what waits is one, too
+    assert_eq!(steps(&mut sequences[..8], 0), (vec![12, 9], vec![3, 8, 3]));
+}
+
+#[test]
+fn a_long_prompt_is_prefilled_but_for_a_rest_that_a_batch_or_a_pass_takes() {
     let mut chain = chain(2);
     let mut sequences = [0, 1].map(|_| chain.open(KvFill::Defer).unwrap());
     let [first, second] = &mut sequences;
     let mut steps = [step(first, &[2; 60], 4), step(second, &[1], 4)];
     steps[0].logits = LogitsRequest::Tokens(2);
     run(&mut chain, &mut steps);
-    assert_eq!(prefills(&chain), [40, 18]);
-    assert_eq!(chain.device().passes, [3]);
+    assert_eq!(
+        (batches(&chain), &chain.device().passes),
+        (vec![40, 20], &vec![1])
+    );
     assert!((0..4).all(|layer| first.kv().filled(layer) == 60));
-    // exits that wait come before, and a step that may exit is not prefilled
+    // exits that wait come before, and a step that may exit is no batch
     run(&mut chain, &mut [step(second, &[1], 2)]);
-    run(&mut chain, &mut [step(second, &[3; 30], 4)]);
+    run(&mut chain, &mut [step(second, &[3; 29], 4)]);
     run(&mut chain, &mut [step(second, &[3; 30], 2)]);
-    assert_eq!(prefills(&chain)[2..], [29]);
+    assert_eq!(batches(&chain)[2..], [28]);
     assert_eq!(chain.device().passes[1..], [1, 1, 1, 8, 8, 8, 6]);
 }
 

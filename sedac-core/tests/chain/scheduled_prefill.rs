@@ -6,9 +6,9 @@ use sedac_core::interrupt::Interrupt;
 use sedac_core::scheduler::{Scheduler, SchedulerSettings};
 
 #[test]
-fn a_step_prefills_one_long_prompt_at_most() {
+fn a_step_batches_one_long_prompt_at_most() {
     let kernel = ToyKernel::new(&[1; 4], 256, 5, &Caches::default());
-    let prefills = kernel.prefills.clone();
+    let batches = kernel.batches.clone();
     let mut chain = chain_over_kernel(kernel, &[1, 2, 3, 4], 0.1);
     let settings = SchedulerSettings {
         max_sequences: 4,
@@ -21,9 +21,8 @@ fn a_step_prefills_one_long_prompt_at_most() {
     }
     let mut step = || {
         scheduler.step(&mut chain, &Interrupt::default());
-        std::mem::take(&mut *prefills.lock().unwrap())
+        std::mem::take(&mut *batches.lock().unwrap())
     };
-    // passes take what is left of a prompt, and short ones
-    assert_eq!([step(), step()], [[40], [40]]);
-    assert!((0..4).all(|_| step().is_empty()));
+    let x: Vec<_> = (0..6).map(|_| step()).collect();
+    panic!("{x:?}");
 }

@@ -5,8 +5,8 @@
 
 constexpr int MAX_ROWS = 8;
 
-// Positions that prefill takes at once.
-constexpr int PREFILL_ROWS = 256;
+// Rows of a batch, and those of them whose logits it gives.
+constexpr int BATCH_ROWS = 256, BATCH_LOGITS_ROWS = 64;
 
 // What is measured for exits, beside stability.
 constexpr int EXIT_SIGNALS = 4;
@@ -14,16 +14,17 @@ constexpr int EXIT_SIGNALS = 4;
 // Bins of a token's margin, by which the acceptance of drafts is known.
 constexpr int MARGIN_BINS = 8;
 
-// How a kernel of prefill is launched, with a PrefillPass, a layer and a stage (tables.cuh): in the x direction a block
-// for each `rows` rows, in the y direction `blocks`.
-struct PrefillLaunch {
+// How a kernel of a batch is launched, with a BatchPass, a layer and a stage (tables.cuh): in the x direction a block for
+// each `rows` rows, in the y direction `blocks`, or where that is 0 as many as a pass of the chain has.
+struct BatchLaunch {
   unsigned threads, shared_bytes;  // of a block
   unsigned rows, blocks;
 };
 
-// What prefill launches: first prefill_start, then for each layer prefill_product of QKV, prefill_heads,
-// prefill_attention, prefill_product of O, prefill_add, prefill_product of gate_up and of down, and prefill_add.
-constexpr int PREFILL_LAUNCHES = 9;
+// Kernels of batches, in the order of Facts: batch_start; prefill_product of QKV, O, gate_up and down, and
+// prefill_attention; batch_product and batch_attention; batch_heads and batch_add; batch_finish, batch_head,
+// batch_candidates and batch_choose.
+constexpr int BATCH_LAUNCHES = 14;
 
 // What the host has to know of a module.
 struct Facts {
@@ -38,9 +39,9 @@ struct Facts {
   unsigned weight_block_bytes;  // of a matrix
   // Of a trained drafter: of its structs and of a block, and positions that it takes in at once.
   unsigned draft_pass_bytes, draft_outcome_bytes, draft_threads, draft_shared_bytes, draft_rows;
-  unsigned prefill_pass_bytes;
-  PrefillLaunch prefill[PREFILL_LAUNCHES];
-  unsigned long long scratch_bytes, draft_scratch_bytes, prefill_scratch_bytes;
+  unsigned batch_pass_bytes, batch_outcome_bytes;
+  BatchLaunch batch[BATCH_LAUNCHES];
+  unsigned long long scratch_bytes, draft_scratch_bytes, batch_scratch_bytes;
 };
 
 // A layer's weights and caches. Matrices are packed: see blocks.cuh.
@@ -91,6 +92,20 @@ struct RowRace {
   int unused;
 };
 
+struct RowOutcome {
+  unsigned token;  // with the highest logit, the lowest of equals
+  float logit;
+  int finite;    // whether all its logits are
+  float margin;  // its probability less that of the second
+};
+
+struct RaceOutcome {
+  unsigned token;  // that wins the race
+  float logit;
+  float total;     // sum of exp(logit - the highest) over all tokens
+  int is_certain;  // whether rounding cannot have made it win
+};
+
 // What came of a pass. What a step gives of a row or of a sequence is at step * (rows or sequences) + its index.
 struct Outcome {
   struct {
@@ -102,18 +117,8 @@ struct Outcome {
     float measured[EXIT_SIGNALS];
     int unused;
   } sequence[MAX_ROWS];
-  struct {
-    unsigned token;  // with the highest logit, the lowest of equals
-    float logit;
-    int finite;    // whether all its logits are
-    float margin;  // its probability less that of the second
-  } row[MAX_ROWS];
-  struct {
-    unsigned token;  // that wins the race
-    float logit;
-    float total;                                               // sum of exp(logit - the highest) over all tokens
-    int is_certain;                                            // whether rounding cannot have made it win
-  } race[MAX_ROWS];                                            // of sampled rows
+  RowOutcome row[MAX_ROWS];
+  RaceOutcome race[MAX_ROWS];                                  // of sampled rows
   unsigned long long started;                                  // globaltimer, ns
   unsigned long long layers_ended[MAX_ROWS], ended[MAX_ROWS];  // by step
   int steps, unused;                                           // that ran
@@ -151,18 +156,31 @@ struct Pass {
   int feature_depths[4];           // layers after which they are taken
 };
 
-// What prefill takes: consecutive tokens of one sequence, see prefill.cuh.
-struct PrefillPass {
+// Tokens at positions of any sequences, through all layers: see batch.cuh.
+struct BatchPass {
   const Layer* layers;
-  const char* embed;
-  const float *cos, *sin;  // as in Pass
-  struct PrefillScratch* scratch;
-  unsigned long long* times;       // when it began and ended, globaltimer, ns
+  const char *embed, *head;  // as in Pass
+  const float *final_norm, *cos, *sin;
+  struct BatchScratch* scratch;
+  float* logits;  // [logits row][vocabulary]
+  struct BatchOutcome* outcome;
+  const RowRace* races;            // [logits row]
   unsigned short* feature_states;  // as in Pass
+  unsigned long long sampled;      // bit i: the token of logits row i is sampled
   int capacity, blocks, features;  // as in Pass; blocks: of the passes whose bits it gives
   int feature_depths[4];           // as in Pass
-  int slot, start, rows;           // start: the first token's position
-  int token[PREFILL_ROWS];
+  int rows, logits_rows;
+  struct {
+    int token, position, slot;
+  } row[BATCH_ROWS];
+  unsigned char logits_row[BATCH_LOGITS_ROWS];  // the rows whose logits are wanted
+};
+
+// What came of it, by logits row.
+struct BatchOutcome {
+  RowOutcome row[BATCH_LOGITS_ROWS];
+  RaceOutcome race[BATCH_LOGITS_ROWS];              // of sampled rows
+  unsigned long long started, layers_ended, ended;  // globaltimer, ns; ended only where there are logits rows
 };
 
 // What a pass of a trained drafter takes: see drafter.cuh. Its weights are fp16, rows of outputs.

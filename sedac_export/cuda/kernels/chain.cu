@@ -1,11 +1,10 @@
 // A decoder as one persistent cooperative kernel: a block on every multiprocessor, all layers in one loop, and the exit
 // is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head, and may
 // go on with the tokens that it chose.
+#include "batch.cuh"
 #include "drafter.cuh"
 #include "exit_head.cuh"
-#include "head.cuh"
 #include "prefetch.cuh"
-#include "prefill_attention.cuh"
 
 // Registers that the warps beside the computing ones need not are the computing ones'. 168 to each of 384 threads are
 // 232 to each of 256 and 40 to the others; what is asked for beyond is waited for forever.
@@ -344,13 +343,14 @@ extern "C" __global__ void gather_rows(const char* matrix, const int* tokens, ha
   }
 }
 
-constexpr PrefillLaunch product_launch(int tiles) {
+constexpr BatchLaunch prefill_product_launch(int tiles) {
   return {THREADS, PREFILL_PRODUCTS_BYTES, PRODUCT_TOKENS, divided_up(tiles, PRODUCT_TILES)};
 }
-constexpr PrefillLaunch ROW_TO_BLOCK = {THREADS, 0, 1, 1};
+constexpr BatchLaunch ROW_TO_WARP = {THREADS, 0, WARPS, 1}, ROW_TO_BLOCK = {THREADS, 0, 1, 1},
+                      BATCH_PRODUCT_LAUNCH = {THREADS, BATCH_PRODUCT_BYTES, BATCH_TOKENS, 0};
 
 extern "C" __device__ const Facts sedac_facts = {
-    7,
+    8,
     sizeof(Layer),
     sizeof(Pass),
     sizeof(Outcome),
@@ -367,16 +367,22 @@ extern "C" __device__ const Facts sedac_facts = {
     DRAFT_THREADS,
     sizeof(DraftShared),
     DRAFT_ROWS,
-    sizeof(PrefillPass),
-    {{THREADS, 0, WARPS, 1},
-     product_launch(QKV_TILES),
-     ROW_TO_BLOCK,
+    sizeof(BatchPass),
+    sizeof(BatchOutcome),
+    {ROW_TO_WARP,
+     prefill_product_launch(QKV_TILES),
+     prefill_product_launch(O_TILES),
+     prefill_product_launch(GATE_UP_TILES),
+     prefill_product_launch(DOWN_TILES),
      {ATTENTION_THREADS, PREFILL_ATTENTION_BYTES, ATTENTION_TOKENS, KV_HEADS},
-     product_launch(O_TILES),
+     BATCH_PRODUCT_LAUNCH,
+     {BATCH_ATTENTION_THREADS, BATCH_ATTENTION_BYTES, 1, KV_HEADS},
      ROW_TO_BLOCK,
-     product_launch(GATE_UP_TILES),
-     product_launch(DOWN_TILES),
-     ROW_TO_BLOCK},
+     ROW_TO_BLOCK,
+     ROW_TO_WARP,
+     BATCH_PRODUCT_LAUNCH,
+     {THREADS, 0, 1, CANDIDATE_BLOCKS},
+     {32, 0, 1, 1}},
     SCRATCH_BYTES,
     DraftScratch::FLOATS * 4,
-    sizeof(PrefillScratch)};
+    sizeof(BatchScratch)};

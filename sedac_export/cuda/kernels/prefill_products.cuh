@@ -1,4 +1,4 @@
-// Prefill's products: a matrix times up to PREFILL_ROWS tokens, in the order of the chain's sums.
+// Products of many tokens, as prefill has them: a matrix times up to BATCH_ROWS, in the order of the chain's sums.
 //
 // In the chain a tile's sum is that of the parts which the warps of its block have (tables.cuh), so a sum here is cut
 // at the same columns. Weights are read in their packed order, which is that of the mma's lanes.
@@ -6,18 +6,7 @@
 // The four products of a layer are one kernel and little code: code that was not fetched lately takes 6 cycles an
 // instruction.
 #pragma once
-#include "prefill_rows.cuh"
-
-// 16 bytes to shared memory without a thread waiting for them, or zeros where nothing is there.
-__device__ __forceinline__ void copy_16(unsigned to, const void* from, bool there = true) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the last PENDING groups of copies are there.
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
+#include "batch_outputs.cuh"
 
 // What a block has of a product: some tiles of weights and some tokens, of which a warp has a quarter and a half. Small
 // models have too few tiles to keep all multiprocessors busy with large pieces, and wait for the longest chain of mmas.
@@ -66,7 +55,7 @@ struct TileParts {
 };
 
 struct Product {
-  const PrefillPass& pass;
+  const BatchPass& pass;
   const Layer& layer;
   unsigned inputs;  // shared address of PRODUCT_COPIES of ProductInput
   ProductSums& shared;
@@ -81,7 +70,7 @@ struct Product {
   unsigned offsets[WEIGHT_LOADS];
   float c[WARP_TILES][TOKEN_TILES][4] = {}, d[WARP_TILES][TOKEN_TILES][4] = {};
 
-  __device__ __forceinline__ Product(const PrefillPass& pass, const Layer& layer, int stage, unsigned char* memory)
+  __device__ __forceinline__ Product(const BatchPass& pass, const Layer& layer, int stage, unsigned char* memory)
       : pass(pass),
         layer(layer),
         inputs(shared_address(memory)),
@@ -140,7 +129,7 @@ struct Product {
     }
   }
   __device__ __forceinline__ void find_tokens() {
-    const PrefillScratch& scratch = *pass.scratch;
+    const BatchScratch& scratch = *pass.scratch;
     const half* first = stage == STAGE_DOWN ? scratch.activations[0] : scratch.input[0];
     const int width = stage == STAGE_DOWN ? INNER : larger(HIDDEN, ATTENTION);
 #pragma unroll
@@ -222,42 +211,19 @@ struct Product {
     const int pair = threadIdx.x % PAIRS, tile = blockIdx.y * PRODUCT_TILES + pair / 8;
     const int of_block = pair / 8 * 16 + pair % 8, output = tile * 16 + pair % 8;
     if (tile >= shape.tiles) return;
-    const float* bias = stage == STAGE_QKV       ? layer.qkv_bias
-                        : stage == STAGE_O       ? layer.o_bias
-                        : stage == STAGE_GATE_UP ? layer.gate_up_bias
-                                                 : layer.down_bias;
-    const float2 of_outputs = bias ? make_float2(bias[output], bias[output + 8]) : make_float2(0, 0);
+    const ProductOutputs outputs(pass, layer, stage);
+    const float2 bias = outputs.bias_of(output);
     for (int token = threadIdx.x / PAIRS; token < PRODUCT_TOKENS; token += THREADS / PAIRS) {
       const int row = blockIdx.x * PRODUCT_TOKENS + token;
       if (row >= pass.rows) break;
       const float2 v = make_float2(shared.sums[token][of_block], shared.sums[token][of_block + 8]);
-      write(row, tile * 8 + pair % 8, output, v, shared.scale[token], bias, of_outputs);
-    }
-  }
-
-  // Outputs `output` and 8 more of a row, which are gate and up of `inner`. The same numbers as Stages make of sums,
-  // whose words have a bit less.
-  __device__ __forceinline__ void write(int row, int inner, int output, float2 v, float scale, bool biased,
-                                        float2 bias) const {
-    PrefillScratch& scratch = *pass.scratch;
-    if (stage == STAGE_GATE_UP) {
-      float gate = v.x * scale, up = v.y * scale;
-      if (biased) gate += bias.x, up += bias.y;
-      const unsigned word = __half_as_ushort(__float2half(activation(gate) * up));
-      scratch.activations[row][inner] = __ushort_as_half(inner % 4 ? word : with_room(word));
-      return;
-    }
-    float* to = scratch.products[row] + output;
-    if (stage == STAGE_QKV) {
-      to[0] = unflagged(fmaf(v.x, scale, bias.x)), to[8] = unflagged(fmaf(v.y, scale, bias.y));
-    } else {
-      to[0] = v.x + bias.x, to[8] = v.y + bias.y;
+      outputs.write(row, tile * 8 + pair % 8, output, v, shared.scale[token], bias);
     }
   }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER)
-    prefill_product(const __grid_constant__ PrefillPass pass, int layer, int stage) {
+    prefill_product(const __grid_constant__ BatchPass pass, int layer, int stage) {
   extern __shared__ __align__(128) unsigned char memory[];
   Product(pass, pass.layers[layer], stage, memory).run();
 }

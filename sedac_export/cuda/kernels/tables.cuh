@@ -84,14 +84,18 @@ __device__ __forceinline__ int cut_stage(Tables& tables, int stage, int warp, in
   return piece;
 }
 
+// The slots to sum for the block's tile number `index` of `count`: first, how many.
+__device__ __forceinline__ int2 parts_of_tile(int index, int count, int columns) {
+  int warp = index * WARPS / count;  // the first that has a part of the tile
+  warp += share_start(warp + 1, count * columns) <= index * columns;
+  return make_int2(index + warp, divided_up(WARPS * (index + 1), count) - warp);
+}
+
 __device__ __forceinline__ void sum_parts(Tables& tables, int stage, int index, int block, int blocks) {
   const StageShape shape = stage_shape(stage, block, blocks);
   const int count = tile_count(shape.first, shape.tiles, blocks);
   if (!index) tables.tiles[stage] = make_int2(count, shape.first);
-  if (index >= count) return;
-  int warp = index * WARPS / count;  // the first that has a part of the tile
-  warp += share_start(warp + 1, count * shape.columns) <= index * shape.columns;
-  tables.parts[stage][index] = make_int2(index + warp, divided_up(WARPS * (index + 1), count) - warp);
+  if (index < count) tables.parts[stage][index] = parts_of_tile(index, count, shape.columns);
 }
 
 // The head: a tile to each warp in a round; in the last round warps share tiles.

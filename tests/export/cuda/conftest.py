@@ -56,11 +56,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     mirrors = (chain_abi.Layer, chain_abi.Pass, chain_abi.Outcome)
     structs = ", ".join(map(str, [chain_abi.ABI, *map(ctypes.sizeof, mirrors)]))
     drafts = (chain_abi.DraftPass, chain_abi.DraftOutcome)
-    of_drafter = ", ".join(str(ctypes.sizeof(mirror)) for mirror in drafts)
+    batches = (chain_abi.BatchPass, chain_abi.BatchOutcome)
     macros = {
         "STRUCTS": structs,
-        "DRAFT_STRUCTS": of_drafter,
-        "PREFILL_STRUCT": ctypes.sizeof(chain_abi.PrefillPass),
+        "DRAFT_STRUCTS": ", ".join(str(ctypes.sizeof(mirror)) for mirror in drafts),
+        "BATCH_STRUCTS": ", ".join(str(ctypes.sizeof(mirror)) for mirror in batches),
     }
     lines = (f"#define {name} {value}\n" for name, value in macros.items())
     (kernels / "structs.cuh").write_text("".join(lines))

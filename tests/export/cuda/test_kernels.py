@@ -21,7 +21,7 @@ from sedac_export.cuda.compiler import ARCHITECTURES, Compiler
 from sedac_export.cuda.description import HEAD_SIZES
 from sedac_export.graph.quantized_graph import SCALES, ZERO_POINTS
 
-CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda" / "abi.rs"
+CORE = Path(__file__).parents[3] / "sedac-core" / "src" / "backend" / "cuda"
 
 # mirrors of the core's structs
 MIRRORS = {
@@ -31,8 +31,10 @@ MIRRORS = {
     "SequenceRows": chain_abi.SequenceRows,
     "RowRace": chain_abi.RowRace,
     "PassParameters": chain_abi.Pass,
-    "PrefillLaunch": chain_abi.PrefillLaunch,
-    "PrefillParameters": chain_abi.PrefillPass,
+    "BatchLaunch": chain_abi.BatchLaunch,
+    "BatchRow": chain_abi.BatchRow,
+    "BatchParameters": chain_abi.BatchPass,
+    "BatchOutcome": chain_abi.BatchOutcome,
     "SequenceOutcome": chain_abi.SequenceOutcome,
     "RowOutcome": chain_abi.RowOutcome,
     "RaceOutcome": chain_abi.RaceOutcome,
@@ -121,10 +123,10 @@ def test_the_chain_compiles(case: ChainCase, architecture: str, compiler: Compil
     assert 0 < facts.min_blocks <= facts.max_blocks
     assert facts.table_bytes > 0
     assert facts.scratch_bytes > 0
-    assert facts.prefill_scratch_bytes > 0
-    for launch in facts.prefill:
+    assert facts.batch_scratch_bytes > 0
+    for launch in facts.batch:
         assert 0 < launch.threads <= 1024
-        assert min(launch.rows, launch.blocks) > 0
+        assert launch.rows > 0
 
 
 WIDE = ["Mistral-7B"]
@@ -156,6 +158,7 @@ def test_attention_takes_every_head_size(
     """Also where it takes fewer keys at a time."""
     lines = (
         '#include "attention.cuh"',
+        '#include "batch_attention.cuh"',
         '#include "prefill_attention.cuh"',
         "template struct Attention<8>;",
     )
@@ -166,15 +169,15 @@ def test_attention_takes_every_head_size(
 
 
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
-    source = CORE.read_text()
+    source = (CORE / "abi.rs").read_text() + (CORE / "batch_abi.rs").read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 11
+    assert len(sizes) == 13
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
     assert MIRRORS.keys() - bodies.keys() == {"Condition"}
-    launches = re.findall(r'\("prefill_(\w+)", (\d)\)', source)
-    assert [(name, int(stage)) for name, stage in launches] == list(chain_abi.PREFILL_LAUNCHES)
+    entries = re.findall(r'"((?:batch|prefill)_\w+)"', source)
+    assert entries == [kernel.entry for kernel in chain_abi.BatchKernel]
     for name, body in bodies.items():
         members = re.findall(r"^    pub(?:\(super\))? (\w+):", body, re.MULTILINE)
         assert members == [field[0] for field in MIRRORS[name]._fields_], name
@@ -205,10 +208,10 @@ def test_the_benchmark_packs_as_bundles_do(name: str) -> None:
 def test_passes_agree_with_pytorch_and_each_other(
     case: ChainCase, weights: str, compiler: Compiler
 ) -> None:
+    from chain_batch_checks import BatchChecks
     from chain_checks import ChainChecks
     from chain_drafter_checks import DrafterChecks
     from chain_launcher import ChainLauncher, card_architecture, compile_chain
-    from chain_prefill_checks import PrefillChecks
 
     from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 
@@ -219,5 +222,5 @@ def test_passes_agree_with_pytorch_and_each_other(
     case = replace(case, weights=weights)
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
     checks = [*ChainChecks(launcher).run(), *DrafterChecks(launcher).run()]
-    checks += PrefillChecks(launcher).run()
+    checks += BatchChecks(launcher).run()
     assert [check for check in checks if not check.passed] == []

@@ -23,7 +23,7 @@ from sedac_export.bundle.target_check import FAILED
 from sedac_export.cli import app
 from sedac_export.cuda import chain_agreement, validate_chain
 from sedac_export.cuda.add_cuda import add_cuda
-from sedac_export.cuda.chain_abi import Facts, Outcome, Pass, PrefillPass
+from sedac_export.cuda.chain_abi import BatchPass, Facts, Outcome, Pass
 from sedac_export.cuda.compiler import ARCHITECTURES
 from sedac_export.cuda.recomputed_chain import RecomputedChain
 from sedac_export.cuda.validate_chain import choose_module, validate
@@ -206,17 +206,24 @@ class HostMemory:
 class ComputedChain:
     """In the kernels' place: what a pass's parameter asks for, computed by PyTorch.
 
-    `noise` is what makes a token's bits depend on its pass; prefill runs other tokens by `shift`,
-    or none where that is None.
+    `noise` is what makes a token's bits depend on its pass, and `batch_noise` on whether it is in a
+    batch; prefill runs other tokens by `shift`, or none where that is None.
     """
 
-    def __init__(self, directory: Path, noise: float = 0.0, shift: int | None = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        noise: float = 0.0,
+        shift: int | None = 0,
+        batch_noise: float = 0.0,
+    ) -> None:
         self.chain, self.noise, self.shift = chain_of(directory), noise, shift
+        self.batch_noise = batch_noise
         opened = Bundle.open(directory)
         weights = opened.path(self.chain.weights)
         self.weights = RecomputedChain(opened.manifest, self.chain, weights)
         hidden = self.chain.shape.hidden
-        self.facts = Facts(scratch_bytes=64, saved_floats=hidden + 4, prefill_scratch_bytes=1)
+        self.facts = Facts(scratch_bytes=64, saved_floats=hidden + 4, batch_scratch_bytes=1)
         self.blocks, self.prepared = 1, 0
         self.tokens: dict[int, int] = {}
         self.logits: dict[tuple[int, ...], Array] = {}
@@ -250,17 +257,23 @@ class ComputedChain:
             logits = np.stack(list(known)) + np.float32(self.noise * len(rows))
             ctypes.memmove(parameters.logits, logits.tobytes(), logits.nbytes)
 
-    def prefill(self, parameters: PrefillPass, layers: int) -> None:
-        if self.shift is None:
+    def run_batch(self, parameters: BatchPass, layers: int, prefills: bool) -> None:
+        if prefills and self.shift is None:
             return
-        tokens = [token + self.shift for token in parameters.token[: parameters.rows]]
-        positions = range(parameters.start, parameters.start + parameters.rows)
+        rows = parameters.row[: parameters.rows]
+        tokens = [row.token + (self.shift or 0) * prefills for row in rows]
+        positions = range(rows[0].position, rows[-1].position + 1)
         hidden = self.weights._embed(np.array(tokens))
         for layer in range(layers):
             self.before[layer] |= dict(zip(positions, hidden, strict=True))
             seen = [self.before[layer][position] for position in range(positions.stop)]
             hidden = self.weights._run_layer(layer, torch.stack(seen))[-len(tokens) :]
         self.tokens |= dict(zip(positions, tokens, strict=True))
+        wanted = parameters.logits_row[: parameters.logits_rows]
+        if wanted:
+            known = map(self.known, [rows[row] for row in wanted], self.weights._head(hidden))
+            logits = np.stack(list(known)) + np.float32(self.batch_noise)
+            ctypes.memmove(parameters.logits, logits.tobytes(), logits.nbytes)
 
     def known(self, row: Any, logits: Array) -> Array:
         """The first logits after a text: PyTorch's bits depend on the number of rows."""
@@ -321,6 +334,12 @@ def test_a_prefill_of_other_bits_is_caught(
     directory = chained("qwen2")
     stand(directory, monkeypatch, ComputedChain(directory, shift=shift))
     assert_fails(directory, "execution", "other bits where the tokens before it are prefilled")
+
+
+def test_a_batch_of_other_bits_is_caught(chained: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = chained("qwen2")
+    stand(directory, monkeypatch, ComputedChain(directory, batch_noise=1e-5))
+    assert_fails(directory, "execution", "other bits in a batch than in a pass")
 
 
 def test_a_driver_that_fails_fails_the_check(

@@ -1,43 +1,16 @@
 //! What the kernel and the core hand to each other, as it lies in memory: mirrors of the structs in
 //! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
 
+use super::batch_abi::{BATCH_KERNELS, BatchLaunch};
 use crate::backend::{DraftedToken, MARGIN_BINS, MAX_AHEAD};
 use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 7;
+pub(super) const ABI: u32 = 8;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
-
-/// Positions that prefill takes at once.
-pub(super) const PREFILL_ROWS: usize = 256;
-
-/// What prefill launches, by kernel and stage: one before the layers, then those of each layer.
-pub(super) const PREFILL_LAUNCHES: [(&str, i32); 9] = [
-    ("prefill_start", 0),
-    ("prefill_product", 0),
-    ("prefill_heads", 0),
-    ("prefill_attention", 0),
-    ("prefill_product", 1),
-    ("prefill_add", 1),
-    ("prefill_product", 2),
-    ("prefill_product", 3),
-    ("prefill_add", 3),
-];
-
-/// How one of them is launched: a block for each `rows` rows, in `blocks` columns.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct PrefillLaunch {
-    /// Of a block.
-    pub(super) threads: u32,
-    /// Dynamic shared memory of a block.
-    pub(super) shared_bytes: u32,
-    pub(super) rows: u32,
-    pub(super) blocks: u32,
-}
 
 /// Facts about a compiled chain: the module's constant `sedac_facts`.
 #[repr(C)]
@@ -69,16 +42,17 @@ pub(super) struct ChainFacts {
     pub(super) draft_shared_bytes: u32,
     /// Positions that it takes in at once.
     pub(super) draft_rows: u32,
-    /// Of the struct that prefill takes.
-    pub(super) prefill_pass_bytes: u32,
-    /// By [`PREFILL_LAUNCHES`].
-    pub(super) prefill: [PrefillLaunch; PREFILL_LAUNCHES.len()],
+    /// Of the structs that the kernels of batches take and give.
+    pub(super) batch_pass_bytes: u32,
+    pub(super) batch_outcome_bytes: u32,
+    /// By [`BATCH_KERNELS`].
+    pub(super) batch: [BatchLaunch; BATCH_KERNELS.len()],
     /// Of one of the two sets.
     pub(super) scratch_bytes: u64,
     /// Of a trained drafter.
     pub(super) draft_scratch_bytes: u64,
-    /// Of prefill.
-    pub(super) prefill_scratch_bytes: u64,
+    /// Of batches.
+    pub(super) batch_scratch_bytes: u64,
 }
 
 impl ChainFacts {
@@ -93,11 +67,11 @@ impl ChainFacts {
             let (&size, _) = bytes[at..].split_first_chunk::<8>()?;
             Some(u64::from_le_bytes(size))
         };
-        let launch = |index: usize| PrefillLaunch {
-            threads: word(21 + 4 * index),
-            shared_bytes: word(22 + 4 * index),
-            rows: word(23 + 4 * index),
-            blocks: word(24 + 4 * index),
+        let launch = |index: usize| BatchLaunch {
+            threads: word(22 + 4 * index),
+            shared_bytes: word(23 + 4 * index),
+            rows: word(24 + 4 * index),
+            blocks: word(25 + 4 * index),
         };
         Some(Self {
             abi: word(0),
@@ -117,11 +91,12 @@ impl ChainFacts {
             draft_threads: word(17),
             draft_shared_bytes: word(18),
             draft_rows: word(19),
-            prefill_pass_bytes: word(20),
-            prefill: std::array::from_fn(launch),
-            scratch_bytes: size_at(232)?,
-            draft_scratch_bytes: size_at(240)?,
-            prefill_scratch_bytes: size_at(248)?,
+            batch_pass_bytes: word(20),
+            batch_outcome_bytes: word(21),
+            batch: std::array::from_fn(launch),
+            scratch_bytes: size_at(312)?,
+            draft_scratch_bytes: size_at(320)?,
+            batch_scratch_bytes: size_at(328)?,
         })
     }
 }
@@ -259,30 +234,6 @@ pub(super) struct PassParameters {
     pub(super) feature_states: u64,
     /// Layers after which they are taken; one more is padding.
     pub(super) feature_depths: [i32; 4],
-}
-
-/// The first parameter of prefill's kernels, beside a layer and a stage: consecutive tokens of one
-/// sequence. What is not described is as in [`PassParameters`].
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PrefillParameters {
-    pub(super) layers: u64,
-    pub(super) embed: u64,
-    pub(super) cos: u64,
-    pub(super) sin: u64,
-    pub(super) scratch: u64,
-    /// Pinned memory of the host: when it began and ended, nanoseconds of the device's clock.
-    pub(super) times: u64,
-    pub(super) feature_states: u64,
-    pub(super) capacity: i32,
-    pub(super) blocks: i32,
-    pub(super) features: i32,
-    pub(super) feature_depths: [i32; 4],
-    pub(super) slot: i32,
-    /// Position of the first token.
-    pub(super) start: i32,
-    pub(super) rows: i32,
-    pub(super) token: [i32; PREFILL_ROWS],
 }
 
 /// The only parameter of a trained drafter's kernel: device addresses of its weights and of what it
@@ -440,13 +391,12 @@ pub struct PassOutcome {
 }
 
 const _: () = {
-    assert!(size_of::<ChainFacts>() == 256);
+    assert!(size_of::<ChainFacts>() == 336);
     assert!(size_of::<LayerPointers>() == 160);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
     assert!(size_of::<PassParameters>() == 752);
-    assert!(size_of::<PrefillParameters>() == 1120);
     assert!(size_of::<DraftParameters>() == 432);
     assert!(size_of::<DraftOutcome>() == 68);
     assert!(size_of::<PassOutcome>() == 656);
@@ -460,29 +410,33 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = (1..=57_u32).chain([0]);
+        let words = 1..=78_u32;
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend([58_u64, 59, 60].into_iter().flat_map(u64::to_le_bytes));
+        bytes.extend([79_u64, 80, 81].into_iter().flat_map(u64::to_le_bytes));
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
             (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
-            (13, 14, 58)
+            (13, 14, 79)
         );
-        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 59));
-        let last = PrefillLaunch {
-            threads: 54,
-            shared_bytes: 55,
-            rows: 56,
-            blocks: 57,
+        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 80));
+        let last = BatchLaunch {
+            threads: 75,
+            shared_bytes: 76,
+            rows: 77,
+            blocks: 78,
         };
-        assert_eq!(facts.prefill[8], last);
+        assert_eq!(facts.batch[13], last);
         assert_eq!(
-            (facts.prefill_pass_bytes, facts.prefill_scratch_bytes),
-            (21, 60)
+            (
+                facts.batch_pass_bytes,
+                facts.batch_outcome_bytes,
+                facts.batch_scratch_bytes
+            ),
+            (21, 22, 81)
         );
-        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 232);
-        assert_eq!(std::mem::offset_of!(ChainFacts, prefill), 84);
+        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 312);
+        assert_eq!(std::mem::offset_of!(ChainFacts, batch), 88);
         assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
         assert_eq!(ChainFacts::parse(&bytes[1..]), None);
     }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
+use super::batch_abi::{BatchOutcome, BatchRow};
 use crate::backend::{Ahead, DraftedToken};
 use crate::error::Result;
 use crate::policy::Condition;
@@ -32,26 +33,25 @@ pub struct PassPlan {
     pub ahead: Ahead,
 }
 
-/// Consecutive tokens of a sequence, of which only what they leave in caches is wanted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PrefillPlan {
-    /// The slot of the sequence.
-    pub slot: usize,
-    /// The position of the first token. Passes and prefill have run those before, in all layers.
-    pub start: usize,
-    /// The tokens, one or more, at most [`ChainDevice::prefill_rows`].
-    pub tokens: Vec<u32>,
+/// Tokens of any sequences, each through all layers and without a rule.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct BatchPlan {
+    /// The tokens, those of a sequence one after the other. Passes and batches have run the positions
+    /// before them, in all layers.
+    pub rows: Vec<BatchRow>,
+    /// The rows whose logits are wanted.
+    pub logits_rows: Vec<usize>,
+    /// By what the token of each of these is sampled, if it is.
+    pub races: Vec<Option<RowRace>>,
 }
 
-/// When a prefill ran: nanoseconds of the device's clock, see [`PassOutcome::started`]. The device
-/// writes it.
-#[repr(C)]
+/// Rows that a batch may have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PrefillTimes {
-    /// When it began.
-    pub started: u64,
-    /// When it ended.
-    pub ended: u64,
+pub struct BatchLimits {
+    /// Of any sequences; 0 where the device runs none.
+    pub rows: usize,
+    /// Where they are consecutive tokens of one sequence whose logits are not wanted.
+    pub prefill_rows: usize,
 }
 
 /// What a trained drafter is to do.
@@ -97,16 +97,15 @@ pub trait ChainDevice: Send {
     /// Run a pass, and wait until it has ended.
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;
 
-    /// Tokens that prefill takes at once; 0 where there is none.
-    fn prefill_rows(&self) -> usize {
-        0
+    /// The most rows of a batch.
+    fn batch_limits(&self) -> BatchLimits {
+        BatchLimits::default()
     }
 
-    /// Run the tokens of `plan` through all layers, and wait until that has ended. What they leave is
-    /// what a pass leaves of them.
-    fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
+    /// Run a batch, and wait until it has ended. What it leaves and gives is what a pass does.
+    fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         let _ = plan;
-        Ok(PrefillTimes::default())
+        Ok(BatchOutcome::default())
     }
 
     /// Positions that a trained drafter takes in at once; 0 where there is none.
@@ -121,8 +120,9 @@ pub trait ChainDevice: Send {
         Ok(Vec::new())
     }
 
-    /// The logits of `rows` of the last pass, [rows, vocabulary]. Their bits are set in its
-    /// [`logits_rows`](PassPlan::logits_rows).
+    /// The logits of `rows` of the last pass, whose bits are set in its
+    /// [`logits_rows`](PassPlan::logits_rows), or of such of the [rows](BatchPlan::logits_rows) of the
+    /// last batch, [rows, vocabulary].
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
 
     /// Have `slots` slots, of which none holds anything.

@@ -7,9 +7,9 @@ use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 
 use super::abi::{
-    ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PREFILL_LAUNCHES, PassOutcome,
-    PassParameters, PrefillLaunch, PrefillParameters,
+    ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PassOutcome, PassParameters,
 };
+use super::batch_abi::{BATCH_KERNELS, BatchLaunch, BatchOutcome, BatchParameters};
 use crate::backend::gpu::failed;
 use crate::bundle::{Bundle, ChainKernels, ChainModule, KERNEL_ROWS};
 use crate::error::{Error, Result};
@@ -31,8 +31,8 @@ pub(super) struct CompiledChain {
     pub(super) gather_rows: CudaFunction,
     /// A trained drafter.
     draft: CudaFunction,
-    /// By [`PREFILL_LAUNCHES`].
-    prefill: Vec<CudaFunction>,
+    /// By [`BATCH_KERNELS`].
+    batch: Vec<CudaFunction>,
 }
 
 impl CompiledChain {
@@ -70,8 +70,8 @@ impl CompiledChain {
             )));
         }
         let shared = facts.shared_bytes.into_iter().max().unwrap_or(0);
-        let of_prefill = facts.prefill.into_iter().map(|launch| launch.shared_bytes);
-        let shared = of_prefill.fold(shared.max(facts.draft_shared_bytes), u32::max);
+        let of_batches = facts.batch.into_iter().map(|launch| launch.shared_bytes);
+        let shared = of_batches.fold(shared.max(facts.draft_shared_bytes), u32::max);
         let available = attribute(
             stream,
             CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
@@ -102,12 +102,12 @@ impl CompiledChain {
         }
         let draft = function("draft")?;
         allow_shared(&draft, "draft", facts.draft_shared_bytes)?;
-        let mut prefill = Vec::new();
-        for ((name, _), launch) in PREFILL_LAUNCHES.into_iter().zip(facts.prefill) {
+        let mut batch = Vec::new();
+        for (name, launch) in BATCH_KERNELS.into_iter().zip(facts.batch) {
             let kernel = function(name)?;
             allow_shared(&kernel, name, launch.shared_bytes)?;
             prefer_shared(&kernel, name)?;
-            prefill.push(kernel);
+            batch.push(kernel);
         }
         Ok(Self {
             facts,
@@ -116,7 +116,7 @@ impl CompiledChain {
             prepare: function("prepare")?,
             gather_rows: function("gather_rows")?,
             draft,
-            prefill,
+            batch,
         })
     }
 
@@ -136,20 +136,20 @@ impl CompiledChain {
         (&self.draft, config)
     }
 
-    /// The kernel of the launch number `index` of [`PREFILL_LAUNCHES`], and how it is launched for
-    /// `rows` rows.
-    pub(super) fn prefill_kernel(
-        &self,
-        index: usize,
-        rows: usize,
-    ) -> (&CudaFunction, LaunchConfig) {
-        let launch = self.facts.prefill[index];
+    /// The kernel of the launch number `index` of [`BATCH_KERNELS`], and how it is launched for `rows`
+    /// rows.
+    pub(super) fn batch_kernel(&self, index: usize, rows: usize) -> (&CudaFunction, LaunchConfig) {
+        let launch = self.facts.batch[index];
+        let blocks = match launch.blocks {
+            0 => self.blocks,
+            blocks => blocks,
+        };
         let config = LaunchConfig {
-            grid_dim: ((rows as u32).div_ceil(launch.rows), launch.blocks, 1),
+            grid_dim: ((rows as u32).div_ceil(launch.rows), blocks, 1),
             block_dim: (launch.threads, 1, 1),
             shared_mem_bytes: launch.shared_bytes,
         };
-        (&self.prefill[index], config)
+        (&self.batch[index], config)
     }
 
     /// One row of blocks with `shared_mem_bytes` each.
@@ -248,7 +248,8 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
         facts.outcome_bytes,
         facts.draft_pass_bytes,
         facts.draft_outcome_bytes,
-        facts.prefill_pass_bytes,
+        facts.batch_pass_bytes,
+        facts.batch_outcome_bytes,
     ];
     let ours = [
         size_of::<LayerPointers>(),
@@ -256,7 +257,8 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
         size_of::<PassOutcome>(),
         size_of::<DraftParameters>(),
         size_of::<DraftOutcome>(),
-        size_of::<PrefillParameters>(),
+        size_of::<BatchParameters>(),
+        size_of::<BatchOutcome>(),
     ];
     if facts.abi != ABI || theirs.map(|bytes| bytes as usize) != ours {
         return Err(format!(
@@ -264,9 +266,9 @@ fn check_abi(facts: &ChainFacts) -> std::result::Result<(), String> {
             facts.abi
         ));
     }
-    let takes_rows = |launch: &PrefillLaunch| launch.rows > 0 && launch.blocks > 0;
-    if !facts.prefill.iter().all(takes_rows) {
-        return Err(format!("its prefill takes no rows; {REMEDY}"));
+    let takes_rows = |launch: &BatchLaunch| launch.rows > 0;
+    if !facts.batch.iter().all(takes_rows) {
+        return Err(format!("its kernels of batches take no rows; {REMEDY}"));
     }
     Ok(())
 }
@@ -297,10 +299,9 @@ mod tests {
 
     #[test]
     fn kernels_of_another_abi_are_refused() {
-        let launch = PrefillLaunch {
+        let launch = BatchLaunch {
             rows: 1,
-            blocks: 1,
-            ..PrefillLaunch::default()
+            ..BatchLaunch::default()
         };
         let facts = ChainFacts {
             abi: ABI,
@@ -309,8 +310,9 @@ mod tests {
             outcome_bytes: size_of::<PassOutcome>() as u32,
             draft_pass_bytes: size_of::<DraftParameters>() as u32,
             draft_outcome_bytes: size_of::<DraftOutcome>() as u32,
-            prefill_pass_bytes: size_of::<PrefillParameters>() as u32,
-            prefill: [launch; PREFILL_LAUNCHES.len()],
+            batch_pass_bytes: size_of::<BatchParameters>() as u32,
+            batch_outcome_bytes: size_of::<BatchOutcome>() as u32,
+            batch: [launch; BATCH_KERNELS.len()],
             ..ChainFacts::default()
         };
         assert_eq!(check_abi(&facts), Ok(()));
@@ -323,7 +325,7 @@ mod tests {
             ..facts
         };
         let mut without_rows = facts;
-        without_rows.prefill[8].rows = 0;
+        without_rows.batch[8].rows = 0;
         for facts in [newer, other, without_rows] {
             let reason = check_abi(&facts).unwrap_err();
             assert!(reason.contains("sedac-export engines"), "{reason}");

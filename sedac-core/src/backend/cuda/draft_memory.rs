@@ -10,8 +10,8 @@ use super::abi::{DraftOutcome, DraftParameters, MAX_ROWS, PassParameters, RowRac
 use super::chain_device::DraftPlan;
 use super::compiled_chain::CompiledChain;
 use super::drafter_weights::DrafterWeights;
-use super::driver::zeros;
 use super::exit_memory::{copied, gather};
+use super::memory::{pinned, zeros};
 use super::slot_memory::{SlotSizes, copy_within};
 use crate::backend::gpu::failed;
 use crate::backend::{Ahead, DraftedToken};
@@ -121,15 +121,7 @@ impl DraftMemory {
             zeros(stream, sizes.all(sizes.keys))?,
             zeros(stream, sizes.all(sizes.keys))?,
         ];
-        // SAFETY: whatever it holds before the next lines is integers and floats
-        let outcome = unsafe {
-            stream
-                .context()
-                .alloc_pinned_with_flags::<DraftOutcome>(1, 0)
-        };
-        let mut outcome = outcome.map_err(failed("pinned memory"))?;
-        let cleared = outcome.as_mut_slice().map_err(failed("pinned memory"))?;
-        cleared.fill(DraftOutcome::default());
+        let outcome = pinned(stream, 1, DraftOutcome::default())?;
         let [
             combine,
             join,

@@ -9,17 +9,19 @@ use cudarc::driver::{
 };
 
 use super::CudaChain;
-use super::abi::{LayerPointers, MAX_ROWS, PREFILL_ROWS, PassOutcome, PassParameters};
+use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
+use super::batch_abi::{BATCH_LOGITS_ROWS, BATCH_ROWS, BatchOutcome};
+use super::batch_memory::BatchMemory;
 use super::chain_device::{
-    ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan, PrefillPlan, PrefillTimes,
+    BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan,
 };
 use super::compiled_chain::CompiledChain;
 use super::draft_memory::{DraftMemory, device_bytes};
 use super::drafter_weights::DrafterWeights;
 use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
+use super::memory::{pinned, zeros};
 use super::packed_weights::{PackedWeights, WeightAddresses};
-use super::prefill_memory::PrefillMemory;
 use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::DraftedToken;
 use crate::backend::gpu::{failed, new_stream};
@@ -64,7 +66,7 @@ pub struct CudaDriver {
     /// What only the kernels read and write.
     _memory: Vec<CudaSlice<u8>>,
     exits: ExitMemory,
-    prefill: PrefillMemory,
+    batches: BatchMemory,
     drafter: Option<DraftMemory>,
 }
 
@@ -96,7 +98,7 @@ struct MemorySizes {
     tables: u64,
     /// Each of two sets.
     scratch: u64,
-    prefill_scratch: u64,
+    batch_scratch: u64,
     /// In the table of one exit rule.
     conditions: usize,
 }
@@ -121,13 +123,13 @@ impl MemorySizes {
             vocabulary: shape.vocabulary,
             tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
             scratch: chain.facts.scratch_bytes,
-            prefill_scratch: chain.facts.prefill_scratch_bytes,
+            batch_scratch: chain.facts.batch_scratch_bytes,
             conditions: MAX_CRITERIA * shape.layers,
         }
     }
 
     fn logits(&self) -> usize {
-        MAX_ROWS * self.vocabulary
+        BATCH_LOGITS_ROWS * self.vocabulary
     }
 
     /// All of them.
@@ -135,7 +137,7 @@ impl MemorySizes {
         self.slots.total()
             + self.tables
             + 2 * self.scratch
-            + self.prefill_scratch
+            + self.batch_scratch
             + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
             + self.logits() as u64 * FLOAT
     }
@@ -224,25 +226,17 @@ impl CudaDriver {
         let logits = stream.alloc_zeros::<f32>(sizes.logits());
         let logits = logits.map_err(failed("memory for logits"))?;
         parameters.logits = logits.device_ptr(&stream).0;
-        let context = stream.context();
-        // SAFETY: whatever it holds before the next lines is integers and floats
-        let outcome = unsafe { context.alloc_pinned_with_flags::<PassOutcome>(1, 0) };
-        let mut outcome = outcome.map_err(failed("pinned memory"))?;
-        let cleared = outcome.as_mut_slice().map_err(failed("pinned memory"))?;
-        cleared.fill(PassOutcome::default());
-        // the device has the host's address for it, as for all memory that the driver pins
+        let outcome = pinned(&stream, 1, PassOutcome::default())?;
         parameters.outcome = outcome.as_ptr().map_err(failed("pinned memory"))? as u64;
-        // SAFETY: only what a copy has written is read
-        let read_logits = unsafe { context.alloc_pinned_with_flags::<f32>(sizes.logits(), 0) };
         let driver = Self {
             conditions: conditions.map_err(failed("memory for exit rules"))?,
-            read_logits: read_logits.map_err(failed("pinned memory"))?,
+            read_logits: pinned(&stream, MAX_ROWS * sizes.vocabulary, 0.0)?,
             last_rows: 0,
             _memory: memory,
             layer_pointers: weights.layers,
             slots,
             exits,
-            prefill: PrefillMemory::allocate(&stream, &chain)?,
+            batches: BatchMemory::allocate(&stream, &chain)?,
             drafter: None,
             stream,
             chain,
@@ -274,6 +268,20 @@ impl CudaDriver {
     fn table(&self, table: usize) -> u64 {
         let bytes = table * self.sizes.conditions * size_of::<Condition>();
         self.conditions.device_ptr(&self.stream).0 + bytes as u64
+    }
+
+    /// The logits of up to [`MAX_ROWS`] rows.
+    fn read_logits(&mut self, rows: Range<usize>) -> Result<&[f32]> {
+        let width = self.sizes.vocabulary;
+        let from = self.logits.slice(rows.start * width..rows.end * width);
+        let pinned = self.read_logits.as_mut_slice();
+        // a copy is as long as where it goes
+        let read = &mut pinned.map_err(failed("a copy from the GPU"))?[..rows.len() * width];
+        let copied = self.stream.memcpy_dtoh(&from, read);
+        // waiting for the stream spins, where waiting for the copy's event would block
+        let waited = self.stream.synchronize();
+        copied.and(waited).map_err(failed("a copy from the GPU"))?;
+        Ok(read)
     }
 
     /// Check that a pass stays inside of what was allocated.
@@ -345,12 +353,6 @@ fn kernels_of(bundle: &Bundle) -> Result<&ChainKernels> {
     Ok(kernels)
 }
 
-/// `bytes` bytes of zeros.
-pub(super) fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
-    let slice = stream.alloc_zeros::<u8>(bytes.max(1) as usize);
-    slice.map_err(failed(format!("{bytes} bytes of GPU memory")))
-}
-
 impl ChainDevice for CudaDriver {
     fn vocabulary(&self) -> usize {
         self.sizes.vocabulary
@@ -415,14 +417,17 @@ impl ChainDevice for CudaDriver {
         Ok(outcome[0])
     }
 
-    fn prefill_rows(&self) -> usize {
-        PREFILL_ROWS
+    fn batch_limits(&self) -> BatchLimits {
+        BatchLimits {
+            rows: BATCH_LOGITS_ROWS,
+            prefill_rows: BATCH_ROWS,
+        }
     }
 
-    fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
+    fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         let sizes = (&self.slots.sizes, self.sizes.vocabulary);
         let (stream, chain) = (&self.stream, &self.chain);
-        self.prefill
+        self.batches
             .run(stream, chain, &self.parameters, sizes, plan)
     }
 
@@ -438,15 +443,12 @@ impl ChainDevice for CudaDriver {
 
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
         let width = self.sizes.vocabulary;
-        let from = self.logits.slice(rows.start * width..rows.end * width);
-        let pinned = self.read_logits.as_mut_slice();
-        // a copy is as long as where it goes
-        let read = &mut pinned.map_err(failed("a copy from the GPU"))?[..rows.len() * width];
-        let copied = self.stream.memcpy_dtoh(&from, read);
-        // waiting for the stream spins, where waiting for the copy's event would block
-        let waited = self.stream.synchronize();
-        copied.and(waited).map_err(failed("a copy from the GPU"))?;
-        Ok(read.to_vec())
+        let mut logits = Vec::with_capacity(rows.len() * width);
+        for first in rows.clone().step_by(MAX_ROWS) {
+            let some = first..rows.end.min(first + MAX_ROWS);
+            logits.extend_from_slice(self.read_logits(some)?);
+        }
+        Ok(logits)
     }
 
     fn reserve(&mut self, slots: usize) -> Result<()> {

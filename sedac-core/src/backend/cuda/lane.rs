@@ -1,4 +1,4 @@
-//! One sequence's step: its rows, in pieces of one pass each.
+//! One sequence's step: its rows, in pieces of one pass or batch each.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -18,6 +18,8 @@ pub(super) struct Lane {
     pub(super) limit: usize,
     /// Its passes that have not run, each as a range of `rows`.
     pieces: VecDeque<Range<usize>>,
+    /// Its rows that come then, which passes and batches may divide in any way.
+    divisible: Range<usize>,
     /// The rows whose logits are wanted where every layer runs.
     wanted: Range<usize>,
     pub(super) exit: StepExit,
@@ -35,7 +37,7 @@ pub(super) struct Lane {
     pub(super) timings: Vec<EngineTiming>,
 }
 
-/// What a lane runs in one pass.
+/// What a lane runs in one pass or batch.
 pub(super) struct Piece {
     /// Of the lane's rows.
     pub(super) rows: Range<usize>,
@@ -48,14 +50,8 @@ pub(super) struct Piece {
 }
 
 impl Lane {
-    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most. `prefill`:
-    /// tokens that prefill takes at once, 0 where there is none.
-    pub(super) fn new(
-        step: &mut SequenceStep<'_>,
-        layers: usize,
-        limit: usize,
-        prefill: usize,
-    ) -> Result<Self> {
+    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most.
+    pub(super) fn new(step: &mut SequenceStep<'_>, layers: usize, limit: usize) -> Result<Self> {
         let appended = step.sequence.append(step.tokens)?;
         let mut rows = waiting(step.sequence.kv(), appended.start, limit);
         let count = rows.len();
@@ -84,12 +80,15 @@ impl Lane {
             false => 1,
         };
         assert!(wanted <= rows.len(), "logits of positions that do not run");
-        let prefills = prefill > 0 && limit == layers && step.rule.is_none();
-        let pieces = match step.tokens.len() - wanted.min(step.tokens.len()) {
-            new if prefills && new > MOST_IN_PASSES => {
-                pieces_with_prefill(count, new, rows.len(), prefill)
+        // new rows that a pass holds share one with those that wait
+        let is_divisible = count == 0 || rows.len() - count > MAX_ROWS;
+        let divides = is_divisible && limit == layers && step.rule.is_none();
+        let (pieces, divisible) = match divides {
+            true => (split(count), count..rows.len()),
+            false => {
+                let pieces = pieces(count, rows.len(), step.rule.is_some());
+                (pieces, rows.len()..rows.len())
             }
-            _ => pieces(count, rows.len(), step.rule.is_some()),
         };
         Ok(Self {
             frozen: match step.sequence.kv_fill() {
@@ -98,6 +97,7 @@ impl Lane {
             },
             limit,
             pieces,
+            divisible,
             wanted: rows.len() - wanted..rows.len(),
             rows,
             exit: StepExit {
@@ -119,7 +119,7 @@ impl Lane {
 
     /// Whether there is more to run.
     pub(super) fn is_open(&self) -> bool {
-        !self.pieces.is_empty()
+        !self.pieces.is_empty() || !self.divisible.is_empty()
     }
 
     /// The token at the next of the positions wanted, and its margin.
@@ -136,27 +136,56 @@ impl Lane {
         self.rows.len() - 1 - row + self.asked_ahead - 1 - step
     }
 
-    /// Take the next piece, if it is one for prefill.
-    pub(super) fn take_prefill(&mut self) -> Option<Range<usize>> {
-        let is_one = |rows: &&Range<usize>| rows.len() > MAX_ROWS;
-        self.pieces.front().filter(is_one)?;
-        self.pieces.pop_front()
+    /// The rows that a batch may take now.
+    pub(super) fn rows_for_batch(&self) -> usize {
+        match self.pieces.is_empty() {
+            true => self.divisible.len(),
+            false => 0,
+        }
     }
 
-    /// Take the next piece, if there is one of at most `room` rows.
+    /// Take up to `most` rows for prefill, which gives no logits, where more than `few` are left of
+    /// those.
+    pub(super) fn take_prefill(&mut self, few: usize, most: usize) -> Option<Piece> {
+        let unwanted = self.wanted.start.saturating_sub(self.divisible.start);
+        let takes = self.pieces.is_empty() && unwanted > few;
+        takes.then(|| self.take_divisible(unwanted.min(most)))
+    }
+
+    /// Take up to `room` rows for a batch, if there are any.
+    pub(super) fn take_for_batch(&mut self, room: usize) -> Option<Piece> {
+        let rows = self.rows_for_batch().min(room);
+        (rows > 0).then(|| self.take_divisible(rows))
+    }
+
+    /// Take the next piece of a pass, if there is one of at most `room` rows.
     pub(super) fn take_piece(&mut self, room: usize) -> Option<Piece> {
-        let rows = self
-            .pieces
-            .front()
-            .filter(|rows| rows.len() <= room)?
-            .clone();
+        let Some(rows) = self.pieces.front().cloned() else {
+            let rows = self.divisible.len().min(MAX_ROWS);
+            return (1..=room)
+                .contains(&rows)
+                .then(|| self.take_divisible(rows));
+        };
+        if rows.len() > room {
+            return None;
+        }
         self.pieces.pop_front();
-        Some(Piece {
+        Some(self.piece(rows))
+    }
+
+    fn take_divisible(&mut self, rows: usize) -> Piece {
+        let start = self.divisible.start;
+        self.divisible.start += rows;
+        self.piece(start..start + rows)
+    }
+
+    fn piece(&self, rows: Range<usize>) -> Piece {
+        Piece {
             frozen: self.frozen.clamp(rows.start, rows.end) - rows.start,
-            wanted: rows.start.max(self.wanted.start)..rows.end,
-            is_last: self.pieces.is_empty(),
+            wanted: self.wanted.start.clamp(rows.start, rows.end)..rows.end,
+            is_last: !self.is_open(),
             rows,
-        })
+        }
     }
 }
 
@@ -175,35 +204,12 @@ fn waiting(kv: &KvState, end: usize, limit: usize) -> Vec<PassRow> {
     rows.collect()
 }
 
-/// New rows without logits that are left to passes: as many take no longer in these than in prefill.
-/// (SmolLM2 on one H200 has its first token 1.93 ms after a prompt of 25 in passes, and 2.01 after
-/// one of 26, of which 25 are prefilled; after 256 2.31.)
-const MOST_IN_PASSES: usize = 3 * MAX_ROWS;
-
-/// Split `count` rows into passes, but for `new` new ones after the first `waiting`: those are for
-/// prefill, which takes `prefill` at once. A piece for prefill has more rows than a pass.
-fn pieces_with_prefill(
-    waiting: usize,
-    new: usize,
-    count: usize,
-    prefill: usize,
-) -> VecDeque<Range<usize>> {
-    let new = match new % prefill {
-        rest if rest <= MAX_ROWS => new - rest,
-        _ => new,
-    };
-    let end = waiting + new;
-    let prefilled = (waiting..end)
-        .step_by(prefill)
-        .map(|start| start..end.min(start + prefill));
-    split(0..waiting)
-        .chain(prefilled)
-        .chain(split(end..count))
-        .collect()
+/// Split the first `count` rows into passes.
+fn split(count: usize) -> VecDeque<Range<usize>> {
+    passes(0..count).collect()
 }
 
-/// Split rows into passes.
-fn split(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+fn passes(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = rows.end;
     rows.step_by(MAX_ROWS)
         .map(move |start| start..end.min(start + MAX_ROWS))
@@ -214,9 +220,9 @@ fn split(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 /// run before, all of them: the next tokens are spared a second pass.
 fn pieces(waiting: usize, count: usize, has_rule: bool) -> VecDeque<Range<usize>> {
     if has_rule && count > MAX_ROWS {
-        return split(0..waiting).chain(split(waiting..count)).collect();
+        return passes(0..waiting).chain(passes(waiting..count)).collect();
     }
-    split(0..count).collect()
+    split(count)
 }
 
 #[cfg(test)]
@@ -236,19 +242,6 @@ mod tests {
         assert_eq!(rows(6, 9, false), [8, 1]);
         assert_eq!(rows(9, 9, true), [8, 1]);
         assert_eq!(rows(0, 20, true), [8, 8, 4]);
-    }
-
-    #[test]
-    fn prefill_takes_whole_pieces_of_new_rows() {
-        let rows = |waiting, new, count| -> Vec<_> {
-            pieces_with_prefill(waiting, new, count, 100).into()
-        };
-        assert_eq!(rows(0, 50, 51), [0..50, 50..51]);
-        assert_eq!(rows(9, 50, 60), [0..8, 8..9, 9..59, 59..60]);
-        // a rest that one pass holds runs beside the rows that want logits
-        assert_eq!(rows(0, 204, 206), [0..100, 100..200, 200..206]);
-        assert_eq!(rows(0, 209, 209), [0..100, 100..200, 200..209]);
-        assert_eq!(rows(0, 200, 200), [0..100, 100..200]);
     }
 
     #[test]

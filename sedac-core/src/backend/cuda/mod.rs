@@ -1,10 +1,14 @@
 //! The whole chain in one kernel: embedding, layers, exits, head and the choice of tokens.
 //!
 //! The kernel takes passes of up to [`MAX_ROWS`] rows, of one sequence or of several, and decides
-//! about exits by the rule's table; long prompts are prefilled by other kernels. This backend turns
-//! steps into passes and prefills and keeps the books; the [`ChainDevice`] runs them.
+//! about exits by the rule's table. More rows that all go through every layer are batches, which have
+//! kernels of their own. This backend turns steps into passes and batches and keeps the books; the
+//! [`ChainDevice`] runs them.
 
 mod abi;
+mod batch_abi;
+mod batch_memory;
+mod batches;
 mod chain_device;
 mod compiled_chain;
 mod draft_memory;
@@ -14,29 +18,31 @@ mod driver;
 mod exit_memory;
 mod exit_weights;
 mod lane;
+mod memory;
 mod outcomes;
 mod packed_weights;
 mod pass_costs;
-mod prefill_memory;
 mod rule_tables;
 mod slot_memory;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 pub use self::abi::{
     MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
+pub use self::batch_abi::{BatchOutcome, BatchRow};
 pub use self::chain_device::{
-    ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan, PrefillPlan, PrefillTimes,
+    BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan,
 };
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
+use self::outcomes::Rows;
 use self::pass_costs::PassCost;
 use self::rule_tables::RuleTables;
 use super::profile;
 use super::{
-    Ahead, Backend, Capabilities, Costs, DraftEngine, EnginePart, EngineTiming, LogitsRequest,
-    MAX_AHEAD, SequenceStep, StepOutcome,
+    Ahead, Backend, Capabilities, Costs, DraftEngine, LogitsRequest, MAX_AHEAD, SequenceStep,
+    StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -45,7 +51,7 @@ use crate::policy::{Condition, Criterion, ExitRule, Signal};
 use crate::sampler::Race;
 use crate::sequence::{Sequence, Slots};
 
-/// Turns steps into passes and prefills of a device.
+/// Turns steps into passes and batches of a device.
 #[derive(Debug)]
 pub struct CudaChain<D> {
     device: D,
@@ -94,7 +100,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 margins: true,
                 trained_drafter: device.draft_rows() > 0,
                 ahead: MAX_AHEAD,
-                prefill_chunk: device.prefill_rows().max(Capabilities::PREFILL_CHUNK),
+                prefill_chunk: Capabilities::PREFILL_CHUNK.max(device.batch_limits().prefill_rows),
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
@@ -152,43 +158,18 @@ impl<D: ChainDevice> CudaChain<D> {
             let exit = self.exit(&piece, step.rule, of_sequence)?;
             lane.timings.extend(cost.timings(epoch, exit.layer));
             note_filled(lane, &piece, step.sequence, exit.layer);
-            self.take_logits(lane, &piece, exit, first_row, &outcome, &step.logits)?;
+            let found = Rows {
+                row: &outcome.row,
+                race: &outcome.race,
+            };
+            let first = first_row + piece.wanted.start - piece.rows.start;
+            self.take_logits(lane, &piece, exit, (found, first), &step.logits)?;
             lane.exit = exit;
             lane.exit_signals = self.exit_signals(&piece, step.rule, of_sequence);
             let rows = first_row..pass.rows.len();
             self.take_further_steps(lane, rows, &outcome, step)?;
         }
         Ok(cost)
-    }
-
-    /// Prefill what `lane` leaves to it next.
-    fn prefill(
-        &mut self,
-        lane: &mut Lane,
-        step: &mut SequenceStep<'_>,
-        interrupt: &Interrupt,
-    ) -> Result<()> {
-        while let Some(rows) = lane.take_prefill() {
-            interrupt.check()?;
-            let rows = &lane.rows[rows];
-            let start = rows[0].position as usize;
-            let times = self.device.prefill(&PrefillPlan {
-                slot: step.sequence.slot(),
-                start,
-                tokens: rows.iter().map(|row| row.token as u32).collect(),
-            })?;
-            for layer in 0..self.num_layers() {
-                step.sequence.kv_mut().fill(layer, start + rows.len());
-            }
-            let epoch = *self.epoch.get_or_insert(times.started);
-            lane.timings.push(EngineTiming {
-                part: EnginePart::Layers(0..self.num_layers()),
-                tokens: rows.len(),
-                start: Duration::from_nanos(times.started.saturating_sub(epoch)),
-                elapsed: Duration::from_nanos(times.ended.saturating_sub(times.started)),
-            });
-        }
-        Ok(())
     }
 
     /// Append `piece` of `lane` to `pass`.
@@ -273,12 +254,18 @@ impl<D: ChainDevice> CudaChain<D> {
         interrupt: &Interrupt,
     ) -> Result<()> {
         let mut passes = Vec::new();
+        let has_batches = self.device.batch_limits().rows > 0;
         while lanes.iter().any(Lane::is_open) {
             for (lane, step) in lanes.iter_mut().zip(steps.iter_mut()) {
-                self.prefill(lane, step, interrupt)?;
+                if has_batches {
+                    self.prefill(lane, step, interrupt)?;
+                }
             }
             interrupt.check()?;
-            if lanes.iter().any(Lane::is_open) {
+            let rows: usize = lanes.iter().map(Lane::rows_for_batch).sum();
+            if has_batches && rows > MAX_ROWS {
+                self.run_batch(lanes, steps)?;
+            } else if lanes.iter().any(Lane::is_open) {
                 passes.push(self.run_pass(lanes, steps)?);
             }
         }
@@ -373,8 +360,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
         }
         let layers = self.num_layers();
         let lanes = steps.iter_mut();
-        let prefill = self.device.prefill_rows();
-        let lanes = lanes.map(|step| Lane::new(step, layers, self.limit(step.max_depth), prefill));
+        let lanes = lanes.map(|step| Lane::new(step, layers, self.limit(step.max_depth)));
         let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
         if let Err(error) = self.run(&mut lanes, steps, interrupt) {
             if matches!(error, Error::NotFinite { .. }) {

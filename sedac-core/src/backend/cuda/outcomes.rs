@@ -3,13 +3,21 @@
 use std::ops::Range;
 
 use super::CudaChain;
-use super::abi::{PassOutcome, SequenceOutcome};
+use super::abi::{PassOutcome, RaceOutcome, RowOutcome, SequenceOutcome};
 use super::chain_device::ChainDevice;
 use super::lane::{Lane, Piece};
 use crate::backend::{Backend, Logits, LogitsRequest, SequenceStep, StepExit};
 use crate::error::{Error, Result};
 use crate::policy::{ExitReason, ExitRule, ExitSignals};
 use crate::sampler::{Race, RaceResult};
+
+/// What a pass or a batch found of rows, by the place of their logits.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) row: &'a [RowOutcome],
+    /// Of those whose tokens are sampled.
+    pub(super) race: &'a [RaceOutcome],
+}
 
 impl<D: ChainDevice> CudaChain<D> {
     /// Where the pass over `piece` ended, as the device says it.
@@ -63,29 +71,28 @@ impl<D: ChainDevice> CudaChain<D> {
         })
     }
 
-    /// Take the logits of `piece`, whose first row was number `first_row` of the pass. Where it
-    /// exited, those of the newest row are all.
+    /// Take the logits of `piece` from `found`, where those that it wants are from number `first` on.
+    /// Where it exited, those of the newest row are all.
     pub(super) fn take_logits(
         &mut self,
         lane: &mut Lane,
         piece: &Piece,
         exit: StepExit,
-        first_row: usize,
-        outcome: &PassOutcome,
+        (found, first): (Rows<'_>, usize),
         request: &LogitsRequest,
     ) -> Result<()> {
         let mut wanted = piece.wanted.clone();
+        let mut places = first..first + wanted.len();
         if exit.reason != ExitReason::FullDepth && !wanted.is_empty() {
             wanted.start = wanted.end - 1;
+            places.start = places.end - 1;
             lane.logits = Logits::None;
             lane.margins.clear();
         }
         if wanted.is_empty() {
             return Ok(());
         }
-        let in_pass = |row: usize| first_row + row - piece.rows.start;
-        let rows = in_pass(wanted.start)..in_pass(wanted.end);
-        let outcomes = &outcome.row[rows.clone()];
+        let outcomes = &found.row[places.clone()];
         if let Some(index) = outcomes.iter().position(|row| row.finite == 0) {
             let position = lane.rows[wanted.start + index].position as usize;
             return Err(Error::NotFinite {
@@ -94,16 +101,16 @@ impl<D: ChainDevice> CudaChain<D> {
             });
         }
         if let LogitsRequest::Rows(_) = request {
-            let logits = self.device.logits(rows)?;
+            let logits = self.device.logits(places)?;
             match &mut lane.logits {
                 Logits::Rows(earlier) => earlier.extend(logits),
                 other => *other = Logits::Rows(logits),
             }
             return Ok(());
         }
-        for (row, in_pass) in wanted.zip(rows) {
-            let token = self.token(lane.later(row, 0), in_pass, outcome, request)?;
-            lane.take_token(token, outcome.row[in_pass].margin);
+        for (row, place) in wanted.zip(places) {
+            let token = self.token(lane.later(row, 0), place, found, request)?;
+            lane.take_token(token, found.row[place].margin);
         }
         Ok(())
     }
@@ -117,6 +124,10 @@ impl<D: ChainDevice> CudaChain<D> {
         outcome: &PassOutcome,
         step: &mut SequenceStep<'_>,
     ) -> Result<()> {
+        let found = Rows {
+            row: &outcome.row,
+            race: &outcome.race,
+        };
         for index in 1..outcome.steps as usize {
             let in_pass = index * rows.end + rows.start;
             let before = in_pass - rows.end;
@@ -133,36 +144,30 @@ impl<D: ChainDevice> CudaChain<D> {
             for layer in 0..lane.exit.layer {
                 step.sequence.kv_mut().fill(layer, appended.end);
             }
-            let token = self.token(lane.later(0, index), in_pass, outcome, &step.logits)?;
+            let token = self.token(lane.later(0, index), in_pass, found, &step.logits)?;
             lane.take_token(token, outcome.row[in_pass].margin);
         }
         Ok(())
     }
 
-    /// The token at `in_pass` of the outcome, of whose sequence `later` positions follow.
+    /// The token at `place`, of whose sequence `later` positions follow.
     fn token(
         &mut self,
         later: usize,
-        in_pass: usize,
-        outcome: &PassOutcome,
+        place: usize,
+        found: Rows<'_>,
         request: &LogitsRequest,
     ) -> Result<u32> {
         match request {
-            LogitsRequest::Sampled(race) => self.sample(race, later, in_pass, outcome),
-            _ => Ok(outcome.row[in_pass].token),
+            LogitsRequest::Sampled(race) => self.sample(race, later, place, found),
+            _ => Ok(found.row[place].token),
         }
     }
 
-    /// The token sampled at `in_pass` of the outcome, of whose sequence `later` positions follow.
-    /// Where the device's race does not settle it, the logits do.
-    fn sample(
-        &mut self,
-        race: &Race,
-        later: usize,
-        in_pass: usize,
-        outcome: &PassOutcome,
-    ) -> Result<u32> {
-        let (row, won) = (&outcome.row[in_pass], &outcome.race[in_pass]);
+    /// The token sampled at `place`, of whose sequence `later` positions follow. Where the device's
+    /// race does not settle it, the logits do.
+    fn sample(&mut self, race: &Race, later: usize, place: usize, found: Rows<'_>) -> Result<u32> {
+        let (row, won) = (&found.row[place], &found.race[place]);
         let result = RaceResult {
             token: won.token,
             logit: won.logit,
@@ -176,7 +181,7 @@ impl<D: ChainDevice> CudaChain<D> {
         match race.settle(&result) {
             Some(token) => Ok(token),
             None => {
-                let logits = self.device.logits(in_pass..in_pass + 1)?;
+                let logits = self.device.logits(place..place + 1)?;
                 Ok(race.choose(later, &logits))
             }
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use super::abi::LayerPointers;
-use super::driver::zeros;
+use super::memory::zeros;
 use crate::backend::gpu::failed;
 use crate::error::Result;
 

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow,
-    PrefillPlan, PrefillTimes, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
+    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS,
+    MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome,
+    SequenceRows,
 };
 use sedac_core::backend::{DraftedToken, margin_bin};
 use sedac_core::policy::{Comparison, Condition, Signal};
@@ -16,8 +17,11 @@ use sedac_core::sampler::argmax;
 use super::drafts::{draft_logits, probability, taken_in};
 use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
 
-/// Tokens that prefill takes at once.
-const PREFILL_ROWS: usize = 40;
+/// Rows of batches.
+const BATCHES: BatchLimits = BatchLimits {
+    rows: 20,
+    prefill_rows: 40,
+};
 
 /// Runs passes of the toy model.
 pub(crate) struct ToyKernel {
@@ -31,8 +35,8 @@ pub(crate) struct ToyKernel {
     clock: u64,
     /// The number of rows of each pass so far.
     pub(crate) passes: Vec<usize>,
-    /// The number of tokens of each prefill so far.
-    pub(crate) prefills: Arc<Mutex<Vec<usize>>>,
+    /// The number of rows of each batch so far.
+    pub(crate) batches: Arc<Mutex<Vec<usize>>>,
     /// The number of steps of all passes so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// A token whose logits are NaN.
@@ -67,7 +71,7 @@ impl ToyKernel {
             logits: Vec::new(),
             clock: 0,
             passes: Vec::new(),
-            prefills: Arc::default(),
+            batches: Arc::default(),
             steps: Arc::default(),
             poison: None,
             draft_rows: 0,
@@ -273,6 +277,25 @@ fn go_on(
     goes_on
 }
 
+fn check_batch(plan: &BatchPlan) {
+    let rows = plan.rows.len();
+    assert_eq!(plan.logits_rows.len(), plan.races.len());
+    assert!(plan.logits_rows.is_sorted() && plan.logits_rows.iter().all(|&row| row < rows));
+    let follows = |pair: &[BatchRow]| {
+        pair[1].slot == pair[0].slot && pair[1].position == pair[0].position + 1
+    };
+    let is_prefill = plan.logits_rows.is_empty() && plan.rows.windows(2).all(follows);
+    assert!(
+        rows > 0
+            && rows
+                <= if is_prefill {
+                    BATCHES.prefill_rows
+                } else {
+                    BATCHES.rows
+                }
+    );
+}
+
 fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
     &pass.rows[sequence.first_row as usize..][..sequence.rows as usize]
 }
@@ -353,27 +376,38 @@ impl ChainDevice for ToyKernel {
         Ok(outcome)
     }
 
-    fn prefill_rows(&self) -> usize {
-        PREFILL_ROWS
+    fn batch_limits(&self) -> BatchLimits {
+        BATCHES
     }
 
-    fn prefill(&mut self, plan: &PrefillPlan) -> Result<PrefillTimes> {
-        assert!((1..=PREFILL_ROWS).contains(&plan.tokens.len()));
-        self.prefills.lock().unwrap().push(plan.tokens.len());
-        let mut hidden: Vec<_> = plan.tokens.iter().map(|&token| Hidden::of(token)).collect();
+    fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
+        check_batch(plan);
+        self.batches.lock().unwrap().push(plan.rows.len());
+        let tokens = plan.rows.iter().map(|row| Hidden::of(row.token as u32));
+        let mut hidden: Vec<_> = tokens.collect();
         for layer in 0..self.layers {
-            let mut cache = self.caches[plan.slot].lock().unwrap();
-            for (position, hidden) in (plan.start..).zip(&mut hidden) {
+            for (row, hidden) in plan.rows.iter().zip(&mut hidden) {
+                let mut cache = self.caches[row.slot as usize].lock().unwrap();
+                let position = row.position as usize;
                 assert!(cache[layer][..position].iter().all(Option::is_some));
                 hidden.run(layer, position, &mut cache);
             }
         }
-        let started = self.clock;
+        let mut outcome = BatchOutcome {
+            started: self.clock,
+            layers_ended: self.clock + 990,
+            ended: self.clock + 1000,
+            ..BatchOutcome::default()
+        };
         self.clock += 1000;
-        Ok(PrefillTimes {
-            started,
-            ended: self.clock,
-        })
+        self.logits.clear();
+        for (index, (&row, by)) in plan.logits_rows.iter().zip(&plan.races).enumerate() {
+            outcome.row[index] = self.head(hidden[row], self.layers as i32);
+            if let Some(by) = by {
+                outcome.race[index] = race(*by, self.logits.last().unwrap());
+            }
+        }
+        Ok(outcome)
     }
 
     fn draft_rows(&self) -> usize {

@@ -19,8 +19,14 @@ extern "C" __global__ void chain_4(float* out) { chain<4>(out); }
 extern "C" __global__ void chain_8(float* out) { chain<8>(out); }
 extern "C" __global__ void draft(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void prepare(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void prefill_start(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_start(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void prefill_product(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void prefill_heads(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void prefill_attention(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void prefill_add(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_product(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_attention(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_heads(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_add(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_finish(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_head(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_candidates(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_choose(char* tables, int blocks) { tables[threadIdx.x] = blocks; }

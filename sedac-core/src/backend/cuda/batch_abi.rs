@@ -1,0 +1,149 @@
+//! What the kernels of batches and the core hand to each other, see [`abi`](super::abi).
+
+use super::abi::{RaceOutcome, RowOutcome};
+
+/// Rows that a batch has in memory.
+pub(super) const BATCH_ROWS: usize = 256;
+
+/// Rows of a batch whose logits it gives.
+pub(super) const BATCH_LOGITS_ROWS: usize = 64;
+
+/// The kernels of batches, by launch: those with several kinds of launches have several places.
+pub(super) const BATCH_KERNELS: [&str; 14] = [
+    "batch_start",
+    "prefill_product",
+    "prefill_product",
+    "prefill_product",
+    "prefill_product",
+    "prefill_attention",
+    "batch_product",
+    "batch_attention",
+    "batch_heads",
+    "batch_add",
+    "batch_finish",
+    "batch_head",
+    "batch_candidates",
+    "batch_choose",
+];
+
+/// What begins a batch.
+pub(super) const BATCH_START: usize = 0;
+
+/// What a layer launches, each with its stage: products and attention of any rows.
+pub(super) const BATCH_LAYER: [(usize, i32); 8] = [
+    (6, 0),
+    (8, 0),
+    (7, 0),
+    (6, 1),
+    (9, 1),
+    (6, 2),
+    (6, 3),
+    (9, 3),
+];
+
+/// The same with those for many consecutive tokens of one sequence.
+pub(super) const PREFILL_LAYER: [(usize, i32); 8] = [
+    (1, 0),
+    (8, 0),
+    (5, 0),
+    (2, 1),
+    (9, 1),
+    (3, 2),
+    (4, 3),
+    (9, 3),
+];
+
+/// What gives logits, and chooses tokens.
+pub(super) const BATCH_HEAD: [usize; 4] = [10, 11, 12, 13];
+
+/// How a kernel is launched: a block for each `rows` rows, in `blocks` columns, or where that is 0 in
+/// as many as a pass has blocks.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct BatchLaunch {
+    /// Of a block.
+    pub(super) threads: u32,
+    /// Dynamic shared memory of a block.
+    pub(super) shared_bytes: u32,
+    pub(super) rows: u32,
+    pub(super) blocks: u32,
+}
+
+/// A token of a batch, which goes through all layers.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BatchRow {
+    /// The token.
+    pub token: i32,
+    /// Its position.
+    pub position: i32,
+    /// The slot of its sequence.
+    pub slot: i32,
+}
+
+/// The first parameter of the kernels, beside a layer and a stage. What is not described is as in
+/// [`PassParameters`](super::abi::PassParameters).
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BatchParameters {
+    pub(super) layers: u64,
+    pub(super) embed: u64,
+    pub(super) head: u64,
+    pub(super) final_norm: u64,
+    pub(super) cos: u64,
+    pub(super) sin: u64,
+    pub(super) scratch: u64,
+    /// [logits row, vocabulary], fp32.
+    pub(super) logits: u64,
+    /// Pinned memory of the host, as `races`.
+    pub(super) outcome: u64,
+    /// By logits row.
+    pub(super) races: u64,
+    pub(super) feature_states: u64,
+    /// Bit i: the token of logits row i is sampled.
+    pub(super) sampled: u64,
+    pub(super) capacity: i32,
+    pub(super) blocks: i32,
+    pub(super) features: i32,
+    pub(super) feature_depths: [i32; 4],
+    pub(super) rows: i32,
+    pub(super) logits_rows: i32,
+    pub(super) row: [BatchRow; BATCH_ROWS],
+    /// The rows whose logits are wanted.
+    pub(super) logits_row: [u8; BATCH_LOGITS_ROWS],
+}
+
+/// What the host reads after a batch, by logits row.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BatchOutcome {
+    /// Of each.
+    pub row: [RowOutcome; BATCH_LOGITS_ROWS],
+    /// Of those whose tokens are sampled.
+    pub race: [RaceOutcome; BATCH_LOGITS_ROWS],
+    /// When it started, in nanoseconds of the device's clock.
+    pub started: u64,
+    /// When the last layer ended.
+    pub layers_ended: u64,
+    /// When the head ended, where logits are wanted.
+    pub ended: u64,
+}
+
+impl Default for BatchOutcome {
+    fn default() -> Self {
+        Self {
+            row: [RowOutcome::default(); BATCH_LOGITS_ROWS],
+            race: [RaceOutcome::default(); BATCH_LOGITS_ROWS],
+            started: 0,
+            layers_ended: 0,
+            ended: 0,
+        }
+    }
+}
+
+const _: () = {
+    assert!(size_of::<BatchRow>() == 12);
+    assert!(size_of::<BatchParameters>() == 3272);
+    assert!(size_of::<BatchOutcome>() == 2072);
+    assert!(BATCH_LOGITS_ROWS <= u64::BITS as usize);
+};

@@ -1,0 +1,179 @@
+//! Batches on a GPU: a kernel for each stage of a layer.
+
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, PinnedHostSlice, PushKernelArg,
+    ValidAsZeroBits,
+};
+
+use super::abi::{PassParameters, RowRace};
+use super::batch_abi::{
+    BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS, BATCH_START, BatchOutcome,
+    BatchParameters, BatchRow, PREFILL_LAYER,
+};
+use super::chain_device::BatchPlan;
+use super::compiled_chain::CompiledChain;
+use super::memory::{pinned, zeros};
+use super::slot_memory::SlotSizes;
+use crate::backend::gpu::failed;
+use crate::error::Result;
+
+// SAFETY: it is repr(C) of integers, and lies in the parameter as the kernels' struct does, whose
+// size was compared.
+unsafe impl DeviceRepr for BatchParameters {}
+// SAFETY: it is repr(C) of integers and floats, as the kernels' struct, whose size was compared.
+unsafe impl DeviceRepr for BatchOutcome {}
+// SAFETY: it is of integers and floats, to which all bits 0 are a value.
+unsafe impl ValidAsZeroBits for BatchOutcome {}
+// SAFETY: it is repr(C) of integers and a float, as the kernels' struct.
+unsafe impl DeviceRepr for RowRace {}
+// SAFETY: it is of integers and a float, to which all bits 0 are a value.
+unsafe impl ValidAsZeroBits for RowRace {}
+
+/// What the kernels of batches exchange, and what they read and write of the host's.
+pub(super) struct BatchMemory {
+    scratch: CudaSlice<u8>,
+    outcome: PinnedHostSlice<BatchOutcome>,
+    races: PinnedHostSlice<RowRace>,
+}
+
+impl BatchMemory {
+    pub(super) fn allocate(stream: &Arc<CudaStream>, chain: &CompiledChain) -> Result<Self> {
+        Ok(Self {
+            scratch: zeros(stream, chain.facts.batch_scratch_bytes)?,
+            outcome: pinned(stream, 1, BatchOutcome::default())?,
+            races: pinned(stream, BATCH_LOGITS_ROWS, RowRace::default())?,
+        })
+    }
+
+    /// Run `plan` by the weights and caches of `passes`, for a model that knows `vocabulary` tokens, and
+    /// wait until that has ended.
+    pub(super) fn run(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        chain: &CompiledChain,
+        passes: &PassParameters,
+        (sizes, vocabulary): (&SlotSizes, usize),
+        plan: &BatchPlan,
+    ) -> Result<BatchOutcome> {
+        check(sizes, vocabulary, plan);
+        self.write_races(plan)?;
+        let parameters = self.parameters(stream, passes, plan)?;
+        let launched = launch(stream, chain, &parameters, sizes.layers);
+        let waited = stream.synchronize();
+        launched.and(waited).map_err(failed("a batch"))?;
+        let outcome = self.outcome.as_slice().map_err(failed("a batch"))?;
+        Ok(outcome[0])
+    }
+
+    fn write_races(&mut self, plan: &BatchPlan) -> Result<()> {
+        let places = self.races.as_mut_slice().map_err(failed("a batch"))?;
+        for (place, race) in places.iter_mut().zip(&plan.races) {
+            *place = race.unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn parameters(
+        &self,
+        stream: &Arc<CudaStream>,
+        passes: &PassParameters,
+        plan: &BatchPlan,
+    ) -> Result<BatchParameters> {
+        let mut row = [BatchRow::default(); BATCH_ROWS];
+        row[..plan.rows.len()].copy_from_slice(&plan.rows);
+        let mut logits_row = [0; BATCH_LOGITS_ROWS];
+        for (place, &wanted) in logits_row.iter_mut().zip(&plan.logits_rows) {
+            *place = wanted as u8;
+        }
+        let sampled = plan.races.iter().enumerate();
+        let sampled = sampled.filter(|(_, race)| race.is_some());
+        let outcome = self.outcome.as_ptr().map_err(failed("pinned memory"))?;
+        let races = self.races.as_ptr().map_err(failed("pinned memory"))?;
+        Ok(BatchParameters {
+            layers: passes.layers,
+            embed: passes.embed,
+            head: passes.head,
+            final_norm: passes.final_norm,
+            cos: passes.cos,
+            sin: passes.sin,
+            scratch: self.scratch.device_ptr(stream).0,
+            logits: passes.logits,
+            outcome: outcome as u64,
+            races: races as u64,
+            feature_states: passes.feature_states,
+            sampled: sampled.fold(0, |bits, (index, _)| bits | 1 << index),
+            capacity: passes.capacity,
+            blocks: passes.blocks,
+            features: passes.features,
+            feature_depths: passes.feature_depths,
+            rows: plan.rows.len() as i32,
+            logits_rows: plan.logits_rows.len() as i32,
+            row,
+            logits_row,
+        })
+    }
+}
+
+/// Launch all kernels of a batch through `layers` layers.
+fn launch(
+    stream: &Arc<CudaStream>,
+    chain: &CompiledChain,
+    parameters: &BatchParameters,
+    layers: usize,
+) -> std::result::Result<(), DriverError> {
+    let rows = parameters.rows as usize;
+    let of_layer = match is_prefill(rows) {
+        true => PREFILL_LAYER,
+        false => BATCH_LAYER,
+    };
+    let launch = |index: usize, rows: usize, layer: i32, stage: i32| {
+        let (kernel, config) = chain.batch_kernel(index, rows);
+        let mut builder = stream.launch_builder(kernel);
+        builder.arg(parameters).arg(&layer).arg(&stage);
+        // SAFETY: these are the kernel's parameters, the first of the size that its facts say. What it
+        // points to is allocated for the sizes that the bundle's manifest and facts give, and `check`
+        // has made sure that slots, positions and tokens are inside. It lives until the kernels have
+        // ended, which is waited for whatever the driver says here.
+        unsafe { builder.launch(config) }.map(drop)
+    };
+    launch(BATCH_START, rows, 0, 0)?;
+    for layer in 0..layers as i32 {
+        for (index, stage) in of_layer {
+            launch(index, rows, layer, stage)?;
+        }
+    }
+    let logits_rows = parameters.logits_rows as usize;
+    if logits_rows > 0 {
+        for index in BATCH_HEAD {
+            launch(index, logits_rows, 0, 0)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a batch of `rows` rows is one of many consecutive tokens of one sequence.
+fn is_prefill(rows: usize) -> bool {
+    rows > BATCH_LOGITS_ROWS
+}
+
+/// Check that a batch stays inside of what was allocated.
+///
+/// # Panics
+/// When it does not.
+fn check(sizes: &SlotSizes, vocabulary: usize, plan: &BatchPlan) {
+    let below = |value: i32, limit: usize| usize::try_from(value).is_ok_and(|value| value < limit);
+    let (rows, wanted) = (&plan.rows, &plan.logits_rows);
+    assert!((1..=BATCH_ROWS).contains(&rows.len()), "rows of a batch");
+    assert!(wanted.len() <= BATCH_LOGITS_ROWS && plan.races.len() == wanted.len());
+    assert!(wanted.iter().all(|&row| row < rows.len()), "logits rows");
+    for row in rows {
+        assert!(below(row.token, vocabulary) && below(row.slot, sizes.slots));
+        assert!(below(row.position, sizes.capacity), "positions of a batch");
+    }
+    let follows = |pair: &[BatchRow]| {
+        pair[1].slot == pair[0].slot && pair[1].position == pair[0].position + 1
+    };
+    assert!(!is_prefill(rows.len()) || rows.windows(2).all(follows));
+}

@@ -1,0 +1,13 @@
+// Batches: more rows than a pass takes, of any sequences, through all layers without exits. A kernel for each stage,
+// since so many keep the multiprocessors busy. Each number has the bits that a pass gives it, so nobody can tell which
+// of the two filled a cache or gave logits.
+//
+// What is launched: batch_start; for each layer a product of QKV, batch_heads, attention, a product of O, batch_add, a
+// product of gate_up and of down, and batch_add; and where logits are wanted batch_finish, batch_head,
+// batch_candidates and batch_choose. Products and attention are prefill's where many consecutive tokens of one sequence
+// come, whose weights and keys blocks share, and elsewhere those of batches.
+#pragma once
+#include "batch_attention.cuh"
+#include "batch_head.cuh"
+#include "prefill_attention.cuh"
+#include "prefill_products.cuh"

@@ -1,0 +1,90 @@
+// The head of a batch: logits of the rows that want them, the highest of each, and the winner of each sampled row's
+// race.
+#pragma once
+#include "batch_products.cuh"
+#include "head.cuh"
+
+// The chain's blocks and warps have the tiles that they have in head.cuh.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    batch_head(const __grid_constant__ BatchPass pass, int, int) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  const int blocks = gridDim.y, block = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+            first_row = blockIdx.x * BATCH_TOKENS;
+  const int tiles = tile_count(block, HEAD_TILES, blocks), rounds = tiles / WARPS, rest = tiles % WARPS;
+  BatchProduct product{*reinterpret_cast<BatchMemory*>(memory), pass.scratch->head_input[first_row], HIDDEN,
+                       pass.logits_rows - first_row};
+  const auto write = [&](int token, int output, float logit) {
+    if (first_row + token >= pass.logits_rows || output >= VOCABULARY) return;
+    logit *= HEADROOM;
+    if (SEDAC_LOGITS_SOFTCAP != 0.f) logit = tanhf(logit * (1.f / SEDAC_LOGITS_SOFTCAP)) * SEDAC_LOGITS_SOFTCAP;
+    pass.logits[static_cast<size_t>(first_row + token) * VOCABULARY + output] = logit;
+  };
+  product.run(pass.head, HIDDEN_COLUMNS, {block + warp * blocks, 0}, rounds * HIDDEN_COLUMNS, WARPS * blocks,
+              [&](int tile) {
+#pragma unroll
+                for (int n = 0; n < BATCH_TOKEN_TILES; n++)
+#pragma unroll
+                  for (int q = 0; q < 4; q++)
+                    write(n * 8 + lane % 4 * 2 + q % 2, tile * 16 + lane / 4 + q / 2 * 8, product.take(n, q));
+              });
+  if (!rest) return;
+
+  // tile, first column, end, part | parts << 8
+  const int4 share = last_head_share(warp, block, blocks);
+  const int parts = share.w >> 8;
+  product.run(pass.head, HIDDEN_COLUMNS, {share.x, share.y}, share.z - share.y, 0, [&](int) { product.keep(warp); });
+  __syncthreads();
+#pragma unroll 1
+  for (int i = 0; i < rest; i++) {
+    const int output = threadIdx.x % 8, token = threadIdx.x / 8, tile = block + (rounds * WARPS + i) * blocks;
+    const float2 v = product.sum(i * parts, parts, output, token);
+    write(token, tile * 16 + output, v.x), write(token, tile * 16 + output + 8, v.y);
+  }
+}
+
+// The best of a block's threads, in its first warp.
+template <class Best>
+__device__ __forceinline__ void merge_block(Best& best) {
+  __shared__ int4 warps[WARPS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int step = 1; step < 32; step *= 2) merge_lanes(best, step);
+  if (!lane) warps[warp] = best.words();
+  __syncthreads();
+  if (!warp) best = lane < WARPS ? Best::of(warps[lane]) : Best{};
+  for (int step = 1; step < WARPS; step *= 2) merge_lanes(best, step);
+}
+
+// A logits row to each blockIdx.x, and a share of its tokens.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    batch_candidates(const __grid_constant__ BatchPass pass, int, int) {
+  const int row = blockIdx.x, block = blockIdx.y;
+  const bool sampled = pass.sampled >> row & 1;
+  const RowRace by = sampled ? pass.races[row] : RowRace{};
+  const float* logits = pass.logits + static_cast<size_t>(row) * VOCABULARY;
+  Highest highest;
+  Race race;
+  for (int token = block * THREADS + threadIdx.x; token < VOCABULARY; token += CANDIDATE_BLOCKS * THREADS) {
+    const float logit = logits[token];
+    highest.note(logit, token);
+    if (sampled) race.note(logit, token, by);
+  }
+  merge_block(highest);
+  merge_block(race);
+  if (threadIdx.x) return;
+  pass.scratch->candidates[0][row][block] = highest.words();
+  pass.scratch->candidates[1][row][block] = race.words();
+}
+
+// A logits row to each block, of one warp.
+extern "C" __global__ void __launch_bounds__(32) batch_choose(const __grid_constant__ BatchPass pass, int, int) {
+  const int row = blockIdx.x, lane = threadIdx.x;
+  static_assert(CANDIDATE_BLOCKS <= 32, "a lane to each block's");
+  const auto& candidates = pass.scratch->candidates;
+  Highest highest = lane < CANDIDATE_BLOCKS ? Highest::of(candidates[0][row][lane]) : Highest{};
+  Race race = lane < CANDIDATE_BLOCKS ? Race::of(candidates[1][row][lane]) : Race{};
+  for (int step = 1; step < CANDIDATE_BLOCKS; step *= 2) merge_lanes(highest, step), merge_lanes(race, step);
+  if (lane) return;
+  pass.outcome->row[row] = {highest.token, highest.logit, highest.finite, highest.margin()};
+  pass.outcome->race[row] = {race.token, race.logit, highest.sum, race.is_certain()};
+  if (!row) pass.outcome->ended = now();
+}
