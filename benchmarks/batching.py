@@ -25,7 +25,7 @@ from sedac_runtime import SedacModel
 from sedac_runtime._core import DecodingSetting, Sampling, Scheduler
 
 NEW_TOKENS = 96
-SEQUENCES = (1, 2, 4, 8, 16)
+SEQUENCES = (1, 2, 4, 8, 16, 32)
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({"mode": "full"}, {}),
     "full, temperature 0.7": ({"mode": "full"}, {"temperature": 0.7, "seed": 3}),

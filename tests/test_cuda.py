@@ -124,8 +124,9 @@ def test_the_chain_is_lossless_bit_for_bit(
 
 
 @pytest.mark.gpu
-def test_texts_together_are_those_of_each_alone(chain_model: SedacModel) -> None:
-    """Bit for bit, in passes with others, from copied beginnings and after giving caches up."""
+@pytest.mark.parametrize("sequences", [6, 12])
+def test_texts_together_are_those_of_each_alone(chain_model: SedacModel, sequences: int) -> None:
+    """Bit for bit, in passes and batches, from copied beginnings and after giving caches up."""
     core = chain_model._core
     ways = [
         core.decoding("full"),
@@ -134,7 +135,8 @@ def test_texts_together_are_those_of_each_alone(chain_model: SedacModel) -> None
         core.decoding("exit", forced_exit=[3, 12, 6], kv_fill="propagate"),
     ]
     code = core.encode("\n".join(PROMPTS))
-    prompts = [[*code, *core.encode(prompt)] for prompt in PROMPTS]
+    endings = [prompt + suffix for prompt in PROMPTS for suffix in ("", "\nclass ")]
+    prompts = [[*code, *core.encode(ending)] for ending in endings]
     sampling = _core.Sampling(temperature=0.8, seed=3)
     cases = [(prompt, way) for way in ways for prompt in prompts]
     limits = {"max_new_tokens": 100, "stop_tokens": list[int]()}
@@ -142,8 +144,9 @@ def test_texts_together_are_those_of_each_alone(chain_model: SedacModel) -> None
         [token.id for token in core.generate(prompt, way, sampling, **limits)]  # type: ignore[arg-type]
         for prompt, way in cases
     ]
-    budget = 4 * (max(map(len, prompts)) + 50)
-    scheduler = _core.Scheduler(core, max_sequences=6, cache_tokens=budget, prefill_chunk=20)
+    budget = (sequences - 2) * (max(map(len, prompts)) + 50)
+    settings = {"max_sequences": sequences, "cache_tokens": budget, "prefill_chunk": 20}
+    scheduler = _core.Scheduler(core, **settings)
     first = scheduler.add(*cases[0], sampling, **limits)  # type: ignore[arg-type]
     together: dict[int, list[int]] = {first: []}
     numbers = [first]
