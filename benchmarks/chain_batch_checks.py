@@ -8,12 +8,12 @@ from chain_launcher import ChainLauncher, SequenceInput
 from kernel_check import KernelCheck
 from torch import Tensor
 
-from sedac_export.cuda.chain_abi import BATCH_ROWS, MAX_ROWS, BatchRow, RowRace
+from sedac_export.cuda.chain_abi import BATCH_LOGITS_ROWS, BATCH_ROWS, MAX_ROWS, BatchRow, RowRace
 
 # tokens of each prefill, one after the other
 SPLITS = ((BATCH_ROWS, 44), (1, 63, 130), (17,), (2, 65))
 # tokens of each of some sequences in a batch
-BATCHES = ((1, 1, 1, 1), (3, 13, 1, 30), (33, 31), (40,))
+BATCHES = ((1, 1, 1, 1), (3, 13, 1, 30), (33, 31), (40,), (1, 1, 70, 20), (30, 1, 100, 9))
 TEMPERATURE = 0.7
 
 
@@ -66,7 +66,7 @@ class BatchChecks:
         done = 0
         for length in split:
             some = tokens[done : done + length]
-            launcher.prefill(launcher.make_prefill(some, position + done, slot=1))
+            launcher.launch_batch(launcher.make_prefill(some, position + done, slot=1))
             done += length
         torch.cuda.synchronize()
         caches = (*launcher.keys, *launcher.values, self._features)
@@ -85,14 +85,16 @@ class BatchChecks:
             done += length
         keys = torch.randint(1 << 62, (done,), generator=torch.Generator().manual_seed(1)).tolist()
         races = [RowRace(key, 1 / TEMPERATURE) for key in keys]
-        passes, batch = self._by_passes(sequences, races), self._by_batch(sequences, races)
+        wanted = slice(0, done, 1 + done // (BATCH_LOGITS_ROWS + 1))
+        passes = self._by_passes(sequences, races, wanted)
+        batch = self._by_batch(sequences, races, wanted)
         pairs = zip((*passes.states, passes.logits), (*batch.states, batch.logits), strict=True)
         different = sum(int((a != b).sum()) for a, b in pairs)
         different += sum(a != b for a, b in zip(passes.chosen, batch.chosen, strict=True))
         name = f"a batch of {'+'.join(map(str, lengths))} tokens as passes"
         return KernelCheck(name, different == 0, f"{different} numbers differ")
 
-    def _by_passes(self, sequences: list[Tokens], races: list[RowRace]) -> Found:
+    def _by_passes(self, sequences: list[Tokens], races: list[RowRace], wanted: slice) -> Found:
         launcher, logits, chosen, done = self._launcher, [], [], 0
         self._fill(sequences)
         for of in sequences:
@@ -104,21 +106,22 @@ class BatchChecks:
                 for row_outcome, race in zip(outcome.row[: len(some)], outcome.race, strict=False):
                     chosen.append((row_outcome.token, row_outcome.logit, race.token))
                 done += len(some)
-        return Found(self._states(), torch.cat(logits), chosen)
+        return Found(self._states(), torch.cat(logits)[wanted], chosen[wanted])
 
-    def _by_batch(self, sequences: list[Tokens], races: list[RowRace]) -> Found:
+    def _by_batch(self, sequences: list[Tokens], races: list[RowRace], wanted: slice) -> Found:
         self._fill(sequences)
         rows = [
             BatchRow(token, of.position + index, of.slot)
             for of in sequences
             for index, token in enumerate(of.tokens)
         ]
-        wanted = self._launcher.make_batch(rows, range(len(rows)), dict(enumerate(races)))
-        logits = self._launcher.run_batch(wanted)
+        chosen_rows = range(len(rows))[wanted]
+        races_of = dict(enumerate(races[wanted]))
+        logits = self._launcher.run_batch(self._launcher.make_batch(rows, chosen_rows, races_of))
         outcome = self._launcher.batch_outcome()
         chosen = [
             (row.token, row.logit, race.token)
-            for row, race in zip(outcome.row[: len(rows)], outcome.race, strict=False)
+            for row, race in zip(outcome.row[: len(chosen_rows)], outcome.race, strict=False)
         ]
         return Found(self._states(), logits, chosen)
 

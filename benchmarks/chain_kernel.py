@@ -206,7 +206,7 @@ def measure_prefills(launcher: ChainLauncher) -> dict[int, float]:
     medians = {}
     for count in PREFILLED:
         tokens = [token % launcher.decoder.shape.vocabulary for token in range(count)]
-        graph, rounds = launcher.captured(launcher.make_prefill(tokens, 0), prefills=True), []
+        graph, rounds = launcher.captured(launcher.make_prefill(tokens, 0)), []
         for _ in range(ROUNDS + 1):
             torch.cuda.synchronize()
             start = time.perf_counter()

@@ -182,13 +182,9 @@ class ChainLauncher:
         made.races = self._races.data_ptr()
         return made
 
-    def prefill(self, wanted: BatchPass) -> None:
-        """Enqueue a prefill."""
-        self._enqueue(wanted, prefills=True)
-
     def launch_batch(self, wanted: BatchPass) -> None:
         """Enqueue a batch."""
-        self._enqueue(wanted, prefills=False)
+        self.chain.run_batch(wanted, self.decoder.shape.layers, self._stream.cuda_stream)
 
     def run_batch(self, wanted: BatchPass) -> Tensor:
         """Run a batch to its end; its logits [logits rows, vocabulary]."""
@@ -201,16 +197,12 @@ class ChainLauncher:
         """What a batch left, once it has ended."""
         return BatchOutcome.from_address(self._batch_outcome.data_ptr())
 
-    def captured(self, wanted: BatchPass, prefills: bool) -> torch.cuda.CUDAGraph:
+    def captured(self, wanted: BatchPass) -> torch.cuda.CUDAGraph:
         """A batch as a graph: Python launches kernels more slowly than they run."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
-            self._enqueue(wanted, prefills)
+            self.launch_batch(wanted)
         return graph
-
-    def _enqueue(self, wanted: BatchPass, prefills: bool) -> None:
-        layers = self.decoder.shape.layers
-        self.chain.run_batch(wanted, layers, prefills, self._stream.cuda_stream)
 
     def make_pass(
         self,

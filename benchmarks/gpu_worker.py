@@ -47,9 +47,7 @@ def load_sedac(case: ChainCase, _: Path) -> Handle:
         """The last token's pass after a prefill, whose kernels Python launches too slowly."""
         starts = range(0, prompt - 1, BATCH_ROWS)
         pieces = [range(start, min(start + BATCH_ROWS, prompt - 1)) for start in starts]
-        graphs = [
-            launcher.captured(launcher.make_prefill(p, p.start), prefills=True) for p in pieces
-        ]
+        graphs = [launcher.captured(launcher.make_prefill(p, p.start)) for p in pieces]
         last = launcher.make_pass([SequenceInput.of_tokens(TOKENS[:1], prompt - 1)])
 
         def step() -> None:

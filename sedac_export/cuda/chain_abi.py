@@ -6,8 +6,8 @@ from enum import IntEnum
 # version of the mirrors
 ABI = 8
 MAX_ROWS = 8
-# rows of a batch, and those of them whose logits it gives
-BATCH_ROWS, BATCH_LOGITS_ROWS = 256, 64
+# rows of a batch, those of them whose logits it gives, and those that attention takes together
+BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
 
@@ -264,6 +264,8 @@ class BatchPass(Structure):
     """What kernels of batches take: tokens at positions of any sequences.
 
     logits_row lists the rows whose logits are wanted; races, and the bits of sampled, are of these.
+    The first single_rows have attention of their own, and the others come in groups of consecutive
+    tokens of one sequence: group lists their first rows.
     """
 
     _fields_ = (
@@ -271,10 +273,37 @@ class BatchPass(Structure):
         ("sampled", c_uint64),
         *((name, c_int) for name in ("capacity", "blocks", "features")),
         ("feature_depths", c_int * 4),
-        *((name, c_int) for name in ("rows", "logits_rows")),
+        *((name, c_int) for name in ("rows", "logits_rows", "single_rows", "groups")),
         ("row", BatchRow * BATCH_ROWS),
         ("logits_row", c_uint8 * BATCH_LOGITS_ROWS),
+        ("group", c_uint8 * BATCH_ROWS),
     )
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it has so many rows that blocks share weights and keys."""
+        return int(self.rows) > BATCH_LOGITS_ROWS
+
+    def form_groups(self) -> None:
+        """Set groups, and how many rows come before them."""
+        self.single_rows = 0
+        while self.single_rows < self.rows and not (
+            self.is_large and self._follows(self.single_rows + 1)
+        ):
+            self.single_rows += 1
+        self.groups = length = 0
+        for row in range(self.single_rows, self.rows):
+            length = length + 1 if self._follows(row) and 0 < length < BATCH_GROUP_ROWS else 1
+            if length == 1:
+                self.group[self.groups] = row
+                self.groups += 1
+
+    def _follows(self, index: int) -> bool:
+        """Whether there is such a row, and it comes right after the one before it."""
+        if not 0 < index < self.rows:
+            return False
+        row, before = self.row[index], self.row[index - 1]
+        return bool(row.slot == before.slot and row.position == before.position + 1)
 
 
 class BatchOutcome(Structure):

@@ -82,31 +82,31 @@ class GpuChain:
         held = len(tokens) - MAX_ROWS
         for start in range(0, held, BATCH_ROWS):
             end = min(start + BATCH_ROWS, held)
-            self._run_batch(tokens[start:end].tolist(), start, prefills=True)
+            self._run_batch(tokens[start:end].tolist(), start, with_logits=False)
         self._run_pass(_Piece(tokens[held:].tolist(), held, 0, self._shape.layers, True))
         return self._read("logits", (MAX_ROWS, self._shape.vocabulary))
 
     def run_batched(self, tokens: Array) -> Floats:
-        """Logits of all tokens, in batches as decoding has them."""
+        """Logits of all tokens, in batches."""
         logits = []
         for start in range(0, len(tokens), BATCH_LOGITS_ROWS):
             some = tokens[start : start + BATCH_LOGITS_ROWS].tolist()
-            self._run_batch(some, start, prefills=False)
+            self._run_batch(some, start, with_logits=True)
             logits.append(self._read("logits", (len(some), self._shape.vocabulary)))
         return np.concatenate(logits)
 
-    def _run_batch(self, tokens: list[int], start: int, prefills: bool) -> None:
+    def _run_batch(self, tokens: list[int], start: int, with_logits: bool) -> None:
         names = ("layers", "embed", "head", "final_norm", "cos", "sin", "logits")
         shared = {name: self._common[name] for name in names}
         sizes = {"capacity": self._capacity, "blocks": self._chain.blocks, "rows": len(tokens)}
         parameters = BatchPass(**shared, **sizes, scratch=self._batch_scratch)
         parameters.outcome = ctypes.addressof(self._batch_outcome)
-        parameters.logits_rows = 0 if prefills else len(tokens)
+        parameters.logits_rows = len(tokens) if with_logits else 0
         for row, token in enumerate(tokens):
             parameters.row[row] = BatchRow(token, start + row, 0)
         for row in range(parameters.logits_rows):
             parameters.logits_row[row] = row
-        self._chain.run_batch(parameters, self._shape.layers, prefills)
+        self._chain.run_batch(parameters, self._shape.layers)
         self._memory.synchronize()
 
     def _run_pass(self, piece: "_Piece") -> Outcome:

@@ -10,12 +10,13 @@ from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import FACTS
 from sedac_export.errors import SedacError
 
-_PREFILL_LAYER = (
-    *((BatchKernel.PREFILL_QKV, 0), (BatchKernel.HEADS, 0), (BatchKernel.PREFILL_ATTENTION, 0)),
+_LARGE_LAYER = (
+    *((BatchKernel.PREFILL_QKV, 0), (BatchKernel.HEADS, 0)),
+    *((BatchKernel.ATTENTION, 0), (BatchKernel.PREFILL_ATTENTION, 0)),
     *((BatchKernel.PREFILL_O, 1), (BatchKernel.ADD, 1)),
     *((BatchKernel.PREFILL_GATE_UP, 2), (BatchKernel.PREFILL_DOWN, 3), (BatchKernel.ADD, 3)),
 )
-_BATCH_LAYER = (
+_LAYER = (
     *((BatchKernel.PRODUCT, 0), (BatchKernel.HEADS, 0), (BatchKernel.ATTENTION, 0)),
     *((BatchKernel.PRODUCT, 1), (BatchKernel.ADD, 1)),
     *((BatchKernel.PRODUCT, 2), (BatchKernel.PRODUCT, 3), (BatchKernel.ADD, 3)),
@@ -79,31 +80,25 @@ class LoadedChain:
         shared = self.facts.shared_bytes[ROWS.index(rows)]
         self._cooperative(self._entries[rows], self.facts.threads, shared, parameters, stream)
 
-    def run_batch(
-        self, parameters: BatchPass, layers: int, prefills: bool, stream: int = 0
-    ) -> None:
-        """Enqueue a batch through all layers of a model.
-
-        prefills: by the kernels for many consecutive tokens of one sequence.
-        """
-        self._launch(BatchKernel.START, parameters, stream=stream)
+    def run_batch(self, parameters: BatchPass, layers: int, stream: int = 0) -> None:
+        """Enqueue a batch through all layers of a model."""
+        parameters.form_groups()
+        of_layer = _LARGE_LAYER if parameters.is_large else _LAYER
+        self._launch(BatchKernel.START, parameters, 0, 0, stream)
         for layer in range(layers):
-            for kernel, stage in _PREFILL_LAYER if prefills else _BATCH_LAYER:
+            for kernel, stage in of_layer:
                 self._launch(kernel, parameters, layer, stage, stream)
-        if parameters.logits_rows:
-            for kernel in _HEAD:
-                self._launch(kernel, parameters, stream=stream)
+        for kernel in _HEAD:
+            self._launch(kernel, parameters, 0, 0, stream)
 
     def _launch(
-        self,
-        kernel: BatchKernel,
-        parameters: BatchPass,
-        layer: int = 0,
-        stage: int = 0,
-        stream: int = 0,
+        self, kernel: BatchKernel, parameters: BatchPass, layer: int, stage: int, stream: int
     ) -> None:
+        """Enqueue a kernel, if it has rows."""
         launch = self.facts.batch[kernel]
-        rows = parameters.logits_rows if kernel in _HEAD else parameters.rows
+        rows = _rows_of(kernel, parameters)
+        if not rows:
+            return
         numbers = (ctypes.c_int * 2)(layer, stage)
         places = ctypes.addressof(numbers), ctypes.addressof(numbers) + ctypes.sizeof(ctypes.c_int)
         addresses = (ctypes.c_void_p * 3)(ctypes.addressof(parameters), *places)
@@ -143,6 +138,17 @@ class LoadedChain:
 
     def _function(self, name: str) -> Any:
         return checked(driver.cuModuleGetFunction(self._module, name.encode()))
+
+
+def _rows_of(kernel: BatchKernel, parameters: BatchPass) -> int:
+    """What the kernel's blocks are for."""
+    if kernel in _HEAD:
+        return int(parameters.logits_rows)
+    if kernel is BatchKernel.ATTENTION:
+        return int(parameters.single_rows)
+    if kernel is BatchKernel.PREFILL_ATTENTION:
+        return int(parameters.groups)
+    return int(parameters.rows)
 
 
 def checked(results: tuple[Any, ...]) -> Any:

@@ -24,7 +24,7 @@ pub struct Capabilities {
     pub trained_drafter: bool,
     /// Tokens that a step may give at most, where it goes [ahead](super::Ahead).
     pub ahead: usize,
-    /// Tokens of a prompt that are to be prefilled at once, where other sequences wait for it.
+    /// Tokens of prompts that are to be prefilled at once, where other sequences wait for it.
     pub prefill_chunk: usize,
     /// Whether verifying a token beside drafts chooses it as decoding it alone does. Rounding may say
     /// otherwise where weights are quantized: their products round what they are given to 8 bits,
@@ -52,8 +52,8 @@ impl Default for Capabilities {
 }
 
 impl Capabilities {
-    /// Tokens of several prompts that are to be prefilled at once: few enough that a step which
-    /// prefills them takes less than three times as long as one that does not.
+    /// Where they run in passes: few enough that a step which prefills them takes less than three
+    /// times as long as one that does not.
     pub const PREFILL_CHUNK: usize = 32;
 
     /// Check that a trained drafter can draft.

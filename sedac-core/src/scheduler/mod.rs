@@ -21,8 +21,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::inbox::Inbox;
 pub use self::progress::{Progress, SchedulerStatistics, SequenceEnd};
-use self::rounds::{PrefillChunks, Rounds};
-use crate::backend::Capabilities;
+use self::rounds::Rounds;
 use crate::chain::{Chain, Decoding, ModelLimits, Request};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -76,14 +75,12 @@ impl Scheduler {
         let slots = limits.capabilities.sequences.saturating_sub(1);
         let slots = slots.clamp(1, settings.max_sequences);
         let cache_tokens = settings.cache_tokens.unwrap_or(slots * limits.capacity);
-        let chunk = |default| settings.prefill_chunk.unwrap_or(default);
-        let prefill = PrefillChunks {
-            of_one: chunk(limits.capabilities.prefill_chunk),
-            of_several: chunk(Capabilities::PREFILL_CHUNK),
-        };
+        let prefill_chunk = settings
+            .prefill_chunk
+            .unwrap_or(limits.capabilities.prefill_chunk);
         limits.capacity = limits.capacity.min(cache_tokens);
         Ok(Self {
-            rounds: Mutex::new(Rounds::new(slots, cache_tokens, prefill)),
+            rounds: Mutex::new(Rounds::new(slots, cache_tokens, prefill_chunk)),
             inbox: Mutex::new(Inbox::new(cache_tokens)),
             limits,
         })

@@ -21,20 +21,13 @@ const MIN_KEPT: f64 = 0.5;
 /// Shorter beginnings are prefilled again as fast as they are copied.
 const MIN_COPIED: usize = 16;
 
-/// Tokens of prompts that a step prefills.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PrefillChunks {
-    pub(super) of_one: usize,
-    /// Where more than one prompt has a part of it.
-    pub(super) of_several: usize,
-}
-
 /// All texts that are not at their end, by number: those added first are the oldest.
 pub(super) struct Rounds {
     /// Running texts and ended ones have no more than this number of slots together.
     slots: usize,
     cache_tokens: usize,
-    prefill: PrefillChunks,
+    /// Tokens of prompts that a step prefills.
+    prefill_chunk: usize,
     waiting: BTreeMap<u64, ScheduledText>,
     running: BTreeMap<u64, RunningText>,
     /// Running texts that are not prefilled yet, in the order of their next chunks.
@@ -46,11 +39,11 @@ pub(super) struct Rounds {
 }
 
 impl Rounds {
-    pub(super) fn new(slots: usize, cache_tokens: usize, prefill: PrefillChunks) -> Self {
+    pub(super) fn new(slots: usize, cache_tokens: usize, prefill_chunk: usize) -> Self {
         Self {
             slots,
             cache_tokens,
-            prefill,
+            prefill_chunk,
             waiting: BTreeMap::new(),
             running: BTreeMap::new(),
             prefilling: VecDeque::new(),
@@ -249,7 +242,7 @@ impl Rounds {
             let backend = chain.backend_mut();
             let planned =
                 text.decoding
-                    .plan(backend, sequence, self.prefill.of_one, others, interrupt);
+                    .plan(backend, sequence, self.prefill_chunk, others, interrupt);
             if let Err(error) = planned {
                 self.end(*number, &Arc::new(error), chain, progress);
                 return false;
@@ -267,7 +260,7 @@ impl Rounds {
     /// give does not depend on other texts.
     fn choose_prefill(&mut self) -> Vec<u64> {
         let mut chosen = Vec::new();
-        let mut room = self.prefill.of_several;
+        let mut room = self.prefill_chunk;
         for _ in 0..self.prefilling.len() {
             let Some(number) = self.prefilling.pop_front() else {
                 break;
@@ -276,7 +269,7 @@ impl Rounds {
                 continue;
             };
             let (decoding, length) = (&running.text.decoding, running.length());
-            let chunk = decoding.chunk(length, self.prefill.of_one);
+            let chunk = decoding.chunk(length, self.prefill_chunk);
             if chunk == 0 {
                 continue;
             }
@@ -285,7 +278,7 @@ impl Rounds {
                 break;
             }
             self.prefilling.push_back(number);
-            if !decoding.waits(length, self.prefill.of_one) {
+            if !decoding.waits(length, self.prefill_chunk) {
                 room = room.saturating_sub(chunk);
                 chosen.push(number);
             }

@@ -419,24 +419,31 @@ fn more_rows_than_a_pass_holds_are_a_batch_where_all_go_through_every_layer() {
 }
 
 #[test]
-fn a_long_prompt_is_prefilled_but_for_a_rest_that_a_batch_or_a_pass_takes() {
+fn a_long_prompt_is_batches_and_a_rest_is_a_pass() {
     let mut chain = chain(2);
     let mut sequences = [0, 1].map(|_| chain.open(KvFill::Defer).unwrap());
     let [first, second] = &mut sequences;
     let mut steps = [step(first, &[2; 60], 4), step(second, &[1], 4)];
     steps[0].logits = LogitsRequest::Tokens(2);
     run(&mut chain, &mut steps);
-    assert_eq!(
-        (batches(&chain), &chain.device().passes),
-        (vec![40, 20], &vec![1])
-    );
+    assert_eq!(batches(&chain), [40, 21]);
+    assert!(chain.device().passes.is_empty());
     assert!((0..4).all(|layer| first.kv().filled(layer) == 60));
     // exits that wait come before, and a step that may exit is no batch
     run(&mut chain, &mut [step(second, &[1], 2)]);
     run(&mut chain, &mut [step(second, &[3; 29], 4)]);
     run(&mut chain, &mut [step(second, &[3; 30], 2)]);
-    assert_eq!(batches(&chain)[2..], [28]);
-    assert_eq!(chain.device().passes[1..], [1, 1, 1, 8, 8, 8, 6]);
+    assert_eq!(batches(&chain)[2..], [29]);
+    assert_eq!(chain.device().passes, [1, 1, 8, 8, 8, 6]);
+    // a batch gives few logits
+    first.truncate(0);
+    let mut scored = step(first, &[4; 39], 4);
+    scored.logits = LogitsRequest::Rows(25);
+    run(&mut chain, &mut [scored]);
+    assert_eq!(
+        (&batches(&chain)[3..], &chain.device().passes[6..]),
+        (&[34][..], &[5][..])
+    );
 }
 
 #[test]

@@ -5,8 +5,8 @@
 
 constexpr int MAX_ROWS = 8;
 
-// Rows of a batch, and those of them whose logits it gives.
-constexpr int BATCH_ROWS = 256, BATCH_LOGITS_ROWS = 64;
+// Rows of a batch, those of them whose logits it gives, and consecutive ones of a sequence whose attention blocks share.
+constexpr int BATCH_ROWS = 256, BATCH_LOGITS_ROWS = 64, BATCH_GROUP_ROWS = 8;
 
 // What is measured for exits, beside stability.
 constexpr int EXIT_SIGNALS = 4;
@@ -170,10 +170,12 @@ struct BatchPass {
   int capacity, blocks, features;  // as in Pass; blocks: of the passes whose bits it gives
   int feature_depths[4];           // as in Pass
   int rows, logits_rows;
+  int single_rows, groups;  // the first rows, that have attention of their own, and the groups of the others
   struct {
     int token, position, slot;
   } row[BATCH_ROWS];
   unsigned char logits_row[BATCH_LOGITS_ROWS];  // the rows whose logits are wanted
+  unsigned char group[BATCH_ROWS];              // the first row of each group, which ends where the next begins
 };
 
 // What came of it, by logits row.

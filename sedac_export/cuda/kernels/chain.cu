@@ -374,7 +374,7 @@ extern "C" __device__ const Facts sedac_facts = {
      prefill_product_launch(O_TILES),
      prefill_product_launch(GATE_UP_TILES),
      prefill_product_launch(DOWN_TILES),
-     {ATTENTION_THREADS, PREFILL_ATTENTION_BYTES, ATTENTION_TOKENS, KV_HEADS},
+     {ATTENTION_THREADS, PREFILL_ATTENTION_BYTES, 1, KV_HEADS},
      BATCH_PRODUCT_LAUNCH,
      {BATCH_ATTENTION_THREADS, BATCH_ATTENTION_BYTES, 1, KV_HEADS},
      ROW_TO_BLOCK,

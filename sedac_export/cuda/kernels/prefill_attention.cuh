@@ -9,7 +9,8 @@
 // Of a block. (A layer's attention of 256 tokens behind 2000 with 2, 4 and 8 warps: SmolLM2's shape 48, 42 and 64 us,
 // Mistral-7B's 245, 164 and 170. With a block for each two tokens, whose warps shared keys and columns, SmolLM2's took
 // 132 behind 3000 and 58 since.)
-constexpr int ATTENTION_WARPS = 4, ATTENTION_THREADS = ATTENTION_WARPS * 32, ATTENTION_TOKENS = 2 * ATTENTION_WARPS;
+constexpr int ATTENTION_WARPS = 4, ATTENTION_THREADS = ATTENTION_WARPS * 32;
+static_assert(2 * ATTENTION_WARPS == BATCH_GROUP_ROWS, "a warp to two of a group's tokens");
 
 // The next keys come while others are read.
 constexpr int PREFILL_ATTENTION_BYTES = 2 * sizeof(AttentionKeys);
@@ -22,26 +23,28 @@ struct PrefillAttention {
   const BatchPass& pass;
   AttentionKeys* memory;      // [2]
   const half *keys, *values;  // of the head
-  int start, kv_head;         // the first row's position
-  int row;                    // the warp's first
+  int kv_head;
+  int first_row, last_row, start, end;  // of the group; positions of its first row, and after its last one
+  int row;                              // the warp's first
   WarpAttention warp;
   // Of both rows, all chunks that were added.
   float largest[2] = {-1e30f, -1e30f}, total[2] = {0, 0}, sum[UNITS][4] = {};
 
   __device__ __forceinline__ PrefillAttention(const BatchPass& pass, const Layer& layer, AttentionKeys* memory)
-      : pass(pass), memory(memory), start(pass.row[0].position), kv_head(blockIdx.y) {
-    const size_t first = (static_cast<size_t>(pass.row[0].slot) * KV_HEADS + kv_head) * pass.capacity * HEAD;
+      : pass(pass), memory(memory), kv_head(blockIdx.y), first_row(pass.group[blockIdx.x]) {
+    last_row = (blockIdx.x + 1 < pass.groups ? pass.group[blockIdx.x + 1] : pass.rows) - 1;
+    start = pass.row[first_row].position, end = pass.row[last_row].position + 1;
+    row = first_row + threadIdx.x / 32 * 2;
+    const size_t first = (static_cast<size_t>(pass.row[first_row].slot) * KV_HEADS + kv_head) * pass.capacity * HEAD;
     keys = layer.keys + first, values = layer.values + first;
-    row = blockIdx.x * ATTENTION_TOKENS + threadIdx.x / 32 * 2;
-    warp.window = layer.window, warp.position = start + row;
-    const auto queries = [&](int row) { return pass.scratch->queries[min(row, pass.rows - 1)] + kv_head * GROUP * HEAD; };
+    warp.window = layer.window, warp.position = start + row - first_row;
+    const auto queries = [&](int row) { return pass.scratch->queries[min(row, last_row)] + kv_head * GROUP * HEAD; };
     warp.load_queries(queries(row), queries(row + 1));
   }
 
   __device__ __forceinline__ void run() {
-    const int first_row = blockIdx.x * ATTENTION_TOKENS, last_row = min(first_row + ATTENTION_TOKENS, pass.rows) - 1;
-    const int seen = warp.window ? max(start + first_row - warp.window + 1, 0) : 0;
-    const int first = seen / KEYS, last = (start + last_row) / KEYS;  // keys, KEYS at a time
+    const int seen = warp.window ? max(start - warp.window + 1, 0) : 0;
+    const int first = seen / KEYS, last = (end - 1) / KEYS;  // keys, KEYS at a time
     const int of_chunk = 1 << chunk_shift(pass.capacity) - (KEYS == 64 ? 6 : 7);
     Partial partials[CHUNKS_ADDED];
     WarpAttention::Chunk chunk;
@@ -68,7 +71,7 @@ struct PrefillAttention {
  private:
   // Asks for KEYS keys and their values.
   __device__ __forceinline__ void copy(int at, int first) {
-    copy_keys(memory[(at - first) % 2], keys, values, at * KEYS, start + pass.rows, threadIdx.x, ATTENTION_THREADS);
+    copy_keys(memory[(at - first) % 2], keys, values, at * KEYS, end, threadIdx.x, ATTENTION_THREADS);
   }
 
   // As `combined` does. Chunks that a row does not see add nothing to it.
@@ -98,7 +101,7 @@ struct PrefillAttention {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int upper = 0; upper < 2; upper++) {
-      if (g >= GROUP || row + upper >= pass.rows) continue;
+      if (g >= GROUP || row + upper > last_row) continue;
       const float f = 1.f / total[upper];
 #pragma unroll
       for (int q = 0; q < UNITS; q++) {

@@ -257,7 +257,8 @@ class ComputedChain:
             logits = np.stack(list(known)) + np.float32(self.noise * len(rows))
             ctypes.memmove(parameters.logits, logits.tobytes(), logits.nbytes)
 
-    def run_batch(self, parameters: BatchPass, layers: int, prefills: bool) -> None:
+    def run_batch(self, parameters: BatchPass, layers: int) -> None:
+        prefills = not parameters.logits_rows
         if prefills and self.shift is None:
             return
         rows = parameters.row[: parameters.rows]

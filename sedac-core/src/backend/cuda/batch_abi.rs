@@ -2,11 +2,14 @@
 
 use super::abi::{RaceOutcome, RowOutcome};
 
-/// Rows that a batch has in memory.
+/// Rows of a batch.
 pub(super) const BATCH_ROWS: usize = 256;
 
 /// Rows of a batch whose logits it gives.
 pub(super) const BATCH_LOGITS_ROWS: usize = 64;
+
+/// Consecutive rows of a sequence that attention takes together.
+pub(super) const BATCH_GROUP_ROWS: usize = 8;
 
 /// The kernels of batches, by launch: those with several kinds of launches have several places.
 pub(super) const BATCH_KERNELS: [&str; 14] = [
@@ -29,11 +32,15 @@ pub(super) const BATCH_KERNELS: [&str; 14] = [
 /// What begins a batch.
 pub(super) const BATCH_START: usize = 0;
 
-/// What a layer launches, each with its stage: products and attention of any rows.
+/// Attention of groups of rows, and of single rows.
+pub(super) const GROUP_ATTENTION: usize = 5;
+pub(super) const ROW_ATTENTION: usize = 7;
+
+/// What a layer launches, each with its stage.
 pub(super) const BATCH_LAYER: [(usize, i32); 8] = [
     (6, 0),
     (8, 0),
-    (7, 0),
+    (ROW_ATTENTION, 0),
     (6, 1),
     (9, 1),
     (6, 2),
@@ -41,11 +48,12 @@ pub(super) const BATCH_LAYER: [(usize, i32); 8] = [
     (9, 3),
 ];
 
-/// The same with those for many consecutive tokens of one sequence.
-pub(super) const PREFILL_LAYER: [(usize, i32); 8] = [
+/// The same for many rows, whose blocks share weights and keys.
+pub(super) const LARGE_BATCH_LAYER: [(usize, i32); 9] = [
     (1, 0),
     (8, 0),
-    (5, 0),
+    (ROW_ATTENTION, 0),
+    (GROUP_ATTENTION, 0),
     (2, 1),
     (9, 1),
     (3, 2),
@@ -108,9 +116,15 @@ pub(super) struct BatchParameters {
     pub(super) feature_depths: [i32; 4],
     pub(super) rows: i32,
     pub(super) logits_rows: i32,
+    /// The first rows, which have attention of their own.
+    pub(super) single_rows: i32,
+    /// Of the others: consecutive tokens of one sequence, up to [`BATCH_GROUP_ROWS`].
+    pub(super) groups: i32,
     pub(super) row: [BatchRow; BATCH_ROWS],
     /// The rows whose logits are wanted.
     pub(super) logits_row: [u8; BATCH_LOGITS_ROWS],
+    /// The first row of each group.
+    pub(super) group: [u8; BATCH_ROWS],
 }
 
 /// What the host reads after a batch, by logits row.
@@ -143,7 +157,7 @@ impl Default for BatchOutcome {
 
 const _: () = {
     assert!(size_of::<BatchRow>() == 12);
-    assert!(size_of::<BatchParameters>() == 3272);
+    assert!(size_of::<BatchParameters>() == 3536);
     assert!(size_of::<BatchOutcome>() == 2072);
     assert!(BATCH_LOGITS_ROWS <= u64::BITS as usize);
 };

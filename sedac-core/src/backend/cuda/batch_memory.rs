@@ -9,8 +9,8 @@ use cudarc::driver::{
 
 use super::abi::{PassParameters, RowRace};
 use super::batch_abi::{
-    BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS, BATCH_START, BatchOutcome,
-    BatchParameters, BatchRow, PREFILL_LAYER,
+    BATCH_GROUP_ROWS, BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS, BATCH_START,
+    BatchOutcome, BatchParameters, BatchRow, GROUP_ATTENTION, LARGE_BATCH_LAYER, ROW_ATTENTION,
 };
 use super::chain_device::BatchPlan;
 use super::compiled_chain::CompiledChain;
@@ -87,6 +87,13 @@ impl BatchMemory {
         for (place, &wanted) in logits_row.iter_mut().zip(&plan.logits_rows) {
             *place = wanted as u8;
         }
+        let single_rows = match plan.rows.len() {
+            0..=BATCH_LOGITS_ROWS => plan.rows.len(),
+            _ => single_rows(&plan.rows),
+        };
+        let first_rows = groups(&plan.rows, single_rows);
+        let mut group = [0; BATCH_ROWS];
+        group[..first_rows.len()].copy_from_slice(&first_rows);
         let sampled = plan.races.iter().enumerate();
         let sampled = sampled.filter(|(_, race)| race.is_some());
         let outcome = self.outcome.as_ptr().map_err(failed("pinned memory"))?;
@@ -110,8 +117,11 @@ impl BatchMemory {
             feature_depths: passes.feature_depths,
             rows: plan.rows.len() as i32,
             logits_rows: plan.logits_rows.len() as i32,
+            single_rows: single_rows as i32,
+            groups: first_rows.len() as i32,
             row,
             logits_row,
+            group,
         })
     }
 }
@@ -123,13 +133,17 @@ fn launch(
     parameters: &BatchParameters,
     layers: usize,
 ) -> std::result::Result<(), DriverError> {
-    let rows = parameters.rows as usize;
-    let of_layer = match is_prefill(rows) {
-        true => PREFILL_LAYER,
-        false => BATCH_LAYER,
-    };
-    let launch = |index: usize, rows: usize, layer: i32, stage: i32| {
-        let (kernel, config) = chain.batch_kernel(index, rows);
+    let launch = |index: usize, layer: i32, stage: i32| {
+        let rows = match index {
+            GROUP_ATTENTION => parameters.groups,
+            ROW_ATTENTION => parameters.single_rows,
+            _ if BATCH_HEAD.contains(&index) => parameters.logits_rows,
+            _ => parameters.rows,
+        };
+        if rows == 0 {
+            return Ok(());
+        }
+        let (kernel, config) = chain.batch_kernel(index, rows as usize);
         let mut builder = stream.launch_builder(kernel);
         builder.arg(parameters).arg(&layer).arg(&stage);
         // SAFETY: these are the kernel's parameters, the first of the size that its facts say. What it
@@ -138,24 +152,43 @@ fn launch(
         // ended, which is waited for whatever the driver says here.
         unsafe { builder.launch(config) }.map(drop)
     };
-    launch(BATCH_START, rows, 0, 0)?;
+    let is_large = parameters.rows as usize > BATCH_LOGITS_ROWS;
+    let of_layer = match is_large {
+        true => &LARGE_BATCH_LAYER[..],
+        false => &BATCH_LAYER[..],
+    };
+    launch(BATCH_START, 0, 0)?;
     for layer in 0..layers as i32 {
-        for (index, stage) in of_layer {
-            launch(index, rows, layer, stage)?;
+        for &(index, stage) in of_layer {
+            launch(index, layer, stage)?;
         }
     }
-    let logits_rows = parameters.logits_rows as usize;
-    if logits_rows > 0 {
-        for index in BATCH_HEAD {
-            launch(index, logits_rows, 0, 0)?;
-        }
-    }
-    Ok(())
+    BATCH_HEAD
+        .into_iter()
+        .try_for_each(|index| launch(index, 0, 0))
 }
 
-/// Whether a batch of `rows` rows is one of many consecutive tokens of one sequence.
-fn is_prefill(rows: usize) -> bool {
-    rows > BATCH_LOGITS_ROWS
+fn follows(row: &BatchRow, before: &BatchRow) -> bool {
+    row.slot == before.slot && row.position == before.position + 1
+}
+
+/// The number of first rows that no other of their sequence follows.
+fn single_rows(rows: &[BatchRow]) -> usize {
+    let next = rows.windows(2).position(|pair| follows(&pair[1], &pair[0]));
+    next.unwrap_or(rows.len())
+}
+
+/// The first row of each group of those from `start` on.
+fn groups(rows: &[BatchRow], start: usize) -> Vec<u8> {
+    let mut groups = Vec::new();
+    let of_sequences = rows[start..].chunk_by(|before, row| follows(row, before));
+    let mut first = start;
+    for of_sequence in of_sequences {
+        let end = first + of_sequence.len();
+        groups.extend((first..end).step_by(BATCH_GROUP_ROWS).map(|row| row as u8));
+        first = end;
+    }
+    groups
 }
 
 /// Check that a batch stays inside of what was allocated.
@@ -172,8 +205,29 @@ fn check(sizes: &SlotSizes, vocabulary: usize, plan: &BatchPlan) {
         assert!(below(row.token, vocabulary) && below(row.slot, sizes.slots));
         assert!(below(row.position, sizes.capacity), "positions of a batch");
     }
-    let follows = |pair: &[BatchRow]| {
-        pair[1].slot == pair[0].slot && pair[1].position == pair[0].position + 1
-    };
-    assert!(!is_prefill(rows.len()) || rows.windows(2).all(follows));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_follow_each_other_share_attention() {
+        let lengths = [1, 1, 11, 1, 8];
+        let rows: Vec<_> = lengths
+            .into_iter()
+            .enumerate()
+            .flat_map(|(slot, length)| {
+                (0..length).map(move |position| BatchRow {
+                    token: 0,
+                    position,
+                    slot: slot as i32,
+                })
+            })
+            .collect();
+        assert_eq!(single_rows(&rows), 2);
+        assert_eq!(groups(&rows, 2), [2, 10, 13, 14]);
+        assert_eq!((single_rows(&rows[..2]), single_rows(&rows[2..])), (2, 0));
+        assert!(groups(&rows[..2], 2).is_empty());
+    }
 }

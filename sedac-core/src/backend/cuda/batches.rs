@@ -5,58 +5,32 @@ use std::time::Duration;
 use super::CudaChain;
 use super::abi::RowRace;
 use super::batch_abi::{BatchOutcome, BatchRow};
-use super::chain_device::{BatchPlan, ChainDevice};
+use super::chain_device::{BatchLimits, BatchPlan, ChainDevice};
 use super::lane::{Lane, Piece};
 use super::outcomes::Rows;
 use super::{note_filled, run_race};
 use crate::backend::{Backend, EnginePart, EngineTiming, LogitsRequest, SequenceStep};
 use crate::error::Result;
-use crate::interrupt::Interrupt;
 
 impl<D: ChainDevice> CudaChain<D> {
-    /// Prefill what `lane` leaves to it next.
-    pub(super) fn prefill(
-        &mut self,
-        lane: &mut Lane,
-        step: &mut SequenceStep<'_>,
-        interrupt: &Interrupt,
-    ) -> Result<()> {
-        let limits = self.device.batch_limits();
-        while let Some(piece) = lane.take_prefill(limits.rows, limits.prefill_rows) {
-            interrupt.check()?;
-            let mut plan = BatchPlan::default();
-            place(lane, &piece, step, &mut plan);
-            let outcome = self.device.run_batch(&plan)?;
-            self.take_batch(lane, &piece, &outcome, 0, step)?;
-        }
-        Ok(())
-    }
-
     /// Run the next batch: rows of as many lanes as it holds.
     pub(super) fn run_batch(
         &mut self,
         lanes: &mut [Lane],
         steps: &mut [SequenceStep<'_>],
     ) -> Result<()> {
-        let most = self.device.batch_limits().rows;
+        let mut pieces = take_pieces(lanes, self.device.batch_limits());
+        // lanes with one row each come first
+        pieces.sort_by_key(|(_, piece)| piece.rows.len() > 1);
         let mut plan = BatchPlan::default();
-        let mut placed = Vec::new();
-        for (index, lane) in lanes.iter_mut().enumerate() {
-            if let Some(piece) = lane.take_for_batch(most - plan.rows.len()) {
-                let first = plan.logits_rows.len();
-                place(lane, &piece, &steps[index], &mut plan);
-                placed.push((index, piece, first));
-            }
+        let mut first_logits_rows = Vec::new();
+        for (lane, piece) in &pieces {
+            first_logits_rows.push(plan.logits_rows.len());
+            place(&lanes[*lane], piece, &steps[*lane], &mut plan);
         }
         let outcome = self.device.run_batch(&plan)?;
-        for (index, piece, first) in placed {
-            self.take_batch(
-                &mut lanes[index],
-                &piece,
-                &outcome,
-                first,
-                &mut steps[index],
-            )?;
+        for ((lane, piece), first) in pieces.into_iter().zip(first_logits_rows) {
+            self.take_batch(&mut lanes[lane], &piece, &outcome, first, &mut steps[lane])?;
         }
         Ok(())
     }
@@ -80,6 +54,20 @@ impl<D: ChainDevice> CudaChain<D> {
         };
         self.take_logits(lane, piece, lane.exit, (rows, first), &step.logits)
     }
+}
+
+/// What a batch takes next, each of the lane of that number.
+fn take_pieces(lanes: &mut [Lane], limits: BatchLimits) -> Vec<(usize, Piece)> {
+    let (mut room, mut logits_room) = (limits.rows, limits.logits_rows);
+    let mut pieces = Vec::new();
+    for (index, lane) in lanes.iter_mut().enumerate() {
+        if let Some(piece) = lane.take_for_batch(room, logits_room) {
+            room -= piece.rows.len();
+            logits_room -= piece.wanted.len();
+            pieces.push((index, piece));
+        }
+    }
+    pieces
 }
 
 /// Append `piece` of `lane` to `plan`.

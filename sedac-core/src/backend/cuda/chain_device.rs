@@ -36,8 +36,8 @@ pub struct PassPlan {
 /// Tokens of any sequences, each through all layers and without a rule.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BatchPlan {
-    /// The tokens, those of a sequence one after the other. Passes and batches have run the positions
-    /// before them, in all layers.
+    /// The tokens, those of a sequence one after the other; best first those that are the only ones of
+    /// their sequences. Passes and batches have run the positions before them, in all layers.
     pub rows: Vec<BatchRow>,
     /// The rows whose logits are wanted.
     pub logits_rows: Vec<usize>,
@@ -48,10 +48,10 @@ pub struct BatchPlan {
 /// Rows that a batch may have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BatchLimits {
-    /// Of any sequences; 0 where the device runs none.
+    /// All of them; 0 where the device runs none.
     pub rows: usize,
-    /// Where they are consecutive tokens of one sequence whose logits are not wanted.
-    pub prefill_rows: usize,
+    /// Those whose logits are wanted.
+    pub logits_rows: usize,
 }
 
 /// What a trained drafter is to do.

@@ -419,8 +419,8 @@ impl ChainDevice for CudaDriver {
 
     fn batch_limits(&self) -> BatchLimits {
         BatchLimits {
-            rows: BATCH_LOGITS_ROWS,
-            prefill_rows: BATCH_ROWS,
+            rows: BATCH_ROWS,
+            logits_rows: BATCH_LOGITS_ROWS,
         }
     }
 

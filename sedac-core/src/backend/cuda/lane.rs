@@ -144,17 +144,10 @@ impl Lane {
         }
     }
 
-    /// Take up to `most` rows for prefill, which gives no logits, where more than `few` are left of
-    /// those.
-    pub(super) fn take_prefill(&mut self, few: usize, most: usize) -> Option<Piece> {
+    /// Take up to `room` rows for a batch, of which up to `logits_room` want logits.
+    pub(super) fn take_for_batch(&mut self, room: usize, logits_room: usize) -> Option<Piece> {
         let unwanted = self.wanted.start.saturating_sub(self.divisible.start);
-        let takes = self.pieces.is_empty() && unwanted > few;
-        takes.then(|| self.take_divisible(unwanted.min(most)))
-    }
-
-    /// Take up to `room` rows for a batch, if there are any.
-    pub(super) fn take_for_batch(&mut self, room: usize) -> Option<Piece> {
-        let rows = self.rows_for_batch().min(room);
+        let rows = self.rows_for_batch().min(room).min(unwanted + logits_room);
         (rows > 0).then(|| self.take_divisible(rows))
     }
 

@@ -100,7 +100,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 margins: true,
                 trained_drafter: device.draft_rows() > 0,
                 ahead: MAX_AHEAD,
-                prefill_chunk: Capabilities::PREFILL_CHUNK.max(device.batch_limits().prefill_rows),
+                prefill_chunk: Capabilities::PREFILL_CHUNK.max(device.batch_limits().rows),
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
@@ -256,16 +256,11 @@ impl<D: ChainDevice> CudaChain<D> {
         let mut passes = Vec::new();
         let has_batches = self.device.batch_limits().rows > 0;
         while lanes.iter().any(Lane::is_open) {
-            for (lane, step) in lanes.iter_mut().zip(steps.iter_mut()) {
-                if has_batches {
-                    self.prefill(lane, step, interrupt)?;
-                }
-            }
             interrupt.check()?;
             let rows: usize = lanes.iter().map(Lane::rows_for_batch).sum();
             if has_batches && rows > MAX_ROWS {
                 self.run_batch(lanes, steps)?;
-            } else if lanes.iter().any(Lane::is_open) {
+            } else {
                 passes.push(self.run_pass(lanes, steps)?);
             }
         }

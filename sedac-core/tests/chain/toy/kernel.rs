@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS,
+    BatchLimits, BatchOutcome, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS,
     MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome,
     SequenceRows,
 };
@@ -19,8 +19,8 @@ use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
 
 /// Rows of batches.
 const BATCHES: BatchLimits = BatchLimits {
-    rows: 20,
-    prefill_rows: 40,
+    rows: 40,
+    logits_rows: 20,
 };
 
 /// Runs passes of the toy model.
@@ -281,19 +281,7 @@ fn check_batch(plan: &BatchPlan) {
     let rows = plan.rows.len();
     assert_eq!(plan.logits_rows.len(), plan.races.len());
     assert!(plan.logits_rows.is_sorted() && plan.logits_rows.iter().all(|&row| row < rows));
-    let follows = |pair: &[BatchRow]| {
-        pair[1].slot == pair[0].slot && pair[1].position == pair[0].position + 1
-    };
-    let is_prefill = plan.logits_rows.is_empty() && plan.rows.windows(2).all(follows);
-    assert!(
-        rows > 0
-            && rows
-                <= if is_prefill {
-                    BATCHES.prefill_rows
-                } else {
-                    BATCHES.rows
-                }
-    );
+    assert!((1..=BATCHES.rows).contains(&rows) && plan.races.len() <= BATCHES.logits_rows);
 }
 
 fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
