@@ -1,9 +1,13 @@
 """Chat templates: what a bundle's program may do."""
 
+import json
+from pathlib import Path
+
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from sedac_runtime import InputError
-from sedac_runtime.chat import render
+from sedac_runtime.chat import render, render_chat
 
 # each with words of its error
 HOSTILE = {
@@ -43,3 +47,37 @@ def test_characters_of_any_kind_pass() -> None:
 def test_messages_that_are_no_json_are_refused() -> None:
     with pytest.raises(InputError, match="not JSON"):
         render("t", "{{ messages }}", {"messages": [object()]})
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "indent=2", "separators=(',', ':'), sort_keys=true", "ensure_ascii=true"]
+)
+def test_json_is_written_as_transformers_writes_it(arguments: str) -> None:
+    messages = [{"role": "user", "content": "é <b>", "a": [1, {}]}]
+    template = "{{ messages[0] | tojson(" + arguments + ") }}"
+    (expected,), _ = render_jinja_template([messages], chat_template=template)
+    assert render("t", template, {"messages": messages}) == expected
+
+
+@pytest.mark.parametrize("as_files", [True, False])
+def test_tools_take_the_template_that_is_for_them(as_files: bool) -> None:
+    named = {"default": "plain", "tool_use": "{{ tools[0].name }}"}
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+    texts: dict[str, str | None] = {
+        "chat_template.jinja": named["default"] if as_files else None,
+        "additional_chat_templates/tool_use.jinja": named["tool_use"] if as_files else None,
+        "tokenizer_config.json": "{}" if as_files else json.dumps({"chat_template": listed}),
+    }
+    messages = [{"role": "user", "content": "hi"}]
+    assert render_chat(Path("b"), texts, messages) == "plain"
+    assert render_chat(Path("b"), texts, messages, [{"name": "search"}]) == "search"
+
+
+def test_settings_are_no_special_tokens() -> None:
+    """`add_bos_token` is none to transformers, and a text of "False" would count as true."""
+    texts: dict[str, str | None] = {
+        "chat_template.jinja": "{{ bos_token }}{% if add_bos_token %}twice{% endif %}",
+        "additional_chat_templates/tool_use.jinja": None,
+        "tokenizer_config.json": '{"bos_token": {"content": "<s>"}, "add_bos_token": false}',
+    }
+    assert render_chat(Path("b"), texts, [{"role": "user", "content": "hi"}]) == "<s>"

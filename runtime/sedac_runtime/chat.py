@@ -18,9 +18,14 @@ Texts = Mapping[str, str | None]
 # wall-clock, generous for a busy machine; processor time is limited separately
 _SECONDS = 6
 _LONGEST_REASON = 300
-_TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_CONFIG = "tokenizer_config.json"
+# where transformers saves a tokenizer's templates, by the names that it gives them
+_TEMPLATES = {
+    "default": "chat_template.jinja",
+    "tool_use": "additional_chat_templates/tool_use.jinja",
+}
 # of a bundle, that chats are rendered from
-FILES = (_TEMPLATE, _CONFIG)
+FILES = (*_TEMPLATES.values(), _CONFIG)
 
 
 def render_chat(
@@ -36,7 +41,7 @@ def render_chat(
     InputError when the bundle has no chat template, or the template refuses the messages, fails,
     or takes too much time or memory; BundleError when what the bundle holds of it cannot be read.
     """
-    template, tokens = read_template(bundle, texts)
+    template, tokens = read_template(bundle, texts, with_tools=tools is not None)
     variables = {"messages": messages, "tools": tools, **tokens}
     return render(f"the chat template of {bundle}", template, variables)
 
@@ -86,18 +91,29 @@ def _ask(request: str) -> dict[str, str]:
         return answer
 
 
-def read_template(bundle: Path, texts: Texts) -> tuple[str, dict[str, str]]:
-    """The chat template and the special tokens by name. Raises as `render_chat` does."""
+def read_template(
+    bundle: Path, texts: Texts, with_tools: bool = False
+) -> tuple[str, dict[str, str]]:
+    """The chat template, of several the one for tools, and the special tokens by name.
+
+    Raises as `render_chat` does.
+    """
     config = _read_config(bundle, texts)
-    template = texts[_TEMPLATE] or config.get("chat_template")
-    if isinstance(template, list):
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
+    named = _named_templates(config.get("chat_template"))
+    named |= {name: texts[file] for name, file in _TEMPLATES.items() if texts[file]}
+    template = (named.get("tool_use") if with_tools else None) or named.get("default")
     if not (isinstance(template, str) and template):
         raise InputError(
             f"{bundle} has no chat template, which --chat and chat completions need; give a prompt"
         )
     return template, _special_tokens(config)
+
+
+def _named_templates(configured: Any) -> dict[str, Any]:
+    """The templates of a tokenizer's configuration, one or a list of named ones."""
+    if not isinstance(configured, list):
+        return {"default": configured}
+    return {str(t.get("name")): t.get("template") for t in configured if isinstance(t, dict)}
 
 
 def read_special_tokens(bundle: Path, texts: Texts) -> dict[str, str]:
@@ -113,7 +129,8 @@ def _read_config(bundle: Path, texts: Texts) -> dict[str, Any]:
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     tokens = {}
     for name, value in config.items():
-        if name.endswith("_token") and value is not None:
+        # others, such as add_bos_token, say what to do
+        if name.endswith("_token") and isinstance(value, str | dict):
             tokens[name] = str(value.get("content") if isinstance(value, dict) else value)
     return tokens
 

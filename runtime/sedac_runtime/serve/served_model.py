@@ -100,7 +100,7 @@ class ServedModel:
     @cached_property
     def _template(self) -> str | None:
         try:
-            template, _ = read_template(self._model.bundle, self._model.chat_texts)
+            template, _ = read_template(self._model.bundle, self._model.chat_texts, with_tools=True)
         except InputError:
             return None
         return template
