@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says, of which a bundle takes the ends of texts alone."""
+"""What a model says of generating, of which a bundle takes the ends of texts alone."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,8 @@ from transformers import GenerationConfig
 
 from sedac_export.errors import SedacError
 
-_FILE = "generation_config.json"
+# the second is what transformers reads where a model, such as an older one, lacks the first
+_FILES = ("generation_config.json", "config.json")
 
 # settings by which transformers chooses other tokens without sampling, and what leaves it alone
 _CHANGE_TOKENS: dict[str, Any] = {
@@ -25,19 +26,26 @@ _CHANGE_TOKENS: dict[str, Any] = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
     "sequence_bias": None,
+    "stop_strings": None,
     "suppress_tokens": None,
+    "watermarking_config": None,
 }
 
 
 def read_generation(directory: Path) -> GenerationConfig | None:
-    """The generation configuration of the model in `directory`, None where there is none."""
-    path = directory / _FILE
-    if not path.exists():
+    """What transformers takes for the generation configuration of the model in `directory`.
+
+    None where neither of its files is there. Raises SedacError when the file cannot be read.
+    """
+    name = _file(directory)
+    if name is None:
         return None
     try:
-        return GenerationConfig.from_pretrained(directory)
+        return GenerationConfig.from_pretrained(
+            directory, config_file_name=name, _from_model_config=name != _FILES[0]
+        )
     except (OSError, ValueError) as error:
-        raise SedacError(f"{path} cannot be read; download it again") from error
+        raise SedacError(f"{directory / name} cannot be read; download it again") from error
 
 
 def generation_note(directory: Path) -> str | None:
@@ -45,13 +53,17 @@ def generation_note(directory: Path) -> str | None:
     generation = read_generation(directory)
     settings = {name: getattr(generation, name, None) for name in _CHANGE_TOKENS}
     ignored = [
-        f"{name} {value}"
+        f"{name} {' '.join(str(value).split())}"
         for name, value in settings.items()
         if value not in (None, [], {}, _CHANGE_TOKENS[name])
     ]
     if not ignored:
         return None
     return (
-        f"of {_FILE} only eos_token_id is read: with its {', '.join(ignored)}, transformers"
-        " generates other tokens than the bundle"
+        f"of the settings for generation in {_file(directory)} only eos_token_id is read: with its"
+        f" {', '.join(ignored)}, transformers generates other tokens than the bundle"
     )
+
+
+def _file(directory: Path) -> str | None:
+    return next((name for name in _FILES if (directory / name).exists()), None)

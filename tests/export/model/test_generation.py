@@ -24,12 +24,28 @@ from sedac_export.model.generation import generation_note
         ({"forced_eos_token_id": 7}, "forced_eos_token_id 7"),
         ({"min_length": 9, "num_beams": 4}, "min_length 9, num_beams 4"),
         ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size 2"),
+        ({"stop_strings": ["Q:"]}, "stop_strings ['Q:']"),
+        ({"watermarking_config": {"bias": 5.0}}, "watermarking_config"),
     ],
 )
 def test_what_changes_tokens_is_named(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     note = generation_note(tmp_path)
-    assert note is not None and f"with its {named}, transformers" in note
+    assert (
+        note is not None
+        and f"in generation_config.json only eos_token_id is read: with its {named}" in note
+    )
+    assert "\n" not in note
+
+
+def test_without_a_file_of_their_own_settings_are_in_the_configuration(tmp_path: Path) -> None:
+    """There transformers takes them from, and from nowhere else."""
+    config = {"model_type": "llama", "repetition_penalty": 1.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    note = generation_note(tmp_path)
+    assert note is not None and "in config.json only" in note and "repetition_penalty 1.1" in note
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert generation_note(tmp_path) is None
 
 
 @pytest.mark.parametrize(
