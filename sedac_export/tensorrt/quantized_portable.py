@@ -94,7 +94,7 @@ class DequantizedWeights:
         self, initializer: TensorProto, stored: TensorProto, form: str, make: Callable[[], Array]
     ) -> None:
         initializer.data_type = TensorProto.FLOAT16
-        self._point(initializer, stored, form, lambda: make().astype(np.float16))
+        self._point(initializer, stored, form, lambda: _halves(make(), initializer.name))
 
     def _point(
         self, initializer: TensorProto, stored: TensorProto, form: str, make: Callable[[], Array]
@@ -134,6 +134,17 @@ class DequantizedWeights:
             offset=int(place["offset"]),
             shape=tuple(stored.dims),
         )
+
+
+def _halves(numbers: Array, name: str) -> Array:
+    with np.errstate(over="ignore"):
+        halves: Array = numbers.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise SedacError(
+            f"{name} has numbers beyond the range of fp16, in which TensorRT computes; leave the"
+            " target out"
+        )
+    return halves
 
 
 def _signed(rows: QuantizedRows, layout: Layout) -> Array:

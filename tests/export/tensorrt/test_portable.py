@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, save_tiny_model
 
 from sedac_export import BuildRequest, SedacError, build_bundle
@@ -107,6 +108,19 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
         skeleton = Skeleton.load(tmp_path / "model")
         add_portable_graphs(tmp_path / "bundle", manifest, skeleton, lambda *_: None)
     assert sorted((tmp_path / "bundle" / "onnx").iterdir()) == before
+
+
+def test_scales_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] *= 1e7
+    save_file(weights, file, metadata={"format": "pt"})
+    request = BuildRequest(str(tmp_path / "model"), tmp_path / "bundle", "int4")
+    manifest = build_bundle(request).manifest
+    with pytest.raises(SedacError, match=r"lm_head.* beyond the range of fp16"):
+        skeleton = Skeleton.load(tmp_path / "model")
+        add_portable_graphs(tmp_path / "bundle", manifest, skeleton, lambda *_: None)
 
 
 def test_blocks_with_several_windows_agree(portable_tiny: PortableTiny) -> None:
