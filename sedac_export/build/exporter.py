@@ -82,15 +82,17 @@ def build_bundle(request: BuildRequest, progress: StageProgress = lambda *_: Non
     with claimed(request.output) as claim, torch.no_grad():
         _check_request(request)
         with opened_model(request.model, claim.scratch) as source:
-            manifest, validation = _build(request, source, claim, progress)
-            notes = [n for n in (source.note, generation_note(source.directory)) if n is not None]
+            manifest, validation, note = _build(request, source, claim, progress)
+            notes = (source.note, generation_note(source.directory), note)
     seconds = time.monotonic() - started
-    return BuiltBundle(request.output, manifest, validation, seconds, notes)
+    said = [note for note in notes if note is not None]
+    return BuiltBundle(request.output, manifest, validation, seconds, said)
 
 
 def _build(
     request: BuildRequest, source: ModelSource, claim: Claim, progress: StageProgress
-) -> tuple[bundle.Manifest, BundleValidation]:
+) -> tuple[bundle.Manifest, BundleValidation, str | None]:
+    """What was written, and what the user should know of its weights."""
     skeleton = Skeleton.load(source.directory)
     tokenizer = source.tokenizer or load_tokenizer(source.directory)
     length = _cache_length(skeleton, request)
@@ -135,7 +137,7 @@ def _build(
             validation = replace(validation, quality=quality)
         manifest = _finish(staging, manifest, validation, tokenizer)
         claim.publish(staging, replace=request.force)
-    return manifest, validation
+    return manifest, validation, writer.faint_note()
 
 
 def _quantization(request: BuildRequest) -> Quantization | None:

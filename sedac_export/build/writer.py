@@ -29,7 +29,7 @@ from sedac_export.graph.stamp import (
 )
 from sedac_export.graph.trace import TracedGraph
 from sedac_export.graph.trace_model import TracedGraphs
-from sedac_export.model.precision import stored
+from sedac_export.model.precision import loses_digits, stored
 from sedac_export.model.skeleton import Skeleton
 
 
@@ -44,6 +44,7 @@ class EngineWriter:
         self.directory.mkdir()
         self.store = WeightStore(self.directory, precision, quantized)
         self.tables: dict[str, ir.ExternalTensor] = {}
+        self.faint: set[str] = set()
 
     def stamp(self, graph: TracedGraph, name: str, prefix: str = "") -> onnx.ModelProto:
         """`graph` with the weights below the model's `prefix`, stored in `name`.data if new."""
@@ -67,9 +68,23 @@ class EngineWriter:
         """The model's weight `name` as engines compute with it, like `weight`, the original."""
         source, quantized = self.skeleton.sources.names[name], self.store.quantized
         if quantized is None or source not in quantized.layouts:
-            return stored(weight, self.precision, name).to(weight.dtype)
+            rounded = stored(weight, self.precision, name).to(weight.dtype)
+            if loses_digits(rounded, weight):
+                self.faint.add(source)
+            return rounded
         columns = weight.shape[1 - quantized.layouts[source].value]
         return torch.from_numpy(self.store.dequantized(source, columns))
+
+    def faint_note(self) -> str | None:
+        """Which weights `rounded` has found to be too small for the precision."""
+        if not self.faint:
+            return None
+        first, *others = sorted(self.faint)
+        named = f"{first} and {len(others)} more" if others else first
+        return (
+            f"warning: {self.precision} has few digits for numbers as small as those of {named},"
+            " and tokens may differ from the model's; --precision bf16 and fp32 keep them"
+        )
 
     def fuse(self, layer: onnx.ModelProto) -> onnx.ModelProto:
         """`layer`, which has been stamped, with merged operators."""

@@ -19,6 +19,14 @@ def stored(tensor: torch.Tensor, precision: str, name: str) -> torch.Tensor:
     return result
 
 
+def loses_digits(rounded: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `rounded` is further from `weight` than bf16 would be, both of one dtype.
+
+    In fp16 it is so where most of the weight is below 2^-14, from where on digits are lost.
+    """
+    return bool((rounded - weight).abs().sum() > 2**-8 * weight.abs().sum())
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether no number is infinite or NaN, found from the extremes, without a copy."""
     if tensor.numel() == 0:
