@@ -81,3 +81,13 @@ def test_settings_are_no_special_tokens() -> None:
         "tokenizer_config.json": '{"bos_token": {"content": "<s>"}, "add_bos_token": false}',
     }
     assert render_chat(Path("b"), texts, [{"role": "user", "content": "hi"}]) == "<s>"
+
+
+def test_what_is_none_is_not_there() -> None:
+    texts: dict[str, str | None] = {
+        "chat_template.jinja": "{{ messages[0].content }}{{ messages[0].name is defined }}",
+        "additional_chat_templates/tool_use.jinja": None,
+        "tokenizer_config.json": None,
+    }
+    messages = [{"role": "assistant", "content": None, "name": None}]
+    assert render_chat(Path("b"), texts, messages) == "False"

@@ -42,8 +42,15 @@ def render_chat(
     or takes too much time or memory; BundleError when what the bundle holds of it cannot be read.
     """
     template, tokens = read_template(bundle, texts, with_tools=tools is not None)
-    variables = {"messages": messages, "tools": tools, **tokens}
+    variables = {"messages": [*map(_without_nones, messages)], "tools": tools, **tokens}
     return render(f"the chat template of {bundle}", template, variables)
+
+
+def _without_nones(message: Any) -> Any:
+    """What has no value, such as the content beside tool calls, is not there for a template."""
+    if not isinstance(message, dict):
+        return message
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def render(name: str, template: str, variables: dict[str, Any]) -> str:
