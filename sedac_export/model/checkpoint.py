@@ -29,15 +29,15 @@ class Checkpoint:
     def open(cls, directory: Path) -> "Checkpoint":
         """Index `directory`'s safetensors files.
 
-        Raises SedacError when there are none, when one that the index names is missing, or when
-        one is cut off or not a safetensors file.
+        Raises SedacError when there are none, when one that the index names is missing, when one
+        is cut off or not a safetensors file, or when two hold the same tensor.
         """
         names = _file_names(directory)
         files: dict[str, str] = {}
         for name in names:
             try:
                 with safe_open(directory / name, framework="pt") as handle:
-                    files.update(dict.fromkeys(handle.keys(), name))
+                    held = list(handle.keys())
             except FileNotFoundError as error:
                 raise SedacError(
                     f"{directory / name} is missing though {_INDEX} names it; download it again"
@@ -47,6 +47,13 @@ class Checkpoint:
                     f"{directory / name} is not a whole safetensors file ({error});"
                     " download it again"
                 ) from error
+            for tensor in held:
+                if tensor in files:  # which is read depends on where transformers loads it to
+                    raise SedacError(
+                        f"{directory} holds weight {tensor} twice, in {files[tensor]} and in"
+                        f" {name}; load the model with transformers and save_pretrained() it once"
+                    )
+                files[tensor] = name
         return cls(directory, files)
 
     def __contains__(self, name: str) -> bool:
