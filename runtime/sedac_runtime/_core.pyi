@@ -327,11 +327,11 @@ class Scheduler:
 
 @final
 class Progress:
-    """What one step did for one sequence: its new tokens and, at its end, why it ended and how its
-    drafts went, or the error that ended it. `prompt_logprobs` has the next tokens of its prompt,
-    from the second on, where they were asked for: for each the natural logarithm of its
-    probability, and the most probable tokens with theirs. `cached_prompt_tokens` is the number of
-    tokens of its prompt that did not have to be prefilled."""
+    """What one step did for one sequence: its new tokens, how its drafts went since it was last
+    reported and, at its end, why it ended, or the error that ended it. `prompt_logprobs` has the
+    next tokens of its prompt, from the second on, where they were asked for: for each the natural
+    logarithm of its probability, and the most probable tokens with theirs. `cached_prompt_tokens`
+    is the number of tokens of its prompt that did not have to be prefilled."""
 
     @property
     def sequence(self) -> int: ...
@@ -346,7 +346,7 @@ class Progress:
     @property
     def cached_prompt_tokens(self) -> int: ...
     @property
-    def drafts(self) -> DraftSummary | None: ...
+    def drafts(self) -> DraftSummary: ...
 
 @final
 class StepToken:

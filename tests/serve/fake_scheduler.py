@@ -18,13 +18,20 @@ class FakeToken:
 
 
 @dataclass
+class FakeDrafts:
+    drafted: int = 0
+    accepted: int = 0
+    verify_passes: int = 0
+
+
+@dataclass
 class FakeProgress:
     sequence: int
     tokens: list[FakeToken] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
     cached_prompt_tokens: int = 0
-    drafts: None = None
+    drafts: FakeDrafts = field(default_factory=FakeDrafts)
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
 
 

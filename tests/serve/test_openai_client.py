@@ -111,6 +111,13 @@ def test_accepted_drafts_are_reported(client: OpenAI) -> None:
     sedac = completion.choices[0].model_extra["sedac"]  # type: ignore[index]
     drafted = [token for token in sedac["tokens"] if token["drafted"]]
     assert len(drafted) == sedac["summary"]["accepted"] <= sedac["summary"]["drafted"]
+    # also of a text that goes on
+    stopped = client.completions.create(
+        **request | {"max_tokens": 60, "stop": text_of(completion)}, extra_body={"sedac": options}
+    )
+    assert stopped.choices[0].finish_reason == "stop"
+    summary = stopped.choices[0].model_extra["sedac"]["summary"]  # type: ignore[index]
+    assert len(drafted) <= summary["accepted"] <= summary["drafted"]
 
 
 def test_prompts_may_be_several_and_tokens(client: OpenAI, model: SedacModel) -> None:

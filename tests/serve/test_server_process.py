@@ -241,6 +241,25 @@ def test_metrics_count_what_happens(small: RunningServer) -> None:
     assert samples["sedac_cache_tokens_total", "bundle"] > 0
 
 
+def test_metrics_count_the_drafts_of_a_text_that_a_stop_string_ends(small: RunningServer) -> None:
+    request = SHORT | {"prompt": "x = 1\n" * 30, "temperature": 0, "max_tokens": 40}
+    request["sedac"] = {"drafter": "prompt-lookup"}
+    drafted = accepted = 0
+    for reason in ("length", "stop"):
+        answer = httpx.post(f"{small.url}/v1/completions", json=request, timeout=SECONDS)
+        (choice,) = answer.json()["choices"]
+        assert choice["finish_reason"] == reason
+        assert choice["sedac"]["summary"]["accepted"] > 0
+        drafted += choice["sedac"]["summary"]["drafted"]
+        accepted += choice["sedac"]["summary"]["accepted"]
+        # the next text would go on after this one
+        request |= {"max_tokens": 60, "stop": choice["text"]}
+    # a step may have begun before the stop string was seen
+    samples = metrics(small)
+    assert samples["sedac_draft_tokens_total", "bundle", "accepted"] >= accepted
+    assert samples["sedac_draft_tokens_total", "bundle", "rejected"] >= drafted - accepted
+
+
 def test_the_name_of_a_bundle_must_be_its_own(runtime: Command, demo_bundle: Path) -> None:
     assert_one_line_error(runtime("serve", demo_bundle, demo_bundle), "two bundles", "rename")
 

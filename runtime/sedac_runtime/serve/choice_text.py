@@ -67,6 +67,7 @@ class ChoiceText:
         self._prompt = ScoredPrompt(prompt, model.text_stream())
         self._only_prompt = only_prompt
         self._offset = len(prompt.echoed)
+        self._drafted = self._accepted = self._verify_passes = 0
         self.layers = 0
 
     def push(self, progress: Progress) -> ChoiceUpdate:
@@ -74,6 +75,7 @@ class ChoiceText:
         update = ChoiceUpdate(self._before, self._prompt.push(progress.prompt_logprobs))
         self._before = ""
         self.cached_prompt_tokens = max(self.cached_prompt_tokens, progress.cached_prompt_tokens)
+        self._count(progress.drafts)
         for token in () if self._only_prompt else progress.tokens:
             self._take(token, update)
             if self._filter.stopped:
@@ -86,7 +88,7 @@ class ChoiceText:
             update.text += self._filter.push(self._stream.finish()) + self._filter.finish()
             update.finish_reason = "stop" if progress.finish_reason == "stop" else "length"
         if update.finish_reason is not None:
-            update.summary = self._summary(progress.drafts)
+            update.summary = self._summary()
         return update
 
     def _take(self, token: StepToken, update: ChoiceUpdate) -> None:
@@ -97,7 +99,12 @@ class ChoiceText:
         self.layers += token.exit_layer
         self.completion_tokens += 1
 
-    def _summary(self, drafts: DraftSummary | None) -> SedacSummary:
+    def _count(self, drafts: DraftSummary) -> None:
+        self._drafted += drafts.drafted
+        self._accepted += drafts.accepted
+        self._verify_passes += drafts.verify_passes
+
+    def _summary(self) -> SedacSummary:
         decoding, sampling = self._sequence.decoding, self._sequence.sampling
         return SedacSummary(
             mode=decoding.mode,
@@ -105,9 +112,9 @@ class ChoiceText:
             kv_fill=decoding.kv_fill,
             num_layers=self._model.core.num_layers,
             mean_exit_layer=self.layers / max(self.completion_tokens, 1),
-            drafted=drafts.drafted if drafts else 0,
-            accepted=drafts.accepted if drafts else 0,
-            verify_passes=drafts.verify_passes if drafts else 0,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            verify_passes=self._verify_passes,
             certification=self._model.certification(decoding, sampling),
         )
 

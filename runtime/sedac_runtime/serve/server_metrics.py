@@ -114,9 +114,8 @@ class ModelMetrics(StepObserver):
         self._generated.inc(count)
         for token in progress.tokens:
             self._exit_layer.observe(token.exit_layer)
-        if progress.drafts is not None:
-            self._accepted.inc(progress.drafts.accepted)
-            self._rejected.inc(progress.drafts.drafted - progress.drafts.accepted)
+        self._accepted.inc(progress.drafts.accepted)
+        self._rejected.inc(progress.drafts.drafted - progress.drafts.accepted)
 
 
 class _SchedulerStates(Collector):

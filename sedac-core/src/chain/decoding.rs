@@ -109,9 +109,9 @@ impl Decoding {
         self.text.finished
     }
 
-    /// How its drafts went so far.
-    pub(crate) fn drafts(&self) -> &DraftSummary {
-        &self.drafts
+    /// How its drafts went since this was last asked.
+    pub(crate) fn take_drafts(&mut self) -> DraftSummary {
+        std::mem::take(&mut self.drafts)
     }
 
     /// How probable the prompt's tokens are, from the second on: those that are known since this was

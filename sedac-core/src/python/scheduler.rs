@@ -134,13 +134,13 @@ pub(super) struct PyProgress {
     finish_reason: Option<FinishReason>,
     error: Option<String>,
     cached_prompt_tokens: usize,
-    drafts: Option<PyDraftSummary>,
+    drafts: PyDraftSummary,
 }
 
 impl PyProgress {
     fn new(py: Python<'_>, progress: Progress) -> PyResult<Self> {
-        let (end, error) = match progress.end {
-            Some(Ok(end)) => (Some(end), None),
+        let (finish_reason, error) = match progress.end {
+            Some(Ok(reason)) => (Some(reason), None),
             Some(Err(error)) => (None, Some(error.to_string())),
             None => (None, None),
         };
@@ -154,10 +154,10 @@ impl PyProgress {
             prompt_logprobs: prompt_logprobs
                 .map(|logprobs| (logprobs.logprob, logprobs.top))
                 .collect(),
-            finish_reason: end.as_ref().map(|end| end.finish_reason),
+            finish_reason,
             error,
             cached_prompt_tokens: progress.cached_prompt_tokens,
-            drafts: end.as_ref().map(|end| (&end.drafts).into()),
+            drafts: (&progress.drafts).into(),
         })
     }
 }

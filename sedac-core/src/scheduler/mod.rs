@@ -20,7 +20,7 @@ mod scheduled_text;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::inbox::Inbox;
-pub use self::progress::{Progress, SchedulerStatistics, SequenceEnd};
+pub use self::progress::{Progress, SchedulerStatistics};
 use self::rounds::Rounds;
 use crate::chain::{Chain, Decoding, ModelLimits, Request};
 use crate::error::{Error, Result};

@@ -15,19 +15,12 @@ pub struct Progress {
     pub tokens: Vec<Token>,
     /// How probable the next tokens of its prompt are, from the second on, where that was asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
-    /// How it ended, where it did. A failure may have ended several sequences.
-    pub end: Option<Result<SequenceEnd, Arc<Error>>>,
+    /// How its drafts went since the last report; all zero when nothing was drafted.
+    pub drafts: DraftSummary,
+    /// Why it ended, where it did. A failure may have ended several sequences.
+    pub end: Option<Result<FinishReason, Arc<Error>>>,
     /// Tokens of its prompt that another sequence's cache held.
     pub cached_prompt_tokens: usize,
-}
-
-/// How a sequence ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SequenceEnd {
-    /// Why.
-    pub finish_reason: FinishReason,
-    /// How its drafts went; all zero when nothing was drafted.
-    pub drafts: DraftSummary,
 }
 
 /// How a scheduler stands.

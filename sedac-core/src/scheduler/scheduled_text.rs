@@ -3,9 +3,9 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::{Progress, SequenceEnd};
+use super::Progress;
 use crate::backend::{Costs, StepOutcome};
-use crate::chain::{Decoding, Token};
+use crate::chain::{Decoding, DraftSummary, Token};
 use crate::error::Error;
 use crate::sequence::Sequence;
 
@@ -42,6 +42,7 @@ impl ScheduledText {
             sequence: number,
             tokens: Vec::new(),
             prompt_logprobs: Vec::new(),
+            drafts: DraftSummary::default(),
             end: Some(Err(error)),
             cached_prompt_tokens: self.cached_prompt_tokens.unwrap_or(0),
         }
@@ -83,17 +84,12 @@ impl RunningText {
         if tokens.is_empty() && prompt_logprobs.is_empty() {
             return None;
         }
-        let end = decoding.finished().map(|finish_reason| {
-            Ok(SequenceEnd {
-                finish_reason,
-                drafts: decoding.drafts().clone(),
-            })
-        });
         Some(Progress {
             sequence: number,
             tokens,
             prompt_logprobs,
-            end,
+            drafts: decoding.take_drafts(),
+            end: decoding.finished().map(Ok),
             cached_prompt_tokens: self.text.cached_prompt_tokens.unwrap_or(0),
         })
     }

@@ -42,10 +42,9 @@ pub(super) fn note(outcomes: &mut BTreeMap<u64, Outcome>, progress: Vec<Progress
             .tokens
             .extend(progress.tokens.iter().map(|token| token.id));
         outcome.cached_prompt_tokens = progress.cached_prompt_tokens;
-        outcome.end = progress.end.map(|end| match end {
-            Ok(end) => Ok(end.finish_reason),
-            Err(error) => Err(error.to_string()),
-        });
+        outcome.end = progress
+            .end
+            .map(|end| end.map_err(|error| error.to_string()));
     }
 }
 
