@@ -146,6 +146,8 @@ def test_choices_are_drawn_apart(client: OpenAI) -> None:
 def test_without_a_seed_texts_differ(client: OpenAI) -> None:
     request = GREEDY | {"temperature": 1.5}
     assert len({text_of(client.completions.create(**request)) for _ in range(4)}) > 1
+    of_one_request = client.completions.create(**request | {"prompt": [PROMPT] * 4})
+    assert len({choice.text for choice in of_one_request.choices}) > 1
 
 
 def test_echo_repeats_the_prompt(client: OpenAI) -> None:

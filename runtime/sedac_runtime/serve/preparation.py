@@ -89,11 +89,11 @@ def _work(
     constraint = None
     if grammar is not None:
         constraint = _checked("response_format", lambda: model.constraint(grammar))
-    first_seed = secrets.randbits(64) if request.seed is None else request.seed
     bias = _logit_bias(model, request)
     sequences = []
     for prompt in prompts:
         room = _room(model, prompt, field, limit)
+        first_seed = secrets.randbits(64) if request.seed is None else request.seed
         for index in range(request.n or 1):
             sequence = SequenceRequest(
                 prompt=prompt.tokens,
