@@ -303,6 +303,18 @@ def test_tool_calls_stream(client: OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_a_tool_may_be_called_where_answers_have_a_schema(
+    client: OpenAI, model: SedacModel
+) -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    request = CHAT | {"max_tokens": 100, "tools": [WEATHER], "response_format": schema}
+    # what a call begins with, and an answer
+    for text, reason in (("<", "tool_calls"), ("{", "stop")):
+        (token,) = model.encode(text)
+        (choice,) = client.chat.completions.create(**request, logit_bias={str(token): 50}).choices
+        assert choice.finish_reason == reason
+
+
 def test_tools_that_are_not_called_change_nothing_else(client: OpenAI) -> None:
     answer = client.chat.completions.create(**CHAT, tools=[WEATHER], tool_choice="none")
     assert answer == client.chat.completions.create(**CHAT).model_copy(

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
+from sedac_runtime import InputError
 from sedac_runtime.serve.chat_request import FunctionDefinition
 from sedac_runtime.serve.chat_routes import Message
 from sedac_runtime.serve.choice_text import ChoiceUpdate
@@ -23,6 +24,8 @@ WEATHER = FunctionDefinition(
     },
 )
 TIME = FunctionDefinition(name="time")
+NAMES = {"weather", "time"}
+BYTES = LLTokenizer("byte")
 
 
 def called(calls: list[MadeToolCall] | None) -> list[tuple[str, object]] | None:
@@ -43,22 +46,28 @@ def called(calls: list[MadeToolCall] | None) -> list[tuple[str, object]] | None:
         (HERMES, '<tool_call>{"arguments": {}}</tool_call>', None),
         (HERMES, "<tool_call></tool_call>", None),
         (HERMES, "<tool_call>" + "[" * 100_000, None),
+        (HERMES, '<tool_call>{"name": "moon"}</tool_call>', [("moon", {})]),
+        (HERMES, r'<tool_call>{"name": "\ud800"}</tool_call>', None),
+        (HERMES, r'<tool_call>{"name": "time", "arguments": "\udfff"}</tool_call>', None),
         (
             LLAMA,
             '{"name": "weather", "parameters": {"city": "Bern"}}',
             [("weather", {"city": "Bern"})],
         ),
         (LLAMA, '{"name": "weather", "param', None),
+        # an answer in JSON
+        (LLAMA, '{"name": "Ada", "age": 36}', None),
     ],
 )
 def test_calls_are_read(
     family: ToolFormat, text: str, calls: list[tuple[str, object]] | None
 ) -> None:
-    assert called(family.parse(text)) == calls
+    assert called(family.parse(text, NAMES)) == calls
 
 
 def test_calls_have_ids_of_their_own() -> None:
-    calls = HERMES.parse('<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "a"}</tool_call>')
+    call = '<tool_call>{"name": "time"}</tool_call>'
+    calls = HERMES.parse(call + call, NAMES)
     assert calls is not None
     assert len({call.id for call in calls}) == 2
 
@@ -69,6 +78,36 @@ def test_grammars_are_accepted_and_name_every_function(family: ToolFormat) -> No
     assert "weather" in grammar
     assert "time" in grammar
     assert LLMatcher.validate_grammar(lark_grammar(grammar)) == ""
+
+
+def admits(grammar: str, text: str) -> bool:
+    """Whether `text`, whose bytes are the tokens, is all that `grammar` asks for."""
+    matcher = LLMatcher(BYTES, lark_grammar(grammar))
+    tokens = list(text.encode())
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def call_of(family: ToolFormat, name: str, arguments: str) -> str:
+    call = f'{{"name": "{name}", "{family.arguments}": {arguments}}}'
+    return f"{family.start}\n{call}\n{family.end}" if family.start else call
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_a_function_without_parameters_is_called_without_arguments(family: ToolFormat) -> None:
+    grammar = family.grammar([TIME])
+    assert admits(grammar, call_of(family, "time", "{}"))
+    assert not admits(grammar, call_of(family, "time", '{"zone": 1}'))
+
+
+def test_an_answer_may_come_instead_of_a_call() -> None:
+    answer = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    grammar = HERMES.grammar([WEATHER], answer)
+    assert admits(grammar, call_of(HERMES, "weather", '{"city": "Bern"}'))
+    assert admits(grammar, '{"name": "Ada"}')
+    assert not admits(grammar, "[]")
+    assert not admits(HERMES.grammar([WEATHER]), '{"name": "Ada"}')
+    with pytest.raises(InputError, match="tool_choice"):
+        LLAMA.grammar([WEATHER], answer)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +126,6 @@ def test_templates_tell_their_family(template: str, family: ToolFormat | None) -
 @pytest.mark.parametrize(("most_calls", "count"), [(None, 2), (1, 1)])
 def test_calls_that_are_not_to_be_parallel_are_one(most_calls: int | None, count: int) -> None:
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    message = Message(FORMATS[0], most_calls)
+    message = Message(HERMES, {"f"}, most_calls)
     text, calls = message.push(ChoiceUpdate(text=f"Well. {call}{call}", finish_reason="stop"))
     assert (text, len(calls)) == ("Well. ", count)

@@ -96,3 +96,8 @@ class ChatRequest(GenerationRequest):
     metadata: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+
+    @property
+    def functions(self) -> list[FunctionDefinition]:
+        """What the model may call."""
+        return [] if self.tool_choice == "none" else [tool.function for tool in self.tools or ()]

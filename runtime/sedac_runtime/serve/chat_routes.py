@@ -1,5 +1,6 @@
 """/v1/chat/completions."""
 
+from collections.abc import Collection
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
@@ -43,11 +44,14 @@ async def chat(request: Request, body: ChatRequest) -> Response | ChatCompletion
 
 
 class Message:
-    """Separates what a model says from the tools that it calls. most_calls: calls after these are
-    dropped; None for no limit."""
+    """Separates what a model says from the tools that it calls. names: of the functions that it may
+    call. most_calls: calls after these are dropped; None for no limit."""
 
-    def __init__(self, tools: ToolFormat | None, most_calls: int | None) -> None:
+    def __init__(
+        self, tools: ToolFormat | None, names: Collection[str], most_calls: int | None
+    ) -> None:
         self._tools = tools
+        self._names = names
         self._most_calls = most_calls
         self._said = StopFilter([] if tools is None else [tools.opening])
         self._written = ""
@@ -61,7 +65,9 @@ class Message:
         if update.finish_reason is None:
             return text, []
         rest = self._written[self._said_length :]
-        calls = self._tools.parse(rest) if self._tools is not None and self._said.stopped else None
+        calls = None
+        if self._tools is not None and self._said.stopped:
+            calls = self._tools.parse(rest, self._names)
         return (text, calls[: self._most_calls]) if calls else (text + rest, [])
 
 
@@ -70,10 +76,10 @@ class _ChatWriter:
         self.exchange = exchange
         self._body = body
         self._id, self._created = new_id("chatcmpl"), now()
-        calls = bool(body.tools) and body.tool_choice != "none"
-        tools = exchange.model.tool_format if calls else None
+        names = {function.name for function in body.functions}
+        tools = exchange.model.tool_format if names else None
         most_calls = 1 if body.parallel_tool_calls is False else None
-        self._messages = [Message(tools, most_calls) for _ in range(exchange.count)]
+        self._messages = [Message(tools, names, most_calls) for _ in range(exchange.count)]
         self._begun: set[int] = set()
 
     async def collect(self) -> ChatCompletion:

@@ -4,7 +4,7 @@ import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sedac_runtime import _core
 from sedac_runtime._core import InputError
@@ -67,8 +67,8 @@ def prepare_chat(model: ServedModel, request: ChatRequest) -> Work:
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
     grammar = _grammar(model, request)
     tools = None
-    if request.tools and request.tool_choice != "none":
-        tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
+    if request.functions:
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     messages = [_template_message(message) for message in request.messages]
     tokens = _checked("messages", lambda: model.encode_chat(messages, tools))
     limit = request.max_completion_tokens or request.max_tokens or model.core.max_cache_length
@@ -199,19 +199,27 @@ def _logit_bias(model: ServedModel, request: GenerationRequest) -> dict[int, flo
 
 
 def _grammar(model: ServedModel, request: ChatRequest) -> str | None:
-    """What the text has to follow: a tool call that is asked for, or the response format."""
-    functions = _required_functions(request)
-    if request.tools and request.tool_choice != "none" and model.tool_format is None:
+    """What the text has to follow: a tool call that is asked for, or the response format, beside
+    which tools may still be called."""
+    required = _required_functions(request)
+    if request.functions and model.tool_format is None:
         raise bad_request(
             "the chat template of this model has no tool calls that this server knows; leave tools"
             " out",
             "tools",
         )
-    if functions:
-        assert model.tool_format is not None
-        lark = model.tool_format.grammar(functions)
-        return _checked("tools", lambda: lark_grammar(lark))
-    return _format_grammar(request.response_format)
+    answer = _format_schema(request.response_format)
+    grammar = None
+    if answer is not None:
+        grammar = _checked("response_format", lambda: json_grammar(answer))
+    family = model.tool_format if request.functions else None
+    if family is None or not (required or answer is not None):
+        return grammar
+
+    def lark() -> str:
+        return family.grammar(required) if required else family.grammar(request.functions, answer)
+
+    return _checked("tools", lambda: lark_grammar(lark()))
 
 
 def _required_functions(request: ChatRequest) -> list[FunctionDefinition]:
@@ -219,7 +227,7 @@ def _required_functions(request: ChatRequest) -> list[FunctionDefinition]:
     choice = request.tool_choice
     if choice in (None, "none", "auto"):
         return []
-    functions = [tool.function for tool in request.tools or ()]
+    functions = request.functions
     if not isinstance(choice, str) and choice is not None:
         functions = [known for known in functions if known.name == choice.function.name]
     if not functions:
@@ -227,11 +235,12 @@ def _required_functions(request: ChatRequest) -> list[FunctionDefinition]:
     return functions
 
 
-def _format_grammar(response_format: ResponseFormat | None) -> str | None:
+def _format_schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
+    """What an answer conforms to."""
     if response_format is None or response_format.type == "text":
         return None
     if response_format.type == "json_object":
-        return json_grammar({"type": "object"})
+        return {"type": "object"}
     schema = response_format.json_schema
     if schema is None:
         raise bad_request(
@@ -239,7 +248,7 @@ def _format_grammar(response_format: ResponseFormat | None) -> str | None:
             "response_format",
             "missing_required_parameter",
         )
-    return _checked("response_format", lambda: json_grammar(schema.schema_))
+    return schema.schema_
 
 
 def _template_message(message: ChatMessage) -> dict[str, object]:
