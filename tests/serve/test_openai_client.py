@@ -185,6 +185,20 @@ def test_logprobs_of_a_completion(client: OpenAI) -> None:
         assert len(top) <= 2
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_logprobs_of_a_completion_have_its_own_tokens(
+    client: OpenAI, model: SedacModel, count: int
+) -> None:
+    (improbable,) = model.encode("z")
+    completion = client.completions.create(
+        **GREEDY | {"max_tokens": 1}, logprobs=count, logit_bias={str(improbable): 100}
+    )
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None and logprobs.top_logprobs and logprobs.token_logprobs
+    assert logprobs.top_logprobs[0]["z"] == logprobs.token_logprobs[0]
+    assert len(logprobs.top_logprobs[0]) == count + 1
+
+
 def test_logprobs_of_a_chat(client: OpenAI) -> None:
     answer = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3)
     assert answer.choices[0].logprobs is not None

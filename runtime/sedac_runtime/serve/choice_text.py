@@ -184,7 +184,8 @@ def _by_text(model: ServedModel, token: _Scored) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     logprobs: dict[str, float] = {}
-    for other, logprob in token.top_logprobs:
+    # the token itself, too, which may be less probable than the others
+    for other, logprob in [*token.top_logprobs, (token.id, token.logprob)]:
         # parts of characters look alike: the most probable one counts
         logprobs.setdefault(_text(model, other), logprob)
     return logprobs
