@@ -110,11 +110,15 @@ def test_a_request_that_takes_too_long_is_408(demo_bundle: Path) -> None:
         late = httpx.post(url, json=ENDLESS, timeout=SECONDS)
         assert late.status_code == 408
         assert late.json()["error"]["code"] == "request_timeout"
-        streamed = httpx.post(url, json=ENDLESS | {"stream": True}, timeout=SECONDS)
+        streamed = httpx.post(
+            url, json=ENDLESS | {"stream": True}, headers={"X-Request-Id": "mine"}, timeout=SECONDS
+        )
         if streamed.status_code == 200:
             # the status had been sent: the last event says it
             last = json.loads(streamed.text.strip().split("data: ")[-1])
             assert last["error"]["code"] == "request_timeout"
+            wait_until(lambda: bool(server.requests("mine")))
+            assert server.requests("mine")[0]["error"] == "request_timeout"
         else:
             assert streamed.status_code == 408
         wait_until(lambda: is_idle(server))

@@ -138,10 +138,10 @@ class EventStream(StreamingResponse):
 async def stream(request: Request, events: Events, deadline: float) -> EventStream:
     """The response that sends `events`. What is refused before the first of them raises."""
     first = await unless_disconnected(request, anext(events))
-    return EventStream(_continued(first, events), deadline)
+    return EventStream(_continued(first, events, request.state.log), deadline)
 
 
-async def _continued(first: str, events: Events) -> Events:
+async def _continued(first: str, events: Events, log: dict[str, Any]) -> Events:
     """`first` and then `events`; an error is an event, as the status has been sent."""
     async with aclosing(events):
         yield first
@@ -149,6 +149,8 @@ async def _continued(first: str, events: Events) -> Events:
             async for event in events:
                 yield event
         except ApiError as error:
+            # not the message, which may have words of the text
+            log["error"] = error.body.error.code or error.body.error.type
             yield event_of(error.body)
 
 
