@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from sedac_runtime import InputError
 from sedac_runtime.serve.chat_request import FunctionDefinition
@@ -12,6 +12,7 @@ from sedac_runtime.serve.choice_text import ChoiceUpdate
 from sedac_runtime.serve.constraint import lark_grammar
 from sedac_runtime.serve.response_bodies import MadeToolCall
 from sedac_runtime.serve.tool_format import FORMATS, ToolFormat, tool_format
+from serve.byte_grammar import admits
 
 HERMES, LLAMA = FORMATS
 WEATHER = FunctionDefinition(
@@ -25,7 +26,6 @@ WEATHER = FunctionDefinition(
 )
 TIME = FunctionDefinition(name="time")
 NAMES = {"weather", "time"}
-BYTES = LLTokenizer("byte")
 
 
 def called(calls: list[MadeToolCall] | None) -> list[tuple[str, object]] | None:
@@ -80,13 +80,6 @@ def test_grammars_are_accepted_and_name_every_function(family: ToolFormat) -> No
     assert LLMatcher.validate_grammar(lark_grammar(grammar)) == ""
 
 
-def admits(grammar: str, text: str) -> bool:
-    """Whether `text`, whose bytes are the tokens, is all that `grammar` asks for."""
-    matcher = LLMatcher(BYTES, lark_grammar(grammar))
-    tokens = list(text.encode())
-    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-
 def call_of(family: ToolFormat, name: str, arguments: str) -> str:
     call = f'{{"name": "{name}", "{family.arguments}": {arguments}}}'
     return f"{family.start}\n{call}\n{family.end}" if family.start else call
@@ -94,18 +87,18 @@ def call_of(family: ToolFormat, name: str, arguments: str) -> str:
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_a_function_without_parameters_is_called_without_arguments(family: ToolFormat) -> None:
-    grammar = family.grammar([TIME])
+    grammar = lark_grammar(family.grammar([TIME]))
     assert admits(grammar, call_of(family, "time", "{}"))
     assert not admits(grammar, call_of(family, "time", '{"zone": 1}'))
 
 
 def test_an_answer_may_come_instead_of_a_call() -> None:
     answer = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
-    grammar = HERMES.grammar([WEATHER], answer)
+    grammar = lark_grammar(HERMES.grammar([WEATHER], answer))
     assert admits(grammar, call_of(HERMES, "weather", '{"city": "Bern"}'))
     assert admits(grammar, '{"name": "Ada"}')
     assert not admits(grammar, "[]")
-    assert not admits(HERMES.grammar([WEATHER]), '{"name": "Ada"}')
+    assert not admits(lark_grammar(HERMES.grammar([WEATHER])), '{"name": "Ada"}')
     with pytest.raises(InputError, match="tool_choice"):
         LLAMA.grammar([WEATHER], answer)
 

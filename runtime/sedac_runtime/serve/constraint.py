@@ -8,6 +8,8 @@ from llguidance import LLMatcher, LLTokenizer
 from sedac_runtime._core import InputError
 
 _LONGEST_REASON = 300
+# between the tokens of JSON: small models may not find an end to more
+_WHITESPACE = r"\r?\n[ \t]{0,40}|[ \t]{1,2}"
 
 
 class Constraint:
@@ -45,7 +47,12 @@ class Constraint:
 
 def json_grammar(schema: dict[str, Any]) -> str:
     """The grammar of JSON that conforms to `schema`. Raises InputError."""
-    return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    return _checked(LLMatcher.grammar_from_json_schema(schema_text(schema)))
+
+
+def schema_text(schema: dict[str, Any]) -> str:
+    """`schema` for llguidance, which else lets white space go on for ever."""
+    return json.dumps({"x-guidance": {"whitespace_pattern": _WHITESPACE}, **schema})
 
 
 def lark_grammar(lark: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sedac_runtime._core import InputError
 from sedac_runtime.serve.chat_request import FunctionDefinition
+from sedac_runtime.serve.constraint import schema_text
 from sedac_runtime.serve.response_bodies import CalledFunction, MadeToolCall
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -62,10 +63,10 @@ class ToolFormat:
         if answer is None:
             rules.append("start: called")
         else:
-            rules += ["start: called | answer", f"answer: %json {json.dumps(answer)}"]
+            rules += ["start: called | answer", f"answer: %json {schema_text(answer)}"]
         for index, function in enumerate(functions):
             name = json.dumps(function.name)
-            schema = json.dumps(function.parameters or _NO_ARGUMENTS)
+            schema = schema_text(function.parameters or _NO_ARGUMENTS)
             head = _literal(f'{{"name": {name}, "{self.arguments}": ')
             rules.append(f'call_{index}: {head} arguments_{index} "}}"')
             rules.append(f"arguments_{index}: %json {schema}")

@@ -1,0 +1,37 @@
+"""Grammars of JSON."""
+
+import json
+from typing import Any
+
+import pytest
+
+from sedac_runtime.serve.constraint import json_grammar, lark_grammar, schema_text
+from serve.byte_grammar import admits
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"cities": {"type": "array", "items": {"enum": ["Bern", "Rome"]}}},
+    "required": ["cities"],
+    "additionalProperties": False,
+}
+CITIES = {"cities": ["Bern", "Rome"]}
+GRAMMARS = (
+    json_grammar(SCHEMA),
+    lark_grammar(f"start: answer\nanswer: %json {schema_text(SCHEMA)}"),
+)
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize(
+    "layout", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": 8}, {"indent": "\t"}]
+)
+def test_json_may_be_laid_out_as_usual(grammar: str, layout: dict[str, Any]) -> None:
+    text = json.dumps(CITIES, **layout)
+    assert admits(grammar, text)
+    assert admits(grammar, text.replace("\n", "\r\n"))
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize("space", ["\n\n", " " * 3, "\n" + " " * 41])
+def test_white_space_does_not_go_on(grammar: str, space: str) -> None:
+    assert not admits(grammar, f'{{{space}"cities": []}}')
