@@ -15,10 +15,12 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 CITIES = {"cities": ["Bern", "Rome"]}
-GRAMMARS = (
-    json_grammar(SCHEMA),
-    lark_grammar(f"start: answer\nanswer: %json {schema_text(SCHEMA)}"),
-)
+GRAMMARS = [
+    pytest.param(json_grammar(SCHEMA), id="alone"),
+    pytest.param(
+        lark_grammar(f"start: answer\nanswer: %json {schema_text(SCHEMA)}"), id="in another"
+    ),
+]
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
