@@ -168,6 +168,14 @@ def test_a_stop_string_ends_the_text_before_it(client: OpenAI) -> None:
     assert "".join(text_of(piece) for piece in stream) == text_of(stopped)
 
 
+def test_a_stop_string_may_be_what_no_token_completes(client: OpenAI, model: SedacModel) -> None:
+    half, *_ = model.encode("\u00e9")
+    request = GREEDY | {"max_tokens": 1, "logit_bias": {str(half): 100}}
+    assert text_of(client.completions.create(**request)) == "\N{REPLACEMENT CHARACTER}"
+    stopped = client.completions.create(**request, stop="\N{REPLACEMENT CHARACTER}")
+    assert (text_of(stopped), stopped.choices[0].finish_reason) == ("", "stop")
+
+
 def test_logprobs_of_a_completion(client: OpenAI) -> None:
     completion = client.completions.create(**GREEDY, logprobs=2)
     logprobs = completion.choices[0].logprobs

@@ -82,11 +82,12 @@ class ChoiceText:
                 break
         if self._only_prompt:
             update.finish_reason = None if progress.finish_reason is None else "length"
-        elif self._filter.stopped:
-            update.finish_reason = "stop"
-        elif progress.finish_reason is not None:
+        elif not self._filter.stopped and progress.finish_reason is not None:
             update.text += self._filter.push(self._stream.finish()) + self._filter.finish()
             update.finish_reason = "stop" if progress.finish_reason == "stop" else "length"
+        # also by what no token had completed
+        if self._filter.stopped:
+            update.finish_reason = "stop"
         if update.finish_reason is not None:
             update.summary = self._summary()
         return update
