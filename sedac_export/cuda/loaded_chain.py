@@ -40,8 +40,12 @@ class LoadedChain:
         self._module = checked(driver.cuModuleLoadData(code + b"\0"))
         self.facts = self._read_facts()
         count = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-        units = checked(driver.cuDeviceGetAttribute(count, checked(driver.cuCtxGetDevice())))
+        device = checked(driver.cuCtxGetDevice())
+        units = checked(driver.cuDeviceGetAttribute(count, device))
         self.blocks = min(self.facts.max_blocks, units)
+        major = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        # kernels of batches wait for what they need of the one before from this capability on
+        self._overlaps = checked(driver.cuDeviceGetAttribute(major, device)) >= 9
         if self.blocks < self.facts.min_blocks:
             raise UnsupportedGpuError(
                 f"the chain needs {self.facts.min_blocks} multiprocessors, and the GPU has {units}"
@@ -102,10 +106,15 @@ class LoadedChain:
         numbers = (ctypes.c_int * 2)(layer, stage)
         places = ctypes.addressof(numbers), ctypes.addressof(numbers) + ctypes.sizeof(ctypes.c_int)
         addresses = (ctypes.c_void_p * 3)(ctypes.addressof(parameters), *places)
-        grid = -(-rows // launch.rows), launch.blocks or self.blocks, 1
-        sizes = *grid, launch.threads, 1, 1, launch.shared_bytes
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY = -(-rows // launch.rows), launch.blocks or self.blocks
+        config.blockDimX, config.sharedMemBytes = launch.threads, launch.shared_bytes
+        config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.hStream = driver.CUstream(stream)
+        if self._overlaps and not parameters.is_large:
+            config.attrs, config.numAttrs = [_overlap()], 1
         parameter = ctypes.addressof(addresses)
-        checked(driver.cuLaunchKernel(self._batch[kernel], *sizes, stream, parameter, 0))
+        checked(driver.cuLaunchKernelEx(config, self._batch[kernel], parameter, 0))
 
     def draft(self, parameters: DraftPass, stream: int = 0) -> None:
         """Enqueue a launch of a trained drafter."""
@@ -138,6 +147,15 @@ class LoadedChain:
 
     def _function(self, name: str) -> Any:
         return checked(driver.cuModuleGetFunction(self._module, name.encode()))
+
+
+def _overlap() -> Any:
+    """Lets a kernel start before the one before it has ended."""
+    attribute = driver.CUlaunchAttribute()
+    ids = driver.CUlaunchAttributeID
+    attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 def _rows_of(kernel: BatchKernel, parameters: BatchPass) -> int:

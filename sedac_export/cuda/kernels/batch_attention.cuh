@@ -115,5 +115,6 @@ struct BatchAttention {
 extern "C" __global__ void __launch_bounds__(BATCH_ATTENTION_THREADS)
     batch_attention(const __grid_constant__ BatchPass pass, int layer, int) {
   extern __shared__ __align__(128) unsigned char memory[];
+  follow_previous_kernel();
   BatchAttention(pass, pass.layers[layer], *reinterpret_cast<BatchAttentionMemory*>(memory)).run();
 }

@@ -8,6 +8,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_head(const __grid_constant__ BatchPass pass, int, int) {
   extern __shared__ __align__(128) unsigned char memory[];
+  start_next_kernel();
   const int blocks = gridDim.y, block = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32,
             first_row = blockIdx.x * BATCH_TOKENS;
   const int tiles = tile_count(block, HEAD_TILES, blocks), rounds = tiles / WARPS, rest = tiles % WARPS;
@@ -57,6 +58,7 @@ __device__ __forceinline__ void merge_block(Best& best) {
 // A logits row to each blockIdx.x, and a share of its tokens.
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_candidates(const __grid_constant__ BatchPass pass, int, int) {
+  follow_previous_kernel();
   const int row = blockIdx.x, block = blockIdx.y;
   const bool sampled = pass.sampled >> row & 1;
   const RowRace by = sampled ? pass.races[row] : RowRace{};
@@ -77,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // A logits row to each block, of one warp.
 extern "C" __global__ void __launch_bounds__(32) batch_choose(const __grid_constant__ BatchPass pass, int, int) {
+  follow_previous_kernel();
   const int row = blockIdx.x, lane = threadIdx.x;
   static_assert(CANDIDATE_BLOCKS <= 32, "a lane to each block's");
   const auto& candidates = pass.scratch->candidates;

@@ -46,24 +46,28 @@ struct BatchProduct {
   template <class End>
   __device__ __forceinline__ void run(const char* matrix, int columns, ColumnWalk walk, int count, int stride,
                                       End end) {
+    // weights do not depend on the kernel before, unlike the numbers that they meet
     ColumnWalk ahead = walk;
-    int copied = 0;
-    const auto copy_next = [&] {
-      if (copied < count) {
-        copy(copied % BATCH_INPUTS, matrix + (static_cast<size_t>(ahead.tile) * columns + ahead.column) * BLOCK_BYTES,
-             ahead.column);
-        ahead.advance(columns, stride);
-      }
-      copied++;
-      end_copies();
-    };
+    for (int i = 0; i < min(BATCH_INPUTS - 1, count); i++, ahead.advance(columns, stride))
+      copy_weights(i, matrix, columns, ahead);
+    await_previous_kernel();
+    ahead = walk;
 #pragma unroll 1
-    while (copied < BATCH_INPUTS - 1) copy_next();
+    for (int i = 0; i < BATCH_INPUTS - 1; i++) {
+      if (i < count) copy_tokens(i, ahead.column), ahead.advance(columns, stride);
+      end_copies();
+    }
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
       wait_for_copies<BATCH_INPUTS - 2>();
       __syncwarp();
-      copy_next();  // over what was read in the step before
+      const int next = i + BATCH_INPUTS - 1;  // over what was read in the step before
+      if (next < count) {
+        copy_weights(next % BATCH_INPUTS, matrix, columns, ahead);
+        copy_tokens(next % BATCH_INPUTS, ahead.column);
+        ahead.advance(columns, stride);
+      }
+      end_copies();
       multiply(i % BATCH_INPUTS);
       const bool ends = walk.column + 1 == columns || i + 1 == count;
       if (ends) end(walk.tile);
@@ -97,16 +101,20 @@ struct BatchProduct {
  private:
   __device__ __forceinline__ BatchInput& input(int at) { return memory.inputs[threadIdx.x / 32][at]; }
 
-  __device__ __forceinline__ void copy(int at, const char* weights, int column) {
-    const int lane = threadIdx.x % 32;
-    const unsigned to = shared_address(input(at).weights), tokens_to = shared_address(input(at).tokens) + lane * 16;
+  __device__ __forceinline__ void copy_weights(int at, const char* matrix, int columns, ColumnWalk of) {
+    const char* from = matrix + (static_cast<size_t>(of.tile) * columns + of.column) * BLOCK_BYTES;
+    const unsigned to = shared_address(input(at).weights);
 #pragma unroll
-    for (int k = 0; k < divided_up(BLOCK_BYTES, 512); k++)
-      if (lane * 16 + k * 512 < BLOCK_BYTES) copy_16(to + lane * 16 + k * 512, weights + lane * 16 + k * 512);
+    for (int i = threadIdx.x % 32 * 16; i < divided_up(BLOCK_BYTES, 512) * 512; i += 512)
+      if (i < BLOCK_BYTES) copy_16(to + i, from + i);
+  }
+  __device__ __forceinline__ void copy_tokens(int at, int column) {
+    const int lane = threadIdx.x % 32;
+    const unsigned to = shared_address(input(at).tokens) + lane * 16;
 #pragma unroll
     for (int n = 0; n < BATCH_TOKEN_TILES; n++) {
       const int token = n * 8 + lane / 4;
-      if (token < rows) copy_16(tokens_to + n * 512, tokens + token * width + column * 32 + lane % 4 * 8);
+      if (token < rows) copy_16(to + n * 512, tokens + token * width + column * 32 + lane % 4 * 8);
     }
   }
 
@@ -126,6 +134,7 @@ struct BatchProduct {
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_product(const __grid_constant__ BatchPass pass, int layer, int stage) {
   extern __shared__ __align__(128) unsigned char memory[];
+  start_next_kernel();
   const int blocks = gridDim.y, block = blockIdx.y, warp = threadIdx.x / 32, first_row = blockIdx.x * BATCH_TOKENS;
   const StageShape shape = stage_shape(stage, block, blocks);
   const int tiles = tile_count(shape.first, shape.tiles, blocks), all = tiles * shape.columns;

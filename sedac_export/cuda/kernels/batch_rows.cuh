@@ -20,6 +20,24 @@ struct BatchScratch {
   int4 candidates[2][BATCH_LOGITS_ROWS][CANDIDATE_BLOCKS];
 };
 
+// The kernels of a batch of few rows start while the one before them ends, as far as there is room, and its results may
+// be read from await_previous_kernel on. (32 sequences behind 500 tokens: SmolLM2's shape 889 us instead of 1183,
+// Mistral-7B's 7526 instead of 7951. 256 rows: 2392 instead of 1984, and 24.9 ms instead of 21.5: those do not.)
+__device__ __forceinline__ void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void follow_previous_kernel() {
+  start_next_kernel();
+  await_previous_kernel();
+}
+
 // 16 bytes to shared memory without a thread waiting for them, or zeros where nothing is there.
 __device__ __forceinline__ void copy_16(unsigned to, const void* from, bool there = true) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
@@ -34,6 +52,7 @@ __device__ __forceinline__ void wait_for_copies() {
 // A row to each warp: the embedding of its token, and its norm.
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_start(const __grid_constant__ BatchPass pass, int, int) {
+  follow_previous_kernel();
   const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (!row && !lane) pass.outcome->started = now();
   if (row >= pass.rows) return;
@@ -50,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // A row to each block: queries, and keys and values to the caches, rotated and rounded.
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_heads(const __grid_constant__ BatchPass pass, int layer, int) {
+  follow_previous_kernel();
   constexpr int QUARTERS = HEAD / 4;
   const Layer& of = pass.layers[layer];
   const int row = blockIdx.x, slot = pass.row[row].slot, position = pass.row[row].position;
@@ -134,6 +154,7 @@ __device__ __forceinline__ void take_features(const BatchPass& pass, int depth) 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_add(const __grid_constant__ BatchPass pass, int layer, int stage) {
+  follow_previous_kernel();
   add_product(pass, layer, stage == STAGE_DOWN);
   if (stage == STAGE_DOWN) take_features(pass, layer + 1);  // each thread's own numbers
 }
@@ -141,6 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // A row to each warp: the head's input of a row whose logits are wanted.
 extern "C" __global__ void __launch_bounds__(THREADS)
     batch_finish(const __grid_constant__ BatchPass pass, int, int) {
+  follow_previous_kernel();
   const int index = blockIdx.x * WARPS + threadIdx.x / 32;
   if (index >= pass.logits_rows) return;
   const float* residual = pass.scratch->residual[pass.logits_row[index]];

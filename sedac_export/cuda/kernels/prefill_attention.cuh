@@ -116,5 +116,6 @@ struct PrefillAttention {
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
     prefill_attention(const __grid_constant__ BatchPass pass, int layer, int) {
   extern __shared__ __align__(128) unsigned char memory[];
+  follow_previous_kernel();
   PrefillAttention(pass, pass.layers[layer], reinterpret_cast<AttentionKeys*>(memory)).run();
 }

@@ -225,5 +225,6 @@ struct Product {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER)
     prefill_product(const __grid_constant__ BatchPass pass, int layer, int stage) {
   extern __shared__ __align__(128) unsigned char memory[];
+  follow_previous_kernel();
   Product(pass, pass.layers[layer], stage, memory).run();
 }

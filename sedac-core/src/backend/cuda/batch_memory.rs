@@ -1,10 +1,11 @@
 //! Batches on a GPU: a kernel for each stage of a layer.
 
+use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, PinnedHostSlice, PushKernelArg,
-    ValidAsZeroBits,
+    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
+    PinnedHostSlice, ValidAsZeroBits, sys,
 };
 
 use super::abi::{PassParameters, RowRace};
@@ -133,6 +134,9 @@ fn launch(
     parameters: &BatchParameters,
     layers: usize,
 ) -> std::result::Result<(), DriverError> {
+    let is_large = parameters.rows as usize > BATCH_LOGITS_ROWS;
+    // many blocks would take the room of those that they wait for
+    let overlaps = chain.overlaps && !is_large;
     let launch = |index: usize, layer: i32, stage: i32| {
         let rows = match index {
             GROUP_ATTENTION => parameters.groups,
@@ -144,15 +148,19 @@ fn launch(
             return Ok(());
         }
         let (kernel, config) = chain.batch_kernel(index, rows as usize);
-        let mut builder = stream.launch_builder(kernel);
-        builder.arg(parameters).arg(&layer).arg(&stage);
+        let arguments = [
+            std::ptr::from_ref(parameters).cast(),
+            std::ptr::from_ref(&layer).cast(),
+            std::ptr::from_ref(&stage).cast(),
+        ];
         // SAFETY: these are the kernel's parameters, the first of the size that its facts say. What it
         // points to is allocated for the sizes that the bundle's manifest and facts give, and `check`
         // has made sure that slots, positions and tokens are inside. It lives until the kernels have
-        // ended, which is waited for whatever the driver says here.
-        unsafe { builder.launch(config) }.map(drop)
+        // ended, which is waited for whatever the driver says here. On GPUs where kernels overlap,
+        // each waits for the one before to end before it touches what that one writes.
+        unsafe { launch_kernel(stream, kernel, config, overlaps, arguments) }
     };
-    let is_large = parameters.rows as usize > BATCH_LOGITS_ROWS;
+    stream.context().bind_to_thread()?;
     let of_layer = match is_large {
         true => &LARGE_BATCH_LAYER[..],
         false => &BATCH_LAYER[..],
@@ -166,6 +174,44 @@ fn launch(
     BATCH_HEAD
         .into_iter()
         .try_for_each(|index| launch(index, 0, 0))
+}
+
+/// Launch `kernel`; where it `overlaps`, possibly before the kernel before it in the stream has ended.
+///
+/// # Safety
+/// `arguments` point to the kernel's parameters, and what these point to lives until it has ended.
+unsafe fn launch_kernel(
+    stream: &CudaStream,
+    kernel: &CudaFunction,
+    config: LaunchConfig,
+    overlaps: bool,
+    mut arguments: [*const c_void; 3],
+) -> std::result::Result<(), DriverError> {
+    let mut attribute = sys::CUlaunchAttribute_st {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            programmaticStreamSerializationAllowed: 1,
+        },
+    };
+    let config = sys::CUlaunchConfig_st {
+        gridDimX: config.grid_dim.0,
+        gridDimY: config.grid_dim.1,
+        gridDimZ: config.grid_dim.2,
+        blockDimX: config.block_dim.0,
+        blockDimY: config.block_dim.1,
+        blockDimZ: config.block_dim.2,
+        sharedMemBytes: config.shared_mem_bytes,
+        hStream: stream.cu_stream(),
+        attrs: &raw mut attribute,
+        numAttrs: overlaps.into(),
+    };
+    let arguments = arguments.as_mut_ptr().cast();
+    let none = std::ptr::null_mut();
+    // SAFETY: configuration, attribute and arguments live through the call, which copies them; the
+    // driver does not write to arguments. The rest is the caller's.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, kernel.cu_function(), arguments, none) }
+        .result()
 }
 
 fn follows(row: &BatchRow, before: &BatchRow) -> bool {

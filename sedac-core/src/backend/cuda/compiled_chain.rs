@@ -17,6 +17,9 @@ use crate::error::{Error, Result};
 /// What to do about engines that do not run.
 const REMEDY: &str = "build them again with sedac-export engines --target cuda";
 
+/// The first major compute capability of GPUs whose kernels may overlap.
+const OVERLAPPING: u32 = 9;
+
 /// The kernels of the module for this GPU.
 #[derive(Debug)]
 pub(super) struct CompiledChain {
@@ -33,6 +36,8 @@ pub(super) struct CompiledChain {
     draft: CudaFunction,
     /// By [`BATCH_KERNELS`].
     batch: Vec<CudaFunction>,
+    /// Whether these start before the one before has ended, and wait for what they need of it.
+    pub(super) overlaps: bool,
 }
 
 impl CompiledChain {
@@ -117,6 +122,10 @@ impl CompiledChain {
             gather_rows: function("gather_rows")?,
             draft,
             batch,
+            overlaps: attribute(
+                stream,
+                CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            )? >= OVERLAPPING,
         })
     }
 
