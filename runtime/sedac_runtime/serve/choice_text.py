@@ -31,7 +31,7 @@ class SeenToken:
 
 @dataclass
 class ChoiceUpdate:
-    """What one step did for a choice. text: all that is certain to precede a stop string. prompt:
+    """What some steps did for a choice. text: all that is certain to precede a stop string. prompt:
     echoed tokens whose log probabilities are wanted."""
 
     text: str = ""

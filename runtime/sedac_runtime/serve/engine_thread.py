@@ -8,6 +8,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -255,7 +256,8 @@ class Batch:
         self._sequences: dict[int, _Sequence] = {}
         # those whose reader needs no more, whatever is still queued of them
         self._left: set[int] = set()
-        self._outcomes: asyncio.Queue[tuple[int, Progress] | Exception] = asyncio.Queue()
+        self._outcomes: deque[tuple[int, Progress] | Exception] = deque()
+        self._have_come = asyncio.Event()
         # one timer for all tokens: a timeout around each would cost as much as decoding it
         self._timer = asyncio.get_running_loop().call_at(deadline, self._time_out)
 
@@ -279,7 +281,7 @@ class Batch:
         """Take what a step did for sequence `index`, on the event loop."""
         if index not in self._sequences:
             return
-        self._outcomes.put_nowait(outcome if isinstance(outcome, ApiError) else (index, outcome))
+        self._put(outcome if isinstance(outcome, ApiError) else (index, outcome))
         if isinstance(outcome, ApiError) or outcome.finish_reason is not None:
             del self._sequences[index]
             self._release(1)
@@ -300,21 +302,41 @@ class Batch:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> tuple[int, Progress]:
-        while self._sequences or not self._outcomes.empty():
-            outcome = await self._outcomes.get()
-            if isinstance(outcome, TimeoutError) and not self._sequences:
+    async def __anext__(self) -> list[tuple[int, Progress]]:
+        while self._sequences or self._outcomes:
+            await self._have_come.wait()
+            progresses = self._take_progresses()
+            if progresses:
+                return progresses
+            error = self._outcomes.popleft() if self._outcomes else None
+            if isinstance(error, TimeoutError) and not self._sequences:
                 # what it ran for was finished while the timeout waited behind it
                 break
-            if isinstance(outcome, Exception):
-                raise outcome
-            if outcome[0] not in self._left:
-                return outcome
+            if isinstance(error, Exception):
+                raise error
         raise StopAsyncIteration
+
+    def _take_progresses(self) -> list[tuple[int, Progress]]:
+        """What has come up to an error."""
+        progresses = []
+        while self._outcomes:
+            outcome = self._outcomes[0]
+            if isinstance(outcome, Exception):
+                break
+            self._outcomes.popleft()
+            if outcome[0] not in self._left:
+                progresses.append(outcome)
+        if not self._outcomes:
+            self._have_come.clear()
+        return progresses
 
     def _time_out(self) -> None:
         if self._unfinished:
-            self._outcomes.put_nowait(TimeoutError())
+            self._put(TimeoutError())
+
+    def _put(self, outcome: tuple[int, Progress] | Exception) -> None:
+        self._outcomes.append(outcome)
+        self._have_come.set()
 
     def _release(self, count: int) -> None:
         self._unfinished -= count

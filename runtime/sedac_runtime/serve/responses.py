@@ -11,8 +11,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from sedac_runtime._core import Progress
 from sedac_runtime.serve.api_errors import ApiError, client_gone, timed_out
-from sedac_runtime.serve.choice_text import ChoiceText, ChoiceUpdate
+from sedac_runtime.serve.choice_text import ChoiceText, ChoiceUpdate, merge
 from sedac_runtime.serve.preparation import Work
 from sedac_runtime.serve.request_fields import GenerationRequest
 from sedac_runtime.serve.response_bodies import CachedTokens, Usage
@@ -54,17 +55,27 @@ class Exchange:
                     self.work = await asyncio.to_thread(self.prepare)
                 self._begin()
                 batch.start(self.work.sequences)
-                async for index, progress in batch:
-                    update = self.choices[index].push(progress)
-                    if update.tokens and "first_token_ms" not in self.log:
-                        waited = asyncio.get_running_loop().time() - self._begun
-                        self.log["first_token_ms"] = round(waited * 1e3, 1)
-                    if update.finish_reason is not None:
-                        batch.finish(index)
-                        self._log_finish(update)
-                    yield index, update
+                async for progresses in batch:
+                    for index, update in self._advance(progresses):
+                        if update.finish_reason is not None:
+                            batch.finish(index)
+                            self._log_finish(update)
+                        yield index, update
             except TimeoutError:
                 raise timed_out(self.settings.request_timeout) from None
+
+    def _advance(self, progresses: list[tuple[int, Progress]]) -> list[tuple[int, ChoiceUpdate]]:
+        """One update of each choice that has progressed."""
+        updates: dict[int, list[ChoiceUpdate]] = {}
+        for index, progress in progresses:
+            of_choice = updates.setdefault(index, [])
+            if not of_choice or of_choice[-1].finish_reason is None:
+                of_choice.append(self.choices[index].push(progress))
+        merged = [(index, merge(of_choice)) for index, of_choice in updates.items()]
+        if "first_token_ms" not in self.log and any(update.tokens for _, update in merged):
+            waited = asyncio.get_running_loop().time() - self._begun
+            self.log["first_token_ms"] = round(waited * 1e3, 1)
+        return merged
 
     async def collect(self) -> list[list[ChoiceUpdate]]:
         """Every choice's updates. Raises ApiError."""
