@@ -5,7 +5,8 @@
 
 constexpr int MAX_ROWS = 8;
 
-// Rows of a batch, those of them whose logits it gives, and consecutive ones of a sequence whose attention blocks share.
+// Rows of a batch, those of them whose logits it gives, and consecutive ones of a sequence whose attention blocks
+// share.
 constexpr int BATCH_ROWS = 256, BATCH_LOGITS_ROWS = 64, BATCH_GROUP_ROWS = 8;
 
 // What is measured for exits, beside stability.
@@ -14,8 +15,8 @@ constexpr int EXIT_SIGNALS = 4;
 // Bins of a token's margin, by which the acceptance of drafts is known.
 constexpr int MARGIN_BINS = 8;
 
-// How a kernel of a batch is launched, with a BatchPass, a layer and a stage (tables.cuh): in the x direction a block for
-// each `rows` rows, in the y direction `blocks`, or where that is 0 as many as a pass of the chain has.
+// How a kernel of a batch is launched, with a BatchPass, a layer and a stage (tables.cuh): in the x direction a block
+// for each `rows` rows, in the y direction `blocks`, or where that is 0 as many as a pass of the chain has.
 struct BatchLaunch {
   unsigned threads, shared_bytes;  // of a block
   unsigned rows, blocks;

@@ -4,8 +4,8 @@
 //
 // What is launched: batch_start; for each layer a product of QKV, batch_heads, attention, a product of O, batch_add, a
 // product of gate_up and of down, and batch_add; and where logits are wanted batch_finish, batch_head,
-// batch_candidates and batch_choose. Products of many rows are prefill_product's, of fewer batch_product's. Attention of
-// consecutive tokens, whose blocks share keys, is prefill_attention's, and that of single ones batch_attention's.
+// batch_candidates and batch_choose. Products of many rows are prefill_product's, of fewer batch_product's. Attention
+// of consecutive tokens, whose blocks share keys, is prefill_attention's, and that of single ones batch_attention's.
 #pragma once
 #include "batch_attention.cuh"
 #include "batch_head.cuh"

@@ -5,8 +5,7 @@
 #include "head.cuh"
 
 // The chain's blocks and warps have the tiles that they have in head.cuh.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batch_head(const __grid_constant__ BatchPass pass, int, int) {
+extern "C" __global__ void __launch_bounds__(THREADS) batch_head(const __grid_constant__ BatchPass pass, int, int) {
   extern __shared__ __align__(128) unsigned char memory[];
   start_next_kernel();
   const int blocks = gridDim.y, block = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32,

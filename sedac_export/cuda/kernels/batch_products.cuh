@@ -37,8 +37,8 @@ struct ColumnWalk {
 
 struct BatchProduct {
   BatchMemory& memory;
-  const half* tokens;        // of the first row
-  int width, rows;           // of a row; rows that there are
+  const half* tokens;  // of the first row
+  int width, rows;     // of a row; rows that there are
   float c[BATCH_TOKEN_TILES][4] = {}, d[BATCH_TOKEN_TILES][4] = {};
 
   // Multiplies `count` column blocks of a matrix whose tiles have `columns`, and calls `end` with the number of a tile
@@ -90,7 +90,8 @@ struct BatchProduct {
       for (int q = 0; q < 4; q++) memory.sums[at][n * 4 + q][threadIdx.x % 32] = take(n, q);
   }
 
-  // Outputs `row` of a tile, below 8, and 8 more, of a token: the sums of `count` parts from `first` on, in their order.
+  // Outputs `row` of a tile, below 8, and 8 more, of a token: the sums of `count` parts from `first` on, in their
+  // order.
   __device__ __forceinline__ float2 sum(int first, int count, int row, int token) const {
     const int n = token / 8 * 4 + token % 2, lane = row * 4 + token % 8 / 2;
     float2 v = make_float2(0, 0);
@@ -144,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const half* from = (stage == STAGE_DOWN ? scratch.activations[0] : scratch.input[0]) + first_row * width;
   BatchProduct product{*reinterpret_cast<BatchMemory*>(memory), from, width, pass.rows - first_row};
 
-  const int start = share_start(warp, all), end = share_start(warp + 1, all), index = min(start, all - 1) / shape.columns;
+  const int start = share_start(warp, all), end = share_start(warp + 1, all),
+            index = min(start, all - 1) / shape.columns;
   const ColumnWalk walk{shape.first + index * blocks, start - index * shape.columns};
   const Layer& of = pass.layers[layer];
   if (start == end) product.keep(warp + index);

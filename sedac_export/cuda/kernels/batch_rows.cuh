@@ -50,8 +50,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // A row to each warp: the embedding of its token, and its norm.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batch_start(const __grid_constant__ BatchPass pass, int, int) {
+extern "C" __global__ void __launch_bounds__(THREADS) batch_start(const __grid_constant__ BatchPass pass, int, int) {
   follow_previous_kernel();
   const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (!row && !lane) pass.outcome->started = now();
@@ -160,8 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // A row to each warp: the head's input of a row whose logits are wanted.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batch_finish(const __grid_constant__ BatchPass pass, int, int) {
+extern "C" __global__ void __launch_bounds__(THREADS) batch_finish(const __grid_constant__ BatchPass pass, int, int) {
   follow_previous_kernel();
   const int index = blockIdx.x * WARPS + threadIdx.x / 32;
   if (index >= pass.logits_rows) return;
