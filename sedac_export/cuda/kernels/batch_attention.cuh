@@ -63,24 +63,13 @@ struct BatchAttention {
   __device__ __forceinline__ void attend(int first_key, int end, int number) {
     AttentionKeys& of_warp = memory.keys[threadIdx.x / 32];
     WarpAttention::Chunk chunk;
-    const auto copy = [&](half(&to)[KEYS][HEAD_ROW], const half* from, int key) {
-      if (key < end) copy_rows(to, from, key, position + 1, threadIdx.x % 32, 32);
-      end_copies();
-    };
-    // keys and values come in turn, the next keys while these values are added
-    copy(of_warp.keys, keys, first_key), copy(of_warp.values, values, first_key);
 #pragma unroll 1
     for (int key = first_key; key < end; key += KEYS) {
-      wait_for_copies<1>();
+      copy_keys(of_warp, keys, values, key, position + 1, threadIdx.x % 32, 32);
+      wait_for_copies<0>();
       __syncwarp();
-      warp.attend(chunk, of_warp, key, [&] {
-        __syncwarp();
-        copy(of_warp.keys, keys, key + KEYS);
-        wait_for_copies<1>();
-        __syncwarp();
-      });
+      warp.attend(chunk, of_warp, key);
       __syncwarp();
-      copy(of_warp.values, values, key + KEYS);
     }
     WarpAttention::Partial partial;
     WarpAttention::end(chunk, partial);

@@ -55,7 +55,7 @@ struct PrefillAttention {
       wait_for_copies<0>();
       __syncthreads();
       if (at < last) copy(at + 1, first);
-      warp.attend(chunk, memory[(at - first) % 2], at * KEYS, [] {});
+      warp.attend(chunk, memory[(at - first) % 2], at * KEYS);
       if ((at + 1) % of_chunk && at < last) continue;
       const int number = at / of_chunk % CHUNKS_ADDED;
       if (begun == ended) begun = number;
@@ -71,10 +71,7 @@ struct PrefillAttention {
  private:
   // Asks for KEYS keys and their values.
   __device__ __forceinline__ void copy(int at, int first) {
-    AttentionKeys& to = memory[(at - first) % 2];
-    copy_rows(to.keys, keys, at * KEYS, end, threadIdx.x, ATTENTION_THREADS);
-    copy_rows(to.values, values, at * KEYS, end, threadIdx.x, ATTENTION_THREADS);
-    end_copies();
+    copy_keys(memory[(at - first) % 2], keys, values, at * KEYS, end, threadIdx.x, ATTENTION_THREADS);
   }
 
   // As `combined` does. Chunks that a row does not see add nothing to it.

@@ -10,16 +10,18 @@ struct AttentionKeys {
   alignas(16) half values[KEYS][HEAD_ROW];
 };
 
-// `threads` threads, of which this one is number `thread`, ask for KEYS rows of a head in a slot from `first` on up to
-// `end`; zeros beyond, since nothing times NaN is NaN.
-__device__ __forceinline__ void copy_rows(half (&to)[KEYS][HEAD_ROW], const half* from, int first, int end, int thread,
-                                          int threads) {
+// `threads` threads, of which this one is number `thread`, ask for keys from `first_key` on up to `end`, of a head of a
+// slot; zeros beyond, since nothing times NaN is NaN.
+__device__ __forceinline__ void copy_keys(AttentionKeys& to, const half* keys, const half* values, int first_key,
+                                          int end, int thread, int threads) {
   constexpr int PARTS = HEAD / 8;
-  const int there = end - first;
+  const int there = end - first_key;
   for (int i = thread; i < KEYS * PARTS; i += threads) {
-    const int row = i / PARTS, part = i % PARTS * 8;
-    copy_16(shared_address(&to[row][part]), from + (first + min(row, there - 1)) * HEAD + part, row < there);
+    const int key = i / PARTS, part = i % PARTS * 8, from = (first_key + min(key, there - 1)) * HEAD + part;
+    copy_16(shared_address(&to.keys[key][part]), keys + from, key < there);
+    copy_16(shared_address(&to.values[key][part]), values + from, key < there);
   }
+  end_copies();
 }
 
 struct WarpAttention {
@@ -52,12 +54,9 @@ struct WarpAttention {
       }
   }
 
-  // `weighed` is called when keys are no longer needed, and values not yet.
-  template <class F>
-  __device__ __forceinline__ void attend(Chunk& chunk, const AttentionKeys& from, int first_key, F weighed) const {
+  __device__ __forceinline__ void attend(Chunk& chunk, const AttentionKeys& from, int first_key) const {
     float score[KEY_TILES][2][4];
     weigh(score, from, first_key);
-    weighed();
     float before[2];
 #pragma unroll
     for (int upper = 0; upper < 2; upper++) {
