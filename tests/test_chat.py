@@ -7,7 +7,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sedac_runtime import InputError
-from sedac_runtime.chat import render, render_chat
+from sedac_runtime.chat import ChatTemplates, render
+from sedac_runtime.template_process import TemplateProcess
 
 # each with words of its error
 HOSTILE = {
@@ -31,7 +32,9 @@ HOSTILE = {
 @pytest.mark.parametrize("template", HOSTILE, ids=lambda template: str(template)[:40])
 def test_what_fails_or_is_too_much_is_one_line(template: str) -> None:
     with pytest.raises(InputError) as error:
-        render("the chat template of b", template, {"messages": [{"role": "user"}]})
+        render(
+            "the chat template of b", TemplateProcess(template), {"messages": [{"role": "user"}]}
+        )
     message = str(error.value)
     assert message.startswith("the chat template of b fails on these messages")
     assert HOSTILE[template] in message
@@ -41,12 +44,15 @@ def test_what_fails_or_is_too_much_is_one_line(template: str) -> None:
 
 def test_characters_of_any_kind_pass() -> None:
     text = "é 漢 \U0001f600 \x1b \ud800 \r\n"
-    assert render("t", "{{ messages }}|{{ '\\n' }}", {"messages": text}) == f"{text}|\n"
+    assert (
+        render("t", TemplateProcess("{{ messages }}|{{ '\\n' }}"), {"messages": text})
+        == f"{text}|\n"
+    )
 
 
 def test_messages_that_are_no_json_are_refused() -> None:
     with pytest.raises(InputError, match="not JSON"):
-        render("t", "{{ messages }}", {"messages": [object()]})
+        render("t", TemplateProcess("{{ messages }}"), {"messages": [object()]})
 
 
 @pytest.mark.parametrize(
@@ -56,7 +62,7 @@ def test_json_is_written_as_transformers_writes_it(arguments: str) -> None:
     messages = [{"role": "user", "content": "é <b>", "a": [1, {}]}]
     template = "{{ messages[0] | tojson(" + arguments + ") }}"
     (expected,), _ = render_jinja_template([messages], chat_template=template)
-    assert render("t", template, {"messages": messages}) == expected
+    assert render("t", TemplateProcess(template), {"messages": messages}) == expected
 
 
 @pytest.mark.parametrize("as_files", [True, False])
@@ -69,8 +75,8 @@ def test_tools_take_the_template_that_is_for_them(as_files: bool) -> None:
         "tokenizer_config.json": "{}" if as_files else json.dumps({"chat_template": listed}),
     }
     messages = [{"role": "user", "content": "hi"}]
-    assert render_chat(Path("b"), texts, messages) == "plain"
-    assert render_chat(Path("b"), texts, messages, [{"name": "search"}]) == "search"
+    assert ChatTemplates(Path("b"), texts).render(messages) == "plain"
+    assert ChatTemplates(Path("b"), texts).render(messages, [{"name": "search"}]) == "search"
 
 
 def test_settings_are_no_special_tokens() -> None:
@@ -80,7 +86,7 @@ def test_settings_are_no_special_tokens() -> None:
         "additional_chat_templates/tool_use.jinja": None,
         "tokenizer_config.json": '{"bos_token": {"content": "<s>"}, "add_bos_token": false}',
     }
-    assert render_chat(Path("b"), texts, [{"role": "user", "content": "hi"}]) == "<s>"
+    assert ChatTemplates(Path("b"), texts).render([{"role": "user", "content": "hi"}]) == "<s>"
 
 
 def test_what_is_none_is_not_there() -> None:
@@ -90,4 +96,4 @@ def test_what_is_none_is_not_there() -> None:
         "tokenizer_config.json": None,
     }
     messages = [{"role": "assistant", "content": None, "name": None}]
-    assert render_chat(Path("b"), texts, messages) == "False"
+    assert ChatTemplates(Path("b"), texts).render(messages) == "False"

@@ -1,22 +1,17 @@
 """Apply a bundle's chat template, as transformers renders it."""
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-from sedac_runtime import rendering
 from sedac_runtime._core import BundleError, InputError
+from sedac_runtime.template_process import TemplateProcess
 
 Message = dict[str, Any]
 Texts = Mapping[str, str | None]
 
-# wall-clock, generous for a busy machine; processor time is limited separately
-_SECONDS = 6
 _LONGEST_REASON = 300
 _CONFIG = "tokenizer_config.json"
 # where transformers saves a tokenizer's templates, by the names that it gives them
@@ -28,22 +23,59 @@ _TEMPLATES = {
 FILES = (*_TEMPLATES.values(), _CONFIG)
 
 
-def render_chat(
-    bundle: Path,
-    texts: Texts,
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    """The prompt that asks the model of `bundle` for the next message.
+class ChatTemplates:
+    """The chat templates of a bundle, each with the process that renders it.
 
-    texts: of its FILES, None where it has no such file. messages: dicts of role and
-    content. tools: functions that the model may call, as the template expects them. Raises
-    InputError when the bundle has no chat template, or the template refuses the messages, fails,
-    or takes too much time or memory; BundleError when what the bundle holds of it cannot be read.
+    texts: of the bundle's FILES, None where it has no such file.
     """
-    template, tokens = read_template(bundle, texts, with_tools=tools is not None)
-    variables = {"messages": [*map(_without_nones, messages)], "tools": tools, **tokens}
-    return render(f"the chat template of {bundle}", template, variables)
+
+    def __init__(self, bundle: Path, texts: Texts) -> None:
+        self._bundle = bundle
+        self._texts = texts
+        self._processes: dict[str, TemplateProcess] = {}
+
+    def start(self) -> None:
+        """Have ready what renders chats, where there is a template. Raises BundleError."""
+        with suppress(InputError):
+            for with_tools in (False, True):
+                template, _ = self.read(with_tools)
+                self._process(template).start()
+
+    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """The prompt that asks the model for the next message.
+
+        messages: dicts of role and content. tools: functions that the model may call, as the
+        template expects them. Raises InputError when the bundle has no chat template, or the
+        template refuses the messages, fails, or takes too much time or memory; BundleError when
+        what the bundle holds of it cannot be read.
+        """
+        template, tokens = self.read(with_tools=tools is not None)
+        variables = {"messages": [*map(_without_nones, messages)], "tools": tools, **tokens}
+        name = f"the chat template of {self._bundle}"
+        return render(name, self._process(template), variables)
+
+    def read(self, with_tools: bool = False) -> tuple[str, dict[str, str]]:
+        """The chat template, of several the one for tools, and the special tokens by name.
+
+        Raises as `render` does.
+        """
+        config = _read_config(self._bundle, self._texts)
+        named = _named_templates(config.get("chat_template"))
+        named |= {name: self._texts[file] for name, file in _TEMPLATES.items() if self._texts[file]}
+        template = (named.get("tool_use") if with_tools else None) or named.get("default")
+        if not (isinstance(template, str) and template):
+            raise InputError(
+                f"{self._bundle} has no chat template, which --chat and chat completions need;"
+                " give a prompt"
+            )
+        return template, _special_tokens(config)
+
+    def special_tokens(self) -> dict[str, str]:
+        """By name, such as bos_token. Raises BundleError as `render` does."""
+        return _special_tokens(_read_config(self._bundle, self._texts))
+
+    def _process(self, template: str) -> TemplateProcess:
+        return self._processes.setdefault(template, TemplateProcess(template))
 
 
 def _without_nones(message: Any) -> Any:
@@ -53,18 +85,16 @@ def _without_nones(message: Any) -> Any:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def render(name: str, template: str, variables: dict[str, Any]) -> str:
-    """The text that `template`, called `name` in errors, makes of `variables`.
+def render(name: str, process: TemplateProcess, variables: dict[str, Any]) -> str:
+    """The text that the template of `process`, called `name` in errors, makes of `variables`.
 
     Raises InputError when it fails, or takes too much time or memory.
     """
     try:
-        request = json.dumps(
-            {"path": [*map(str, sys.path)], "template": template, "variables": variables}
-        )
+        request = json.dumps(variables)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the messages for {name} are not JSON ({error}); give texts") from error
-    answer = _ask(request)
+    answer = process.render(request)
     if "text" in answer:
         return answer["text"]
     reason = " ".join(answer["error"].split())[:_LONGEST_REASON]
@@ -74,58 +104,11 @@ def render(name: str, template: str, variables: dict[str, Any]) -> str:
     )
 
 
-def _ask(request: str) -> dict[str, str]:
-    """What `rendering` answers, within limits of time and size."""
-    command = [sys.executable, "-I", "-S", rendering.__file__]
-    late = {"error": f"it takes longer than {rendering.CPU_SECONDS} s"}
-    with TemporaryFile() as output:
-        try:
-            run = subprocess.run(
-                command,
-                input=request.encode(),
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-                timeout=_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            return late
-        if run.returncode == -signal.SIGXCPU:
-            return late
-        if run.returncode != 0:
-            return {"error": f"its interpreter ends with code {run.returncode}"}
-        output.seek(0)
-        answer: dict[str, str] = json.load(output)
-        return answer
-
-
-def read_template(
-    bundle: Path, texts: Texts, with_tools: bool = False
-) -> tuple[str, dict[str, str]]:
-    """The chat template, of several the one for tools, and the special tokens by name.
-
-    Raises as `render_chat` does.
-    """
-    config = _read_config(bundle, texts)
-    named = _named_templates(config.get("chat_template"))
-    named |= {name: texts[file] for name, file in _TEMPLATES.items() if texts[file]}
-    template = (named.get("tool_use") if with_tools else None) or named.get("default")
-    if not (isinstance(template, str) and template):
-        raise InputError(
-            f"{bundle} has no chat template, which --chat and chat completions need; give a prompt"
-        )
-    return template, _special_tokens(config)
-
-
 def _named_templates(configured: Any) -> dict[str, Any]:
     """The templates of a tokenizer's configuration, one or a list of named ones."""
     if not isinstance(configured, list):
         return {"default": configured}
     return {str(t.get("name")): t.get("template") for t in configured if isinstance(t, dict)}
-
-
-def read_special_tokens(bundle: Path, texts: Texts) -> dict[str, str]:
-    """The special tokens by name, such as bos_token. Raises BundleError as `render_chat` does."""
-    return _special_tokens(_read_config(bundle, texts))
 
 
 def _read_config(bundle: Path, texts: Texts) -> dict[str, Any]:

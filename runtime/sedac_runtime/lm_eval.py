@@ -19,7 +19,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sedac_runtime import _core
 from sedac_runtime._core import InputError, SedacError
-from sedac_runtime.chat import read_special_tokens
 from sedac_runtime.choices import Drafter, Mode, PolicyName
 from sedac_runtime.model import SedacModel
 from sedac_runtime.ranges import check_count
@@ -78,7 +77,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
             raise InputError("model argument bundle is missing; give the directory of a bundle")
         model = SedacModel.from_pretrained(bundle, threads=threads)
         self._core = model.core
-        self._bos_token = read_special_tokens(model.bundle, model.chat_texts).get("bos_token")
+        self._bos_token = model.chat_templates.special_tokens().get("bos_token")
         try:
             self._decoding = self._core.decoding(
                 mode,

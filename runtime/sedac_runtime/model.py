@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from sedac_runtime import _core
 from sedac_runtime.bench_row import BenchRow
 from sedac_runtime.chat import FILES as CHAT_FILES
-from sedac_runtime.chat import Message, render_chat
+from sedac_runtime.chat import ChatTemplates, Message
 from sedac_runtime.choices import (
     Backend,
     BackendChoice,
@@ -182,14 +182,15 @@ class GenerationStream:
 class SedacModel:
     """A bundle with its engines loaded. One sequence is generated at a time.
 
-    chat_texts: of the files that chats are rendered from, None for one that the bundle lacks.
+    chat_templates: what renders chats.
     """
 
     def __init__(self, bundle: Path, core: _core.Model) -> None:
         self.bundle = bundle
         self._core = core
         # now: whoever edits a bundle puts another in its place
-        self.chat_texts = {name: core.read_text(name) for name in CHAT_FILES}
+        texts = {name: core.read_text(name) for name in CHAT_FILES}
+        self.chat_templates = ChatTemplates(bundle, texts)
 
     @classmethod
     def from_pretrained(
@@ -306,10 +307,8 @@ class SedacModel:
         tools: functions that the model may call, as the template expects them. Raises InputError
         when the bundle has no tokenizer or no template for these messages.
         """
-        return self._core.encode(
-            render_chat(self.bundle, self.chat_texts, messages, tools),
-            add_special_tokens=False,
-        )
+        prompt = self.chat_templates.render(messages, tools)
+        return self._core.encode(prompt, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens.

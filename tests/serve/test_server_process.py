@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from bad_input.command import Command, assert_one_line_error, rewrite_file, spoil
 from bad_input.conftest import runtime
+from process_tree import has_ended, renderers
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import free_port
 
@@ -32,6 +34,11 @@ ENDLESS: dict[str, Any] = {
     "max_tokens": 100_000,
     "logit_bias": {"0": -100},
     "sedac": {"mode": "full"},
+}
+CHAT: dict[str, Any] = {
+    "model": "chat",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 1,
 }
 SHORT: dict[str, Any] = {"model": "bundle", "prompt": "import ", "max_tokens": 2}
 
@@ -189,6 +196,33 @@ def test_sigterm_lets_requests_finish(demo_bundle: Path) -> None:
             wait_until(is_closed)
             assert list(lines)[-2] == "data: [DONE]"
         assert server.process.wait(timeout=SECONDS) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_renders_chats_is_ready_and_ends_with_the_server(
+    chat_bundle: Path, number: signal.Signals
+) -> None:
+    with serving(chat_bundle, "--threads", 1) as server:
+        (ready,) = renderers(server.process.pid)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=SECONDS)
+        assert answer.status_code == 200
+        assert renderers(server.process.pid) == {ready}
+        # Ctrl-C goes to a group, and the server has chats to answer first
+        assert os.getpgid(ready) != os.getpgid(server.process.pid)
+        server.process.send_signal(number)
+        server.process.wait(timeout=SECONDS)
+        wait_until(lambda: has_ended(ready))
+
+
+def test_chats_are_answered_when_every_process_is_told_to_stop(chat_bundle: Path) -> None:
+    """As systemd tells a service's."""
+    with serving(chat_bundle, "--threads", 1) as server:
+        (ready,) = renderers(server.process.pid)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        os.kill(ready, signal.SIGTERM)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=SECONDS)
+        assert answer.status_code == 200
+        assert renderers(server.process.pid) == {ready}
 
 
 def test_requests_are_logged_with_their_ids(small: RunningServer) -> None:

@@ -90,7 +90,7 @@ async def _run_engines(app: FastAPI) -> AsyncIterator[None]:
     for model in app.state.models.values():
         if (certification := model.entry.sedac.certification) is not None:
             _LOG.warning(certification, extra={"fields": {"model": model.name}})
-        model.engine.start()
+        model.start()
     yield
     for model in app.state.models.values():
         await model.engine.stop()

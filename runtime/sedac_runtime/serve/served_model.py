@@ -9,7 +9,7 @@ from llguidance import LLTokenizer
 
 from sedac_runtime import _core
 from sedac_runtime._core import DecodingSetting, InputError, Sampling
-from sedac_runtime.chat import Message, read_template
+from sedac_runtime.chat import Message
 from sedac_runtime.model import SedacModel
 from sedac_runtime.serve.constraint import Constraint
 from sedac_runtime.serve.engine_thread import EngineThread
@@ -32,6 +32,11 @@ class ServedModel:
         self._created = int(time.time())
         # now: whoever edits a bundle puts another in its place
         self._tokenizer_text = model.core.read_text(_TOKENIZER)
+
+    def start(self) -> None:
+        """Begin to generate, and have ready what renders chats."""
+        self.engine.start()
+        self._model.chat_templates.start()
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -100,7 +105,7 @@ class ServedModel:
     @cached_property
     def _template(self) -> str | None:
         try:
-            template, _ = read_template(self._model.bundle, self._model.chat_texts, with_tools=True)
+            template, _ = self._model.chat_templates.read(with_tools=True)
         except InputError:
             return None
         return template
