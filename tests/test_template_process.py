@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from process_tree import children, has_ended, renderers
 
-from sedac_runtime import template_process
+from sedac_runtime import rendering, template_process
 from sedac_runtime.template_process import TemplateProcess
 
 SECONDS = 30
@@ -50,7 +50,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def rendering(process: TemplateProcess) -> Iterator[tuple[Future[dict[str, str]], int, int]]:
+def in_progress(process: TemplateProcess) -> Iterator[tuple[Future[dict[str, str]], int, int]]:
     """A rendering in progress: its answer, the process that supervises it, and its own."""
     interpreter = the_only(renderers(os.getpid()))
     with ThreadPoolExecutor() as pool:
@@ -63,10 +63,11 @@ def rendering(process: TemplateProcess) -> Iterator[tuple[Future[dict[str, str]]
 
 def test_each_rendering_has_a_process_that_ends_with_it(process: TemplateProcess) -> None:
     process.start()
+    clock_ends = time.monotonic() + rendering.SECONDS + 1
     interpreter = the_only(renderers(os.getpid()))
     used = set()
     for _ in range(2):
-        with rendering(process) as (answer, *pids):
+        with in_progress(process) as (answer, *pids):
             used |= set(pids)
             # others do not wait for it
             assert run(process, 1) == {"text": "done"}
@@ -74,13 +75,16 @@ def test_each_rendering_has_a_process_that_ends_with_it(process: TemplateProcess
             assert "longer than" in answer.result()["error"]
         wait_for(lambda: not children(interpreter))
     assert len(used) == 4
+    # the clock that it had while it compiled has been stopped
+    time.sleep(max(0, clock_ends - time.monotonic()))
+    assert run(process, 1) == {"text": "done"}
     assert renderers(os.getpid()) == {interpreter}
 
 
 def test_a_rendering_holds_no_connection_of_others(process: TemplateProcess) -> None:
     """Nor the socket through which they come."""
     process.start()
-    with rendering(process) as (_, supervisor, own):
+    with in_progress(process) as (_, supervisor, own):
         for pid in (supervisor, own):
             files = [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()]
             assert sum(file.startswith("socket:") for file in files) == 1
@@ -102,7 +106,7 @@ def test_few_render_at_once(process: TemplateProcess) -> None:
 def test_a_rendering_that_is_killed_is_an_error(process: TemplateProcess) -> None:
     process.start()
     for index in (0, 1):
-        with rendering(process) as (answer, *pids):
+        with in_progress(process) as (answer, *pids):
             os.kill(pids[index], signal.SIGKILL)
             if index == 0:
                 os.kill(pids[1], signal.SIGKILL)
@@ -124,7 +128,7 @@ def test_a_process_that_hangs_is_killed_and_replaced(
     process.start()
     hanging = the_only(renderers(os.getpid()))
     monkeypatch.setattr(template_process, "_SECONDS", 0.2)
-    with rendering(process) as (answer, *pids):
+    with in_progress(process) as (answer, *pids):
         os.kill(pids[1], signal.SIGSTOP)
         assert "longer than" in answer.result()["error"]
     for pid in (hanging, *pids):
