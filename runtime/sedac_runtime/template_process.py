@@ -47,7 +47,7 @@ class TemplateProcess:
             except TimeoutError:
                 interpreter.end()
                 answer = {"code": -signal.SIGALRM}
-            except ConnectionError:
+            except ConnectionError:  # even what answers for a rendering has been killed
                 answer = {"code": -signal.SIGKILL}
         code = answer.pop("code", 0)
         if code in (-signal.SIGALRM, -signal.SIGXCPU):
