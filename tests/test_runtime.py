@@ -39,6 +39,20 @@ def test_streamed_pieces_are_the_text(demo_model: SedacModel) -> None:
     assert unfinished > 0
 
 
+# of the demo model, whose vocabulary has 4096
+@given(st.lists(st.integers(0, 4095), max_size=40))
+def test_the_pieces_of_any_tokens_are_their_text(demo_model: SedacModel, tokens: list[int]) -> None:
+    stream = demo_model.core.text_stream()
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.finish() == demo_model.decode(tokens)
+
+
+def test_a_character_comes_with_its_last_token(demo_model: SedacModel) -> None:
+    stream = demo_model.core.text_stream()
+    pieces = [stream.push(token) for token in demo_model.encode("a🙂b")]
+    assert "🙂" in pieces and "" in pieces
+
+
 def test_a_generation_that_failed_says_so_again(demo_model: SedacModel) -> None:
     stream = demo_model.stream(PROMPT, top_p=0.0)
     with pytest.raises(InputError, match="top_p"):

@@ -48,6 +48,7 @@ __all__ = [
     "SchedulerStatistics",
     "SedacError",
     "StepToken",
+    "TextStream",
     "Thresholds",
     "Token",
     "__version__",
@@ -248,6 +249,7 @@ class Model:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
+    def text_stream(self) -> TextStream: ...
     def follow(self, tokens: list[int], decoding: DecodingSetting) -> FollowedText: ...
     def forget_texts(self) -> None:
         """Draft the next text as a new process would, without earlier texts to look up."""
@@ -272,6 +274,16 @@ class Model:
         repeat: int,
         against: int,
     ) -> list[BenchRow]: ...
+
+@final
+class TextStream:
+    """Gives the text of tokens as they come, only whole characters at a time."""
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is unfinished."""
+
+    def finish(self) -> str:
+        """What the pieces so far lack of the whole text."""
 
 @final
 class Scheduler:

@@ -18,11 +18,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sedac_runtime import _core
-from sedac_runtime._core import InputError, SedacError
+from sedac_runtime._core import InputError, SedacError, TextStream
 from sedac_runtime.choices import Drafter, Mode, PolicyName
 from sedac_runtime.model import SedacModel
 from sedac_runtime.ranges import check_count
-from sedac_runtime.serve.token_text import StopFilter, TextStream
+from sedac_runtime.serve.token_text import StopFilter
 
 _GENERATED = 256  # tokens, where a task does not say
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -143,7 +143,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             context = request.args[0]
             settings = normalize_gen_kwargs(request.args[1], _GENERATED)
-            written = _Written(TextStream(self._core.decode), StopFilter(settings["until"]))
+            written = _Written(self._core.text_stream(), StopFilter(settings["until"]))
             running[self._add_context(context, settings)] = written
             order.append(written)
         for progress in self._progress(running):

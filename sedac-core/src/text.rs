@@ -1,6 +1,9 @@
 //! Between text and tokens.
 
+use std::ops::Deref;
+
 use tokenizers::Tokenizer;
+use tokenizers::tokenizer::step_decode_stream;
 
 use crate::error::{Error, Result};
 
@@ -41,37 +44,53 @@ impl TextCodec {
     }
 
     /// Decode a text token by token.
-    pub fn stream(&self) -> TextStream<'_> {
-        TextStream {
-            codec: self,
-            tokens: Vec::new(),
-            steps: self.tokenizer.decode_stream(true),
-            emitted: String::new(),
-        }
+    pub fn stream(&self) -> TextStream<&Self> {
+        TextStream::new(self)
     }
 }
 
 /// Gives the text of tokens as they come, only whole characters at a time.
-pub struct TextStream<'a> {
-    codec: &'a TextCodec,
+///
+/// A token's text may depend on those before it, so the newest ones are decoded together with those
+/// that gave the last piece.
+#[derive(Debug)]
+pub struct TextStream<C> {
+    codec: C,
     tokens: Vec<u32>,
-    steps: tokenizers::DecodeStream<
-        'a,
-        tokenizers::ModelWrapper,
-        tokenizers::NormalizerWrapper,
-        tokenizers::PreTokenizerWrapper,
-        tokenizers::PostProcessorWrapper,
-        tokenizers::DecoderWrapper,
-    >,
     emitted: String,
+    /// The tokens that are decoded again, their text without the newest ones, and the number of those
+    /// before these: what [`step_decode_stream`] keeps.
+    window: Vec<u32>,
+    prefix: String,
+    prefix_tokens: usize,
 }
 
-impl TextStream<'_> {
+impl<C: Deref<Target = TextCodec>> TextStream<C> {
+    /// A text of which there is nothing yet.
+    pub fn new(codec: C) -> Self {
+        Self {
+            codec,
+            tokens: Vec::new(),
+            emitted: String::new(),
+            window: Vec::new(),
+            prefix: String::new(),
+            prefix_tokens: 0,
+        }
+    }
+
     /// The text that `token` completes; empty while a character is unfinished.
     pub fn push(&mut self, token: u32) -> String {
         self.tokens.push(token);
+        let piece = step_decode_stream(
+            &self.codec.tokenizer,
+            vec![token],
+            true,
+            &mut self.window,
+            &mut self.prefix,
+            &mut self.prefix_tokens,
+        );
         // a stream that loses its place stays silent; finish() gives what came after
-        let piece = self.steps.step(token).ok().flatten().unwrap_or_default();
+        let piece = piece.ok().flatten().unwrap_or_default();
         self.emitted.push_str(&piece);
         piece
     }

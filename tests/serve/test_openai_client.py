@@ -92,7 +92,6 @@ def test_a_stream_is_the_completion_in_pieces(client: OpenAI) -> None:
     )
     *texts, usage = pieces
     assert "".join(text_of(piece) for piece in texts) == text_of(whole)
-    assert len(texts) > 2
     assert [piece.choices[0].finish_reason for piece in texts][-1] == "length"
     assert usage.choices == []
     # what of the prompt a cache held differs: the whole was there before the pieces

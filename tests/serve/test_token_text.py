@@ -1,42 +1,9 @@
-"""Texts in pieces are the whole text, up to a stop string."""
+"""A text in pieces ends before a stop string."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedac_runtime.serve.token_text import StopFilter, TextStream
-
-
-def decode(tokens: list[int]) -> str:
-    """Of a tokenizer whose tokens are bytes."""
-    return bytes(tokens).decode("utf-8", errors="replace")
-
-
-@given(st.text())
-def test_pieces_are_whole_characters_and_the_whole_text(text: str) -> None:
-    stream = TextStream(decode)
-    pieces = [stream.push(byte) for byte in text.encode()]
-    assert "".join(pieces) + stream.finish() == text
-
-
-@given(st.binary(max_size=20))
-def test_nothing_is_lost_of_bytes_that_are_no_text(data: bytes) -> None:
-    stream = TextStream(decode)
-    pieces = [stream.push(byte) for byte in data]
-    text = "".join(pieces) + stream.finish()
-    assert text == decode(list(data))
-
-
-def test_a_character_comes_with_its_last_token() -> None:
-    stream = TextStream(decode)
-    assert [stream.push(byte) for byte in "a🙂b".encode()] == ["a", "", "", "", "🙂", "b"]
-
-
-def test_the_space_before_a_word_is_kept() -> None:
-    """A decoder may strip the space before a text's first word."""
-    words = ["the", "cat", "sat"]
-    stream = TextStream(lambda tokens: " ".join(words[token] for token in tokens))
-    assert [stream.push(token) for token in range(3)] == ["the", " cat", " sat"]
-
+from sedac_runtime.serve.token_text import StopFilter
 
 pieces_of = st.lists(st.text("ab\n", max_size=4), max_size=12)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sedac_runtime.serve.token_text import TextStream
+from sedac_runtime._core import TextStream
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from sedac_runtime import _core
-from sedac_runtime._core import DecodingSetting, InputError, Sampling
+from sedac_runtime._core import DecodingSetting, InputError, Sampling, TextStream
 from sedac_runtime.chat import Message
 from sedac_runtime.model import SedacModel
 from sedac_runtime.serve.constraint import Constraint
 from sedac_runtime.serve.engine_thread import EngineThread
 from sedac_runtime.serve.response_bodies import ModelEntry, SedacModelFacts
-from sedac_runtime.serve.token_text import TextStream
 from sedac_runtime.serve.tool_format import ToolFormat, tool_format
 
 _TOKENIZER = "tokenizer.json"
@@ -85,7 +84,7 @@ class ServedModel:
 
     def text_stream(self) -> TextStream:
         """Decodes one sequence."""
-        return TextStream(self.core.decode)
+        return self.core.text_stream()
 
     def constraint(self, grammar: str) -> Constraint:
         """A grammar in the tokens of this model."""

@@ -1,45 +1,6 @@
-"""The text of a sequence as its tokens come."""
+"""The text of a sequence up to a stop string."""
 
-from collections.abc import Callable, Sequence
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-
-
-class TextStream:
-    """Gives the text of tokens as they come, only whole characters at a time.
-
-    decode: the text of tokens. A token's text may depend on those before it, so the newest ones
-    are decoded together with those that gave the last piece.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._tokens: list[int] = []
-        self._context = 0
-        self._read = 0
-        self._emitted = ""
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is unfinished."""
-        self._tokens.append(token)
-        known = self._decode(self._tokens[self._context : self._read])
-        text = self._decode(self._tokens[self._context :])
-        if len(text) <= len(known) or text.endswith(_UNFINISHED) or not text.startswith(known):
-            return ""
-        self._context, self._read = self._read, len(self._tokens)
-        piece = text[len(known) :]
-        self._emitted += piece
-        return piece
-
-    def finish(self) -> str:
-        """What the pieces so far lack of the whole text."""
-        whole = self._decode(self._tokens)
-        same = 0
-        for ours, theirs in zip(whole, self._emitted, strict=False):
-            if ours != theirs:
-                break
-            same += 1
-        return whole[same:]
+from collections.abc import Sequence
 
 
 class StopFilter:

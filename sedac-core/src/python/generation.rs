@@ -44,7 +44,7 @@ struct Ended {
 /// What to generate, and with what.
 pub(super) struct GenerationWork {
     pub(super) turns: Arc<Turns>,
-    pub(super) codec: Arc<Option<TextCodec>>,
+    pub(super) codec: Option<Arc<TextCodec>>,
     pub(super) request: Request,
     pub(super) stops: StopStrings,
     /// Whether to record a Chrome trace.
@@ -260,7 +260,7 @@ fn generate(work: GenerationWork, pace: &mut Pace, sender: &Sender<Event>) -> Re
         profiled,
     } = work;
     let mut chain = turns.take();
-    let mut stream = codec.as_ref().as_ref().map(TextCodec::stream);
+    let mut stream = codec.as_deref().map(TextCodec::stream);
     let interrupt = pace.interrupt.clone();
     let mut tokens = Vec::new();
     let emit = |token: Token| {

@@ -15,6 +15,7 @@ mod policy_settings;
 mod process;
 mod scheduler;
 mod spellings;
+mod text_stream;
 mod turns;
 
 use log::LevelFilter;
@@ -48,6 +49,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<scheduler::PyProgress>()?;
     module.add_class::<scheduler::PyStepToken>()?;
     module.add_class::<scheduler::PySchedulerStatistics>()?;
+    module.add_class::<text_stream::PyTextStream>()?;
     module.add_class::<executor::PyPlanTensor>()?;
     module.add_class::<decisions::PyBatchDecision>()?;
     module.add_class::<decisions::PyThresholds>()?;

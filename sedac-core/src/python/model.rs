@@ -17,6 +17,7 @@ use super::loading::{BackendName, Library, Loaded, PassedOver, Preparation, load
 use super::outcomes::{PyCertification, PyFollowedText};
 use super::process::ProcessLocal;
 use super::spellings::{BackendChoice, PlanDevice};
+use super::text_stream::PyTextStream;
 use super::turns::Turns;
 use crate::backend::Layout;
 use crate::bench::BenchCase;
@@ -37,7 +38,7 @@ use crate::text::{StopStrings, TextCodec};
 pub(super) struct Model {
     bundle: Bundle,
     turns: ProcessLocal<Turns>,
-    codec: ProcessLocal<Option<TextCodec>>,
+    codec: ProcessLocal<Option<Arc<TextCodec>>>,
     library: Library,
     backend: BackendName,
     passed_over: Vec<PassedOver>,
@@ -109,7 +110,7 @@ impl Model {
                 bundle,
                 limits: chain.limits(),
                 turns: ProcessLocal::new(Turns::new(chain)),
-                codec: ProcessLocal::new(codec),
+                codec: ProcessLocal::new(codec.map(Arc::new)),
                 library,
                 backend,
                 passed_over,
@@ -288,6 +289,11 @@ impl Model {
         Ok(py.detach(|| codec.decode(&tokens))?)
     }
 
+    /// Decodes one text token by token.
+    fn text_stream(&self) -> PyResult<PyTextStream> {
+        Ok(PyTextStream::new(self.codec()?.clone()))
+    }
+
     /// Generate as the result is iterated over. With `profile` the summary has a Chrome trace.
     #[pyo3(signature = (
         prompt, decoding, sampling, *, max_new_tokens, stop_tokens, stop_strings = vec![],
@@ -321,7 +327,7 @@ impl Model {
             self.certification_of(&request.mode, request.kv_fill, &request.sampling);
         let work = GenerationWork {
             turns: self.turns.get()?.clone(),
-            codec: self.codec.get()?.clone(),
+            codec: self.codec.get()?.as_ref().clone(),
             request,
             stops: StopStrings::new(stop_strings)?,
             profiled: profile,
@@ -345,7 +351,7 @@ impl Model {
         let interrupt = Interrupt::default();
         let raised = interrupt.clone();
         let codec = self.codec.get()?;
-        let prompt = py.detach(|| prompt.first(prompt_tokens, codec.as_ref().as_ref()))?;
+        let prompt = py.detach(|| prompt.first(prompt_tokens, codec.as_deref()))?;
         let with_monolith = cases.iter().any(|case| case.monolith);
         let cases: Vec<BenchCase> = cases.into_iter().map(Into::into).collect();
         cases.iter().try_for_each(|case| self.check(&case.mode))?;
@@ -414,7 +420,7 @@ impl Model {
         Ok(move || Chain::load(&bundle, Layout::Monolith, &library.path, library.threads))
     }
 
-    fn codec(&self) -> PyResult<&TextCodec> {
+    fn codec(&self) -> PyResult<&Arc<TextCodec>> {
         let codec = self.codec.get()?.as_ref();
         codec.as_ref().ok_or_else(|| {
             InputError::new_err(
