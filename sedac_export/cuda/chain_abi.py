@@ -8,6 +8,8 @@ ABI = 8
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
 BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
+# rows of a batch whose blocks divide the work as those of a pass do
+SMALL_BATCH_ROWS = 64
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
 
@@ -282,7 +284,7 @@ class BatchPass(Structure):
     @property
     def is_large(self) -> bool:
         """Whether it has so many rows that blocks share weights and keys."""
-        return int(self.rows) > BATCH_LOGITS_ROWS
+        return int(self.rows) > SMALL_BATCH_ROWS
 
     def form_groups(self) -> None:
         """Set groups, and how many rows come before them."""

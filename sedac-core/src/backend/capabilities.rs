@@ -52,8 +52,8 @@ impl Default for Capabilities {
 }
 
 impl Capabilities {
-    /// Where they run in passes: few enough that a step which prefills them takes less than three
-    /// times as long as one that does not.
+    /// Tokens of prompts that are to be prefilled at once where they run in passes: few enough that a
+    /// step which prefills them takes less than three times as long as one that does not.
     pub const PREFILL_CHUNK: usize = 32;
 
     /// Check that a trained drafter can draft.

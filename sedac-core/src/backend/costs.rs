@@ -28,8 +28,8 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// Of a backend whose passes have at most `tokens` tokens, 1 or more, and which takes more in
-    /// several passes.
+    /// Of a backend whose passes, or batches, have at most `tokens` tokens, 1 or more, and which takes
+    /// more in several of them.
     pub fn of_passes(tokens: usize) -> Self {
         Self {
             pass_tokens: Some(tokens),

@@ -7,6 +7,10 @@ use pyo3::sync::MutexExt;
 
 use crate::text::{TextCodec, TextStream};
 
+/// Tokens that are decoded in a few microseconds: to let another thread have the interpreter meanwhile
+/// would take longer. A text whose characters do not end may wait with more.
+const FEW: usize = 32;
+
 /// Gives the text of tokens as they come, only whole characters at a time.
 #[pyclass(frozen, name = "TextStream")]
 #[derive(Debug)]
@@ -22,15 +26,20 @@ impl PyTextStream {
 impl PyTextStream {
     /// The text that `token` completes; empty while a character is unfinished.
     fn push(&self, py: Python<'_>, token: u32) -> String {
-        // attached: a token takes a few microseconds, and to let another thread have the interpreter
-        // meanwhile would take longer
         let stream = self.0.lock_py_attached(py);
-        stream.unwrap_or_else(PoisonError::into_inner).push(token)
+        let mut stream = stream.unwrap_or_else(PoisonError::into_inner);
+        let stream = &mut *stream;
+        match stream.waits_for() {
+            ..=FEW => stream.push(token),
+            _ => py.detach(|| stream.push(token)),
+        }
     }
 
     /// What the pieces so far lack of the whole text.
     fn finish(&self, py: Python<'_>) -> PyResult<String> {
         let stream = self.0.lock_py_attached(py);
-        Ok(stream.unwrap_or_else(PoisonError::into_inner).finish()?)
+        let stream = stream.unwrap_or_else(PoisonError::into_inner);
+        let stream = &*stream;
+        Ok(py.detach(|| stream.finish())?)
     }
 }

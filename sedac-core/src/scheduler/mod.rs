@@ -35,8 +35,7 @@ pub struct SchedulerSettings {
     /// Cache positions of all of them together, and of sequences that have ended; None for what
     /// their slots have.
     pub cache_tokens: Option<usize>,
-    /// Tokens of prompts that a step prefills, 1 or more; None for what suits the backend, which may
-    /// take more of one prompt than of several.
+    /// Tokens of prompts that a step prefills, 1 or more; None for what suits the backend.
     pub prefill_chunk: Option<usize>,
 }
 

@@ -168,6 +168,17 @@ def test_attention_takes_every_head_size(
     assert compiler.compile_for(target, replace(demo_case(), shape=shape).macros()) is not None
 
 
+def core_launches(source: str, name: str) -> list[object]:
+    """What the core's list of that name launches: kernels, and stages of those that have one."""
+    numbers = {name: int(n) for name, n in re.findall(r"const (\w+): usize = (\d+);", source)}
+    (items,) = re.findall(rf"{name}: \[[^=]* = \[(.*?)\];", source, re.DOTALL)
+    launches = re.findall(r"\(?(\w+)(?:, (\d))?\)?,?", items)
+    return [
+        (chain_abi.BatchKernel(numbers[kernel]), int(stage)) if stage else numbers[kernel]
+        for kernel, stage in launches
+    ]
+
+
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
     source = (CORE / "abi.rs").read_text() + (CORE / "batch_abi.rs").read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
@@ -176,6 +187,15 @@ def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
     assert MIRRORS.keys() - bodies.keys() == {"Condition"}
+    loaded_chain = pytest.importorskip("sedac_export.cuda.loaded_chain", reason="of sedac[cuda]")
+    for name, wanted in (
+        ("const BATCH_LAYER", loaded_chain._LAYER),
+        ("LARGE_BATCH_LAYER", loaded_chain._LARGE_LAYER),
+        ("BATCH_HEAD", loaded_chain._HEAD),
+    ):
+        assert core_launches(source, name) == list(wanted), name
+    for name in ("BATCH_ROWS", "BATCH_LOGITS_ROWS", "BATCH_GROUP_ROWS", "SMALL_BATCH_ROWS"):
+        assert f"const {name}: usize = {getattr(chain_abi, name)};" in source
     entries = re.findall(r'"((?:batch|prefill)_\w+)"', source)
     assert entries == [kernel.entry for kernel in chain_abi.BatchKernel]
     for name, body in bodies.items():

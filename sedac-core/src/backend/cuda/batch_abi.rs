@@ -11,7 +11,11 @@ pub(super) const BATCH_LOGITS_ROWS: usize = 64;
 /// Consecutive rows of a sequence that attention takes together.
 pub(super) const BATCH_GROUP_ROWS: usize = 8;
 
-/// The kernels of batches, by launch: those with several kinds of launches have several places.
+/// Rows of a batch whose blocks divide the work as those of a pass do. Blocks of more rows share
+/// weights, and those of consecutive tokens keys.
+pub(super) const SMALL_BATCH_ROWS: usize = 64;
+
+/// The kernels of batches, by launch: one with several kinds of launches has several places.
 pub(super) const BATCH_KERNELS: [&str; 14] = [
     "batch_start",
     "prefill_product",
@@ -29,40 +33,50 @@ pub(super) const BATCH_KERNELS: [&str; 14] = [
     "batch_choose",
 ];
 
-/// What begins a batch.
-pub(super) const BATCH_START: usize = 0;
-
-/// Attention of groups of rows, and of single rows.
-pub(super) const GROUP_ATTENTION: usize = 5;
-pub(super) const ROW_ATTENTION: usize = 7;
+pub(super) const START: usize = 0;
+const PREFILL_QKV: usize = 1;
+const PREFILL_O: usize = 2;
+const PREFILL_GATE_UP: usize = 3;
+const PREFILL_DOWN: usize = 4;
+/// Of groups of rows.
+pub(super) const PREFILL_ATTENTION: usize = 5;
+const PRODUCT: usize = 6;
+/// Of single rows.
+pub(super) const ATTENTION: usize = 7;
+const HEADS: usize = 8;
+const ADD: usize = 9;
+const FINISH: usize = 10;
+const HEAD: usize = 11;
+const CANDIDATES: usize = 12;
+const CHOOSE: usize = 13;
 
 /// What a layer launches, each with its stage.
 pub(super) const BATCH_LAYER: [(usize, i32); 8] = [
-    (6, 0),
-    (8, 0),
-    (ROW_ATTENTION, 0),
-    (6, 1),
-    (9, 1),
-    (6, 2),
-    (6, 3),
-    (9, 3),
+    (PRODUCT, 0),
+    (HEADS, 0),
+    (ATTENTION, 0),
+    (PRODUCT, 1),
+    (ADD, 1),
+    (PRODUCT, 2),
+    (PRODUCT, 3),
+    (ADD, 3),
 ];
 
-/// The same for many rows, whose blocks share weights and keys.
+/// The same for more rows than [`SMALL_BATCH_ROWS`].
 pub(super) const LARGE_BATCH_LAYER: [(usize, i32); 9] = [
-    (1, 0),
-    (8, 0),
-    (ROW_ATTENTION, 0),
-    (GROUP_ATTENTION, 0),
-    (2, 1),
-    (9, 1),
-    (3, 2),
-    (4, 3),
-    (9, 3),
+    (PREFILL_QKV, 0),
+    (HEADS, 0),
+    (ATTENTION, 0),
+    (PREFILL_ATTENTION, 0),
+    (PREFILL_O, 1),
+    (ADD, 1),
+    (PREFILL_GATE_UP, 2),
+    (PREFILL_DOWN, 3),
+    (ADD, 3),
 ];
 
 /// What gives logits, and chooses tokens.
-pub(super) const BATCH_HEAD: [usize; 4] = [10, 11, 12, 13];
+pub(super) const BATCH_HEAD: [usize; 4] = [FINISH, HEAD, CANDIDATES, CHOOSE];
 
 /// How a kernel is launched: a block for each `rows` rows, in `blocks` columns, or where that is 0 in
 /// as many as a pass has blocks.

@@ -10,8 +10,9 @@ use cudarc::driver::{
 
 use super::abi::{PassParameters, RowRace};
 use super::batch_abi::{
-    BATCH_GROUP_ROWS, BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS, BATCH_START,
-    BatchOutcome, BatchParameters, BatchRow, GROUP_ATTENTION, LARGE_BATCH_LAYER, ROW_ATTENTION,
+    ATTENTION, BATCH_GROUP_ROWS, BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS,
+    BatchOutcome, BatchParameters, BatchRow, LARGE_BATCH_LAYER, PREFILL_ATTENTION,
+    SMALL_BATCH_ROWS, START,
 };
 use super::chain_device::BatchPlan;
 use super::compiled_chain::CompiledChain;
@@ -89,7 +90,7 @@ impl BatchMemory {
             *place = wanted as u8;
         }
         let single_rows = match plan.rows.len() {
-            0..=BATCH_LOGITS_ROWS => plan.rows.len(),
+            0..=SMALL_BATCH_ROWS => plan.rows.len(),
             _ => single_rows(&plan.rows),
         };
         let first_rows = groups(&plan.rows, single_rows);
@@ -134,13 +135,13 @@ fn launch(
     parameters: &BatchParameters,
     layers: usize,
 ) -> std::result::Result<(), DriverError> {
-    let is_large = parameters.rows as usize > BATCH_LOGITS_ROWS;
+    let is_large = parameters.rows as usize > SMALL_BATCH_ROWS;
     // many blocks would take the room of those that they wait for
     let overlaps = chain.overlaps && !is_large;
     let launch = |index: usize, layer: i32, stage: i32| {
         let rows = match index {
-            GROUP_ATTENTION => parameters.groups,
-            ROW_ATTENTION => parameters.single_rows,
+            PREFILL_ATTENTION => parameters.groups,
+            ATTENTION => parameters.single_rows,
             _ if BATCH_HEAD.contains(&index) => parameters.logits_rows,
             _ => parameters.rows,
         };
@@ -165,7 +166,7 @@ fn launch(
         true => &LARGE_BATCH_LAYER[..],
         false => &BATCH_LAYER[..],
     };
-    launch(BATCH_START, 0, 0)?;
+    launch(START, 0, 0)?;
     for layer in 0..layers as i32 {
         for &(index, stage) in of_layer {
             launch(index, layer, stage)?;
@@ -179,7 +180,8 @@ fn launch(
 /// Launch `kernel`; where it `overlaps`, possibly before the kernel before it in the stream has ended.
 ///
 /// # Safety
-/// `arguments` point to the kernel's parameters, and what these point to lives until it has ended.
+/// `arguments` point to the kernel's parameters. What these point to lives until it has ended, and
+/// holds what they index. A kernel that overlaps waits for the one before it by itself.
 unsafe fn launch_kernel(
     stream: &CudaStream,
     kernel: &CudaFunction,

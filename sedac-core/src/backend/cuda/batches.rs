@@ -1,6 +1,6 @@
 //! Steps, or parts of them, as batches: rows that are more than a pass takes, and run every layer.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::CudaChain;
 use super::abi::RowRace;
@@ -28,11 +28,34 @@ impl<D: ChainDevice> CudaChain<D> {
             first_logits_rows.push(plan.logits_rows.len());
             place(&lanes[*lane], piece, &steps[*lane], &mut plan);
         }
+        let before = Instant::now();
         let outcome = self.device.run_batch(&plan)?;
+        self.note_batch(&plan, &outcome, before.elapsed());
         for ((lane, piece), first) in pieces.into_iter().zip(first_logits_rows) {
-            self.take_batch(&mut lanes[lane], &piece, &outcome, first, &mut steps[lane])?;
+            self.take_batch(
+                &mut lanes[lane],
+                &piece,
+                (&plan, &outcome),
+                first,
+                &mut steps[lane],
+            )?;
         }
         Ok(())
+    }
+
+    /// Note what a batch cost that the host saw run for `elapsed`, if a draft may be verified in one
+    /// like it: all of its rows may want logits.
+    fn note_batch(&mut self, plan: &BatchPlan, outcome: &BatchOutcome, elapsed: Duration) {
+        if plan.rows.len() > self.device.batch_limits().logits_rows {
+            return;
+        }
+        let (layers, head) = (of_layers(outcome), of_head(outcome));
+        let (num_layers, rows) = (self.num_layers(), plan.rows.len());
+        self.costs.note_layers(num_layers, rows, layers);
+        if !plan.logits_rows.is_empty() {
+            let host = elapsed.saturating_sub(layers + head);
+            self.costs.note_head(plan.logits_rows.len(), head + host);
+        }
     }
 
     /// Take what a batch gave `piece`, whose logits rows are those from number `first` on.
@@ -40,13 +63,13 @@ impl<D: ChainDevice> CudaChain<D> {
         &mut self,
         lane: &mut Lane,
         piece: &Piece,
-        outcome: &BatchOutcome,
+        (plan, outcome): (&BatchPlan, &BatchOutcome),
         first: usize,
         step: &mut SequenceStep<'_>,
     ) -> Result<()> {
         let layers = self.num_layers();
         let epoch = *self.epoch.get_or_insert(outcome.started);
-        lane.timings.extend(timings(piece, outcome, epoch, layers));
+        lane.timings.extend(timings(plan, outcome, epoch, layers));
         note_filled(lane, piece, step.sequence, layers);
         let rows = Rows {
             row: &outcome.row,
@@ -94,24 +117,36 @@ fn race(lane: &Lane, row: usize, step: &SequenceStep<'_>) -> Option<RowRace> {
     }
 }
 
+/// The time for all layers.
+fn of_layers(outcome: &BatchOutcome) -> Duration {
+    Duration::from_nanos(outcome.layers_ended.saturating_sub(outcome.started))
+}
+
+/// The time for logits, where these are wanted.
+fn of_head(outcome: &BatchOutcome) -> Duration {
+    Duration::from_nanos(outcome.ended.saturating_sub(outcome.layers_ended))
+}
+
 /// The parts of a batch through `layers` layers, by a clock that began at `epoch`.
 fn timings(
-    piece: &Piece,
+    plan: &BatchPlan,
     outcome: &BatchOutcome,
     epoch: u64,
     layers: usize,
 ) -> impl Iterator<Item = EngineTiming> {
-    let timing = |part, tokens, from: u64, to: u64| EngineTiming {
-        part,
-        tokens,
-        start: Duration::from_nanos(from.saturating_sub(epoch)),
-        elapsed: Duration::from_nanos(to.saturating_sub(from)),
+    let start = Duration::from_nanos(outcome.started.saturating_sub(epoch));
+    let layers = EngineTiming {
+        part: EnginePart::Layers(0..layers),
+        tokens: plan.rows.len(),
+        start,
+        elapsed: of_layers(outcome),
     };
-    let (rows, wanted) = (piece.rows.len(), piece.wanted.len());
-    let (started, layers_ended) = (outcome.started, outcome.layers_ended);
-    let of_layers = timing(EnginePart::Layers(0..layers), rows, started, layers_ended);
-    let of_head = timing(EnginePart::Head, wanted, layers_ended, outcome.ended);
-    [of_layers]
-        .into_iter()
-        .chain((wanted > 0).then_some(of_head))
+    let head = EngineTiming {
+        part: EnginePart::Head,
+        tokens: plan.logits_rows.len(),
+        start: start + layers.elapsed,
+        elapsed: of_head(outcome),
+    };
+    let has_head = head.tokens > 0;
+    [layers].into_iter().chain(has_head.then_some(head))
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// What to do about engines that do not run.
 const REMEDY: &str = "build them again with sedac-export engines --target cuda";
 
-/// The first major compute capability of GPUs whose kernels may overlap.
+/// The first major compute capability for which kernels are compiled to overlap.
 const OVERLAPPING: u32 = 9;
 
 /// The kernels of the module for this GPU.
@@ -122,10 +122,7 @@ impl CompiledChain {
             gather_rows: function("gather_rows")?,
             draft,
             batch,
-            overlaps: attribute(
-                stream,
-                CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            )? >= OVERLAPPING,
+            overlaps: module.architecture.capability.0 >= OVERLAPPING,
         })
     }
 

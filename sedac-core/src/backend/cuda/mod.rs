@@ -104,7 +104,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
-            costs: Costs::of_passes(MAX_ROWS),
+            costs: Costs::of_passes(MAX_ROWS.max(device.batch_limits().logits_rows)),
             tables: RuleTables::default(),
             epoch: None,
             draft_slot: 0,
