@@ -198,12 +198,19 @@ def test_sigterm_lets_requests_finish(demo_bundle: Path) -> None:
         assert server.process.wait(timeout=SECONDS) == 0
 
 
+def renderer_of(pid: int) -> int:
+    """The one that a server starts, once it has become that program."""
+    wait_until(lambda: len(renderers(pid)) == 1)
+    (renderer,) = renderers(pid)
+    return renderer
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_what_renders_chats_is_ready_and_ends_with_the_server(
     chat_bundle: Path, number: signal.Signals
 ) -> None:
     with serving(chat_bundle, "--threads", 1) as server:
-        (ready,) = renderers(server.process.pid)
+        ready = renderer_of(server.process.pid)
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=SECONDS)
         assert answer.status_code == 200
         assert renderers(server.process.pid) == {ready}
@@ -217,7 +224,7 @@ def test_what_renders_chats_is_ready_and_ends_with_the_server(
 def test_chats_are_answered_when_every_process_is_told_to_stop(chat_bundle: Path) -> None:
     """As systemd tells a service's."""
     with serving(chat_bundle, "--threads", 1) as server:
-        (ready,) = renderers(server.process.pid)
+        ready = renderer_of(server.process.pid)
         assert httpx.get(f"{server.url}/health").status_code == 200
         os.kill(ready, signal.SIGTERM)
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=SECONDS)
