@@ -95,11 +95,6 @@ impl<C: Deref<Target = TextCodec>> TextStream<C> {
         piece
     }
 
-    /// The tokens that are decoded again with the next one.
-    pub fn waits_for(&self) -> usize {
-        self.window.len()
-    }
-
     /// What the pieces so far lack of the whole text.
     ///
     /// # Errors
