@@ -283,7 +283,8 @@ class TextStream:
         """The text that `token` completes; empty while a character is unfinished."""
 
     def finish(self) -> str:
-        """What the pieces so far lack of the whole text."""
+        """What the pieces so far lack of the whole text. Raises EngineError when the tokenizer
+        fails."""
 
 @final
 class Scheduler:

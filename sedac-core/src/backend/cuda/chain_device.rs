@@ -97,7 +97,7 @@ pub trait ChainDevice: Send {
     /// Run a pass, and wait until it has ended.
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;
 
-    /// The most rows of a batch.
+    /// The most rows that a batch may have, and of those that may want logits.
     fn batch_limits(&self) -> BatchLimits {
         BatchLimits::default()
     }
