@@ -72,7 +72,7 @@ class ExitChecks:
 
     def _stability_exits(self, reference: Reference) -> Iterator[KernelCheck]:
         threshold, wanted = stability_threshold(reference.stabilities)
-        condition = _condition(STABILITY, AT_LEAST, threshold, RUN_LENGTH)
+        condition = exit_condition(STABILITY, AT_LEAST, threshold, RUN_LENGTH)
         found = []
         for others, both in COMPANY:
             logits, stops = self._run_rule([condition] * self._layers, others, both)
@@ -127,7 +127,7 @@ class ExitChecks:
         comparison, side = (BELOW, 1) if signal == RISK else (AT_LEAST, -1)
         for depth, value in values.items():
             bound = value + side * tolerance * (1 if depth == deepest else -1)
-            rule[depth - 1] = _condition(signal, comparison, bound)
+            rule[depth - 1] = exit_condition(signal, comparison, bound)
         found = []
         for others, both in COMPANY:
             logits, (stop, *_) = self._run_rule(rule, others, both)
@@ -183,7 +183,7 @@ class ExitChecks:
         first = self._sequence(TOKENS[:1], self._position, max_depth=waiting)
         for depth in range(1, waiting + 1):
             rule = [Condition() for _ in range(self._layers)]
-            rule[depth - 1] = _condition(STABILITY, AT_LEAST, -1.0)
+            rule[depth - 1] = exit_condition(STABILITY, AT_LEAST, -1.0)
             rows = [(-1, self._position, waiting), (TOKENS[1], self._position + 1, 0)]
             self._run([first])
             logits = self._launcher.run([SequenceInput(rows, conditions=rule)])[1:]
@@ -252,7 +252,10 @@ def _first_run(stabilities: list[float], threshold: float) -> int:
     return len(stabilities)
 
 
-def _condition(signal: int, comparison: int, threshold: float, run_length: int = 1) -> Condition:
+def exit_condition(
+    signal: int, comparison: int, threshold: float, run_length: int = 1
+) -> Condition:
+    """One that may exit."""
     return Condition(
         signal=signal,
         comparison=comparison,

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from chain_batch_checks import BatchChecks
+from chain_batch_exit_checks import BatchExitChecks
 from chain_cases import MODELS, TINY, TINY_GEMMA
 from chain_checks import ChainChecks
 from chain_decoder import ChainCase
@@ -111,6 +112,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         result.checks.extend(ChainChecks(launcher).run())
         result.checks.extend(DrafterChecks(launcher).run())
         result.checks.extend(BatchChecks(launcher).run())
+        result.checks.extend(BatchExitChecks(launcher).run())
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
             result.drafts = measure_drafts(launcher)

@@ -23,6 +23,7 @@ from sedac_export.cuda.chain_abi import (
     Pass,
     Row,
     RowRace,
+    RowRule,
     SequenceRows,
 )
 from sedac_export.cuda.compiler import ARCHITECTURES, NEWEST, CompiledChain, Compiler
@@ -156,11 +157,12 @@ class ChainLauncher:
         rows: Sequence[BatchRow],
         logits_rows: Sequence[int],
         races: Mapping[int, RowRace] = MappingProxyType({}),
+        rules: Mapping[int, RowRule] = MappingProxyType({}),
     ) -> BatchPass:
         """The parameter of a batch.
 
-        logits_rows: the rows that want logits; races: of those of them whose tokens are sampled, by
-        their index in logits_rows.
+        logits_rows: the rows that want logits; races and rules: of those of them whose tokens are
+        sampled, and about which a rule decides, by their index in logits_rows.
         """
         made = BatchPass(capacity=self.capacity, blocks=self.chain.blocks)
         made.rows, made.logits_rows = len(rows), len(logits_rows)
@@ -174,13 +176,15 @@ class ChainLauncher:
         if self.feature_depths:
             made.feature_states = self._buffers["feature_states"].data_ptr()
         made.scratch, made.outcome = self._batch_scratch.data_ptr(), self._batch_outcome.data_ptr()
-        held = (RowRace * BATCH_LOGITS_ROWS)()
-        for index, race in races.items():
-            held[index] = race
-            made.sampled |= 1 << index
-        self._races = _on_device(held)
-        made.races = self._races.data_ptr()
+        self._races, made.sampled = _by_row(RowRace, races)
+        self._rules, made.deciding = _by_row(RowRule, rules)
+        made.races, made.rules = self._races.data_ptr(), self._rules.data_ptr()
         return made
+
+    def rule(self, conditions: Sequence[Condition], *, freezes: bool = False) -> RowRule:
+        """A rule of a batch, whose conditions [criteria, layers] are held as long as this."""
+        criteria = len(conditions) // self.decoder.shape.layers
+        return RowRule(self._hold(conditions), criteria, freezes)
 
     def launch_batch(self, wanted: BatchPass) -> None:
         """Enqueue a batch."""
@@ -343,11 +347,21 @@ class ChainLauncher:
             max_depth=sequence.max_depth or self.decoder.shape.layers,
         )
         if sequence.conditions:
-            held = (Condition * len(sequence.conditions))(*sequence.conditions)
-            # kept while the launcher lives: passes may be launched at any time
-            self._conditions.append(_on_device(held))
-            rows.criteria, rows.conditions = 1, self._conditions[-1].data_ptr()
+            rows.criteria, rows.conditions = 1, self._hold(sequence.conditions)
         return rows
+
+    def _hold(self, conditions: Sequence[Condition]) -> int:
+        """Their address, which is kept while this lives: passes may be launched at any time."""
+        self._conditions.append(_on_device((Condition * len(conditions))(*conditions)))
+        return self._conditions[-1].data_ptr()
+
+
+def _by_row(kind: type[Any], of_rows: Mapping[int, Any]) -> tuple[Tensor, int]:
+    """By logits row, and which of these have one, a bit each."""
+    held = (kind * BATCH_LOGITS_ROWS)()
+    for row, each in of_rows.items():
+        held[row] = each
+    return _on_device(held), sum(1 << row for row in of_rows)
 
 
 def _on_device(structures: "ctypes.Array[Any]") -> Tensor:

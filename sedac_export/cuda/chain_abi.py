@@ -4,7 +4,7 @@ from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
 from enum import IntEnum
 
 # version of the mirrors
-ABI = 8
+ABI = 9
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
 BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
@@ -60,7 +60,7 @@ _DRAFT_POINTERS = (
 )
 _BATCH_POINTERS = (
     *("layers", "embed", "head", "final_norm", "cos", "sin", "scratch", "logits", "outcome"),
-    *("races", "feature_states"),
+    *("races", "rules", "feature_states"),
 )
 _PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
 
@@ -177,6 +177,15 @@ class RowRace(Structure):
     _fields_ = (("key", c_uint64), ("inverse_temperature", c_float), ("unused", c_int))
 
 
+class RowRule(Structure):
+    """When a row of a batch exits: conditions is the device address of [criteria, layers].
+
+    freezes: whether its hidden state stays as it is then.
+    """
+
+    _fields_ = (("conditions", c_uint64), ("criteria", c_int), ("freezes", c_int))
+
+
 class SequenceOutcome(Structure):
     """Where a sequence stopped, and the criterion that stopped it, -1 for none."""
 
@@ -265,14 +274,15 @@ class BatchRow(Structure):
 class BatchPass(Structure):
     """What kernels of batches take: tokens at positions of any sequences.
 
-    logits_row lists the rows whose logits are wanted; races, and the bits of sampled, are of these.
+    logits_row lists the rows whose logits are wanted; races and rules, and the bits of sampled and
+    of deciding, are of these.
     The first single_rows have attention of their own, and the others come in groups of consecutive
     tokens of one sequence: group lists their first rows.
     """
 
     _fields_ = (
         *((name, c_uint64) for name in _BATCH_POINTERS),
-        ("sampled", c_uint64),
+        *((name, c_uint64) for name in ("sampled", "deciding")),
         *((name, c_int) for name in ("capacity", "blocks", "features")),
         ("feature_depths", c_int * 4),
         *((name, c_int) for name in ("rows", "logits_rows", "single_rows", "groups")),
@@ -308,12 +318,19 @@ class BatchPass(Structure):
         return bool(row.slot == before.slot and row.position == before.position + 1)
 
 
+class RowExit(Structure):
+    """Where a row of a batch exited, as in SequenceOutcome."""
+
+    _fields_ = (("depth", c_int), ("criterion", c_int))
+
+
 class BatchOutcome(Structure):
     """What the host reads after a batch, by logits row. Times are as in Outcome."""
 
     _fields_ = (
         ("row", RowOutcome * BATCH_LOGITS_ROWS),
         ("race", RaceOutcome * BATCH_LOGITS_ROWS),
+        ("exit", RowExit * BATCH_LOGITS_ROWS),
         *((name, c_uint64) for name in ("started", "layers_ended", "ended")),
     )
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod batch;
+mod batch_exits;
 mod batches;
 mod exit_drafts;
 mod lossless;

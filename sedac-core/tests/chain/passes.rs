@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::toy::{CAPACITY, Caches, Toy, ToyKernel, VOCABULARY, ends};
+use super::toy::{CAPACITY, Cache, Caches, Toy, ToyKernel, VOCABULARY, ends};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use sedac_core::Error;
@@ -124,14 +124,7 @@ fn step_of<'a>(
                 ahead: Ahead::default(),
             })
         }
-        Planned::Complete => Some(SequenceStep {
-            sequence,
-            tokens: &[],
-            rule: None,
-            max_depth: layers,
-            logits: LogitsRequest::None,
-            ahead: Ahead::default(),
-        }),
+        Planned::Complete => Some(completion(sequence, layers)),
         Planned::Truncate(count) => {
             sequence.truncate(sequence.tokens().len().saturating_sub(*count));
             None
@@ -263,9 +256,17 @@ proptest! {
                 }
             }
         }
-        for (index, (sequence, alone)) in sequences.iter().zip(&alone).enumerate() {
+        // how soon exits are continued depends on company
+        let steps = sequences.iter_mut().map(|sequence| completion(sequence, layers));
+        run(&mut together, &mut steps.collect::<Vec<_>>());
+        for (index, (sequence, alone)) in sequences.iter().zip(&mut alone).enumerate() {
+            run(alone, &mut [completion(&mut apart[index], layers)]);
             prop_assert_eq!(sequence.tokens(), apart[index].tokens());
-            prop_assert_eq!(together.device().cache(sequence.slot()), alone.device().cache(0));
+            let length = sequence.tokens().len();
+            let held = |cache: Cache| cache.into_iter().map(move |layer| layer[..length].to_vec());
+            let caches = [together.device().cache(sequence.slot()), alone.device().cache(0)];
+            let [ours, theirs] = caches.map(|cache| held(cache).collect::<Vec<_>>());
+            prop_assert_eq!(ours, theirs);
         }
     }
 }
@@ -341,6 +342,14 @@ impl Followed {
 pub(super) fn chain(slots: usize) -> CudaChain<ToyKernel> {
     let kernel = ToyKernel::new(&[1; 4], 200, slots, &Caches::default());
     CudaChain::new(kernel, 4, &[1, 2, 3, 4], CAPACITY, slots)
+}
+
+/// What runs all that waits.
+pub(super) fn completion(sequence: &mut Sequence, layers: usize) -> SequenceStep<'_> {
+    SequenceStep {
+        logits: LogitsRequest::None,
+        ..step(sequence, &[], layers)
+    }
 }
 
 pub(super) fn step<'a>(

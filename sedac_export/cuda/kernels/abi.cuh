@@ -157,6 +157,13 @@ struct Pass {
   int feature_depths[4];           // layers after which they are taken
 };
 
+// When a row of a batch exits: see batch_exits.cuh.
+struct RowRule {
+  const Condition* conditions;  // [criteria][layers], which ask for stability and the entropy probe's risk only
+  int criteria;
+  int freezes;  // whether its hidden state stays as it is then
+};
+
 // Tokens at positions of any sequences, through all layers: see batch.cuh.
 struct BatchPass {
   const Layer* layers;
@@ -165,11 +172,12 @@ struct BatchPass {
   struct BatchScratch* scratch;
   float* logits;  // [logits row][vocabulary]
   struct BatchOutcome* outcome;
-  const RowRace* races;            // [logits row]
-  unsigned short* feature_states;  // as in Pass
-  unsigned long long sampled;      // bit i: the token of logits row i is sampled
-  int capacity, blocks, features;  // as in Pass; blocks: of the passes whose bits it gives
-  int feature_depths[4];           // as in Pass
+  const RowRace* races;                  // [logits row]
+  const RowRule* rules;                  // [logits row]
+  unsigned short* feature_states;        // as in Pass
+  unsigned long long sampled, deciding;  // bit i: the token of logits row i is sampled; a rule decides about it
+  int capacity, blocks, features;        // as in Pass; blocks: of the passes whose bits it gives
+  int feature_depths[4];                 // as in Pass
   int rows, logits_rows;
   int single_rows, groups;  // the first rows, that have attention of their own, and the groups of the others
   struct {
@@ -182,7 +190,10 @@ struct BatchPass {
 // What came of it, by logits row.
 struct BatchOutcome {
   RowOutcome row[BATCH_LOGITS_ROWS];
-  RaceOutcome race[BATCH_LOGITS_ROWS];              // of sampled rows
+  RaceOutcome race[BATCH_LOGITS_ROWS];  // of sampled rows
+  struct {
+    int depth, criterion;  // as in Outcome
+  } exit[BATCH_LOGITS_ROWS];
   unsigned long long started, layers_ended, ended;  // globaltimer, ns; ended only where there are logits rows
 };
 

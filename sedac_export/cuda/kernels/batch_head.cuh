@@ -1,6 +1,7 @@
 // The head of a batch: logits of the rows that want them, the highest of each, and the winner of each sampled row's
 // race.
 #pragma once
+#include "batch_exits.cuh"
 #include "batch_products.cuh"
 #include "head.cuh"
 
@@ -88,5 +89,10 @@ extern "C" __global__ void __launch_bounds__(32) batch_choose(const __grid_const
   if (lane) return;
   pass.outcome->row[row] = {highest.token, highest.logit, highest.finite, highest.margin()};
   pass.outcome->race[row] = {race.token, race.logit, highest.sum, race.is_certain()};
+  const RowExit* exit = exit_of(pass, pass.logits_row[row]);
+  if (exit && exit->depth)
+    pass.outcome->exit[row] = {exit->depth, exit->criterion};
+  else
+    pass.outcome->exit[row] = {LAYERS, -1};
   if (!row) pass.outcome->ended = now();
 }

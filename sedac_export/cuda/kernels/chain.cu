@@ -349,7 +349,7 @@ constexpr BatchLaunch prefill_product_launch(int tiles) {
 constexpr BatchLaunch ROW_TO_WARP = {THREADS, 0, WARPS, 1}, ROW_TO_BLOCK = {THREADS, 0, 1, 1},
                       BATCH_PRODUCT_LAUNCH = {THREADS, BATCH_PRODUCT_BYTES, BATCH_TOKENS, 0};
 
-extern "C" __device__ const Facts sedac_facts = {8,
+extern "C" __device__ const Facts sedac_facts = {9,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),

@@ -1,6 +1,6 @@
 // Exit rules on the device: what sedac-core/src/policy/rule.rs interprets on the host.
 //
-// Every warp of every block computes the same: lane 4 s + c holds the state of sequence s's criterion c. So nobody
+// Every warp of every block computes the same: lane 4 s + c holds what sequence s's criterion c has seen. So nobody
 // waits for a decision, and an exit is a `break`.
 #pragma once
 #include "words.cuh"
@@ -22,9 +22,32 @@ __device__ __forceinline__ unsigned row_parity(unsigned parities, int row) {
 constexpr int MAX_CRITERIA = 4;
 enum Signal : unsigned { SIGNAL_NONE, SIGNAL_STABILITY, SIGNAL_RISK, SIGNAL_MARGIN, SIGNAL_LEARNED };
 
-struct Exits {
+// What a criterion of a rule has seen so far.
+struct Criterion {
   unsigned run = 0;
   float accumulator = 0;
+
+  // Whether it says stop, now that its signal has this value.
+  __device__ __forceinline__ bool satisfied(const Condition& condition, float value) {
+    if (condition.signal == SIGNAL_NONE) return false;
+    bool yes;
+    if (condition.comparison == 0) {
+      yes = value >= condition.threshold;
+    } else if (condition.comparison == 1) {
+      yes = value < condition.threshold;
+    } else {
+      const float share = (condition.threshold - value) / condition.threshold;
+      const float gained = share < 0 ? 0.f : share > 1 ? 1.f : share;  // NaN stays NaN
+      accumulator = accumulator * condition.decay + gained * condition.weight;
+      yes = accumulator >= condition.target;
+    }
+    run = yes ? run + 1 : 0;
+    return run >= condition.run_length && condition.may_exit;
+  }
+};
+
+struct Exits {
+  Criterion seen;
   int depth = 0;         // at which this lane's sequence stopped
   unsigned stopped = 0;  // sequences, a bit each
 
@@ -43,7 +66,7 @@ struct Exits {
   __device__ __forceinline__ unsigned decide(int tid, const Pass& pass, int depth, const Condition& condition,
                                              float signal, int& criterion) {
     const int s = lane_sequence(tid);
-    const bool says = satisfied(condition, signal);
+    const bool says = seen.satisfied(condition, signal);
     const unsigned ballot = __ballot_sync(~0u, says);
     const unsigned of_sequence = ballot >> s * MAX_CRITERIA & ((1 << MAX_CRITERIA) - 1);
     criterion = of_sequence ? __ffs(of_sequence) - 1 : -1;
@@ -62,24 +85,6 @@ struct Exits {
   // The depth at which `sequence` stopped. Called by whole warps.
   __device__ __forceinline__ int stopped_at(int sequence) const {
     return __shfl_sync(~0u, depth, sequence * MAX_CRITERIA);
-  }
-
- private:
-  __device__ __forceinline__ bool satisfied(const Condition& condition, float value) {
-    if (condition.signal == SIGNAL_NONE) return false;
-    bool yes;
-    if (condition.comparison == 0) {
-      yes = value >= condition.threshold;
-    } else if (condition.comparison == 1) {
-      yes = value < condition.threshold;
-    } else {
-      const float share = (condition.threshold - value) / condition.threshold;
-      const float gained = share < 0 ? 0.f : share > 1 ? 1.f : share;  // NaN stays NaN
-      accumulator = accumulator * condition.decay + gained * condition.weight;
-      yes = accumulator >= condition.target;
-    }
-    run = yes ? run + 1 : 0;
-    return run >= condition.run_length && condition.may_exit;
   }
 };
 

@@ -36,7 +36,7 @@ struct Lens {
       const StreamPairs stream{scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER, parities >> row};
 #pragma unroll 1
       for (int output = block_index() + blocks * (tid / 32); output < HIDDEN; output += blocks * WARPS) {
-        const float sum = product_with_stream(lane, weights + static_cast<size_t>(output) * HIDDEN, stream);
+        const float sum = product_with_row(lane, weights + static_cast<size_t>(output) * HIDDEN, stream);
         if (!lane) store_number(exit_words(scratch, row, 0), output, number, sum + weights[HIDDEN * HIDDEN + output]);
         __syncwarp();
       }

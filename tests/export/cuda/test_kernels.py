@@ -30,6 +30,8 @@ MIRRORS = {
     "PassRow": chain_abi.Row,
     "SequenceRows": chain_abi.SequenceRows,
     "RowRace": chain_abi.RowRace,
+    "RowRule": chain_abi.RowRule,
+    "RowExit": chain_abi.RowExit,
     "PassParameters": chain_abi.Pass,
     "BatchLaunch": chain_abi.BatchLaunch,
     "BatchRow": chain_abi.BatchRow,
@@ -182,7 +184,7 @@ def core_launches(source: str, name: str) -> list[object]:
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
     source = (CORE / "abi.rs").read_text() + (CORE / "batch_abi.rs").read_text()
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 13
+    assert len(sizes) == 15
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
@@ -229,6 +231,7 @@ def test_passes_agree_with_pytorch_and_each_other(
     case: ChainCase, weights: str, compiler: Compiler
 ) -> None:
     from chain_batch_checks import BatchChecks
+    from chain_batch_exit_checks import BatchExitChecks
     from chain_checks import ChainChecks
     from chain_drafter_checks import DrafterChecks
     from chain_launcher import ChainLauncher, card_architecture, compile_chain
@@ -242,5 +245,5 @@ def test_passes_agree_with_pytorch_and_each_other(
     case = replace(case, weights=weights)
     launcher = ChainLauncher(case, compile_chain(compiler, case, architecture))
     checks = [*ChainChecks(launcher).run(), *DrafterChecks(launcher).run()]
-    checks += BatchChecks(launcher).run()
+    checks += [*BatchChecks(launcher).run(), *BatchExitChecks(launcher).run()]
     assert [check for check in checks if not check.passed] == []

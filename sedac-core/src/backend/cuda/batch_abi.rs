@@ -103,6 +103,29 @@ pub struct BatchRow {
     pub slot: i32,
 }
 
+/// When a row of a batch exits.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RowRule {
+    /// Device address of [`Condition`](crate::policy::Condition)s, [criteria, layers], which ask for
+    /// stability and for the entropy probe's risk only.
+    pub conditions: u64,
+    /// Criteria of the rule.
+    pub criteria: i32,
+    /// Whether its hidden state stays as it is then, and fills the caches of the layers that follow.
+    pub freezes: i32,
+}
+
+/// Where a row of a batch exited.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RowExit {
+    /// The layers before, all where it did not.
+    pub depth: i32,
+    /// The criterion that said so, -1 for none.
+    pub criterion: i32,
+}
+
 /// The first parameter of the kernels, beside a layer and a stage. What is not described is as in
 /// [`PassParameters`](super::abi::PassParameters).
 #[repr(C)]
@@ -117,13 +140,16 @@ pub(super) struct BatchParameters {
     pub(super) scratch: u64,
     /// [logits row, vocabulary], fp32.
     pub(super) logits: u64,
-    /// Pinned memory of the host, as `races`.
+    /// Pinned memory of the host, as `races` and `rules`.
     pub(super) outcome: u64,
     /// By logits row.
     pub(super) races: u64,
+    pub(super) rules: u64,
     pub(super) feature_states: u64,
     /// Bit i: the token of logits row i is sampled.
     pub(super) sampled: u64,
+    /// Bit i: a rule decides about logits row i.
+    pub(super) deciding: u64,
     pub(super) capacity: i32,
     pub(super) blocks: i32,
     pub(super) features: i32,
@@ -149,6 +175,8 @@ pub struct BatchOutcome {
     pub row: [RowOutcome; BATCH_LOGITS_ROWS],
     /// Of those whose tokens are sampled.
     pub race: [RaceOutcome; BATCH_LOGITS_ROWS],
+    /// Where each exited.
+    pub exit: [RowExit; BATCH_LOGITS_ROWS],
     /// When it started, in nanoseconds of the device's clock.
     pub started: u64,
     /// When the last layer ended.
@@ -162,6 +190,7 @@ impl Default for BatchOutcome {
         Self {
             row: [RowOutcome::default(); BATCH_LOGITS_ROWS],
             race: [RaceOutcome::default(); BATCH_LOGITS_ROWS],
+            exit: [RowExit::default(); BATCH_LOGITS_ROWS],
             started: 0,
             layers_ended: 0,
             ended: 0,
@@ -171,7 +200,9 @@ impl Default for BatchOutcome {
 
 const _: () = {
     assert!(size_of::<BatchRow>() == 12);
-    assert!(size_of::<BatchParameters>() == 3536);
-    assert!(size_of::<BatchOutcome>() == 2072);
+    assert!(size_of::<RowRule>() == 16);
+    assert!(size_of::<RowExit>() == 8);
+    assert!(size_of::<BatchParameters>() == 3552);
+    assert!(size_of::<BatchOutcome>() == 2584);
     assert!(BATCH_LOGITS_ROWS <= u64::BITS as usize);
 };

@@ -11,7 +11,7 @@ use cudarc::driver::{
 use super::abi::{PassParameters, RowRace};
 use super::batch_abi::{
     ATTENTION, BATCH_GROUP_ROWS, BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS,
-    BatchOutcome, BatchParameters, BatchRow, LARGE_BATCH_LAYER, PREFILL_ATTENTION,
+    BatchOutcome, BatchParameters, BatchRow, LARGE_BATCH_LAYER, PREFILL_ATTENTION, RowRule,
     SMALL_BATCH_ROWS, START,
 };
 use super::chain_device::BatchPlan;
@@ -33,11 +33,17 @@ unsafe impl DeviceRepr for RowRace {}
 // SAFETY: it is of integers and a float, to which all bits 0 are a value.
 unsafe impl ValidAsZeroBits for RowRace {}
 
+// SAFETY: it is repr(C) of integers, as the kernels' struct.
+unsafe impl DeviceRepr for RowRule {}
+// SAFETY: it is of integers, to which all bits 0 are a value.
+unsafe impl ValidAsZeroBits for RowRule {}
+
 /// What the kernels of batches exchange, and what they read and write of the host's.
 pub(super) struct BatchMemory {
     scratch: CudaSlice<u8>,
     outcome: PinnedHostSlice<BatchOutcome>,
     races: PinnedHostSlice<RowRace>,
+    rules: PinnedHostSlice<RowRule>,
 }
 
 impl BatchMemory {
@@ -46,6 +52,7 @@ impl BatchMemory {
             scratch: zeros(stream, chain.facts.batch_scratch_bytes)?,
             outcome: pinned(stream, 1, BatchOutcome::default())?,
             races: pinned(stream, BATCH_LOGITS_ROWS, RowRace::default())?,
+            rules: pinned(stream, BATCH_LOGITS_ROWS, RowRule::default())?,
         })
     }
 
@@ -60,21 +67,14 @@ impl BatchMemory {
         plan: &BatchPlan,
     ) -> Result<BatchOutcome> {
         check(sizes, vocabulary, plan);
-        self.write_races(plan)?;
+        write(&mut self.races, &plan.races)?;
+        write(&mut self.rules, &plan.rules)?;
         let parameters = self.parameters(stream, passes, plan)?;
         let launched = launch(stream, chain, &parameters, sizes.layers);
         let waited = stream.synchronize();
         launched.and(waited).map_err(failed("a batch"))?;
         let outcome = self.outcome.as_slice().map_err(failed("a batch"))?;
         Ok(outcome[0])
-    }
-
-    fn write_races(&mut self, plan: &BatchPlan) -> Result<()> {
-        let places = self.races.as_mut_slice().map_err(failed("a batch"))?;
-        for (place, race) in places.iter_mut().zip(&plan.races) {
-            *place = race.unwrap_or_default();
-        }
-        Ok(())
     }
 
     fn parameters(
@@ -96,10 +96,9 @@ impl BatchMemory {
         let first_rows = groups(&plan.rows, single_rows);
         let mut group = [0; BATCH_ROWS];
         group[..first_rows.len()].copy_from_slice(&first_rows);
-        let sampled = plan.races.iter().enumerate();
-        let sampled = sampled.filter(|(_, race)| race.is_some());
         let outcome = self.outcome.as_ptr().map_err(failed("pinned memory"))?;
         let races = self.races.as_ptr().map_err(failed("pinned memory"))?;
+        let rules = self.rules.as_ptr().map_err(failed("pinned memory"))?;
         Ok(BatchParameters {
             layers: passes.layers,
             embed: passes.embed,
@@ -111,8 +110,10 @@ impl BatchMemory {
             logits: passes.logits,
             outcome: outcome as u64,
             races: races as u64,
+            rules: rules as u64,
             feature_states: passes.feature_states,
-            sampled: sampled.fold(0, |bits, (index, _)| bits | 1 << index),
+            sampled: present(&plan.races),
+            deciding: present(&plan.rules),
             capacity: passes.capacity,
             blocks: passes.blocks,
             features: passes.features,
@@ -126,6 +127,26 @@ impl BatchMemory {
             group,
         })
     }
+}
+
+/// Write those of `each` that there are to their places.
+fn write<T: Copy + ValidAsZeroBits>(
+    places: &mut PinnedHostSlice<T>,
+    each: &[Option<T>],
+) -> Result<()> {
+    let places = places.as_mut_slice().map_err(failed("a batch"))?;
+    for (place, each) in places.iter_mut().zip(each) {
+        if let Some(each) = each {
+            *place = *each;
+        }
+    }
+    Ok(())
+}
+
+/// Bit i: there is a number i.
+fn present<T>(each: &[Option<T>]) -> u64 {
+    let there = each.iter().enumerate().filter(|(_, each)| each.is_some());
+    there.fold(0, |bits, (index, _)| bits | 1 << index)
 }
 
 /// Launch all kernels of a batch through `layers` layers.
@@ -248,6 +269,7 @@ fn check(sizes: &SlotSizes, vocabulary: usize, plan: &BatchPlan) {
     let (rows, wanted) = (&plan.rows, &plan.logits_rows);
     assert!((1..=BATCH_ROWS).contains(&rows.len()), "rows of a batch");
     assert!(wanted.len() <= BATCH_LOGITS_ROWS && plan.races.len() == wanted.len());
+    assert_eq!(plan.rules.len(), wanted.len(), "rules of a batch");
     assert!(wanted.iter().all(|&row| row < rows.len()), "logits rows");
     for row in rows {
         assert!(below(row.token, vocabulary) && below(row.slot, sizes.slots));

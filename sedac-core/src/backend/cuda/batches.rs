@@ -1,16 +1,18 @@
-//! Steps, or parts of them, as batches: rows that are more than a pass takes, and run every layer.
+//! Steps, or parts of them, as batches: rows that are more than a pass takes, and run every layer, as
+//! some of so many do anyway.
 
 use std::time::{Duration, Instant};
 
 use super::CudaChain;
 use super::abi::RowRace;
-use super::batch_abi::{BatchOutcome, BatchRow};
+use super::batch_abi::{BatchOutcome, BatchRow, RowRule};
 use super::chain_device::{BatchLimits, BatchPlan, ChainDevice};
 use super::lane::{Lane, Piece};
 use super::outcomes::Rows;
 use super::{note_filled, run_race};
 use crate::backend::{Backend, EnginePart, EngineTiming, LogitsRequest, SequenceStep};
 use crate::error::Result;
+use crate::policy::ExitRule;
 
 impl<D: ChainDevice> CudaChain<D> {
     /// Run the next batch: rows of as many lanes as it holds.
@@ -26,7 +28,7 @@ impl<D: ChainDevice> CudaChain<D> {
         let mut first_logits_rows = Vec::new();
         for (lane, piece) in &pieces {
             first_logits_rows.push(plan.logits_rows.len());
-            place(&lanes[*lane], piece, &steps[*lane], &mut plan);
+            self.place_in_batch(&lanes[*lane], piece, &steps[*lane], &mut plan)?;
         }
         let before = Instant::now();
         let outcome = self.device.run_batch(&plan)?;
@@ -41,6 +43,53 @@ impl<D: ChainDevice> CudaChain<D> {
             )?;
         }
         Ok(())
+    }
+
+    /// Append `piece` of `lane` to `plan`.
+    fn place_in_batch(
+        &mut self,
+        lane: &Lane,
+        piece: &Piece,
+        step: &SequenceStep<'_>,
+        plan: &mut BatchPlan,
+    ) -> Result<()> {
+        let slot = step.sequence.slot() as i32;
+        for row in piece.rows.clone() {
+            if piece.wanted.contains(&row) {
+                plan.logits_rows.push(plan.rows.len());
+                plan.races.push(race(lane, row, step));
+                plan.rules.push(match step.rule {
+                    Some(rule) => Some(self.row_rule(rule, lane.freezes)?),
+                    None => None,
+                });
+            }
+            plan.rows.push(BatchRow {
+                token: lane.rows[row].token,
+                position: lane.rows[row].position,
+                slot,
+            });
+        }
+        Ok(())
+    }
+
+    fn row_rule(&mut self, rule: &ExitRule, freezes: bool) -> Result<RowRule> {
+        Ok(RowRule {
+            conditions: self.write_conditions(rule)?,
+            criteria: rule.criteria().len() as i32,
+            freezes: freezes.into(),
+        })
+    }
+
+    /// Whether rows of a batch may exit by `rule`.
+    pub(super) fn decides_in_batches(&self, rule: &ExitRule) -> bool {
+        let signals = rule
+            .criteria()
+            .iter()
+            .flat_map(|criterion| &criterion.conditions);
+        self.device.batch_limits().rules
+            && signals
+                .map(|row| row.signal)
+                .all(|signal| !signal.is_of_exit_head())
     }
 
     /// Note what a batch cost that the host saw run for `elapsed`, if a draft may be verified in one
@@ -71,6 +120,10 @@ impl<D: ChainDevice> CudaChain<D> {
         let epoch = *self.epoch.get_or_insert(outcome.started);
         lane.timings.extend(timings(plan, outcome, epoch, layers));
         note_filled(lane, piece, step.sequence, layers);
+        if step.rule.is_some() && piece.is_last {
+            let found = outcome.exit[first];
+            lane.exit = self.exit(piece, step.rule, (found.depth, found.criterion))?;
+        }
         let rows = Rows {
             row: &outcome.row,
             race: &outcome.race,
@@ -91,22 +144,6 @@ fn take_pieces(lanes: &mut [Lane], limits: BatchLimits) -> Vec<(usize, Piece)> {
         }
     }
     pieces
-}
-
-/// Append `piece` of `lane` to `plan`.
-fn place(lane: &Lane, piece: &Piece, step: &SequenceStep<'_>, plan: &mut BatchPlan) {
-    let slot = step.sequence.slot() as i32;
-    for row in piece.rows.clone() {
-        if piece.wanted.contains(&row) {
-            plan.logits_rows.push(plan.rows.len());
-            plan.races.push(race(lane, row, step));
-        }
-        plan.rows.push(BatchRow {
-            token: lane.rows[row].token,
-            position: lane.rows[row].position,
-            slot,
-        });
-    }
 }
 
 /// By what the token of the lane's row number `row` is sampled, if it is.

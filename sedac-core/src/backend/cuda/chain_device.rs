@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
-use super::batch_abi::{BatchOutcome, BatchRow};
+use super::batch_abi::{BATCH_LOGITS_ROWS, BatchOutcome, BatchRow, RowRule};
 use crate::backend::{Ahead, DraftedToken};
 use crate::error::Result;
 use crate::policy::Condition;
@@ -11,9 +11,9 @@ use crate::policy::Condition;
 /// Criteria that an exit rule may have.
 pub const MAX_CRITERIA: usize = 4;
 
-/// Tables of exit rules that a device holds: those of a pass's sequences, and as many that were used
+/// Tables of exit rules that a device holds: those of the rows of a batch, and as many that were used
 /// before and may come again.
-pub const MAX_TABLES: usize = 2 * MAX_ROWS;
+pub const MAX_TABLES: usize = 2 * BATCH_LOGITS_ROWS;
 
 /// The rows of a pass, at most [`MAX_ROWS`], and what is to become of them.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -33,7 +33,7 @@ pub struct PassPlan {
     pub ahead: Ahead,
 }
 
-/// Tokens of any sequences, each through all layers and without a rule.
+/// Tokens of any sequences, each through all layers: also where it exits, since others go on.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BatchPlan {
     /// The tokens, those of a sequence one after the other; best first those that are the only ones of
@@ -43,6 +43,8 @@ pub struct BatchPlan {
     pub logits_rows: Vec<usize>,
     /// By what the token of each of these is sampled, if it is.
     pub races: Vec<Option<RowRace>>,
+    /// When each of these exits, if a rule decides about that.
+    pub rules: Vec<Option<RowRule>>,
 }
 
 /// Rows that a batch may have.
@@ -52,6 +54,8 @@ pub struct BatchLimits {
     pub rows: usize,
     /// Those whose logits are wanted.
     pub logits_rows: usize,
+    /// Whether rules may decide about these.
+    pub rules: bool,
 }
 
 /// What a trained drafter is to do.
@@ -102,7 +106,9 @@ pub trait ChainDevice: Send {
         BatchLimits::default()
     }
 
-    /// Run a batch, and wait until it has ended. What it leaves and gives is what a pass does.
+    /// Run a batch, and wait until it has ended. What it leaves and gives is what passes do. The logits
+    /// of a row that exits are those of its exit; then the layers that follow run it, or, where it
+    /// freezes, fill their caches as those of a frozen row.
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         let _ = plan;
         Ok(BatchOutcome::default())

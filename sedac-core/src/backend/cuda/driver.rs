@@ -270,6 +270,11 @@ impl CudaDriver {
         self.conditions.device_ptr(&self.stream).0 + bytes as u64
     }
 
+    /// Whether a table lies at `address`.
+    fn is_table(&self, address: u64) -> bool {
+        (0..MAX_TABLES).any(|table| self.table(table) == address)
+    }
+
     /// The logits of up to [`MAX_ROWS`] rows.
     fn read_logits(&mut self, rows: Range<usize>) -> Result<&[f32]> {
         let width = self.sizes.vocabulary;
@@ -308,8 +313,7 @@ impl CudaDriver {
             assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
             assert!(below(sequence.max_depth - 1, self.slots.sizes.layers));
             assert!(below(sequence.criteria, MAX_CRITERIA + 1));
-            let mut tables = (0..MAX_TABLES).map(|table| self.table(table));
-            assert!(sequence.criteria == 0 || tables.any(|table| table == sequence.conditions));
+            assert!(sequence.criteria == 0 || self.is_table(sequence.conditions));
             next += sequence.rows;
         }
         assert_eq!(
@@ -421,10 +425,16 @@ impl ChainDevice for CudaDriver {
         BatchLimits {
             rows: BATCH_ROWS,
             logits_rows: BATCH_LOGITS_ROWS,
+            // batches know no lenses
+            rules: !self.exits.has_lenses,
         }
     }
 
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
+        for rule in plan.rules.iter().flatten() {
+            assert!((0..=MAX_CRITERIA as i32).contains(&rule.criteria));
+            assert!(self.is_table(rule.conditions), "rules of a batch");
+        }
         let sizes = (&self.slots.sizes, self.sizes.vocabulary);
         let (stream, chain) = (&self.stream, &self.chain);
         self.batches

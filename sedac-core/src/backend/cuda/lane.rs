@@ -12,14 +12,20 @@ use crate::policy::{ExitReason, ExitSignals};
 /// A step under way.
 pub(super) struct Lane {
     pub(super) rows: Vec<PassRow>,
-    /// The number of its first rows that only fill caches.
-    frozen: usize,
+    /// The number of its first rows, which are not new.
+    waiting: usize,
+    /// Whether hidden states stay as they are after an exit, and fill the caches of deeper layers.
+    pub(super) freezes: bool,
     /// Layers after which it ends at the latest.
     pub(super) limit: usize,
     /// Its passes that have not run, each as a range of `rows`.
     pieces: VecDeque<Range<usize>>,
     /// Its rows that come then, which passes and batches may divide in any way.
     divisible: Range<usize>,
+    /// Whether a rule decides about these.
+    decides: bool,
+    /// Whether batches may have them.
+    batches: bool,
     /// The rows whose logits are wanted where every layer runs.
     wanted: Range<usize>,
     pub(super) exit: StepExit,
@@ -50,11 +56,12 @@ pub(super) struct Piece {
 }
 
 impl Lane {
-    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most.
+    /// Append the tokens of `step`, which goes to `limit` of `layers` layers at the most. How its rows
+    /// are [divided](Self::divide) is still open.
     pub(super) fn new(step: &mut SequenceStep<'_>, layers: usize, limit: usize) -> Result<Self> {
         let appended = step.sequence.append(step.tokens)?;
         let mut rows = waiting(step.sequence.kv(), appended.start, limit);
-        let count = rows.len();
+        let waiting = rows.len();
         rows.extend(
             step.tokens
                 .iter()
@@ -80,24 +87,14 @@ impl Lane {
             false => 1,
         };
         assert!(wanted <= rows.len(), "logits of positions that do not run");
-        // new rows that a pass holds share one with those that wait
-        let is_divisible = count == 0 || rows.len() - count > MAX_ROWS;
-        let divides = is_divisible && limit == layers && step.rule.is_none();
-        let (pieces, divisible) = match divides {
-            true => (split(count), count..rows.len()),
-            false => {
-                let pieces = pieces(count, rows.len(), step.rule.is_some());
-                (pieces, rows.len()..rows.len())
-            }
-        };
         Ok(Self {
-            frozen: match step.sequence.kv_fill() {
-                KvFill::Propagate => count,
-                KvFill::Defer => 0,
-            },
+            waiting,
+            freezes: step.sequence.kv_fill() == KvFill::Propagate,
             limit,
-            pieces,
-            divisible,
+            pieces: VecDeque::new(),
+            divisible: rows.len()..rows.len(),
+            decides: false,
+            batches: false,
             wanted: rows.len() - wanted..rows.len(),
             rows,
             exit: StepExit {
@@ -115,6 +112,38 @@ impl Lane {
             asked_ahead: step.ahead.tokens,
             timings: Vec::new(),
         })
+    }
+
+    /// Divide the rows into passes, and leave those open that passes and batches may divide.
+    /// `is_crowded`: whether a pass does not hold all lanes; `rule`: whether one may decide about a row
+    /// of a batch, None where none decides.
+    pub(super) fn divide(&mut self, layers: usize, is_crowded: bool, rule: Option<bool>) {
+        let (waiting, count) = (self.waiting, self.rows.len());
+        let new = count - waiting;
+        let is_divisible = match rule {
+            // new rows that a pass holds share one with those that wait
+            None => waiting == 0 || new > MAX_ROWS,
+            Some(_) => is_crowded && new == 1,
+        };
+        if is_divisible && self.limit == layers {
+            self.pieces = split(waiting);
+            self.divisible = waiting..count;
+            self.decides = rule.is_some();
+            // what decides about a row of a batch belongs to its logits
+            self.batches = rule.is_none_or(|in_batches| in_batches && !self.wanted.is_empty());
+        } else {
+            self.pieces = pieces(waiting, count, rule.is_some());
+        }
+    }
+
+    /// Whether a row of it that a rule decides about may be in a batch once others have run.
+    pub(super) fn joins_later(&self) -> bool {
+        self.decides && self.batches && self.has_pieces()
+    }
+
+    /// Whether it has passes that cannot be divided.
+    pub(super) fn has_pieces(&self) -> bool {
+        !self.pieces.is_empty()
     }
 
     /// Whether there is more to run.
@@ -138,7 +167,7 @@ impl Lane {
 
     /// The rows that a batch may take now.
     pub(super) fn rows_for_batch(&self) -> usize {
-        match self.pieces.is_empty() {
+        match self.batches && !self.has_pieces() {
             true => self.divisible.len(),
             false => 0,
         }
@@ -151,9 +180,14 @@ impl Lane {
         (rows > 0).then(|| self.take_divisible(rows))
     }
 
-    /// Take the next piece of a pass, if there is one of at most `room` rows.
-    pub(super) fn take_piece(&mut self, room: usize) -> Option<Piece> {
+    /// Take the next piece of a pass, if there is one of at most `room` rows. A row that a rule decides
+    /// about comes when no piece is left of any lane (`pieces_left`): where it stopped in such a pass,
+    /// it would wait for the next one.
+    pub(super) fn take_piece(&mut self, room: usize, pieces_left: bool) -> Option<Piece> {
         let Some(rows) = self.pieces.front().cloned() else {
+            if self.decides && pieces_left {
+                return None;
+            }
             let rows = self.divisible.len().min(MAX_ROWS);
             return (1..=room)
                 .contains(&rows)
@@ -174,7 +208,10 @@ impl Lane {
 
     fn piece(&self, rows: Range<usize>) -> Piece {
         Piece {
-            frozen: self.frozen.clamp(rows.start, rows.end) - rows.start,
+            frozen: match self.freezes {
+                true => self.waiting.clamp(rows.start, rows.end) - rows.start,
+                false => 0,
+            },
             wanted: self.wanted.start.clamp(rows.start, rows.end)..rows.end,
             is_last: !self.is_open(),
             rows,

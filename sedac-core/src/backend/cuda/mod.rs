@@ -1,8 +1,8 @@
 //! The whole chain in one kernel: embedding, layers, exits, head and the choice of tokens.
 //!
 //! The kernel takes passes of up to [`MAX_ROWS`] rows, of one sequence or of several, and decides
-//! about exits by the rule's table. More rows that all go through every layer are batches, which have
-//! kernels of their own. This backend turns steps into passes and batches and keeps the books; the
+//! about exits by the rule's table. More rows than that are batches, which have kernels of their own
+//! and go through every layer. This backend turns steps into passes and batches and keeps the books; the
 //! [`ChainDevice`] runs them.
 
 mod abi;
@@ -30,7 +30,7 @@ use std::time::Instant;
 pub use self::abi::{
     MAX_ROWS, PassOutcome, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome, SequenceRows,
 };
-pub use self::batch_abi::{BatchOutcome, BatchRow};
+pub use self::batch_abi::{BatchOutcome, BatchRow, RowExit, RowRule};
 pub use self::chain_device::{
     BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan,
 };
@@ -130,9 +130,10 @@ impl<D: ChainDevice> CudaChain<D> {
     fn run_pass(&mut self, lanes: &mut [Lane], steps: &mut [SequenceStep<'_>]) -> Result<PassCost> {
         let mut pass = PassPlan::default();
         let mut placed = Vec::new();
+        let pieces_left = lanes.iter().any(Lane::has_pieces);
         for (index, lane) in lanes.iter_mut().enumerate() {
             let room = MAX_ROWS - pass.rows.len();
-            if let Some(piece) = lane.take_piece(room) {
+            if let Some(piece) = lane.take_piece(room, pieces_left) {
                 placed.push(self.place(index, lane, piece, &steps[index], &mut pass)?);
             }
         }
@@ -155,7 +156,8 @@ impl<D: ChainDevice> CudaChain<D> {
         {
             let (lane, step) = (&mut lanes[lane], &mut steps[lane]);
             let of_sequence = outcome.sequence[sequence];
-            let exit = self.exit(&piece, step.rule, of_sequence)?;
+            let found = (of_sequence.depth, of_sequence.criterion);
+            let exit = self.exit(&piece, step.rule, found)?;
             lane.timings.extend(cost.timings(epoch, exit.layer));
             note_filled(lane, &piece, step.sequence, exit.layer);
             let found = Rows {
@@ -258,7 +260,7 @@ impl<D: ChainDevice> CudaChain<D> {
         while lanes.iter().any(Lane::is_open) {
             interrupt.check()?;
             let rows: usize = lanes.iter().map(Lane::rows_for_batch).sum();
-            if has_batches && rows > MAX_ROWS {
+            if has_batches && rows > MAX_ROWS && !lanes.iter().any(Lane::joins_later) {
                 self.run_batch(lanes, steps)?;
             } else {
                 passes.push(self.run_pass(lanes, steps)?);
@@ -357,6 +359,11 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
         let lanes = steps.iter_mut();
         let lanes = lanes.map(|step| Lane::new(step, layers, self.limit(step.max_depth)));
         let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
+        let is_crowded = lanes.iter().map(|lane| lane.rows.len()).sum::<usize>() > MAX_ROWS;
+        for (lane, step) in lanes.iter_mut().zip(steps.iter()) {
+            let rule = step.rule.map(|rule| self.decides_in_batches(rule));
+            lane.divide(layers, is_crowded, rule);
+        }
         if let Err(error) = self.run(&mut lanes, steps, interrupt) {
             if matches!(error, Error::NotFinite { .. }) {
                 // even zero times NaN, of an entry that is masked out, is NaN

@@ -20,20 +20,20 @@ pub(super) struct Rows<'a> {
 }
 
 impl<D: ChainDevice> CudaChain<D> {
-    /// Where the pass over `piece` ended, as the device says it.
+    /// Where the pass or batch over `piece` ended, as the device says it: the depth, and the criterion.
     pub(super) fn exit(
         &self,
         piece: &Piece,
         rule: Option<&ExitRule>,
-        outcome: SequenceOutcome,
+        (depth, criterion): (i32, i32),
     ) -> Result<StepExit> {
         let layers = self.num_layers();
-        let layer = usize::try_from(outcome.depth).unwrap_or(0);
+        let layer = usize::try_from(depth).unwrap_or(0);
         let criteria = rule
             .filter(|_| piece.is_last)
             .map_or(&[][..], ExitRule::criteria);
-        let criterion = usize::try_from(outcome.criterion).ok();
-        let reason = match criterion.map(|index| criteria.get(index)) {
+        let index = usize::try_from(criterion).ok();
+        let reason = match index.map(|index| criteria.get(index)) {
             Some(Some(criterion)) if layer < layers => Some(criterion.reason),
             None if layer == layers => Some(ExitReason::FullDepth),
             None if layer < layers => Some(ExitReason::DepthLimit),
@@ -44,9 +44,8 @@ impl<D: ChainDevice> CudaChain<D> {
             _ => Err(Error::Device {
                 what: "the chain's kernel".into(),
                 reason: format!(
-                    "it stopped after {} layers by criterion {}, which cannot be; build its \
-                     engines again with sedac-export engines --target cuda",
-                    outcome.depth, outcome.criterion
+                    "it stopped after {depth} layers by criterion {criterion}, which cannot be; \
+                     build its engines again with sedac-export engines --target cuda"
                 ),
             }),
         }

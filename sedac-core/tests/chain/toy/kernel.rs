@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    BatchLimits, BatchOutcome, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS,
-    MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome, RowOutcome, RowRace, SequenceOutcome,
-    SequenceRows,
+    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS,
+    MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome, RowExit, RowOutcome, RowRace, RowRule,
+    SequenceOutcome, SequenceRows,
 };
 use sedac_core::backend::{DraftedToken, margin_bin};
 use sedac_core::policy::{Comparison, Condition, Signal};
@@ -21,6 +21,7 @@ use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
 const BATCHES: BatchLimits = BatchLimits {
     rows: 40,
     logits_rows: 20,
+    rules: true,
 };
 
 /// Runs passes of the toy model.
@@ -150,17 +151,8 @@ impl ToyKernel {
             }
             drop(cache);
             let depth = layer + 1;
-            let table = match sequence.conditions {
-                0 => &[][..],
-                address => &self.conditions[address as usize - 1],
-            };
-            let rule = table.chunks(self.layers).take(sequence.criteria as usize);
-            let mut criterion = None;
-            for (number, (rows, state)) in rule.zip(&mut states).enumerate() {
-                if state.stops(rows[layer], hidden[newest], depth) {
-                    criterion = criterion.or(Some(number as i32));
-                }
-            }
+            let rule = (sequence.conditions, sequence.criteria);
+            let criterion = self.criterion(rule, depth, hidden[newest], &mut states);
             if criterion.is_none() && depth < sequence.max_depth as usize {
                 continue;
             }
@@ -182,6 +174,64 @@ impl ToyKernel {
             };
         }
         unreachable!("every sequence stops at its deepest layer")
+    }
+
+    /// Which criterion of the rule says stop after `depth` layers.
+    fn criterion(
+        &self,
+        (conditions, criteria): (u64, i32),
+        depth: usize,
+        newest: Hidden,
+        states: &mut [State; MAX_CRITERIA],
+    ) -> Option<i32> {
+        let table = match conditions {
+            0 => &[][..],
+            address => &self.conditions[address as usize - 1],
+        };
+        let rule = table.chunks(self.layers).take(criteria as usize);
+        let mut found = None;
+        for (number, (rows, state)) in rule.zip(states).enumerate() {
+            if state.stops(rows[depth - 1], newest, depth) {
+                found = found.or(Some(number as i32));
+            }
+        }
+        found
+    }
+
+    /// Take a row of a batch through all layers. Returns its exit, and what it exits with.
+    fn run_row(
+        &self,
+        row: BatchRow,
+        mut hidden: Hidden,
+        rule: Option<RowRule>,
+    ) -> (RowExit, Hidden) {
+        let (position, mut states) = (row.position as usize, [State::default(); MAX_CRITERIA]);
+        let mut exit: Option<(RowExit, Hidden)> = None;
+        for layer in 0..self.layers {
+            let mut cache = self.caches[row.slot as usize].lock().unwrap();
+            assert!(cache[layer][..position].iter().all(Option::is_some));
+            match (exit, rule) {
+                (Some(_), Some(rule)) if rule.freezes == 1 => {
+                    hidden.fill(layer, position, &mut cache);
+                }
+                _ => hidden.run(layer, position, &mut cache),
+            }
+            let depth = layer + 1;
+            if let (None, Some(rule)) = (exit, rule) {
+                let rule = (rule.conditions, rule.criteria);
+                exit = self
+                    .criterion(rule, depth, hidden, &mut states)
+                    .map(|criterion| {
+                        let depth = depth as i32;
+                        (RowExit { depth, criterion }, hidden)
+                    });
+            }
+        }
+        let full = RowExit {
+            depth: self.layers as i32,
+            criterion: -1,
+        };
+        exit.unwrap_or((full, hidden))
     }
 
     fn run_step(&mut self, pass: &PassPlan, step: usize, outcome: &mut PassOutcome) {
@@ -280,6 +330,7 @@ fn go_on(
 fn check_batch(plan: &BatchPlan) {
     let rows = plan.rows.len();
     assert_eq!(plan.logits_rows.len(), plan.races.len());
+    assert_eq!(plan.logits_rows.len(), plan.rules.len());
     assert!(plan.logits_rows.is_sorted() && plan.logits_rows.iter().all(|&row| row < rows));
     assert!((1..=BATCHES.rows).contains(&rows) && plan.races.len() <= BATCHES.logits_rows);
 }
@@ -371,15 +422,11 @@ impl ChainDevice for ToyKernel {
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         check_batch(plan);
         self.batches.lock().unwrap().push(plan.rows.len());
-        let tokens = plan.rows.iter().map(|row| Hidden::of(row.token as u32));
-        let mut hidden: Vec<_> = tokens.collect();
-        for layer in 0..self.layers {
-            for (row, hidden) in plan.rows.iter().zip(&mut hidden) {
-                let mut cache = self.caches[row.slot as usize].lock().unwrap();
-                let position = row.position as usize;
-                assert!(cache[layer][..position].iter().all(Option::is_some));
-                hidden.run(layer, position, &mut cache);
-            }
+        let mut exits = Vec::new();
+        for (index, row) in plan.rows.iter().enumerate() {
+            let logits_row = plan.logits_rows.iter().position(|&wanted| wanted == index);
+            let rule = logits_row.and_then(|logits_row| plan.rules[logits_row]);
+            exits.push(self.run_row(*row, Hidden::of(row.token as u32), rule));
         }
         let mut outcome = BatchOutcome {
             started: self.clock,
@@ -390,7 +437,9 @@ impl ChainDevice for ToyKernel {
         self.clock += 1000;
         self.logits.clear();
         for (index, (&row, by)) in plan.logits_rows.iter().zip(&plan.races).enumerate() {
-            outcome.row[index] = self.head(hidden[row], self.layers as i32);
+            let (exit, hidden) = exits[row];
+            outcome.exit[index] = exit;
+            outcome.row[index] = self.head(hidden, exit.depth);
             if let Some(by) = by {
                 outcome.race[index] = race(*by, self.logits.last().unwrap());
             }
