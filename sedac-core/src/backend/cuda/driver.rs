@@ -12,9 +12,7 @@ use super::CudaChain;
 use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
 use super::batch_abi::{BATCH_LOGITS_ROWS, BATCH_ROWS, BatchOutcome};
 use super::batch_memory::BatchMemory;
-use super::chain_device::{
-    BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan,
-};
+use super::chain_device::{BatchLimits, BatchPlan, ChainDevice, DraftPlan, PassPlan};
 use super::compiled_chain::CompiledChain;
 use super::draft_memory::{DraftMemory, device_bytes};
 use super::drafter_weights::DrafterWeights;
@@ -22,6 +20,7 @@ use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
 use super::memory::{pinned, zeros};
 use super::packed_weights::{PackedWeights, WeightAddresses};
+use super::rule_memory::RuleMemory;
 use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::DraftedToken;
 use crate::backend::gpu::{failed, new_stream};
@@ -41,10 +40,6 @@ unsafe impl DeviceRepr for PassOutcome {}
 unsafe impl ValidAsZeroBits for PassOutcome {}
 // SAFETY: it is repr(C) of integers, as the kernel's struct, whose size was compared.
 unsafe impl DeviceRepr for LayerPointers {}
-// SAFETY: it is repr(C) of words, as the kernel reads it.
-unsafe impl DeviceRepr for Condition {}
-// SAFETY: it is of numbers, and of enums that have a value 0.
-unsafe impl ValidAsZeroBits for Condition {}
 
 /// A GPU with the weights of a bundle, and caches for some sequences.
 pub struct CudaDriver {
@@ -59,7 +54,7 @@ pub struct CudaDriver {
     layer_pointers: Vec<LayerPointers>,
     slots: SlotMemory,
     /// Exit rules' tables.
-    conditions: CudaSlice<Condition>,
+    rules: RuleMemory,
     logits: CudaSlice<f32>,
     read_logits: PinnedHostSlice<f32>,
     outcome: PinnedHostSlice<PassOutcome>,
@@ -99,8 +94,6 @@ struct MemorySizes {
     /// Each of two sets.
     scratch: u64,
     batch_scratch: u64,
-    /// In the table of one exit rule.
-    conditions: usize,
 }
 
 impl MemorySizes {
@@ -124,7 +117,6 @@ impl MemorySizes {
             tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
             scratch: chain.facts.scratch_bytes,
             batch_scratch: chain.facts.batch_scratch_bytes,
-            conditions: MAX_CRITERIA * shape.layers,
         }
     }
 
@@ -138,7 +130,7 @@ impl MemorySizes {
             + self.tables
             + 2 * self.scratch
             + self.batch_scratch
-            + (MAX_TABLES * self.conditions * size_of::<Condition>()) as u64
+            + RuleMemory::bytes(self.slots.layers)
             + self.logits() as u64 * FLOAT
     }
 }
@@ -222,14 +214,13 @@ impl CudaDriver {
             frequent_rows: exits.frequent_rows,
             ..PassParameters::default()
         };
-        let conditions = stream.alloc_zeros::<Condition>(MAX_TABLES * sizes.conditions);
         let logits = stream.alloc_zeros::<f32>(sizes.logits());
         let logits = logits.map_err(failed("memory for logits"))?;
         parameters.logits = logits.device_ptr(&stream).0;
         let outcome = pinned(&stream, 1, PassOutcome::default())?;
         parameters.outcome = outcome.as_ptr().map_err(failed("pinned memory"))? as u64;
         let driver = Self {
-            conditions: conditions.map_err(failed("memory for exit rules"))?,
+            rules: RuleMemory::allocate(&stream, sizes.slots.layers)?,
             read_logits: pinned(&stream, MAX_ROWS * sizes.vocabulary, 0.0)?,
             last_rows: 0,
             _memory: memory,
@@ -264,15 +255,9 @@ impl CudaDriver {
             .map_err(failed("the kernel prepare"))
     }
 
-    /// Where the exit rules' table number `table` lies.
-    fn table(&self, table: usize) -> u64 {
-        let bytes = table * self.sizes.conditions * size_of::<Condition>();
-        self.conditions.device_ptr(&self.stream).0 + bytes as u64
-    }
-
-    /// Whether a table lies at `address`.
-    fn is_table(&self, address: u64) -> bool {
-        (0..MAX_TABLES).any(|table| self.table(table) == address)
+    /// Whether there may be a rule at that address, of so many criteria.
+    fn holds_rule(&self, (address, criteria): (u64, i32)) -> bool {
+        self.rules.holds(&self.stream, address, criteria)
     }
 
     /// The logits of up to [`MAX_ROWS`] rows.
@@ -312,8 +297,8 @@ impl CudaDriver {
             assert!(below(sequence.slot, self.slots.sizes.slots) && sequence.first_row == next);
             assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
             assert!(below(sequence.max_depth - 1, self.slots.sizes.layers));
-            assert!(below(sequence.criteria, MAX_CRITERIA + 1));
-            assert!(sequence.criteria == 0 || self.is_table(sequence.conditions));
+            let rule = (sequence.conditions, sequence.criteria);
+            assert!(sequence.criteria == 0 || self.holds_rule(rule));
             next += sequence.rows;
         }
         assert_eq!(
@@ -371,13 +356,7 @@ impl ChainDevice for CudaDriver {
     }
 
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64> {
-        let most = self.sizes.conditions;
-        let mut place = self.conditions.slice_mut(table * most..(table + 1) * most);
-        let copied = self.stream.memcpy_htod(conditions, &mut place);
-        // `conditions` are read until then, also where the call failed
-        let waited = self.stream.synchronize();
-        copied.and(waited).map_err(failed("a copy to the GPU"))?;
-        Ok(self.table(table))
+        self.rules.write(&self.stream, table, conditions)
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
@@ -431,10 +410,9 @@ impl ChainDevice for CudaDriver {
     }
 
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
-        for rule in plan.rules.iter().flatten() {
-            assert!((0..=MAX_CRITERIA as i32).contains(&rule.criteria));
-            assert!(self.is_table(rule.conditions), "rules of a batch");
-        }
+        let rules = plan.rules.iter().flatten();
+        let mut rules = rules.map(|rule| (rule.conditions, rule.criteria));
+        assert!(rules.all(|rule| self.holds_rule(rule)), "rules of a batch");
         let sizes = (&self.slots.sizes, self.sizes.vocabulary);
         let (stream, chain) = (&self.stream, &self.chain);
         self.batches

@@ -22,6 +22,7 @@ mod memory;
 mod outcomes;
 mod packed_weights;
 mod pass_costs;
+mod rule_memory;
 mod rule_tables;
 mod slot_memory;
 
