@@ -39,7 +39,14 @@ from chain_launcher import (
 from chain_weights import FORMATS
 from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 
-from sedac_export.cuda.chain_abi import BATCH_ROWS, MAX_ROWS, Pass
+from sedac_export.cuda.chain_abi import (
+    BATCH_LOGITS_ROWS,
+    BATCH_ROWS,
+    MAX_ROWS,
+    BatchPass,
+    BatchRow,
+    Pass,
+)
 from sedac_export.cuda.compiler import ROWS, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import UnsupportedGpuError
 from sedac_export.cuda.weight_blocks import BLOCK, TILE
@@ -50,7 +57,9 @@ MODEL_NAMES = tuple(case.name for case in MODELS)
 # tokens of a draft, and of a prefill
 DRAFTED = (1, 4, 8)
 PREFILLED = (32, 64, 128, BATCH_ROWS)
-ROUNDS, PASSES, PREFILLS, WARM_UP = 5, 50, 10, 5
+# sequences of a batch, each with its newest token behind so many others
+BATCHED, BEHIND, BATCH_CAPACITY = (9, 16, 32, BATCH_LOGITS_ROWS), 500, 2048
+ROUNDS, PASSES, BATCHES, WARM_UP = 5, 50, 10, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
 LONGEST_CAPACITY = 32768
@@ -96,6 +105,8 @@ class CaseResult:
     drafts: dict[int, float] = field(default_factory=dict)
     # by the number of tokens, microseconds of a prefill from position 0 on
     prefills: dict[int, float] = field(default_factory=dict)
+    # by the number of sequences, microseconds of a batch of their newest tokens
+    batches: dict[int, float] = field(default_factory=dict)
     unsupported: str | None = None
 
     @property
@@ -118,6 +129,11 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
             result.drafts = measure_drafts(launcher)
             result.prefills = measure_prefills(launcher)
             del launcher
+            torch.cuda.empty_cache()
+            several = dataclasses.replace(case, capacity=BATCH_CAPACITY)
+            result.batches = measure_batches(
+                ChainLauncher(several, compiling.result(), slots=max(BATCHED))
+            )
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
             result.positions = measure_positions(ChainLauncher(long, compiling.result(), slots=1))
@@ -204,20 +220,39 @@ def measure_drafts(launcher: ChainLauncher) -> dict[int, float]:
 
 
 def measure_prefills(launcher: ChainLauncher) -> dict[int, float]:
-    """The first tokens of a text, which the host waits for."""
-    medians = {}
-    for count in PREFILLED:
-        tokens = [token % launcher.decoder.shape.vocabulary for token in range(count)]
-        graph, rounds = launcher.captured(launcher.make_prefill(tokens, 0)), []
-        for _ in range(ROUNDS + 1):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(PREFILLS):
-                graph.replay()
-            torch.cuda.synchronize()
-            rounds.append((time.perf_counter() - start) / PREFILLS * 1e6)
-        medians[count] = statistics.median(rounds[1:])
-    return medians
+    """The first tokens of a text."""
+    vocabulary = launcher.decoder.shape.vocabulary
+    texts = {count: [token % vocabulary for token in range(count)] for count in PREFILLED}
+    return {
+        count: time_batch(launcher, launcher.make_prefill(tokens, 0))
+        for count, tokens in texts.items()
+    }
+
+
+def measure_batches(launcher: ChainLauncher) -> dict[int, float]:
+    """The newest tokens of several sequences, head included."""
+    for slot in range(max(BATCHED)):
+        launcher.fill(slot, BEHIND)
+    vocabulary = launcher.decoder.shape.vocabulary
+    rows = [BatchRow(7 * slot % vocabulary, BEHIND, slot) for slot in range(max(BATCHED))]
+    return {
+        count: time_batch(launcher, launcher.make_batch(rows[:count], range(count)))
+        for count in BATCHED
+    }
+
+
+def time_batch(launcher: ChainLauncher, wanted: BatchPass) -> float:
+    """Microseconds, as a graph."""
+    launcher.run_batch(wanted)  # loads the kernels
+    graph, rounds = launcher.captured(wanted), []
+    for _ in range(ROUNDS + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(BATCHES):
+            graph.replay()
+        torch.cuda.synchronize()
+        rounds.append((time.perf_counter() - start) / BATCHES * 1e6)
+    return statistics.median(rounds[1:])
 
 
 def time_pass(launcher: ChainLauncher, wanted: Pass) -> Timing:
@@ -300,6 +335,9 @@ def markdown(result: CaseResult) -> str:
     if result.prefills:
         each = (f"{count}: {median:.0f} µs" for count, median in result.prefills.items())
         lines.append(f"\nPrefill of so many tokens: {', '.join(each)}.")
+    if result.batches:
+        each = (f"{count}: {median:.0f} µs" for count, median in result.batches.items())
+        lines.append(f"A batch of so many sequences, each behind {BEHIND}: {', '.join(each)}.")
     if result.positions:
         first, last = (timing.median for timing in result.positions.values())
         lines.append(

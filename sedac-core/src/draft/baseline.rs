@@ -56,7 +56,7 @@ pub struct TokenCost {
     pub seconds: f64,
     /// The same relative to what it costs in a pass of its own.
     pub of_alone: f64,
-    /// Tokens of other texts in the pass that verifies a draft, which cost as much as this one.
+    /// Other texts whose drafts are verified in the same pass.
     pub verified_beside: usize,
 }
 
@@ -71,13 +71,12 @@ impl TokenCost {
     }
 
     /// Seconds of the pass that verifies a draft, for `tokens` tokens of the text, in a model of `layers`
-    /// layers, less what it costs for the tokens of others.
+    /// layers: its share, where all texts have as many. What a draft adds to a pass of single tokens
+    /// would be another price: one more row may start a pass of its own, which then has room for the
+    /// drafts of all, and the last row that a pass holds is nearly free to everyone but not to all.
     pub(super) fn verification(&self, costs: &Costs, layers: usize, tokens: usize) -> f64 {
-        let others = self.verified_beside;
-        let pass = full_depth_cost(costs, layers, others + tokens);
-        // passes that were measured at other times may say that the others pay for all
-        let least = pass * tokens as f64 / (others + tokens) as f64 / 2.0;
-        (pass - others as f64 * self.seconds).max(least)
+        let texts = 1 + self.verified_beside;
+        full_depth_cost(costs, layers, texts * tokens) / texts as f64
     }
 }
 
@@ -115,20 +114,19 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_beside_others_costs_what_it_adds_to_their_pass() {
-        let mut costs = Costs::default();
-        for (tokens, seconds) in [(1, 10), (3, 12), (5, 20)] {
+    fn a_draft_beside_others_costs_its_share_of_the_drafts_of_all() {
+        let mut costs = Costs::of_passes(9);
+        for (tokens, seconds) in [(1, 10), (3, 12), (4, 27), (9, 30)] {
             for _ in 0..2 {
                 costs.note_layers(1, tokens, Duration::from_secs(seconds));
             }
         }
         let beside = |verifies| BaselineCost::new(1).beside(2, verifies, &costs);
         assert_eq!(beside(true).seconds, 4.0);
-        // two tokens of others cost 8 of the 20 seconds
-        assert_eq!(beside(true).verification(&costs, 1, 3), 12.0);
-        assert_eq!(beside(true).verification(&costs, 1, 1), 4.0);
+        let shares = [1, 3, 4].map(|tokens| beside(true).verification(&costs, 1, tokens));
+        // twelve tokens are two passes
+        assert_eq!(shares, [4.0, 10.0, 14.0]);
         assert_eq!(beside(false).verification(&costs, 1, 3), 12.0);
-        assert_eq!(beside(false).verification(&costs, 1, 5), 20.0);
-        assert_eq!(TokenCost::alone(10.0).verification(&costs, 1, 5), 20.0);
+        assert_eq!(TokenCost::alone(10.0).verification(&costs, 1, 4), 27.0);
     }
 }
