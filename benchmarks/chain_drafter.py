@@ -9,12 +9,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from sedac_export.cuda.chain_abi import (
+    DRAFT_SEQUENCES,
     MARGIN_BINS,
     MAX_ROWS,
     DraftOutcome,
     DraftPass,
+    DraftSequence,
     RowRace,
 )
+
+# tokens, and the probability that the drafter gives each
+Drafted = tuple[list[int], list[float]]
 
 _EPSILON = 1e-5
 _ROTARY_BASE = 10000.0
@@ -68,7 +73,8 @@ class RandomDrafter:
             2, slots, shape.key_value_heads, capacity, size, dtype=torch.half, device="cuda"
         )
         scratch = launcher.chain.facts.draft_scratch_bytes
-        self._outcome = torch.zeros(ctypes.sizeof(DraftOutcome), dtype=torch.uint8, pin_memory=True)
+        size = DRAFT_SEQUENCES * ctypes.sizeof(DraftOutcome)
+        self._outcome = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
         self._held = self.weights | {
             "frequencies": _ROTARY_BASE**-steps,
             "tokens": self.tokens.int(),
@@ -79,16 +85,33 @@ class RandomDrafter:
             "outcome": self._outcome,
         }
 
-    def make(self, slot: int, start: int, followed: Sequence[int], steps: int) -> DraftPass:
+    def make(self, slot: int, start: int, followed: Sequence[int], steps: int) -> DraftSequence:
         """What takes in positions from `start` on, which `followed` follow, and drafts `steps`."""
-        made = DraftPass(slot=slot, start=start, rows=len(followed), steps=steps)
+        made = DraftSequence(slot=slot, start=start, rows=len(followed), steps=steps)
+        made.token[: len(followed)] = followed
+        made.acceptance = (ctypes.c_float * MARGIN_BINS)(*[1.0] * MARGIN_BINS)
+        return made
+
+    def launchable(self, sequences: Sequence[DraftSequence]) -> DraftPass:
+        """The parameter of a launch for several sequences."""
+        made = DraftPass(sequences=len(sequences))
         for name, tensor in self._held.items():
             setattr(made, name, tensor.data_ptr())
         made.features_of_position, made.draft_tokens = self.features.shape[2], len(self.tokens)
         made.norm_epsilon = _EPSILON
-        made.token[: len(followed)] = followed
-        made.acceptance = (ctypes.c_float * MARGIN_BINS)(*[1.0] * MARGIN_BINS)
+        for index, sequence in enumerate(sequences):
+            made.sequence[index] = sequence
         return made
+
+    def launch(self, sequences: Sequence[DraftSequence]) -> list[Drafted]:
+        """Run a launch for several sequences: what it drafts for each."""
+        self._launcher.draft(self.launchable(sequences))
+        outcomes = (DraftOutcome * len(sequences)).from_address(self._outcome.data_ptr())
+        return [
+            (list(outcome.token[:count]), list(outcome.probability[:count]))
+            for outcome in outcomes
+            for count in [outcome.tokens]
+        ]
 
     def draft(
         self,
@@ -97,9 +120,10 @@ class RandomDrafter:
         steps: int,
         at_once: int = MAX_ROWS,
         races: Sequence[RowRace] = (),
-    ) -> tuple[list[int], list[float]]:
-        """Take in all positions from 0 on, `at_once` at once, and draft: tokens, probabilities."""
+    ) -> Drafted:
+        """Take in all positions from 0 on, `at_once` at once, and draft."""
         at_once = min(at_once, self._launcher.chain.facts.draft_rows)
+        drafted: Drafted = ([], [])
         for start in range(0, len(followed), at_once):
             piece = followed[start : start + at_once]
             last = start + len(piece) == len(followed)
@@ -107,14 +131,8 @@ class RandomDrafter:
             wanted.sampled = bool(races)
             for index, race in enumerate(races):
                 wanted.race[index] = race
-            self._launcher.draft(wanted)
-        return self.drafted()
-
-    def drafted(self) -> tuple[list[int], list[float]]:
-        """What the last launch drafted."""
-        outcome = DraftOutcome.from_address(self._outcome.data_ptr())
-        count = outcome.tokens
-        return list(outcome.token[:count]), list(outcome.probability[:count])
+            drafted = self.launch([wanted])[0]
+        return drafted
 
     def logits(self, slot: int, followed: Sequence[int], drafted: Sequence[int]) -> Tensor:
         """PyTorch's logits before each of `drafted`, [drafted, draft vocabulary], in fp32."""

@@ -37,13 +37,14 @@ class DrafterChecks:
         """One check after another; passes leave hidden states no more afterwards."""
         with torch.no_grad():
             yield from self._hidden_states()
-            for slot in (0, 1):
-                self._drafter.features[slot] = self._random
+            for states in self._drafter.features:
+                states[:] = self._random
             for positions in (1, 5, _POSITIONS):
                 yield from self._drafts(positions)
             yield self._other_pieces()
             yield self._other_slot()
             yield self._end_of_draft()
+            yield from self._several_sequences()
         self._launcher.feature_depths = []
 
     def _hidden_states(self) -> Iterator[KernelCheck]:
@@ -102,6 +103,24 @@ class DrafterChecks:
         wanted = self._drafter.make(0, 0, self._followed[:1], MAX_ROWS)
         wanted.acceptance = (ctypes.c_float * MARGIN_BINS)(*[0.5] * MARGIN_BINS)
         wanted.min_accepted = (ctypes.c_float * MAX_ROWS)(*[0.125] * MAX_ROWS)
-        self._launcher.draft(wanted)
-        count = len(self._drafter.drafted()[0])
+        count = len(self._drafter.launch([wanted])[0][0])
         return KernelCheck("drafts end where they do not pay", count == 4, f"{count} tokens")
+
+    def _several_sequences(self) -> Iterator[KernelCheck]:
+        """Each is drafted for as alone, whatever the others take in and however far they go."""
+        slots = len(self._drafter.features)
+        # what launches of another number of sequences left behind does not matter
+        for count in (slots, 2, 1, slots):
+            alone, wanted = [], []
+            for slot in range(count):
+                length, taken, steps = 40 + 13 * slot, 1 + 3 * slot % 5, _STEPS - slot
+                followed = self._followed[slot : slot + length]
+                alone.append(self._drafter.draft(slot, followed, steps))
+                start = length - taken
+                wanted.append(self._drafter.make(slot, start, followed[start:], steps))
+            together = self._drafter.launch(wanted)
+            same = [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
+            given = torch.tensor([[sum(of[1]) for of in drafts] for drafts in (together, alone)])
+            error = (given[0] - given[1]).abs().max().item()
+            name = f"drafts for {count} sequences at once"
+            yield KernelCheck(name, same and error < 1e-4, f"error {error:.1e}")

@@ -42,6 +42,7 @@ from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 from sedac_export.cuda.chain_abi import (
     BATCH_LOGITS_ROWS,
     BATCH_ROWS,
+    DRAFT_SEQUENCES,
     MAX_ROWS,
     BatchPass,
     BatchRow,
@@ -54,8 +55,9 @@ from sedac_export.errors import SedacError
 from sedac_runtime.flavour import find_gpu
 
 MODEL_NAMES = tuple(case.name for case in MODELS)
-# tokens of a draft, and of a prefill
-DRAFTED = (1, 4, 8)
+# tokens of a draft, and the sequences that one is made for
+DRAFTED = ((1, 1), (4, 1), (8, 1), (1, 4), (4, 4), (1, DRAFT_SEQUENCES), (4, DRAFT_SEQUENCES))
+# tokens of a prefill
 PREFILLED = (32, 64, 128, BATCH_ROWS)
 # sequences of a batch, each with its newest token behind so many others
 BATCHED, BEHIND, BATCH_CAPACITY = (9, 16, 32, BATCH_LOGITS_ROWS), 500, 2048
@@ -101,8 +103,8 @@ class CaseResult:
     positions: dict[int, Timing] = field(default_factory=dict)
     # at the end of a cache of LONGEST_CAPACITY positions
     longest: Timing | None = None
-    # by the number of tokens, microseconds of a launch that takes in a position and drafts them
-    drafts: dict[int, float] = field(default_factory=dict)
+    # by tokens and sequences, microseconds of a launch that takes in a position of each, and drafts
+    drafts: dict[str, float] = field(default_factory=dict)
     # by the number of tokens, microseconds of a prefill from position 0 on
     prefills: dict[int, float] = field(default_factory=dict)
     # by the number of sequences, microseconds of a batch of their newest tokens
@@ -126,14 +128,14 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         result.checks.extend(BatchExitChecks(launcher).run())
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
-            result.drafts = measure_drafts(launcher)
             result.prefills = measure_prefills(launcher)
             del launcher
             torch.cuda.empty_cache()
             several = dataclasses.replace(case, capacity=BATCH_CAPACITY)
-            result.batches = measure_batches(
-                ChainLauncher(several, compiling.result(), slots=max(BATCHED))
-            )
+            launcher = ChainLauncher(several, compiling.result(), slots=max(BATCHED))
+            result.batches = measure_batches(launcher)
+            result.drafts = measure_drafts(launcher)
+            del launcher
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
             result.positions = measure_positions(ChainLauncher(long, compiling.result(), slots=1))
@@ -203,18 +205,18 @@ def measure_longest(launcher: ChainLauncher) -> Timing:
     return time_pass(launcher, launcher.make_pass([SequenceInput([row])]))
 
 
-def measure_drafts(launcher: ChainLauncher) -> dict[int, float]:
-    """Launches of a random trained drafter, which the host waits for, at the case's position."""
-    drafter, position = RandomDrafter(launcher), launcher.decoder.case.position
-    medians = {}
-    for count in DRAFTED:
-        wanted, rounds = drafter.make(0, position, TOKENS[:1], count), []
+def measure_drafts(launcher: ChainLauncher) -> dict[str, float]:
+    """Launches of a random trained drafter, which the host waits for."""
+    drafter, medians = RandomDrafter(launcher), {}
+    for count, sequences in DRAFTED:
+        parts = [drafter.make(slot, BEHIND, TOKENS[:1], count) for slot in range(sequences)]
+        wanted, rounds = drafter.launchable(parts), []
         for _ in range(ROUNDS + 1):
             start = time.perf_counter()
             for _ in range(PASSES):
                 launcher.draft(wanted)
             rounds.append((time.perf_counter() - start) / PASSES * 1e6)
-        medians[count] = statistics.median(rounds[1:])
+        medians[f"{count} for {sequences}"] = statistics.median(rounds[1:])
     launcher.feature_depths = []
     return medians
 
@@ -331,7 +333,9 @@ def markdown(result: CaseResult) -> str:
         lines += [_table_row(measurement) for measurement in result.measurements]
     if result.drafts:
         drafts = ", ".join(f"{count}: {median:.0f} µs" for count, median in result.drafts.items())
-        lines.append(f"\nA position taken in, and so many tokens drafted: {drafts}.")
+        lines.append(
+            f"\nA position taken in, and so many tokens drafted, for so many sequences: {drafts}."
+        )
     if result.prefills:
         each = (f"{count}: {median:.0f} µs" for count, median in result.prefills.items())
         lines.append(f"\nPrefill of so many tokens: {', '.join(each)}.")

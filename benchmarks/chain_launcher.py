@@ -141,7 +141,7 @@ class ChainLauncher:
 
     def draft(self, wanted: DraftPass) -> None:
         """Run a launch of a trained drafter to its end."""
-        wanted.blocks, wanted.capacity = self.chain.blocks, self.capacity
+        wanted.blocks, wanted.capacity = self.chain.blocks // wanted.sequences, self.capacity
         wanted.embed = self._buffers["embed"].data_ptr()
         torch.cuda.synchronize()
         self.chain.draft(wanted, self._stream.cuda_stream)

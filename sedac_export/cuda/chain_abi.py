@@ -4,12 +4,14 @@ from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
 from enum import IntEnum
 
 # version of the mirrors
-ABI = 9
+ABI = 10
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
 BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
 # rows of a batch whose blocks divide the work as those of a pass do
 SMALL_BATCH_ROWS = 64
+# sequences that a trained drafter drafts for in one launch
+DRAFT_SEQUENCES = 8
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
 
@@ -335,15 +337,11 @@ class BatchOutcome(Structure):
     )
 
 
-class DraftPass(Structure):
-    """The only parameter of a trained drafter's kernel: see abi.cuh."""
+class DraftSequence(Structure):
+    """What a trained drafter takes in of a sequence, and how far it drafts: see abi.cuh."""
 
     _fields_ = (
-        *((name, c_uint64) for name in _DRAFT_POINTERS),
-        *((name, c_int) for name in ("capacity", "blocks", "slot")),
-        *((name, c_int) for name in ("features_of_position", "draft_tokens")),
-        ("norm_epsilon", c_float),
-        *((name, c_int) for name in ("start", "rows", "steps", "sampled")),
+        *((name, c_int) for name in ("slot", "start", "rows", "steps", "sampled", "unused")),
         ("token", c_int * MAX_ROWS),
         ("race", RowRace * MAX_ROWS),
         ("min_accepted", c_float * MAX_ROWS),
@@ -351,8 +349,20 @@ class DraftPass(Structure):
     )
 
 
+class DraftPass(Structure):
+    """The only parameter of a trained drafter's kernel; blocks is of each sequence."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in _DRAFT_POINTERS),
+        *((name, c_int) for name in ("capacity", "sequences", "blocks")),
+        *((name, c_int) for name in ("features_of_position", "draft_tokens")),
+        ("norm_epsilon", c_float),
+        ("sequence", DraftSequence * DRAFT_SEQUENCES),
+    )
+
+
 class DraftOutcome(Structure):
-    """The tokens that were drafted, and the probability that the drafter gives each."""
+    """The tokens drafted for a sequence, and the probability that the drafter gives each."""
 
     _fields_ = (
         ("tokens", c_int),

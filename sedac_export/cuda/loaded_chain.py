@@ -81,8 +81,8 @@ class LoadedChain:
         """Enqueue a pass on the smallest kernel that takes its rows, and number it."""
         parameters.number, self._steps = self._steps, self._steps + max(parameters.steps, 1)
         rows = next(rows for rows in ROWS if rows >= parameters.rows)
-        shared = self.facts.shared_bytes[ROWS.index(rows)]
-        self._cooperative(self._entries[rows], self.facts.threads, shared, parameters, stream)
+        sizes = self.blocks, self.facts.threads, self.facts.shared_bytes[ROWS.index(rows)]
+        self._cooperative(self._entries[rows], sizes, parameters, stream)
 
     def run_batch(self, parameters: BatchPass, layers: int, stream: int = 0) -> None:
         """Enqueue a batch through all layers of a model."""
@@ -118,16 +118,18 @@ class LoadedChain:
 
     def draft(self, parameters: DraftPass, stream: int = 0) -> None:
         """Enqueue a launch of a trained drafter."""
-        threads, shared = self.facts.draft_threads, self.facts.draft_shared_bytes
-        self._cooperative(self._draft, threads, shared, parameters, stream)
+        blocks = parameters.blocks * parameters.sequences
+        sizes = blocks, self.facts.draft_threads, self.facts.draft_shared_bytes
+        self._cooperative(self._draft, sizes, parameters, stream)
 
     def _cooperative(
-        self, entry: Any, threads: int, shared: int, parameters: Pass | DraftPass, stream: int
+        self, entry: Any, sizes: tuple[int, int, int], parameters: Pass | DraftPass, stream: int
     ) -> None:
+        """Enqueue a kernel of so many blocks, threads of each and bytes of shared memory."""
+        blocks, threads, shared = sizes
         addresses = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        sizes = self.blocks, 1, 1, threads, 1, 1
-        launch = driver.cuLaunchCooperativeKernel
-        checked(launch(entry, *sizes, shared, stream, ctypes.addressof(addresses)))
+        launch, grid = driver.cuLaunchCooperativeKernel, (blocks, 1, 1, threads, 1, 1)
+        checked(launch(entry, *grid, shared, stream, ctypes.addressof(addresses)))
 
     def _sizes(self) -> tuple[int, ...]:
         """Of the grid and of a block."""

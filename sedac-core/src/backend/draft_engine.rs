@@ -6,27 +6,37 @@ use super::{Ahead, LogitsRequest, PositionLogits};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 
+/// What a trained drafter is to do for one sequence.
+pub struct DraftRequest<'a> {
+    /// The slot of the sequence.
+    pub slot: usize,
+    /// Positions whose hidden states it takes in, one or more, all of which the model has run. Nothing is
+    /// kept of positions from their start on.
+    pub positions: Range<usize>,
+    /// The tokens that followed.
+    pub tokens: &'a [u32],
+    /// How far it drafts after the last of these: the acceptance of a token is that of its
+    /// probability's bin.
+    pub ahead: Ahead,
+    /// Chooses what is drafted.
+    pub choice: Box<dyn DraftChoice + 'a>,
+}
+
 /// A trained drafter at work.
 ///
-/// Its cache holds a state for each verified position, made of the model's hidden states there and
-/// of the token that followed, and after them states of its own rollout.
+/// The cache that it has for a slot holds a state for each verified position, made of the model's hidden
+/// states there and of the token that followed, and after them states of its own rollout.
 pub trait DraftEngine {
-    /// Take in the model's hidden states at `positions`, one or more, all of which the model has run,
-    /// and the `tokens` that followed. Nothing is kept of positions from `positions.start` on.
-    ///
-    /// Then draft the token after the last of these, and go on from it as `ahead` says: the acceptance
-    /// of a token is that of its probability's bin.
+    /// Take positions in and draft, for one sequence or several. Returns the drafts, in the order of
+    /// `requests`, each of one token or more.
     ///
     /// # Errors
     /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted, and what the engines report.
     fn draft(
         &mut self,
-        positions: Range<usize>,
-        tokens: &[u32],
-        ahead: &Ahead,
-        choice: &mut dyn DraftChoice,
+        requests: &mut [DraftRequest<'_>],
         interrupt: &Interrupt,
-    ) -> Result<Vec<DraftedToken>>;
+    ) -> Result<Vec<Vec<DraftedToken>>>;
 }
 
 /// Chooses the tokens of a draft.

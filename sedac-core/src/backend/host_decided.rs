@@ -422,8 +422,7 @@ impl<E: Engines> Backend for HostDecided<E> {
             .collect()
     }
 
-    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
-        self.engines.select(slot);
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         self.engines.draft_engine()
     }
 

@@ -26,7 +26,7 @@ pub(crate) use self::stability::stability;
 pub use capabilities::Capabilities;
 pub(crate) use costs::Cost;
 pub use costs::{CostRecord, Costs};
-pub use draft_engine::{DraftChoice, DraftEngine, DraftedToken};
+pub use draft_engine::{DraftChoice, DraftEngine, DraftRequest, DraftedToken};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
 pub use row_engines::{RowEngines, SequenceRows};
@@ -92,9 +92,8 @@ pub trait Backend: Send {
         interrupt: &Interrupt,
     ) -> Result<Vec<StepOutcome>>;
 
-    /// The trained drafter, where there is one, for the sequence in `slot`.
-    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
-        let _ = slot;
+    /// The trained drafter, where there is one.
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         None
     }
 
@@ -165,7 +164,7 @@ pub trait Engines: Send {
         None
     }
 
-    /// The trained drafter, where there is one, for the sequence in the selected slot.
+    /// The trained drafter, where there is one.
     fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         None
     }

@@ -3,7 +3,7 @@
 //! Whoever drives it owns the backend and the sequence: [`Chain::generate`](super::Chain::generate)
 //! takes one text to its end, the [scheduler](crate::scheduler) many at once.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use tracing::{Span, debug, debug_span};
 
@@ -11,12 +11,13 @@ use super::drafting::Drafting;
 use super::growing_text::{Emit, Text};
 use super::model_limits::ModelLimits;
 use super::run_ahead::RunAhead;
+use super::trained_drafts::draft_together;
 use super::{DraftSummary, ExitSchedule, FinishReason, Request, Token, step_one};
 use crate::backend::{
     Ahead, Backend, Costs, Logits, LogitsRequest, MAX_AHEAD, SequenceStep, StepExit, StepOutcome,
 };
 use crate::bundle::DrafterKind;
-use crate::draft::{Draft, DraftContext, Foresight};
+use crate::draft::{Draft, DraftContext, Foresight, Proposal};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
@@ -34,11 +35,11 @@ pub(crate) struct Decoding {
     vocab_size: usize,
     kv_fill: KvFill,
     exits: ExitSchedule,
-    text: Text,
+    pub(super) text: Text,
     pub(super) drafter: Option<DrafterKind>,
     pub(super) drafting: Option<Drafting>,
     run_ahead: RunAhead,
-    planned: Planned,
+    pub(super) planned: Planned,
     /// The tokens that the planned step appends.
     inputs: Vec<u32>,
     pub(super) drafts: DraftSummary,
@@ -46,7 +47,7 @@ pub(crate) struct Decoding {
 
 /// What the next step is.
 #[derive(Default)]
-enum Planned {
+pub(super) enum Planned {
     /// What exits left open.
     #[default]
     Completion,
@@ -59,6 +60,11 @@ enum Planned {
     Decode { ahead: Ahead },
     /// At full depth, what the rule did not let exit.
     Verify(Draft),
+    /// That, once the trained drafter has taken in these positions, and drafted as far as it pays.
+    Draft {
+        positions: Range<usize>,
+        ahead: Ahead,
+    },
 }
 
 impl Decoding {
@@ -218,6 +224,7 @@ impl Decoding {
         emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<()> {
         self.plan(backend, sequence, usize::MAX, 0, interrupt)?;
+        draft_together(&mut [(self, sequence.slot())], backend, interrupt)?;
         let outcome = match self.has_step() {
             true => {
                 let _span = self.span().entered();
@@ -230,7 +237,8 @@ impl Decoding {
     }
 
     /// Decide what the next step is; prefill takes up to `max_chunk` tokens at once. Drafts are made
-    /// here, and verified in the step. Passes may be shared with tokens of `others` texts.
+    /// here, or by [`draft_together`] afterwards, and verified in the step. Passes may be shared with
+    /// tokens of `others` texts.
     ///
     /// # Errors
     /// What the backend reports.
@@ -249,7 +257,10 @@ impl Decoding {
         }
         let max_ahead = backend.capabilities().ahead;
         match self.draft(backend, sequence, others, interrupt)? {
-            Some(draft) => self.plan_verification(draft),
+            Some(Proposal::Draft(draft)) => self.plan_verification(draft),
+            Some(Proposal::Trained(positions, ahead)) => {
+                self.planned = Planned::Draft { positions, ahead };
+            }
             None => self.plan_decode(max_ahead),
         }
         Ok(())
@@ -287,7 +298,7 @@ impl Decoding {
         };
     }
 
-    fn plan_verification(&mut self, draft: Draft) {
+    pub(super) fn plan_verification(&mut self, draft: Draft) {
         self.inputs.clear();
         if draft.depth == 0 {
             self.inputs.push(self.text.newest());
@@ -303,7 +314,7 @@ impl Decoding {
         sequence: &mut Sequence,
         others: usize,
         interrupt: &Interrupt,
-    ) -> Result<Option<Draft>> {
+    ) -> Result<Option<Proposal>> {
         let Some(drafting) = &mut self.drafting else {
             return Ok(None);
         };
@@ -324,14 +335,12 @@ impl Decoding {
             choice: Foresight::new(&mut self.text.sampler, history),
             interrupt,
         };
-        let draft = drafting.propose(history, max_tokens, &mut context)?;
-        debug!(
-            speedup,
-            drafted = draft.tokens.len(),
-            depth = draft.depth,
-            "draft"
-        );
-        Ok(Some(draft))
+        let proposal = drafting.propose(history, max_tokens, &mut context)?;
+        if let Proposal::Draft(draft) = &proposal {
+            let drafted = draft.tokens.len();
+            debug!(speedup, drafted, depth = draft.depth, "draft");
+        }
+        Ok(Some(proposal))
     }
 
     /// Whether anything has to run. Of a draft whose tokens all exited, or ran at full depth, nothing
@@ -349,14 +358,14 @@ impl Decoding {
             Planned::Completion => debug_span!("complete"),
             Planned::Prefill { .. } | Planned::Replay => debug_span!("prefill"),
             Planned::Decode { .. } => debug_span!("decode"),
-            Planned::Verify(_) => debug_span!("verify"),
+            Planned::Verify(_) | Planned::Draft { .. } => debug_span!("verify"),
         }
     }
 
     /// The planned step.
     pub(crate) fn step<'a>(&'a mut self, sequence: &'a mut Sequence) -> SequenceStep<'a> {
         let (may_exit, positions, ahead) = match &self.planned {
-            Planned::Completion => (false, 0, Ahead::default()),
+            Planned::Completion | Planned::Draft { .. } => (false, 0, Ahead::default()),
             Planned::Prefill { .. } if self.text.scores_prompt() => {
                 (false, self.inputs.len(), Ahead::default())
             }

@@ -1,9 +1,9 @@
 //! The drafter of a text, and what tokens cost without it.
 
 use super::ExitSchedule;
-use crate::backend::Costs;
+use crate::backend::{Costs, DraftedToken};
 use crate::bundle::DrafterKind;
-use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, new_drafter};
+use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, Proposal, new_drafter};
 use crate::error::Result;
 
 /// Texts with the same drafter share what it learned.
@@ -107,9 +107,19 @@ impl Drafting {
         history: &[u32],
         max_tokens: usize,
         context: &mut DraftContext<'_>,
-    ) -> Result<Draft> {
+    ) -> Result<Proposal> {
         self.undrafted = 0;
         self.drafter.propose(history, max_tokens, context)
+    }
+
+    /// The draft of what the trained drafter drafted, `seconds` for each token.
+    pub(super) fn take_drafted(
+        &mut self,
+        drafted: &[DraftedToken],
+        seconds: Option<f64>,
+        costs: &Costs,
+    ) -> Draft {
+        self.drafter.take_drafted(drafted, seconds, costs)
     }
 
     /// A token came without a draft, after `depth` layers.

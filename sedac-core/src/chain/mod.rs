@@ -7,6 +7,7 @@ mod growing_text;
 mod mode;
 mod model_limits;
 mod run_ahead;
+mod trained_drafts;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
@@ -21,6 +22,7 @@ use self::drafting_record::{RecordFile, RecordKey};
 use self::mode::ExitSchedule;
 pub use self::mode::{DecodingChoice, DecodingMode, DecodingSetting, DrafterChoice, ModeName};
 pub(crate) use self::model_limits::ModelLimits;
+pub(crate) use self::trained_drafts::draft_together;
 use crate::backend::cuda::CudaChain;
 use crate::backend::{
     Ahead, Backend, Engines, HostDecided, Layout, LogitsRequest, OnnxRuntime, SequenceStep,

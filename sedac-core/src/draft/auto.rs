@@ -1,7 +1,7 @@
 //! Takes the drafter with the higher expected speedup at each point of the text.
 
-use super::{Acceptance, Draft, DraftContext, Drafter, TokenCost};
-use crate::backend::Costs;
+use super::{Acceptance, Draft, DraftContext, Drafter, Proposal, TokenCost};
+use crate::backend::{Costs, DraftedToken};
 use crate::error::Result;
 
 /// Drafts with the one of its drafters that has the highest expected speedup.
@@ -47,8 +47,17 @@ impl Drafter for Auto {
         history: &[u32],
         max_tokens: usize,
         context: &mut DraftContext<'_>,
-    ) -> Result<Draft> {
+    ) -> Result<Proposal> {
         self.drafters[self.current].propose(history, max_tokens, context)
+    }
+
+    fn take_drafted(
+        &mut self,
+        drafted: &[DraftedToken],
+        seconds: Option<f64>,
+        costs: &Costs,
+    ) -> Draft {
+        self.drafters[self.current].take_drafted(drafted, seconds, costs)
     }
 
     fn observe(&mut self, tokens: &[u32], costs: &Costs) {

@@ -3,7 +3,7 @@
 use super::baseline::baseline_cost;
 use super::round_costs::{DECAY, RoundCosts};
 use super::{
-    Acceptance, AcceptanceRate, DepthAcceptance, Draft, DraftContext, Drafter, Foresight,
+    Acceptance, AcceptanceRate, DepthAcceptance, Draft, DraftContext, Drafter, Foresight, Proposal,
     TakenExit, TokenCost, full_depth_cost,
 };
 use crate::backend::{
@@ -322,7 +322,7 @@ impl Drafter for EarlyExit {
         history: &[u32],
         max_tokens: usize,
         context: &mut DraftContext<'_>,
-    ) -> Result<Draft> {
+    ) -> Result<Proposal> {
         let mut draft = Draft {
             depth: self.depths[self.current].depth,
             ..Draft::default()
@@ -354,7 +354,7 @@ impl Drafter for EarlyExit {
                             self.min_rate(drafted, all_accepted, context.backend.costs());
                         let rate = self.depths[self.current].rates[bin].estimate();
                         if index + 1 == count && (drafted == max_tokens || rate < min_rate) {
-                            return Ok(draft);
+                            return Ok(Proposal::Draft(draft));
                         }
                         all_accepted *= rate;
                         newest = token;
@@ -363,7 +363,7 @@ impl Drafter for EarlyExit {
                 }
                 // before the first drafted token there is nothing that a token would have to wait for
                 if draft.is_certain() || draft.verified.is_some() || drafted == max_tokens {
-                    return Ok(draft);
+                    return Ok(Proposal::Draft(draft));
                 }
                 draft.tokens.push(newest);
             }

@@ -17,6 +17,8 @@ mod round_costs;
 mod suffix_automaton;
 mod trained;
 
+use std::ops::Range;
+
 use self::acceptance::AcceptanceRate;
 pub use self::acceptance::{Acceptance, DepthAcceptance, TrainedAcceptance};
 use self::auto::Auto;
@@ -26,7 +28,8 @@ use self::early_exit::EarlyExit;
 use self::prompt_lookup::PromptLookup;
 use self::trained::Trained;
 use crate::backend::{
-    Backend, Costs, DraftChoice, Logits, LogitsRequest, PositionLogits, StepExit,
+    Ahead, Backend, Costs, DraftChoice, DraftedToken, Logits, LogitsRequest, PositionLogits,
+    StepExit,
 };
 use crate::bundle::DrafterKind;
 use crate::error::Result;
@@ -82,6 +85,16 @@ impl Draft {
         let exited = || self.exits[0].is_some();
         self.depth > 0 && self.tokens.is_empty() && (self.verified.is_some() || exited())
     }
+}
+
+/// What a drafter proposes.
+#[derive(Debug)]
+pub enum Proposal {
+    /// A draft.
+    Draft(Draft),
+    /// What the trained drafter makes of these positions, and of the tokens after them, as far as that
+    /// says. It drafts for several texts at once.
+    Trained(Range<usize>, Ahead),
 }
 
 /// An exit that the rule took: the next token comes from here.
@@ -179,7 +192,7 @@ pub trait Drafter: Send {
     ) -> f64;
 
     /// Make the draft whose speedup was asked for last, after `history`, whose last token the
-    /// backend has not run yet.
+    /// backend has not run yet; or say what the trained drafter is to draft.
     ///
     /// # Errors
     /// What the backend reports.
@@ -188,7 +201,19 @@ pub trait Drafter: Send {
         history: &[u32],
         max_tokens: usize,
         context: &mut DraftContext<'_>,
-    ) -> Result<Draft>;
+    ) -> Result<Proposal>;
+
+    /// The draft of what the trained drafter drafted, as [proposed](Proposal::Trained). `seconds`: for
+    /// each of its tokens, None where it took in a prompt too.
+    fn take_drafted(
+        &mut self,
+        drafted: &[DraftedToken],
+        seconds: Option<f64>,
+        costs: &Costs,
+    ) -> Draft {
+        let _ = (drafted, seconds, costs);
+        Draft::default()
+    }
 
     /// `tokens` came after the last draft: the accepted ones and one more, or fewer where the text
     /// ended.

@@ -1,7 +1,7 @@
 //! Drafts what followed the newest tokens when they occurred before.
 
 use super::suffix_automaton::{Continuation, Match, SuffixAutomaton};
-use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, TokenCost};
+use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, Proposal, TokenCost};
 use crate::backend::Costs;
 use crate::error::Result;
 
@@ -146,11 +146,11 @@ impl Drafter for PromptLookup {
         best
     }
 
-    fn propose(&mut self, _: &[u32], _: usize, _: &mut DraftContext<'_>) -> Result<Draft> {
-        Ok(Draft {
+    fn propose(&mut self, _: &[u32], _: usize, _: &mut DraftContext<'_>) -> Result<Proposal> {
+        Ok(Proposal::Draft(Draft {
             tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
             ..Draft::default()
-        })
+        }))
     }
 
     fn observe(&mut self, tokens: &[u32], _: &Costs) {

@@ -1,11 +1,11 @@
 //! Drafts by a small layer that was trained for the model.
 
-use std::time::Instant;
-
 use super::round_costs::RoundCosts;
-use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, TokenCost, full_depth_cost};
+use super::{
+    Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, Proposal, TokenCost, full_depth_cost,
+};
 use crate::backend::{Ahead, Cost, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Longer drafts are seldom accepted whole.
 const MAX_DRAFTED: usize = MAX_AHEAD;
@@ -119,35 +119,29 @@ impl Drafter for Trained {
         history: &[u32],
         max_tokens: usize,
         context: &mut DraftContext<'_>,
-    ) -> Result<Draft> {
-        let costs = context.backend.costs().clone();
-        let slot = context.sequence.slot();
-        let engine = context.backend.draft_engine(slot).ok_or_else(no_engine)?;
+    ) -> Result<Proposal> {
+        let ahead = self.ahead(max_tokens.min(MAX_DRAFTED), context.backend.costs());
         // the state at a position goes with the token after it
         let positions = self.verified..history.len() - 1;
-        let is_step = positions.len() <= MAX_DRAFTED;
-        let ahead = self.ahead(max_tokens.min(MAX_DRAFTED), &costs);
-        let before = Instant::now();
-        let followed = &history[self.verified + 1..];
-        let drafted = engine.draft(
-            positions,
-            followed,
-            &ahead,
-            &mut context.choice,
-            context.interrupt,
-        )?;
         self.verified = history.len() - 1;
-        // what a prompt takes is no part of a round's cost
-        if is_step {
-            let elapsed = before.elapsed().as_secs_f64();
-            self.step.note(elapsed / drafted.len() as f64);
+        Ok(Proposal::Trained(positions, ahead))
+    }
+
+    fn take_drafted(
+        &mut self,
+        drafted: &[DraftedToken],
+        seconds: Option<f64>,
+        costs: &Costs,
+    ) -> Draft {
+        if let Some(seconds) = seconds {
+            self.step.note(seconds);
         }
         self.steps = drafted.len();
-        self.keep(&drafted, &costs);
-        Ok(Draft {
+        self.keep(drafted, costs);
+        Draft {
             tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
             ..Draft::default()
-        })
+        }
     }
 
     fn observe(&mut self, tokens: &[u32], costs: &Costs) {
@@ -181,13 +175,4 @@ impl Drafter for Trained {
             rates: self.rates.iter().map(AcceptanceRate::estimate).collect(),
         });
     }
-}
-
-/// Drafting was asked for where there is no engine; the chain has checked that before.
-fn no_engine() -> Error {
-    Error::setting(
-        "drafter",
-        "trained",
-        "another one; no trained drafter is loaded",
-    )
 }

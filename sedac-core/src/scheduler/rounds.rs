@@ -10,7 +10,7 @@ use super::prefix_cache::{PrefixCache, common_prefix};
 use super::scheduled_text::{RunningText, ScheduledText};
 use super::{Progress, SchedulerStatistics};
 use crate::backend::Backend;
-use crate::chain::{Chain, Decoding};
+use crate::chain::{Chain, Decoding, draft_together};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sequence::Sequence;
@@ -247,13 +247,47 @@ impl Rounds {
                 self.end(*number, &Arc::new(error), chain, progress);
                 return false;
             }
-            if !text.decoding.has_step() {
-                running.take(None, backend.costs());
-                return false;
-            }
             true
         });
+        self.draft(&mut chosen, chain, interrupt, progress);
+        chosen.retain(|number| {
+            let Some(running) = self.running.get_mut(number) else {
+                return false;
+            };
+            let has_step = running.text.decoding.has_step();
+            if !has_step {
+                running.take(None, chain.backend_mut().costs());
+            }
+            has_step
+        });
         chosen
+    }
+
+    /// Let the trained drafter draft for those of `chosen` that await it. A failure ends these.
+    fn draft(
+        &mut self,
+        chosen: &mut Vec<u64>,
+        chain: &mut Chain,
+        interrupt: &Interrupt,
+        progress: &mut Vec<Progress>,
+    ) {
+        let running = self.running.iter_mut();
+        let awaiting = running.filter(|(number, running)| {
+            chosen.contains(number) && running.text.decoding.awaits_draft()
+        });
+        let (numbers, mut texts): (Vec<_>, Vec<_>) = awaiting
+            .map(|(&number, running)| {
+                let RunningText { text, sequence, .. } = running;
+                (number, (&mut text.decoding, sequence.slot()))
+            })
+            .unzip();
+        if let Err(error) = draft_together(&mut texts, chain.backend_mut(), interrupt) {
+            let error = Arc::new(error);
+            for number in numbers {
+                chosen.retain(|&other| other != number);
+                self.end(number, &error, chain, progress);
+            }
+        }
     }
 
     /// The texts that prefill a chunk in this step, each in turn. Chunks are whole, so that what they

@@ -162,3 +162,57 @@ fn it_is_refused_between_exits() {
     let error = refusal(&mut trained(Decides::Host, &[1; 6], 200, 0.1), mode);
     assert!(error.contains("mode lossless"), "{error}");
 }
+
+/// A chain over a kernel with a trained drafter, and its scheduler, to which `texts` texts were added
+/// in mode lossless, and one in mode full.
+fn scheduled_texts(kernel: ToyKernel, texts: usize) -> (Chain, Scheduler) {
+    let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), 0.01);
+    let settings = SchedulerSettings {
+        max_sequences: texts + 1,
+        cache_tokens: None,
+        prefill_chunk: Some(100),
+    };
+    let scheduler = Scheduler::new(&mut chain, settings).unwrap();
+    let mode = DecodingMode::Lossless {
+        drafter: DrafterKind::Trained,
+    };
+    for seed in 0..texts as u64 {
+        scheduled::add(&scheduler, &request(mode.clone(), seed));
+    }
+    scheduled::add(&scheduler, &request(DecodingMode::Full, 0));
+    (chain, scheduler)
+}
+
+fn kernel_with_drafter() -> ToyKernel {
+    let mut kernel = ToyKernel::new(&[1; 4], 256, 1, &Caches::default());
+    kernel.draft_rows = 3;
+    kernel
+}
+
+#[test]
+fn texts_share_its_launches() {
+    let kernel = kernel_with_drafter();
+    let launches = kernel.drafts.clone();
+    let (mut chain, scheduler) = scheduled_texts(kernel, 10);
+    // prefill, and then a step in which prompts are taken in, of five positions
+    for _ in 0..2 {
+        scheduler.step(&mut chain, &Interrupt::default());
+    }
+    let launches = launches.lock().unwrap().clone();
+    assert_eq!(launches, [8, 8, 2, 2]);
+}
+
+#[test]
+fn a_launch_that_fails_ends_the_texts_that_await_it() {
+    let mut kernel = kernel_with_drafter();
+    kernel.drafting_fails = true;
+    let (mut chain, scheduler) = scheduled_texts(kernel, 3);
+    let mut step = || scheduler.step(&mut chain, &Interrupt::default());
+    assert!(step().iter().all(|progress| progress.end.is_none()));
+    let ends = step().into_iter().map(|progress| match progress.end {
+        Some(end) => end.is_ok(),
+        None => !progress.tokens.is_empty(),
+    });
+    assert_eq!(ends.collect::<Vec<_>>(), [false, false, false, true]);
+    assert_eq!(scheduler.statistics().running, 1);
+}

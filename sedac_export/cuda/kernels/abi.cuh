@@ -197,7 +197,23 @@ struct BatchOutcome {
   unsigned long long started, layers_ended, ended;  // globaltimer, ns; ended only where there are logits rows
 };
 
-// What a pass of a trained drafter takes: see drafter.cuh. Its weights are fp16, rows of outputs.
+// Sequences that a trained drafter drafts for in one launch.
+constexpr int DRAFT_SEQUENCES = 8;
+
+// What it takes in of one of them, and how far it drafts after that.
+struct DraftSequence {
+  int slot;
+  int start, rows;      // verified positions, of which the model has run all
+  int steps;            // tokens to draft at most, 0 for none
+  int sampled, unused;  // whether they are sampled
+  int token[MAX_ROWS];  // that followed each position
+  RowRace race[MAX_ROWS];
+  // Another token is drafted where the probability that all so far are accepted is at least this.
+  float min_accepted[MAX_ROWS];
+  float acceptance[MARGIN_BINS];  // of a token, by the bin of its probability
+};
+
+// What a launch of a trained drafter takes: see drafter.cuh. Its weights are fp16, rows of outputs.
 struct DraftPass {
   const half *combine, *join;            // [hidden][features * hidden], [hidden][2 * hidden]
   const half *qkv, *o, *gate_up, *down;  // of its layer
@@ -210,18 +226,12 @@ struct DraftPass {
   const unsigned short* features;  // the model's feature_states
   half *keys, *values;             // [slot][key-value head][capacity][head size]
   float* scratch;
-  struct DraftOutcome* outcome;
-  int capacity, blocks, slot;
+  struct DraftOutcome* outcome;  // [sequence]
+  int capacity, sequences;
+  int blocks;  // of each sequence
   int features_of_position, draft_tokens;
   float norm_epsilon;
-  int start, rows;      // verified positions, of which the model has run all
-  int steps;            // tokens to draft at most, 0 for none
-  int sampled;          // whether they are sampled
-  int token[MAX_ROWS];  // that followed each position
-  RowRace race[MAX_ROWS];
-  // Another token is drafted where the probability that all so far are accepted is at least this.
-  float min_accepted[MAX_ROWS];
-  float acceptance[MARGIN_BINS];  // of a token, by the bin of its probability
+  DraftSequence sequence[DRAFT_SEQUENCES];
 };
 
 struct DraftOutcome {

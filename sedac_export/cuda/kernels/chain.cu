@@ -349,7 +349,7 @@ constexpr BatchLaunch prefill_product_launch(int tiles) {
 constexpr BatchLaunch ROW_TO_WARP = {THREADS, 0, WARPS, 1}, ROW_TO_BLOCK = {THREADS, 0, 1, 1},
                       BATCH_PRODUCT_LAUNCH = {THREADS, BATCH_PRODUCT_BYTES, BATCH_TOKENS, 0};
 
-extern "C" __device__ const Facts sedac_facts = {9,
+extern "C" __device__ const Facts sedac_facts = {10,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),
@@ -383,5 +383,5 @@ extern "C" __device__ const Facts sedac_facts = {9,
                                                   {THREADS, 0, 1, CANDIDATE_BLOCKS},
                                                   {32, 0, 1, 1}},
                                                  SCRATCH_BYTES,
-                                                 DraftScratch::FLOATS * 4,
+                                                 DRAFT_SEQUENCES* DraftScratch::FLOATS * 4,
                                                  sizeof(BatchScratch)};

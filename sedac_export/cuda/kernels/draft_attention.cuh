@@ -9,7 +9,7 @@
 struct DraftScratch {
   float* start;
 
-  static constexpr int STATE = 64;  // after the barrier's counter
+  static constexpr int STATE = 64;  // after the barrier's counters
   static constexpr int LAYER_INPUT = STATE + DRAFT_ROWS * HIDDEN;
   static constexpr int QUERY = LAYER_INPUT + DRAFT_ROWS * HIDDEN;
   static constexpr int PARTIAL = QUERY + ATTENTION;
@@ -18,10 +18,13 @@ struct DraftScratch {
   static constexpr int ACTIVATION = AFTER_ATTENTION + HIDDEN;  // halves
   static constexpr int BEST = (ACTIVATION + INNER / 2 + 3) / 4 * 4;
   static constexpr int FLOATS = BEST + 2 * MAX_BLOCKS * 4;
+  static_assert(FLOATS % 4 == 0 && STATE >= 2 * DRAFT_SEQUENCES, "words of 16 bytes, after a counter of 8 each");
 
-  __device__ __forceinline__ explicit DraftScratch(float* start) : start(start) {}
-  __device__ __forceinline__ unsigned long long* arrived() const {
-    return reinterpret_cast<unsigned long long*>(start);
+  // Of one of several sequences.
+  __device__ __forceinline__ DraftScratch(float* scratch, int sequence) : start(scratch + sequence * FLOATS) {}
+  // A counter for each number of sequences, since a sequence has other blocks then.
+  __device__ __forceinline__ unsigned long long* arrived(int sequences) const {
+    return reinterpret_cast<unsigned long long*>(start) + sequences - 1;
   }
   __device__ __forceinline__ float* state(int row) const { return start + STATE + row * HIDDEN; }
   __device__ __forceinline__ float* layer_input(int row) const { return start + LAYER_INPUT + row * HIDDEN; }
@@ -44,6 +47,7 @@ struct DraftAttention {
   const DraftPass& pass;
   const DraftScratch& scratch;
   DraftShared& shared;
+  int slot, block;
 
   static constexpr int PAIRS = divided_up(HEAD, 64);  // of a head's elements, a lane
 
@@ -54,7 +58,7 @@ struct DraftAttention {
     for (int d = threadIdx.x; d < ATTENTION; d += DRAFT_THREADS) shared.query[d] = load_result(scratch.query() + d);
     __syncthreads();
 #pragma unroll 1
-    for (int i = blockIdx.x + pass.blocks * (threadIdx.x >> 5); i < HEADS * chunks; i += pass.blocks * DRAFT_WARPS)
+    for (int i = block + pass.blocks * (threadIdx.x >> 5); i < HEADS * chunks; i += pass.blocks * DRAFT_WARPS)
       attend(i / chunks, i % chunks, size, keys);
   }
 
@@ -95,7 +99,7 @@ struct DraftAttention {
 
   __device__ __forceinline__ void attend(int head, int chunk, int size, int keys) const {
     const int lane = threadIdx.x & 31, end = min(keys, (chunk + 1) * size);
-    const size_t cache = (static_cast<size_t>(pass.slot) * KV_HEADS + head / GROUP) * pass.capacity * HEAD;
+    const size_t cache = (static_cast<size_t>(slot) * KV_HEADS + head / GROUP) * pass.capacity * HEAD;
     const half *key = pass.keys + cache, *value = pass.values + cache;
     float highest = -INFINITE, total = 0;
     float2 sums[PAIRS] = {};

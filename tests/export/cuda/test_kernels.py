@@ -41,6 +41,7 @@ MIRRORS = {
     "RowOutcome": chain_abi.RowOutcome,
     "RaceOutcome": chain_abi.RaceOutcome,
     "PassOutcome": chain_abi.Outcome,
+    "DraftSequence": chain_abi.DraftSequence,
     "DraftParameters": chain_abi.DraftPass,
     "DraftOutcome": chain_abi.DraftOutcome,
     "Condition": chain_abi.Condition,
@@ -182,9 +183,10 @@ def core_launches(source: str, name: str) -> list[object]:
 
 
 def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
-    source = (CORE / "abi.rs").read_text() + (CORE / "batch_abi.rs").read_text()
+    files = ("abi.rs", "batch_abi.rs", "draft_abi.rs")
+    source = "".join((CORE / name).read_text() for name in files)
     sizes = dict(re.findall(r"assert!\(size_of::<(\w+)>\(\) == (\d+)\)", source))
-    assert len(sizes) == 15
+    assert len(sizes) == 16
     for name, size in sizes.items():
         assert ctypes.sizeof(MIRRORS[name]) == int(size), name
     bodies = dict(re.findall(r"pub(?:\(super\))? struct (\w+) \{(.*?)\n\}", source, re.DOTALL))
@@ -196,7 +198,10 @@ def test_the_benchmark_and_the_core_have_the_same_structs() -> None:
         ("BATCH_HEAD", loaded_chain._HEAD),
     ):
         assert core_launches(source, name) == list(wanted), name
-    for name in ("BATCH_ROWS", "BATCH_LOGITS_ROWS", "BATCH_GROUP_ROWS", "SMALL_BATCH_ROWS"):
+    for name in (
+        *("BATCH_ROWS", "BATCH_LOGITS_ROWS", "BATCH_GROUP_ROWS", "SMALL_BATCH_ROWS"),
+        "DRAFT_SEQUENCES",
+    ):
         assert f"const {name}: usize = {getattr(chain_abi, name)};" in source
     entries = re.findall(r'"((?:batch|prefill)_\w+)"', source)
     assert entries == [kernel.entry for kernel in chain_abi.BatchKernel]

@@ -2,12 +2,12 @@
 //! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
 
 use super::batch_abi::{BATCH_KERNELS, BatchLaunch};
-use crate::backend::{DraftedToken, MARGIN_BINS, MAX_AHEAD};
+use crate::backend::{MARGIN_BINS, MAX_AHEAD};
 use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 9;
+pub(super) const ABI: u32 = 10;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -236,86 +236,6 @@ pub(super) struct PassParameters {
     pub(super) feature_depths: [i32; 4],
 }
 
-/// The only parameter of a trained drafter's kernel: device addresses of its weights and of what it
-/// keeps, and what it is to do.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct DraftParameters {
-    pub(super) combine: u64,
-    pub(super) join: u64,
-    pub(super) qkv: u64,
-    pub(super) o: u64,
-    pub(super) gate_up: u64,
-    pub(super) down: u64,
-    pub(super) head: u64,
-    pub(super) feature_norms: u64,
-    pub(super) state_norm: u64,
-    pub(super) embedding_norm: u64,
-    pub(super) attention_norm: u64,
-    pub(super) mlp_norm: u64,
-    pub(super) norm: u64,
-    /// fp32 [head size / 2].
-    pub(super) frequencies: u64,
-    /// int32 [draft tokens].
-    pub(super) tokens: u64,
-    /// The model's.
-    pub(super) embed: u64,
-    /// The model's hidden states, as [`PassParameters::feature_states`].
-    pub(super) features: u64,
-    /// fp16 [slot, key-value heads, capacity, head size], as `values`.
-    pub(super) keys: u64,
-    pub(super) values: u64,
-    pub(super) scratch: u64,
-    /// Pinned memory of the host.
-    pub(super) outcome: u64,
-    pub(super) capacity: i32,
-    pub(super) blocks: i32,
-    pub(super) slot: i32,
-    pub(super) features_of_position: i32,
-    pub(super) draft_tokens: i32,
-    pub(super) norm_epsilon: f32,
-    /// The first position that it takes in.
-    pub(super) start: i32,
-    /// Positions that it takes in.
-    pub(super) rows: i32,
-    /// Tokens that it drafts at most.
-    pub(super) steps: i32,
-    /// Whether they are sampled.
-    pub(super) sampled: i32,
-    /// The token after each position.
-    pub(super) token: [i32; MAX_ROWS],
-    /// By drafted token.
-    pub(super) race: [RowRace; MAX_ROWS],
-    /// See [`Ahead`](crate::backend::Ahead).
-    pub(super) min_accepted: [f32; MAX_AHEAD],
-    pub(super) acceptance: [f32; MARGIN_BINS],
-}
-
-/// What the host reads after a draft.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct DraftOutcome {
-    /// How many were drafted.
-    pub(super) tokens: i32,
-    pub(super) token: [i32; MAX_ROWS],
-    /// That the drafter gives each.
-    pub(super) probability: [f32; MAX_ROWS],
-}
-
-impl DraftOutcome {
-    /// The tokens.
-    pub(super) fn drafted(&self) -> Vec<DraftedToken> {
-        let all = self.token.into_iter().zip(self.probability);
-        let drafted = all.take(self.tokens as usize);
-        drafted
-            .map(|(token, probability)| DraftedToken {
-                token: token as u32,
-                probability,
-            })
-            .collect()
-    }
-}
-
 /// Where a sequence of a pass stopped.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -397,8 +317,6 @@ const _: () = {
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
     assert!(size_of::<PassParameters>() == 752);
-    assert!(size_of::<DraftParameters>() == 432);
-    assert!(size_of::<DraftOutcome>() == 68);
     assert!(size_of::<PassOutcome>() == 656);
     assert!(MAX_AHEAD == MAX_ROWS);
     assert!(size_of::<Condition>() == 32);

@@ -4,12 +4,16 @@ use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
 use super::batch_abi::{BATCH_LOGITS_ROWS, BatchOutcome, BatchRow, RowRule};
+use super::draft_abi::DRAFT_SEQUENCES;
 use crate::backend::{Ahead, DraftedToken};
 use crate::error::Result;
 use crate::policy::Condition;
 
 /// Criteria that an exit rule may have.
 pub const MAX_CRITERIA: usize = 4;
+
+/// Sequences that a trained drafter drafts for at once.
+pub const MAX_DRAFTS: usize = DRAFT_SEQUENCES;
 
 /// Tables of exit rules that a device holds: those of the rows of a batch, and as many that were used
 /// before and may come again.
@@ -58,7 +62,7 @@ pub struct BatchLimits {
     pub rules: bool,
 }
 
-/// What a trained drafter is to do.
+/// What a trained drafter is to do for a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DraftPlan {
     /// The slot of the sequence.
@@ -119,11 +123,10 @@ pub trait ChainDevice: Send {
         0
     }
 
-    /// Let the trained drafter do what `plan` says, and wait until it has ended. Returns the tokens
-    /// that it drafted.
-    fn draft(&mut self, plan: &DraftPlan) -> Result<Vec<DraftedToken>> {
-        let _ = plan;
-        Ok(Vec::new())
+    /// Let the trained drafter do what `plans` say, one to [`MAX_DRAFTS`] of them, of different slots, and
+    /// wait until it has ended. Returns the tokens that it drafted for each.
+    fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
+        Ok(vec![Vec::new(); plans.len()])
     }
 
     /// The logits of `rows` of the last pass, whose bits are set in its

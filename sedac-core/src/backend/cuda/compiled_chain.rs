@@ -6,10 +6,9 @@ use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 
-use super::abi::{
-    ABI, ChainFacts, DraftOutcome, DraftParameters, LayerPointers, PassOutcome, PassParameters,
-};
+use super::abi::{ABI, ChainFacts, LayerPointers, PassOutcome, PassParameters};
 use super::batch_abi::{BATCH_KERNELS, BatchLaunch, BatchOutcome, BatchParameters};
+use super::draft_abi::{DraftOutcome, DraftParameters};
 use crate::backend::gpu::failed;
 use crate::bundle::{Bundle, ChainKernels, ChainModule, KERNEL_ROWS};
 use crate::error::{Error, Result};
@@ -133,9 +132,10 @@ impl CompiledChain {
         (&self.kernels[index], self.launch_config(shared))
     }
 
-    /// The kernel of a trained drafter, and how it is launched.
-    pub(super) fn draft_kernel(&self) -> (&CudaFunction, LaunchConfig) {
+    /// The kernel of a trained drafter, and how it is launched with `blocks` blocks.
+    pub(super) fn draft_kernel(&self, blocks: u32) -> (&CudaFunction, LaunchConfig) {
         let config = LaunchConfig {
+            grid_dim: (blocks, 1, 1),
             block_dim: (self.facts.draft_threads, 1, 1),
             ..self.launch_config(self.facts.draft_shared_bytes)
         };

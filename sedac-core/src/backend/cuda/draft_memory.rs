@@ -6,9 +6,10 @@ use cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, PushKernelArg, ValidAsZeroBits,
 };
 
-use super::abi::{DraftOutcome, DraftParameters, MAX_ROWS, PassParameters, RowRace};
-use super::chain_device::DraftPlan;
+use super::abi::{MAX_ROWS, PassParameters, RowRace};
+use super::chain_device::{DraftPlan, MAX_DRAFTS};
 use super::compiled_chain::CompiledChain;
+use super::draft_abi::{DraftOutcome, DraftParameters, DraftSequence};
 use super::drafter_weights::DrafterWeights;
 use super::exit_memory::{copied, gather};
 use super::memory::{pinned, zeros};
@@ -121,7 +122,7 @@ impl DraftMemory {
             zeros(stream, sizes.all(sizes.keys))?,
             zeros(stream, sizes.all(sizes.keys))?,
         ];
-        let outcome = pinned(stream, 1, DraftOutcome::default())?;
+        let outcome = pinned(stream, MAX_DRAFTS, DraftOutcome::default())?;
         let [
             combine,
             join,
@@ -161,7 +162,6 @@ impl DraftMemory {
             // the device has the host's address for it, as for all memory that the driver pins
             outcome: outcome.as_ptr().map_err(failed("pinned memory"))? as u64,
             capacity: sizes.capacity as i32,
-            blocks: chain.blocks as i32,
             features_of_position: weights.depths.len() as i32,
             draft_tokens: weights.tokens.len() as i32,
             norm_epsilon: weights.norm_epsilon,
@@ -235,41 +235,43 @@ impl DraftMemory {
         copy_within(stream, &mut self.features, from * slot, to * slot, bytes)
     }
 
-    /// Take in positions, and draft where `plan` says so; wait until that has ended.
+    /// Take in positions, and draft where `plans` say so; wait until that has ended.
     pub(super) fn run(
         &mut self,
         stream: &Arc<CudaStream>,
         chain: &CompiledChain,
-        plan: &DraftPlan,
-    ) -> Result<Vec<DraftedToken>> {
-        self.check(chain, plan);
-        let ahead = plan.ahead.unwrap_or_default();
+        plans: &[DraftPlan],
+    ) -> Result<Vec<Vec<DraftedToken>>> {
+        assert!(
+            (1..=MAX_DRAFTS).contains(&plans.len()),
+            "drafts of a launch"
+        );
+        let sequences = plans.len() as u32;
+        let blocks = chain.blocks / sequences;
+        plans.iter().for_each(|plan| self.check(chain, plan));
         let parameters = &mut self.parameters;
-        parameters.slot = plan.slot as i32;
-        parameters.start = plan.start as i32;
-        parameters.rows = plan.tokens.len() as i32;
-        parameters.steps = plan.ahead.map_or(0, |ahead| ahead.tokens as i32);
-        parameters.sampled = plan.races.is_some().into();
-        parameters.race = plan.races.unwrap_or([RowRace::default(); MAX_ROWS]);
-        (parameters.min_accepted, parameters.acceptance) = (ahead.min_accepted, ahead.acceptance);
-        for (place, &token) in parameters.token.iter_mut().zip(&plan.tokens) {
-            *place = token as i32;
+        parameters.sequences = sequences as i32;
+        parameters.blocks = blocks as i32;
+        for (place, plan) in parameters.sequence.iter_mut().zip(plans) {
+            *place = sequence(plan);
         }
-        let (kernel, config) = chain.draft_kernel();
+        let (kernel, config) = chain.draft_kernel(blocks * sequences);
         let mut launch = stream.launch_builder(kernel);
         launch.arg(&self.parameters);
         // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
         // points to is allocated for the sizes of the bundle's manifest and facts, and `check` has
-        // made sure that slot, positions and tokens are inside. `self` is borrowed until the kernel
+        // made sure that slots, positions and tokens are inside. `self` is borrowed until the kernel
         // has ended, which is waited for whatever the driver says here.
         let launched = unsafe { launch.launch_cooperative(config) };
         let waited = stream.synchronize();
         launched.map(drop).and(waited).map_err(failed("a draft"))?;
-        if plan.ahead.is_none() {
-            return Ok(Vec::new());
-        }
-        let outcome = self.outcome.as_slice().map_err(failed("a draft"))?;
-        Ok(outcome[0].drafted())
+        let outcomes = self.outcome.as_slice().map_err(failed("a draft"))?;
+        let drafted = plans.iter().zip(outcomes);
+        let drafted = drafted.map(|(plan, outcome)| match plan.ahead {
+            Some(_) => outcome.drafted(),
+            None => Vec::new(),
+        });
+        Ok(drafted.collect())
     }
 
     /// Check that a launch stays inside of what was allocated.
@@ -285,5 +287,25 @@ impl DraftMemory {
         assert!(end <= self.sizes.capacity, "positions of a draft");
         let known = |&token: &u32| (token as usize) < self.vocabulary;
         assert!(plan.tokens.iter().all(known), "tokens of a draft");
+    }
+}
+
+fn sequence(plan: &DraftPlan) -> DraftSequence {
+    let ahead = plan.ahead.unwrap_or_default();
+    let mut token = [0; MAX_ROWS];
+    for (place, &followed) in token.iter_mut().zip(&plan.tokens) {
+        *place = followed as i32;
+    }
+    DraftSequence {
+        slot: plan.slot as i32,
+        start: plan.start as i32,
+        rows: plan.tokens.len() as i32,
+        steps: plan.ahead.map_or(0, |ahead| ahead.tokens as i32),
+        sampled: plan.races.is_some().into(),
+        unused: 0,
+        token,
+        race: plan.races.unwrap_or([RowRace::default(); MAX_ROWS]),
+        min_accepted: ahead.min_accepted,
+        acceptance: ahead.acceptance,
     }
 }

@@ -424,9 +424,9 @@ impl ChainDevice for CudaDriver {
         self.drafter.as_ref().map_or(0, |_| rows)
     }
 
-    fn draft(&mut self, plan: &DraftPlan) -> Result<Vec<DraftedToken>> {
+    fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
         let drafter = self.drafter.as_mut().expect("a drafter was loaded");
-        drafter.run(&self.stream, &self.chain, plan)
+        drafter.run(&self.stream, &self.chain, plans)
     }
 
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {

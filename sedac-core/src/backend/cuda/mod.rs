@@ -11,6 +11,7 @@ mod batch_memory;
 mod batches;
 mod chain_device;
 mod compiled_chain;
+mod draft_abi;
 mod draft_memory;
 mod drafter_weights;
 mod drafting;
@@ -33,7 +34,7 @@ pub use self::abi::{
 };
 pub use self::batch_abi::{BatchOutcome, BatchRow, RowExit, RowRule};
 pub use self::chain_device::{
-    BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_TABLES, PassPlan,
+    BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_DRAFTS, MAX_TABLES, PassPlan,
 };
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
@@ -65,8 +66,6 @@ pub struct CudaChain<D> {
     tables: RuleTables,
     /// The device's clock at the first pass.
     epoch: Option<u64>,
-    /// The slot that a trained drafter drafts for.
-    draft_slot: usize,
 }
 
 /// A piece in a pass.
@@ -108,7 +107,6 @@ impl<D: ChainDevice> CudaChain<D> {
             costs: Costs::of_passes(MAX_ROWS.max(device.batch_limits().logits_rows)),
             tables: RuleTables::default(),
             epoch: None,
-            draft_slot: 0,
             device,
         }
     }
@@ -387,8 +385,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
         Ok(outcomes.collect())
     }
 
-    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
-        self.draft_slot = slot;
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         (self.device.draft_rows() > 0).then_some(self as &mut dyn DraftEngine)
     }
 

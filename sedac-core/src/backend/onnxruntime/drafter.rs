@@ -10,7 +10,7 @@ use ort::value::Tensor;
 use super::MAX_REUSED_TOKENS;
 use super::runtime::{bind_input, bind_output, binding, read, run, tensor, write};
 use crate::backend::{
-    Ahead, DraftChoice, DraftEngine, DraftedToken, MAX_TOKENS, PositionLogits, margin_bin,
+    DraftEngine, DraftRequest, DraftedToken, MAX_TOKENS, PositionLogits, margin_bin,
 };
 use crate::bundle::{Bundle, DrafterEntry};
 use crate::error::Result;
@@ -99,11 +99,6 @@ impl Drafter {
         Ok(())
     }
 
-    /// Draft for the sequence in `slot` from now on.
-    pub(super) fn select(&mut self, slot: usize) {
-        self.selected = slot;
-    }
-
     /// The hidden states of the first `length` positions in the slot `from` are those in `to`, too.
     pub(super) fn copy(&mut self, from: usize, length: usize, to: usize) {
         let source = &self.slots[from].features;
@@ -190,6 +185,27 @@ impl Drafter {
         self.advance(pass, &[token])
     }
 
+    fn draft_one(
+        &mut self,
+        request: &mut DraftRequest<'_>,
+        interrupt: &Interrupt,
+    ) -> Result<Vec<DraftedToken>> {
+        self.selected = request.slot;
+        self.take_in(request.positions.clone(), request.tokens, interrupt)?;
+        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
+        loop {
+            let token = request.choice.choose(PositionLogits::All(&self.logits));
+            let probability = self.probability(token);
+            drafted.push(DraftedToken { token, probability });
+            accepted *= request.ahead.acceptance[margin_bin(probability)];
+            if !request.ahead.goes_on(drafted.len(), accepted) {
+                return Ok(drafted);
+            }
+            interrupt.check()?;
+            self.roll_out(token)?;
+        }
+    }
+
     /// The probability that the last logits give `token`.
     fn probability(&self, token: u32) -> f32 {
         let (max, sum) = self.normaliser;
@@ -231,25 +247,13 @@ impl Drafter {
 impl DraftEngine for Drafter {
     fn draft(
         &mut self,
-        positions: Range<usize>,
-        tokens: &[u32],
-        ahead: &Ahead,
-        choice: &mut dyn DraftChoice,
+        requests: &mut [DraftRequest<'_>],
         interrupt: &Interrupt,
-    ) -> Result<Vec<DraftedToken>> {
-        self.take_in(positions, tokens, interrupt)?;
-        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
-        loop {
-            let token = choice.choose(PositionLogits::All(&self.logits));
-            let probability = self.probability(token);
-            drafted.push(DraftedToken { token, probability });
-            accepted *= ahead.acceptance[margin_bin(probability)];
-            if !ahead.goes_on(drafted.len(), accepted) {
-                return Ok(drafted);
-            }
-            interrupt.check()?;
-            self.roll_out(token)?;
-        }
+    ) -> Result<Vec<Vec<DraftedToken>>> {
+        let requests = requests.iter_mut();
+        requests
+            .map(|request| self.draft_one(request, interrupt))
+            .collect()
     }
 }
 

@@ -408,7 +408,6 @@ impl Engines for OnnxRuntime {
 
     fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
         let drafter = self.drafter.as_mut()?;
-        drafter.select(self.selected);
         Some(drafter)
     }
 

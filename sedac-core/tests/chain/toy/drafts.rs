@@ -4,9 +4,8 @@ use std::ops::Range;
 
 use sedac_core::Result;
 use sedac_core::backend::{
-    Ahead, DraftChoice, DraftEngine, DraftedToken, PositionLogits, margin_bin,
+    DraftEngine, DraftRequest, DraftedToken, Engines, PositionLogits, margin_bin,
 };
-
 use sedac_core::interrupt::Interrupt;
 
 use super::{Cache, Hidden, Toy, mix};
@@ -15,30 +14,35 @@ use super::{Cache, Hidden, Toy, mix};
 impl DraftEngine for Toy {
     fn draft(
         &mut self,
-        positions: Range<usize>,
-        tokens: &[u32],
-        ahead: &Ahead,
-        choice: &mut dyn DraftChoice,
+        requests: &mut [DraftRequest<'_>],
         _: &Interrupt,
-    ) -> Result<Vec<DraftedToken>> {
-        self.take_in(positions, tokens);
+    ) -> Result<Vec<Vec<DraftedToken>>> {
+        let requests = requests.iter_mut();
+        Ok(requests.map(|request| self.draft_one(request)).collect())
+    }
+}
+
+impl Toy {
+    fn draft_one(&mut self, request: &mut DraftRequest<'_>) -> Vec<DraftedToken> {
+        self.select(request.slot);
+        self.take_in(request.positions.clone(), request.tokens);
         let (mut drafted, mut accepted) = (Vec::new(), 1.0);
         loop {
-            let token = choice.choose(PositionLogits::All(&self.draft_logits));
+            let token = request
+                .choice
+                .choose(PositionLogits::All(&self.draft_logits));
             let probability = self.probability(token);
             drafted.push(DraftedToken { token, probability });
-            accepted *= ahead.acceptance[margin_bin(probability)];
-            if !ahead.goes_on(drafted.len(), accepted) {
-                return Ok(drafted);
+            accepted *= request.ahead.acceptance[margin_bin(probability)];
+            if !request.ahead.goes_on(drafted.len(), accepted) {
+                return drafted;
             }
             let mut text = self.draft_text.take().unwrap();
             text.push(token);
             self.set_draft_text(text);
         }
     }
-}
 
-impl Toy {
     fn take_in(&mut self, positions: Range<usize>, tokens: &[u32]) {
         let slot = &mut self.slots[self.selected];
         let caches = slot.caches.lock().unwrap().clone();

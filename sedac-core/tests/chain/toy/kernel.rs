@@ -1,21 +1,23 @@
 //! The toy model as a kernel that runs passes, and checks that they keep the contract.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use sedac_core::Result;
 use sedac_core::backend::cuda::{
-    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_ROWS,
-    MAX_TABLES, PassOutcome, PassPlan, PassRow, RaceOutcome, RowExit, RowOutcome, RowRace, RowRule,
+    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, MAX_CRITERIA,
+    MAX_DRAFTS, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RowExit, RowOutcome, RowRule,
     SequenceOutcome, SequenceRows,
 };
 use sedac_core::backend::{DraftedToken, margin_bin};
-use sedac_core::policy::{Comparison, Condition, Signal};
+use sedac_core::policy::Condition;
 use sedac_core::sampler::argmax;
+use sedac_core::{Error, Result};
 
+use super::choices::{State, margin, race};
 use super::drafts::{draft_logits, probability, taken_in};
-use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends, mix};
+use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
 
 /// Rows of batches.
 const BATCHES: BatchLimits = BatchLimits {
@@ -38,6 +40,10 @@ pub(crate) struct ToyKernel {
     pub(crate) passes: Vec<usize>,
     /// The number of rows of each batch so far.
     pub(crate) batches: Arc<Mutex<Vec<usize>>>,
+    /// The number of sequences of each launch of a trained drafter so far.
+    pub(crate) drafts: Arc<Mutex<Vec<usize>>>,
+    /// Whether launches of a trained drafter fail.
+    pub(crate) drafting_fails: bool,
     /// The number of steps of all passes so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// A token whose logits are NaN.
@@ -73,6 +79,8 @@ impl ToyKernel {
             clock: 0,
             passes: Vec::new(),
             batches: Arc::default(),
+            drafts: Arc::default(),
+            drafting_fails: false,
             steps: Arc::default(),
             poison: None,
             draft_rows: 0,
@@ -261,6 +269,30 @@ impl ToyKernel {
         outcome.steps = step as i32 + 1;
     }
 
+    fn draft_one(&mut self, plan: &DraftPlan) -> Vec<DraftedToken> {
+        let count = plan.tokens.len();
+        assert!((1..=self.draft_rows).contains(&count));
+        let cache = self.cache(plan.slot);
+        let known = &mut self.drafter_caches[plan.slot];
+        let mut text = taken_in(&cache, known, plan.start..plan.start + count, &plan.tokens);
+        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
+        while let Some(ahead) = &plan.ahead {
+            let logits = draft_logits(&text, self.layers, self.agreement);
+            let token = match &plan.races {
+                Some(races) => race(races[drafted.len()], &logits).token,
+                None => argmax(&logits),
+            };
+            let probability = probability(&logits, token);
+            drafted.push(DraftedToken { token, probability });
+            text.push(token);
+            accepted *= ahead.acceptance[margin_bin(probability)];
+            if !ahead.goes_on(drafted.len(), accepted) {
+                break;
+            }
+        }
+        drafted
+    }
+
     fn head(&mut self, hidden: Hidden, depth: i32) -> RowOutcome {
         let mut logits = hidden.logits(depth as usize, self.layers, self.agreement);
         if self.poison == Some(hidden.token) {
@@ -275,31 +307,6 @@ impl ToyKernel {
         };
         self.logits.push(logits);
         outcome
-    }
-}
-
-/// The race among all tokens. A quarter of the time, rounding is said to leave it open.
-fn race(by: RowRace, logits: &[f32]) -> RaceOutcome {
-    let noise = |token: u64| {
-        let mut z = by
-            .key
-            .wrapping_add(token.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        let uniform = ((z ^ (z >> 31)) as f64 + 1.0) / 2_f64.powi(64);
-        -(-uniform.ln()).ln()
-    };
-    let score =
-        |token: usize| f64::from(logits[token] * by.inverse_temperature) + noise(token as u64);
-    let mut order: Vec<_> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
-    let (first, lead) = (order[0], score(order[0]) - score(order[1]));
-    let highest = logits[argmax(logits) as usize];
-    RaceOutcome {
-        token: first as u32,
-        logit: logits[first],
-        total: logits.iter().map(|logit| (logit - highest).exp()).sum(),
-        is_certain: (lead > 1e-4 && mix(by.key, 0) & 3 > 0).into(),
     }
 }
 
@@ -337,44 +344,6 @@ fn check_batch(plan: &BatchPlan) {
 
 fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
     &pass.rows[sequence.first_row as usize..][..sequence.rows as usize]
-}
-
-/// The probability of the most probable token less that of the second.
-fn margin(logits: &[f32]) -> f32 {
-    let mut sorted = logits.to_vec();
-    sorted.sort_by(|a, b| b.total_cmp(a));
-    let total: f32 = logits.iter().map(|logit| (logit - sorted[0]).exp()).sum();
-    (1.0 - (sorted[1] - sorted[0]).exp()) / total
-}
-
-/// What is remembered of one criterion.
-#[derive(Clone, Copy, Default)]
-struct State {
-    run: u32,
-    accumulator: f32,
-}
-
-impl State {
-    fn stops(&mut self, row: Condition, newest: Hidden, depth: usize) -> bool {
-        let value = match row.signal {
-            Signal::None => return false,
-            Signal::Stability => newest.signal(depth, 0),
-            Signal::Risk => newest.signal(depth, 1),
-            Signal::Margin => newest.signal(depth, 2),
-            Signal::Learned => newest.signal(depth, 4),
-        };
-        let satisfied = match row.comparison {
-            Comparison::AtLeast => value >= row.threshold,
-            Comparison::Below => value < row.threshold,
-            Comparison::Accumulated => {
-                let gained = (1.0 - value / row.threshold).clamp(0.0, 1.0);
-                self.accumulator = self.accumulator * row.decay + gained * row.weight;
-                self.accumulator >= row.target
-            }
-        };
-        self.run = if satisfied { self.run + 1 } else { 0 };
-        row.may_exit == 1 && self.run >= row.run_length
-    }
 }
 
 impl ChainDevice for ToyKernel {
@@ -451,28 +420,15 @@ impl ChainDevice for ToyKernel {
         self.draft_rows
     }
 
-    fn draft(&mut self, plan: &DraftPlan) -> Result<Vec<DraftedToken>> {
-        let count = plan.tokens.len();
-        assert!((1..=self.draft_rows).contains(&count));
-        let cache = self.cache(plan.slot);
-        let known = &mut self.drafter_caches[plan.slot];
-        let mut text = taken_in(&cache, known, plan.start..plan.start + count, &plan.tokens);
-        let (mut drafted, mut accepted) = (Vec::new(), 1.0);
-        while let Some(ahead) = &plan.ahead {
-            let logits = draft_logits(&text, self.layers, self.agreement);
-            let token = match &plan.races {
-                Some(races) => race(races[drafted.len()], &logits).token,
-                None => argmax(&logits),
-            };
-            let probability = probability(&logits, token);
-            drafted.push(DraftedToken { token, probability });
-            text.push(token);
-            accepted *= ahead.acceptance[margin_bin(probability)];
-            if !ahead.goes_on(drafted.len(), accepted) {
-                break;
-            }
+    fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
+        assert!((1..=MAX_DRAFTS).contains(&plans.len()));
+        let slots: HashSet<_> = plans.iter().map(|plan| plan.slot).collect();
+        assert_eq!(slots.len(), plans.len());
+        if self.drafting_fails {
+            return Err(Error::Cancelled);
         }
-        Ok(drafted)
+        self.drafts.lock().unwrap().push(plans.len());
+        Ok(plans.iter().map(|plan| self.draft_one(plan)).collect())
     }
 
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {

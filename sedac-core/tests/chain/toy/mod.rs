@@ -1,5 +1,6 @@
 //! A toy model whose every logit depends on every cache entry, in a chain on a toy machine.
 
+mod choices;
 mod device;
 mod drafts;
 mod kernel;
@@ -407,8 +408,8 @@ impl<B: Backend> Backend for Timed<B> {
         self.inner.step(steps, interrupt)
     }
 
-    fn draft_engine(&mut self, slot: usize) -> Option<&mut dyn DraftEngine> {
-        self.inner.draft_engine(slot)
+    fn draft_engine(&mut self) -> Option<&mut dyn DraftEngine> {
+        self.inner.draft_engine()
     }
 
     fn costs(&self) -> &Costs {
