@@ -23,6 +23,8 @@ const MAX_RECORDED: usize = 16;
 pub struct Costs {
     layer: Curve,
     head: Curve,
+    /// Of the trained drafter, for a token of each of so many sequences.
+    draft: Curve,
     /// The most tokens of a pass, None where there is no such bound.
     pass_tokens: Option<usize>,
 }
@@ -51,11 +53,18 @@ impl Costs {
         }
     }
 
-    /// What is known of passes that verify drafts, for later processes.
+    /// The trained drafter took `elapsed` for `tokens` tokens, drafted for `sequences` sequences at once.
+    pub fn note_draft(&mut self, sequences: usize, tokens: usize, elapsed: Duration) {
+        let of_each = tokens as f64 / sequences as f64;
+        self.draft.note(sequences, elapsed.as_secs_f64() / of_each);
+    }
+
+    /// What is known of drafts and of passes that verify them, for later processes.
     pub fn record(&self) -> CostRecord {
         CostRecord {
             layer: self.layer.record(),
             head: self.head.record(),
+            draft: self.draft.record(),
         }
     }
 
@@ -63,6 +72,7 @@ impl Costs {
     pub fn recall(&mut self, record: &CostRecord) {
         self.layer.recall(&record.layer);
         self.head.recall(&record.head);
+        self.draft.recall(&record.draft);
     }
 
     /// Seconds for `tokens` tokens through `layers` layers.
@@ -73,6 +83,11 @@ impl Costs {
     /// Seconds for the logits of `tokens` tokens.
     pub fn head(&self, tokens: usize) -> f64 {
         self.in_passes(&self.head, tokens)
+    }
+
+    /// Seconds for a token of the trained drafter, which drafts for `sequences` sequences at once.
+    pub fn draft_token(&self, sequences: usize) -> f64 {
+        self.draft.at(sequences) / sequences as f64
     }
 
     /// Of as many passes as `tokens` tokens take.
@@ -97,12 +112,16 @@ pub struct CostRecord {
     pub layer: BTreeMap<usize, f64>,
     /// For the head.
     pub head: BTreeMap<usize, f64>,
+    /// Of the trained drafter, by sequences that it drafts a token for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub draft: BTreeMap<usize, f64>,
 }
 
 impl CostRecord {
     /// Whether every cost is finite and above 0.
     pub(crate) fn is_sound(&self) -> bool {
-        let mut seconds = self.layer.values().chain(self.head.values());
+        let passes = self.layer.values().chain(self.head.values());
+        let mut seconds = passes.chain(self.draft.values());
         seconds.all(|&seconds| seconds > 0.0 && seconds.is_finite())
     }
 }
@@ -113,7 +132,7 @@ struct Curve(BTreeMap<usize, Cost>);
 
 /// Seconds of something that runs again and again.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Cost {
+struct Cost {
     /// Whether it has run. The first run makes buffers too and does not count.
     has_run: bool,
     measured: Option<f64>,
@@ -182,17 +201,12 @@ impl Curve {
 
 impl Cost {
     /// It took `seconds`.
-    pub(crate) fn note(&mut self, seconds: f64) {
+    fn note(&mut self, seconds: f64) {
         if self.has_run {
             let known = self.measured.unwrap_or(f64::INFINITY);
             self.measured = Some(seconds.min(known * RISE));
         }
         self.has_run = true;
-    }
-
-    /// What was measured, 0 before that.
-    pub(crate) fn measured(&self) -> f64 {
-        self.measured.unwrap_or(0.0)
     }
 
     fn is_known(&self) -> bool {
@@ -242,6 +256,21 @@ mod tests {
             [layer(4), layer(5), layer(8), layer(9)],
             [3.0, 4.0, 6.0, 7.0]
         );
+    }
+
+    #[test]
+    fn drafts_for_several_sequences_are_cheaper_for_each() {
+        let mut costs = Costs::default();
+        assert_eq!(costs.draft_token(2), 0.0);
+        for (sequences, tokens, seconds) in [(1, 3, 12), (4, 8, 16)] {
+            for _ in 0..2 {
+                costs.note_draft(sequences, tokens, Duration::from_secs(seconds));
+            }
+        }
+        assert_eq!([1, 4, 8].map(|n| costs.draft_token(n)), [4.0, 2.0, 1.0]);
+        let mut later = Costs::default();
+        later.recall(&costs.record());
+        assert_eq!(later.draft_token(4), 2.0);
     }
 
     #[test]
@@ -315,7 +344,7 @@ mod tests {
     fn costs_are_numbers_above_zero() {
         let of = |seconds| CostRecord {
             layer: BTreeMap::from([(1, seconds)]),
-            head: BTreeMap::new(),
+            ..CostRecord::default()
         };
         assert!(of(0.5).is_sound());
         for seconds in [0.0, -1.0, f64::NAN, f64::INFINITY] {

@@ -24,7 +24,6 @@ use std::ops::Range;
 pub(crate) use self::gpu::gpu_name;
 pub(crate) use self::stability::stability;
 pub use capabilities::Capabilities;
-pub(crate) use costs::Cost;
 pub use costs::{CostRecord, Costs};
 pub use draft_engine::{DraftChoice, DraftEngine, DraftRequest, DraftedToken};
 pub use host_decided::HostDecided;

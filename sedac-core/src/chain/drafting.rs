@@ -112,14 +112,9 @@ impl Drafting {
         self.drafter.propose(history, max_tokens, context)
     }
 
-    /// The draft of what the trained drafter drafted, `seconds` for each token.
-    pub(super) fn take_drafted(
-        &mut self,
-        drafted: &[DraftedToken],
-        seconds: Option<f64>,
-        costs: &Costs,
-    ) -> Draft {
-        self.drafter.take_drafted(drafted, seconds, costs)
+    /// The draft of what the trained drafter drafted.
+    pub(super) fn take_drafted(&mut self, drafted: &[DraftedToken], costs: &Costs) -> Draft {
+        self.drafter.take_drafted(drafted, costs)
     }
 
     /// A token came without a draft, after `depth` layers.

@@ -155,6 +155,7 @@ mod tests {
         CostRecord {
             layer: [(1, seconds)].into(),
             head: [(1, 0.5)].into(),
+            draft: [(2, 0.1)].into(),
         }
     }
 

@@ -30,10 +30,10 @@ impl Decoding {
         })
     }
 
-    /// Verify what the trained drafter has drafted next, `seconds` for each token.
-    fn take_drafted(&mut self, drafted: &[DraftedToken], seconds: Option<f64>, costs: &Costs) {
+    /// Verify what the trained drafter has drafted next.
+    fn take_drafted(&mut self, drafted: &[DraftedToken], costs: &Costs) {
         if let Some(drafting) = &mut self.drafting {
-            let draft = drafting.take_drafted(drafted, seconds, costs);
+            let draft = drafting.take_drafted(drafted, costs);
             debug!(drafted = draft.tokens.len(), "trained draft");
             self.plan_verification(draft);
         }
@@ -68,13 +68,16 @@ pub(crate) fn draft_together(
     let engine = backend.draft_engine().ok_or_else(no_engine)?;
     let before = Instant::now();
     let drafts = engine.draft(&mut requests, interrupt)?;
-    let elapsed = before.elapsed().as_secs_f64();
+    let elapsed = before.elapsed();
     drop(requests);
-    let drafted: usize = drafts.iter().map(Vec::len).sum();
-    let seconds = are_steps.then(|| elapsed / drafted as f64);
+    if are_steps {
+        let tokens = drafts.iter().map(Vec::len).sum();
+        let costs = backend.costs_mut();
+        costs.note_draft(drafts.len(), tokens, elapsed);
+    }
     let awaiting = texts.iter_mut().filter(|(text, _)| text.awaits_draft());
     for ((text, _), draft) in awaiting.zip(drafts) {
-        text.take_drafted(&draft, seconds, backend.costs());
+        text.take_drafted(&draft, backend.costs());
     }
     Ok(())
 }

@@ -24,10 +24,14 @@ pub struct Acceptance {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainedAcceptance {
-    /// What the tokens of rounds cost without drafts, relative to full depth.
-    pub baseline: f64,
-    /// What the rounds cost, likewise.
-    pub cost: f64,
+    /// Rounds, newer ones counting more.
+    pub rounds: f64,
+    /// Tokens that these gave.
+    pub tokens: f64,
+    /// Tokens that were drafted.
+    pub drafted: f64,
+    /// Tokens of the passes that verified them.
+    pub verified: f64,
     /// Acceptance rates by the probability of the drafted token.
     pub rates: Vec<f64>,
 }
@@ -54,7 +58,16 @@ impl Acceptance {
         let rates = depths().flat_map(|depth| &depth.rates);
         let rates = rates.chain(trained().flat_map(|trained| &trained.rates));
         let costs = depths().flat_map(|depth| [depth.baseline, depth.cost]);
-        let mut costs = costs.chain(trained().flat_map(|trained| [trained.baseline, trained.cost]));
+        let mut costs = costs.chain(trained().flat_map(|of| {
+            let TrainedAcceptance {
+                rounds,
+                tokens,
+                drafted,
+                verified,
+                ..
+            } = of;
+            [*rounds, *tokens, *drafted, *verified]
+        }));
         let mut rates = rates.chain(&self.prompt_lookup);
         rates.all(|rate| (0.0..=1.0).contains(rate))
             && costs.all(|cost| (0.0..f64::MAX).contains(&cost))

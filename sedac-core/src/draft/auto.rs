@@ -51,13 +51,8 @@ impl Drafter for Auto {
         self.drafters[self.current].propose(history, max_tokens, context)
     }
 
-    fn take_drafted(
-        &mut self,
-        drafted: &[DraftedToken],
-        seconds: Option<f64>,
-        costs: &Costs,
-    ) -> Draft {
-        self.drafters[self.current].take_drafted(drafted, seconds, costs)
+    fn take_drafted(&mut self, drafted: &[DraftedToken], costs: &Costs) -> Draft {
+        self.drafters[self.current].take_drafted(drafted, costs)
     }
 
     fn observe(&mut self, tokens: &[u32], costs: &Costs) {

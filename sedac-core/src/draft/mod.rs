@@ -14,6 +14,7 @@ mod baseline;
 mod early_exit;
 mod prompt_lookup;
 mod round_costs;
+mod round_lengths;
 mod suffix_automaton;
 mod trained;
 
@@ -203,15 +204,9 @@ pub trait Drafter: Send {
         context: &mut DraftContext<'_>,
     ) -> Result<Proposal>;
 
-    /// The draft of what the trained drafter drafted, as [proposed](Proposal::Trained). `seconds`: for
-    /// each of its tokens, None where it took in a prompt too.
-    fn take_drafted(
-        &mut self,
-        drafted: &[DraftedToken],
-        seconds: Option<f64>,
-        costs: &Costs,
-    ) -> Draft {
-        let _ = (drafted, seconds, costs);
+    /// The draft of what the trained drafter drafted, as [proposed](Proposal::Trained).
+    fn take_drafted(&mut self, drafted: &[DraftedToken], costs: &Costs) -> Draft {
+        let _ = (drafted, costs);
         Draft::default()
     }
 

@@ -1,13 +1,13 @@
 //! What rounds of drafts cost, beside what their tokens cost without drafts.
 
 /// The prior speedup counts as much as this number of rounds without drafts.
-const PRIOR_WEIGHT: f64 = 3.0;
+pub(super) const PRIOR_WEIGHT: f64 = 3.0;
 /// Rounds count less with every newer one,
 pub(super) const DECAY: f64 = 0.98;
 /// and less with every token, whoever drafts: what did not pay may pay again.
-const IDLE_DECAY: f64 = 0.999;
+pub(super) const IDLE_DECAY: f64 = 0.999;
 /// Rounds of earlier processes count as much as this number of rounds at full depth's cost.
-const MAX_REMEMBERED: f64 = 16.0;
+pub(super) const MAX_REMEMBERED: f64 = 16.0;
 
 /// Sums over rounds, relative to a token at full depth.
 #[derive(Debug, Clone, Copy, Default)]

@@ -1,15 +1,13 @@
 //! Drafts by a small layer that was trained for the model.
 
-use super::round_costs::RoundCosts;
-use super::{
-    Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, Proposal, TokenCost, full_depth_cost,
-};
-use crate::backend::{Ahead, Cost, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
+use super::round_lengths::{RoundLength, RoundLengths};
+use super::{Acceptance, AcceptanceRate, Draft, DraftContext, Drafter, Proposal, TokenCost};
+use crate::backend::{Ahead, Costs, DraftedToken, MARGIN_BINS, MAX_AHEAD, margin_bin};
 use crate::error::Result;
 
 /// Longer drafts are seldom accepted whole.
 const MAX_DRAFTED: usize = MAX_AHEAD;
-/// The speedup that is expected before anything was observed.
+/// The speedup that is expected before costs are known.
 const PRIOR_SPEEDUP: f64 = 1.3;
 
 /// Takes the model's hidden states at the verified positions through a trained layer, drafts the
@@ -20,9 +18,7 @@ pub(super) struct Trained {
     layers: usize,
     /// Positions of the text that the layer's cache holds states of the model for.
     verified: usize,
-    /// Seconds of one drafted token.
-    step: Cost,
-    rounds: RoundCosts,
+    rounds: RoundLengths,
     expected_speedup: f64,
     /// What a token costs without drafts.
     baseline: TokenCost,
@@ -40,8 +36,7 @@ impl Trained {
         Self {
             layers,
             verified: 0,
-            step: Cost::default(),
-            rounds: RoundCosts::default(),
+            rounds: RoundLengths::default(),
             expected_speedup: 1.0,
             baseline: TokenCost::default(),
             rates: (0..MARGIN_BINS)
@@ -59,8 +54,29 @@ impl Trained {
             return 0.0;
         }
         let verify = |tokens| self.baseline.verification(costs, self.layers, tokens);
-        let cost = self.step.measured() + verify(drafted + 2) - verify(drafted + 1);
+        let cost = self.token(costs) + verify(drafted + 2) - verify(drafted + 1);
         cost * self.expected_speedup / self.baseline.seconds
+    }
+
+    /// Seconds of a drafted token, where those whose drafts are verified together are drafted together.
+    fn token(&self, costs: &Costs) -> f64 {
+        costs.draft_token(1 + self.baseline.verified_beside)
+    }
+
+    /// The speedup of rounds as they were on average, by what they cost now.
+    fn speedup(&self, costs: &Costs) -> f64 {
+        let mean = self.rounds.mean();
+        let verify = |tokens: f64| {
+            self.baseline
+                .verification(costs, self.layers, tokens as usize)
+        };
+        let (fewer, more) = (mean.verified.floor(), mean.verified.ceil());
+        let share = mean.verified - fewer;
+        let verification = verify(fewer) * (1.0 - share) + verify(more) * share;
+        match mean.drafted * self.token(costs) + verification {
+            0.0 => PRIOR_SPEEDUP,
+            cost => mean.tokens * self.baseline.seconds / cost,
+        }
     }
 
     /// How far to draft, to `tokens` tokens at most.
@@ -103,13 +119,13 @@ impl Drafter for Trained {
         &mut self,
         history: &[u32],
         _: usize,
-        _: &Costs,
+        costs: &Costs,
         baseline: TokenCost,
     ) -> f64 {
         self.rounds.idle(history.len());
         self.rates.iter_mut().for_each(AcceptanceRate::decay);
         self.baseline = baseline;
-        let speedup = self.rounds.speedup(PRIOR_SPEEDUP);
+        let speedup = self.speedup(costs);
         self.expected_speedup = speedup.max(1.0);
         speedup
     }
@@ -127,15 +143,7 @@ impl Drafter for Trained {
         Ok(Proposal::Trained(positions, ahead))
     }
 
-    fn take_drafted(
-        &mut self,
-        drafted: &[DraftedToken],
-        seconds: Option<f64>,
-        costs: &Costs,
-    ) -> Draft {
-        if let Some(seconds) = seconds {
-            self.step.note(seconds);
-        }
+    fn take_drafted(&mut self, drafted: &[DraftedToken], costs: &Costs) -> Draft {
         self.steps = drafted.len();
         self.keep(drafted, costs);
         Draft {
@@ -144,34 +152,39 @@ impl Drafter for Trained {
         }
     }
 
-    fn observe(&mut self, tokens: &[u32], costs: &Costs) {
+    fn observe(&mut self, tokens: &[u32], _: &Costs) {
         for (&token, &(drafted, bin)) in tokens.iter().zip(&self.drafted) {
             self.rates[bin].observe(token == drafted);
         }
-        let full = full_depth_cost(costs, self.layers, 1);
-        if full > 0.0 {
-            let verified = self.drafted.len() + 1;
-            let verify = self.baseline.verification(costs, self.layers, verified);
-            let baseline = tokens.len() as f64 * self.baseline.seconds;
-            let cost = self.steps as f64 * self.step.measured() + verify;
-            self.rounds.observe(baseline / full, cost / full);
-        }
+        self.rounds.observe(RoundLength {
+            tokens: tokens.len() as f64,
+            drafted: self.steps as f64,
+            verified: (self.drafted.len() + 1) as f64,
+        });
     }
 
     fn recall(&mut self, acceptance: &Acceptance) {
         let Some(remembered) = &acceptance.trained else {
             return;
         };
-        self.rounds.recall(remembered.baseline, remembered.cost);
+        let sums = RoundLength {
+            tokens: remembered.tokens,
+            drafted: remembered.drafted,
+            verified: remembered.verified,
+        };
+        self.rounds.recall(remembered.rounds, sums);
         for (rate, &remembered) in self.rates.iter_mut().zip(&remembered.rates) {
             rate.recall(remembered);
         }
     }
 
     fn record(&self, acceptance: &mut Acceptance) {
+        let RoundLengths { rounds, sums, .. } = self.rounds;
         acceptance.trained = Some(super::TrainedAcceptance {
-            baseline: self.rounds.baseline,
-            cost: self.rounds.cost,
+            rounds,
+            tokens: sums.tokens,
+            drafted: sums.drafted,
+            verified: sums.verified,
             rates: self.rates.iter().map(AcceptanceRate::estimate).collect(),
         });
     }
