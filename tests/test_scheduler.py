@@ -1,5 +1,6 @@
 """Sequences that are generated together, through the binding."""
 
+import select
 import struct
 import threading
 from collections.abc import Callable
@@ -10,10 +11,18 @@ import pytest
 from conftest import THREADS
 
 from sedac_runtime import InputError, SedacModel
-from sedac_runtime._core import DecodingSetting, Model, Progress, Sampling, Scheduler
+from sedac_runtime._core import (
+    DecodingSetting,
+    Model,
+    Progress,
+    Sampling,
+    Scheduler,
+    StepThread,
+)
 
 PROMPTS = [[1, 2, 3, 4], [5, 6], [1, 2, 3, 9, 10, 11, 12], list(range(1, 60))]
 NEW_TOKENS = 12
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +40,13 @@ def run(scheduler: Scheduler) -> dict[int, list[Progress]]:
         statistics = scheduler.statistics()
         if statistics.running + statistics.waiting == 0:
             return progress
+
+
+def take(thread: StepThread) -> list[Progress]:
+    """Wait until there is something to take."""
+    ready, _, _ = select.select([thread], [], [], SECONDS)
+    assert ready, "nothing comes"
+    return thread.take()
 
 
 def tokens(progress: list[Progress]) -> list[int]:
@@ -122,13 +138,58 @@ def test_a_constrained_sequence_waits(model: Model, mask_of: Callable[[int], byt
     given: list[int] = []
     for token in [3, 40, 31]:
         assert scheduler.step() == []
-        scheduler.allow(number, mask_of(token))
+        scheduler.allow({number: mask_of(token)})
         (progress,) = scheduler.step()
         given.extend(token.id for token in progress.tokens)
     assert given == [3, 40, 31]
     for mask, match in [(b"\0" * 8, "mask"), (b"\1" * 3, "3 bytes")]:
         with pytest.raises(InputError, match=match):
-            scheduler.allow(number, mask)
+            scheduler.allow({number: mask})
+
+
+def test_a_thread_steps_until_it_is_stopped(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=3)
+    thread = scheduler.start()
+    assert thread.take() == []
+    for prompt in PROMPTS[:2]:
+        number, seen = add(scheduler, model, prompt), []
+        while not seen or seen[-1].finish_reason is None:
+            seen += take(thread)
+        assert {progress.sequence for progress in seen} == {number}
+        assert all(progress.waited > 0 for progress in seen)
+        alone = model.generate(
+            prompt, model.decoding("full"), Sampling(), max_new_tokens=NEW_TOKENS, stop_tokens=[]
+        )
+        assert tokens(seen) == [token.id for token in alone]
+        assert select.select([thread], [], [], 0)[0] == []
+    thread.stop()
+    add(scheduler, model, PROMPTS[0])
+    assert take(thread) == [], "a stopped thread can be read, and has nothing"
+    assert scheduler.statistics().waiting == 1
+
+
+def test_a_generation_has_its_turn_beside_a_thread(model: Model) -> None:
+    scheduler = Scheduler(model, max_sequences=1)
+    thread = scheduler.start()
+    for _ in range(100):
+        add(scheduler, model, PROMPTS[1], max_new_tokens=50)
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            if select.select([thread], [], [], 0.01)[0]:
+                thread.take()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    generation = model.generate(
+        PROMPTS[0], model.decoding("full"), Sampling(), max_new_tokens=4, stop_tokens=[]
+    )
+    assert len(list(generation)) == 4
+    assert scheduler.statistics().waiting > 50, "it waited for the sequences"
+    done.set()
+    reader.join()
+    thread.stop()
 
 
 def test_other_threads_add_and_cancel(model: Model) -> None:

@@ -138,12 +138,15 @@ def test_encoding_lets_other_threads_run(demo_model: SedacModel) -> None:
 FORK = """
 import os, signal, sys, threading
 from sedac_runtime import EngineError, SedacModel
+from sedac_runtime._core import Scheduler
 
 bundle = sys.argv[1]
 model = SedacModel.from_pretrained(bundle, threads=2)
 stream = model.stream([1, 2, 3], mode="full", max_new_tokens=200, stop_tokens=[])
 reader = threading.Thread(target=lambda: list(stream))
 reader.start()
+scheduler = Scheduler(model.core, max_sequences=1)
+steps = scheduler.start()
 child = os.fork()
 if child:
     _, status = os.waitpid(child, 0)
@@ -156,13 +159,16 @@ for attempt in (
     lambda: model.generate([1], max_new_tokens=2),
     lambda: model.follow([1, 2]),
     lambda: SedacModel.from_pretrained(bundle, threads=2),
+    lambda: scheduler.start(),
+    lambda: steps.take(),
+    lambda: steps.stop(),
 ):
     try:
         attempt()
     except EngineError as error:
         print(error)
 stream.close()
-del attempt, stream, model, reader
+del attempt, stream, model, reader, scheduler, steps
 """
 
 
@@ -171,5 +177,5 @@ def test_a_forked_process_is_refused(tiny_bundle: Callable[[str], tuple[object, 
     run = subprocess.run([sys.executable, "-c", FORK, bundle], capture_output=True, text=True)
     assert run.returncode == 0, run
     lines = run.stdout.splitlines()
-    assert len(lines) == 4, run
+    assert len(lines) == 7, run
     assert all("forked" in line and "spawn" in line for line in lines), run

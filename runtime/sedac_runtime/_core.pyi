@@ -47,6 +47,7 @@ __all__ = [
     "Scheduler",
     "SchedulerStatistics",
     "SedacError",
+    "StepThread",
     "StepToken",
     "TextStream",
     "Thresholds",
@@ -326,17 +327,37 @@ class Scheduler:
     def cancel(self, sequence: int) -> None:
         """End a sequence before the next step; nothing more is reported of it. From any thread."""
 
-    def allow(self, sequence: int, mask: _Array) -> None:
-        """Choose the next token of a constrained sequence among those whose bits are set: for token
-        t, bit t % 32 of the little-endian uint32 word t // 32. Tokens beyond the mask are not
-        allowed. From any thread. InputError where no token is allowed."""
+    def allow(self, masks: Mapping[int, _Array]) -> None:
+        """Choose the next tokens of constrained sequences, each among those whose bits are set in
+        its mask: for token t, bit t % 32 of the little-endian uint32 word t // 32. Tokens beyond
+        the mask are not allowed. All masks are there before the same step. From any thread.
+        InputError where a mask allows no token; then none of them counts."""
 
     def step(self) -> list[Progress]:
         """Run one step of each sequence that can run, with the GIL released; empty where none can.
         An error ends the sequences that it concerns."""
 
+    def start(self) -> StepThread:
+        """Run steps on a thread that does without the GIL, while there is something to do."""
+
     def statistics(self) -> SchedulerStatistics:
         """How it stands, as of the end of the last step."""
+
+@final
+class StepThread:
+    """Steps a scheduler, and keeps what that gives until it is taken; where that is not, it waits
+    after a few steps. It ends once nothing refers to this any more."""
+
+    def fileno(self) -> int:
+        """A descriptor that can be read while there is something to take, and once the thread has
+        ended; for an event loop."""
+
+    def take(self) -> list[Progress]:
+        """What steps have given since the last time, in their order, without waiting for any.
+        RuntimeError once a step has panicked, which was the last."""
+
+    def stop(self) -> None:
+        """End the thread after its step, and wait for that."""
 
 @final
 class Progress:
@@ -344,7 +365,8 @@ class Progress:
     reported and, at its end, why it ended, or the error that ended it. `prompt_logprobs` has the
     next tokens of its prompt, from the second on, where they were asked for: for each the natural
     logarithm of its probability, and the most probable tokens with theirs. `cached_prompt_tokens`
-    is the number of tokens of its prompt that did not have to be prefilled."""
+    is the number of tokens of its prompt that did not have to be prefilled, `waited` the seconds
+    from when it was added or last had tokens to the end of the step."""
 
     @property
     def sequence(self) -> int: ...
@@ -358,6 +380,8 @@ class Progress:
     def error(self) -> str | None: ...
     @property
     def cached_prompt_tokens(self) -> int: ...
+    @property
+    def waited(self) -> float: ...
     @property
     def drafts(self) -> DraftSummary: ...
 

@@ -203,7 +203,7 @@ class SedacLM(TemplateLM):  # type: ignore[misc]
     def _allow(self, sequence: int, token: int) -> None:
         mask = bytearray(4 * (token // 32 + 1))
         mask[token // 8] = 1 << token % 8
-        self._scheduler.allow(sequence, mask)
+        self._scheduler.allow({sequence: mask})
 
     def _add_context(self, context: str, settings: dict[str, Any]) -> int:
         tokens = settings["max_gen_toks"]

@@ -1,5 +1,6 @@
 """A scheduler whose sequences say the tokens that tests tell them to."""
 
+import socket
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class FakeProgress:
     cached_prompt_tokens: int = 0
     drafts: FakeDrafts = field(default_factory=FakeDrafts)
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    waited: float = 0.25
 
 
 @dataclass
@@ -48,7 +50,8 @@ class FakeStatistics:
 class FakeScheduler:
     """Counts each prompt up, a token a step, until `max_new_tokens`.
 
-    A prompt of [REFUSED] is refused, one of [BROKEN] fails, [CRASH] makes the step raise.
+    A prompt of [REFUSED] is refused, one of [BROKEN] fails, [CRASH] makes the step panic. A step
+    waits until tests release `steps`.
     """
 
     REFUSED, BROKEN, CRASH = -1, -2, -3
@@ -56,40 +59,48 @@ class FakeScheduler:
     def __init__(self) -> None:
         self.running: dict[int, list[int]] = {}
         self.left: dict[int, int] = {}
-        self.constrained: dict[int, bytes | None] = {}
+        self.masks: dict[int, bytes | None] = {}
+        self.allowed: list[set[int]] = []
         self.cancelled: list[int] = []
-        self.threads: set[int] = set()
         self.steps = threading.Semaphore(0)
+        self.changed = threading.Condition()
         self._next = 0
 
     def add(self, prompt: list[int], *_: Any, max_new_tokens: int, **settings: Any) -> int:
-        self.threads.add(threading.get_ident())
         if prompt == [self.REFUSED]:
             raise InputError("prompt: no room")
-        self._next += 1
-        self.running[self._next] = list(prompt)
-        self.left[self._next] = max_new_tokens
-        if settings["constrained"]:
-            self.constrained[self._next] = None
-        return self._next
+        with self.changed:
+            self._next += 1
+            self.running[self._next] = list(prompt)
+            self.left[self._next] = max_new_tokens
+            if settings["constrained"]:
+                self.masks[self._next] = None
+            self.changed.notify_all()
+            return self._next
 
     def cancel(self, sequence: int) -> None:
-        self.threads.add(threading.get_ident())
-        self.cancelled.append(sequence)
-        self.running.pop(sequence)
+        with self.changed:
+            self.cancelled.append(sequence)
+            self.running.pop(sequence, None)
 
-    def allow(self, sequence: int, mask: bytes) -> None:
-        self.constrained[sequence] = mask
+    def allow(self, masks: dict[int, bytes]) -> None:
+        with self.changed:
+            self.allowed.append(set(masks))
+            self.masks.update(masks)
+            self.changed.notify_all()
 
-    def step(self) -> list[FakeProgress]:
-        """A step; where there is something to run, it waits until tests release `steps`."""
-        self.threads.add(threading.get_ident())
-        if self.running:
-            self.steps.acquire()
-        return [self._progress(sequence) for sequence in list(self.running)]
+    def start(self) -> "FakeStepThread":
+        return FakeStepThread(self)
 
     def statistics(self) -> FakeStatistics:
         return FakeStatistics(running=len(self.running))
+
+    def can_run(self) -> list[int]:
+        """Sequences that do not wait for a mask."""
+        return [each for each in self.running if self.masks.get(each, b"") is not None]
+
+    def step(self) -> list[FakeProgress]:
+        return [self._progress(sequence) for sequence in self.can_run()]
 
     def _progress(self, sequence: int) -> FakeProgress:
         tokens = self.running[sequence]
@@ -98,14 +109,73 @@ class FakeScheduler:
         if tokens[-1] == self.BROKEN:
             del self.running[sequence]
             return FakeProgress(sequence, error="logits of position 1 are NaN")
-        mask = self.constrained.get(sequence)
+        mask = self.masks.get(sequence)
         tokens.append(tokens[-1] + 1 if mask is None else _first_bit(mask))
+        if mask is not None:
+            self.masks[sequence] = None
         self.left[sequence] -= 1
         finished = self.left[sequence] == 0
         if finished:
             del self.running[sequence]
         reason = "length" if finished else None
         return FakeProgress(sequence, [FakeToken(tokens[-1])], reason)
+
+
+class FakeStepThread:
+    """Steps a fake scheduler while it has sequences that can run."""
+
+    def __init__(self, scheduler: FakeScheduler) -> None:
+        self._scheduler = scheduler
+        self._progress: list[FakeProgress] = []
+        self._failure: RuntimeError | None = None
+        self._stopping = False
+        self._ready, self._signal = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        return self._ready.fileno()
+
+    def take(self) -> list[FakeProgress]:
+        with self._scheduler.changed:
+            self._ready.recv(1)
+            progress, self._progress = self._progress, []
+            if not progress and self._failure is not None:
+                raise self._failure
+            return progress
+
+    def stop(self) -> None:
+        with self._scheduler.changed:
+            self._stopping = True
+            self._scheduler.changed.notify_all()
+        self._thread.join()
+        self._ready.close()
+        self._signal.close()
+
+    def _run(self) -> None:
+        changed = self._scheduler.changed
+        while True:
+            with changed:
+                changed.wait_for(lambda: self._stopping or self._scheduler.can_run())
+            if self._stopping:
+                return
+            self._scheduler.steps.acquire()
+            with changed:
+                if not self._put():
+                    return
+
+    def _put(self) -> bool:
+        """Keep what a step gives. False where it panics."""
+        try:
+            progress = self._scheduler.step()
+        except RuntimeError as error:
+            self._failure = error
+            self._signal.send(b"\0")
+            return False
+        if progress and not self._progress:
+            self._signal.send(b"\0")
+        self._progress += progress
+        return True
 
 
 def _first_bit(mask: bytes) -> int:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from sedac_runtime.serve.constraint import json_grammar, lark_grammar, schema_text
+from sedac_runtime import InputError
+from sedac_runtime.serve.constraint import Constraint, json_grammar, lark_grammar, schema_text
 from serve.byte_grammar import admits
 
 SCHEMA: dict[str, Any] = {
@@ -37,3 +38,20 @@ def test_json_may_be_laid_out_as_usual(grammar: str, layout: dict[str, Any]) -> 
 @pytest.mark.parametrize("space", ["\n\n", " " * 3, "\n" + " " * 41])
 def test_white_space_does_not_go_on(grammar: str, space: str) -> None:
     assert not admits(grammar, f'{{{space}"cities": []}}')
+
+
+class Stuck:
+    """A matcher whose text can neither end nor go on."""
+
+    def compute_bitmask(self) -> bytes:
+        return bytes(8)
+
+    def is_error(self) -> bool:
+        return False
+
+
+def test_a_text_that_no_token_can_continue_is_refused() -> None:
+    constraint = object.__new__(Constraint)
+    constraint._matcher = Stuck()
+    with pytest.raises(InputError, match="no token can come next"):
+        constraint.mask()

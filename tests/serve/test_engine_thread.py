@@ -22,17 +22,9 @@ MANY = 10_000
 class Recorder(StepObserver):
     def __init__(self) -> None:
         self.first: list[bool] = []
-        self.waits: list[float] = []
-        self.states: list[Any] = []
-        self.threads: set[int] = set()
 
-    def stepped(self, statistics: Any) -> None:
-        self.states.append(statistics)
-
-    def progressed(self, progress: Any, prompt_tokens: int, waited: float, first: bool) -> None:
+    def progressed(self, progress: Any, prompt_tokens: int, first: bool) -> None:
         self.first.append(first)
-        self.waits.append(waited)
-        self.threads.add(threading.get_ident())
 
 
 @asynccontextmanager
@@ -73,8 +65,6 @@ async def test_sequences_of_a_request_are_told_apart() -> None:
             batch.start([request(10), request(20, tokens=2)])
             assert await ids(batch) == {0: [11, 12, 13], 1: [21, 22]}
     assert recorder.first == [True, True, False, False, False]
-    assert recorder.states
-    assert all(wait >= 0 for wait in recorder.waits)
 
 
 async def test_a_slow_reader_takes_what_several_steps_gave() -> None:
@@ -89,27 +79,6 @@ async def test_a_slow_reader_takes_what_several_steps_gave() -> None:
             assert sorted(tokens) == [11, 12, 13, 21, 22]
             with pytest.raises(StopAsyncIteration):
                 await anext(batch)
-
-
-async def test_what_observes_tokens_does_not_delay_the_next_step() -> None:
-    scheduler, recorder = FakeScheduler(), Recorder()
-    scheduler.steps.release(MANY)
-    async with running(scheduler, observer=recorder) as engine:
-        with engine.open(1, later()) as batch:
-            batch.start([request(1)])
-            await ids(batch)
-    assert recorder.threads == {threading.get_ident()}
-
-
-async def test_the_scheduler_is_called_by_one_thread() -> None:
-    scheduler = FakeScheduler()
-    scheduler.steps.release(MANY)
-    async with running(scheduler) as engine:
-        for _ in range(2):
-            with engine.open(1, later()) as batch:
-                batch.start([request(1)])
-                await ids(batch)
-    assert len(scheduler.threads) == 1
 
 
 async def test_more_than_there_is_room_for_is_refused_until_there_is_room() -> None:
@@ -227,8 +196,8 @@ async def test_one_sequence_may_fail(prompt: int, status: int, words: str) -> No
     async with running(scheduler) as engine:
         with engine.open(1, later()) as other, engine.open(1, later()) as batch:
             other.start([request(1)])
-            batch.start([request(prompt)])
             with pytest.raises(ApiError, match=words) as failed:
+                batch.start([request(prompt)])
                 await ids(batch)
             assert await ids(other) == {0: [2, 3, 4]}
         assert failed.value.status_code == status
@@ -244,9 +213,8 @@ async def test_a_step_that_fails_is_the_answer_to_all() -> None:
             scheduler.steps.release(MANY)
             with pytest.raises(ApiError, match="the device is lost") as failed:
                 await ids(batch)
-            late.start([request(1)])
             with pytest.raises(ApiError, match="the device is lost"):
-                await ids(late)
+                late.start([request(1)])
         with pytest.raises(ApiError, match="restart the server") as refused:
             engine.open(1, later())
     assert failed.value.status_code == refused.value.status_code == 503
@@ -274,6 +242,59 @@ async def test_a_constraint_is_told_before_each_token() -> None:
         with engine.open(1, later()) as batch:
             batch.start([request(1, tokens=4, constraint=constraint)])
             assert await ids(batch) == {0: [7, 8, 7, 8]}
+
+
+class Slow(Alternating):
+    """Computes its second mask once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = threading.Event()
+
+    def mask(self) -> bytes:
+        if self.seen:
+            self.may.wait()
+        return super().mask()
+
+
+async def test_nobody_else_waits_for_a_mask() -> None:
+    scheduler, constraint = FakeScheduler(), Slow()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as slow, engine.open(1, later()) as batch:
+            slow.start([request(1, tokens=2, constraint=constraint)])
+            assert await anext(slow)
+            batch.start([request(1)])
+            assert await ids(batch) == {0: [2, 3, 4]}
+            constraint.may.set()
+            assert await ids(slow) == {0: [8]}
+
+
+async def test_masks_of_a_step_are_given_in_one_call() -> None:
+    scheduler = FakeScheduler()
+    async with running(scheduler) as engine:
+        with engine.open(2, later()) as batch:
+            batch.start([request(1, constraint=Alternating()) for _ in range(2)])
+            while len(scheduler.allowed) < 2:
+                await asyncio.sleep(0.001)
+            scheduler.steps.release(3)
+            assert await ids(batch) == {0: [7, 8, 7], 1: [7, 8, 7]}
+    assert scheduler.allowed == [{1}, {2}, {1, 2}, {1, 2}]
+
+
+async def test_a_sequence_whose_mask_cannot_be_computed_ends() -> None:
+    class Broken(Alternating):
+        def mask(self) -> bytes:
+            raise ValueError("out of luck")
+
+    scheduler = FakeScheduler()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as batch:
+            batch.start([request(1, constraint=Broken())])
+            with pytest.raises(ApiError, match="out of luck") as failed:
+                await ids(batch)
+    assert failed.value.status_code == 500
 
 
 async def test_a_constraint_that_fails_ends_its_sequence() -> None:

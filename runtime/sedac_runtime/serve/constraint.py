@@ -32,6 +32,8 @@ class Constraint:
         """A bit for each token that may come next: little-endian words of 32."""
         mask = self._matcher.compute_bitmask()
         self._check()
+        if not mask.strip(b"\0"):
+            raise _refused("no token can come next")
         return mask
 
     def advance(self, tokens: list[int]) -> None:
@@ -41,8 +43,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = _first_sentence(self._matcher.get_error())
-            raise InputError(f"the text cannot follow the schema ({reason}); simplify it")
+            raise _refused(_first_sentence(self._matcher.get_error()))
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
@@ -66,6 +67,10 @@ def _checked(grammar: str) -> str:
         reason = _first_sentence(messages[0])
         raise InputError(f"the schema cannot be used ({reason}); simplify it")
     return grammar
+
+
+def _refused(reason: str) -> InputError:
+    return InputError(f"the text cannot follow the schema ({reason}); simplify it")
 
 
 def _first_sentence(message: str) -> str:

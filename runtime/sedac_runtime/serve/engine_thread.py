@@ -1,18 +1,15 @@
 """The thread that runs one bundle's scheduler, and the requests that wait for it.
 
-Only this thread calls the scheduler. The event loop sends it commands, which it obeys between two
-steps, and is sent what each step did.
+The thread is the core's: it steps on without the interpreter while the event loop, on which all
+else here runs, hands out what has come.
 """
 
 import asyncio
 import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from queue import Empty, SimpleQueue
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Self
 
 from sedac_runtime._core import (
@@ -21,12 +18,9 @@ from sedac_runtime._core import (
     Progress,
     Sampling,
     Scheduler,
-    SchedulerStatistics,
 )
 from sedac_runtime.serve.api_errors import ApiError, bad_request, engine_failed, server_busy
 from sedac_runtime.serve.constraint import Constraint
-
-Command = Callable[[], None]
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,24 +43,20 @@ class SequenceRequest:
 class StepObserver:
     """Is told what happens in an engine thread. This one ignores it."""
 
-    def stepped(self, statistics: SchedulerStatistics) -> None:
-        """A step has ended. Called on the engine thread."""
-
-    def progressed(
-        self, progress: Progress, prompt_tokens: int, waited: float, first: bool
-    ) -> None:
-        """A sequence has new tokens, `waited` seconds after it was queued (`first`) or after its
-        last ones. Called on the event loop, so that the next step does not wait for it."""
+    def progressed(self, progress: Progress, prompt_tokens: int, first: bool) -> None:
+        """A sequence has new tokens, its `first` or more. Called on the event loop."""
 
 
 @dataclass(eq=False)
 class _Sequence:
+    number: int
     batch: "Batch"
     index: int
     request: SequenceRequest
-    last: float = field(default_factory=time.perf_counter)
-    id: int | None = None
     has_tokens: bool = False
+
+    def deliver(self, outcome: Progress | ApiError) -> None:
+        self.batch.deliver(self.index, outcome)
 
 
 class EngineThread:
@@ -83,20 +73,21 @@ class EngineThread:
         self._scheduler = scheduler
         self._observer = observer
         self._admitted = 0
-        self._commands: SimpleQueue[Command] = SimpleQueue()
         self._sequences: dict[int, _Sequence] = {}
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="sedac-engine", daemon=True)
+        # not the loop's own executor, where masks would wait for requests that are prepared
+        self._masks = ThreadPoolExecutor(1, "sedac-masks")
 
     def start(self) -> None:
         """Start the thread; its results go to the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._thread = self._scheduler.start()
+        self._loop.add_reader(self._thread, self._take)
 
     async def stop(self) -> None:
         """End the thread after its step, whatever runs."""
-        self._commands.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
+        self._loop.remove_reader(self._thread)
+        await asyncio.to_thread(self._thread.stop)
+        await asyncio.to_thread(self._masks.shutdown, cancel_futures=True)
 
     def open(self, count: int, deadline: float) -> "Batch":
         """Room for the `count` sequences of a request, which is over at `deadline` of the loop.
@@ -120,127 +111,109 @@ class EngineThread:
         """`count` sequences have finished or will not come."""
         self._admitted -= count
 
-    def send_start(self, sequence: _Sequence) -> None:
-        """Add `sequence` before the next step."""
-        self._commands.put(partial(self._start, sequence))
-
-    def send_cancel(self, sequence: _Sequence) -> None:
-        """Cancel `sequence` before the next step."""
-        self._commands.put(partial(self._cancel, sequence))
-
-    def _run(self) -> None:
-        while not self._stopping:
-            self._obey()
-            try:
-                # also with nothing left to run: the scheduler then drops what was cancelled
-                self._step()
-            except Exception as error:
-                self._fail(error)
-
-    def _obey(self) -> None:
-        """Run the commands that have come; wait for one when there is nothing to do."""
-        try:
-            command = self._commands.get(block=not self._sequences)
-            while True:
-                command()
-                command = self._commands.get_nowait()
-        except Empty:
-            return
-
-    def _start(self, sequence: _Sequence) -> None:
+    def add(self, batch: "Batch", index: int, request: SequenceRequest) -> _Sequence:
+        """Begin with a sequence of `batch` in the next step. Raises ApiError."""
         if self.failure is not None:
-            self._publish([(sequence, engine_failed(self.failure))])
-            return
+            raise engine_failed(self.failure)
         try:
-            self._add(sequence, sequence.request)
-        except InputError as error:
-            self._publish([(sequence, bad_request(str(error), None))])
+            number = self._scheduler.add(
+                request.prompt,
+                request.decoding,
+                request.sampling,
+                max_new_tokens=request.max_new_tokens,
+                stop_tokens=request.stop_tokens,
+                top_logprobs=request.top_logprobs,
+                prompt_logprobs=request.prompt_logprobs,
+                logit_bias=request.logit_bias,
+                constrained=request.constraint is not None,
+            )
         except Exception as error:
-            _LOG.exception("a sequence cannot be added")
-            self._publish([(sequence, ApiError(500, str(error), type="server_error"))])
+            raise _refusal(error, None) from error
+        sequence = self._sequences[number] = _Sequence(number, batch, index, request)
+        if request.constraint is not None:
+            self._constrain([(sequence, [])])
+        return sequence
 
-    def _add(self, sequence: _Sequence, request: SequenceRequest) -> None:
-        constraint = request.constraint
-        mask = None if constraint is None else constraint.mask()
-        sequence.id = self._scheduler.add(
-            request.prompt,
-            request.decoding,
-            request.sampling,
-            max_new_tokens=request.max_new_tokens,
-            stop_tokens=request.stop_tokens,
-            top_logprobs=request.top_logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-            logit_bias=request.logit_bias,
-            constrained=mask is not None,
-        )
-        self._sequences[sequence.id] = sequence
-        if mask is not None:
-            self._scheduler.allow(sequence.id, mask)
+    def cancel(self, sequence: _Sequence) -> None:
+        """End `sequence` before the next step."""
+        if self._sequences.pop(sequence.number, None) is not None:
+            self._scheduler.cancel(sequence.number)
 
-    def _cancel(self, sequence: _Sequence) -> None:
-        if sequence.id is not None and self._sequences.pop(sequence.id, None) is not None:
-            self._scheduler.cancel(sequence.id)
-
-    def _stop(self) -> None:
-        self._stopping = True
-
-    def _step(self) -> None:
-        outcomes: list[tuple[_Sequence, Progress | ApiError]] = []
-        for progress in self._scheduler.step():
-            sequence = self._sequences.get(progress.sequence)
-            if sequence is not None:
-                outcomes.append((sequence, self._take(sequence, progress)))
-        self._publish(outcomes)
-        self._observer.stepped(self._scheduler.statistics())
-
-    def _take(self, sequence: _Sequence, progress: Progress) -> Progress | ApiError:
-        """What the client is to be told of `progress`."""
-        if progress.finish_reason is not None or progress.error is not None:
-            del self._sequences[progress.sequence]
-        if progress.error is not None:
-            return ApiError(500, progress.error, type="server_error", code="generation_failed")
-        constraint = sequence.request.constraint
-        if constraint is not None and progress.tokens and progress.finish_reason is None:
-            return self._constrain(sequence, constraint, progress)
-        return progress
-
-    def _constrain(
-        self, sequence: _Sequence, constraint: Constraint, progress: Progress
-    ) -> Progress | ApiError:
+    def _take(self) -> None:
+        """Hand out what steps have given."""
         try:
-            constraint.advance([token.id for token in progress.tokens])
-            self._scheduler.allow(progress.sequence, constraint.mask())
-        except InputError as error:
-            self._cancel(sequence)
-            return bad_request(str(error), "response_format")
-        return progress
+            progresses = self._thread.take()
+        except Exception as error:
+            self._fail(error)
+            return
+        constrained = []
+        for progress in progresses:
+            sequence = self._sequences.get(progress.sequence)
+            if sequence is None:
+                continue
+            self._hand_out(sequence, progress)
+            is_constrained = sequence.request.constraint is not None
+            if is_constrained and progress.tokens and not _is_last(progress):
+                constrained.append((sequence, [token.id for token in progress.tokens]))
+        if constrained:
+            self._constrain(constrained)
 
-    def _publish(self, outcomes: Sequence[tuple[_Sequence, Progress | ApiError]]) -> None:
-        if outcomes:
-            self._loop.call_soon_threadsafe(self._deliver, outcomes, time.perf_counter())
+    def _hand_out(self, sequence: _Sequence, progress: Progress) -> None:
+        if _is_last(progress):
+            del self._sequences[sequence.number]
+        if progress.error is not None:
+            sequence.deliver(
+                ApiError(500, progress.error, type="server_error", code="generation_failed")
+            )
+            return
+        sequence.deliver(progress)
+        if progress.tokens:
+            prompt_tokens, first = len(sequence.request.prompt), not sequence.has_tokens
+            self._observer.progressed(progress, prompt_tokens, first)
+            sequence.has_tokens = True
 
-    def _deliver(
-        self, outcomes: Sequence[tuple[_Sequence, Progress | ApiError]], now: float
-    ) -> None:
-        """Hand out what came at `now`, on the event loop."""
-        for sequence, outcome in outcomes:
-            sequence.batch.deliver(sequence.index, outcome)
-        for sequence, outcome in outcomes:
-            if not isinstance(outcome, ApiError) and outcome.tokens:
-                self._observe(sequence, outcome, now)
+    def _constrain(self, grown: list[tuple[_Sequence, list[int]]]) -> None:
+        """Have sequences that have grown by these tokens go on, while all others do."""
+        self._loop.run_in_executor(self._masks, self._allow, grown)
 
-    def _observe(self, sequence: _Sequence, progress: Progress, now: float) -> None:
-        prompt_tokens, first = len(sequence.request.prompt), not sequence.has_tokens
-        self._observer.progressed(progress, prompt_tokens, now - sequence.last, first)
-        sequence.last, sequence.has_tokens = now, True
+    def _allow(self, grown: list[tuple[_Sequence, list[int]]]) -> None:
+        masks = {}
+        for sequence, tokens in grown:
+            constraint = sequence.request.constraint
+            assert constraint is not None
+            try:
+                constraint.advance(tokens)
+                masks[sequence.number] = constraint.mask()
+            except Exception as error:
+                refusal = _refusal(error, "response_format")
+                self._loop.call_soon_threadsafe(self._refuse, sequence, refusal)
+        # in one call, so that the same step has all of them
+        self._scheduler.allow(masks)
+
+    def _refuse(self, sequence: _Sequence, refusal: ApiError) -> None:
+        self.cancel(sequence)
+        sequence.deliver(refusal)
 
     def _fail(self, error: Exception) -> None:
         """Answer all that runs with the reason, as all that is still sent will be."""
-        _LOG.exception("a step failed")
+        _LOG.error("a step failed", exc_info=error)
         self.failure = " ".join(str(error).split())
-        failed = engine_failed(self.failure)
-        self._publish([(sequence, failed) for sequence in self._sequences.values()])
+        self._loop.remove_reader(self._thread)
+        for sequence in self._sequences.values():
+            sequence.deliver(engine_failed(self.failure))
         self._sequences.clear()
+
+
+def _is_last(progress: Progress) -> bool:
+    return progress.finish_reason is not None or progress.error is not None
+
+
+def _refusal(error: Exception, param: str | None) -> ApiError:
+    """What a client is told of a sequence that cannot begin or go on."""
+    if isinstance(error, InputError):
+        return bad_request(str(error), param)
+    _LOG.error("a sequence cannot run", exc_info=error)
+    return ApiError(500, str(error), type="server_error")
 
 
 class Batch:
@@ -262,19 +235,16 @@ class Batch:
         self._timer = asyncio.get_running_loop().call_at(deadline, self._time_out)
 
     def start(self, requests: Sequence[SequenceRequest]) -> None:
-        """Begin with the sequences, as many as there is room for."""
-        self._sequences = {
-            index: _Sequence(self, index, request) for index, request in enumerate(requests)
-        }
-        for sequence in self._sequences.values():
-            self._engine.send_start(sequence)
+        """Begin with the sequences, as many as there is room for. Raises ApiError."""
+        for index, request in enumerate(requests):
+            self._sequences[index] = self._engine.add(self, index, request)
 
     def finish(self, index: int) -> None:
         """Sequence `index` needs no more tokens: none of it is handed out any more."""
         self._left.add(index)
         sequence = self._sequences.pop(index, None)
         if sequence is not None:
-            self._engine.send_cancel(sequence)
+            self._engine.cancel(sequence)
             self._release(1)
 
     def deliver(self, index: int, outcome: Progress | ApiError) -> None:

@@ -99,6 +99,7 @@ def serve_model(
     )
     capacity = scheduling.max_sequences + scheduling.max_queue
     engine = EngineThread(scheduler, ModelMetrics(metrics, name), capacity)
+    metrics.schedulers.watch(name, scheduler)
     return ServedModel(name, model, engine)
 
 

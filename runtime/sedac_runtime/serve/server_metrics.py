@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sedac_runtime._core import Progress, SchedulerStatistics
+from sedac_runtime._core import Progress, Scheduler, SchedulerStatistics
 from sedac_runtime.serve.engine_thread import StepObserver
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -40,7 +40,7 @@ class ServerMetrics:
 
     def __init__(self, most_layers: int) -> None:
         self.registry = CollectorRegistry()
-        self.schedulers = _SchedulerStates()
+        self.schedulers = _Schedulers()
         self.registry.register(self.schedulers)
         self.requests = self._counter("requests", "Responses.", "path", "status")
         self.request_seconds = self._histogram(
@@ -92,25 +92,17 @@ class ModelMetrics(StepObserver):
         self._cached = metrics.cached.labels(model)
         self._accepted = metrics.drafts.labels(model, "accepted")
         self._rejected = metrics.drafts.labels(model, "rejected")
-        self._states = metrics.schedulers.states
-        self._model = model
 
-    def stepped(self, statistics: SchedulerStatistics) -> None:
-        """Show the scheduler's state."""
-        self._states[self._model] = statistics
-
-    def progressed(
-        self, progress: Progress, prompt_tokens: int, waited: float, first: bool
-    ) -> None:
+    def progressed(self, progress: Progress, prompt_tokens: int, first: bool) -> None:
         """Count tokens and times."""
         count = len(progress.tokens)
         if first:
-            self._first_token.observe(waited)
+            self._first_token.observe(progress.waited)
             self._prompt.inc(prompt_tokens)
             self._cached.inc(progress.cached_prompt_tokens)
         else:
             for _ in range(count):
-                self._between_tokens.observe(waited / count)
+                self._between_tokens.observe(progress.waited / count)
         self._generated.inc(count)
         for token in progress.tokens:
             self._exit_layer.observe(token.exit_layer)
@@ -118,14 +110,18 @@ class ModelMetrics(StepObserver):
         self._rejected.inc(progress.drafts.drafted - progress.drafts.accepted)
 
 
-class _SchedulerStates(Collector):
-    """The newest statistics of each model's scheduler."""
+class _Schedulers(Collector):
+    """How each model's scheduler stands."""
 
     def __init__(self) -> None:
-        self.states: dict[str, SchedulerStatistics] = {}
+        self._schedulers: dict[str, Scheduler] = {}
+
+    def watch(self, model: str, scheduler: Scheduler) -> None:
+        """Show the scheduler of a model, too."""
+        self._schedulers[model] = scheduler
 
     def collect(self) -> Iterator[Metric]:
-        states = dict(self.states)
+        states = {name: each.statistics() for name, each in self._schedulers.items()}
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             for model, state in states.items():

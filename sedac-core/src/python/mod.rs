@@ -15,6 +15,7 @@ mod policy_settings;
 mod process;
 mod scheduler;
 mod spellings;
+mod step_thread;
 mod text_stream;
 mod turns;
 
@@ -46,6 +47,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<outcomes::PyCertification>()?;
     module.add_class::<benchmark::PyBenchCase>()?;
     module.add_class::<scheduler::PyScheduler>()?;
+    module.add_class::<step_thread::PyStepThread>()?;
     module.add_class::<scheduler::PyProgress>()?;
     module.add_class::<scheduler::PyStepToken>()?;
     module.add_class::<scheduler::PySchedulerStatistics>()?;

@@ -10,6 +10,7 @@ use super::error::InputError;
 use super::model::Model;
 use super::outcomes::PyDraftSummary;
 use super::process::ProcessLocal;
+use super::step_thread::PyStepThread;
 use crate::chain::{FinishReason, Request, Token};
 use crate::interrupt::Interrupt;
 use crate::policy::ExitReason;
@@ -92,19 +93,13 @@ impl PyScheduler {
         Ok(())
     }
 
-    /// Say which tokens may come next in a constrained sequence.
-    fn allow(&self, sequence: u64, mask: &Bound<'_, PyAny>) -> PyResult<()> {
-        let bytes = PyMemoryView::from(mask)?.call_method0("tobytes")?;
-        let bytes: &[u8] = bytes.extract()?;
-        let (words, rest) = bytes.as_chunks();
-        if !rest.is_empty() {
-            return Err(InputError::new_err(format!(
-                "a mask has {} bytes; it is of words of 4 bytes",
-                bytes.len()
-            )));
-        }
-        let words = words.iter().map(|&word| u32::from_le_bytes(word));
-        Ok(self.scheduler.get()?.allow(sequence, words.collect())?)
+    /// Say which tokens may come next in constrained sequences.
+    fn allow(&self, masks: BTreeMap<u64, Bound<'_, PyAny>>) -> PyResult<()> {
+        let masks = masks
+            .into_iter()
+            .map(|(sequence, mask)| Ok((sequence, words(&mask)?)));
+        let masks = masks.collect::<PyResult<Vec<_>>>()?;
+        Ok(self.scheduler.get()?.allow(masks)?)
     }
 
     /// Run one step of each sequence that can run.
@@ -118,10 +113,31 @@ impl PyScheduler {
             .collect()
     }
 
+    /// Run steps on a thread, while there is something to do.
+    fn start(&self) -> PyResult<PyStepThread> {
+        let turns = self.model.get().turns()?.clone();
+        PyStepThread::start(self.scheduler.get()?.clone(), turns)
+    }
+
     /// How it stands, as of the end of the last step.
     fn statistics(&self) -> PyResult<PySchedulerStatistics> {
         Ok(self.scheduler.get()?.statistics().into())
     }
+}
+
+/// The words of a mask.
+fn words(mask: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    let bytes = PyMemoryView::from(mask)?.call_method0("tobytes")?;
+    let bytes: &[u8] = bytes.extract()?;
+    let (words, rest) = bytes.as_chunks();
+    if !rest.is_empty() {
+        return Err(InputError::new_err(format!(
+            "a mask has {} bytes; it is of words of 4 bytes",
+            bytes.len()
+        )));
+    }
+    let words = words.iter().map(|&word| u32::from_le_bytes(word));
+    Ok(words.collect())
 }
 
 /// What one step did for one sequence.
@@ -134,11 +150,12 @@ pub(super) struct PyProgress {
     finish_reason: Option<FinishReason>,
     error: Option<String>,
     cached_prompt_tokens: usize,
+    waited: f64,
     drafts: PyDraftSummary,
 }
 
 impl PyProgress {
-    fn new(py: Python<'_>, progress: Progress) -> PyResult<Self> {
+    pub(super) fn new(py: Python<'_>, progress: Progress) -> PyResult<Self> {
         let (finish_reason, error) = match progress.end {
             Some(Ok(reason)) => (Some(reason), None),
             Some(Err(error)) => (None, Some(error.to_string())),
@@ -157,6 +174,7 @@ impl PyProgress {
             finish_reason,
             error,
             cached_prompt_tokens: progress.cached_prompt_tokens,
+            waited: progress.waited.as_secs_f64(),
             drafts: (&progress.drafts).into(),
         })
     }

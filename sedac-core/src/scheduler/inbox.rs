@@ -1,21 +1,24 @@
 //! What was asked for since the last step.
 
 use super::SchedulerStatistics;
+use super::scheduled_text::ScheduledText;
 use crate::chain::Decoding;
 use crate::sampler::TokenMask;
 
 /// Requests that arrive while a step runs.
 pub(super) struct Inbox {
     next: u64,
-    added: Vec<(u64, Decoding)>,
+    added: Vec<(u64, ScheduledText)>,
     pub(super) cancelled: Vec<u64>,
     pub(super) masks: Vec<(u64, TokenMask)>,
     statistics: SchedulerStatistics,
+    /// Whether the last step had nothing to run.
+    is_idle: bool,
 }
 
 /// What a step takes from the inbox, in this order.
 pub(super) struct News {
-    pub(super) added: Vec<(u64, Decoding)>,
+    pub(super) added: Vec<(u64, ScheduledText)>,
     pub(super) masks: Vec<(u64, TokenMask)>,
     pub(super) cancelled: Vec<u64>,
 }
@@ -31,6 +34,7 @@ impl Inbox {
                 cache_tokens,
                 ..SchedulerStatistics::default()
             },
+            is_idle: true,
         }
     }
 
@@ -38,7 +42,7 @@ impl Inbox {
     pub(super) fn add(&mut self, decoding: Decoding) -> u64 {
         let number = self.next;
         self.next += 1;
-        self.added.push((number, decoding));
+        self.added.push((number, ScheduledText::new(decoding)));
         number
     }
 
@@ -50,9 +54,17 @@ impl Inbox {
         }
     }
 
-    /// Note how the scheduler stands after a step.
-    pub(super) fn note(&mut self, statistics: SchedulerStatistics) {
+    /// Whether a step would do nothing until more comes.
+    pub(super) fn is_idle(&self) -> bool {
+        let has_news =
+            !(self.added.is_empty() && self.masks.is_empty() && self.cancelled.is_empty());
+        self.is_idle && !has_news
+    }
+
+    /// Note how the scheduler stands after a step, and whether that had nothing to run.
+    pub(super) fn note(&mut self, statistics: SchedulerStatistics, is_idle: bool) {
         self.statistics = statistics;
+        self.is_idle = is_idle;
     }
 
     pub(super) fn statistics(&self) -> SchedulerStatistics {

@@ -16,12 +16,14 @@ mod prefix_cache;
 mod progress;
 mod rounds;
 mod scheduled_text;
+mod step_thread;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use self::inbox::Inbox;
 pub use self::progress::{Progress, SchedulerStatistics};
 use self::rounds::Rounds;
+pub use self::step_thread::StepThread;
 use crate::chain::{Chain, Decoding, ModelLimits, Request};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -57,6 +59,8 @@ impl SchedulerSettings {
 pub struct Scheduler {
     limits: ModelLimits,
     inbox: Mutex<Inbox>,
+    /// Something has come into the inbox.
+    has_come: Condvar,
     rounds: Mutex<Rounds>,
 }
 
@@ -81,6 +85,7 @@ impl Scheduler {
         Ok(Self {
             rounds: Mutex::new(Rounds::new(slots, cache_tokens, prefill_chunk)),
             inbox: Mutex::new(Inbox::new(cache_tokens)),
+            has_come: Condvar::new(),
             limits,
         })
     }
@@ -92,22 +97,31 @@ impl Scheduler {
     /// [`Error::Setting`] and [`Error::Prompt`] where the model does not take it.
     pub fn add(&self, request: &Request, processing: LogitsProcessing) -> Result<u64> {
         let decoding = Decoding::new(request, processing, &self.limits)?;
-        Ok(self.inbox().add(decoding))
+        let number = self.inbox().add(decoding);
+        self.has_come.notify_all();
+        Ok(number)
     }
 
     /// End a sequence before the next step; nothing more is reported of it.
     pub fn cancel(&self, sequence: u64) {
         self.inbox().cancelled.push(sequence);
+        self.has_come.notify_all();
     }
 
-    /// Choose the next token of a constrained sequence among those whose bits are set: token t has
-    /// bit t % 32 of word t / 32. Others are not constrained by it.
+    /// Choose the next token of each constrained sequence among those whose bits are set: token t has
+    /// bit t % 32 of word t / 32. Others are not constrained by it. What is allowed in one call is
+    /// allowed before the same step.
     ///
     /// # Errors
-    /// [`Error::Setting`] when no token is allowed.
-    pub fn allow(&self, sequence: u64, words: Vec<u32>) -> Result<()> {
-        let mask = TokenMask::new(words, self.limits.vocab_size)?;
-        self.inbox().masks.push((sequence, mask));
+    /// [`Error::Setting`] when a sequence is allowed no token; then none of them is allowed any.
+    pub fn allow(&self, masks: impl IntoIterator<Item = (u64, Vec<u32>)>) -> Result<()> {
+        let masks = masks.into_iter().map(|(sequence, words)| {
+            let mask = TokenMask::new(words, self.limits.vocab_size)?;
+            Ok((sequence, mask))
+        });
+        let masks = masks.collect::<Result<Vec<_>>>()?;
+        self.inbox().masks.extend(masks);
+        self.has_come.notify_all();
         Ok(())
     }
 
@@ -117,8 +131,21 @@ impl Scheduler {
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
         let news = self.inbox().take_news();
         let progress = rounds.step(news, chain, interrupt);
-        self.inbox().note(rounds.statistics());
+        self.inbox().note(rounds.statistics(), rounds.is_idle());
         progress
+    }
+
+    /// Wait until there is something for a step to do, or `is_over`, which [`Self::wake`] has this look
+    /// at.
+    fn wait(&self, is_over: impl Fn() -> bool) {
+        let rests = |inbox: &mut Inbox| inbox.is_idle() && !is_over();
+        drop(self.has_come.wait_while(self.inbox(), rests));
+    }
+
+    fn wake(&self) {
+        // not between a look and the wait that follows it
+        drop(self.inbox());
+        self.has_come.notify_all();
     }
 
     /// What it does, as of the end of the last step.

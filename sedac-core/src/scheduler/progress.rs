@@ -1,6 +1,7 @@
 //! What a scheduler reports.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::chain::{DraftSummary, FinishReason, Token};
 use crate::error::Error;
@@ -21,6 +22,8 @@ pub struct Progress {
     pub end: Option<Result<FinishReason, Arc<Error>>>,
     /// Tokens of its prompt that another sequence's cache held.
     pub cached_prompt_tokens: usize,
+    /// At the end of the step, since the sequence was added or last had tokens.
+    pub waited: Duration,
 }
 
 /// How a scheduler stands.

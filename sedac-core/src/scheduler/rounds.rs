@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use tracing::{debug, debug_span};
 
@@ -36,6 +37,7 @@ pub(super) struct Rounds {
     preemptions: u64,
     prefix_hits: u64,
     prefix_tokens: u64,
+    is_idle: bool,
 }
 
 impl Rounds {
@@ -51,6 +53,7 @@ impl Rounds {
             preemptions: 0,
             prefix_hits: 0,
             prefix_tokens: 0,
+            is_idle: true,
         }
     }
 
@@ -65,6 +68,11 @@ impl Rounds {
             prefix_hits: self.prefix_hits,
             prefix_tokens: self.prefix_tokens,
         }
+    }
+
+    /// Whether the last step had nothing to run: nor will the next, unless something comes.
+    pub(super) fn is_idle(&self) -> bool {
+        self.is_idle
     }
 
     /// Take `news`, and run one step.
@@ -90,9 +98,7 @@ impl Rounds {
     }
 
     fn take_news(&mut self, news: News, chain: &mut Chain) {
-        let added = news.added.into_iter();
-        self.waiting
-            .extend(added.map(|(number, decoding)| (number, ScheduledText::new(decoding))));
+        self.waiting.extend(news.added);
         for (number, mask) in news.masks {
             let running = self
                 .running
@@ -234,6 +240,8 @@ impl Rounds {
             false => 0,
         };
         chosen.extend(decoding);
+        // where none runs and some wait, others have slots of the backend, which may become free
+        self.is_idle = chosen.is_empty() && (self.waiting.is_empty() || !self.running.is_empty());
         chosen.retain(|number| {
             let Some(running) = self.running.get_mut(number) else {
                 return false;
@@ -394,8 +402,9 @@ impl Rounds {
 
     /// Report what the step gave each text, and keep the caches of those at their end.
     fn report(&mut self, chain: &mut Chain, progress: &mut Vec<Progress>) {
+        let now = Instant::now();
         let running = self.running.iter_mut();
-        progress.extend(running.filter_map(|(&number, running)| running.progress(number)));
+        progress.extend(running.filter_map(|(&number, running)| running.progress(number, now)));
         let is_finished = |running: &RunningText| running.text.decoding.finished().is_some();
         let finished: Vec<_> = self
             .running

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::Progress;
 use crate::backend::{Costs, StepOutcome};
@@ -17,6 +18,8 @@ pub(super) struct ScheduledText {
     /// Whether it runs in calls of its own until a step succeeds: it, or another, failed in a common
     /// one.
     pub(super) runs_alone: bool,
+    /// When it was added or last had tokens.
+    since: Instant,
 }
 
 /// A text with a cache.
@@ -33,6 +36,7 @@ impl ScheduledText {
             decoding,
             cached_prompt_tokens: None,
             runs_alone: false,
+            since: Instant::now(),
         }
     }
 
@@ -45,6 +49,7 @@ impl ScheduledText {
             drafts: DraftSummary::default(),
             end: Some(Err(error)),
             cached_prompt_tokens: self.cached_prompt_tokens.unwrap_or(0),
+            waited: self.since.elapsed(),
         }
     }
 }
@@ -76,13 +81,17 @@ impl RunningText {
         self.text.runs_alone &= self.tokens.is_empty();
     }
 
-    /// What its step did; None where there is nothing to report.
-    pub(super) fn progress(&mut self, number: u64) -> Option<Progress> {
+    /// What its step did, which has ended `now`; None where there is nothing to report.
+    pub(super) fn progress(&mut self, number: u64, now: Instant) -> Option<Progress> {
         let tokens = std::mem::take(&mut self.tokens);
         let decoding = &mut self.text.decoding;
         let prompt_logprobs = decoding.take_prompt_logprobs();
         if tokens.is_empty() && prompt_logprobs.is_empty() {
             return None;
+        }
+        let waited = now - self.text.since;
+        if !tokens.is_empty() {
+            self.text.since = now;
         }
         Some(Progress {
             sequence: number,
@@ -91,6 +100,7 @@ impl RunningText {
             drafts: decoding.take_drafts(),
             end: decoding.finished().map(Ok),
             cached_prompt_tokens: self.text.cached_prompt_tokens.unwrap_or(0),
+            waited,
         })
     }
 

@@ -13,5 +13,6 @@ mod run_ahead;
 mod scheduled;
 mod scheduled_events;
 mod scheduled_prefill;
+mod step_thread;
 mod toy;
 mod trained_drafter;

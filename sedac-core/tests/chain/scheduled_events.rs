@@ -331,9 +331,9 @@ fn a_constrained_text_waits_for_each_mask() {
         step(&scheduler, &mut chain, &mut outcomes);
     }
     assert!(!outcomes.contains_key(&constrained) && outcomes.contains_key(&other));
-    assert!(scheduler.allow(constrained, vec![0]).is_err());
+    assert!(scheduler.allow([(constrained, vec![0])]).is_err());
     for token in [3, 0, 5, 3] {
-        scheduler.allow(constrained, mask(&[token])).unwrap();
+        scheduler.allow([(constrained, mask(&[token]))]).unwrap();
         for tokens in [Some(1), None] {
             let given = step(&scheduler, &mut chain, &mut outcomes);
             assert_eq!(given.get(&constrained).copied(), tokens);
@@ -402,7 +402,7 @@ fn forced_logprobs(prompt: &[u32]) -> Vec<TokenLogprobs> {
     let request = request(prompt[..1].to_vec(), prompt.len() - 1);
     let number = scheduler.add(&request, processing).unwrap();
     let forced = prompt[1..].iter().flat_map(|&token| {
-        scheduler.allow(number, mask(&[token])).unwrap();
+        scheduler.allow([(number, mask(&[token]))]).unwrap();
         let progress = scheduler.step(&mut chain, &Interrupt::default());
         progress.into_iter().flat_map(|progress| progress.tokens)
     });
