@@ -169,10 +169,11 @@ def test_a_thread_steps_until_it_is_stopped(model: Model) -> None:
 
 
 def test_a_generation_has_its_turn_beside_a_thread(model: Model) -> None:
-    scheduler = Scheduler(model, max_sequences=1)
+    # steps without tokens, so that the thread never waits for who takes them
+    scheduler = Scheduler(model, max_sequences=1, prefill_chunk=1)
     thread = scheduler.start()
-    for _ in range(100):
-        add(scheduler, model, PROMPTS[1], max_new_tokens=50)
+    for first in range(200):
+        add(scheduler, model, [first % 50 + 1, *range(1, 50)], max_new_tokens=1)
     done = threading.Event()
 
     def read() -> None:
@@ -186,7 +187,7 @@ def test_a_generation_has_its_turn_beside_a_thread(model: Model) -> None:
         PROMPTS[0], model.decoding("full"), Sampling(), max_new_tokens=4, stop_tokens=[]
     )
     assert len(list(generation)) == 4
-    assert scheduler.statistics().waiting > 50, "it waited for the sequences"
+    assert scheduler.statistics().waiting > 150, "it waited for the sequences"
     done.set()
     reader.join()
     thread.stop()

@@ -8,8 +8,6 @@ use crate::chain::Chain;
 /// A chain that callers use in turns.
 pub(super) struct Turns {
     chain: Mutex<Chain>,
-    /// Of who has the next turn. Who has just had one cannot take it again before.
-    next: Mutex<()>,
     waiting: AtomicUsize,
 }
 
@@ -17,7 +15,6 @@ impl Turns {
     pub(super) fn new(chain: Chain) -> Self {
         Self {
             chain: Mutex::new(chain),
-            next: Mutex::new(()),
             waiting: AtomicUsize::new(0),
         }
     }
@@ -25,10 +22,8 @@ impl Turns {
     /// Wait for a turn, which ends when what is returned is dropped.
     pub(super) fn take(&self) -> MutexGuard<'_, Chain> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         // a generation that panicked leaves nothing behind that the next one does not reset
         let chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(next);
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         chain
     }
