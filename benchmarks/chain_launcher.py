@@ -38,7 +38,7 @@ OUTCOMES = 64
 class SequenceInput:
     """A sequence's part of a pass: rows of (token, position, first layer), and where it stops.
 
-    The first `frozen` rows only fill caches. conditions: one criterion, for each layer.
+    The first `frozen` rows only fill caches. conditions: [criteria, layers].
     """
 
     rows: list[tuple[int, int, int]]
@@ -347,7 +347,8 @@ class ChainLauncher:
             max_depth=sequence.max_depth or self.decoder.shape.layers,
         )
         if sequence.conditions:
-            rows.criteria, rows.conditions = 1, self._hold(sequence.conditions)
+            rows.criteria = len(sequence.conditions) // self.decoder.shape.layers
+            rows.conditions = self._hold(sequence.conditions)
         return rows
 
     def _hold(self, conditions: Sequence[Condition]) -> int:

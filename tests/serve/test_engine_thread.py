@@ -282,10 +282,15 @@ async def test_masks_of_a_step_are_given_in_one_call() -> None:
     assert scheduler.allowed == [{1}, {2}, {1, 2}, {1, 2}]
 
 
-async def test_a_sequence_whose_mask_cannot_be_computed_ends() -> None:
+class Panic(BaseException):
+    """What a library in Rust raises that panics."""
+
+
+@pytest.mark.parametrize("kind", [ValueError, Panic])
+async def test_a_sequence_whose_mask_cannot_be_computed_ends(kind: type[BaseException]) -> None:
     class Broken(Alternating):
         def mask(self) -> bytes:
-            raise ValueError("out of luck")
+            raise kind("out of luck")
 
     scheduler = FakeScheduler()
     scheduler.steps.release(MANY)
@@ -295,6 +300,20 @@ async def test_a_sequence_whose_mask_cannot_be_computed_ends() -> None:
             with pytest.raises(ApiError, match="out of luck") as failed:
                 await ids(batch)
     assert failed.value.status_code == 500
+
+
+async def test_masks_that_the_core_refuses_end_their_sequences() -> None:
+    class Refusing(FakeScheduler):
+        def allow(self, masks: dict[int, bytes]) -> None:
+            raise _core.InputError("no token is allowed")
+
+    scheduler = Refusing()
+    scheduler.steps.release(MANY)
+    async with running(scheduler) as engine:
+        with engine.open(1, later()) as batch:
+            batch.start([request(1, constraint=Alternating())])
+            with pytest.raises(ApiError, match="no token is allowed"):
+                await ids(batch)
 
 
 async def test_a_constraint_that_fails_ends_its_sequence() -> None:

@@ -1,7 +1,7 @@
-"""The thread that runs one bundle's scheduler, and the requests that wait for it.
+"""Requests of one bundle, and the thread of the core that steps its scheduler.
 
-The thread is the core's: it steps on without the interpreter while the event loop, on which all
-else here runs, hands out what has come.
+That thread never holds the GIL: it steps on while the event loop, on which all else here runs,
+hands out what has come.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class SequenceRequest:
 
 
 class StepObserver:
-    """Is told what happens in an engine thread. This one ignores it."""
+    """Is told what sequences are given. This one ignores it."""
 
     def progressed(self, progress: Progress, prompt_tokens: int, first: bool) -> None:
         """A sequence has new tokens, its `first` or more. Called on the event loop."""
@@ -60,7 +60,7 @@ class _Sequence:
 
 
 class EngineThread:
-    """Runs a scheduler's steps as long as it has sequences.
+    """Hands sequences to the thread that steps a scheduler, and what that gives to their requests.
 
     capacity: sequences that may run and wait at once, all requests together. cache_tokens:
     positions that all of them share.
@@ -184,11 +184,19 @@ class EngineThread:
             try:
                 constraint.advance(tokens)
                 masks[sequence.number] = constraint.mask()
-            except Exception as error:
-                refusal = _refusal(error, "response_format")
-                self._loop.call_soon_threadsafe(self._refuse, sequence, refusal)
-        # in one call, so that the same step has all of them
-        self._scheduler.allow(masks)
+            # whatever it is, also a panic of the grammar's library: the others go on
+            except BaseException as error:
+                self._refuse_later(sequence, error)
+        try:
+            # in one call, so that the same step has all of them
+            self._scheduler.allow(masks)
+        except BaseException as error:
+            for sequence, _ in grown:
+                self._refuse_later(sequence, error)
+
+    def _refuse_later(self, sequence: _Sequence, error: BaseException) -> None:
+        refusal = _refusal(error, "response_format")
+        self._loop.call_soon_threadsafe(self._refuse, sequence, refusal)
 
     def _refuse(self, sequence: _Sequence, refusal: ApiError) -> None:
         self.cancel(sequence)
@@ -208,7 +216,7 @@ def _is_last(progress: Progress) -> bool:
     return progress.finish_reason is not None or progress.error is not None
 
 
-def _refusal(error: Exception, param: str | None) -> ApiError:
+def _refusal(error: BaseException, param: str | None) -> ApiError:
     """What a client is told of a sequence that cannot begin or go on."""
     if isinstance(error, InputError):
         return bad_request(str(error), param)

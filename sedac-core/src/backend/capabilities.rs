@@ -22,6 +22,8 @@ pub struct Capabilities {
     pub margins: bool,
     /// Whether there are [draft engines](super::DraftEngine).
     pub trained_drafter: bool,
+    /// Sequences that one launch of such an engine drafts for; more take several, one after another.
+    pub drafts_at_once: usize,
     /// Tokens that a step may give at most, where it goes [ahead](super::Ahead).
     pub ahead: usize,
     /// Tokens of prompts that are to be prefilled at once, where other sequences wait for it.
@@ -44,6 +46,7 @@ impl Default for Capabilities {
             attention_only: false,
             margins: false,
             trained_drafter: false,
+            drafts_at_once: 1,
             ahead: 1,
             prefill_chunk: Self::PREFILL_CHUNK,
             verifies_exactly: true,

@@ -12,6 +12,9 @@ const RISE: f64 = 1.03;
 /// seemed too slow to pay is tried again. Not those over one token: all others are compared with
 /// them, and a drafter that always pays lets none run.
 const FALL: f64 = 0.9998;
+/// The same for what the trained drafter takes, by the pass: where it seemed too slow to pay, it is not
+/// measured any more.
+const DRAFT_FALL: f64 = 0.999;
 /// Longer passes are prefill's, and no draft's.
 const MAX_RECORDED: usize = 16;
 
@@ -49,14 +52,24 @@ impl Costs {
     pub fn note_head(&mut self, tokens: usize, elapsed: Duration) {
         self.head.note(tokens, elapsed.as_secs_f64());
         for curve in [&mut self.layer, &mut self.head] {
-            curve.fall(tokens);
+            curve.fall(FALL, |others| others != tokens && others > 1);
         }
+        self.draft.fall(DRAFT_FALL, |_| true);
     }
 
-    /// The trained drafter took `elapsed` for `tokens` tokens, drafted for `sequences` sequences at once.
-    pub fn note_draft(&mut self, sequences: usize, tokens: usize, elapsed: Duration) {
+    /// The trained drafter took `elapsed` for `tokens` tokens, drafted for `sequences` sequences, up to
+    /// `at_once` in one launch.
+    pub fn note_draft(
+        &mut self,
+        (sequences, at_once): (usize, usize),
+        tokens: usize,
+        elapsed: Duration,
+    ) {
+        let launches = sequences.div_ceil(at_once);
         let of_each = tokens as f64 / sequences as f64;
-        self.draft.note(sequences, elapsed.as_secs_f64() / of_each);
+        let of_launch = elapsed.as_secs_f64() / launches as f64;
+        self.draft
+            .note(sequences.div_ceil(launches), of_launch / of_each);
     }
 
     /// What is known of drafts and of passes that verify them, for later processes.
@@ -85,7 +98,7 @@ impl Costs {
         self.in_passes(&self.head, tokens)
     }
 
-    /// Seconds for a token of the trained drafter, which drafts for `sequences` sequences at once.
+    /// Seconds for a token of the trained drafter, which drafts for `sequences` sequences in one launch.
     pub fn draft_token(&self, sequences: usize) -> f64 {
         self.draft.at(sequences) / sequences as f64
     }
@@ -145,12 +158,11 @@ impl Curve {
         self.0.entry(tokens).or_default().note(seconds);
     }
 
-    fn fall(&mut self, except: usize) {
-        for (&tokens, cost) in &mut self.0 {
-            if tokens != except && tokens > 1 {
-                cost.measured = cost.measured.map(|seconds| seconds * FALL);
-                cost.remembered = cost.remembered.map(|seconds| seconds * FALL);
-            }
+    /// Multiply the costs of those numbers of tokens that `falls` names.
+    fn fall(&mut self, factor: f64, falls: impl Fn(usize) -> bool) {
+        for (_, cost) in self.0.iter_mut().filter(|&(&tokens, _)| falls(tokens)) {
+            cost.measured = cost.measured.map(|seconds| seconds * factor);
+            cost.remembered = cost.remembered.map(|seconds| seconds * factor);
         }
     }
 
@@ -262,15 +274,28 @@ mod tests {
     fn drafts_for_several_sequences_are_cheaper_for_each() {
         let mut costs = Costs::default();
         assert_eq!(costs.draft_token(2), 0.0);
-        for (sequences, tokens, seconds) in [(1, 3, 12), (4, 8, 16)] {
+        // the last is two launches for four
+        for (sequences, tokens, seconds) in [(1, 3, 12), (4, 8, 16), (8, 8, 16)] {
             for _ in 0..2 {
-                costs.note_draft(sequences, tokens, Duration::from_secs(seconds));
+                costs.note_draft((sequences, 4), tokens, Duration::from_secs(seconds));
             }
         }
-        assert_eq!([1, 4, 8].map(|n| costs.draft_token(n)), [4.0, 2.0, 1.0]);
+        assert_eq!([1, 4].map(|n| costs.draft_token(n)), [4.0, 2.0]);
         let mut later = Costs::default();
         later.recall(&costs.record());
         assert_eq!(later.draft_token(4), 2.0);
+    }
+
+    #[test]
+    fn a_drafter_that_was_disturbed_is_believed_to_be_faster_in_the_end() {
+        let mut costs = Costs::default();
+        for _ in 0..2 {
+            costs.note_draft((1, 1), 1, Duration::from_secs(100));
+        }
+        for _ in 0..3000 {
+            costs.note_head(1, Duration::from_secs(1));
+        }
+        assert!((4.0..6.0).contains(&costs.draft_token(1)));
     }
 
     #[test]

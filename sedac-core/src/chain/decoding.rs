@@ -17,7 +17,7 @@ use crate::backend::{
     Ahead, Backend, Costs, Logits, LogitsRequest, MAX_AHEAD, SequenceStep, StepExit, StepOutcome,
 };
 use crate::bundle::DrafterKind;
-use crate::draft::{Draft, DraftContext, Foresight, Proposal};
+use crate::draft::{Company, Draft, DraftContext, Foresight, Proposal};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::kv::KvFill;
@@ -100,6 +100,11 @@ impl Decoding {
             inputs: Vec::new(),
             drafts: DraftSummary::default(),
         })
+    }
+
+    /// Whether it drafts, for full depth to verify.
+    pub(crate) fn drafts(&self) -> bool {
+        self.drafting.as_ref().is_some_and(Drafting::is_lossless)
     }
 
     pub(crate) fn kv_fill(&self) -> KvFill {
@@ -223,7 +228,7 @@ impl Decoding {
         interrupt: &Interrupt,
         emit: impl FnMut(Token) -> ControlFlow<()>,
     ) -> Result<()> {
-        self.plan(backend, sequence, usize::MAX, 0, interrupt)?;
+        self.plan(backend, sequence, usize::MAX, Company::default(), interrupt)?;
         draft_together(&mut [(self, sequence.slot())], backend, interrupt)?;
         let outcome = match self.has_step() {
             true => {
@@ -238,7 +243,7 @@ impl Decoding {
 
     /// Decide what the next step is; prefill takes up to `max_chunk` tokens at once. Drafts are made
     /// here, or by [`draft_together`] afterwards, and verified in the step. Passes may be shared with
-    /// tokens of `others` texts.
+    /// its `company`.
     ///
     /// # Errors
     /// What the backend reports.
@@ -247,7 +252,7 @@ impl Decoding {
         backend: &mut dyn Backend,
         sequence: &mut Sequence,
         max_chunk: usize,
-        others: usize,
+        company: Company,
         interrupt: &Interrupt,
     ) -> Result<()> {
         let length = sequence.tokens().len();
@@ -256,7 +261,7 @@ impl Decoding {
             return Ok(());
         }
         let max_ahead = backend.capabilities().ahead;
-        match self.draft(backend, sequence, others, interrupt)? {
+        match self.draft(backend, sequence, company, interrupt)? {
             Some(Proposal::Draft(draft)) => self.plan_verification(draft),
             Some(Proposal::Trained(positions, ahead)) => {
                 self.planned = Planned::Draft { positions, ahead };
@@ -312,7 +317,7 @@ impl Decoding {
         &mut self,
         backend: &mut dyn Backend,
         sequence: &mut Sequence,
-        others: usize,
+        company: Company,
         interrupt: &Interrupt,
     ) -> Result<Option<Proposal>> {
         let Some(drafting) = &mut self.drafting else {
@@ -320,9 +325,8 @@ impl Decoding {
         };
         let max_tokens = self.text.room() - 1;
         let history = &self.text.tokens;
-        let shares_drafts = backend.capabilities().shares_drafts;
-        let speedup =
-            drafting.expected_speedup(history, max_tokens, others, shares_drafts, backend.costs());
+        let (capabilities, costs) = (backend.capabilities(), backend.costs());
+        let speedup = drafting.expected_speedup(history, max_tokens, company, capabilities, costs);
         if speedup <= 1.0 || speedup.is_nan() {
             debug!(speedup, max_tokens, "no draft: it would not pay");
             return Ok(None);

@@ -1,9 +1,11 @@
 //! The drafter of a text, and what tokens cost without it.
 
 use super::ExitSchedule;
-use crate::backend::{Costs, DraftedToken};
+use crate::backend::{Capabilities, Costs, DraftedToken};
 use crate::bundle::DrafterKind;
-use crate::draft::{Acceptance, BaselineCost, Draft, DraftContext, Drafter, Proposal, new_drafter};
+use crate::draft::{
+    Acceptance, BaselineCost, Company, Draft, DraftContext, Drafter, Proposal, new_drafter,
+};
 use crate::error::Result;
 
 /// Texts with the same drafter share what it learned.
@@ -80,22 +82,24 @@ impl Drafting {
     }
 
     /// Of a draft of at most `max_tokens` tokens after `history`; 0 where there is room for none.
-    /// Without it the next token would share a pass with those of `others`, and so does what verifies
-    /// it where that `shares_drafts`.
+    /// Without it the next token would share a pass with those of its `company`.
     pub(super) fn expected_speedup(
         &mut self,
         history: &[u32],
         max_tokens: usize,
-        others: usize,
-        shares_drafts: bool,
+        company: Company,
+        capabilities: &Capabilities,
         costs: &Costs,
     ) -> f64 {
         if max_tokens == 0 {
             return 0.0;
         }
         // where tokens exit, drafts decide about them too, and are made alike in any company
-        let others = if self.is_lossless() { others } else { 0 };
-        let baseline = self.baseline.beside(others, shares_drafts, costs);
+        let company = match self.is_lossless() {
+            true => company,
+            false => Company::default(),
+        };
+        let baseline = self.baseline.beside(company, capabilities, costs);
         self.drafter
             .expected_speedup(history, max_tokens, costs, baseline)
     }

@@ -61,6 +61,7 @@ pub(crate) fn draft_together(
     if requests.is_empty() {
         return Ok(());
     }
+    let count = requests.len();
     // what a prompt takes is no part of a round's cost
     let are_steps = requests
         .iter()
@@ -70,10 +71,12 @@ pub(crate) fn draft_together(
     let drafts = engine.draft(&mut requests, interrupt)?;
     let elapsed = before.elapsed();
     drop(requests);
-    if are_steps {
-        let tokens = drafts.iter().map(Vec::len).sum();
+    let tokens = drafts.iter().map(Vec::len).sum();
+    assert_eq!(drafts.len(), count, "a draft for each request");
+    if are_steps && tokens > 0 {
+        let at_once = backend.capabilities().drafts_at_once;
         let costs = backend.costs_mut();
-        costs.note_draft(drafts.len(), tokens, elapsed);
+        costs.note_draft((count, at_once), tokens, elapsed);
     }
     let awaiting = texts.iter_mut().filter(|(text, _)| text.awaits_draft());
     for ((text, _), draft) in awaiting.zip(drafts) {

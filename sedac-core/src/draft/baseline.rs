@@ -1,7 +1,7 @@
 //! The baseline cost: what tokens cost without drafts.
 
 use super::full_depth_cost;
-use crate::backend::Costs;
+use crate::backend::{Capabilities, Costs};
 
 /// Tokens count less with every newer one: where text lets more of them exit, drafts pay less.
 const DECAY: f64 = 0.98;
@@ -24,18 +24,28 @@ impl BaselineCost {
         self.mean * full_depth_cost(costs, self.layers, 1)
     }
 
-    /// A token in a pass that tokens of `others` texts share; `verifies` says whether drafts do, too.
-    pub(crate) fn beside(&self, others: usize, verifies: bool, costs: &Costs) -> TokenCost {
+    /// A token of a text in `company`, on a backend with such `capabilities`.
+    pub(crate) fn beside(
+        &self,
+        company: Company,
+        capabilities: &Capabilities,
+        costs: &Costs,
+    ) -> TokenCost {
+        let texts = 1 + company.others;
         let alone = full_depth_cost(costs, self.layers, 1);
-        let together = full_depth_cost(costs, self.layers, 1 + others);
+        let together = full_depth_cost(costs, self.layers, texts);
         let of_alone = match alone > 0.0 {
-            true => together / (alone * (1 + others) as f64),
+            true => together / (alone * texts as f64),
             false => 1.0,
         };
         TokenCost {
             seconds: of_alone * self.seconds(costs),
             of_alone,
-            verified_beside: if verifies { others } else { 0 },
+            verified_beside: match capabilities.shares_drafts {
+                true => company,
+                false => Company::default(),
+            },
+            drafted_for: (1 + company.drafting).min(capabilities.drafts_at_once),
         }
     }
 
@@ -56,8 +66,19 @@ pub struct TokenCost {
     pub seconds: f64,
     /// The same relative to what it costs in a pass of its own.
     pub of_alone: f64,
-    /// Other texts whose drafts are verified in the same pass.
-    pub verified_beside: usize,
+    /// The texts with which it shares the pass that verifies a draft.
+    pub verified_beside: Company,
+    /// Sequences for which a launch of the trained drafter drafts.
+    pub drafted_for: usize,
+}
+
+/// Other texts that share passes with one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Company {
+    /// All of them.
+    pub others: usize,
+    /// Those that draft too, for full depth to verify.
+    pub drafting: usize,
 }
 
 impl TokenCost {
@@ -66,17 +87,23 @@ impl TokenCost {
         Self {
             seconds,
             of_alone: 1.0,
-            verified_beside: 0,
+            verified_beside: Company::default(),
+            drafted_for: 1,
         }
     }
 
     /// Seconds of the pass that verifies a draft, for `tokens` tokens of the text, in a model of `layers`
-    /// layers: its share, where all texts have as many. What a draft adds to a pass of single tokens
-    /// would be another price: one more row may start a pass of its own, which then has room for the
-    /// drafts of all, and the last row that a pass holds is nearly free to everyone but not to all.
+    /// layers: its share, where all texts that draft have as many, less what it costs for those that do
+    /// not. What a draft adds to a pass of single tokens would be another price: one more row may start a
+    /// pass of its own, which then has room for the drafts of all, and the last row that a pass holds is
+    /// nearly free to everyone but not to all.
     pub(super) fn verification(&self, costs: &Costs, layers: usize, tokens: usize) -> f64 {
-        let texts = 1 + self.verified_beside;
-        full_depth_cost(costs, layers, texts * tokens) / texts as f64
+        let Company { others, drafting } = self.verified_beside;
+        let (drafted, single) = ((1 + drafting) * tokens, others - drafting);
+        let pass = full_depth_cost(costs, layers, drafted + single);
+        // passes that were measured at other times may say that the others pay for all
+        let least = pass * drafted as f64 / (drafted + single) as f64 / 2.0;
+        (pass - single as f64 * self.seconds).max(least) / (1 + drafting) as f64
     }
 }
 
@@ -104,8 +131,15 @@ mod tests {
             costs.note_layers(1, tokens, Duration::from_secs(seconds));
         }
         assert_eq!(mean.seconds(&costs), 40.0);
-        assert_eq!(mean.beside(0, true, &costs), TokenCost::alone(40.0));
-        let beside = mean.beside(1, false, &costs);
+        assert_eq!(
+            mean.beside(Company::default(), &Capabilities::default(), &costs),
+            TokenCost::alone(40.0)
+        );
+        let company = Company {
+            others: 1,
+            drafting: 0,
+        };
+        let beside = mean.beside(company, &Capabilities::default(), &costs);
         assert_eq!((beside.seconds, beside.of_alone), (22.0, 0.55));
         for _ in 0..1000 {
             mean.observe(2, &costs);
@@ -121,12 +155,29 @@ mod tests {
                 costs.note_layers(1, tokens, Duration::from_secs(seconds));
             }
         }
-        let beside = |verifies| BaselineCost::new(1).beside(2, verifies, &costs);
-        assert_eq!(beside(true).seconds, 4.0);
-        let shares = [1, 3, 4].map(|tokens| beside(true).verification(&costs, 1, tokens));
+        let beside = |shares_drafts, drafting| {
+            let capabilities = Capabilities {
+                shares_drafts,
+                drafts_at_once: 2,
+                ..Capabilities::default()
+            };
+            let company = Company {
+                others: 2,
+                drafting,
+            };
+            BaselineCost::new(1).beside(company, &capabilities, &costs)
+        };
+        assert_eq!(
+            (beside(true, 2).seconds, beside(true, 2).drafted_for),
+            (4.0, 2)
+        );
+        let shares = [1, 3, 4].map(|tokens| beside(true, 2).verification(&costs, 1, tokens));
         // twelve tokens are two passes
         assert_eq!(shares, [4.0, 10.0, 14.0]);
-        assert_eq!(beside(false).verification(&costs, 1, 3), 12.0);
+        // two single tokens of others cost 8
+        assert_eq!(beside(true, 0).verification(&costs, 1, 2), 19.0);
+        assert_eq!(beside(true, 0).verification(&costs, 1, 1), 4.0);
+        assert_eq!(beside(false, 2).verification(&costs, 1, 3), 12.0);
         assert_eq!(TokenCost::alone(10.0).verification(&costs, 1, 4), 27.0);
     }
 }

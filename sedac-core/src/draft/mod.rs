@@ -24,7 +24,7 @@ use self::acceptance::AcceptanceRate;
 pub use self::acceptance::{Acceptance, DepthAcceptance, TrainedAcceptance};
 use self::auto::Auto;
 pub(crate) use self::baseline::BaselineCost;
-pub use self::baseline::TokenCost;
+pub use self::baseline::{Company, TokenCost};
 use self::early_exit::EarlyExit;
 use self::prompt_lookup::PromptLookup;
 use self::trained::Trained;

@@ -58,9 +58,9 @@ impl Trained {
         cost * self.expected_speedup / self.baseline.seconds
     }
 
-    /// Seconds of a drafted token, where those whose drafts are verified together are drafted together.
+    /// Seconds of a drafted token.
     fn token(&self, costs: &Costs) -> f64 {
-        costs.draft_token(1 + self.baseline.verified_beside)
+        costs.draft_token(self.baseline.drafted_for)
     }
 
     /// The speedup of rounds as they were on average, by what they cost now.

@@ -12,8 +12,18 @@ pub(super) struct Inbox {
     pub(super) cancelled: Vec<u64>,
     pub(super) masks: Vec<(u64, TokenMask)>,
     statistics: SchedulerStatistics,
-    /// Whether the last step had nothing to run.
-    is_idle: bool,
+    rest: Rest,
+}
+
+/// Whether a step would do something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rest {
+    /// It would.
+    None,
+    /// Not until others give slots of the backend back.
+    LacksSlots,
+    /// Not until something comes.
+    Idle,
 }
 
 /// What a step takes from the inbox, in this order.
@@ -34,7 +44,7 @@ impl Inbox {
                 cache_tokens,
                 ..SchedulerStatistics::default()
             },
-            is_idle: true,
+            rest: Rest::Idle,
         }
     }
 
@@ -54,17 +64,19 @@ impl Inbox {
         }
     }
 
-    /// Whether a step would do nothing until more comes.
-    pub(super) fn is_idle(&self) -> bool {
+    pub(super) fn rest(&self) -> Rest {
         let has_news =
             !(self.added.is_empty() && self.masks.is_empty() && self.cancelled.is_empty());
-        self.is_idle && !has_news
+        match has_news {
+            true => Rest::None,
+            false => self.rest,
+        }
     }
 
-    /// Note how the scheduler stands after a step, and whether that had nothing to run.
-    pub(super) fn note(&mut self, statistics: SchedulerStatistics, is_idle: bool) {
+    /// Note how the scheduler stands after a step.
+    pub(super) fn note(&mut self, statistics: SchedulerStatistics, rest: Rest) {
         self.statistics = statistics;
-        self.is_idle = is_idle;
+        self.rest = rest;
     }
 
     pub(super) fn statistics(&self) -> SchedulerStatistics {

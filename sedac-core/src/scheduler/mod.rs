@@ -19,8 +19,9 @@ mod scheduled_text;
 mod step_thread;
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use self::inbox::Inbox;
+use self::inbox::{Inbox, Rest};
 pub use self::progress::{Progress, SchedulerStatistics};
 use self::rounds::Rounds;
 pub use self::step_thread::StepThread;
@@ -28,6 +29,9 @@ use crate::chain::{Chain, Decoding, ModelLimits, Request};
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sampler::{LogitsProcessing, TokenMask};
+
+/// How often texts that wait for a slot ask for one that is not this scheduler's.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// How many sequences run at once, and what their caches may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,15 +135,23 @@ impl Scheduler {
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
         let news = self.inbox().take_news();
         let progress = rounds.step(news, chain, interrupt);
-        self.inbox().note(rounds.statistics(), rounds.is_idle());
+        self.inbox().note(rounds.statistics(), rounds.rest());
+        // others may have looked at how it stood while this step took the news
+        self.has_come.notify_all();
         progress
     }
 
     /// Wait until there is something for a step to do, or `is_over`, which [`Self::wake`] has this look
-    /// at.
+    /// at. Where only slots lack, which others have, that is some time later.
     fn wait(&self, is_over: impl Fn() -> bool) {
-        let rests = |inbox: &mut Inbox| inbox.is_idle() && !is_over();
-        drop(self.has_come.wait_while(self.inbox(), rests));
+        let inbox = self.inbox();
+        let most = match inbox.rest() {
+            Rest::None => return,
+            Rest::LacksSlots => RETRY,
+            Rest::Idle => Duration::MAX,
+        };
+        let rests = |inbox: &mut Inbox| inbox.rest() != Rest::None && !is_over();
+        drop(self.has_come.wait_timeout_while(inbox, most, rests));
     }
 
     fn wake(&self) {

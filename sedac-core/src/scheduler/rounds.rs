@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use tracing::{debug, debug_span};
 
-use super::inbox::News;
+use super::inbox::{News, Rest};
 use super::prefix_cache::{PrefixCache, common_prefix};
 use super::scheduled_text::{RunningText, ScheduledText};
 use super::{Progress, SchedulerStatistics};
 use crate::backend::Backend;
 use crate::chain::{Chain, Decoding, draft_together};
+use crate::draft::Company;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
 use crate::sequence::Sequence;
@@ -37,7 +38,7 @@ pub(super) struct Rounds {
     preemptions: u64,
     prefix_hits: u64,
     prefix_tokens: u64,
-    is_idle: bool,
+    rest: Rest,
 }
 
 impl Rounds {
@@ -53,7 +54,7 @@ impl Rounds {
             preemptions: 0,
             prefix_hits: 0,
             prefix_tokens: 0,
-            is_idle: true,
+            rest: Rest::Idle,
         }
     }
 
@@ -70,9 +71,9 @@ impl Rounds {
         }
     }
 
-    /// Whether the last step had nothing to run: nor will the next, unless something comes.
-    pub(super) fn is_idle(&self) -> bool {
-        self.is_idle
+    /// Whether the next step has something to run, by what the last one had.
+    pub(super) fn rest(&self) -> Rest {
+        self.rest
     }
 
     /// Take `news`, and run one step.
@@ -191,7 +192,10 @@ impl Rounds {
                 Ok(sequence) => break sequence,
                 // others have slots of the backend, too
                 Err(_) if self.ended.evict() => {}
-                Err(_) => return None,
+                Err(error) => {
+                    debug!(%error, "no slot");
+                    return None;
+                }
             }
         };
         if let (length @ MIN_COPIED.., Some(source)) = self.longest_prefix(decoding) {
@@ -235,22 +239,31 @@ impl Rounds {
         };
         let decoding = self.running.iter().filter(|(_, running)| decodes(running));
         let decoding: Vec<_> = decoding.map(|(&number, _)| number).collect();
-        let others = match chain.backend_mut().capabilities().shares_passes {
-            true => decoding.len().saturating_sub(1),
-            false => 0,
+        let shares_passes = chain.backend_mut().capabilities().shares_passes;
+        let drafting = decoding.iter().filter(|number| self.drafts(number)).count();
+        let company = |drafts: bool| match shares_passes {
+            true => Company {
+                others: decoding.len().saturating_sub(1),
+                drafting: drafting.saturating_sub(usize::from(drafts)),
+            },
+            false => Company::default(),
         };
-        chosen.extend(decoding);
-        // where none runs and some wait, others have slots of the backend, which may become free
-        self.is_idle = chosen.is_empty() && (self.waiting.is_empty() || !self.running.is_empty());
+        chosen.extend(&decoding);
+        self.rest = match chosen.is_empty() {
+            false => Rest::None,
+            true if self.running.is_empty() && !self.waiting.is_empty() => Rest::LacksSlots,
+            true => Rest::Idle,
+        };
         chosen.retain(|number| {
             let Some(running) = self.running.get_mut(number) else {
                 return false;
             };
             let RunningText { text, sequence, .. } = running;
             let backend = chain.backend_mut();
+            let company = company(text.decoding.drafts());
             let planned =
                 text.decoding
-                    .plan(backend, sequence, self.prefill_chunk, others, interrupt);
+                    .plan(backend, sequence, self.prefill_chunk, company, interrupt);
             if let Err(error) = planned {
                 self.end(*number, &Arc::new(error), chain, progress);
                 return false;
@@ -269,6 +282,12 @@ impl Rounds {
             has_step
         });
         chosen
+    }
+
+    /// Whether a running text drafts.
+    fn drafts(&self, number: &u64) -> bool {
+        let running = self.running.get(number);
+        running.is_some_and(|running| running.text.decoding.drafts())
     }
 
     /// Let the trained drafter draft for those of `chosen` that await it. A failure ends these.

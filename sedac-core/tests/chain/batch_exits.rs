@@ -161,3 +161,18 @@ fn what_waits_runs_apart_where_a_pass_does_not_hold_it_beside_the_new() {
         pairs.check_caches();
     }
 }
+
+#[test]
+fn a_prompt_does_not_run_in_passes_for_a_row_that_a_batch_awaits() {
+    let (mut chain, rule) = (chain(2), stability(0.0, 1));
+    let [mut prefilled, mut exiting] = [0, 1].map(|_| chain.open(KvFill::Defer).unwrap());
+    run(&mut chain, &mut [decided(&mut exiting, &[1], &rule)]);
+    let prompt = step(&mut prefilled, &[2; 30], LAYERS);
+    run(
+        &mut chain,
+        &mut [prompt, decided(&mut exiting, &[3], &rule)],
+    );
+    // what exited before is continued first
+    assert_eq!(chain.device().passes, [1, 1]);
+    assert_eq!(*chain.device().batches.lock().unwrap(), [31]);
+}

@@ -57,7 +57,7 @@ fn a_long_prompt_is_batches_and_a_rest_is_a_pass() {
     assert_eq!(batches(&chain), [40, 21]);
     assert!(chain.device().passes.is_empty());
     assert!((0..4).all(|layer| first.kv().filled(layer) == 60));
-    // exits that wait come before, and a step that may exit is no batch
+    // exits that wait come before, and a step that ends before the last layer is no batch
     run(&mut chain, &mut [step(second, &[1], 2)]);
     run(&mut chain, &mut [step(second, &[3; 29], 4)]);
     run(&mut chain, &mut [step(second, &[3; 30], 2)]);

@@ -1,5 +1,5 @@
-// Exits of a batch. Its rows go through every layer, since some of so many do: what a row has when its rule says stop
-// goes to the head, and the layers that follow only fill its caches. Signals have the bits that a pass gives them.
+// Exits of a batch. Its rows go through every layer, since usually at least one does: what a row has when its rule says
+// stop goes to the head, and the layers that follow only fill its caches. Signals have the bits that a pass gives them.
 #pragma once
 #include "batch_rows.cuh"
 #include "probe.cuh"

@@ -67,7 +67,8 @@ pub struct BatchLimits {
 pub struct DraftPlan {
     /// The slot of the sequence.
     pub slot: usize,
-    /// The first position that it takes in. Passes have run it and those after it, in all layers.
+    /// The first position that it takes in. Passes or batches have run it and those after it, in all
+    /// layers.
     pub start: usize,
     /// The token after each position, one or more, at most [`ChainDevice::draft_rows`].
     pub tokens: Vec<u32>,

@@ -1,5 +1,6 @@
 //! A trained drafter on a GPU: its weights, what it keeps of each slot, and its launches.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use cudarc::driver::{
@@ -249,6 +250,8 @@ impl DraftMemory {
         let sequences = plans.len() as u32;
         let blocks = chain.blocks / sequences;
         plans.iter().for_each(|plan| self.check(chain, plan));
+        let slots: BTreeSet<_> = plans.iter().map(|plan| plan.slot).collect();
+        assert_eq!(slots.len(), plans.len(), "a slot is drafted for once");
         let parameters = &mut self.parameters;
         parameters.sequences = sequences as i32;
         parameters.blocks = blocks as i32;

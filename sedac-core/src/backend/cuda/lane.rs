@@ -180,12 +180,17 @@ impl Lane {
         (rows > 0).then(|| self.take_divisible(rows))
     }
 
-    /// Take the next piece of a pass, if there is one of at most `room` rows. A row that a rule decides
-    /// about comes when no piece is left of any lane (`pieces_left`): where it stopped in such a pass,
-    /// it would wait for the next one.
-    pub(super) fn take_piece(&mut self, room: usize, pieces_left: bool) -> Option<Piece> {
+    /// Take the next piece of a pass, if there is one of at most `room` rows. Rows for batches come later
+    /// where the pass is one that a batch awaits (`is_awaited`). So does a row that a rule decides about
+    /// where pieces are left of any lane: if it stopped in such a pass, it would wait for the next one.
+    pub(super) fn take_piece(
+        &mut self,
+        room: usize,
+        pieces_left: bool,
+        is_awaited: bool,
+    ) -> Option<Piece> {
         let Some(rows) = self.pieces.front().cloned() else {
-            if self.decides && pieces_left {
+            if is_awaited || (self.decides && pieces_left) {
                 return None;
             }
             let rows = self.divisible.len().min(MAX_ROWS);

@@ -99,6 +99,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 exit_heads: device.exit_heads().to_vec(),
                 margins: true,
                 trained_drafter: device.draft_rows() > 0,
+                drafts_at_once: MAX_DRAFTS,
                 ahead: MAX_AHEAD,
                 prefill_chunk: Capabilities::PREFILL_CHUNK.max(device.batch_limits().rows),
                 ..Capabilities::default()
@@ -130,9 +131,10 @@ impl<D: ChainDevice> CudaChain<D> {
         let mut pass = PassPlan::default();
         let mut placed = Vec::new();
         let pieces_left = lanes.iter().any(Lane::has_pieces);
+        let is_awaited = lanes.iter().any(Lane::joins_later);
         for (index, lane) in lanes.iter_mut().enumerate() {
             let room = MAX_ROWS - pass.rows.len();
-            if let Some(piece) = lane.take_piece(room, pieces_left) {
+            if let Some(piece) = lane.take_piece(room, pieces_left, is_awaited) {
                 placed.push(self.place(index, lane, piece, &steps[index], &mut pass)?);
             }
         }

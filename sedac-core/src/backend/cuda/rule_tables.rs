@@ -18,7 +18,7 @@ struct RuleTable {
 
 impl RuleTables {
     /// The address of `conditions`, which replace the least recently used table where the device
-    /// does not have them. A pass uses fewer tables than there are, so that its own stay.
+    /// does not have them. A pass or batch uses fewer tables than there are, so that its own stay.
     ///
     /// # Errors
     /// What the device reports.

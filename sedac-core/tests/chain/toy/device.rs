@@ -65,6 +65,7 @@ impl ToyDevice {
                 attention_only: false,
                 margins: false,
                 trained_drafter: false,
+                drafts_at_once: 1,
                 verifies_exactly: true,
                 ahead: 1,
                 prefill_chunk: 9,
