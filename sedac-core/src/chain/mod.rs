@@ -29,6 +29,7 @@ use crate::backend::{
     StepExit, StepOutcome,
 };
 use crate::bundle::Bundle;
+pub(crate) use crate::draft::Company;
 use crate::draft::{Acceptance, Draft};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
