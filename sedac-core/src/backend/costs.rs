@@ -281,6 +281,8 @@ mod tests {
             }
         }
         assert_eq!([1, 4].map(|n| costs.draft_token(n)), [4.0, 2.0]);
+        let known: Vec<_> = costs.record().draft.into_keys().collect();
+        assert_eq!(known, [1, 4]);
         let mut later = Costs::default();
         later.recall(&costs.record());
         assert_eq!(later.draft_token(4), 2.0);

@@ -48,7 +48,14 @@ impl Stepped {
 
     /// `begin` is called at the beginning of each step.
     fn with(settings: SchedulerSettings, begin: impl Fn() + Send + 'static) -> Self {
-        let mut chain = toy();
+        Self::over(toy(), settings, begin)
+    }
+
+    fn over(
+        mut chain: Chain,
+        settings: SchedulerSettings,
+        begin: impl Fn() + Send + 'static,
+    ) -> Self {
         let scheduler = Arc::new(Scheduler::new(&mut chain, settings).unwrap());
         let (signal, ready) = channel();
         let steps = Arc::<AtomicUsize>::default();
@@ -147,6 +154,29 @@ fn it_steps_while_there_is_something_to_do() {
         let steps = stepped.rest();
         assert_eq!(stepped.rest(), steps);
     }
+}
+
+#[test]
+fn a_text_whose_slot_others_have_asks_again_without_spinning() {
+    let mut chain = toy();
+    // there are two slots
+    let others = [(); 2].map(|()| Scheduler::new(&mut chain, settings(1, 8)).unwrap());
+    for other in &others {
+        add(other, &request(vec![1, 2], 10));
+        other.step(&mut chain, &Interrupt::default());
+    }
+    let stepped = Stepped::over(chain, settings(1, 8), || {});
+    let begun = Instant::now();
+    let number = add(&stepped, &request(vec![3], 10));
+    while stepped.steps() < 4 {
+        assert!(begun.elapsed() < LONG, "it does not ask again");
+        sleep(SHORT / 10);
+    }
+    let steps = stepped.steps();
+    let most = begun.elapsed().as_millis() as usize / 4 + 4;
+    assert!(steps <= most, "{steps} steps of {most}");
+    drop(others);
+    assert_eq!(stepped.finish(1)[&number].tokens.len(), 10);
 }
 
 /// Caches that do not suffice for all: texts wait, and give theirs up.
