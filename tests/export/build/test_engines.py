@@ -224,7 +224,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         wide = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": layers}
         save_tiny_model("llama", tmp_path / f"model{layers}", **wide)
     grown_weights = 12 * 4 * (3 * 3072 * 768 + 3 * 768 * 768)
-    # sessions of the engines take some memory each; 0.1 to 0.4 of the weights were seen, and once
-    # 0.7: what is given back late adds to a peak by chance, weights that are held each time
+    # sessions of the engines take some memory each, more where the machine is busy: 0.1 to 0.7 of
+    # the weights were seen, and 1.1 where all that is read was held
     few = peak(4)
-    assert any(peak(16) - few < 0.5 * grown_weights for _ in range(3))
+    assert any(peak(16) - few < 0.9 * grown_weights for _ in range(3))
