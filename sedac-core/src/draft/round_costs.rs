@@ -5,7 +5,7 @@ pub(super) const PRIOR_WEIGHT: f64 = 3.0;
 /// Rounds count less with every newer one,
 pub(super) const DECAY: f64 = 0.98;
 /// and less with every token, whoever drafts: what did not pay may pay again.
-pub(super) const IDLE_DECAY: f64 = 0.999;
+const IDLE_DECAY: f64 = 0.999;
 /// Rounds of earlier processes count as much as this number of rounds at full depth's cost.
 pub(super) const MAX_REMEMBERED: f64 = 16.0;
 
@@ -34,9 +34,8 @@ impl RoundCosts {
 
     /// The text has `length` tokens. A pass may have given several.
     pub(super) fn idle(&mut self, length: usize) {
-        let before = self.asked_at.replace(length);
-        let tokens = before.map_or(1, |before| length.saturating_sub(before));
-        self.decay(IDLE_DECAY.powi(tokens as i32));
+        let factor = idle_decay(&mut self.asked_at, length);
+        self.decay(factor);
     }
 
     /// A round gave tokens that cost `baseline` without drafts, for `cost`.
@@ -56,6 +55,14 @@ impl RoundCosts {
         self.baseline *= factor;
         self.cost *= factor;
     }
+}
+
+/// By how much rounds count less now that the text has `length` tokens: it had as many as `asked_at`
+/// says when this was last asked of it.
+pub(super) fn idle_decay(asked_at: &mut Option<usize>, length: usize) -> f64 {
+    let before = asked_at.replace(length);
+    let tokens = before.map_or(1, |before| length.saturating_sub(before));
+    IDLE_DECAY.powi(tokens as i32)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What a kernel chooses and decides by itself.
+//! What a device chooses and decides by itself.
 
 use sedac_core::backend::cuda::{RaceOutcome, RowRace};
 use sedac_core::policy::{Comparison, Condition, Signal};

@@ -7,11 +7,12 @@ use sedac_core::backend::{
 };
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
-use sedac_core::policy::{Comparison, Condition, ExitReason, ExitSignals, Signal};
+use sedac_core::policy::{Condition, ExitReason, ExitSignals, Signal};
 use sedac_core::sampler::argmax;
 use sedac_core::sequence::{Sequence, Slots};
 use sedac_core::{Error, Result};
 
+use super::choices::State;
 use super::{CAPACITY, Cache, Caches, Hidden, ends};
 
 const SEQUENCES: usize = 3;
@@ -32,8 +33,7 @@ pub(crate) struct ToyDevice {
 struct Table {
     reason: ExitReason,
     rows: Vec<Condition>,
-    run: u32,
-    accumulator: f32,
+    state: State,
 }
 
 /// One sequence of a pass.
@@ -91,8 +91,7 @@ impl ToyDevice {
         let tables = criteria.iter().map(|criterion| Table {
             reason: criterion.reason,
             rows: criterion.conditions.clone(),
-            run: 0,
-            accumulator: 0.0,
+            state: State::default(),
         });
         Ok(Lane {
             slot: step.sequence.slot(),
@@ -132,7 +131,7 @@ impl ToyDevice {
             if matches!(row.signal, Signal::Margin | Signal::Learned) {
                 lane.exit_signals = Some(newest.exit_signals(depth));
             }
-            if table.stops(row, newest, depth) && reason.is_none() {
+            if table.state.stops(row, newest, depth) && reason.is_none() {
                 reason = Some(table.reason);
             }
         }
@@ -180,29 +179,6 @@ impl ToyDevice {
             margins: Vec::new(),
             mispredicted: false,
         }
-    }
-}
-
-impl Table {
-    fn stops(&mut self, row: Condition, newest: Hidden, depth: usize) -> bool {
-        let value = match row.signal {
-            Signal::None => return false,
-            Signal::Stability => newest.signal(depth, 0),
-            Signal::Risk => newest.signal(depth, 1),
-            Signal::Margin => newest.signal(depth, 2),
-            Signal::Learned => newest.signal(depth, 4),
-        };
-        let satisfied = match row.comparison {
-            Comparison::AtLeast => value >= row.threshold,
-            Comparison::Below => value < row.threshold,
-            Comparison::Accumulated => {
-                let gained = (1.0 - value / row.threshold).clamp(0.0, 1.0);
-                self.accumulator = self.accumulator * row.decay + gained * row.weight;
-                self.accumulator >= row.target
-            }
-        };
-        self.run = if satisfied { self.run + 1 } else { 0 };
-        row.may_exit == 1 && self.run >= row.run_length
     }
 }
 
