@@ -177,7 +177,8 @@ fn launch(
         ];
         // SAFETY: these are the kernel's parameters, the first of the size that its facts say. What it
         // points to is allocated for the sizes that the bundle's manifest and facts give, and `check`
-        // has made sure that slots, positions and tokens are inside. It lives until the kernels have
+        // has made sure that slots, positions and tokens are inside, and the driver that rules lie in the
+        // tables that it keeps. It lives until the kernels have
         // ended, which is waited for whatever the driver says here. On GPUs where kernels overlap,
         // each waits for the one before to end before it touches what that one writes.
         unsafe { launch_kernel(stream, kernel, config, overlaps, arguments) }
