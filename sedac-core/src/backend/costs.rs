@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 const RISE: f64 = 1.03;
 /// And too high by this much for each later pass over another number of tokens, so that what once
 /// seemed too slow to pay is tried again. Not those over one token: all others are compared with
-/// them, and a drafter that always pays lets none run.
+/// them, and a drafter that always pays lets none run. What has not been measured for long says
+/// nothing of other numbers of tokens by that.
 const FALL: f64 = 0.9998;
 /// The same for what the trained drafter takes, by the pass: where it seemed too slow to pay, it is not
 /// measured any more.
 const DRAFT_FALL: f64 = 0.999;
-/// Longer passes are prefill's, and no draft's.
-const MAX_RECORDED: usize = 16;
+/// Longer passes are prefill's, and no draft's, also where several texts share them.
+const MAX_RECORDED: usize = 64;
 
 /// Seconds that passes over some numbers of tokens took, in a layer and in the head.
 ///
@@ -28,28 +29,53 @@ pub struct Costs {
     head: Curve,
     /// Of the trained drafter, for a token of each of so many sequences.
     draft: Curve,
-    /// The most tokens of a pass, None where there is no such bound.
-    pass_tokens: Option<usize>,
+    passes: Option<PassTokens>,
+}
+
+/// How many tokens passes have on a backend that has bounds.
+#[derive(Debug, Clone, Copy)]
+struct PassTokens {
+    /// Of a pass.
+    pass: usize,
+    /// Of a batch, which takes as long as one of the next multiple of `pass`.
+    batch: usize,
+}
+
+impl PassTokens {
+    /// Tokens that take as long as `tokens` of them.
+    fn alike(self, tokens: usize) -> usize {
+        match tokens > self.pass {
+            true => tokens.next_multiple_of(self.pass).min(self.batch),
+            false => tokens,
+        }
+    }
 }
 
 impl Costs {
-    /// Of a backend whose passes, or batches, have at most `tokens` tokens, 1 or more, and which takes
-    /// more in several of them.
-    pub fn of_passes(tokens: usize) -> Self {
+    /// Of a backend whose passes have up to `pass` tokens, 1 or more, and whose batches have up to `batch`,
+    /// as many or more; it takes more tokens in several batches.
+    pub fn of_passes(pass: usize, batch: usize) -> Self {
         Self {
-            pass_tokens: Some(tokens),
+            passes: Some(PassTokens { pass, batch }),
             ..Self::default()
         }
     }
 
+    /// Tokens that take as long as `tokens` of them.
+    fn alike(&self, tokens: usize) -> usize {
+        self.passes.map_or(tokens, |passes| passes.alike(tokens))
+    }
+
     /// `layers` layers took `elapsed` for `tokens` tokens.
     pub fn note_layers(&mut self, layers: usize, tokens: usize, elapsed: Duration) {
+        let tokens = self.alike(tokens);
         self.layer
             .note(tokens, elapsed.as_secs_f64() / layers as f64);
     }
 
     /// The head, which ends a pass, took `elapsed` for `tokens` tokens.
     pub fn note_head(&mut self, tokens: usize, elapsed: Duration) {
+        let tokens = self.alike(tokens);
         self.head.note(tokens, elapsed.as_secs_f64());
         for curve in [&mut self.layer, &mut self.head] {
             curve.fall(FALL, |others| others != tokens && others > 1);
@@ -103,12 +129,12 @@ impl Costs {
         self.draft.at(sequences) / sequences as f64
     }
 
-    /// Of as many passes as `tokens` tokens take.
+    /// Of as many passes or batches as `tokens` tokens take.
     fn in_passes(&self, curve: &Curve, tokens: usize) -> f64 {
-        let most = self.pass_tokens.unwrap_or(tokens).max(1);
+        let most = self.passes.map_or(tokens, |passes| passes.batch).max(1);
         let rest = match tokens % most {
             0 => 0.0,
-            rest => curve.at(rest),
+            rest => curve.at(self.alike(rest)),
         };
         match tokens / most {
             0 => rest,
@@ -144,13 +170,26 @@ impl CostRecord {
 struct Curve(BTreeMap<usize, Cost>);
 
 /// Seconds of something that runs again and again.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Cost {
     /// Whether it has run. The first run makes buffers too and does not count.
     has_run: bool,
     measured: Option<f64>,
     /// In an earlier process.
     remembered: Option<f64>,
+    /// What share of that it is believed to take now.
+    share: f64,
+}
+
+impl Default for Cost {
+    fn default() -> Self {
+        Self {
+            has_run: false,
+            measured: None,
+            remembered: None,
+            share: 1.0,
+        }
+    }
 }
 
 impl Curve {
@@ -160,9 +199,9 @@ impl Curve {
 
     /// Multiply the costs of those numbers of tokens that `falls` names.
     fn fall(&mut self, factor: f64, falls: impl Fn(usize) -> bool) {
-        for (_, cost) in self.0.iter_mut().filter(|&(&tokens, _)| falls(tokens)) {
-            cost.measured = cost.measured.map(|seconds| seconds * factor);
-            cost.remembered = cost.remembered.map(|seconds| seconds * factor);
+        let known = self.0.iter_mut().filter(|(_, cost)| cost.is_known());
+        for (_, cost) in known.filter(|&(&tokens, _)| falls(tokens)) {
+            cost.share *= factor;
         }
     }
 
@@ -204,10 +243,11 @@ impl Curve {
             (Some((_, seconds)), _) | (None, Some((_, seconds))) => seconds,
             (None, None) => 0.0,
         };
-        let least = self.0.iter().find_map(known);
         let more = self.0.range(tokens..).filter_map(known);
         let most = more.map(|(_, seconds)| seconds).fold(between, f64::min);
-        least.map_or(most, |(_, least)| most.max(least))
+        let believed = self.0.get(&tokens).map_or(most, |cost| most * cost.share);
+        let fewer = self.0.range(..tokens).rev().find_map(known);
+        fewer.map_or(believed, |(_, fewer)| believed.max(fewer.min(most)))
     }
 }
 
@@ -217,6 +257,7 @@ impl Cost {
         if self.has_run {
             let known = self.measured.unwrap_or(f64::INFINITY);
             self.measured = Some(seconds.min(known * RISE));
+            self.share = 1.0;
         }
         self.has_run = true;
     }
@@ -260,7 +301,7 @@ mod tests {
 
     #[test]
     fn more_tokens_than_a_pass_has_take_several() {
-        let mut costs = Costs::of_passes(4);
+        let mut costs = Costs::of_passes(4, 4);
         note(&mut costs, 1, 2);
         note(&mut costs, 4, 6);
         let layer = |tokens| costs.layers(1, tokens);
@@ -268,6 +309,18 @@ mod tests {
             [layer(4), layer(5), layer(8), layer(9)],
             [3.0, 4.0, 6.0, 7.0]
         );
+    }
+
+    #[test]
+    fn batches_of_about_as_many_tokens_take_as_long() {
+        let mut costs = Costs::of_passes(4, 12);
+        for (tokens, seconds) in [(1, 2), (4, 6), (5, 10), (11, 12)] {
+            note(&mut costs, tokens, seconds);
+        }
+        let layer = |tokens| costs.layers(1, tokens);
+        assert_eq!([layer(3), layer(4)], [1.0 + 4.0 / 3.0, 3.0]);
+        assert_eq!([5, 8, 9, 12].map(layer), [5.0, 5.0, 6.0, 6.0]);
+        assert_eq!([13, 17].map(layer), [7.0, 11.0]);
     }
 
     #[test]
@@ -322,6 +375,27 @@ mod tests {
             costs.note_head(1, Duration::from_secs(1));
         }
         assert_eq!(costs.layers(1, 4), costs.layers(1, 1));
+    }
+
+    #[test]
+    fn what_was_measured_long_ago_says_nothing_of_fewer_tokens() {
+        let mut costs = Costs::default();
+        for (tokens, seconds) in [(1, 4), (2, 5), (8, 7), (60, 20)] {
+            note(&mut costs, tokens, seconds);
+        }
+        let layer = |costs: &Costs, tokens| costs.layers(2, tokens);
+        let unknown = layer(&costs, 9);
+        for _ in 0..10_000 {
+            costs.note_head(1, Duration::from_secs(1));
+            // as passes do that verify drafts
+            costs.note_layers(2, 2, Duration::from_secs(5));
+            costs.note_layers(2, 8, Duration::from_secs(7));
+        }
+        assert_eq!([2, 8].map(|tokens| layer(&costs, tokens)), [5.0, 7.0]);
+        assert_eq!(layer(&costs, 9), unknown);
+        assert_eq!(layer(&costs, 60), 7.0);
+        note(&mut costs, 60, 20);
+        assert_eq!(layer(&costs, 60), 20.0);
     }
 
     #[test]

@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_draft_beside_others_costs_its_share_of_the_drafts_of_all() {
-        let mut costs = Costs::of_passes(9);
+        let mut costs = Costs::of_passes(9, 9);
         for (tokens, seconds) in [(1, 10), (3, 12), (4, 27), (9, 30)] {
             for _ in 0..2 {
                 costs.note_layers(1, tokens, Duration::from_secs(seconds));

@@ -105,7 +105,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
-            costs: Costs::of_passes(MAX_ROWS.max(device.batch_limits().logits_rows)),
+            costs: Costs::of_passes(MAX_ROWS, device.batch_limits().logits_rows.max(MAX_ROWS)),
             tables: RuleTables::default(),
             epoch: None,
             device,
