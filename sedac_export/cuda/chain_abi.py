@@ -4,11 +4,11 @@ from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
 from enum import IntEnum
 
 # version of the mirrors
-ABI = 10
+ABI = 11
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
 BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
-# rows of a batch whose blocks divide the work as those of a pass do
+# rows of a batch that is one kernel
 SMALL_BATCH_ROWS = 64
 # sequences that a trained drafter drafts for in one launch
 DRAFT_SEQUENCES = 8
@@ -25,14 +25,11 @@ class BatchKernel(IntEnum):
     PREFILL_GATE_UP = 3
     PREFILL_DOWN = 4
     PREFILL_ATTENTION = 5
-    PRODUCT = 6
-    ATTENTION = 7
-    HEADS = 8
-    ADD = 9
-    FINISH = 10
-    HEAD = 11
-    CANDIDATES = 12
-    CHOOSE = 13
+    ATTENTION = 6
+    HEADS = 7
+    ADD = 8
+    HEAD = 9
+    WHOLE = 10
 
     @property
     def entry(self) -> str:

@@ -10,18 +10,14 @@ from sedac_export.cuda.compiler import ROWS
 from sedac_export.cuda.cubin import FACTS
 from sedac_export.errors import SedacError
 
-_LARGE_LAYER = (
+# what a layer launches, each with its stage, of more rows than one kernel takes
+_LAYER = (
     *((BatchKernel.PREFILL_QKV, 0), (BatchKernel.HEADS, 0)),
     *((BatchKernel.ATTENTION, 0), (BatchKernel.PREFILL_ATTENTION, 0)),
     *((BatchKernel.PREFILL_O, 1), (BatchKernel.ADD, 1)),
     *((BatchKernel.PREFILL_GATE_UP, 2), (BatchKernel.PREFILL_DOWN, 3), (BatchKernel.ADD, 3)),
 )
-_LAYER = (
-    *((BatchKernel.PRODUCT, 0), (BatchKernel.HEADS, 0), (BatchKernel.ATTENTION, 0)),
-    *((BatchKernel.PRODUCT, 1), (BatchKernel.ADD, 1)),
-    *((BatchKernel.PRODUCT, 2), (BatchKernel.PRODUCT, 3), (BatchKernel.ADD, 3)),
-)
-_HEAD = (BatchKernel.FINISH, BatchKernel.HEAD, BatchKernel.CANDIDATES, BatchKernel.CHOOSE)
+_COOPERATIVE = (BatchKernel.HEAD, BatchKernel.WHOLE)
 
 
 class UnsupportedGpuError(SedacError):
@@ -43,9 +39,6 @@ class LoadedChain:
         device = checked(driver.cuCtxGetDevice())
         units = checked(driver.cuDeviceGetAttribute(count, device))
         self.blocks = min(self.facts.max_blocks, units)
-        major = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        # kernels of batches wait for what they need of the one before from this capability on
-        self._overlaps = checked(driver.cuDeviceGetAttribute(major, device)) >= 9
         if self.blocks < self.facts.min_blocks:
             raise UnsupportedGpuError(
                 f"the chain needs {self.facts.min_blocks} multiprocessors, and the GPU has {units}"
@@ -87,34 +80,33 @@ class LoadedChain:
     def run_batch(self, parameters: BatchPass, layers: int, stream: int = 0) -> None:
         """Enqueue a batch through all layers of a model."""
         parameters.form_groups()
-        of_layer = _LARGE_LAYER if parameters.is_large else _LAYER
-        self._launch(BatchKernel.START, parameters, 0, 0, stream)
+        if not parameters.is_large:
+            self._launch(BatchKernel.WHOLE, parameters, (0, 0), stream)
+            return
+        self._launch(BatchKernel.START, parameters, (0, 0), stream)
         for layer in range(layers):
-            for kernel, stage in of_layer:
-                self._launch(kernel, parameters, layer, stage, stream)
-        for kernel in _HEAD:
-            self._launch(kernel, parameters, 0, 0, stream)
+            for kernel, stage in _LAYER:
+                self._launch(kernel, parameters, (layer, stage), stream)
+        self._launch(BatchKernel.HEAD, parameters, (0, 0), stream)
 
     def _launch(
-        self, kernel: BatchKernel, parameters: BatchPass, layer: int, stage: int, stream: int
+        self, kernel: BatchKernel, parameters: BatchPass, place: tuple[int, int], stream: int
     ) -> None:
-        """Enqueue a kernel, if it has rows."""
-        launch = self.facts.batch[kernel]
+        """Enqueue a kernel of a layer's stage, if it has rows."""
         rows = _rows_of(kernel, parameters)
         if not rows:
             return
-        numbers = (ctypes.c_int * 2)(layer, stage)
+        launch, entry = self.facts.batch[kernel], self._batch[kernel]
+        numbers = (ctypes.c_int * 2)(*place)
         places = ctypes.addressof(numbers), ctypes.addressof(numbers) + ctypes.sizeof(ctypes.c_int)
         addresses = (ctypes.c_void_p * 3)(ctypes.addressof(parameters), *places)
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY = -(-rows // launch.rows), launch.blocks or self.blocks
-        config.blockDimX, config.sharedMemBytes = launch.threads, launch.shared_bytes
-        config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.hStream = driver.CUstream(stream)
-        if self._overlaps and not parameters.is_large:
-            config.attrs, config.numAttrs = [_overlap()], 1
+        grid = (-(-rows // launch.rows), launch.blocks or self.blocks, 1)
+        sizes = (*grid, launch.threads, 1, 1, launch.shared_bytes)
         parameter = ctypes.addressof(addresses)
-        checked(driver.cuLaunchKernelEx(config, self._batch[kernel], parameter, 0))
+        if kernel in _COOPERATIVE:
+            checked(driver.cuLaunchCooperativeKernel(entry, *sizes, stream, parameter))
+        else:
+            checked(driver.cuLaunchKernel(entry, *sizes, stream, parameter, 0))
 
     def draft(self, parameters: DraftPass, stream: int = 0) -> None:
         """Enqueue a launch of a trained drafter."""
@@ -151,18 +143,9 @@ class LoadedChain:
         return checked(driver.cuModuleGetFunction(self._module, name.encode()))
 
 
-def _overlap() -> Any:
-    """Lets a kernel start before the one before it has ended."""
-    attribute = driver.CUlaunchAttribute()
-    ids = driver.CUlaunchAttributeID
-    attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    return attribute
-
-
 def _rows_of(kernel: BatchKernel, parameters: BatchPass) -> int:
     """What the kernel's blocks are for."""
-    if kernel in _HEAD:
+    if kernel is BatchKernel.HEAD:
         return int(parameters.logits_rows)
     if kernel is BatchKernel.ATTENTION:
         return int(parameters.single_rows)

@@ -8,6 +8,8 @@ constexpr int MAX_ROWS = 8;
 // Rows of a batch, those of them whose logits it gives, and consecutive ones of a sequence whose attention blocks
 // share.
 constexpr int BATCH_ROWS = 256, BATCH_LOGITS_ROWS = 64, BATCH_GROUP_ROWS = 8;
+// Rows of a batch that is one kernel.
+constexpr int SMALL_BATCH_ROWS = 64;
 
 // What is measured for exits, beside stability.
 constexpr int EXIT_SIGNALS = 4;
@@ -23,9 +25,8 @@ struct BatchLaunch {
 };
 
 // Kernels of batches, in the order of Facts: batch_start; prefill_product of QKV, O, gate_up and down, and
-// prefill_attention; batch_product and batch_attention; batch_heads and batch_add; batch_finish, batch_head,
-// batch_candidates and batch_choose.
-constexpr int BATCH_LAUNCHES = 14;
+// prefill_attention; batch_attention, batch_heads and batch_add; and, cooperative, batch_head and batch_whole.
+constexpr int BATCH_LAUNCHES = 11;
 
 // What the host has to know of a module.
 struct Facts {

@@ -9,66 +9,145 @@ struct ChunkSums {
   float largest[GROUP], total[GROUP];
 };
 
-constexpr int ROOM_FOR_KEYS = (SHARED_LIMIT - CHUNKS_ADDED * sizeof(ChunkSums)) / sizeof(AttentionKeys);
-constexpr int CHUNK_WARPS = ROOM_FOR_KEYS < CHUNKS_ADDED ? ROOM_FOR_KEYS : CHUNKS_ADDED;
-constexpr int BATCH_ATTENTION_THREADS = CHUNK_WARPS * 32;
-static_assert(CHUNK_WARPS >= 1, "shared memory is too small for attention of batches");
+// Chunks that are there at once, whole groups of those that are added together, and warps that take them.
+constexpr int ROOM_FOR_KEYS =
+    (BATCH_SHARED_LIMIT - WARPS * sizeof(ChunkSums) - GROUP * HEAD * 2) / sizeof(AttentionKeys);
+constexpr int CHUNKS_THERE = ROOM_FOR_KEYS < WARPS ? CHUNKS_ADDED : WARPS;
+constexpr int CHUNK_WARPS = ROOM_FOR_KEYS < CHUNKS_THERE ? ROOM_FOR_KEYS : CHUNKS_THERE;
+static_assert(CHUNK_WARPS >= 1 && WARPS % CHUNKS_ADDED == 0, "shared memory is too small for attention of batches");
 
 struct BatchAttentionMemory {
   AttentionKeys keys[CHUNK_WARPS];
-  ChunkSums chunks[CHUNKS_ADDED];
+  ChunkSums chunks[CHUNKS_THERE];
+  alignas(16) half queries[GROUP][HEAD];
 };
 constexpr int BATCH_ATTENTION_BYTES = sizeof(BatchAttentionMemory);
 
 struct BatchAttention {
-  static constexpr int OUTPUTS = divided_up(GROUP * HEAD, BATCH_ATTENTION_THREADS);  // of a thread
+  static constexpr int OUTPUTS = divided_up(GROUP * HEAD, THREADS);  // of a thread
 
   const BatchPass& pass;
   BatchAttentionMemory& memory;
   const half *keys, *values;  // of the head
   int row, kv_head, position;
+  int known;                    // positions whose keys and values are in the caches
+  int seen, shift, first, end;  // the first position that it sees; chunks: the logarithm of their keys, and which
   WarpAttention warp;
   // Of each of the thread's outputs, over all chunks that were added.
   float largest[OUTPUTS], total[OUTPUTS], sum[OUTPUTS];
 
-  __device__ __forceinline__ BatchAttention(const BatchPass& pass, const Layer& layer, BatchAttentionMemory& memory)
-      : pass(pass), memory(memory), row(blockIdx.x), kv_head(blockIdx.y), position(pass.row[blockIdx.x].position) {
-    const size_t first = (static_cast<size_t>(pass.row[row].slot) * KV_HEADS + kv_head) * pass.capacity * HEAD;
-    keys = layer.keys + first, values = layer.values + first;
+  __device__ __forceinline__ BatchAttention(const BatchPass& pass, const Layer& layer, BatchAttentionMemory& memory,
+                                            int row, int kv_head)
+      : pass(pass), memory(memory), row(row), kv_head(kv_head), position(pass.row[row].position) {
+    const size_t slot = (static_cast<size_t>(pass.row[row].slot) * KV_HEADS + kv_head) * pass.capacity * HEAD;
+    keys = layer.keys + slot, values = layer.values + slot;
     warp.window = layer.window, warp.position = position;
-    const half* queries = pass.scratch->queries[row] + kv_head * GROUP * HEAD;
-    warp.load_queries(queries, queries);  // nobody looks at the second token
+    known = position + 1;
+    seen = warp.window ? max(position - warp.window + 1, 0) : 0, shift = chunk_shift(pass.capacity);
+    first = seen >> shift, end = (position >> shift) + 1;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) largest[k] = -1e30f, total[k] = sum[k] = 0;
   }
 
-  __device__ __forceinline__ void run() {
-    const int seen = warp.window ? max(position - warp.window + 1, 0) : 0, shift = chunk_shift(pass.capacity);
-    const int first = seen >> shift, end = (position >> shift) + 1, first_group = first / CHUNKS_ADDED * CHUNKS_ADDED;
+  // The sequence's rows up to this one have no keys and values in the caches yet: see place_heads.
+  __device__ __forceinline__ void note_unplaced() { known = pass.row[first_row()].position; }
+
+  // By a block: asks for keys and values that are known, also to L2 only.
+  __device__ __forceinline__ void prefetch() const {
+    constexpr int LINE = 64;  // halves
 #pragma unroll 1
-    for (int group = first_group; group < end; group += CHUNKS_ADDED) {
-      const int from = max(group, first), to = min(group + CHUNKS_ADDED, end);
-      if (group > first_group) __syncthreads();
+    for (int at = seen * HEAD / LINE * LINE + threadIdx.x * LINE; at < known * HEAD; at += THREADS * LINE) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + at));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(values + at));
+    }
+  }
+  // Of the first chunks that are there at once, all of the block's warps, since they are sent one instruction after
+  // another. They have come when `run` is called.
+  __device__ __forceinline__ void begin() {
+    const int there = first / CHUNKS_ADDED * CHUNKS_ADDED, chunks = min(last_of(there), first + CHUNK_WARPS) - first;
 #pragma unroll 1
-      for (int chunk = from + threadIdx.x / 32; chunk < to; chunk += CHUNK_WARPS)
-        attend(max(chunk << shift, seen / KEYS * KEYS), min((chunk + 1) << shift, position + 1), chunk - group);
+    for (int i = 0; i < chunks; i++) {
+      const int key = first_key(first + i);
+      copy(memory.keys[i], key, key, min(key + KEYS, known), threadIdx.x, THREADS);
+    }
+  }
+
+  // By a block: what QKV gave becomes queries, and keys and values in the caches: also those of the sequence's rows
+  // before, since the blocks that have these may not have come so far. They write the same.
+  __device__ __forceinline__ void place_heads(const Layer& layer) {
+    constexpr int QUARTERS = HEAD / 4;
+    const int first = first_row(), items = (GROUP + 2 * (row - first + 1)) * QUARTERS;
+    for (int i = threadIdx.x; i < items; i += THREADS) {
+      const int head = i / QUARTERS, other = head - GROUP;
+      if (head < GROUP)
+        place_quarter(pass, layer, row, kv_head * GROUP + head, i % QUARTERS,
+                      memory.queries[0] - kv_head * GROUP * HEAD);
+      else
+        place_quarter(pass, layer, first + other / 2, HEADS + other % 2 * KV_HEADS + kv_head, i % QUARTERS, nullptr);
+    }
+  }
+
+  // Of the queries [GROUP][HEAD], after `begin`.
+  __device__ __forceinline__ void run(const half* queries) {
+    wait_for_copies<0>();
+    __syncthreads();
+    warp.load_queries(queries, queries);  // nobody looks at the second token
+    const int warp = threadIdx.x / 32;
+    bool begun = true;
+#pragma unroll 1
+    for (int there = first / CHUNKS_ADDED * CHUNKS_ADDED; there < end; there += CHUNKS_THERE) {
+      const int from = max(there, first), to = last_of(there);
+#pragma unroll 1
+      for (int chunk = from + warp; warp < CHUNK_WARPS && chunk < to; chunk += CHUNK_WARPS) {
+        attend(first_key(chunk), min((chunk + 1) << shift, position + 1), chunk - there, begun);
+        begun = false;
+      }
       __syncthreads();
-      add(from - group, to - group);
+#pragma unroll 1
+      for (int group = there; group < to; group += CHUNKS_ADDED)
+        add(max(group, from) - there, min(group + CHUNKS_ADDED, to) - there);
+      __syncthreads();
+      begun = false;
     }
     write();
   }
 
  private:
-  // By a warp: keys from `first_key` on up to `end`, to the chunk number `number` of the group.
-  __device__ __forceinline__ void attend(int first_key, int end, int number) {
+  // Of the sequence's rows in the batch, which lie one after another.
+  __device__ __forceinline__ int first_row() const {
+    int first = row;
+    while (first && pass.row[first - 1].slot == pass.row[row].slot) first--;
+    return first;
+  }
+  // Of a chunk that it sees.
+  __device__ __forceinline__ int first_key(int chunk) const { return max(chunk << shift, seen / KEYS * KEYS); }
+  // Where those end that are there at once, from chunk `there` on.
+  __device__ __forceinline__ int last_of(int there) const { return min(there + CHUNKS_THERE, end); }
+
+  // `threads` threads ask for keys, then for values, from `begin` on up to `stop`, of those from `first_key` on.
+  __device__ __forceinline__ void copy(AttentionKeys& to, int first_key, int begin, int stop, int thread,
+                                       int threads) const {
+    copy_rows(to.keys, keys, first_key, begin, stop, position + 1, thread, threads);
+    end_copies();
+    copy_rows(to.values, values, first_key, begin, stop, position + 1, thread, threads);
+    end_copies();
+  }
+
+  // By a warp: keys from `first_key` on up to `end`, to the chunk number `number` of those that are there. `begun`:
+  // whether the first of them that were known have come.
+  __device__ __forceinline__ void attend(int first_key, int end, int number, bool begun) {
     AttentionKeys& of_warp = memory.keys[threadIdx.x / 32];
     WarpAttention::Chunk chunk;
 #pragma unroll 1
     for (int key = first_key; key < end; key += KEYS) {
-      copy_keys(of_warp, keys, values, key, position + 1, threadIdx.x % 32, 32);
-      wait_for_copies<0>();
+      copy(of_warp, key, begun ? max(key, known) : key, key + KEYS, threadIdx.x % 32, 32);
+      begun = false;
+      wait_for_copies<1>();
       __syncwarp();
-      warp.attend(chunk, of_warp, key);
+      warp.attend(chunk, of_warp, key, [] {
+        wait_for_copies<0>();
+        __syncwarp();
+      });
       __syncwarp();
     }
     WarpAttention::Partial partial;
@@ -86,7 +165,7 @@ struct BatchAttention {
   __device__ __forceinline__ void add(int begun, int ended) {
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
-      const int output = min(static_cast<int>(threadIdx.x) + k * BATCH_ATTENTION_THREADS, GROUP * HEAD - 1);
+      const int output = min(static_cast<int>(threadIdx.x) + k * THREADS, GROUP * HEAD - 1);
       const int head = output / HEAD, column = output % HEAD;
       float next = largest[k];
       for (int c = begun; c < ended; c++) next = fmaxf(next, memory.chunks[c].largest[head]);
@@ -102,19 +181,12 @@ struct BatchAttention {
 
   // The input of O.
   __device__ __forceinline__ void write() const {
-    half* to = pass.scratch->input[row] + kv_head * GROUP * HEAD;
+    half* to = pass.scratch->attended[row] + kv_head * GROUP * HEAD;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) {
-      const int output = threadIdx.x + k * BATCH_ATTENTION_THREADS;
+      const int output = threadIdx.x + k * THREADS;
       const unsigned word = __half_as_ushort(__float2half(sum[k] * (1.f / total[k])));
       if (output < GROUP * HEAD) to[output] = __ushort_as_half(output % 4 ? word : word & ~1u);
     }
   }
 };
-
-extern "C" __global__ void __launch_bounds__(BATCH_ATTENTION_THREADS)
-    batch_attention(const __grid_constant__ BatchPass pass, int layer, int) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  follow_previous_kernel();
-  BatchAttention(pass, pass.layers[layer], *reinterpret_cast<BatchAttentionMemory*>(memory)).run();
-}

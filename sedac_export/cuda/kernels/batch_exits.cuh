@@ -10,12 +10,17 @@ struct TileSums {
   float squares[O_TILES], inner[O_TILES], before[O_TILES];
 };
 
-// By a warp: what the tiles of a row have together.
-__device__ __forceinline__ float sum_of_tiles(const float* of_tiles) {
-  float sum = 0;
-  for (int tile = threadIdx.x % 32; tile < O_TILES; tile += 32) sum += of_tiles[tile];
-  return sum_of_lanes<32>(sum);
+// By a warp: what the tiles of a row have together, and a lane's part of it.
+__device__ __forceinline__ float sum_of_lane(const float* of_tiles) {
+  const int lane = threadIdx.x % 32;
+  float of_tile[TILES_OF_LANE], sum = 0;
+#pragma unroll
+  for (int k = 0; k < TILES_OF_LANE; k++) of_tile[k] = lane + k * 32 < O_TILES ? of_tiles[lane + k * 32] : 0.f;
+#pragma unroll
+  for (int k = 0; k < TILES_OF_LANE; k++) sum += of_tile[k];
+  return sum;
 }
+__device__ __forceinline__ float sum_of_tiles(const float* of_tiles) { return sum_of_lanes<32>(sum_of_lane(of_tiles)); }
 
 // By a warp: looks for the rule that decides about `row`.
 __device__ __forceinline__ void start_exit(const BatchPass& pass, int row) {
@@ -49,13 +54,13 @@ __device__ __forceinline__ void multiply_by_probe(const float* probe, const floa
   }
 }
 
-// By a block that has written a row after `depth` layers: whether it exits there.
-__device__ __forceinline__ void decide_exit(const BatchPass& pass, RowExit& exit, int row, int depth,
-                                            const TileSums& sums, float factor_before) {
+// By a block that has written a row after `depth` layers, whose entropy probe there is `probe`: whether it exits.
+__device__ __forceinline__ void decide_exit(const BatchPass& pass, const float* probe, RowExit& exit, int row,
+                                            int depth, const TileSums& sums, float factor_before) {
   __shared__ float outputs[PROBE_WIDTH];
   __shared__ bool exits;
   const int lane = threadIdx.x % 32;
-  const float *hidden = pass.scratch->residual[row], *probe = pass.layers[depth - 1].probe;
+  const float* hidden = pass.scratch->residual[row];
   const bool present = lane < exit.rule.criteria;
   const Condition condition = present ? exit.rule.conditions[lane * LAYERS + depth - 1] : Condition{};
   const bool asks_probe = condition.signal == SIGNAL_RISK, probed = __any_sync(~0u, asks_probe);

@@ -17,7 +17,7 @@ struct BatchInput {
 using BatchSums = float[BATCH_TOKEN_TILES * 4][32];
 
 constexpr int BATCH_SUMS = MAX_TILES + WARPS;  // of a block: see cut_stage
-constexpr int BATCH_INPUTS_FIT = (SHARED_LIMIT - BATCH_SUMS * sizeof(BatchSums)) / (WARPS * sizeof(BatchInput));
+constexpr int BATCH_INPUTS_FIT = (BATCH_SHARED_LIMIT - BATCH_SUMS * sizeof(BatchSums)) / (WARPS * sizeof(BatchInput));
 constexpr int BATCH_INPUTS = BATCH_INPUTS_FIT < 8 ? BATCH_INPUTS_FIT : 8;  // of a warp, under way
 static_assert(BATCH_INPUTS >= 2, "shared memory is too small for products of batches");
 
@@ -42,33 +42,35 @@ struct BatchProduct {
   float c[BATCH_TOKEN_TILES][4] = {}, d[BATCH_TOKEN_TILES][4] = {};
 
   // Multiplies `count` column blocks of a matrix whose tiles have `columns`, and calls `end` with the number of a tile
-  // where the warp's part of it has ended.
-  template <class End>
+  // where the warp's part of it has ended. `await` returns when the tokens' numbers are there: weights are asked for
+  // before. `meanwhile` runs while the first tokens come.
+  template <class Await, class Meanwhile, class End>
   __device__ __forceinline__ void run(const char* matrix, int columns, ColumnWalk walk, int count, int stride,
-                                      End end) {
-    // weights do not depend on the kernel before, unlike the numbers that they meet
+                                      Await await, Meanwhile meanwhile, End end) {
     ColumnWalk ahead = walk;
     for (int i = 0; i < min(BATCH_INPUTS - 1, count); i++, ahead.advance(columns, stride))
       copy_weights(i, matrix, columns, ahead);
-    await_previous_kernel();
+    await();
     ahead = walk;
 #pragma unroll 1
     for (int i = 0; i < BATCH_INPUTS - 1; i++) {
       if (i < count) copy_tokens(i, ahead.column), ahead.advance(columns, stride);
       end_copies();
     }
+    meanwhile();
+    int at = 0, free = BATCH_INPUTS - 1;  // inputs; free: what was read in the step before
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
       wait_for_copies<BATCH_INPUTS - 2>();
       __syncwarp();
-      const int next = i + BATCH_INPUTS - 1;  // over what was read in the step before
-      if (next < count) {
-        copy_weights(next % BATCH_INPUTS, matrix, columns, ahead);
-        copy_tokens(next % BATCH_INPUTS, ahead.column);
+      if (i + BATCH_INPUTS - 1 < count) {
+        copy_weights(free, matrix, columns, ahead);
+        copy_tokens(free, ahead.column);
         ahead.advance(columns, stride);
       }
       end_copies();
-      multiply(i % BATCH_INPUTS);
+      multiply(at);
+      free = at, at = at + 1 < BATCH_INPUTS ? at + 1 : 0;
       const bool ends = walk.column + 1 == columns || i + 1 == count;
       if (ends) end(walk.tile);
       walk.advance(columns, stride);
@@ -132,39 +134,98 @@ struct BatchProduct {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batch_product(const __grid_constant__ BatchPass pass, int layer, int stage) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  start_next_kernel();
-  const int blocks = gridDim.y, block = blockIdx.y, warp = threadIdx.x / 32, first_row = blockIdx.x * BATCH_TOKENS;
-  const StageShape shape = stage_shape(stage, block, blocks);
-  const int tiles = tile_count(shape.first, shape.tiles, blocks), all = tiles * shape.columns;
-  if (!tiles) return;
-  const BatchScratch& scratch = *pass.scratch;
-  const int width = stage == STAGE_DOWN ? INNER : larger(HIDDEN, ATTENTION);
-  const half* from = (stage == STAGE_DOWN ? scratch.activations[0] : scratch.input[0]) + first_row * width;
-  BatchProduct product{*reinterpret_cast<BatchMemory*>(memory), from, width, pass.rows - first_row};
+// What a block has of each stage, and its warps.
+struct BatchTables {
+  struct {
+    int tiles, first, columns;  // the first tile, which others follow by the number of blocks; column blocks of a tile
+    int2 parts[MAX_TILES];      // of each of the tiles: the first slot of its sums, how many
+    struct {
+      ColumnWalk walk;
+      int count;  // column blocks
+      int slot;   // of its first sum
+    } warp[WARPS];
+  } stage[STAGES];
 
-  const int start = share_start(warp, all), end = share_start(warp + 1, all),
-            index = min(start, all - 1) / shape.columns;
-  const ColumnWalk walk{shape.first + index * blocks, start - index * shape.columns};
-  const Layer& of = pass.layers[layer];
-  if (start == end) product.keep(warp + index);
-  product.run(of.matrices[stage], shape.columns, walk, end - start, blocks,
-              [&](int tile) { product.keep(warp + tile / blocks); });
-  __syncthreads();
-
-  // a thread has two outputs of a tile, of one row
-  const int output = threadIdx.x % 8, token = threadIdx.x / 8, row = first_row + token;
-  static_assert(THREADS == 8 * BATCH_TOKENS, "a thread to each row's two outputs");
-  if (row >= pass.rows) return;
-  const ProductOutputs outputs(pass, of, stage);
-  const float scale = scratch.scale[row];
-#pragma unroll 1
-  for (int i = 0; i < tiles; i++) {
-    const int tile = shape.first + i * blocks;
-    const int2 parts = parts_of_tile(i, tiles, shape.columns);
-    const float2 v = product.sum(parts.x, parts.y, output, token);
-    outputs.write(row, tile * 8 + output, tile * 16 + output, v, scale, outputs.bias_of(tile * 16 + output));
+  // By a block.
+  __device__ __forceinline__ void make(int block, int blocks) {
+    static_assert(STAGES * MAX_TILES <= THREADS && STAGES * WARPS <= THREADS, "a thread to each entry");
+    const int i = threadIdx.x;
+    if (i < STAGES * MAX_TILES) make_parts(i / MAX_TILES, i % MAX_TILES, block, blocks);
+    if (i < STAGES * WARPS) make_walk(i / WARPS, i % WARPS, block, blocks);
+    __syncthreads();
   }
+
+ private:
+  __device__ __forceinline__ void make_parts(int of, int index, int block, int blocks) {
+    const StageShape shape = stage_shape(of, block, blocks);
+    const int tiles = tile_count(shape.first, shape.tiles, blocks);
+    if (!index) stage[of].tiles = tiles, stage[of].first = shape.first, stage[of].columns = shape.columns;
+    if (index < tiles) stage[of].parts[index] = parts_of_tile(index, tiles, shape.columns);
+  }
+  __device__ __forceinline__ void make_walk(int of, int warp, int block, int blocks) {
+    const StageShape shape = stage_shape(of, block, blocks);
+    const int all = tile_count(shape.first, shape.tiles, blocks) * shape.columns;
+    const int start = share_start(warp, all), index = max(min(start, all - 1), 0) / shape.columns;
+    stage[of].warp[warp] = {{shape.first + index * blocks, start - index * shape.columns},
+                            share_start(warp + 1, all) - start,
+                            warp + index};
+  }
+};
+
+// Rows beyond BATCH_TOKENS are those of other blocks, which have nothing to do in most stages of small models: where
+// the chain's block has a tile, for these the one that is a half of the blocks further has it.
+constexpr int TOKEN_GROUPS = SMALL_BATCH_ROWS / BATCH_TOKENS;
+__device__ __forceinline__ int chain_block(int group, int block, int blocks) {
+  return (block + group * (blocks / TOKEN_GROUPS)) % blocks;
+}
+
+// By a block: its tiles of a stage, by group of rows. `await` and `meanwhile` as above, each called once. Of outputs
+// `output` and 8 more of a row, `outputs.ask(row, output)` asks for what does not depend on the stage before, and
+// `outputs.write` takes that and the sums, by all threads, for rows that are `present`.
+template <class Await, class Meanwhile, class Outputs>
+__device__ __forceinline__ void multiply_stage(const BatchPass& pass, const Layer& layer, int stage,
+                                               const BatchTables (&tables)[TOKEN_GROUPS], BatchMemory& memory,
+                                               Await await, Meanwhile meanwhile, const Outputs& outputs) {
+  const int blocks = pass.blocks, warp = threadIdx.x / 32;
+  const StageInput input = stage_input(*pass.scratch, stage);
+  // a thread has two outputs of a tile, of one row
+  const int output = threadIdx.x % 8, token = threadIdx.x / 8;
+  static_assert(THREADS == 8 * BATCH_TOKENS, "a thread to each row's two outputs");
+  bool awaited = false;
+#pragma unroll 1
+  for (int group = 0; group * BATCH_TOKENS < pass.rows; group++) {
+    const auto& of_block = tables[group].stage[stage];
+    if (!of_block.tiles) continue;
+    const auto& of_warp = of_block.warp[warp];
+    const int first_row = group * BATCH_TOKENS, row = min(first_row + token, pass.rows - 1);
+    BatchProduct product{memory, input.first + first_row * input.width, input.width, pass.rows - first_row};
+    int slot = of_warp.slot, next = of_block.first * 16 + output;
+    auto asked = outputs.ask(row, next);
+    __syncthreads();  // nobody reads any more what lies there
+    if (!of_warp.count) product.keep(slot);
+    product.run(
+        layer.matrices[stage], of_block.columns, of_warp.walk, of_warp.count, blocks,
+        [&] {
+          if (!awaited) await();
+        },
+        [&] {
+          if (!awaited) meanwhile();
+          awaited = true;
+        },
+        [&](int) { product.keep(slot++); });
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < of_block.tiles; i++) {
+      const int2 parts = of_block.parts[i];
+      const float2 v = product.sum(parts.x, parts.y, output, token);
+      const int now = next;
+      const auto of_now = asked;
+      next += blocks * 16;
+      if (i + 1 < of_block.tiles) asked = outputs.ask(row, next);
+      outputs.write(row, now, v, of_now, first_row + token < pass.rows);
+    }
+  }
+  if (awaited) return;
+  await();
+  meanwhile();
 }

@@ -3,12 +3,9 @@
 #pragma once
 #include "batch_exits.cuh"
 
-// A row to each warp: the embedding of its token, and its norm.
-extern "C" __global__ void __launch_bounds__(THREADS) batch_start(const __grid_constant__ BatchPass pass, int, int) {
-  follow_previous_kernel();
-  const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (!row && !lane) pass.outcome->started = now();
-  if (row >= pass.rows) return;
+// By a warp: what a row starts from, the embedding of its token, and its norm.
+__device__ __forceinline__ void start_row(const BatchPass& pass, int row) {
+  const int lane = threadIdx.x % 32;
   if (pass.deciding) start_exit(pass, row);
   BatchScratch& scratch = *pass.scratch;
   const auto pair = [&](int d) {
@@ -20,15 +17,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_start(const __grid_c
   if (!lane) scratch.factor[row] = factor, scratch.scale[row] = __fdividef(factor * HEADROOM, factor);
 }
 
-// A row to each block, after O or after down: the product added to the residual, and the next norm; and after a layer
+// By a block, of a row after O or after down: the product added to the residual, and the next norm; and after a layer
 // whether the row exits.
-__device__ __forceinline__ void add_product(const BatchPass& pass, int layer, bool mlp, RowExit* exit) {
+__device__ __forceinline__ void add_product(const BatchPass& pass, const LayerPair& layers, int row, bool mlp,
+                                            RowExit* exit) {
   __shared__ TileSums sums;
   __shared__ float factor;
-  const Layer& of = pass.layers[layer];
-  const float* output_norm = mlp ? of.mlp_post_norm : of.attention_post_norm;
-  const float* next = mlp ? pass.layers[min(layer + 1, LAYERS - 1)].attention_norm : of.mlp_norm;
-  const int row = blockIdx.x;
+  const float* output_norm = mlp ? layers.now.mlp_post_norm : layers.now.attention_post_norm;
+  const float* next = mlp ? layers.next.attention_norm : layers.now.mlp_norm;
   BatchScratch& scratch = *pass.scratch;
   float *residual = scratch.residual[row], *product = scratch.products[row];
   const auto each = [&](auto f) {
@@ -68,50 +64,41 @@ __device__ __forceinline__ void add_product(const BatchPass& pass, int layer, bo
     const float of_row = norm_factor(sum_of_tiles(sums.squares));
     if (!threadIdx.x) scratch.factor[row] = of_row, scratch.scale[row] = __fdividef(of_row * HEADROOM, before);
   }
-  if (exit && mlp && !exit->depth && layer + 1 < LAYERS) decide_exit(pass, *exit, row, layer + 1, sums, before);
+  if (exit && mlp && !exit->depth && layers.depth < LAYERS)
+    decide_exit(pass, layers.now.probe, *exit, row, layers.depth, sums, before);
 }
 
-// After down, of a row whose hidden state stays: its norm before the layer that follows.
-__device__ __forceinline__ void keep_row(const BatchPass& pass, int layer, float factor_before) {
-  const int row = blockIdx.x;
-  const float *next = pass.layers[min(layer + 1, LAYERS - 1)].attention_norm, scale = factor_before * (1.f / HEADROOM);
+// By a block, after down, of a row whose hidden state stays: its norm before the layer that follows.
+__device__ __forceinline__ void keep_row(const BatchPass& pass, const Layer& next, int row, float factor_before) {
+  const float scale = factor_before * (1.f / HEADROOM);
   for (int i = threadIdx.x; i < HIDDEN; i += THREADS) {
-    const unsigned long long four = packed_lanes(pass.scratch->residual[row][i] * next[i] * scale, i & 3);
+    const unsigned long long four =
+        packed_lanes(pass.scratch->residual[row][i] * next.attention_norm[i] * scale, i & 3);
     if (i % 4 == 0) *reinterpret_cast<unsigned long long*>(&pass.scratch->input[row][i]) = four;
   }
 }
 
-// What a trained drafter takes of a row after `depth` layers.
-__device__ __forceinline__ void take_features(const BatchPass& pass, int depth) {
-  const int row = blockIdx.x;
-  for (int f = 0; f < pass.features; f++) {
-    if (pass.feature_depths[f] != depth) continue;
-    const size_t position = static_cast<size_t>(pass.row[row].slot) * pass.capacity + pass.row[row].position;
-    unsigned short* to = pass.feature_states + (position * pass.features + f) * HIDDEN;
-    for (int d = threadIdx.x; d < HIDDEN; d += THREADS)
-      to[d] = __float_as_uint(pass.scratch->residual[row][d]) + 0x8000 >> 16;
-  }
+// By a block: what a trained drafter takes of a row after `depth` layers.
+__device__ __forceinline__ void take_features(const BatchPass& pass, int row, int depth) {
+  const int feature = feature_at(pass, depth);
+  if (feature < 0) return;
+  unsigned short* to = feature_place(pass, row, feature);
+  for (int d = threadIdx.x; d < HIDDEN; d += THREADS) to[d] = feature_of(pass.scratch->residual[row][d]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batch_add(const __grid_constant__ BatchPass pass, int layer, int stage) {
-  follow_previous_kernel();
-  const bool mlp = stage == STAGE_DOWN;
-  RowExit* exit = exit_of(pass, blockIdx.x);
+// By a block, of a row, after O or after down (`mlp`).
+__device__ __forceinline__ void add_to_row(const BatchPass& pass, const LayerPair& layers, int row, bool mlp) {
+  RowExit* exit = exit_of(pass, row);
   if (exit && exit->depth && exit->rule.freezes) {
-    if (mlp) keep_row(pass, layer, exit->factor_before);
+    if (mlp) keep_row(pass, layers.next, row, exit->factor_before);
   } else {
-    add_product(pass, layer, mlp, exit);
+    add_product(pass, layers, row, mlp, exit);
   }
-  if (mlp) take_features(pass, layer + 1);  // each thread's own numbers
-  if (mlp && layer == LAYERS - 1 && blockIdx.x == pass.rows - 1 && !threadIdx.x) pass.outcome->layers_ended = now();
+  if (mlp) take_features(pass, row, layers.depth);  // each thread's own numbers
 }
 
-// A row to each warp: the head's input of a row whose logits are wanted.
-extern "C" __global__ void __launch_bounds__(THREADS) batch_finish(const __grid_constant__ BatchPass pass, int, int) {
-  follow_previous_kernel();
-  const int index = blockIdx.x * WARPS + threadIdx.x / 32;
-  if (index >= pass.logits_rows) return;
+// By a warp: the head's input of the row whose logits are number `index`.
+__device__ __forceinline__ void finish_row(const BatchPass& pass, int index) {
   const int row = pass.logits_row[index];
   const RowExit* exit = exit_of(pass, row);
   const float* residual = exit && exit->depth ? exit->hidden : pass.scratch->residual[row];

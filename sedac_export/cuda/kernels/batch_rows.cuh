@@ -7,6 +7,15 @@
 // Blocks that look for a row's token.
 constexpr int CANDIDATE_BLOCKS = 16;
 
+// Dynamic shared memory that a block of a batch may have: some variables lie beside it.
+constexpr int BATCH_SHARED_LIMIT = SHARED_LIMIT - 6144 - 3 * O_TILES * 4 - LAYERS * sizeof(Layer);
+
+// A layer, and the one that follows; the last one's is not used.
+struct LayerPair {
+  const Layer &now, &next;
+  int depth;  // layers up to the first one's end
+};
+
 // What is known of a logits row about which a rule decides.
 struct RowExit {
   alignas(16) float layer_input[HIDDEN], hidden[HIDDEN];  // of the newest layer; what it exited with
@@ -19,36 +28,52 @@ struct RowExit {
 // What the kernels of a batch exchange, by row.
 struct BatchScratch {
   alignas(16) float residual[BATCH_ROWS][HIDDEN];
-  alignas(16) float products[BATCH_ROWS][larger(QKV, HIDDEN)];    // of QKV, of O and of down
-  alignas(16) half input[BATCH_ROWS][larger(HIDDEN, ATTENTION)];  // of QKV, of O, and of gate and up
+  alignas(16) float products[BATCH_ROWS][larger(QKV, HIDDEN)];  // of QKV, of O and of down
+  alignas(16) half input[BATCH_ROWS][HIDDEN];                   // of QKV, and of gate and up
+  alignas(16) half attended[BATCH_ROWS][ATTENTION];             // of O
   alignas(16) half queries[BATCH_ROWS][ATTENTION];
   alignas(16) half activations[BATCH_ROWS][INNER];  // the input of down
   // The factor of the last norm, and by what a product of its input is to be scaled: see residual.cuh.
   float factor[BATCH_ROWS], scale[BATCH_ROWS];
+  // The sums of squares from which a block finds these itself, after O and after down: see batch_factors.cuh.
+  float squares[2][SMALL_BATCH_ROWS][O_TILES];
   // By logits row: the head's input, and each block's highest logit and its first of the race, see head.cuh.
   alignas(16) half head_input[BATCH_LOGITS_ROWS][HIDDEN];
   int4 candidates[2][BATCH_LOGITS_ROWS][CANDIDATE_BLOCKS];
   int exit_of_row[BATCH_ROWS];  // an index of `exit`, -1 for none; of no meaning where no rule decides
   RowExit exit[BATCH_LOGITS_ROWS];
+  unsigned long long arrived;  // see grid_barrier.cuh
 };
 
-// The kernels of a batch of few rows start while the one before them ends, as far as there is room, and its results may
-// be read from await_previous_kernel on. (32 sequences behind 500 tokens: SmolLM2's shape 889 us instead of 1183,
-// Mistral-7B's 7526 instead of 7951. 256 rows: 2392 instead of 1984, and 24.9 ms instead of 21.5: those do not.)
-__device__ __forceinline__ void start_next_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+// The input of a stage's product, [rows][width].
+struct StageInput {
+  const half* first;
+  int width;
+};
+__device__ __forceinline__ StageInput stage_input(const BatchScratch& scratch, int stage) {
+  switch (stage) {
+    case STAGE_O:
+      return {scratch.attended[0], ATTENTION};
+    case STAGE_DOWN:
+      return {scratch.activations[0], INNER};
+    default:
+      return {scratch.input[0], HIDDEN};
+  }
 }
-__device__ __forceinline__ void await_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+
+// Which of a trained drafter's hidden states are those after `depth` layers, -1 for none.
+__device__ __forceinline__ int feature_at(const BatchPass& pass, int depth) {
+  int feature = -1;
+  for (int f = 0; f < pass.features; f++)
+    if (pass.feature_depths[f] == depth) feature = f;
+  return feature;
 }
-__device__ __forceinline__ void follow_previous_kernel() {
-  start_next_kernel();
-  await_previous_kernel();
+__device__ __forceinline__ unsigned short* feature_place(const BatchPass& pass, int row, int feature) {
+  const size_t position = static_cast<size_t>(pass.row[row].slot) * pass.capacity + pass.row[row].position;
+  return pass.feature_states + (position * pass.features + feature) * HIDDEN;
 }
+// As bf16.
+__device__ __forceinline__ unsigned short feature_of(float v) { return __float_as_uint(v) + 0x8000 >> 16; }
 
 // 16 bytes to shared memory without a thread waiting for them, or zeros where nothing is there.
 __device__ __forceinline__ void copy_16(unsigned to, const void* from, bool there = true) {
@@ -61,27 +86,22 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A row to each block: queries, and keys and values to the caches, rotated and rounded.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batch_heads(const __grid_constant__ BatchPass pass, int layer, int) {
-  follow_previous_kernel();
-  constexpr int QUARTERS = HEAD / 4;
-  const Layer& of = pass.layers[layer];
-  const int row = blockIdx.x, slot = pass.row[row].slot, position = pass.row[row].position;
-  const size_t tables = (static_cast<size_t>(of.rotary) * pass.capacity + position) * (ROTARY / 2);
-  for (int i = threadIdx.x; i < (HEADS + 2 * KV_HEADS) * QUARTERS; i += THREADS) {
-    const int head = i / QUARTERS, kv_head = (head - HEADS) % KV_HEADS;
-    const bool query = head < HEADS, value = head >= HEADS + KV_HEADS;
-    const int2 at = quarter_of_head(i % QUARTERS, !value);
-    const float* from = pass.scratch->products[row] + head * HEAD;
-    float2 u = *reinterpret_cast<const float2*>(from + at.x), v = *reinterpret_cast<const float2*>(from + at.y);
-    if (!value) {
-      if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, query ? of.query_norm : of.key_norm, at.x, at.y, threadIdx.x);
-      if (at.x < ROTARY) rotate(u, v, pass.cos + tables + at.x, pass.sin + tables + at.x);
-    }
-    const size_t cached = ((static_cast<size_t>(slot) * KV_HEADS + kv_head) * pass.capacity + position) * HEAD;
-    half* to = query ? pass.scratch->queries[row] + head * HEAD : (value ? of.values : of.keys) + cached;
-    *reinterpret_cast<unsigned*>(to + at.x) = packed(u.x, u.y);
-    *reinterpret_cast<unsigned*>(to + at.y) = packed(v.x, v.y);
+// Four numbers of a head of a row (heads.cuh), rotated and rounded: of a query to `queries` [heads][head size], of a
+// key or value to the caches. Consecutive lanes have all of a head.
+__device__ __forceinline__ void place_quarter(const BatchPass& pass, const Layer& layer, int row, int head, int part,
+                                              half* queries) {
+  const int slot = pass.row[row].slot, position = pass.row[row].position, kv_head = (head - HEADS) % KV_HEADS;
+  const size_t tables = (static_cast<size_t>(layer.rotary) * pass.capacity + position) * (ROTARY / 2);
+  const bool query = head < HEADS, value = head >= HEADS + KV_HEADS;
+  const int2 at = quarter_of_head(part, !value);
+  const float* from = pass.scratch->products[row] + head * HEAD;
+  float2 u = *reinterpret_cast<const float2*>(from + at.x), v = *reinterpret_cast<const float2*>(from + at.y);
+  if (!value) {
+    if (SEDAC_QUERY_KEY_NORM) normalise_head(u, v, query ? layer.query_norm : layer.key_norm, at.x, at.y, threadIdx.x);
+    if (at.x < ROTARY) rotate(u, v, pass.cos + tables + at.x, pass.sin + tables + at.x);
   }
+  const size_t cached = ((static_cast<size_t>(slot) * KV_HEADS + kv_head) * pass.capacity + position) * HEAD;
+  half* to = query ? queries + head * HEAD : (value ? layer.values : layer.keys) + cached;
+  *reinterpret_cast<unsigned*>(to + at.x) = packed(u.x, u.y);
+  *reinterpret_cast<unsigned*>(to + at.y) = packed(v.x, v.y);
 }

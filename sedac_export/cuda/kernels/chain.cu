@@ -346,10 +346,9 @@ extern "C" __global__ void gather_rows(const char* matrix, const int* tokens, ha
 constexpr BatchLaunch prefill_product_launch(int tiles) {
   return {THREADS, PREFILL_PRODUCTS_BYTES, PRODUCT_TOKENS, divided_up(tiles, PRODUCT_TILES)};
 }
-constexpr BatchLaunch ROW_TO_WARP = {THREADS, 0, WARPS, 1}, ROW_TO_BLOCK = {THREADS, 0, 1, 1},
-                      BATCH_PRODUCT_LAUNCH = {THREADS, BATCH_PRODUCT_BYTES, BATCH_TOKENS, 0};
+constexpr BatchLaunch ROW_TO_BLOCK = {THREADS, 0, 1, 1}, COOPERATIVE = {THREADS, sizeof(BatchMemories), BATCH_ROWS, 0};
 
-extern "C" __device__ const Facts sedac_facts = {10,
+extern "C" __device__ const Facts sedac_facts = {11,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),
@@ -368,20 +367,17 @@ extern "C" __device__ const Facts sedac_facts = {10,
                                                  DRAFT_ROWS,
                                                  sizeof(BatchPass),
                                                  sizeof(BatchOutcome),
-                                                 {ROW_TO_WARP,
+                                                 {{THREADS, 0, WARPS, 1},
                                                   prefill_product_launch(QKV_TILES),
                                                   prefill_product_launch(O_TILES),
                                                   prefill_product_launch(GATE_UP_TILES),
                                                   prefill_product_launch(DOWN_TILES),
                                                   {ATTENTION_THREADS, PREFILL_ATTENTION_BYTES, 1, KV_HEADS},
-                                                  BATCH_PRODUCT_LAUNCH,
-                                                  {BATCH_ATTENTION_THREADS, BATCH_ATTENTION_BYTES, 1, KV_HEADS},
+                                                  {THREADS, sizeof(BatchAttentionMemory), 1, KV_HEADS},
                                                   ROW_TO_BLOCK,
                                                   ROW_TO_BLOCK,
-                                                  ROW_TO_WARP,
-                                                  BATCH_PRODUCT_LAUNCH,
-                                                  {THREADS, 0, 1, CANDIDATE_BLOCKS},
-                                                  {32, 0, 1, 1}},
+                                                  COOPERATIVE,
+                                                  COOPERATIVE},
                                                  SCRATCH_BYTES,
                                                  DRAFT_SEQUENCES* DraftScratch::FLOATS * 4,
                                                  sizeof(BatchScratch)};

@@ -55,7 +55,7 @@ struct PrefillAttention {
       wait_for_copies<0>();
       __syncthreads();
       if (at < last) copy(at + 1, first);
-      warp.attend(chunk, memory[(at - first) % 2], at * KEYS);
+      warp.attend(chunk, memory[(at - first) % 2], at * KEYS, [] {});
       if ((at + 1) % of_chunk && at < last) continue;
       const int number = at / of_chunk % CHUNKS_ADDED;
       if (begun == ended) begun = number;
@@ -71,7 +71,11 @@ struct PrefillAttention {
  private:
   // Asks for KEYS keys and their values.
   __device__ __forceinline__ void copy(int at, int first) {
-    copy_keys(memory[(at - first) % 2], keys, values, at * KEYS, end, threadIdx.x, ATTENTION_THREADS);
+    AttentionKeys& to = memory[(at - first) % 2];
+    const int key = at * KEYS;
+    copy_rows(to.keys, keys, key, key, key + KEYS, end, threadIdx.x, ATTENTION_THREADS);
+    copy_rows(to.values, values, key, key, key + KEYS, end, threadIdx.x, ATTENTION_THREADS);
+    end_copies();
   }
 
   // As `combined` does. Chunks that a row does not see add nothing to it.
@@ -106,16 +110,9 @@ struct PrefillAttention {
 #pragma unroll
       for (int q = 0; q < UNITS; q++) {
         const unsigned halves = packed(sum[q][2 * upper] * f, sum[q][2 * upper + 1] * f);
-        half* to = pass.scratch->input[row + upper] + (kv_head * GROUP + g) * HEAD + q * 8 + 2 * t;
+        half* to = pass.scratch->attended[row + upper] + (kv_head * GROUP + g) * HEAD + q * 8 + 2 * t;
         *reinterpret_cast<unsigned*>(to) = t % 2 ? halves : halves & ~1u;
       }
     }
   }
 };
-
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
-    prefill_attention(const __grid_constant__ BatchPass pass, int layer, int) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  follow_previous_kernel();
-  PrefillAttention(pass, pass.layers[layer], reinterpret_cast<AttentionKeys*>(memory)).run();
-}

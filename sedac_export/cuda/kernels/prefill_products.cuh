@@ -129,13 +129,12 @@ struct Product {
     }
   }
   __device__ __forceinline__ void find_tokens() {
-    const BatchScratch& scratch = *pass.scratch;
-    const half* first = stage == STAGE_DOWN ? scratch.activations[0] : scratch.input[0];
-    const int width = stage == STAGE_DOWN ? INNER : larger(HIDDEN, ATTENTION);
+    const StageInput input = stage_input(*pass.scratch, stage);
 #pragma unroll
     for (int k = 0; k < TOKEN_LOADS; k++) {
       const int i = threadIdx.x + k * THREADS;
-      tokens[k] = reinterpret_cast<const char*>(first + row_of(i / TOKEN_COPIES) * width) + i % TOKEN_COPIES * 16;
+      tokens[k] =
+          reinterpret_cast<const char*>(input.first + row_of(i / TOKEN_COPIES) * input.width) + i % TOKEN_COPIES * 16;
     }
   }
 
@@ -221,10 +220,3 @@ struct Product {
     }
   }
 };
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER)
-    prefill_product(const __grid_constant__ BatchPass pass, int layer, int stage) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  follow_previous_kernel();
-  Product(pass, pass.layers[layer], stage, memory).run();
-}

@@ -10,18 +10,15 @@ struct AttentionKeys {
   alignas(16) half values[KEYS][HEAD_ROW];
 };
 
-// `threads` threads, of which this one is number `thread`, ask for keys from `first_key` on up to `end`, of a head of a
-// slot; zeros beyond, since nothing times NaN is NaN.
-__device__ __forceinline__ void copy_keys(AttentionKeys& to, const half* keys, const half* values, int first_key,
-                                          int end, int thread, int threads) {
+// `threads` threads, of which this one is number `thread`, ask for keys, or values, of a head of a slot: for those from
+// `begin` on up to `stop`, of the KEYS from `first_key` on; zeros from `end` on, since nothing times NaN is NaN.
+__device__ __forceinline__ void copy_rows(half (&to)[KEYS][HEAD_ROW], const half* cached, int first_key, int begin,
+                                          int stop, int end, int thread, int threads) {
   constexpr int PARTS = HEAD / 8;
-  const int there = end - first_key;
-  for (int i = thread; i < KEYS * PARTS; i += threads) {
-    const int key = i / PARTS, part = i % PARTS * 8, from = (first_key + min(key, there - 1)) * HEAD + part;
-    copy_16(shared_address(&to.keys[key][part]), keys + from, key < there);
-    copy_16(shared_address(&to.values[key][part]), values + from, key < there);
+  for (int i = (begin - first_key) * PARTS + thread; i < (stop - first_key) * PARTS; i += threads) {
+    const int key = first_key + i / PARTS, part = i % PARTS * 8;
+    copy_16(shared_address(&to[i / PARTS][part]), cached + min(key, end - 1) * HEAD + part, key < end);
   }
-  end_copies();
 }
 
 struct WarpAttention {
@@ -54,7 +51,10 @@ struct WarpAttention {
       }
   }
 
-  __device__ __forceinline__ void attend(Chunk& chunk, const AttentionKeys& from, int first_key) const {
+  // `await_values` returns when the values are there.
+  template <class Await>
+  __device__ __forceinline__ void attend(Chunk& chunk, const AttentionKeys& from, int first_key,
+                                         Await await_values) const {
     float score[KEY_TILES][2][4];
     weigh(score, from, first_key);
     float before[2];
@@ -70,6 +70,7 @@ struct WarpAttention {
     }
     unsigned probabilities[KEY_TILES][4];
     make_probabilities(chunk, score, before, probabilities);
+    await_values();
     add_values(chunk, probabilities, before, from);
   }
 

@@ -1,13 +1,15 @@
 //! What the kernel and the core hand to each other, as it lies in memory: mirrors of the structs in
 //! `sedac_export/cuda/kernels`, whose sizes are compared when a module is loaded.
 
+use std::mem::offset_of;
+
 use super::batch_abi::{BATCH_KERNELS, BatchLaunch};
 use crate::backend::{MARGIN_BINS, MAX_AHEAD};
 use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 10;
+pub(super) const ABI: u32 = 11;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -94,9 +96,9 @@ impl ChainFacts {
             batch_pass_bytes: word(20),
             batch_outcome_bytes: word(21),
             batch: std::array::from_fn(launch),
-            scratch_bytes: size_at(312)?,
-            draft_scratch_bytes: size_at(320)?,
-            batch_scratch_bytes: size_at(328)?,
+            scratch_bytes: size_at(offset_of!(Self, scratch_bytes))?,
+            draft_scratch_bytes: size_at(offset_of!(Self, draft_scratch_bytes))?,
+            batch_scratch_bytes: size_at(offset_of!(Self, batch_scratch_bytes))?,
         })
     }
 }
@@ -311,7 +313,7 @@ pub struct PassOutcome {
 }
 
 const _: () = {
-    assert!(size_of::<ChainFacts>() == 336);
+    assert!(size_of::<ChainFacts>() == 288);
     assert!(size_of::<LayerPointers>() == 160);
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
@@ -328,34 +330,34 @@ mod tests {
 
     #[test]
     fn facts_lie_as_the_struct_does() {
-        let words = 1..=78_u32;
+        let words = 1..=66_u32;
         let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-        bytes.extend([79_u64, 80, 81].into_iter().flat_map(u64::to_le_bytes));
+        bytes.extend([67_u64, 68, 69].into_iter().flat_map(u64::to_le_bytes));
         let facts = ChainFacts::parse(&bytes).unwrap();
         assert_eq!(facts.shared_bytes, [6, 7, 8, 9]);
         assert_eq!(
             (facts.table_bytes, facts.saved_floats, facts.scratch_bytes),
-            (13, 14, 79)
+            (13, 14, 67)
         );
-        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 80));
+        assert_eq!((facts.draft_rows, facts.draft_scratch_bytes), (20, 68));
         let last = BatchLaunch {
-            threads: 75,
-            shared_bytes: 76,
-            rows: 77,
-            blocks: 78,
+            threads: 63,
+            shared_bytes: 64,
+            rows: 65,
+            blocks: 66,
         };
-        assert_eq!(facts.batch[13], last);
+        assert_eq!(facts.batch[BATCH_KERNELS.len() - 1], last);
         assert_eq!(
             (
                 facts.batch_pass_bytes,
                 facts.batch_outcome_bytes,
                 facts.batch_scratch_bytes
             ),
-            (21, 22, 81)
+            (21, 22, 69)
         );
-        assert_eq!(std::mem::offset_of!(ChainFacts, scratch_bytes), 312);
-        assert_eq!(std::mem::offset_of!(ChainFacts, batch), 88);
-        assert_eq!(std::mem::offset_of!(ChainFacts, table_bytes), 48);
+        assert_eq!(offset_of!(ChainFacts, scratch_bytes), 264);
+        assert_eq!(offset_of!(ChainFacts, batch), 88);
+        assert_eq!(offset_of!(ChainFacts, table_bytes), 48);
         assert_eq!(ChainFacts::parse(&bytes[1..]), None);
     }
 }

@@ -11,26 +11,22 @@ pub(super) const BATCH_LOGITS_ROWS: usize = 64;
 /// Consecutive rows of a sequence that attention takes together.
 pub(super) const BATCH_GROUP_ROWS: usize = 8;
 
-/// Rows of a batch whose blocks divide the work as those of a pass do. Blocks of more rows share
-/// weights, and those of consecutive tokens keys.
+/// Rows of a batch that is one kernel.
 pub(super) const SMALL_BATCH_ROWS: usize = 64;
 
 /// The kernels of batches, by launch: one with several kinds of launches has several places.
-pub(super) const BATCH_KERNELS: [&str; 14] = [
+pub(super) const BATCH_KERNELS: [&str; 11] = [
     "batch_start",
     "prefill_product",
     "prefill_product",
     "prefill_product",
     "prefill_product",
     "prefill_attention",
-    "batch_product",
     "batch_attention",
     "batch_heads",
     "batch_add",
-    "batch_finish",
     "batch_head",
-    "batch_candidates",
-    "batch_choose",
+    "batch_whole",
 ];
 
 pub(super) const START: usize = 0;
@@ -40,30 +36,17 @@ const PREFILL_GATE_UP: usize = 3;
 const PREFILL_DOWN: usize = 4;
 /// Of groups of rows.
 pub(super) const PREFILL_ATTENTION: usize = 5;
-const PRODUCT: usize = 6;
 /// Of single rows.
-pub(super) const ATTENTION: usize = 7;
-const HEADS: usize = 8;
-const ADD: usize = 9;
-const FINISH: usize = 10;
-const HEAD: usize = 11;
-const CANDIDATES: usize = 12;
-const CHOOSE: usize = 13;
+pub(super) const ATTENTION: usize = 6;
+const HEADS: usize = 7;
+const ADD: usize = 8;
+/// What gives logits, and chooses tokens. Cooperative, as the next one.
+pub(super) const HEAD: usize = 9;
+/// All of a batch of up to [`SMALL_BATCH_ROWS`].
+pub(super) const WHOLE: usize = 10;
 
-/// What a layer launches, each with its stage.
-pub(super) const BATCH_LAYER: [(usize, i32); 8] = [
-    (PRODUCT, 0),
-    (HEADS, 0),
-    (ATTENTION, 0),
-    (PRODUCT, 1),
-    (ADD, 1),
-    (PRODUCT, 2),
-    (PRODUCT, 3),
-    (ADD, 3),
-];
-
-/// The same for more rows than [`SMALL_BATCH_ROWS`].
-pub(super) const LARGE_BATCH_LAYER: [(usize, i32); 9] = [
+/// What a layer of more rows launches, each with its stage.
+pub(super) const BATCH_LAYER: [(usize, i32); 9] = [
     (PREFILL_QKV, 0),
     (HEADS, 0),
     (ATTENTION, 0),
@@ -74,9 +57,6 @@ pub(super) const LARGE_BATCH_LAYER: [(usize, i32); 9] = [
     (PREFILL_DOWN, 3),
     (ADD, 3),
 ];
-
-/// What gives logits, and chooses tokens.
-pub(super) const BATCH_HEAD: [usize; 4] = [FINISH, HEAD, CANDIDATES, CHOOSE];
 
 /// How a kernel is launched: a block for each `rows` rows, in `blocks` columns, or where that is 0 in
 /// as many as a pass has blocks.

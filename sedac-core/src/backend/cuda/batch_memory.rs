@@ -1,18 +1,16 @@
-//! Batches on a GPU: a kernel for each stage of a layer.
+//! Batches on a GPU: one kernel, or with many rows a kernel for each stage of a layer.
 
-use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
-    PinnedHostSlice, ValidAsZeroBits, sys,
+    CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, PinnedHostSlice, PushKernelArg,
+    ValidAsZeroBits,
 };
 
 use super::abi::{PassParameters, RowRace};
 use super::batch_abi::{
-    ATTENTION, BATCH_GROUP_ROWS, BATCH_HEAD, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS,
-    BatchOutcome, BatchParameters, BatchRow, LARGE_BATCH_LAYER, PREFILL_ATTENTION, RowRule,
-    SMALL_BATCH_ROWS, START,
+    ATTENTION, BATCH_GROUP_ROWS, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS, BatchOutcome,
+    BatchParameters, BatchRow, HEAD, PREFILL_ATTENTION, RowRule, SMALL_BATCH_ROWS, START, WHOLE,
 };
 use super::chain_device::BatchPlan;
 use super::compiled_chain::CompiledChain;
@@ -156,86 +154,42 @@ fn launch(
     parameters: &BatchParameters,
     layers: usize,
 ) -> std::result::Result<(), DriverError> {
-    let is_large = parameters.rows as usize > SMALL_BATCH_ROWS;
-    // many blocks would take the room of those that they wait for
-    let overlaps = chain.overlaps && !is_large;
     let launch = |index: usize, layer: i32, stage: i32| {
         let rows = match index {
             PREFILL_ATTENTION => parameters.groups,
             ATTENTION => parameters.single_rows,
-            _ if BATCH_HEAD.contains(&index) => parameters.logits_rows,
+            HEAD => parameters.logits_rows,
             _ => parameters.rows,
         };
         if rows == 0 {
             return Ok(());
         }
         let (kernel, config) = chain.batch_kernel(index, rows as usize);
-        let arguments = [
-            std::ptr::from_ref(parameters).cast(),
-            std::ptr::from_ref(&layer).cast(),
-            std::ptr::from_ref(&stage).cast(),
-        ];
+        let mut launch = stream.launch_builder(kernel);
+        launch.arg(parameters).arg(&layer).arg(&stage);
         // SAFETY: these are the kernel's parameters, the first of the size that its facts say. What it
         // points to is allocated for the sizes that the bundle's manifest and facts give, and `check`
-        // has made sure that slots, positions and tokens are inside, and the driver that rules lie in the
-        // tables that it keeps. It lives until the kernels have
-        // ended, which is waited for whatever the driver says here. On GPUs where kernels overlap,
-        // each waits for the one before to end before it touches what that one writes.
-        unsafe { launch_kernel(stream, kernel, config, overlaps, arguments) }
+        // has made sure that slots, positions and tokens are inside, and the driver that rules lie in
+        // the tables that it keeps. It lives until the kernels have ended, which is waited for whatever
+        // the driver says here. Those whose blocks wait for each other are cooperative.
+        let launched = unsafe {
+            match index {
+                HEAD | WHOLE => launch.launch_cooperative(config),
+                _ => launch.launch(config),
+            }
+        };
+        launched.map(drop)
     };
-    stream.context().bind_to_thread()?;
-    let of_layer = match is_large {
-        true => &LARGE_BATCH_LAYER[..],
-        false => &BATCH_LAYER[..],
-    };
+    if parameters.rows as usize <= SMALL_BATCH_ROWS {
+        return launch(WHOLE, 0, 0);
+    }
     launch(START, 0, 0)?;
     for layer in 0..layers as i32 {
-        for &(index, stage) in of_layer {
+        for (index, stage) in BATCH_LAYER {
             launch(index, layer, stage)?;
         }
     }
-    BATCH_HEAD
-        .into_iter()
-        .try_for_each(|index| launch(index, 0, 0))
-}
-
-/// Launch `kernel`; where it `overlaps`, possibly before the kernel before it in the stream has ended.
-///
-/// # Safety
-/// `arguments` point to the kernel's parameters. What these point to lives until it has ended, and
-/// holds what they index. A kernel that overlaps waits for the one before it by itself.
-unsafe fn launch_kernel(
-    stream: &CudaStream,
-    kernel: &CudaFunction,
-    config: LaunchConfig,
-    overlaps: bool,
-    mut arguments: [*const c_void; 3],
-) -> std::result::Result<(), DriverError> {
-    let mut attribute = sys::CUlaunchAttribute_st {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        pad: [0; 4],
-        value: sys::CUlaunchAttributeValue {
-            programmaticStreamSerializationAllowed: 1,
-        },
-    };
-    let config = sys::CUlaunchConfig_st {
-        gridDimX: config.grid_dim.0,
-        gridDimY: config.grid_dim.1,
-        gridDimZ: config.grid_dim.2,
-        blockDimX: config.block_dim.0,
-        blockDimY: config.block_dim.1,
-        blockDimZ: config.block_dim.2,
-        sharedMemBytes: config.shared_mem_bytes,
-        hStream: stream.cu_stream(),
-        attrs: &raw mut attribute,
-        numAttrs: overlaps.into(),
-    };
-    let arguments = arguments.as_mut_ptr().cast();
-    let none = std::ptr::null_mut();
-    // SAFETY: configuration, attribute and arguments live through the call, which copies them; the
-    // driver does not write to arguments. The rest is the caller's.
-    unsafe { sys::cuLaunchKernelEx(&raw const config, kernel.cu_function(), arguments, none) }
-        .result()
+    launch(HEAD, 0, 0)
 }
 
 fn follows(row: &BatchRow, before: &BatchRow) -> bool {

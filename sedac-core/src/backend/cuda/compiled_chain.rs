@@ -16,9 +16,6 @@ use crate::error::{Error, Result};
 /// What to do about engines that do not run.
 const REMEDY: &str = "build them again with sedac-export engines --target cuda";
 
-/// The first major compute capability for which kernels are compiled to overlap.
-const OVERLAPPING: u32 = 9;
-
 /// The kernels of the module for this GPU.
 #[derive(Debug)]
 pub(super) struct CompiledChain {
@@ -35,8 +32,6 @@ pub(super) struct CompiledChain {
     draft: CudaFunction,
     /// By [`BATCH_KERNELS`].
     batch: Vec<CudaFunction>,
-    /// Whether these start before the one before has ended, and wait for what they need of it.
-    pub(super) overlaps: bool,
 }
 
 impl CompiledChain {
@@ -121,7 +116,6 @@ impl CompiledChain {
             gather_rows: function("gather_rows")?,
             draft,
             batch,
-            overlaps: module.architecture.capability.0 >= OVERLAPPING,
         })
     }
 
