@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from chain_exit_checks import AT_LEAST, BELOW, RISK, STABILITY, exit_condition
+from chain_exit_checks import ACCUMULATED, AT_LEAST, BELOW, RISK, STABILITY, exit_condition
 from chain_launcher import ChainLauncher, SequenceInput
 from kernel_check import KernelCheck
 from torch import Tensor
@@ -46,13 +46,15 @@ class BatchExitChecks:
         self._positions = (position - 3, 0, position // 2)
 
     def run(self) -> Iterator[KernelCheck]:
-        """By each signal: thresholds that a row's signal just reaches, or just misses."""
+        """By each signal, with thresholds that it just reaches or misses; and by other rules."""
         for depth in range(1, self._layers):
             self._launcher.hold_exit(depth, "probe", self._decoder.probe(depth).values())
         rules = {
             "stability": [self._sharp_rule(slot, STABILITY) for slot in range(3)],
             "risk": [self._sharp_rule(slot, RISK) for slot in range(3)],
             "a run": [self._run_rule(1 + slot * self._layers // 3) for slot in range(3)],
+            "accumulated risk": [self._accumulated_rule()] * 3,
+            "the second criterion": [[*self._never(), *self._run_rule(2)]] * 3,
         }
         for name, of_slots in rules.items():
             for company in COMPANY:
@@ -80,6 +82,15 @@ class BatchExitChecks:
         """Exits at `depth`, as the last of so many."""
         return [exit_condition(STABILITY, AT_LEAST, -1.0, depth)] * self._layers
 
+    def _accumulated_rule(self) -> Rule:
+        """Exits where what risks are below 2 adds up to 1.5: some layers after the first."""
+        accumulated = exit_condition(RISK, ACCUMULATED, 2.0)
+        accumulated.decay, accumulated.weight, accumulated.target = 1.0, 1.0, 1.5
+        return [accumulated] * self._layers
+
+    def _never(self) -> Rule:
+        return [exit_condition(STABILITY, AT_LEAST, math.inf)] * self._layers
+
     def _measure(self, slot: int, depth: int, signal: int) -> SequenceOutcome:
         never = exit_condition(signal, AT_LEAST, math.inf)
         rule = [Condition() for _ in range(self._layers)]
@@ -98,7 +109,7 @@ class BatchExitChecks:
         batch = self._by_batch(exiting, company, freezes)
         pairs = zip((passes.logits, *passes.caches), (batch.logits, *batch.caches), strict=True)
         different = sum(int((a != b).sum()) for a, b in pairs)
-        missed = name != "a run"
+        missed = name in ("stability", "risk")
         stopped = [depth < self._layers for depth, _ in passes.exits]
         as_meant = stopped == [True, not missed, True]
         what = f"exits by {name} in a batch beside {company} rows{', frozen' * freezes}, as passes"

@@ -85,11 +85,24 @@ class RandomDrafter:
             "outcome": self._outcome,
         }
 
-    def make(self, slot: int, start: int, followed: Sequence[int], steps: int) -> DraftSequence:
-        """What takes in positions from `start` on, which `followed` follow, and drafts `steps`."""
+    def make(
+        self,
+        slot: int,
+        start: int,
+        followed: Sequence[int],
+        steps: int,
+        races: Sequence[RowRace] = (),
+    ) -> DraftSequence:
+        """What takes in positions from `start` on, which `followed` follow, and drafts `steps`.
+
+        races: by what each drafted token is sampled; the most probable ones are drafted without.
+        """
         made = DraftSequence(slot=slot, start=start, rows=len(followed), steps=steps)
         made.token[: len(followed)] = followed
         made.acceptance = (ctypes.c_float * MARGIN_BINS)(*[1.0] * MARGIN_BINS)
+        made.sampled = bool(races)
+        for index, race in enumerate(races):
+            made.race[index] = race
         return made
 
     def launchable(self, sequences: Sequence[DraftSequence]) -> DraftPass:
@@ -127,10 +140,7 @@ class RandomDrafter:
         for start in range(0, len(followed), at_once):
             piece = followed[start : start + at_once]
             last = start + len(piece) == len(followed)
-            wanted = self.make(slot, start, piece, steps if last else 0)
-            wanted.sampled = bool(races)
-            for index, race in enumerate(races):
-                wanted.race[index] = race
+            wanted = self.make(slot, start, piece, steps if last else 0, races)
             drafted = self.launch([wanted])[0]
         return drafted
 

@@ -70,7 +70,7 @@ class DrafterChecks:
     def _drafts(self, positions: int) -> Iterator[KernelCheck]:
         followed = self._followed[:positions]
         for temperature in (0.0, _TEMPERATURE):
-            races = [RowRace(7919 * k + 1, 1 / temperature) for k in range(_STEPS) if temperature]
+            races = _races() if temperature else []
             tokens, probabilities = self._drafter.draft(0, followed, _STEPS, races=races)
             logits = self._drafter.logits(0, followed, tokens)
             places = torch.searchsorted(self._drafter.tokens, torch.tensor(tokens, device="cuda"))
@@ -107,20 +107,25 @@ class DrafterChecks:
         return KernelCheck("drafts end where they do not pay", count == 4, f"{count} tokens")
 
     def _several_sequences(self) -> Iterator[KernelCheck]:
-        """Each is drafted for as alone, whatever the others take in and however far they go."""
+        """Each is drafted for as alone, whatever the others take in, and however they draft."""
         slots = len(self._drafter.features)
         # what launches of another number of sequences left behind does not matter
         for count in (slots, 2, 1, slots):
             alone, wanted = [], []
             for slot in range(count):
                 length, taken, steps = 40 + 13 * slot, 1 + 3 * slot % 5, _STEPS - slot
-                followed = self._followed[slot : slot + length]
-                alone.append(self._drafter.draft(slot, followed, steps))
+                followed, races = self._followed[slot : slot + length], _races() if slot % 2 else []
+                alone.append(self._drafter.draft(slot, followed, steps, races=races))
                 start = length - taken
-                wanted.append(self._drafter.make(slot, start, followed[start:], steps))
+                wanted.append(self._drafter.make(slot, start, followed[start:], steps, races))
             together = self._drafter.launch(wanted)
             same = [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
             given = torch.tensor([[sum(of[1]) for of in drafts] for drafts in (together, alone)])
             error = (given[0] - given[1]).abs().max().item()
             name = f"drafts for {count} sequences at once"
             yield KernelCheck(name, same and error < 1e-4, f"error {error:.1e}")
+
+
+def _races() -> list[RowRace]:
+    """Of as many tokens as are drafted."""
+    return [RowRace(7919 * k + 1, 1 / _TEMPERATURE) for k in range(_STEPS)]

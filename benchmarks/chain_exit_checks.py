@@ -15,7 +15,7 @@ STABILITY_TOLERANCE = 1e-3
 RUN_LENGTH = 2
 # as Condition.signal has them
 STABILITY, RISK, MARGIN, LEARNED = 1, 2, 3, 4
-AT_LEAST, BELOW = 0, 1
+AT_LEAST, BELOW, ACCUMULATED = 0, 1, 2
 # random logits are some 8 apart, so that what fp16 changes of them shows in margin and entropy
 TOLERANCES = {RISK: 1e-2, MARGIN: 5e-2, LEARNED: 1e-2}
 ENTROPY_TOLERANCE = 5e-2

@@ -292,15 +292,13 @@ class BatchPass(Structure):
 
     @property
     def is_large(self) -> bool:
-        """Whether it has so many rows that blocks share weights and keys."""
+        """Whether it has more rows than one kernel takes."""
         return int(self.rows) > SMALL_BATCH_ROWS
 
     def form_groups(self) -> None:
         """Set groups, and how many rows come before them."""
         self.single_rows = 0
-        while self.single_rows < self.rows and not (
-            self.is_large and self._follows(self.single_rows + 1)
-        ):
+        while self.single_rows < self.rows and not self._follows(self.single_rows + 1):
             self.single_rows += 1
         self.groups = length = 0
         for row in range(self.single_rows, self.rows):

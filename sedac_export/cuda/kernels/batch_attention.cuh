@@ -1,6 +1,7 @@
 // Attention of one row to a block, as decoding several sequences has it: a warp takes a chunk of keys, the chunks that
 // combine.cuh adds together are there at once, and are added as it does.
 #pragma once
+#include "batch_tables.cuh"
 #include "warp_attention.cuh"
 
 // A chunk's sums, of each query head of the group.
@@ -11,7 +12,7 @@ struct ChunkSums {
 
 // Chunks that are there at once, whole groups of those that are added together, and warps that take them.
 constexpr int ROOM_FOR_KEYS =
-    (BATCH_SHARED_LIMIT - WARPS * sizeof(ChunkSums) - GROUP * HEAD * 2) / sizeof(AttentionKeys);
+    (BATCH_STAGE_LIMIT - WARPS * sizeof(ChunkSums) - GROUP * HEAD * 2) / sizeof(AttentionKeys);
 constexpr int CHUNKS_THERE = ROOM_FOR_KEYS < WARPS ? CHUNKS_ADDED : WARPS;
 constexpr int CHUNK_WARPS = ROOM_FOR_KEYS < CHUNKS_THERE ? ROOM_FOR_KEYS : CHUNKS_THERE;
 static_assert(CHUNK_WARPS >= 1 && WARPS % CHUNKS_ADDED == 0, "shared memory is too small for attention of batches");
@@ -21,7 +22,6 @@ struct BatchAttentionMemory {
   ChunkSums chunks[CHUNKS_THERE];
   alignas(16) half queries[GROUP][HEAD];
 };
-constexpr int BATCH_ATTENTION_BYTES = sizeof(BatchAttentionMemory);
 
 struct BatchAttention {
   static constexpr int OUTPUTS = divided_up(GROUP * HEAD, THREADS);  // of a thread
@@ -113,7 +113,7 @@ struct BatchAttention {
   }
 
  private:
-  // Of the sequence's rows in the batch, which lie one after another.
+  // Of the sequence's rows in the batch, which lie one after another, as their positions do.
   __device__ __forceinline__ int first_row() const {
     int first = row;
     while (first && pass.row[first - 1].slot == pass.row[row].slot) first--;

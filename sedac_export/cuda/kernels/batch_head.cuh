@@ -43,7 +43,7 @@ __device__ __forceinline__ void multiply_head(const BatchPass& pass, BatchMemory
         [&](int) { product.keep(warp); });
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < rest; i++) {
+    for (int i = 0; i < rest && threadIdx.x < 8 * BATCH_TOKENS; i++) {
       const int output = threadIdx.x % 8, token = threadIdx.x / 8, tile = block + (rounds * WARPS + i) * blocks;
       const float2 v = product.sum(i * parts, parts, output, token);
       write(token, tile * 16 + output, v.x), write(token, tile * 16 + output + 8, v.y);

@@ -5,8 +5,9 @@
 // with so many, they are more than shared memory holds.
 #pragma once
 #include "batch_outputs.cuh"
+#include "batch_tables.cuh"
 
-constexpr int BATCH_TOKENS = 32, BATCH_TOKEN_TILES = BATCH_TOKENS / 8;
+constexpr int BATCH_TOKEN_TILES = BATCH_TOKENS / 8;
 
 // A column block of a tile, and the tokens' numbers that it meets.
 struct BatchInput {
@@ -17,22 +18,13 @@ struct BatchInput {
 using BatchSums = float[BATCH_TOKEN_TILES * 4][32];
 
 constexpr int BATCH_SUMS = MAX_TILES + WARPS;  // of a block: see cut_stage
-constexpr int BATCH_INPUTS_FIT = (BATCH_SHARED_LIMIT - BATCH_SUMS * sizeof(BatchSums)) / (WARPS * sizeof(BatchInput));
+constexpr int BATCH_INPUTS_FIT = (BATCH_STAGE_LIMIT - BATCH_SUMS * sizeof(BatchSums)) / (WARPS * sizeof(BatchInput));
 constexpr int BATCH_INPUTS = BATCH_INPUTS_FIT < 8 ? BATCH_INPUTS_FIT : 8;  // of a warp, under way
 static_assert(BATCH_INPUTS >= 2, "shared memory is too small for products of batches");
 
 struct BatchMemory {
   BatchInput inputs[WARPS][BATCH_INPUTS];
   BatchSums sums[BATCH_SUMS];
-};
-constexpr int BATCH_PRODUCT_BYTES = sizeof(BatchMemory);
-
-// Column blocks of a warp, one after another: from one of a tile on, then those of the tile `stride` later.
-struct ColumnWalk {
-  int tile, column;
-  __device__ __forceinline__ void advance(int columns, int stride) {
-    if (++column == columns) column = 0, tile += stride;
-  }
 };
 
 struct BatchProduct {
@@ -134,51 +126,6 @@ struct BatchProduct {
   }
 };
 
-// What a block has of each stage, and its warps.
-struct BatchTables {
-  struct {
-    int tiles, first, columns;  // the first tile, which others follow by the number of blocks; column blocks of a tile
-    int2 parts[MAX_TILES];      // of each of the tiles: the first slot of its sums, how many
-    struct {
-      ColumnWalk walk;
-      int count;  // column blocks
-      int slot;   // of its first sum
-    } warp[WARPS];
-  } stage[STAGES];
-
-  // By a block.
-  __device__ __forceinline__ void make(int block, int blocks) {
-    static_assert(STAGES * MAX_TILES <= THREADS && STAGES * WARPS <= THREADS, "a thread to each entry");
-    const int i = threadIdx.x;
-    if (i < STAGES * MAX_TILES) make_parts(i / MAX_TILES, i % MAX_TILES, block, blocks);
-    if (i < STAGES * WARPS) make_walk(i / WARPS, i % WARPS, block, blocks);
-    __syncthreads();
-  }
-
- private:
-  __device__ __forceinline__ void make_parts(int of, int index, int block, int blocks) {
-    const StageShape shape = stage_shape(of, block, blocks);
-    const int tiles = tile_count(shape.first, shape.tiles, blocks);
-    if (!index) stage[of].tiles = tiles, stage[of].first = shape.first, stage[of].columns = shape.columns;
-    if (index < tiles) stage[of].parts[index] = parts_of_tile(index, tiles, shape.columns);
-  }
-  __device__ __forceinline__ void make_walk(int of, int warp, int block, int blocks) {
-    const StageShape shape = stage_shape(of, block, blocks);
-    const int all = tile_count(shape.first, shape.tiles, blocks) * shape.columns;
-    const int start = share_start(warp, all), index = max(min(start, all - 1), 0) / shape.columns;
-    stage[of].warp[warp] = {{shape.first + index * blocks, start - index * shape.columns},
-                            share_start(warp + 1, all) - start,
-                            warp + index};
-  }
-};
-
-// Rows beyond BATCH_TOKENS are those of other blocks, which have nothing to do in most stages of small models: where
-// the chain's block has a tile, for these the one that is a half of the blocks further has it.
-constexpr int TOKEN_GROUPS = SMALL_BATCH_ROWS / BATCH_TOKENS;
-__device__ __forceinline__ int chain_block(int group, int block, int blocks) {
-  return (block + group * (blocks / TOKEN_GROUPS)) % blocks;
-}
-
 // By a block: its tiles of a stage, by group of rows. `await` and `meanwhile` as above, each called once. Of outputs
 // `output` and 8 more of a row, `outputs.ask(row, output)` asks for what does not depend on the stage before, and
 // `outputs.write` takes that and the sums, by all threads, for rows that are `present`.
@@ -190,7 +137,7 @@ __device__ __forceinline__ void multiply_stage(const BatchPass& pass, const Laye
   const StageInput input = stage_input(*pass.scratch, stage);
   // a thread has two outputs of a tile, of one row
   const int output = threadIdx.x % 8, token = threadIdx.x / 8;
-  static_assert(THREADS == 8 * BATCH_TOKENS, "a thread to each row's two outputs");
+  static_assert(THREADS >= 8 * BATCH_TOKENS, "a thread to each row's two outputs");
   bool awaited = false;
 #pragma unroll 1
   for (int group = 0; group * BATCH_TOKENS < pass.rows; group++) {
@@ -214,6 +161,7 @@ __device__ __forceinline__ void multiply_stage(const BatchPass& pass, const Laye
         },
         [&](int) { product.keep(slot++); });
     __syncthreads();
+    if (token >= BATCH_TOKENS) continue;
 #pragma unroll 1
     for (int i = 0; i < of_block.tiles; i++) {
       const int2 parts = of_block.parts[i];

@@ -7,8 +7,9 @@
 // Blocks that look for a row's token.
 constexpr int CANDIDATE_BLOCKS = 16;
 
-// Dynamic shared memory that a block of a batch may have: some variables lie beside it.
-constexpr int BATCH_SHARED_LIMIT = SHARED_LIMIT - 6144 - 3 * O_TILES * 4 - LAYERS * sizeof(Layer);
+// Rows of a product that a small batch multiplies at once. Where shared memory is scarce it has no room for the sums of
+// more.
+constexpr int BATCH_TOKENS = SHARED_LIMIT < 128 * 1024 ? 16 : 32, TOKEN_GROUPS = SMALL_BATCH_ROWS / BATCH_TOKENS;
 
 // A layer, and the one that follows; the last one's is not used.
 struct LayerPair {

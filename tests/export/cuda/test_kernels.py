@@ -147,7 +147,8 @@ WIDE = ["Mistral-7B"]
 def test_ordinary_shapes_fit_shared_memory(
     target: str, left_out: list[str], compiler_of: Callable[[str], Compiler]
 ) -> None:
-    compiler = compiler_of('#include "shared.cuh"')
+    headers = ("shared", "batch_attention", "batch_products")
+    compiler = compiler_of("\n".join(f'#include "{name}.cuh"' for name in headers))
     cases = [demo_case(), *MODELS]
     refused = [case for case in cases if compiler.compile_for(target, case.macros()) is None]
     assert [case.name for case in refused] == left_out

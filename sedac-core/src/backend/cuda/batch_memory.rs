@@ -1,5 +1,6 @@
 //! Batches on a GPU: one kernel, or with many rows a kernel for each stage of a layer.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use cudarc::driver::{
@@ -87,10 +88,7 @@ impl BatchMemory {
         for (place, &wanted) in logits_row.iter_mut().zip(&plan.logits_rows) {
             *place = wanted as u8;
         }
-        let single_rows = match plan.rows.len() {
-            0..=SMALL_BATCH_ROWS => plan.rows.len(),
-            _ => single_rows(&plan.rows),
-        };
+        let single_rows = single_rows(&plan.rows);
         let first_rows = groups(&plan.rows, single_rows);
         let mut group = [0; BATCH_ROWS];
         group[..first_rows.len()].copy_from_slice(&first_rows);
@@ -226,6 +224,14 @@ fn check(sizes: &SlotSizes, vocabulary: usize, plan: &BatchPlan) {
     assert!(wanted.len() <= BATCH_LOGITS_ROWS && plan.races.len() == wanted.len());
     assert_eq!(plan.rules.len(), wanted.len(), "rules of a batch");
     assert!(wanted.iter().all(|&row| row < rows.len()), "logits rows");
+    let sequences = rows.chunk_by(|before, row| follows(row, before));
+    let slots: BTreeSet<_> = sequences.clone().map(|rows| rows[0].slot).collect();
+    // attention of a small batch finds a sequence's other rows before its own
+    assert_eq!(
+        slots.len(),
+        sequences.count(),
+        "a sequence's rows in a batch"
+    );
     for row in rows {
         assert!(below(row.token, vocabulary) && below(row.slot, sizes.slots));
         assert!(below(row.position, sizes.capacity), "positions of a batch");

@@ -40,8 +40,8 @@ pub struct PassPlan {
 /// Tokens of any sequences, each through all layers: also where it exits, since others go on.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BatchPlan {
-    /// The tokens, those of a sequence one after the other; best first those that are the only ones of
-    /// their sequences. Passes and batches have run the positions before them, in all layers.
+    /// The tokens, those of a sequence one after the other, at consecutive positions; best first those
+    /// that are the only ones of their sequences. Passes and batches have run the positions before them, in all layers.
     pub rows: Vec<BatchRow>,
     /// The rows whose logits are wanted.
     pub logits_rows: Vec<usize>,

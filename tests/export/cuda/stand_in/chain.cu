@@ -22,11 +22,8 @@ extern "C" __global__ void prepare(char* tables, int blocks) { tables[threadIdx.
 extern "C" __global__ void batch_start(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void prefill_product(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void prefill_attention(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void batch_product(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void batch_attention(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void batch_heads(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void batch_add(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void batch_finish(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
 extern "C" __global__ void batch_head(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void batch_candidates(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
-extern "C" __global__ void batch_choose(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
+extern "C" __global__ void batch_whole(char* tables, int blocks) { tables[threadIdx.x] = blocks; }
