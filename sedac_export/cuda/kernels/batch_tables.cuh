@@ -48,8 +48,8 @@ struct BatchTables {
   }
 };
 
-// Rows beyond BATCH_TOKENS are those of other blocks, which have nothing to do in most stages of small models: where
-// the chain's block has a tile, for these the one that is a half of the blocks further has it.
+// Rows beyond BATCH_TOKENS are those of other blocks, since many have nothing to do in most stages of small models: by
+// the block of the chain whose tiles a block has for such a group.
 __device__ __forceinline__ int chain_block(int group, int block, int blocks) {
   return (block + group * (blocks / TOKEN_GROUPS)) % blocks;
 }
