@@ -28,6 +28,7 @@ pub struct Costs {
     head: Curve,
     /// Of the trained drafter, for a token of each of so many sequences.
     draft: Curve,
+    /// None where there are no such bounds.
     passes: Option<PassTokens>,
 }
 
