@@ -82,6 +82,7 @@ class RandomDrafter:
             "keys": cache[0],
             "values": cache[1],
             "scratch": torch.zeros(scratch, dtype=torch.uint8, device="cuda"),
+            "chosen": launcher.chosen,
             "outcome": self._outcome,
         }
 
@@ -98,12 +99,35 @@ class RandomDrafter:
         races: by what each drafted token is sampled; the most probable ones are drafted without.
         """
         made = DraftSequence(slot=slot, start=start, rows=len(followed), steps=steps)
+        made.verifying_row = -1
         made.token[: len(followed)] = followed
         made.acceptance = (ctypes.c_float * MARGIN_BINS)(*[1.0] * MARGIN_BINS)
         made.sampled = bool(races)
         for index, race in enumerate(races):
             made.race[index] = race
         return made
+
+    def make_following(
+        self,
+        slot: int,
+        start: int,
+        drafted: Sequence[int],
+        steps: int,
+        row: int,
+        races: Sequence[RowRace] = (),
+    ) -> DraftSequence:
+        """What follows a pass that verifies `drafted`, and before it, from `row` on, one token.
+
+        races: of the tokens after the one that follows the first, whatever is accepted.
+        """
+        made = self.make(slot, start, [*drafted, 0], steps, races)
+        made.verifying_row = row
+        return made
+
+    def taken_in(self, index: int) -> tuple[int, int]:
+        """Of a sequence of the last launch: its positions, and the token after the last."""
+        outcome = (DraftOutcome * DRAFT_SEQUENCES).from_address(self._outcome.data_ptr())[index]
+        return outcome.rows, outcome.followed
 
     def launchable(self, sequences: Sequence[DraftSequence]) -> DraftPass:
         """The parameter of a launch for several sequences."""

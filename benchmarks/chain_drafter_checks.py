@@ -45,6 +45,8 @@ class DrafterChecks:
             yield self._other_slot()
             yield self._end_of_draft()
             yield from self._several_sequences()
+            yield from self._drafts_after_passes()
+            yield self._nothing_after_nan()
         self._launcher.feature_depths = []
 
     def _hidden_states(self) -> Iterator[KernelCheck]:
@@ -125,7 +127,49 @@ class DrafterChecks:
             name = f"drafts for {count} sequences at once"
             yield KernelCheck(name, same and error < 1e-4, f"error {error:.1e}")
 
+    def _drafts_after_passes(self) -> Iterator[KernelCheck]:
+        """A launch after the pass that verifies, whatever is accepted, is one that is told what."""
+        position, rows = 40, 4
+        for slot in range(2):
+            self._launcher.fill(slot, position, seed=slot + 1)
+        chosen = self._greedy(TOKENS[0], position, rows)
+        for accepted in range(rows):
+            for races in ([], _races(rows + _STEPS)):
+                drafted = list(chosen[: rows - 1])
+                if accepted < rows - 1:
+                    drafted[accepted] = (
+                        chosen[accepted] + 1
+                    ) % self._launcher.decoder.shape.vocabulary
+                other = SequenceInput.of_tokens(TOKENS[:2], position, slot=1)
+                verified = SequenceInput.of_tokens([TOKENS[0], *drafted], position)
+                # what was drafted for before is taken in again
+                self._drafter.draft(0, self._followed[:position], 1)
+                self._launcher.run([other, verified])
+                wanted = self._drafter.make_following(0, position, drafted, _STEPS, 2, races)
+                ((after, _),) = self._drafter.launch([wanted])
+                taken = self._drafter.taken_in(0)
+                followed = chosen[: accepted + 1]
+                told = self._drafter.make(0, position, followed, _STEPS, races[accepted:][:_STEPS])
+                ((before, _),) = self._drafter.launch([told])
+                right = after == before and taken == (accepted + 1, followed[-1])
+                how = "sampled" if races else "most probable"
+                yield KernelCheck(f"{how} drafts after a pass, {accepted} accepted", right)
 
-def _races() -> list[RowRace]:
-    """Of as many tokens as are drafted."""
-    return [RowRace(7919 * k + 1, 1 / _TEMPERATURE) for k in range(_STEPS)]
+    def _greedy(self, token: int, position: int, count: int) -> list[int]:
+        """The tokens that full depth chooses after `token` in slot 0."""
+        chosen: list[int] = []
+        for _ in range(count):
+            tokens = [token, *chosen]
+            self._launcher.run([SequenceInput.of_tokens(tokens, position)])
+            chosen.append(self._launcher.outcome().row[len(tokens) - 1].token)
+        return chosen
+
+    def _nothing_after_nan(self) -> KernelCheck:
+        self._launcher.chosen[0] = -1
+        wanted = self._drafter.make_following(0, 40, [1, 2], _STEPS, 0)
+        return KernelCheck("no draft after NaN", self._drafter.launch([wanted]) == [([], [])])
+
+
+def _races(count: int = _STEPS) -> list[RowRace]:
+    """Of as many tokens."""
+    return [RowRace(7919 * k + 1, 1 / _TEMPERATURE) for k in range(count)]

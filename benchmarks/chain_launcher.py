@@ -273,6 +273,11 @@ class ChainLauncher:
         return Outcome.from_address(self._outcomes.data_ptr() + index * ctypes.sizeof(Outcome))
 
     @property
+    def chosen(self) -> Tensor:
+        """The tokens that the last pass chose, int32, by step and row; -1 in place of NaN."""
+        return self._buffers["chosen"]
+
+    @property
     def saved(self) -> Tensor:
         """Hidden states at exits, [slot, capacity, hidden]."""
         return self._buffers["saved"][..., : self.decoder.shape.hidden]
@@ -322,6 +327,7 @@ class ChainLauncher:
             "logits": torch.zeros(BATCH_LOGITS_ROWS, shape.vocabulary, device="cuda"),
             "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
             "tables": _zeros(facts.table_bytes * self.chain.blocks),
+            "chosen": torch.zeros(MAX_ROWS, dtype=torch.int32, device="cuda"),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
         self._batch_scratch = _zeros(facts.batch_scratch_bytes)

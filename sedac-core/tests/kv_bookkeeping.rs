@@ -226,6 +226,7 @@ fn step(
             rows => LogitsRequest::Rows(rows),
         },
         ahead: Ahead::default(),
+        next_draft: None,
     };
     let outcomes = backend.step(&mut [step], &Interrupt::default())?;
     Ok(outcomes[0].exit)
@@ -333,6 +334,7 @@ fn an_interrupt_stops_between_engines() {
         max_depth: 2,
         logits: LogitsRequest::Rows(1),
         ahead: Ahead::default(),
+        next_draft: None,
     };
     assert!(backend.step(&mut [interrupted], &interrupt).is_err());
     // the only slot is taken until the sequence is dropped

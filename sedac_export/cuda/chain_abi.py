@@ -4,7 +4,7 @@ from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
 from enum import IntEnum
 
 # version of the mirrors
-ABI = 11
+ABI = 12
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
 BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
@@ -12,6 +12,8 @@ BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
 SMALL_BATCH_ROWS = 64
 # sequences that a trained drafter drafts for in one launch
 DRAFT_SEQUENCES = 8
+# races of its tokens
+DRAFT_RACES = 2 * MAX_ROWS
 # bins of a token's margin, by which the acceptance of drafts is known
 MARGIN_BINS = 8
 
@@ -55,7 +57,8 @@ _PASS_POINTERS = (
 _DRAFT_POINTERS = (
     *("combine", "join", "qkv", "o", "gate_up", "down", "head"),
     *("feature_norms", "state_norm", "embedding_norm", "attention_norm", "mlp_norm", "norm"),
-    *("frequencies", "tokens", "embed", "features", "keys", "values", "scratch", "outcome"),
+    *("frequencies", "tokens", "embed", "features", "keys", "values", "scratch", "chosen"),
+    "outcome",
 )
 _BATCH_POINTERS = (
     *("layers", "embed", "head", "final_norm", "cos", "sin", "scratch", "logits", "outcome"),
@@ -261,6 +264,7 @@ class Pass(Structure):
         ("acceptance", c_float * MARGIN_BINS),
         ("feature_states", c_uint64),
         ("feature_depths", c_int * 4),
+        ("chosen", c_uint64),
     )
 
 
@@ -336,9 +340,10 @@ class DraftSequence(Structure):
     """What a trained drafter takes in of a sequence, and how far it drafts: see abi.cuh."""
 
     _fields_ = (
-        *((name, c_int) for name in ("slot", "start", "rows", "steps", "sampled", "unused")),
+        *((name, c_int) for name in ("slot", "start", "rows", "steps", "sampled")),
+        ("verifying_row", c_int),
         ("token", c_int * MAX_ROWS),
-        ("race", RowRace * MAX_ROWS),
+        ("race", RowRace * DRAFT_RACES),
         ("min_accepted", c_float * MAX_ROWS),
         ("acceptance", c_float * MARGIN_BINS),
     )
@@ -360,7 +365,7 @@ class DraftOutcome(Structure):
     """The tokens drafted for a sequence, and the probability that the drafter gives each."""
 
     _fields_ = (
-        ("tokens", c_int),
+        *((name, c_int) for name in ("tokens", "rows", "followed")),
         ("token", c_int * MAX_ROWS),
         ("probability", c_float * MAX_ROWS),
     )

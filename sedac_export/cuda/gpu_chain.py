@@ -159,6 +159,7 @@ class GpuChain:
             "saved": zeros(self._capacity * facts.saved_floats * _FLOAT),
             "tables": zeros(facts.table_bytes * self._chain.blocks),
             "logits": zeros(BATCH_LOGITS_ROWS * shape.vocabulary * _FLOAT),
+            "chosen": zeros(MAX_ROWS * ctypes.sizeof(ctypes.c_int)),
         }
         self._scratch = [zeros(facts.scratch_bytes) for _ in range(2)]
         self._batch_scratch = zeros(facts.batch_scratch_bytes)

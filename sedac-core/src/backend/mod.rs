@@ -30,8 +30,8 @@ pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
 pub use row_engines::{RowEngines, SequenceRows};
 pub use step::{
-    Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, PositionLogits, SequenceStep, StepExit,
-    StepOutcome, margin_bin,
+    Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, NextDraft, PositionLogits, SequenceStep,
+    StepExit, StepOutcome, margin_bin,
 };
 pub use timing::{EnginePart, EngineTiming, Stopwatch};
 

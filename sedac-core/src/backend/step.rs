@@ -30,6 +30,21 @@ pub struct SequenceStep<'a> {
     pub logits: LogitsRequest,
     /// How far to go on with the tokens that it chooses.
     pub ahead: Ahead,
+    /// What the trained drafter is to draft once the step has chosen tokens at all positions that it
+    /// appends. Backends that wait for the host in between leave it to a
+    /// [`DraftRequest`](super::DraftRequest).
+    pub next_draft: Option<NextDraft>,
+}
+
+/// A draft that begins without the host: from the first position of a step at which the token chosen
+/// is not the one that the step has there. Who then requests a draft of the positions up to there, and of
+/// no more tokens, has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NextDraft {
+    /// How far it drafts.
+    pub ahead: Ahead,
+    /// What the step's tokens and those of the draft are chosen from.
+    pub choice: LogitsRequest,
 }
 
 /// Bins of equal width in which a margin, of 0 to 1, lies.

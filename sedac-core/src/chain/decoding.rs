@@ -368,6 +368,7 @@ impl Decoding {
 
     /// The planned step.
     pub(crate) fn step<'a>(&'a mut self, sequence: &'a mut Sequence) -> SequenceStep<'a> {
+        let next_draft = self.next_draft();
         let (may_exit, positions, ahead) = match &self.planned {
             Planned::Completion | Planned::Draft { .. } => (false, 0, Ahead::default()),
             Planned::Prefill { .. } if self.text.scores_prompt() => {
@@ -391,6 +392,7 @@ impl Decoding {
                 _ => LogitsRequest::of(&mut self.text.sampler, positions),
             },
             ahead,
+            next_draft,
         }
     }
 

@@ -396,6 +396,7 @@ impl Chain {
                 max_depth: exits.max_depth(),
                 logits: LogitsRequest::Tokens(1),
                 ahead: Ahead::default(),
+                next_draft: None,
             };
             let outcome = step_one(self.backend.as_mut(), step, interrupt)?;
             exits.advance();
@@ -428,6 +429,7 @@ impl Chain {
             max_depth,
             logits,
             ahead: Ahead::default(),
+            next_draft: None,
         };
         step_one(self.backend.as_mut(), step, interrupt)
     }
@@ -456,6 +458,7 @@ fn complete(
         max_depth: backend.num_layers(),
         logits: LogitsRequest::None,
         ahead: Ahead::default(),
+        next_draft: None,
         sequence,
     };
     step_one(backend, step, interrupt).map(|_| ())

@@ -7,7 +7,9 @@ use tracing::debug;
 use super::Decoding;
 use super::decoding::Planned;
 use super::growing_text::Text;
-use crate::backend::{Backend, Costs, DraftRequest, DraftedToken, MAX_AHEAD};
+use crate::backend::{
+    Backend, Costs, DraftRequest, DraftedToken, LogitsRequest, MAX_AHEAD, NextDraft,
+};
 use crate::draft::Foresight;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -37,6 +39,19 @@ impl Decoding {
             debug!(drafted = draft.tokens.len(), "trained draft");
             self.plan_verification(draft);
         }
+    }
+
+    /// What it is to draft after the planned step.
+    pub(super) fn next_draft(&mut self) -> Option<NextDraft> {
+        let Planned::Verify(draft) = &self.planned else {
+            return None;
+        };
+        let ahead = draft.next.filter(|_| draft.depth == 0)?;
+        let tokens = draft.tokens.len() + 1 + ahead.tokens;
+        Some(NextDraft {
+            ahead,
+            choice: LogitsRequest::of(&mut self.text.sampler, tokens),
+        })
     }
 
     /// Whether the trained drafter has to draft before the planned step.

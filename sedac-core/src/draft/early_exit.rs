@@ -210,6 +210,7 @@ impl EarlyExit {
             max_depth,
             logits,
             ahead,
+            next_draft: None,
         };
         let mut outcomes = context.backend.step(&mut [step], context.interrupt)?;
         Ok(outcomes.swap_remove(0))

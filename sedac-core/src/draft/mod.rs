@@ -78,6 +78,9 @@ pub struct Draft {
     /// Full depth's logits, a row for each position, where the last position ran every layer and
     /// those that waited ran with it.
     pub verified: Option<Logits>,
+    /// How far the trained drafter is to draft when these tokens were verified, where it probably
+    /// will be asked to.
+    pub next: Option<Ahead>,
 }
 
 impl Draft {

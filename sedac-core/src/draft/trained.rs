@@ -28,6 +28,8 @@ pub(super) struct Trained {
     drafted: Vec<(u32, usize)>,
     /// How many were drafted, those that were not worth verifying included.
     steps: usize,
+    /// Tokens that the last draft might have had.
+    max_tokens: usize,
 }
 
 impl Trained {
@@ -44,6 +46,7 @@ impl Trained {
                 .collect(),
             drafted: Vec::new(),
             steps: 0,
+            max_tokens: 0,
         }
     }
 
@@ -94,6 +97,12 @@ impl Trained {
         }
     }
 
+    /// How far to draft after the last draft, should all of it be accepted.
+    fn next(&self, costs: &Costs) -> Option<Ahead> {
+        let left = self.max_tokens.saturating_sub(self.drafted.len() + 1);
+        (left > 0).then(|| self.ahead(left.min(MAX_DRAFTED), costs))
+    }
+
     /// Keep those of `drafted` that are worth verifying.
     fn keep(&mut self, drafted: &[DraftedToken], costs: &Costs) {
         self.drafted.clear();
@@ -136,6 +145,7 @@ impl Drafter for Trained {
         max_tokens: usize,
         context: &mut DraftContext<'_>,
     ) -> Result<Proposal> {
+        self.max_tokens = max_tokens;
         let ahead = self.ahead(max_tokens.min(MAX_DRAFTED), context.backend.costs());
         // the state at a position goes with the token after it
         let positions = self.verified..history.len() - 1;
@@ -148,6 +158,7 @@ impl Drafter for Trained {
         self.keep(drafted, costs);
         Draft {
             tokens: self.drafted.iter().map(|&(token, _)| token).collect(),
+            next: self.next(costs),
             ..Draft::default()
         }
     }

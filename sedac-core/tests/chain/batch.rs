@@ -37,6 +37,7 @@ fn step_of<'a>(
         max_depth: planned.max_depth,
         logits: LogitsRequest::Rows(1),
         ahead: Ahead::default(),
+        next_draft: None,
     }
 }
 

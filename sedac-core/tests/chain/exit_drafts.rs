@@ -44,6 +44,7 @@ impl Plain {
             max_depth: self.backend.num_layers(),
             logits: LogitsRequest::Rows(1),
             ahead: Ahead::default(),
+            next_draft: None,
         };
         let outcomes = self.backend.step(&mut [step], &Interrupt::default());
         let outcome = outcomes.unwrap().swap_remove(0);

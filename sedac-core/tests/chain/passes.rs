@@ -122,6 +122,7 @@ fn step_of<'a>(
                     }
                 },
                 ahead: Ahead::default(),
+                next_draft: None,
             })
         }
         Planned::Complete => Some(completion(sequence, layers)),
@@ -311,6 +312,7 @@ impl Followed {
             max_depth,
             logits: LogitsRequest::of(&mut self.sampler, ahead.tokens),
             ahead,
+            next_draft: None,
         }
     }
 
@@ -324,6 +326,7 @@ impl Followed {
                 max_depth,
                 logits: LogitsRequest::of(&mut self.sampler, 1),
                 ahead: Ahead::default(),
+                next_draft: None,
             };
             let single = run(&mut self.engines, &mut [step]).remove(0);
             prop_assert_eq!(single.exit, outcome.exit);
@@ -364,6 +367,7 @@ pub(super) fn step<'a>(
         max_depth,
         logits: LogitsRequest::Tokens(1),
         ahead: Ahead::default(),
+        next_draft: None,
     }
 }
 
@@ -376,6 +380,7 @@ fn a_step_ahead_is_one_pass() {
         SequenceStep {
             logits: LogitsRequest::Tokens(tokens),
             ahead: Ahead::of(tokens),
+            next_draft: None,
             ..step(sequence, &[1], 4)
         }
     }

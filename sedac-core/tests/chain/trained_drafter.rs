@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering::Relaxed;
 
 use proptest::prelude::*;
 use sedac_core::bundle::DrafterKind;
@@ -187,6 +188,33 @@ fn kernel_with_drafter() -> ToyKernel {
     let mut kernel = ToyKernel::new(&[1; 4], 256, 1, &Caches::default());
     kernel.draft_rows = 3;
     kernel
+}
+
+#[test]
+fn drafts_follow_the_passes_that_verify() {
+    for (temperature, drafter) in [
+        (0.0, DrafterKind::Trained),
+        (0.3, DrafterKind::Trained),
+        (0.3, DrafterKind::Auto),
+    ] {
+        let mut kernel = ToyKernel::new(&[1; 4], 256, 1, &Caches::default());
+        kernel.draft_rows = 8;
+        let (requested, followed) = (kernel.drafts.clone(), kernel.followed.clone());
+        // more than seven drafted tokens would be verified in a batch
+        let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), 0.2);
+        let mut wanted = request(DecodingMode::Lossless { drafter }, 1);
+        wanted.sampling.temperature = temperature;
+        let drafts = generate(&mut chain, &wanted, 100).1.drafts;
+        // those of others, or by other races, would be wrong
+        let (drafted, accepted) = (drafts.drafted, drafts.accepted);
+        assert!(accepted * 4 > drafted * 3, "{accepted} of {drafted}");
+        let (requested, followed) = (requested.lock().unwrap().len(), followed.load(Relaxed));
+        match drafter {
+            DrafterKind::Trained => assert_eq!(requested, 1, "the prompt's"),
+            _ => assert!(requested > 1, "first it must be known that it drafts again"),
+        }
+        assert!(followed >= 4, "{followed}");
+    }
 }
 
 #[test]

@@ -156,6 +156,7 @@ struct Pass {
   float acceptance[MARGIN_BINS];   // of a token, by the bin of its margin
   unsigned short* feature_states;  // [slot][capacity][features][hidden], bf16
   int feature_depths[4];           // layers after which they are taken
+  int* chosen;                     // [step][row], tokens; -1 where a logit is not finite
 };
 
 // When a row of a batch exits: see batch_exits.cuh.
@@ -201,15 +202,20 @@ struct BatchOutcome {
 
 // Sequences that a trained drafter drafts for in one launch.
 constexpr int DRAFT_SEQUENCES = 8;
+// Races of drafted tokens, also of those that are drafted after some were accepted.
+constexpr int DRAFT_RACES = 2 * MAX_ROWS;
 
 // What it takes in of one of them, and how far it drafts after that.
 struct DraftSequence {
   int slot;
-  int start, rows;      // verified positions, of which the model has run all
-  int steps;            // tokens to draft at most, 0 for none
-  int sampled, unused;  // whether they are sampled
-  int token[MAX_ROWS];  // that followed each position
-  RowRace race[MAX_ROWS];
+  int start, rows;  // verified positions, of which the model has run all
+  int steps;        // tokens to draft at most, 0 for none
+  int sampled;      // whether they are sampled
+  // -1, or the row of the first position in the pass before, which verifies `token`: then the launch takes in positions
+  // up to the first at which another token was chosen.
+  int verifying_row;
+  int token[MAX_ROWS];        // that followed each position
+  RowRace race[DRAFT_RACES];  // by drafted token, after the number of positions less one that were accepted
   // Another token is drafted where the probability that all so far are accepted is at least this.
   float min_accepted[MAX_ROWS];
   float acceptance[MARGIN_BINS];  // of a token, by the bin of its probability
@@ -228,6 +234,7 @@ struct DraftPass {
   const unsigned short* features;  // the model's feature_states
   half *keys, *values;             // [slot][key-value head][capacity][head size]
   float* scratch;
+  const int* chosen;             // by the pass before
   struct DraftOutcome* outcome;  // [sequence]
   int capacity, sequences;
   int blocks;  // of each sequence
@@ -237,7 +244,8 @@ struct DraftPass {
 };
 
 struct DraftOutcome {
-  int tokens;  // that were drafted
+  int tokens;          // that were drafted
+  int rows, followed;  // positions that were taken in, and the token after the last one
   int token[MAX_ROWS];
   float probability[MAX_ROWS];  // that the drafter gives it
 };

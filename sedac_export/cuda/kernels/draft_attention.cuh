@@ -50,42 +50,74 @@ struct DraftAttention {
   int slot, block;
 
   static constexpr int PAIRS = divided_up(HEAD, 64);  // of a head's elements, a lane
+  // What a lane asks for at once: words of its key, values of which it has pairs, and partial sums.
+  static constexpr int KEY_WORDS = 8, VALUES = PAIRS == 1 ? 32 : PAIRS == 2 ? 16 : 8, PARTIALS = 16;
 
-  // Partial sums for the query at `position`.
+  // Partial sums for the query at `position`. The first keys and values are on their way before the query is there.
   __device__ __forceinline__ void run(int position) const {
-    const int keys = position + 1, size = chunk_size(keys), chunks = divided_up(keys, size);
+    const int keys = position + 1, size = chunk_size(keys), chunks = divided_up(keys, size), lane = threadIdx.x & 31;
+    int i = block + pass.blocks * (threadIdx.x >> 5), first = i % chunks * size;
+    bool has_query = false;
+    Partial partial;
 #pragma unroll 1
-    for (int d = threadIdx.x; d < ATTENTION; d += DRAFT_THREADS) shared.query[d] = load_result(scratch.query() + d);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = block + pass.blocks * (threadIdx.x >> 5); i < HEADS * chunks; i += pass.blocks * DRAFT_WARPS)
-      attend(i / chunks, i % chunks, size, keys);
+    do {
+      const bool works = i < HEADS * chunks;
+      const int head = i / chunks, end = works ? min(keys, (i % chunks + 1) * size) : 0;
+      Asked asked;
+      ask(asked, head, first, end);
+      if (!has_query) load_query();
+      has_query = true;
+      if (!works) break;
+      attend(asked, partial, head, first, end);
+      first += 32;
+      if (first < end) continue;
+      write(partial, head, i % chunks);
+      partial = {};
+      i += pass.blocks * DRAFT_WARPS, first = i % chunks * size;
+    } while (true);
   }
 
-  // The sums of all chunks, as the input of O.
+  // The sums of all chunks, as the input of O; a thread has two elements.
   __device__ __forceinline__ void combine(int position) const {
     const int keys = position + 1, chunks = divided_up(keys, chunk_size(keys));
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    bool has_shares = false;
 #pragma unroll 1
-    for (int head = warp; head < HEADS; head += DRAFT_WARPS) {
-      const float2 of = lane < chunks ? __ldcg(scratch.softmax(head, lane)) : make_float2(-INFINITE, 0);
-      const float share = expf(of.x - highest_of_lanes(of.x));
-      shared.shares[head][lane] = share / sum_of_lanes<32>(share * of.y);
-    }
-    __syncthreads();
+    for (int pair = threadIdx.x; pair < ATTENTION / 2 || !has_shares; pair += DRAFT_THREADS) {
+      const int head = 2 * pair / HEAD;
+      float2 sum = {0, 0};
 #pragma unroll 1
-    for (int d = threadIdx.x; d < ATTENTION; d += DRAFT_THREADS) {
-      const int head = d / HEAD;
-      float sum = 0;
-#pragma unroll 8
-      for (int chunk = 0; chunk < chunks; chunk++)
-        sum = fmaf(shared.shares[head][chunk], load_result(scratch.partial(head, chunk) + d % HEAD), sum);
-      shared.input[d] = bounded_half(sum);
+      for (int first = 0; first < chunks; first += PARTIALS) {
+        float2 partials[PARTIALS];
+        const float* from = scratch.partial(head, first) + 2 * pair % HEAD;
+#pragma unroll
+        for (int k = 0; k < PARTIALS; k++) {
+          const bool there = pair < ATTENTION / 2 && first + k < chunks;
+          partials[k] = there ? __ldcg(reinterpret_cast<const float2*>(from + k * HEAD)) : make_float2(0, 0);
+        }
+        if (!has_shares) find_shares(chunks);
+        has_shares = true;
+        if (pair < ATTENTION / 2)
+#pragma unroll
+          for (int k = 0; k < PARTIALS; k++) add(sum, shared.shares[head][first + k], partials[k]);
+      }
+      if (pair < ATTENTION / 2)
+        reinterpret_cast<half2*>(shared.input)[pair] = __halves2half2(bounded_half(sum.x), bounded_half(sum.y));
     }
     __syncthreads();
   }
 
  private:
+  // Of 32 keys: a lane's key, and its elements of all values.
+  struct Asked {
+    uint4 key[KEY_WORDS];
+    unsigned values[VALUES][PAIRS];
+  };
+  // Of a chunk so far: its largest score, and sums relative to it.
+  struct Partial {
+    float highest = -INFINITE, total = 0;
+    float2 sums[PAIRS] = {};
+  };
+
   // (From 64 keys on, and half as many keys and values asked for at once, eight tokens of SmolLM2's drafter took 292 us
   // instead of 267.)
   __device__ __forceinline__ static int chunk_size(int keys) {
@@ -96,58 +128,106 @@ struct DraftAttention {
     for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
     return v;
   }
-
-  __device__ __forceinline__ void attend(int head, int chunk, int size, int keys) const {
-    const int lane = threadIdx.x & 31, end = min(keys, (chunk + 1) * size);
-    const size_t cache = (static_cast<size_t>(slot) * KV_HEADS + head / GROUP) * pass.capacity * HEAD;
-    const half *key = pass.keys + cache, *value = pass.values + cache;
-    float highest = -INFINITE, total = 0;
-    float2 sums[PAIRS] = {};
-#pragma unroll 1
-    for (int first = chunk * size; first < end; first += 32) {
-      const bool there = first + lane < end;
-      const float score =
-          there ? dot_key(shared.query + head * HEAD, key + static_cast<size_t>(first + lane) * HEAD) : -INFINITE;
-      const float before = highest;
-      highest = fmaxf(highest, highest_of_lanes(score));
-      const float weight = expf(score - highest), kept = expf(before - highest);
-      total = total * kept + sum_of_lanes<32>(weight);
-#pragma unroll
-      for (int k = 0; k < PAIRS; k++) sums[k].x *= kept, sums[k].y *= kept;
-#pragma unroll 16
-      for (int i = 0; i < 32; i++) {
-        const float share = __shfl_sync(~0u, weight, i);
-        if (first + i >= end) continue;
-#pragma unroll
-        for (int k = 0; k < PAIRS; k++) {
-          const int d = 2 * lane + 64 * k;
-          if (d >= HEAD) continue;
-          const unsigned v =
-              __ldcg(reinterpret_cast<const unsigned*>(value + static_cast<size_t>(first + i) * HEAD + d));
-          const float2 pair = __half22float2(as_half2(v));
-          sums[k].x = fmaf(share, pair.x, sums[k].x), sums[k].y = fmaf(share, pair.y, sums[k].y);
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < PAIRS; k++)
-      if (2 * lane + 64 * k < HEAD)
-        *reinterpret_cast<float2*>(scratch.partial(head, chunk) + 2 * lane + 64 * k) = sums[k];
-    if (!lane) *scratch.softmax(head, chunk) = make_float2(highest, total);
+  __device__ __forceinline__ static void add(float2& sum, float share, float2 pair) {
+    sum.x = fmaf(share, pair.x, sum.x), sum.y = fmaf(share, pair.y, sum.y);
   }
 
-  __device__ __forceinline__ static float dot_key(const float* query, const half* key) {
-    float sum = 0;
-#pragma unroll 8
-    for (int d = 0; d < HEAD; d += 8) {
-      const uint4 v = __ldcg(reinterpret_cast<const uint4*>(key + d));
-      const unsigned halves[4] = {v.x, v.y, v.z, v.w};
+  // By the block.
+  __device__ __forceinline__ void load_query() const {
+#pragma unroll 1
+    for (int d = threadIdx.x; d < ATTENTION; d += DRAFT_THREADS) shared.query[d] = load_result(scratch.query() + d);
+    __syncthreads();
+  }
+  // By the block: what each chunk's sums count; 0 where there is none.
+  __device__ __forceinline__ void find_shares(int chunks) const {
+    const int lane = threadIdx.x & 31;
+#pragma unroll 1
+    for (int head = threadIdx.x >> 5; head < HEADS; head += DRAFT_WARPS) {
+      const float2 of = lane < chunks ? __ldcg(scratch.softmax(head, lane)) : make_float2(-INFINITE, 0);
+      const float share = expf(of.x - highest_of_lanes(of.x));
+      shared.shares[head][lane] = share / sum_of_lanes<32>(share * of.y);
+    }
+    __syncthreads();
+  }
+
+  // Of 32 keys from `first` on; zeros for those from `end` on.
+  __device__ __forceinline__ void ask(Asked& asked, int head, int first, int end) const {
+    ask_key(asked, head, first, end, 0);
+    ask_values(asked, head, first, end, 0);
+  }
+  // The words from `word` on of a lane's key.
+  __device__ __forceinline__ void ask_key(Asked& asked, int head, int first, int end, int word) const {
+    const int key = first + static_cast<int>(threadIdx.x & 31);
+    const uint4* from = reinterpret_cast<const uint4*>(pass.keys + cached(head, key)) + word;
+#pragma unroll
+    for (int k = 0; k < KEY_WORDS; k++)
+      asked.key[k] = key < end && word + k < HEAD / 8 ? __ldcg(from + k) : make_uint4(0, 0, 0, 0);
+  }
+  // Those from number `value` on of the 32.
+  __device__ __forceinline__ void ask_values(Asked& asked, int head, int first, int end, int value) const {
+    const int lane = threadIdx.x & 31;
+    const half* from = pass.values + cached(head, first + value) + 2 * lane;
+#pragma unroll
+    for (int i = 0; i < VALUES; i++)
+#pragma unroll
+      for (int k = 0; k < PAIRS; k++) {
+        const bool there = first + value + i < end && 2 * lane + 64 * k < HEAD;
+        asked.values[i][k] = there ? __ldcg(reinterpret_cast<const unsigned*>(from + i * HEAD + 64 * k)) : 0;
+      }
+  }
+  // Where a query head's key, or value, lies.
+  __device__ __forceinline__ size_t cached(int head, int key) const {
+    return ((static_cast<size_t>(slot) * KV_HEADS + head / GROUP) * pass.capacity + key) * HEAD;
+  }
+
+  // 32 keys that were asked for.
+  __device__ __forceinline__ void attend(Asked& asked, Partial& partial, int head, int first, int end) const {
+    float score = 0;
+#pragma unroll
+    for (int word = 0; word < HEAD / 8; word += KEY_WORDS) {
+      if (word) ask_key(asked, head, first, end, word);
+      score = dot_key(shared.query + head * HEAD, asked, word, score);
+    }
+    const bool there = first + static_cast<int>(threadIdx.x & 31) < end;
+    score = there ? score * rsqrtf(static_cast<float>(HEAD)) : -INFINITE;
+    const float before = partial.highest;
+    partial.highest = fmaxf(before, highest_of_lanes(score));
+    const float weight = expf(score - partial.highest), kept = expf(before - partial.highest);
+    partial.total = partial.total * kept + sum_of_lanes<32>(weight);
+#pragma unroll
+    for (int k = 0; k < PAIRS; k++) partial.sums[k].x *= kept, partial.sums[k].y *= kept;
+#pragma unroll
+    for (int value = 0; value < 32; value += VALUES) {
+      if (value) ask_values(asked, head, first, end, value);
+#pragma unroll
+      for (int i = 0; i < VALUES; i++) {
+        const float share = __shfl_sync(~0u, weight, value + i);
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) add(partial.sums[k], share, __half22float2(as_half2(asked.values[i][k])));
+      }
+    }
+  }
+  __device__ __forceinline__ void write(const Partial& partial, int head, int chunk) const {
+    const int lane = threadIdx.x & 31;
+    float* to = scratch.partial(head, chunk) + 2 * lane;
+#pragma unroll
+    for (int k = 0; k < PAIRS; k++)
+      if (2 * lane + 64 * k < HEAD) *reinterpret_cast<float2*>(to + 64 * k) = partial.sums[k];
+    if (!lane) *scratch.softmax(head, chunk) = make_float2(partial.highest, partial.total);
+  }
+
+  __device__ __forceinline__ static float dot_key(const float* query, const Asked& asked, int word, float sum) {
+#pragma unroll
+    for (int d = 0; d < KEY_WORDS; d++) {
+      if (word + d >= HEAD / 8) break;
+      const unsigned halves[4] = {asked.key[d].x, asked.key[d].y, asked.key[d].z, asked.key[d].w};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float2 pair = __half22float2(as_half2(halves[i]));
-        sum = fmaf(query[d + 2 * i + 1], pair.y, fmaf(query[d + 2 * i], pair.x, sum));
+        const float* of = query + 8 * (word + d) + 2 * i;
+        sum = fmaf(of[1], pair.y, fmaf(of[0], pair.x, sum));
       }
     }
-    return sum * rsqrtf(static_cast<float>(HEAD));
+    return sum;
   }
 };

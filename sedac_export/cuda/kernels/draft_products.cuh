@@ -20,7 +20,11 @@ constexpr int DRAFT_FIT = (SHARED_LIMIT - HEADS * DRAFT_CHUNKS * 4 - 2048) / (MA
 constexpr int DRAFT_ROWS = DRAFT_FIT > MAX_ROWS ? MAX_ROWS : DRAFT_FIT;
 static_assert(DRAFT_ROWS > 0, "shared memory is too small");
 
+// Words of weights that a lane asks for at once, where it has one row.
+constexpr int WEIGHTS_AT_ONCE = 12;
+
 struct DraftShared {
+  int followed[MAX_ROWS];  // the token after each position that is taken in
   float sums[DRAFT_ROWS][DRAFT_WARPS];
   float shares[HEADS][DRAFT_CHUNKS];
   int4 bests[2][DRAFT_WARPS];
@@ -89,25 +93,38 @@ __device__ __forceinline__ float dot(uint4 a, uint4 b, float sum) {
   return sum;
 }
 
-// By a warp: rows of weights, `distance` apart, times `ROWS` rows of `columns` halves, `stride` apart. All lanes get
-// the sums.
-template <int ROWS, int OUTPUTS>
+// By a warp: rows of weights, `distance` apart, times `ROWS` rows of `columns` halves, `COLUMNS` at most, `stride`
+// apart. All lanes get the sums.
+template <int ROWS, int OUTPUTS, int COLUMNS>
 __device__ __forceinline__ void multiply_rows(float (&sums)[OUTPUTS][ROWS], const half* weights, size_t distance,
-                                              const half* input, int stride, int columns) {
+                                              const half* input, int stride, int columns = COLUMNS) {
+  constexpr int EACH = divided_up(COLUMNS, 256), FIT = ROWS == 1 ? WEIGHTS_AT_ONCE / OUTPUTS : 2;
+  constexpr int AT_ONCE = EACH < FIT ? EACH : FIT;
 #pragma unroll
   for (int o = 0; o < OUTPUTS; o++)
 #pragma unroll
     for (int r = 0; r < ROWS; r++) sums[o][r] = 0;
-#pragma unroll 2
-  for (int d = (threadIdx.x & 31) * 8; d < columns; d += 256) {
-    uint4 w[OUTPUTS];
+  const int lane = (threadIdx.x & 31) * 8;
+#pragma unroll 1
+  for (int first = 0; first < EACH; first += AT_ONCE) {
+    uint4 w[AT_ONCE][OUTPUTS];
 #pragma unroll
-    for (int o = 0; o < OUTPUTS; o++) w[o] = __ldg(reinterpret_cast<const uint4*>(weights + o * distance + d));
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int d = lane + (first + k) * 256;
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      const uint4 x = *reinterpret_cast<const uint4*>(input + r * stride + d);
+      for (int o = 0; o < OUTPUTS; o++)
+        if (d < columns) w[k][o] = __ldg(reinterpret_cast<const uint4*>(weights + o * distance + d));
+    }
 #pragma unroll
-      for (int o = 0; o < OUTPUTS; o++) sums[o][r] = dot(w[o], x, sums[o][r]);
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int d = lane + (first + k) * 256;
+      if (d >= columns) break;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        const uint4 x = *reinterpret_cast<const uint4*>(input + r * stride + d);
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; o++) sums[o][r] = dot(w[k][o], x, sums[o][r]);
+      }
     }
   }
 #pragma unroll

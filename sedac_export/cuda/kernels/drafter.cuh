@@ -7,7 +7,7 @@
 // has one row. Where the model chose the tokens, they are known; from there on each is the one that was drafted.
 #pragma once
 #include "draft_attention.cuh"
-#include "head.cuh"
+#include "draft_choice.cuh"
 
 struct Drafter {
   const DraftPass& pass;
@@ -16,6 +16,7 @@ struct Drafter {
   const DraftSequence& of;
   DraftScratch scratch;
   GridBarrier barrier;
+  int rows;  // that are taken in
   int token, step = 0;
   float accepted = 1;
 
@@ -29,8 +30,9 @@ struct Drafter {
         barrier(scratch.arrived(pass.sequences), pass.blocks) {}
 
   __device__ __forceinline__ void run() {
-    int row = of.rows - 1;  // whose state is the newest
-    if (of.rows == 1)
+    if (!find_rows()) return;
+    int row = rows - 1;  // whose state is the newest
+    if (rows == 1)
       take_in<1>();
     else
       take_in<DRAFT_ROWS>();
@@ -68,14 +70,35 @@ struct Drafter {
   }
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
 
+  // How many positions are taken in, and what followed them. Whether all of that is known.
+  __device__ __forceinline__ bool find_rows() {
+    const int lane = this->lane();
+    const bool verifies = of.verifying_row >= 0, has = lane < of.rows;
+    int followed = has ? of.token[lane] : 0;
+    rows = of.rows;
+    if (verifies) {
+      const int chosen = has ? __ldcg(pass.chosen + of.verifying_row + lane) : 0;
+      const bool accepted = lane < rows - 1 && chosen == followed;
+      rows = __ffs(static_cast<int>(~__ballot_sync(~0u, accepted)));
+      followed = chosen;
+    }
+    const bool known = __all_sync(~0u, lane >= rows || followed >= 0);
+    if (threadIdx.x < MAX_ROWS) shared.followed[lane] = followed;
+    if (!block && threadIdx.x == rows - 1) {
+      DraftOutcome& outcome = pass.outcome[index];
+      outcome.tokens = 0, outcome.rows = rows, outcome.followed = followed;
+    }
+    return known;
+  }
+
   // Verified positions: their hidden states become states, then keys and values.
   template <int ROWS>
   __device__ __forceinline__ void take_in() {
     combine<ROWS>();
     wait();
-    join<ROWS>(of.rows, [&](int row) { return of.token[row]; });
+    join<ROWS>(rows, [&](int row) { return shared.followed[row]; });
     wait();
-    queries_keys_values<ROWS>(of.rows, of.start);
+    queries_keys_values<ROWS>(rows, of.start);
     wait();
   }
 
@@ -92,7 +115,7 @@ struct Drafter {
       for (int k = 0; k < AT_ONCE; k++) {
         const int f = begin + k;
         if (f >= features) break;
-        normed[k].ask(of.rows, pass.feature_norms + f * HIDDEN, [&](int row, int d) {
+        normed[k].ask(rows, pass.feature_norms + f * HIDDEN, [&](int row, int d) {
           const unsigned short* from = pass.features + (first + row) * width + f * HIDDEN;
           return __uint_as_float(static_cast<unsigned>(from[d]) << 16);
         });
@@ -103,8 +126,9 @@ struct Drafter {
     }
     each(HIDDEN, [&](int d) {
       float sums[1][ROWS];
-      multiply_rows<ROWS, 1>(sums, pass.combine + static_cast<size_t>(d) * width, 0, shared.input, width, width);
-      for_rows<ROWS>(of.rows, [&](int row) { scratch.state(row)[d] = sums[0][row]; });
+      multiply_rows<ROWS, 1, MAX_FEATURES * HIDDEN>(sums, pass.combine + static_cast<size_t>(d) * width, 0,
+                                                    shared.input, width, width);
+      for_rows<ROWS>(rows, [&](int row) { scratch.state(row)[d] = sums[0][row]; });
     });
   }
 
@@ -121,8 +145,8 @@ struct Drafter {
     each(HIDDEN, [&](int d) {
       const float residual = lane() < rows ? load_result(scratch.state(lane()) + d) : 0.f;
       float sums[1][ROWS];
-      multiply_rows<ROWS, 1>(sums, pass.join + static_cast<size_t>(d) * 2 * HIDDEN, 0, shared.input, 2 * HIDDEN,
-                             2 * HIDDEN);
+      multiply_rows<ROWS, 1, 2 * HIDDEN>(sums, pass.join + static_cast<size_t>(d) * 2 * HIDDEN, 0, shared.input,
+                                         2 * HIDDEN);
       for_rows<ROWS>(rows, [&](int row) { scratch.layer_input(row)[d] = residual + sums[0][row]; });
     });
   }
@@ -141,8 +165,8 @@ struct Drafter {
     each(QKV / 2, [&](int i) {
       const int head = i / HALF, low = i % HALF;
       float sums[2][ROWS];
-      multiply_rows<ROWS, 2>(sums, pass.qkv + (static_cast<size_t>(head) * HEAD + low) * HIDDEN, HALF * HIDDEN,
-                             shared.input, HIDDEN, HIDDEN);
+      multiply_rows<ROWS, 2, HIDDEN>(sums, pass.qkv + (static_cast<size_t>(head) * HEAD + low) * HIDDEN, HALF * HIDDEN,
+                                     shared.input, HIDDEN);
       for_rows<ROWS>(rows,
                      [&](int row) { place(head, low, start + row, row == rows - 1, sums[0][row], sums[1][row]); });
     });
@@ -171,7 +195,7 @@ struct Drafter {
     each(HIDDEN, [&](int d) {
       const float residual = load_result(scratch.layer_input(row) + d);
       float sums[1][1];
-      multiply_rows<1, 1>(sums, pass.o + static_cast<size_t>(d) * ATTENTION, 0, shared.input, 0, ATTENTION);
+      multiply_rows<1, 1, ATTENTION>(sums, pass.o + static_cast<size_t>(d) * ATTENTION, 0, shared.input, 0);
       if (!lane()) scratch.after_attention()[d] = residual + sums[0][0];
     });
   }
@@ -182,8 +206,8 @@ struct Drafter {
     normed.finish(shared, 0, 0, pass.norm_epsilon);
     each(INNER, [&](int i) {
       float sums[2][1];
-      multiply_rows<1, 2>(sums, pass.gate_up + static_cast<size_t>(i) * HIDDEN, static_cast<size_t>(INNER) * HIDDEN,
-                          shared.input, 0, HIDDEN);
+      multiply_rows<1, 2, HIDDEN>(sums, pass.gate_up + static_cast<size_t>(i) * HIDDEN,
+                                  static_cast<size_t>(INNER) * HIDDEN, shared.input, 0);
       const float gate = sums[0][0];
       if (!lane()) scratch.activation()[i] = bounded_half(__fdividef(gate, 1.f + __expf(-gate)) * sums[1][0]);
     });
@@ -198,7 +222,7 @@ struct Drafter {
     each(HIDDEN, [&](int d) {
       const float residual = load_result(scratch.after_attention() + d);
       float sums[1][1];
-      multiply_rows<1, 1>(sums, pass.down + static_cast<size_t>(d) * INNER, 0, shared.input, 0, INNER);
+      multiply_rows<1, 1, INNER>(sums, pass.down + static_cast<size_t>(d) * INNER, 0, shared.input, 0);
       if (!lane()) scratch.state(0)[d] = residual + sums[0][0];
     });
   }
@@ -211,6 +235,7 @@ struct Drafter {
     normed.finish(shared, 0, 0, pass.norm_epsilon);
     Highest highest;
     Race race;
+    const RowRace& by = of.race[(of.verifying_row < 0 ? 0 : rows - 1) + step];
     each(divided_up(pass.draft_tokens, AT_ONCE), [&](int i) {
       // the last few are taken again where there are not as many more
       const int first = max(0, min(i * AT_ONCE, pass.draft_tokens - AT_ONCE));
@@ -218,57 +243,43 @@ struct Drafter {
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) tokens[k] = pass.tokens[first + k];
       float sums[AT_ONCE][1];
-      multiply_rows<1, AT_ONCE>(sums, pass.head + static_cast<size_t>(first) * HIDDEN, HIDDEN, shared.input, 0, HIDDEN);
+      multiply_rows<1, AT_ONCE, HIDDEN>(sums, pass.head + static_cast<size_t>(first) * HIDDEN, HIDDEN, shared.input, 0);
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         if (first + k < i * AT_ONCE) continue;
         highest.note(sums[k][0], tokens[k]);
-        if (of.sampled) race.note(sums[k][0], tokens[k], of.race[step]);
+        if (of.sampled) race.note(sums[k][0], tokens[k], by);
       }
     });
     const int warp = threadIdx.x >> 5, lane = this->lane();
     if (!lane) shared.bests[0][warp] = highest.words(), shared.bests[1][warp] = race.words();
     __syncthreads();
-    if (warp < 2 && lane < DRAFT_WARPS) {
-      const unsigned mask = (1u << DRAFT_WARPS) - 1;
-      const int4 words = warp ? merged<Race>(shared.bests[1][lane], mask, DRAFT_WARPS)
-                              : merged<Highest>(shared.bests[0][lane], mask, DRAFT_WARPS);
-      if (!lane) __stcg(scratch.best(warp, block), words);
-    }
+    if (!warp) __stcg(scratch.best(0, block), best_of_warps<Highest>(0).words());
+    if (warp == 1) __stcg(scratch.best(1, block), best_of_warps<Race>(1).words());
   }
-  // The best of `lanes` lanes.
   template <class Best>
-  __device__ __forceinline__ static int4 merged(int4 words, unsigned mask, int lanes) {
-    Best best = Best::of(words);
-#pragma unroll 1
-    for (int distance = 1; distance < lanes; distance *= 2) {
-      const int4 v = best.words();
-      best.merge(Best::of(make_int4(__shfl_xor_sync(mask, v.x, distance), __shfl_xor_sync(mask, v.y, distance),
-                                    __shfl_xor_sync(mask, v.z, distance), __shfl_xor_sync(mask, v.w, distance))));
-    }
-    return best.words();
+  __device__ __forceinline__ Best best_of_warps(int kind) const {
+    Best best[1];
+    if (lane() < DRAFT_WARPS) best[0] = Best::of(shared.bests[kind][lane()]);
+    return best_of_lanes(best);
   }
-  // All are asked for at once. (One after another: some 10 us more for eight tokens of SmolLM2's drafter.)
+  // What each warp finds of 32 blocks, for best_of_warps.
   template <class Best>
-  __device__ __forceinline__ Best best_of_blocks(int kind) const {
-    constexpr int OF_LANE = divided_up(MAX_BLOCKS, 32);
-    int4 words[OF_LANE];
-    const int lane = this->lane();
-#pragma unroll
-    for (int k = 0; k < OF_LANE; k++)
-      if (lane + k * 32 < pass.blocks) words[k] = __ldcg(scratch.best(kind, lane + k * 32));
-    Best best;
-#pragma unroll
-    for (int k = 0; k < OF_LANE; k++)
-      if (lane + k * 32 < pass.blocks) best.merge(Best::of(words[k]));
-    __syncwarp();
-    return Best::of(merged<Best>(best.words(), ~0u, 32));
+  __device__ __forceinline__ void find_best_of_blocks(int kind) const {
+    Best best[1];
+    if (threadIdx.x < pass.blocks) best[0] = Best::of(__ldcg(scratch.best(kind, threadIdx.x)));
+    const Best of_warp = best_of_lanes(best);
+    if (!lane()) shared.bests[kind][threadIdx.x >> 5] = of_warp.words();
   }
+  static_assert(MAX_BLOCKS <= DRAFT_THREADS, "a thread for each block");
 
   // Notes the token that all blocks find to be the best. Whether it is to be followed by another one.
   __device__ __forceinline__ bool goes_on() {
-    const Highest highest = best_of_blocks<Highest>(0);
-    const Race race = of.sampled ? best_of_blocks<Race>(1) : Race{};
+    find_best_of_blocks<Highest>(0);
+    if (of.sampled) find_best_of_blocks<Race>(1);
+    __syncthreads();
+    const Highest highest = best_of_warps<Highest>(0);
+    const Race race = of.sampled ? best_of_warps<Race>(1) : Race{};
     const float logit = of.sampled ? race.logit : highest.logit;
     token = static_cast<int>(of.sampled ? race.token : highest.token);
     const float probability = __expf(logit - highest.logit) / highest.sum;

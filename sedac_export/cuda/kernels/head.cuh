@@ -90,7 +90,11 @@ struct Head {
     const Race race = sampled ? best_of_blocks<Race>(row, 1) : Race{};
     __syncwarp();
     if (lane) return;
-    if (writes) write_outcome(shared.step * pass.rows + row, highest, race, sampled);
+    if (writes) {
+      const int at = shared.step * pass.rows + row;
+      write_outcome(at, highest, race, sampled);
+      pass.chosen[at] = !highest.finite ? -1 : static_cast<int>(sampled ? race.token : highest.token);
+    }
     if (shared.step + 1 < pass.steps) go_on(row, highest, sampled ? race.token : highest.token);
   }
 

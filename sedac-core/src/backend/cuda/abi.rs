@@ -9,7 +9,7 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 11;
+pub(super) const ABI: u32 = 12;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -236,6 +236,8 @@ pub(super) struct PassParameters {
     pub(super) feature_states: u64,
     /// Layers after which they are taken; one more is padding.
     pub(super) feature_depths: [i32; 4],
+    /// int32 [step, row], the tokens chosen; -1 where a logit is not finite.
+    pub(super) chosen: u64,
 }
 
 /// Where a sequence of a pass stopped.
@@ -318,7 +320,7 @@ const _: () = {
     assert!(size_of::<PassRow>() == 16);
     assert!(size_of::<SequenceRows>() == 32);
     assert!(size_of::<RowRace>() == 16);
-    assert!(size_of::<PassParameters>() == 752);
+    assert!(size_of::<PassParameters>() == 760);
     assert!(size_of::<PassOutcome>() == 656);
     assert!(MAX_AHEAD == MAX_ROWS);
     assert!(size_of::<Condition>() == 32);

@@ -260,5 +260,12 @@ mod tests {
         assert_eq!(groups(&rows, 2), [2, 10, 13, 14]);
         assert_eq!((single_rows(&rows[..2]), single_rows(&rows[2..])), (2, 0));
         assert!(groups(&rows[..2], 2).is_empty());
+        // attention divides keys anew at 2048
+        let later = |position| BatchRow {
+            position: position + 2044,
+            ..rows[2]
+        };
+        let rows: Vec<_> = (0..10).map(later).collect();
+        assert_eq!(groups(&rows, 0), [0, 4]);
     }
 }

@@ -30,6 +30,7 @@ impl<D: ChainDevice> CudaChain<D> {
             first_logits_rows.push(plan.logits_rows.len());
             self.place_in_batch(&lanes[*lane], piece, &steps[*lane], &mut plan)?;
         }
+        self.forget_drafts()?;
         let before = Instant::now();
         let outcome = self.device.run_batch(&plan)?;
         self.note_batch(&plan, &outcome, before.elapsed());

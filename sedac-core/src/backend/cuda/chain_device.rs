@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::abi::{MAX_ROWS, PassOutcome, PassRow, RowRace, SequenceRows};
 use super::batch_abi::{BATCH_LOGITS_ROWS, BatchOutcome, BatchRow, RowRule};
-use super::draft_abi::DRAFT_SEQUENCES;
+use super::draft_abi::{DRAFT_RACES, DRAFT_SEQUENCES};
 use crate::backend::{Ahead, DraftedToken};
 use crate::error::Result;
 use crate::policy::Condition;
@@ -14,6 +14,9 @@ pub const MAX_CRITERIA: usize = 4;
 
 /// Sequences that a trained drafter drafts for at once.
 pub const MAX_DRAFTS: usize = DRAFT_SEQUENCES;
+
+/// Tokens of a draft that may be sampled, some of which may be accepted before it begins.
+pub const MAX_RACES: usize = DRAFT_RACES;
 
 /// Tables of exit rules that a device holds: those of the rows of a batch, and as many that were used
 /// before and may come again.
@@ -35,6 +38,9 @@ pub struct PassPlan {
     /// How far the pass goes on by itself: then every sequence has one row, of a token, with logits
     /// and without a rule, and there is room for as many rows as all steps have.
     pub ahead: Ahead,
+    /// What the trained drafter drafts when it has ended, of different slots: rows with logits of the
+    /// pass, which has one step, verify the tokens.
+    pub drafts: Vec<DraftPlan>,
 }
 
 /// Tokens of any sequences, each through all layers: also where it exits, since others go on.
@@ -63,20 +69,43 @@ pub struct BatchLimits {
 }
 
 /// What a trained drafter is to do for a sequence.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct DraftPlan {
     /// The slot of the sequence.
     pub slot: usize,
     /// The first position that it takes in. Passes or batches have run it and those after it, in all
     /// layers.
     pub start: usize,
-    /// The token after each position, one or more, at most [`ChainDevice::draft_rows`].
+    /// The token after each position; where a pass verifies them, after each but the last. It takes in
+    /// one position or more, at most [`ChainDevice::draft_rows`].
     pub tokens: Vec<u32>,
+    /// The row of the first position, where the pass before verifies the tokens: then it takes in
+    /// positions up to the first at which another token was chosen, and drafts after that token.
+    pub verifying_row: Option<usize>,
     /// How far it drafts after the last of them, see [`DraftEngine`](crate::backend::DraftEngine);
     /// None where it only takes positions in.
     pub ahead: Option<Ahead>,
-    /// By what the tokens are sampled, in their order; None where the most probable ones are drafted.
-    pub races: Option<[RowRace; MAX_ROWS]>,
+    /// By what the tokens are sampled, in their order, after one for each position less one that was
+    /// accepted; None where the most probable ones are drafted.
+    pub races: Option<[RowRace; MAX_RACES]>,
+}
+
+impl DraftPlan {
+    /// The most positions that it takes in.
+    pub fn positions(&self) -> usize {
+        self.tokens.len() + usize::from(self.verifying_row.is_some())
+    }
+}
+
+/// What came of a draft that followed a pass.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct FollowingDraft {
+    /// Positions that it took in.
+    pub positions: usize,
+    /// The token after the last of these.
+    pub followed: u32,
+    /// What it drafted.
+    pub drafted: Vec<DraftedToken>,
 }
 
 /// A device that runs whole passes: weights, caches and saved hidden states of every slot.
@@ -103,7 +132,7 @@ pub trait ChainDevice: Send {
     /// number `table`, below [`MAX_TABLES`]. Returns its address.
     fn write_conditions(&mut self, table: usize, conditions: &[Condition]) -> Result<u64>;
 
-    /// Run a pass, and wait until it has ended.
+    /// Run a pass, and wait until it has ended. Its [drafts](PassPlan::drafts) begin then.
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome>;
 
     /// The most rows that a batch may have, and of those that may want logits.
@@ -128,6 +157,11 @@ pub trait ChainDevice: Send {
     /// wait until it has ended. Returns the tokens that it drafted for each.
     fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
         Ok(vec![Vec::new(); plans.len()])
+    }
+
+    /// Wait until the drafts of the last pass have ended. Returns what came of each.
+    fn following_drafts(&mut self) -> Result<Vec<FollowingDraft>> {
+        Ok(Vec::new())
     }
 
     /// The logits of `rows` of the last pass, whose bits are set in its

@@ -6,6 +6,9 @@ use crate::backend::{DraftedToken, MARGIN_BINS, MAX_AHEAD};
 /// Sequences that it drafts for in one launch.
 pub(super) const DRAFT_SEQUENCES: usize = 8;
 
+/// Races of its tokens, also of those that are drafted after some were accepted.
+pub(super) const DRAFT_RACES: usize = 2 * MAX_ROWS;
+
 /// What it takes in of a sequence, and how far it drafts after that.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -19,12 +22,13 @@ pub(super) struct DraftSequence {
     pub(super) steps: i32,
     /// Whether they are sampled.
     pub(super) sampled: i32,
-    /// Padding.
-    pub(super) unused: i32,
+    /// -1, or the row of the first position in the pass before, which verifies `token`: then it takes
+    /// in positions up to the first at which another token was chosen.
+    pub(super) verifying_row: i32,
     /// The token after each position.
     pub(super) token: [i32; MAX_ROWS],
-    /// By drafted token.
-    pub(super) race: [RowRace; MAX_ROWS],
+    /// By drafted token, after the number of positions less one that were accepted.
+    pub(super) race: [RowRace; DRAFT_RACES],
     /// See [`Ahead`](crate::backend::Ahead).
     pub(super) min_accepted: [f32; MAX_AHEAD],
     pub(super) acceptance: [f32; MARGIN_BINS],
@@ -60,6 +64,8 @@ pub(super) struct DraftParameters {
     pub(super) keys: u64,
     pub(super) values: u64,
     pub(super) scratch: u64,
+    /// As [`PassParameters::chosen`](super::abi::PassParameters::chosen).
+    pub(super) chosen: u64,
     /// Pinned memory of the host, by sequence.
     pub(super) outcome: u64,
     pub(super) capacity: i32,
@@ -78,6 +84,10 @@ pub(super) struct DraftParameters {
 pub(super) struct DraftOutcome {
     /// How many were drafted.
     pub(super) tokens: i32,
+    /// Positions that were taken in.
+    pub(super) rows: i32,
+    /// The token after the last of these.
+    pub(super) followed: i32,
     pub(super) token: [i32; MAX_ROWS],
     /// That the drafter gives each.
     pub(super) probability: [f32; MAX_ROWS],
@@ -98,7 +108,7 @@ impl DraftOutcome {
 }
 
 const _: () = {
-    assert!(size_of::<DraftSequence>() == 248);
-    assert!(size_of::<DraftParameters>() == 2176);
-    assert!(size_of::<DraftOutcome>() == 68);
+    assert!(size_of::<DraftSequence>() == 376);
+    assert!(size_of::<DraftParameters>() == 3208);
+    assert!(size_of::<DraftOutcome>() == 76);
 };

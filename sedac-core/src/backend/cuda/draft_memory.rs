@@ -8,7 +8,7 @@ use cudarc::driver::{
 };
 
 use super::abi::{MAX_ROWS, PassParameters, RowRace};
-use super::chain_device::{DraftPlan, MAX_DRAFTS};
+use super::chain_device::{DraftPlan, FollowingDraft, MAX_DRAFTS, MAX_RACES};
 use super::compiled_chain::CompiledChain;
 use super::draft_abi::{DraftOutcome, DraftParameters, DraftSequence};
 use super::drafter_weights::DrafterWeights;
@@ -160,6 +160,7 @@ impl DraftMemory {
             tokens: tokens.device_ptr(stream).0,
             embed: chain_parameters.embed,
             scratch,
+            chosen: chain_parameters.chosen,
             // the device has the host's address for it, as for all memory that the driver pins
             outcome: outcome.as_ptr().map_err(failed("pinned memory"))? as u64,
             capacity: sizes.capacity as i32,
@@ -197,7 +198,7 @@ impl DraftMemory {
         }
     }
 
-    /// Have `slots` slots, of which none holds anything.
+    /// Have `slots` slots, of which none holds anything; no launch may be under way.
     pub(super) fn reserve(
         &mut self,
         stream: &Arc<CudaStream>,
@@ -243,6 +244,47 @@ impl DraftMemory {
         chain: &CompiledChain,
         plans: &[DraftPlan],
     ) -> Result<Vec<Vec<DraftedToken>>> {
+        let launched = self.launch(stream, chain, plans);
+        let outcomes = self.wait(stream, plans.len())?;
+        launched?;
+        let drafted = plans.iter().zip(outcomes);
+        let drafted = drafted.map(|(plan, outcome)| match plan.ahead {
+            Some(_) => outcome.drafted(),
+            None => Vec::new(),
+        });
+        Ok(drafted.collect())
+    }
+
+    /// Wait for a launch of so many plans, each of which followed a pass.
+    pub(super) fn following(
+        &self,
+        stream: &Arc<CudaStream>,
+        plans: usize,
+    ) -> Result<Vec<FollowingDraft>> {
+        let outcomes = self.wait(stream, plans)?.iter();
+        let following = outcomes.map(|outcome| FollowingDraft {
+            positions: outcome.rows as usize,
+            followed: outcome.followed as u32,
+            drafted: outcome.drafted(),
+        });
+        Ok(following.collect())
+    }
+
+    /// Wait until all launches have ended, the last of which was of `plans` plans.
+    fn wait(&self, stream: &Arc<CudaStream>, plans: usize) -> Result<&[DraftOutcome]> {
+        stream.synchronize().map_err(failed("a draft"))?;
+        let outcomes = self.outcome.as_slice().map_err(failed("a draft"))?;
+        Ok(&outcomes[..plans])
+    }
+
+    /// Do what `plans` say, once all that was launched before has ended. Nothing that it uses may be
+    /// freed before it has.
+    pub(super) fn launch(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        chain: &CompiledChain,
+        plans: &[DraftPlan],
+    ) -> Result<()> {
         assert!(
             (1..=MAX_DRAFTS).contains(&plans.len()),
             "drafts of a launch"
@@ -263,18 +305,11 @@ impl DraftMemory {
         launch.arg(&self.parameters);
         // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
         // points to is allocated for the sizes of the bundle's manifest and facts, and `check` has
-        // made sure that slots, positions and tokens are inside. `self` is borrowed until the kernel
-        // has ended, which is waited for whatever the driver says here.
+        // made sure that slots, positions and tokens are inside; tokens that a pass chooses are of its
+        // vocabulary, or end the launch. The driver waits for the stream before any of that memory
+        // goes back, and the outcomes are read only when the kernel has ended.
         let launched = unsafe { launch.launch_cooperative(config) };
-        let waited = stream.synchronize();
-        launched.map(drop).and(waited).map_err(failed("a draft"))?;
-        let outcomes = self.outcome.as_slice().map_err(failed("a draft"))?;
-        let drafted = plans.iter().zip(outcomes);
-        let drafted = drafted.map(|(plan, outcome)| match plan.ahead {
-            Some(_) => outcome.drafted(),
-            None => Vec::new(),
-        });
-        Ok(drafted.collect())
+        launched.map(drop).map_err(failed("a draft"))
     }
 
     /// Check that a launch stays inside of what was allocated.
@@ -282,7 +317,8 @@ impl DraftMemory {
     /// # Panics
     /// When it does not.
     fn check(&self, chain: &CompiledChain, plan: &DraftPlan) {
-        let rows = plan.tokens.len();
+        let rows = plan.positions();
+        assert!(plan.verifying_row.is_none_or(|row| row + rows <= MAX_ROWS));
         assert!((1..=chain.facts.draft_rows as usize).contains(&rows));
         let steps = plan.ahead.map_or(0, |ahead: Ahead| ahead.tokens);
         assert!(steps <= MAX_ROWS && plan.slot < self.sizes.slots);
@@ -302,12 +338,12 @@ fn sequence(plan: &DraftPlan) -> DraftSequence {
     DraftSequence {
         slot: plan.slot as i32,
         start: plan.start as i32,
-        rows: plan.tokens.len() as i32,
+        rows: plan.positions() as i32,
         steps: plan.ahead.map_or(0, |ahead| ahead.tokens as i32),
         sampled: plan.races.is_some().into(),
-        unused: 0,
+        verifying_row: plan.verifying_row.map_or(-1, |row| row as i32),
         token,
-        race: plan.races.unwrap_or([RowRace::default(); MAX_ROWS]),
+        race: plan.races.unwrap_or([RowRace::default(); MAX_RACES]),
         min_accepted: ahead.min_accepted,
         acceptance: ahead.acceptance,
     }

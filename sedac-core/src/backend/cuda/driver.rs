@@ -4,15 +4,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
-    ValidAsZeroBits,
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
+    PushKernelArg, ValidAsZeroBits,
 };
 
 use super::CudaChain;
 use super::abi::{LayerPointers, MAX_ROWS, PassOutcome, PassParameters};
 use super::batch_abi::{BATCH_LOGITS_ROWS, BATCH_ROWS, BatchOutcome};
 use super::batch_memory::BatchMemory;
-use super::chain_device::{BatchLimits, BatchPlan, ChainDevice, DraftPlan, PassPlan};
+use super::chain_device::{
+    BatchLimits, BatchPlan, ChainDevice, DraftPlan, FollowingDraft, PassPlan,
+};
 use super::compiled_chain::CompiledChain;
 use super::draft_memory::{DraftMemory, device_bytes};
 use super::drafter_weights::DrafterWeights;
@@ -20,6 +22,7 @@ use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
 use super::memory::{pinned, zeros};
 use super::packed_weights::{PackedWeights, WeightAddresses};
+use super::pass_check;
 use super::rule_memory::RuleMemory;
 use super::slot_memory::{SlotMemory, SlotSizes};
 use crate::backend::DraftedToken;
@@ -28,8 +31,9 @@ use crate::bundle::{Bundle, ChainKernels};
 use crate::error::{Error, Result};
 use crate::policy::Condition;
 
-/// Bytes of a number outside of caches.
+/// Bytes of a number outside of caches, and of a token.
 const FLOAT: u64 = size_of::<f32>() as u64;
+const TOKEN: u64 = size_of::<i32>() as u64;
 
 // SAFETY: it is repr(C) of integers and floats, and lies in the parameter as the kernel's struct does,
 // whose size was compared.
@@ -63,6 +67,9 @@ pub struct CudaDriver {
     exits: ExitMemory,
     batches: BatchMemory,
     drafter: Option<DraftMemory>,
+    /// The end of a pass that drafts follow, and how many did the last one.
+    pass_ended: CudaEvent,
+    following: usize,
 }
 
 impl CudaChain<CudaDriver> {
@@ -205,6 +212,7 @@ impl CudaDriver {
             scratch: allocate(sizes.scratch)?,
             next_scratch: allocate(sizes.scratch)?,
             tables: allocate(sizes.tables)?,
+            chosen: allocate(MAX_ROWS as u64 * TOKEN)?,
             capacity: sizes.slots.capacity as i32,
             blocks: chain.blocks as i32,
             // scratch that nothing wrote to holds 0
@@ -229,6 +237,11 @@ impl CudaDriver {
             exits,
             batches: BatchMemory::allocate(&stream, &chain)?,
             drafter: None,
+            pass_ended: stream
+                .context()
+                .new_event(None)
+                .map_err(failed("an event"))?,
+            following: 0,
             stream,
             chain,
             parameters,
@@ -255,6 +268,19 @@ impl CudaDriver {
             .map_err(failed("the kernel prepare"))
     }
 
+    /// Let the drafts begin that follow the pass which was launched last, and note where that ends.
+    fn begin_drafts(&mut self, plans: &[DraftPlan]) -> Result<()> {
+        if plans.is_empty() {
+            return Ok(());
+        }
+        let ended = self.pass_ended.record(&self.stream);
+        ended.map_err(failed("the end of a pass"))?;
+        let drafter = self.drafter.as_mut().expect("a drafter was loaded");
+        drafter.launch(&self.stream, &self.chain, plans)?;
+        self.following = plans.len();
+        Ok(())
+    }
+
     /// Whether there may be a rule at that address, of so many criteria.
     fn holds_rule(&self, (address, criteria): (u64, i32)) -> bool {
         self.rules.holds(&self.stream, address, criteria)
@@ -272,57 +298,6 @@ impl CudaDriver {
         let waited = self.stream.synchronize();
         copied.and(waited).map_err(failed("a copy from the GPU"))?;
         Ok(read)
-    }
-
-    /// Check that a pass stays inside of what was allocated.
-    ///
-    /// # Panics
-    /// When it does not.
-    fn check(&self, pass: &PassPlan) {
-        let below =
-            |value: i32, limit: usize| usize::try_from(value).is_ok_and(|value| value < limit);
-        assert!((1..=MAX_ROWS).contains(&pass.rows.len()), "rows of a pass");
-        let sequences = pass.sequences.len();
-        assert!(sequences <= pass.rows.len(), "sequences of a pass");
-        for row in &pass.rows {
-            assert!(row.token < 0 || below(row.token, self.sizes.vocabulary));
-            assert!(
-                below(row.position, self.slots.sizes.capacity) && below(row.sequence, sequences)
-            );
-            assert!(below(row.first_layer, self.slots.sizes.layers));
-        }
-        self.check_steps(pass);
-        let mut next = 0;
-        for sequence in &pass.sequences {
-            assert!(below(sequence.slot, self.slots.sizes.slots) && sequence.first_row == next);
-            assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
-            assert!(below(sequence.max_depth - 1, self.slots.sizes.layers));
-            let rule = (sequence.conditions, sequence.criteria);
-            assert!(sequence.criteria == 0 || self.holds_rule(rule));
-            next += sequence.rows;
-        }
-        assert_eq!(
-            next as usize,
-            pass.rows.len(),
-            "each row is of one sequence"
-        );
-    }
-
-    /// Check that further steps of a pass stay inside, and that the kernel can run them.
-    ///
-    /// # Panics
-    /// When they do not.
-    fn check_steps(&self, pass: &PassPlan) {
-        let (steps, rows) = (pass.ahead.tokens, pass.rows.len());
-        assert!(steps > 0 && steps * rows <= MAX_ROWS, "steps of a pass");
-        let alone = pass.sequences.len() == rows && pass.logits_rows == (1 << rows) - 1;
-        let ruled = pass.sequences.iter().any(|sequence| sequence.criteria > 0);
-        assert!(steps == 1 || (alone && !ruled), "rows that go on");
-        for row in &pass.rows {
-            let last = row.position as usize + steps - 1;
-            assert!(steps == 1 || (row.token >= 0 && row.first_layer == 0));
-            assert!(last < self.slots.sizes.capacity, "positions of a pass");
-        }
     }
 }
 
@@ -360,7 +335,9 @@ impl ChainDevice for CudaDriver {
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
-        self.check(pass);
+        let holds_rule = |rule| self.holds_rule(rule);
+        pass_check::check(pass, &self.slots.sizes, self.sizes.vocabulary, holds_rule);
+        self.following = 0;
         let parameters = &mut self.parameters;
         parameters.rows = pass.rows.len() as i32;
         parameters.sequences = pass.sequences.len() as i32;
@@ -378,14 +355,22 @@ impl ChainDevice for CudaDriver {
         launch.arg(&self.parameters);
         // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
         // points to is allocated for the sizes that the bundle's manifest and facts give, and
-        // `check` has made sure that every row, slot and table is inside. `self` is borrowed until
+        // `pass_check` has made sure that every row, slot and table is inside. `self` is borrowed until
         // the kernel has ended, which is waited for whatever the driver says here. The kernel
         // itself is the bundle's, as plans are: its digest was checked, and whoever built it
         // answers for what it does.
         let launched = unsafe { launch.launch_cooperative(config) };
-        let waited = self.stream.synchronize();
+        let drafting = match launched {
+            Ok(_) => self.begin_drafts(&pass.drafts),
+            Err(_) => Ok(()),
+        };
+        let waited = match self.following {
+            0 => self.stream.synchronize(),
+            _ => self.pass_ended.synchronize(),
+        };
         let launched = launched.map(drop).and(waited);
         launched.map_err(failed("a pass of the chain"))?;
+        drafting?;
         self.last_rows = pass.rows.len();
         let parameters = &mut self.parameters;
         parameters.number = parameters.number.wrapping_add(pass.ahead.tokens as u32);
@@ -429,6 +414,13 @@ impl ChainDevice for CudaDriver {
         drafter.run(&self.stream, &self.chain, plans)
     }
 
+    fn following_drafts(&mut self) -> Result<Vec<FollowingDraft>> {
+        match &self.drafter {
+            Some(drafter) => drafter.following(&self.stream, std::mem::take(&mut self.following)),
+            None => Ok(Vec::new()),
+        }
+    }
+
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
         let width = self.sizes.vocabulary;
         let mut logits = Vec::with_capacity(rows.len() * width);
@@ -446,6 +438,9 @@ impl ChainDevice for CudaDriver {
         };
         let mut layers = self.layer_pointers.clone();
         let slots = SlotMemory::allocate(&self.stream, sizes, &mut layers)?;
+        // drafts that nobody asked for may be under way
+        let waited = self.stream.synchronize();
+        waited.map_err(failed("memory for sequences"))?;
         if let Some(drafter) = &mut self.drafter {
             drafter.reserve(&self.stream, sizes.slots, &mut self.parameters)?;
         }

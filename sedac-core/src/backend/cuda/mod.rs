@@ -22,6 +22,7 @@ mod lane;
 mod memory;
 mod outcomes;
 mod packed_weights;
+mod pass_check;
 mod pass_costs;
 mod rule_memory;
 mod rule_tables;
@@ -34,7 +35,8 @@ pub use self::abi::{
 };
 pub use self::batch_abi::{BatchOutcome, BatchRow, RowExit, RowRule};
 pub use self::chain_device::{
-    BatchLimits, BatchPlan, ChainDevice, DraftPlan, MAX_CRITERIA, MAX_DRAFTS, MAX_TABLES, PassPlan,
+    BatchLimits, BatchPlan, ChainDevice, DraftPlan, FollowingDraft, MAX_CRITERIA, MAX_DRAFTS,
+    MAX_RACES, MAX_TABLES, PassPlan,
 };
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
@@ -66,6 +68,8 @@ pub struct CudaChain<D> {
     tables: RuleTables,
     /// The device's clock at the first pass.
     epoch: Option<u64>,
+    /// What drafts after the last pass.
+    following: Vec<DraftPlan>,
 }
 
 /// A piece in a pass.
@@ -108,6 +112,7 @@ impl<D: ChainDevice> CudaChain<D> {
             costs: Costs::of_passes(MAX_ROWS, device.batch_limits().logits_rows.max(MAX_ROWS)),
             tables: RuleTables::default(),
             epoch: None,
+            following: Vec::new(),
             device,
         }
     }
@@ -142,8 +147,11 @@ impl<D: ChainDevice> CudaChain<D> {
         for placed in &placed {
             place_races(placed, &lanes[placed.lane], &steps[placed.lane], &mut pass);
         }
+        pass.drafts = self.next_drafts(&placed, lanes, steps);
+        self.forget_drafts()?;
         let before = Instant::now();
         let outcome = self.device.run(&pass)?;
+        self.following.clone_from(&pass.drafts);
         let cost = PassCost::new(&pass, &outcome, before.elapsed());
         let epoch = *self.epoch.get_or_insert(outcome.started);
         for (

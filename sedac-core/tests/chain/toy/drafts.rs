@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use sedac_core::Result;
+use sedac_core::backend::cuda::{DraftPlan, PassOutcome, PassPlan};
 use sedac_core::backend::{
     DraftEngine, DraftRequest, DraftedToken, Engines, PositionLogits, margin_bin,
 };
@@ -53,6 +54,37 @@ impl Toy {
     fn probability(&self, token: u32) -> f32 {
         probability(&self.draft_logits, token)
     }
+}
+
+/// `plan`, which follows `pass`, told what came of that; None where a logit is not finite.
+pub(super) fn told(plan: &DraftPlan, pass: &PassPlan, outcome: &PassOutcome) -> Option<DraftPlan> {
+    let first = plan.verifying_row.unwrap();
+    let rows = &pass.rows[first..first + plan.positions()];
+    assert_eq!(rows[0].position as usize, plan.start);
+    assert!(rows.iter().all(|row| row.sequence == rows[0].sequence));
+    let drafted = rows[1..].iter().map(|row| row.token as u32);
+    assert!(drafted.eq(plan.tokens.iter().copied()));
+    let chosen = (first..first + rows.len()).map(|row| {
+        assert!(pass.logits_rows >> row & 1 == 1);
+        match pass.sampled_rows >> row & 1 {
+            1 => outcome.race[row].token,
+            _ => outcome.row[row].token,
+        }
+    });
+    let chosen: Vec<u32> = chosen.collect();
+    let both = plan.tokens.iter().zip(&chosen);
+    let accepted = both.take_while(|(token, chosen)| token == chosen).count();
+    let mut taken_in = first..=first + accepted;
+    let is_finite = taken_in.all(|row| outcome.row[row].finite == 1);
+    is_finite.then(|| DraftPlan {
+        tokens: chosen[..=accepted].to_vec(),
+        verifying_row: None,
+        races: plan.races.map(|mut races| {
+            races.rotate_left(accepted);
+            races
+        }),
+        ..plan.clone()
+    })
 }
 
 /// The text after a trained drafter, whose cache holds `known`, has taken in `positions` and the

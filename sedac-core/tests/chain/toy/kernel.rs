@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use sedac_core::backend::cuda::{
-    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, MAX_CRITERIA,
-    MAX_DRAFTS, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RowExit, RowOutcome, RowRule,
-    SequenceOutcome, SequenceRows,
+    BatchLimits, BatchOutcome, BatchPlan, BatchRow, ChainDevice, DraftPlan, FollowingDraft,
+    MAX_CRITERIA, MAX_DRAFTS, MAX_ROWS, MAX_TABLES, PassOutcome, PassPlan, PassRow, RowExit,
+    RowOutcome, RowRule, SequenceOutcome, SequenceRows,
 };
 use sedac_core::backend::{DraftedToken, margin_bin};
 use sedac_core::policy::Condition;
@@ -16,7 +16,7 @@ use sedac_core::sampler::argmax;
 use sedac_core::{Error, Result};
 
 use super::choices::{State, margin, race};
-use super::drafts::{draft_logits, probability, taken_in};
+use super::drafts::{draft_logits, probability, taken_in, told};
 use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
 
 /// Rows of batches.
@@ -52,6 +52,10 @@ pub(crate) struct ToyKernel {
     pub(crate) draft_rows: usize,
     /// By slot, the tokens whose states its cache holds.
     drafter_caches: Vec<Vec<u32>>,
+    /// What drafts after the last pass gave, until the host has waited for it.
+    following: Vec<FollowingDraft>,
+    /// The number of drafts that followed passes so far.
+    pub(crate) followed: Arc<AtomicUsize>,
 }
 
 impl ToyKernel {
@@ -85,6 +89,8 @@ impl ToyKernel {
             poison: None,
             draft_rows: 0,
             drafter_caches: vec![Vec::new(); slots],
+            following: Vec::new(),
+            followed: Arc::default(),
         }
     }
 
@@ -293,6 +299,20 @@ impl ToyKernel {
         drafted
     }
 
+    /// Draft what is to follow `pass`.
+    fn follow(&mut self, pass: &PassPlan, outcome: &PassOutcome) {
+        for plan in &pass.drafts {
+            self.followed.fetch_add(1, Ordering::Relaxed);
+            let told = told(plan, pass, outcome);
+            let draft = told.map(|told| FollowingDraft {
+                positions: told.tokens.len(),
+                followed: *told.tokens.last().unwrap(),
+                drafted: self.draft_one(&told),
+            });
+            self.following.push(draft.unwrap_or_default());
+        }
+    }
+
     fn head(&mut self, hidden: Hidden, depth: i32) -> RowOutcome {
         let mut logits = hidden.logits(depth as usize, self.layers, self.agreement);
         if self.poison == Some(hidden.token) {
@@ -366,21 +386,24 @@ impl ChainDevice for ToyKernel {
     }
 
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
+        assert!(self.following.is_empty(), "drafts under way");
         self.passes.push(pass.rows.len());
         self.logits = Vec::new();
         let mut outcome = PassOutcome {
             started: self.clock,
             ..PassOutcome::default()
         };
-        let (mut pass, mut accepted) = (pass.clone(), [1.0; MAX_ROWS]);
+        let (mut of_step, mut accepted) = (pass.clone(), [1.0; MAX_ROWS]);
         for step in 0..pass.ahead.tokens {
-            self.check(&pass);
-            self.run_step(&pass, step, &mut outcome);
+            self.check(&of_step);
+            self.run_step(&of_step, step, &mut outcome);
             self.steps.fetch_add(1, Ordering::Relaxed);
-            if !go_on(&mut pass, step, &outcome, &mut accepted) {
+            if !go_on(&mut of_step, step, &outcome, &mut accepted) {
                 break;
             }
         }
+        assert!(pass.drafts.is_empty() || outcome.steps == 1);
+        self.follow(pass, &outcome);
         Ok(outcome)
     }
 
@@ -390,6 +413,7 @@ impl ChainDevice for ToyKernel {
 
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         check_batch(plan);
+        assert!(self.following.is_empty(), "drafts under way");
         self.batches.lock().unwrap().push(plan.rows.len());
         let mut exits = Vec::new();
         for (index, row) in plan.rows.iter().enumerate() {
@@ -424,11 +448,16 @@ impl ChainDevice for ToyKernel {
         assert!((1..=MAX_DRAFTS).contains(&plans.len()));
         let slots: HashSet<_> = plans.iter().map(|plan| plan.slot).collect();
         assert_eq!(slots.len(), plans.len());
+        assert!(self.following.is_empty(), "drafts under way");
         if self.drafting_fails {
             return Err(Error::Cancelled);
         }
         self.drafts.lock().unwrap().push(plans.len());
         Ok(plans.iter().map(|plan| self.draft_one(plan)).collect())
+    }
+
+    fn following_drafts(&mut self) -> Result<Vec<FollowingDraft>> {
+        Ok(std::mem::take(&mut self.following))
     }
 
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
