@@ -44,6 +44,7 @@ from sedac_export.cuda.chain_abi import (
     BATCH_ROWS,
     DRAFT_SEQUENCES,
     MAX_ROWS,
+    SMALL_BATCH_ROWS,
     BatchPass,
     BatchRow,
     Pass,
@@ -65,6 +66,8 @@ ROUNDS, PASSES, BATCHES, WARM_UP = 5, 50, 10, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
 LONGEST_CAPACITY = 32768
+# a position from which attention divides keys anew
+DIVISION = 2048
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
             del launcher
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
-            result.positions = measure_positions(ChainLauncher(long, compiling.result(), slots=1))
+            launcher = ChainLauncher(long, compiling.result(), slots=1)
+            result.checks.extend(check_division(launcher))
+            result.positions = measure_positions(launcher)
+            del launcher
             torch.cuda.empty_cache()
             longest = dataclasses.replace(case, capacity=LONGEST_CAPACITY)
             launcher = ChainLauncher(longest, compiling.result(), slots=1)
@@ -184,6 +190,40 @@ def measure_positions(launcher: ChainLauncher) -> dict[int, Timing]:
         )
         for position in POSITIONS
     }
+
+
+def check_division(launcher: ChainLauncher) -> Iterator[KernelCheck]:
+    """Logits about a position from which attention divides keys anew: alone, in passes, batched."""
+    half = MAX_ROWS // 2
+    first, before = DIVISION - half, SMALL_BATCH_ROWS
+    tokens = [token % launcher.decoder.shape.vocabulary for token in range(before + MAX_ROWS)]
+
+    def passes(rows: int) -> torch.Tensor:
+        starts = range(0, len(tokens), rows)
+        return torch.cat(
+            [
+                launcher.run([SequenceInput.of_tokens(tokens[at : at + rows], first - before + at)])
+                for at in starts
+            ]
+        )
+
+    history = launcher.fill(0, first - before)
+    with torch.no_grad():
+        wanted = launcher.decoder.compute(history, tokens).logits
+    alone = passes(1)
+    error = relative_error(alone, wanted)
+    yield KernelCheck(f"logits about {DIVISION}", error < TOLERANCE, f"relative error {error:.1e}")
+    launcher.fill(0, first - before)
+    same = torch.equal(passes(half), alone)
+    yield KernelCheck(f"the same in passes up to {DIVISION} and from there on", same)
+    for count in (MAX_ROWS, len(tokens)):
+        launcher.fill(0, first - before)
+        passes(half)
+        # what these have written is written again, or not read
+        rows = [BatchRow(token, first - before + at, 0) for at, token in enumerate(tokens)][-count:]
+        logits = launcher.run_batch(launcher.make_batch(rows, range(count - MAX_ROWS, count)))
+        same = torch.equal(logits, alone[-MAX_ROWS:])
+        yield KernelCheck(f"the same in a batch of {count} about {DIVISION}", same)
 
 
 def check_longest(launcher: ChainLauncher) -> Iterator[KernelCheck]:

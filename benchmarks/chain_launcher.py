@@ -25,6 +25,7 @@ from sedac_export.cuda.chain_abi import (
     RowRace,
     RowRule,
     SequenceRows,
+    divides_anew,
 )
 from sedac_export.cuda.compiler import ARCHITECTURES, NEWEST, CompiledChain, Compiler
 from sedac_export.cuda.loaded_chain import LoadedChain, UnsupportedGpuError
@@ -231,6 +232,8 @@ class ChainLauncher:
         first = 0
         for index, sequence in enumerate(sequences):
             made.sequence[index] = self._sequence_rows(sequence, first)
+            if any(divides_anew(position) for _, position, _ in sequence.rows[1:]):
+                raise ValueError("attention divides keys anew within a sequence's rows")
             for row, (token, position, first_layer) in enumerate(sequence.rows, first):
                 made.row[row] = Row(token, position, index, first_layer)
             first += len(sequence.rows)

@@ -18,6 +18,14 @@ DRAFT_RACES = 2 * MAX_ROWS
 MARGIN_BINS = 8
 
 
+def divides_anew(position: int) -> bool:
+    """Whether attention may divide keys in another way from a position on.
+
+    No pass has rows of a sequence before it and from there on.
+    """
+    return position >= 1024 and position.bit_count() == 1
+
+
 class BatchKernel(IntEnum):
     """How kernels of batches are launched: the index in Facts.batch."""
 
@@ -306,7 +314,8 @@ class BatchPass(Structure):
             self.single_rows += 1
         self.groups = length = 0
         for row in range(self.single_rows, self.rows):
-            length = length + 1 if self._follows(row) and 0 < length < BATCH_GROUP_ROWS else 1
+            joins = self._follows(row) and not divides_anew(self.row[row].position)
+            length = length + 1 if joins and 0 < length < BATCH_GROUP_ROWS else 1
             if length == 1:
                 self.group[self.groups] = row
                 self.groups += 1

@@ -29,12 +29,13 @@ __device__ __forceinline__ ActiveRows active_rows(const Pass& pass, const Shared
   return {first, rows.rows - skipped, mine ? shared.position[first] : 0, rows.slot};
 }
 
-// Keys to a chunk, as a power of two. Partial sums are combined a few at a time, one trip to L2 after another, so
-// chunks first grow, and are more only from 512 keys on.
-__device__ __forceinline__ int chunk_shift(int capacity) {
+// Keys to a chunk of a row at `position`, as a power of two. Partial sums are combined a few at a time, one trip to L2
+// after another, so chunks first grow, and are more only from 512 keys on. Rows of a sequence have the same in a pass:
+// positions at which it changes are powers of two from 1024 on, and there the host begins another one.
+__device__ __forceinline__ int chunk_shift(int position) {
   constexpr int LONG = 9, FEW = 16;
   int shift = KEYS == 64 ? 6 : 7;
-  while (capacity > (shift < LONG ? FEW : MAX_CHUNKS) << shift) shift++;
+  while (position >= (shift < LONG ? FEW : MAX_CHUNKS) << shift) shift++;
   return shift;
 }
 
@@ -62,13 +63,14 @@ struct Attention {
   };
 
   __device__ __forceinline__ void run(unsigned active) {
-    const int blocks = pass.blocks, shift = shared.chunk_shift;
+    const int blocks = pass.blocks;
     int next = blocks - 1 - block_index();  // the block's next item, from the sequence's first on
     bool again = false;
 #pragma unroll 1
     for (int s = 0; s < (N == 1 ? 1 : pass.sequences); s++) {
       const ActiveRows rows = active_rows<N>(pass, shared, s, active);
       if (!rows.count) continue;
+      const int shift = shared.chunk_shift[rows.first];
       const int chunks = ((rows.start + rows.count - 1) >> shift) + 1, pairs = N == 1 ? 1 : (rows.count + 1) / 2,
                 items = KV_HEADS * chunks * pairs;
 #pragma unroll 1

@@ -43,7 +43,7 @@ struct BatchAttention {
     keys = layer.keys + slot, values = layer.values + slot;
     warp.window = layer.window, warp.position = position;
     known = position + 1;
-    seen = warp.window ? max(position - warp.window + 1, 0) : 0, shift = chunk_shift(pass.capacity);
+    seen = warp.window ? max(position - warp.window + 1, 0) : 0, shift = chunk_shift(position);
     first = seen >> shift, end = (position >> shift) + 1;
 #pragma unroll
     for (int k = 0; k < OUTPUTS; k++) largest[k] = -1e30f, total[k] = sum[k] = 0;

@@ -84,7 +84,7 @@ struct Chain {
     for (int t = 0; t < N; t++)
       if (t < rows()) odd |= (pass.row[t].first_layer & 1) << t;
     find_next_stop();
-    if (!tid) shared.chunk_shift = chunk_shift(pass.capacity);
+    if (tid < rows()) shared.chunk_shift[tid] = chunk_shift(pass.row[tid].position);
     if (tid < MAX_ROWS) shared.stability[tid] = __int_as_float(0x7fffffff);
     load_rotary();
     const int cleared = pass.clear_rows * SCRATCH_ROW / 4;

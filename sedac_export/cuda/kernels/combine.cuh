@@ -87,7 +87,7 @@ struct Combine {
     const float* from = scratch + row * SCRATCH_ROW;
     return combined(from + SCRATCH_PARTIAL + head * MAX_CHUNKS * HEAD + item * 4 % HEAD,
                     from + SCRATCH_SOFTMAX + head * MAX_CHUNKS * SECTOR,
-                    (shared.position[row] >> shared.chunk_shift) + 1, row_parity<N>(parities, row));
+                    (shared.position[row] >> shared.chunk_shift[row]) + 1, row_parity<N>(parities, row));
   }
   __device__ __forceinline__ half* output(int row, int item) const {
     return reinterpret_cast<half*>(scratch + row * SCRATCH_ROW + SCRATCH_ATTENTION) + item * 4;

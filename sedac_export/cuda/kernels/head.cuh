@@ -211,7 +211,7 @@ struct Head {
     const float accepted = shared.accepted[row] * pass.acceptance[bin];
     const int position = shared.position[row] + 1;
     shared.accepted[row] = accepted, shared.token[row] = token, shared.position[row] = position;
-    const bool begins = !(position & ((1 << shared.chunk_shift) - 1));
+    const bool begins = !(position & ((1 << shared.chunk_shift[row]) - 1));
     if (highest.finite && accepted >= pass.min_accepted[shared.step] && !begins) atomicOr(&shared.going_on, 1u << row);
   }
 };

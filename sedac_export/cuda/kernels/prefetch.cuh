@@ -51,13 +51,13 @@ struct Prefetch {
     for (int s = 0; s < (N == 1 ? 1 : pass.sequences); s++) {
       const SequenceRows& of = pass.sequence[s];
       const int newest = N == 1 ? 0 : of.first_row + of.rows - 1;
-      const int chunks = (shared.position[newest] >> shared.chunk_shift) + 1;
-      if (item < KV_HEADS * chunks) return cached(shared.layers[layer], of.slot, item / chunks, item % chunks);
+      const int shift = shared.chunk_shift[newest], chunks = (shared.position[newest] >> shift) + 1;
+      if (item < KV_HEADS * chunks) return cached(shared.layers[layer], of.slot, item / chunks, item % chunks, shift);
       item -= KV_HEADS * chunks;
     }
   }
-  __device__ __forceinline__ void cached(const Layer& of, int slot, int kv_head, int chunk) const {
-    const int keys = 1 << shared.chunk_shift, first = chunk * keys;
+  __device__ __forceinline__ void cached(const Layer& of, int slot, int kv_head, int chunk, int shift) const {
+    const int keys = 1 << shift, first = chunk * keys;
     const int lines = min(keys, pass.capacity - first) * HEAD / 64;
     const size_t at = ((static_cast<size_t>(slot) * KV_HEADS + kv_head) * pass.capacity + first) * HEAD;
 #pragma unroll 1

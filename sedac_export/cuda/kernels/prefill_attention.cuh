@@ -45,7 +45,7 @@ struct PrefillAttention {
   __device__ __forceinline__ void run() {
     const int seen = warp.window ? max(start - warp.window + 1, 0) : 0;
     const int first = seen / KEYS, last = (end - 1) / KEYS;  // keys, KEYS at a time
-    const int of_chunk = 1 << chunk_shift(pass.capacity) - (KEYS == 64 ? 6 : 7);
+    const int of_chunk = 1 << chunk_shift(start) - (KEYS == 64 ? 6 : 7);
     Partial partials[CHUNKS_ADDED];
     WarpAttention::Chunk chunk;
     int begun = 0, ended = 0;  // of `partials`

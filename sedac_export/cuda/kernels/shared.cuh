@@ -12,7 +12,7 @@ constexpr int GATE_UP_TILES_OF_BLOCK = divided_up(GATE_UP_TILES, MIN_BLOCKS);
 template <int N>
 struct Shared {
   static constexpr int QUERY_ROWS = 16;  // two tokens of eight heads
-  int chunk_shift;                       // keys to a chunk of attention, as a power of two
+  int chunk_shift[MAX_ROWS];             // by row, keys to a chunk of attention, as a power of two
   int token[N], position[N];             // of the pass's rows, in this step
   int step;                              // of the pass
   unsigned going_on;                     // rows that take another step

@@ -14,6 +14,12 @@ pub(super) const ABI: u32 = 12;
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
 
+/// Whether attention may divide keys in another way from `position` on: no pass has rows of a sequence
+/// before it and from there on.
+pub(super) fn divides_anew(position: usize) -> bool {
+    position >= 1024 && position.is_power_of_two()
+}
+
 /// Facts about a compiled chain: the module's constant `sedac_facts`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

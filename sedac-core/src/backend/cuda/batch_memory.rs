@@ -8,7 +8,7 @@ use cudarc::driver::{
     ValidAsZeroBits,
 };
 
-use super::abi::{PassParameters, RowRace};
+use super::abi::{PassParameters, RowRace, divides_anew};
 use super::batch_abi::{
     ATTENTION, BATCH_GROUP_ROWS, BATCH_LAYER, BATCH_LOGITS_ROWS, BATCH_ROWS, BatchOutcome,
     BatchParameters, BatchRow, HEAD, PREFILL_ATTENTION, RowRule, SMALL_BATCH_ROWS, START, WHOLE,
@@ -203,7 +203,9 @@ fn single_rows(rows: &[BatchRow]) -> usize {
 /// The first row of each group of those from `start` on.
 fn groups(rows: &[BatchRow], start: usize) -> Vec<u8> {
     let mut groups = Vec::new();
-    let of_sequences = rows[start..].chunk_by(|before, row| follows(row, before));
+    let together =
+        |before: &_, row: &_| follows(row, before) && !divides_anew(row.position as usize);
+    let of_sequences = rows[start..].chunk_by(together);
     let mut first = start;
     for of_sequence in of_sequences {
         let end = first + of_sequence.len();

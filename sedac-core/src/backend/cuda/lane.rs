@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::abi::{MAX_ROWS, PassRow};
+use super::abi::{MAX_ROWS, PassRow, divides_anew};
 use crate::backend::{Ahead, EngineTiming, Logits, LogitsRequest, SequenceStep, StepExit};
 use crate::error::Result;
 use crate::kv::{KvFill, KvState};
@@ -126,13 +126,13 @@ impl Lane {
             Some(_) => is_crowded && new == 1,
         };
         if is_divisible && self.limit == layers {
-            self.pieces = split(waiting);
+            self.pieces = undivided(&self.rows, split(waiting));
             self.divisible = waiting..count;
             self.decides = rule.is_some();
             // what decides about a row of a batch belongs to its logits
             self.batches = rule.is_none_or(|in_batches| in_batches && !self.wanted.is_empty());
         } else {
-            self.pieces = pieces(waiting, count, rule.is_some());
+            self.pieces = undivided(&self.rows, pieces(waiting, count, rule.is_some()));
         }
     }
 
@@ -193,7 +193,8 @@ impl Lane {
             if is_awaited || (self.decides && pieces_left) {
                 return None;
             }
-            let rows = self.divisible.len().min(MAX_ROWS);
+            let most = self.divisible.len().min(MAX_ROWS);
+            let rows = first_part(&self.rows[self.divisible.start..][..most]);
             return (1..=room)
                 .contains(&rows)
                 .then(|| self.take_divisible(rows));
@@ -239,6 +240,26 @@ fn waiting(kv: &KvState, end: usize, limit: usize) -> Vec<PassRow> {
     rows.collect()
 }
 
+/// The same of `rows` as `pieces` have, in which attention divides keys in one way each.
+fn undivided(rows: &[PassRow], pieces: VecDeque<Range<usize>>) -> VecDeque<Range<usize>> {
+    let parts = pieces.into_iter().flat_map(|mut rest| {
+        std::iter::from_fn(move || {
+            let start = rest.start;
+            rest.start += first_part(&rows[rest.clone()]);
+            (start < rest.start).then_some(start..rest.start)
+        })
+    });
+    parts.collect()
+}
+
+/// How many of `rows` come before attention divides keys anew.
+fn first_part(rows: &[PassRow]) -> usize {
+    let divides = |row: &PassRow| divides_anew(row.position as usize);
+    let others = rows.iter().skip(1);
+    let same = others.take_while(|row| !divides(row)).count();
+    rows.len().min(1 + same)
+}
+
 /// Split the first `count` rows into passes.
 fn split(count: usize) -> VecDeque<Range<usize>> {
     passes(0..count).collect()
@@ -277,6 +298,30 @@ mod tests {
         assert_eq!(rows(6, 9, false), [8, 1]);
         assert_eq!(rows(9, 9, true), [8, 1]);
         assert_eq!(rows(0, 20, true), [8, 8, 4]);
+    }
+
+    #[test]
+    fn passes_end_where_attention_divides_keys_anew() {
+        let row = |position| PassRow {
+            position,
+            ..PassRow::default()
+        };
+        let parts = |first: i32, counts: &[i32]| -> Vec<usize> {
+            let count: i32 = counts.iter().sum();
+            let rows: Vec<_> = (first..first + count).map(row).collect();
+            let ends = counts.iter().scan(0, |end, &count| {
+                *end += count as usize;
+                Some(*end - count as usize..*end)
+            });
+            let parts = undivided(&rows, ends.collect());
+            assert!(parts.iter().flat_map(Clone::clone).eq(0..rows.len()));
+            parts.into_iter().map(|part| part.len()).collect()
+        };
+        assert_eq!(parts(2040, &[8, 3]), [8, 3]);
+        assert_eq!(parts(2043, &[8, 3]), [5, 3, 3]);
+        assert_eq!(parts(2047, &[1, 2]), [1, 2]);
+        assert_eq!(parts(510, &[8]), [8]);
+        assert!(parts(0, &[]).is_empty());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Whether a pass stays inside of what was allocated, and is one that the kernel can run.
 
-use super::abi::MAX_ROWS;
+use super::abi::{MAX_ROWS, divides_anew};
 use super::chain_device::PassPlan;
 use super::slot_memory::SlotSizes;
 
@@ -22,6 +22,10 @@ pub(super) fn check(
         assert!(row.token < 0 || below(row.token, vocabulary));
         assert!(below(row.position, sizes.capacity) && below(row.sequence, sequences));
         assert!(below(row.first_layer, sizes.layers));
+    }
+    for pair in pass.rows.windows(2) {
+        let is_new = divides_anew(pair[1].position as usize);
+        assert!(!is_new || pair[1].sequence != pair[0].sequence);
     }
     check_steps(pass, sizes.capacity);
     check_drafts(pass);
