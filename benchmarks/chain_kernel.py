@@ -66,8 +66,8 @@ ROUNDS, PASSES, BATCHES, WARM_UP = 5, 50, 10, 5
 COPIES, COPIED_BYTES = 10, 1 << 30
 POSITIONS, LONG_CAPACITY = (500, 4000), 4096
 LONGEST_CAPACITY = 32768
-# a position from which attention divides keys anew
-DIVISION = 2048
+# a position from which attention divides keys anew, of any shape
+DIVISION = 4096
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,11 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
             del launcher
             torch.cuda.empty_cache()
             long = dataclasses.replace(case, capacity=LONG_CAPACITY)
-            launcher = ChainLauncher(long, compiling.result(), slots=1)
-            result.checks.extend(check_division(launcher))
-            result.positions = measure_positions(launcher)
-            del launcher
+            result.positions = measure_positions(ChainLauncher(long, compiling.result(), slots=1))
             torch.cuda.empty_cache()
             longest = dataclasses.replace(case, capacity=LONGEST_CAPACITY)
-            launcher = ChainLauncher(longest, compiling.result(), slots=1)
+            launcher = ChainLauncher(longest, compiling.result(), slots=2)
+            result.checks.extend(check_division(launcher))
             result.checks.extend(check_longest(launcher))
             result.longest = measure_longest(launcher)
     except (UnsupportedGpuError, torch.cuda.OutOfMemoryError) as error:
@@ -207,6 +205,7 @@ def check_division(launcher: ChainLauncher) -> Iterator[KernelCheck]:
             ]
         )
 
+    launcher.fill(1, half)
     history = launcher.fill(0, first - before)
     with torch.no_grad():
         wanted = launcher.decoder.compute(history, tokens).logits
@@ -216,6 +215,12 @@ def check_division(launcher: ChainLauncher) -> Iterator[KernelCheck]:
     launcher.fill(0, first - before)
     same = torch.equal(passes(half), alone)
     yield KernelCheck(f"the same in passes up to {DIVISION} and from there on", same)
+    newest = SequenceInput.of_tokens(tokens[-half:], DIVISION)
+    short = SequenceInput.of_tokens(tokens[:half], half, slot=1)
+    beside = launcher.run([short, newest])
+    same = torch.equal(beside[half:], alone[-half:])
+    same &= torch.equal(beside[:half], launcher.run([short]))
+    yield KernelCheck(f"the same from {DIVISION} on beside a short sequence", same)
     for count in (MAX_ROWS, len(tokens)):
         launcher.fill(0, first - before)
         passes(half)

@@ -4,19 +4,10 @@ use super::{Acceptance, Draft, DraftContext, Drafter, Proposal, TokenCost};
 use crate::backend::{Costs, DraftedToken};
 use crate::error::Result;
 
-/// How probable it must be that the trained drafter drafts again for its next draft to begin before that
-/// is known: one for nothing takes the GPU about three times as long as the host needs.
-const MIN_AGAIN: f64 = 0.75;
-/// Whether it did counts less with every newer time.
-const AGAIN_DECAY: f64 = 0.9;
-
 /// Drafts with the one of its drafters that has the highest expected speedup.
 pub(super) struct Auto {
     drafters: Vec<Box<dyn Drafter>>,
     current: usize,
-    /// How often the trained drafter drafts after it did, and whether it did last.
-    again: f64,
-    has_trained: bool,
 }
 
 impl Auto {
@@ -25,8 +16,6 @@ impl Auto {
         Self {
             drafters,
             current: 0,
-            again: 0.5,
-            has_trained: false,
         }
     }
 }
@@ -34,7 +23,6 @@ impl Auto {
 impl Drafter for Auto {
     fn start(&mut self) {
         self.drafters.iter_mut().for_each(|drafter| drafter.start());
-        self.has_trained = false;
     }
 
     fn expected_speedup(
@@ -60,21 +48,11 @@ impl Drafter for Auto {
         max_tokens: usize,
         context: &mut DraftContext<'_>,
     ) -> Result<Proposal> {
-        let proposal = self.drafters[self.current].propose(history, max_tokens, context)?;
-        let is_trained = matches!(proposal, Proposal::Trained(..));
-        if std::mem::replace(&mut self.has_trained, is_trained) {
-            let again = f64::from(u8::from(is_trained));
-            self.again = AGAIN_DECAY * self.again + (1.0 - AGAIN_DECAY) * again;
-        }
-        Ok(proposal)
+        self.drafters[self.current].propose(history, max_tokens, context)
     }
 
     fn take_drafted(&mut self, drafted: &[DraftedToken], costs: &Costs) -> Draft {
-        let draft = self.drafters[self.current].take_drafted(drafted, costs);
-        Draft {
-            next: draft.next.filter(|_| self.again >= MIN_AGAIN),
-            ..draft
-        }
+        self.drafters[self.current].take_drafted(drafted, costs)
     }
 
     fn observe(&mut self, tokens: &[u32], costs: &Costs) {
