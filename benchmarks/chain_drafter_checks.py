@@ -2,13 +2,15 @@
 
 import ctypes
 from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import torch
 from chain_drafter import RandomDrafter
 from chain_launcher import ChainLauncher, SequenceInput
 from kernel_check import TOKENS, KernelCheck, relative_error
 
-from sedac_export.cuda.chain_abi import MARGIN_BINS, MAX_ROWS, RowRace
+from sedac_export.cuda.chain_abi import MARGIN_BINS, MAX_ROWS, BatchRow, RowRace
 
 # hidden states are kept in bf16
 _ROUNDING = 2**-7
@@ -46,7 +48,7 @@ class DrafterChecks:
             yield self._end_of_draft()
             yield from self._several_sequences()
             yield from self._drafts_after_passes()
-            yield self._nothing_after_nan()
+            yield from self._nothing_after_nan()
         self._launcher.feature_depths = []
 
     def _hidden_states(self) -> Iterator[KernelCheck]:
@@ -128,46 +130,84 @@ class DrafterChecks:
             yield KernelCheck(name, same and error < 1e-4, f"error {error:.1e}")
 
     def _drafts_after_passes(self) -> Iterator[KernelCheck]:
-        """A launch after the pass that verifies, whatever is accepted, is one that is told what."""
-        position, rows = 40, 4
+        """A launch after what verifies, whatever is accepted, is one that is told what."""
+        launcher, position = self._launcher, 40
+        rows = min(4, launcher.chain.facts.draft_rows)
         for slot in range(2):
-            self._launcher.fill(slot, position, seed=slot + 1)
-        chosen = self._greedy(TOKENS[0], position, rows)
-        for accepted in range(rows):
-            for races in ([], _races(rows + _STEPS)):
-                drafted = list(chosen[: rows - 1])
-                if accepted < rows - 1:
-                    drafted[accepted] = (
-                        chosen[accepted] + 1
-                    ) % self._launcher.decoder.shape.vocabulary
-                other = SequenceInput.of_tokens(TOKENS[:2], position, slot=1)
-                verified = SequenceInput.of_tokens([TOKENS[0], *drafted], position)
+            launcher.fill(slot, position, seed=slot + 1)
+        chosen = [self._greedy(TOKENS[0], position, rows, slot) for slot in range(2)]
+        cases = product(range(rows), ([], _races(rows + _STEPS)), ("pass", "batch"))
+        for accepted, races, by in cases:
+            # the other sequence's tokens are all accepted
+            drafted = [list(of[: rows - 1]) for of in chosen]
+            if accepted < rows - 1:
+                drafted[0][accepted] = (chosen[0][accepted] + 1) % launcher.decoder.shape.vocabulary
+            for slot in range(2):
                 # what was drafted for before is taken in again
-                self._drafter.draft(0, self._followed[:position], 1)
-                self._launcher.run([other, verified])
-                wanted = self._drafter.make_following(0, position, drafted, _STEPS, 2, races)
-                ((after, _),) = self._drafter.launch([wanted])
-                taken = self._drafter.taken_in(0)
-                followed = chosen[: accepted + 1]
-                told = self._drafter.make(0, position, followed, _STEPS, races[accepted:][:_STEPS])
-                ((before, _),) = self._drafter.launch([told])
-                right = after == before and taken == (accepted + 1, followed[-1])
-                how = "sampled" if races else "most probable"
-                yield KernelCheck(f"{how} drafts after a pass, {accepted} accepted", right)
+                self._drafter.draft(slot, self._followed[:position], 1)
+            outcome = self._verify(by, [[TOKENS[0], *of] for of in drafted], position, races)
+            following, told = [], []
+            for slot in range(2):
+                own = outcome[slot * rows :][:rows]
+                taken = next((i for i in range(rows - 1) if own[i] != drafted[slot][i]), rows - 1)
+                wanted = slot, position, drafted[slot], _STEPS, slot * rows, races
+                following.append(self._drafter.make_following(*wanted))
+                followed = own[: taken + 1]
+                told.append((slot, position, followed, _STEPS, races[taken:][:_STEPS]))
+            after = self._drafter.launch(following)
+            takes = [self._drafter.taken_in(slot) for slot in range(2)]
+            before = [self._drafter.launch([self._drafter.make(*each)])[0] for each in told]
+            right = [tokens for tokens, _ in after] == [tokens for tokens, _ in before]
+            right &= takes == [(len(each[2]), each[2][-1]) for each in told]
+            right &= bool(races) or takes[0][0] == accepted + 1
+            how = "sampled drafts" if races else "drafts"
+            yield KernelCheck(f"{how} after a {by}, {accepted} accepted", right)
 
-    def _greedy(self, token: int, position: int, count: int) -> list[int]:
-        """The tokens that full depth chooses after `token` in slot 0."""
+    def _verify(
+        self, by: str, tokens: list[list[int]], position: int, races: list[RowRace]
+    ) -> list[int]:
+        """Tokens in slots 0 and 1, in a pass or a batch: what is chosen after each."""
+        launcher, count = self._launcher, len(tokens[0])
+        of_rows = [*races[:count], *races[:count]]
+        if by == "pass":
+            sequences = [
+                SequenceInput.of_tokens(of, position, slot) for slot, of in enumerate(tokens)
+            ]
+            launcher.run(sequences, races=of_rows)
+            outcome: Any = launcher.outcome()
+        else:
+            rows = [
+                BatchRow(token, position + index, slot)
+                for slot, of in enumerate(tokens)
+                for index, token in enumerate(of)
+            ]
+            wanted = launcher.make_batch(rows, range(len(rows)), dict(enumerate(of_rows)))
+            launcher.run_batch(wanted)
+            outcome = launcher.batch_outcome()
+        found = outcome.race if races else outcome.row
+        return [found[row].token for row in range(2 * count)]
+
+    def _greedy(self, token: int, position: int, count: int, slot: int) -> list[int]:
+        """The tokens that full depth chooses after `token`."""
         chosen: list[int] = []
         for _ in range(count):
             tokens = [token, *chosen]
-            self._launcher.run([SequenceInput.of_tokens(tokens, position)])
+            self._launcher.run([SequenceInput.of_tokens(tokens, position, slot)])
             chosen.append(self._launcher.outcome().row[len(tokens) - 1].token)
         return chosen
 
-    def _nothing_after_nan(self) -> KernelCheck:
-        self._launcher.chosen[0] = -1
-        wanted = self._drafter.make_following(0, 40, [1, 2], _STEPS, 0)
-        return KernelCheck("no draft after NaN", self._drafter.launch([wanted]) == [([], [])])
+    def _nothing_after_nan(self) -> Iterator[KernelCheck]:
+        """Logits that are not finite leave no token, and what follows drafts nothing."""
+        position, values = 40, self._launcher.values[0]
+        kept = values[0, :, 0].clone()
+        for by in ("pass", "batch"):
+            values[0, :, 0] = float("nan")
+            self._verify(by, [[1, 2], [1, 2]], position, [])
+            values[0, :, 0] = kept
+            none = self._launcher.chosen[:4].tolist()[:2] == [-1, -1]
+            wanted = self._drafter.make_following(0, position, [2], _STEPS, 0)
+            right = none and self._drafter.launch([wanted]) == [([], [])]
+            yield KernelCheck(f"no draft after NaN in a {by}", right)
 
 
 def _races(count: int = _STEPS) -> list[RowRace]:

@@ -33,6 +33,10 @@ from sedac_export.cuda.weight_blocks import HALF
 
 # passes whose outcomes are kept until the host reads them
 OUTCOMES = 64
+# what passes and batches take
+_SHARED_WITH_BATCHES = (
+    *("layers", "embed", "head", "final_norm", "cos", "sin", "logits", "chosen"),
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class ChainLauncher:
         made.logits_row[: made.logits_rows] = logits_rows
         made.features = len(self.feature_depths)
         made.feature_depths[: made.features] = self.feature_depths
-        for name in ("layers", "embed", "head", "final_norm", "cos", "sin", "logits"):
+        for name in _SHARED_WITH_BATCHES:
             setattr(made, name, self._buffers[name].data_ptr())
         if self.feature_depths:
             made.feature_states = self._buffers["feature_states"].data_ptr()
@@ -277,7 +281,7 @@ class ChainLauncher:
 
     @property
     def chosen(self) -> Tensor:
-        """The tokens that the last pass chose, int32, by step and row; -1 in place of NaN."""
+        """Tokens of the last pass, int32, by step and row, or batch, by logits row; -1 for NaN."""
         return self._buffers["chosen"]
 
     @property
@@ -330,7 +334,7 @@ class ChainLauncher:
             "logits": torch.zeros(BATCH_LOGITS_ROWS, shape.vocabulary, device="cuda"),
             "saved": torch.zeros(slots, self.capacity, facts.saved_floats, device="cuda"),
             "tables": _zeros(facts.table_bytes * self.chain.blocks),
-            "chosen": torch.zeros(MAX_ROWS, dtype=torch.int32, device="cuda"),
+            "chosen": torch.zeros(BATCH_LOGITS_ROWS, dtype=torch.int32, device="cuda"),
         }
         self._scratch = [_zeros(facts.scratch_bytes) for _ in range(2)]
         self._batch_scratch = _zeros(facts.batch_scratch_bytes)

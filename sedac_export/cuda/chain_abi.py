@@ -70,7 +70,7 @@ _DRAFT_POINTERS = (
 )
 _BATCH_POINTERS = (
     *("layers", "embed", "head", "final_norm", "cos", "sin", "scratch", "logits", "outcome"),
-    *("races", "rules", "feature_states"),
+    *("races", "rules", "feature_states", "chosen"),
 )
 _PASS_NUMBERS = ("capacity", "blocks", "rows", "sequences", "clear_rows")
 
@@ -374,7 +374,8 @@ class DraftOutcome(Structure):
     """The tokens drafted for a sequence, and the probability that the drafter gives each."""
 
     _fields_ = (
-        *((name, c_int) for name in ("tokens", "rows", "followed")),
+        *((name, c_uint64) for name in ("started", "ended")),
+        *((name, c_int) for name in ("tokens", "rows", "followed", "unused")),
         ("token", c_int * MAX_ROWS),
         ("probability", c_float * MAX_ROWS),
     )

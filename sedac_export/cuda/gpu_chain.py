@@ -96,7 +96,7 @@ class GpuChain:
         return np.concatenate(logits)
 
     def _run_batch(self, tokens: list[int], start: int, with_logits: bool) -> None:
-        names = ("layers", "embed", "head", "final_norm", "cos", "sin", "logits")
+        names = ("layers", "embed", "head", "final_norm", "cos", "sin", "logits", "chosen")
         shared = {name: self._common[name] for name in names}
         sizes = {"capacity": self._capacity, "blocks": self._chain.blocks, "rows": len(tokens)}
         parameters = BatchPass(**shared, **sizes, scratch=self._batch_scratch)
@@ -159,7 +159,7 @@ class GpuChain:
             "saved": zeros(self._capacity * facts.saved_floats * _FLOAT),
             "tables": zeros(facts.table_bytes * self._chain.blocks),
             "logits": zeros(BATCH_LOGITS_ROWS * shape.vocabulary * _FLOAT),
-            "chosen": zeros(MAX_ROWS * ctypes.sizeof(ctypes.c_int)),
+            "chosen": zeros(BATCH_LOGITS_ROWS * ctypes.sizeof(ctypes.c_int)),
         }
         self._scratch = [zeros(facts.scratch_bytes) for _ in range(2)]
         self._batch_scratch = zeros(facts.batch_scratch_bytes)

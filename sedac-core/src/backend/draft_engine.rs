@@ -1,6 +1,7 @@
 //! What a backend provides where there is a trained drafter.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use super::{Ahead, LogitsRequest, PositionLogits};
 use crate::error::Result;
@@ -27,16 +28,21 @@ pub struct DraftRequest<'a> {
 /// The cache that it has for a slot holds a state for each verified position, made of the model's hidden
 /// states there and of the token that followed, and after them states of its own rollout.
 pub trait DraftEngine {
-    /// Take positions in and draft, for one sequence or several. Returns the drafts, in the order of
-    /// `requests`, each of one token or more.
+    /// Take positions in and draft, for one sequence or several.
     ///
     /// # Errors
     /// [`Error::Cancelled`](crate::Error::Cancelled) when interrupted, and what the engines report.
-    fn draft(
-        &mut self,
-        requests: &mut [DraftRequest<'_>],
-        interrupt: &Interrupt,
-    ) -> Result<Vec<Vec<DraftedToken>>>;
+    fn draft(&mut self, requests: &mut [DraftRequest<'_>], interrupt: &Interrupt)
+    -> Result<Drafts>;
+}
+
+/// What came of requests.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Drafts {
+    /// The drafts, in the order of the requests, each of one token or more.
+    pub drafted: Vec<Vec<DraftedToken>>,
+    /// What they took, whether or not somebody waited for them.
+    pub elapsed: Duration,
 }
 
 /// Chooses the tokens of a draft.

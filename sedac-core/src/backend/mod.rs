@@ -25,7 +25,7 @@ pub(crate) use self::gpu::gpu_name;
 pub(crate) use self::stability::stability;
 pub use capabilities::Capabilities;
 pub use costs::{CostRecord, Costs};
-pub use draft_engine::{DraftChoice, DraftEngine, DraftRequest, DraftedToken};
+pub use draft_engine::{DraftChoice, DraftEngine, DraftRequest, DraftedToken, Drafts};
 pub use host_decided::HostDecided;
 pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime};
 pub use row_engines::{RowEngines, SequenceRows};

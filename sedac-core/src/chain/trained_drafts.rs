@@ -1,14 +1,12 @@
 //! Drafts by the trained drafter, for all texts that await one.
 
-use std::time::Instant;
-
 use tracing::debug;
 
 use super::Decoding;
 use super::decoding::Planned;
 use super::growing_text::Text;
 use crate::backend::{
-    Backend, Costs, DraftRequest, DraftedToken, LogitsRequest, MAX_AHEAD, NextDraft,
+    Backend, Costs, DraftRequest, DraftedToken, Drafts, LogitsRequest, MAX_AHEAD, NextDraft,
 };
 use crate::draft::Foresight;
 use crate::error::{Error, Result};
@@ -82,19 +80,17 @@ pub(crate) fn draft_together(
         .iter()
         .all(|request| request.positions.len() <= MAX_AHEAD);
     let engine = backend.draft_engine().ok_or_else(no_engine)?;
-    let before = Instant::now();
-    let drafts = engine.draft(&mut requests, interrupt)?;
-    let elapsed = before.elapsed();
+    let Drafts { drafted, elapsed } = engine.draft(&mut requests, interrupt)?;
     drop(requests);
-    let tokens = drafts.iter().map(Vec::len).sum();
-    assert_eq!(drafts.len(), count, "a draft for each request");
+    let tokens = drafted.iter().map(Vec::len).sum();
+    assert_eq!(drafted.len(), count, "a draft for each request");
     if are_steps && tokens > 0 {
         let at_once = backend.capabilities().drafts_at_once;
         let costs = backend.costs_mut();
         costs.note_draft((count, at_once), tokens, elapsed);
     }
     let awaiting = texts.iter_mut().filter(|(text, _)| text.awaits_draft());
-    for ((text, _), draft) in awaiting.zip(drafts) {
+    for ((text, _), draft) in awaiting.zip(drafted) {
         text.take_drafted(&draft, backend.costs());
     }
     Ok(())

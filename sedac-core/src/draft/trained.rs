@@ -9,6 +9,11 @@ use crate::error::Result;
 const MAX_DRAFTED: usize = MAX_AHEAD;
 /// The speedup that is expected before costs are known.
 const PRIOR_SPEEDUP: f64 = 1.3;
+/// How probable it must be that the next round has its draft too, for that to begin before this is known:
+/// one for nothing takes a GPU about three times as long as the host needs.
+const MIN_AGAIN: f64 = 0.75;
+/// Whether it had counts less with every newer time.
+const AGAIN_DECAY: f64 = 0.9;
 
 /// Takes the model's hidden states at the verified positions through a trained layer, drafts the
 /// token that it finds, and goes on from its own state for as long as the next token is worth what
@@ -30,6 +35,10 @@ pub(super) struct Trained {
     steps: usize,
     /// Tokens that the last draft might have had.
     max_tokens: usize,
+    /// How often a round with its draft comes after another, and of the last two rounds, whether they
+    /// had one.
+    again: f64,
+    drafted_in: [bool; 2],
 }
 
 impl Trained {
@@ -47,6 +56,8 @@ impl Trained {
             drafted: Vec::new(),
             steps: 0,
             max_tokens: 0,
+            again: 0.5,
+            drafted_in: [false; 2],
         }
     }
 
@@ -97,10 +108,20 @@ impl Trained {
         }
     }
 
-    /// How far to draft after the last draft, should all of it be accepted.
+    /// How far to draft after the last draft, should all of it be accepted, where another one is probable.
     fn next(&self, costs: &Costs) -> Option<Ahead> {
         let left = self.max_tokens.saturating_sub(self.drafted.len() + 1);
-        (left > 0).then(|| self.ahead(left.min(MAX_DRAFTED), costs))
+        let begins = left > 0 && self.again >= MIN_AGAIN;
+        begins.then(|| self.ahead(left.min(MAX_DRAFTED), costs))
+    }
+
+    /// A round begins.
+    fn note_round(&mut self) {
+        if self.drafted_in[0] {
+            let again = f64::from(u8::from(self.drafted_in[1]));
+            self.again = AGAIN_DECAY * self.again + (1.0 - AGAIN_DECAY) * again;
+        }
+        self.drafted_in = [self.drafted_in[1], false];
     }
 
     /// Keep those of `drafted` that are worth verifying.
@@ -121,6 +142,7 @@ impl Trained {
 impl Drafter for Trained {
     fn start(&mut self) {
         self.verified = 0;
+        self.drafted_in = [false; 2];
         self.rounds.start();
     }
 
@@ -131,6 +153,7 @@ impl Drafter for Trained {
         costs: &Costs,
         baseline: TokenCost,
     ) -> f64 {
+        self.note_round();
         self.rounds.idle(history.len());
         self.rates.iter_mut().for_each(AcceptanceRate::decay);
         self.baseline = baseline;
@@ -146,6 +169,7 @@ impl Drafter for Trained {
         context: &mut DraftContext<'_>,
     ) -> Result<Proposal> {
         self.max_tokens = max_tokens;
+        self.drafted_in[1] = true;
         let ahead = self.ahead(max_tokens.min(MAX_DRAFTED), context.backend.costs());
         // the state at a position goes with the token after it
         let positions = self.verified..history.len() - 1;

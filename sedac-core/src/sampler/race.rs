@@ -69,6 +69,17 @@ impl Race {
         choose(&self.sampling, self.key(later), logits, &mut Vec::new())
     }
 
+    /// Whether no filter keeps a winner out.
+    pub fn keeps_all(&self) -> bool {
+        let Sampling {
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = self.sampling;
+        (top_k, top_p, min_p) == (0, 1.0, 0.0)
+    }
+
     /// The token that [`choose`](Self::choose) gives for the logits of `result`, where that follows
     /// from it. The winner among all tokens also wins among fewer, so only whether the filters keep
     /// it is left to show.

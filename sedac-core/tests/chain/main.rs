@@ -5,6 +5,7 @@
 mod batch;
 mod batch_exits;
 mod batches;
+mod divisions;
 mod exit_drafts;
 mod lossless;
 mod not_finite;

@@ -166,8 +166,8 @@ fn it_is_refused_between_exits() {
 
 /// A chain over a kernel with a trained drafter, and its scheduler, to which `texts` texts were added
 /// in mode lossless, and one in mode full.
-fn scheduled_texts(kernel: ToyKernel, texts: usize) -> (Chain, Scheduler) {
-    let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), 0.01);
+fn scheduled_texts(kernel: ToyKernel, texts: usize, per_token: f64) -> (Chain, Scheduler) {
+    let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), per_token);
     let settings = SchedulerSettings {
         max_sequences: texts + 1,
         cache_tokens: None,
@@ -200,7 +200,7 @@ fn drafts_follow_the_passes_that_verify() {
         let mut kernel = ToyKernel::new(&[1; 4], 256, 1, &Caches::default());
         kernel.draft_rows = 8;
         let (requested, followed) = (kernel.drafts.clone(), kernel.followed.clone());
-        // more than seven drafted tokens would be verified in a batch
+        // after more than seven drafted tokens, too many positions might be taken in at once
         let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), 0.2);
         let mut wanted = request(DecodingMode::Lossless { drafter }, 1);
         wanted.sampling.temperature = temperature;
@@ -209,11 +209,9 @@ fn drafts_follow_the_passes_that_verify() {
         let (drafted, accepted) = (drafts.drafted, drafts.accepted);
         assert!(accepted * 4 > drafted * 3, "{accepted} of {drafted}");
         let (requested, followed) = (requested.lock().unwrap().len(), followed.load(Relaxed));
-        match drafter {
-            DrafterKind::Trained => assert_eq!(requested, 1, "the prompt's"),
-            _ => assert!(requested > 1, "first it must be known that it drafts again"),
-        }
-        assert!(followed >= 4, "{followed}");
+        // first it must be known that it drafts again
+        assert!((4..12).contains(&requested), "{requested}");
+        assert!(followed > requested, "{followed}");
     }
 }
 
@@ -221,7 +219,7 @@ fn drafts_follow_the_passes_that_verify() {
 fn texts_share_its_launches() {
     let kernel = kernel_with_drafter();
     let launches = kernel.drafts.clone();
-    let (mut chain, scheduler) = scheduled_texts(kernel, 10);
+    let (mut chain, scheduler) = scheduled_texts(kernel, 10, 0.01);
     // prefill, and then a step in which prompts are taken in, of five positions
     scheduler.step(&mut chain, &Interrupt::default());
     let progress = scheduler.step(&mut chain, &Interrupt::default());
@@ -238,10 +236,34 @@ fn texts_share_its_launches() {
 }
 
 #[test]
+fn drafts_follow_batches_that_verify() {
+    let mut kernel = ToyKernel::new(&[1; 4], 256, 1, &Caches::default());
+    kernel.draft_rows = 8;
+    let (requested, followed) = (kernel.drafts.clone(), kernel.followed.clone());
+    let batches = kernel.batches.clone();
+    let (mut chain, scheduler) = scheduled_texts(kernel, 4, 0.2);
+    let (mut drafted, mut accepted) = (0, 0);
+    while scheduler.statistics().running + scheduler.statistics().waiting > 0 {
+        for progress in scheduler.step(&mut chain, &Interrupt::default()) {
+            drafted += progress.drafts.drafted;
+            accepted += progress.drafts.accepted;
+        }
+    }
+    assert!(batches.lock().unwrap().len() > 5);
+    assert!(accepted * 4 > drafted * 3, "{accepted} of {drafted}");
+    let (requested, followed) = (
+        requested.lock().unwrap().iter().sum::<usize>(),
+        followed.load(Relaxed),
+    );
+    // each text drafts some rounds before it is known that it drafts again
+    assert!(followed > requested, "{requested}, {followed}");
+}
+
+#[test]
 fn a_launch_that_fails_ends_the_texts_that_await_it() {
     let mut kernel = kernel_with_drafter();
     kernel.drafting_fails = true;
-    let (mut chain, scheduler) = scheduled_texts(kernel, 3);
+    let (mut chain, scheduler) = scheduled_texts(kernel, 3, 0.01);
     let mut step = || scheduler.step(&mut chain, &Interrupt::default());
     assert!(step().iter().all(|progress| progress.end.is_none()));
     let ends = step().into_iter().map(|progress| match progress.end {

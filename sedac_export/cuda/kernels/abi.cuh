@@ -178,6 +178,7 @@ struct BatchPass {
   const RowRace* races;                  // [logits row]
   const RowRule* rules;                  // [logits row]
   unsigned short* feature_states;        // as in Pass
+  int* chosen;                           // [logits row], as in Pass
   unsigned long long sampled, deciding;  // bit i: the token of logits row i is sampled; a rule decides about it
   int capacity, blocks, features;        // as in Pass; blocks: of the passes whose bits it gives
   int feature_depths[4];                 // as in Pass
@@ -211,8 +212,8 @@ struct DraftSequence {
   int start, rows;  // verified positions, of which the model has run all
   int steps;        // tokens to draft at most, 0 for none
   int sampled;      // whether they are sampled
-  // -1, or the row of the first position in the pass before, which verifies `token`: then the launch takes in positions
-  // up to the first at which another token was chosen.
+  // -1, or the row of the first position in the pass before, or its logits row in the batch before, which verifies
+  // `token`: then the launch takes in positions up to the first at which another token was chosen.
   int verifying_row;
   int token[MAX_ROWS];        // that followed each position
   RowRace race[DRAFT_RACES];  // by drafted token, after the number of positions less one that were accepted
@@ -234,7 +235,7 @@ struct DraftPass {
   const unsigned short* features;  // the model's feature_states
   half *keys, *values;             // [slot][key-value head][capacity][head size]
   float* scratch;
-  const int* chosen;             // by the pass before
+  const int* chosen;             // by the pass or batch before
   struct DraftOutcome* outcome;  // [sequence]
   int capacity, sequences;
   int blocks;  // of each sequence
@@ -244,8 +245,10 @@ struct DraftPass {
 };
 
 struct DraftOutcome {
-  int tokens;          // that were drafted
-  int rows, followed;  // positions that were taken in, and the token after the last one
+  unsigned long long started, ended;  // globaltimer, ns
+  int tokens;                         // that were drafted
+  int rows, followed;                 // positions that were taken in, and the token after the last one
+  int unused;
   int token[MAX_ROWS];
   float probability[MAX_ROWS];  // that the drafter gives it
 };

@@ -92,6 +92,7 @@ __device__ __forceinline__ void choose_token(const BatchPass& pass, int row) {
   for (int step = 1; step < CANDIDATE_BLOCKS; step *= 2) merge_lanes(highest, step), merge_lanes(race, step);
   if (lane) return;
   pass.outcome->row[row] = {highest.token, highest.logit, highest.finite, highest.margin()};
+  pass.chosen[row] = chosen_token(highest, race, pass.sampled >> row & 1);
   pass.outcome->race[row] = {race.token, race.logit, highest.sum, race.is_certain()};
   const RowExit* exit = exit_of(pass, pass.logits_row[row]);
   if (exit && exit->depth)

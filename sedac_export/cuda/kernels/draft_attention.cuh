@@ -123,11 +123,6 @@ struct DraftAttention {
   __device__ __forceinline__ static int chunk_size(int keys) {
     return max(32, divided_up(divided_up(keys, DRAFT_CHUNKS), 32) * 32);
   }
-  __device__ __forceinline__ static float highest_of_lanes(float v) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
-    return v;
-  }
   __device__ __forceinline__ static void add(float2& sum, float share, float2 pair) {
     sum.x = fmaf(share, pair.x, sum.x), sum.y = fmaf(share, pair.y, sum.y);
   }
@@ -135,7 +130,8 @@ struct DraftAttention {
   // By the block.
   __device__ __forceinline__ void load_query() const {
 #pragma unroll 1
-    for (int d = threadIdx.x; d < ATTENTION; d += DRAFT_THREADS) shared.query[d] = load_result(scratch.query() + d);
+    for (int i = threadIdx.x; i < ATTENTION / 4; i += DRAFT_THREADS)
+      reinterpret_cast<float4*>(shared.query)[i] = __ldcg(reinterpret_cast<const float4*>(scratch.query()) + i);
     __syncthreads();
   }
   // By the block: what each chunk's sums count; 0 where there is none.
@@ -144,7 +140,7 @@ struct DraftAttention {
 #pragma unroll 1
     for (int head = threadIdx.x >> 5; head < HEADS; head += DRAFT_WARPS) {
       const float2 of = lane < chunks ? __ldcg(scratch.softmax(head, lane)) : make_float2(-INFINITE, 0);
-      const float share = expf(of.x - highest_of_lanes(of.x));
+      const float share = expf(of.x - largest_of_lanes(of.x));
       shared.shares[head][lane] = share / sum_of_lanes<32>(share * of.y);
     }
     __syncthreads();
@@ -191,7 +187,7 @@ struct DraftAttention {
     const bool there = first + static_cast<int>(threadIdx.x & 31) < end;
     score = there ? score * rsqrtf(static_cast<float>(HEAD)) : -INFINITE;
     const float before = partial.highest;
-    partial.highest = fmaxf(before, highest_of_lanes(score));
+    partial.highest = fmaxf(before, largest_of_lanes(score));
     const float weight = expf(score - partial.highest), kept = expf(before - partial.highest);
     partial.total = partial.total * kept + sum_of_lanes<32>(weight);
 #pragma unroll
@@ -222,10 +218,10 @@ struct DraftAttention {
       if (word + d >= HEAD / 8) break;
       const unsigned halves[4] = {asked.key[d].x, asked.key[d].y, asked.key[d].z, asked.key[d].w};
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2 pair = __half22float2(as_half2(halves[i]));
-        const float* of = query + 8 * (word + d) + 2 * i;
-        sum = fmaf(of[1], pair.y, fmaf(of[0], pair.x, sum));
+      for (int i = 0; i < 4; i += 2) {
+        const float4 of = *reinterpret_cast<const float4*>(query + 8 * (word + d) + 2 * i);
+        const float2 low = __half22float2(as_half2(halves[i])), high = __half22float2(as_half2(halves[i + 1]));
+        sum = fmaf(of.w, high.y, fmaf(of.z, high.x, fmaf(of.y, low.y, fmaf(of.x, low.x, sum))));
       }
     }
     return sum;

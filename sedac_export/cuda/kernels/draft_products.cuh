@@ -30,7 +30,7 @@ struct DraftShared {
   int4 bests[2][DRAFT_WARPS];
   union {
     alignas(16) half input[larger(MAX_FEATURES * HIDDEN * DRAFT_ROWS, larger(INNER, ATTENTION))];
-    float query[ATTENTION];
+    alignas(16) float query[ATTENTION];
   };
 };
 static_assert(sizeof(DraftShared) <= SHARED_LIMIT, "shared memory is too small");
@@ -132,6 +132,17 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[OUTPUTS][ROWS], cons
 #pragma unroll
     for (int r = 0; r < ROWS; r++) sums[o][r] = sum_of_lanes<32>(sums[o][r]);
 }
+
+// As numbers of floats' order.
+__device__ __forceinline__ unsigned ordered(float v) {
+  const int bits = __float_as_int(v);
+  return static_cast<unsigned>(bits ^ (bits >> 31 | static_cast<int>(0x80000000)));
+}
+__device__ __forceinline__ float of_ordered(unsigned v) {
+  return __int_as_float(static_cast<int>(v & 0x80000000 ? v ^ 0x80000000 : ~v));
+}
+// Of a warp; none is NaN.
+__device__ __forceinline__ float largest_of_lanes(float v) { return of_ordered(__reduce_max_sync(~0u, ordered(v))); }
 
 // A half that is finite where the float is.
 __device__ __forceinline__ half bounded_half(float v) { return __float2half(fminf(fmaxf(v, -65504.f), 65504.f)); }

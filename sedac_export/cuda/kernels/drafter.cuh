@@ -86,6 +86,7 @@ struct Drafter {
     if (threadIdx.x < MAX_ROWS) shared.followed[lane] = followed;
     if (!block && threadIdx.x == rows - 1) {
       DraftOutcome& outcome = pass.outcome[index];
+      outcome.started = outcome.ended = now();
       outcome.tokens = 0, outcome.rows = rows, outcome.followed = followed;
     }
     return known;
@@ -259,16 +260,13 @@ struct Drafter {
   }
   template <class Best>
   __device__ __forceinline__ Best best_of_warps(int kind) const {
-    Best best[1];
-    if (lane() < DRAFT_WARPS) best[0] = Best::of(shared.bests[kind][lane()]);
-    return best_of_lanes(best);
+    return best_of_lanes(lane() < DRAFT_WARPS ? Best::of(shared.bests[kind][lane()]) : Best{});
   }
   // What each warp finds of 32 blocks, for best_of_warps.
   template <class Best>
   __device__ __forceinline__ void find_best_of_blocks(int kind) const {
-    Best best[1];
-    if (threadIdx.x < pass.blocks) best[0] = Best::of(__ldcg(scratch.best(kind, threadIdx.x)));
-    const Best of_warp = best_of_lanes(best);
+    const Best of_warp =
+        best_of_lanes(threadIdx.x < pass.blocks ? Best::of(__ldcg(scratch.best(kind, threadIdx.x))) : Best{});
     if (!lane()) shared.bests[kind][threadIdx.x >> 5] = of_warp.words();
   }
   static_assert(MAX_BLOCKS <= DRAFT_THREADS, "a thread for each block");
@@ -286,7 +284,7 @@ struct Drafter {
     if (!block && !threadIdx.x) {
       DraftOutcome& outcome = pass.outcome[index];
       outcome.token[step] = token, outcome.probability[step] = probability;
-      outcome.tokens = step + 1;
+      outcome.tokens = step + 1, outcome.ended = now();
     }
     const int bin = max(0, min(static_cast<int>(probability * MARGIN_BINS), MARGIN_BINS - 1));
     accepted *= of.acceptance[bin];

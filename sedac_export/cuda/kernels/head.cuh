@@ -42,6 +42,11 @@ struct Highest {
   }
 };
 
+// What the next launch is told of a row.
+__device__ __forceinline__ int chosen_token(const Highest& highest, const Race& race, bool sampled) {
+  return !highest.finite ? -1 : static_cast<int>(sampled ? race.token : highest.token);
+}
+
 template <int N>
 struct Head {
   const Pass& pass;
@@ -93,7 +98,7 @@ struct Head {
     if (writes) {
       const int at = shared.step * pass.rows + row;
       write_outcome(at, highest, race, sampled);
-      pass.chosen[at] = !highest.finite ? -1 : static_cast<int>(sampled ? race.token : highest.token);
+      pass.chosen[at] = chosen_token(highest, race, sampled);
     }
     if (shared.step + 1 < pass.steps) go_on(row, highest, sampled ? race.token : highest.token);
   }

@@ -126,6 +126,8 @@ pub(super) struct BatchParameters {
     pub(super) races: u64,
     pub(super) rules: u64,
     pub(super) feature_states: u64,
+    /// int32 [logits row], as [`PassParameters::chosen`](super::abi::PassParameters::chosen).
+    pub(super) chosen: u64,
     /// Bit i: the token of logits row i is sampled.
     pub(super) sampled: u64,
     /// Bit i: a rule decides about logits row i.
@@ -182,7 +184,7 @@ const _: () = {
     assert!(size_of::<BatchRow>() == 12);
     assert!(size_of::<RowRule>() == 16);
     assert!(size_of::<RowExit>() == 8);
-    assert!(size_of::<BatchParameters>() == 3552);
+    assert!(size_of::<BatchParameters>() == 3560);
     assert!(size_of::<BatchOutcome>() == 2584);
     assert!(BATCH_LOGITS_ROWS <= u64::BITS as usize);
 };

@@ -55,23 +55,25 @@ impl BatchMemory {
         })
     }
 
-    /// Run `plan` by the weights and caches of `passes`, for a model that knows `vocabulary` tokens, and
-    /// wait until that has ended.
-    pub(super) fn run(
+    /// Launch `plan` by the weights and caches of `passes`, for a model that knows `vocabulary` tokens.
+    /// Whoever calls this waits until it has ended, whatever the driver says here.
+    pub(super) fn launch(
         &mut self,
         stream: &Arc<CudaStream>,
         chain: &CompiledChain,
         passes: &PassParameters,
         (sizes, vocabulary): (&SlotSizes, usize),
         plan: &BatchPlan,
-    ) -> Result<BatchOutcome> {
+    ) -> Result<()> {
         check(sizes, vocabulary, plan);
         write(&mut self.races, &plan.races)?;
         write(&mut self.rules, &plan.rules)?;
         let parameters = self.parameters(stream, passes, plan)?;
-        let launched = launch(stream, chain, &parameters, sizes.layers);
-        let waited = stream.synchronize();
-        launched.and(waited).map_err(failed("a batch"))?;
+        launch(stream, chain, &parameters, sizes.layers).map_err(failed("a batch"))
+    }
+
+    /// What came of the last batch, which has ended.
+    pub(super) fn outcome(&self) -> Result<BatchOutcome> {
         let outcome = self.outcome.as_slice().map_err(failed("a batch"))?;
         Ok(outcome[0])
     }
@@ -108,6 +110,7 @@ impl BatchMemory {
             races: races as u64,
             rules: rules as u64,
             feature_states: passes.feature_states,
+            chosen: passes.chosen,
             sampled: present(&plan.races),
             deciding: present(&plan.rules),
             capacity: passes.capacity,
@@ -234,6 +237,10 @@ fn check(sizes: &SlotSizes, vocabulary: usize, plan: &BatchPlan) {
         sequences.count(),
         "a sequence's rows in a batch"
     );
+    for plan in &plan.drafts {
+        let first = plan.verifying_row.expect("drafts follow what verifies");
+        assert!(first + plan.positions() <= wanted.len(), "rows that verify");
+    }
     for row in rows {
         assert!(below(row.token, vocabulary) && below(row.slot, sizes.slots));
         assert!(below(row.position, sizes.capacity), "positions of a batch");

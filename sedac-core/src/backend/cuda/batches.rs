@@ -30,9 +30,13 @@ impl<D: ChainDevice> CudaChain<D> {
             first_logits_rows.push(plan.logits_rows.len());
             self.place_in_batch(&lanes[*lane], piece, &steps[*lane], &mut plan)?;
         }
-        self.forget_drafts()?;
+        let placed = pieces.iter().zip(&first_logits_rows);
+        let placed = placed.map(|((lane, piece), &first)| (*lane, piece, first));
+        plan.drafts = self.next_drafts(placed, lanes, steps);
+        self.end_drafts(plan.rows.iter().map(|row| row.slot))?;
         let before = Instant::now();
         let outcome = self.device.run_batch(&plan)?;
+        self.begin_drafts(std::mem::take(&mut plan.drafts));
         self.note_batch(&plan, &outcome, before.elapsed());
         for ((lane, piece), first) in pieces.into_iter().zip(first_logits_rows) {
             self.take_batch(

@@ -22,7 +22,8 @@ pub const MAX_RACES: usize = DRAFT_RACES;
 /// before and may come again.
 pub const MAX_TABLES: usize = 2 * BATCH_LOGITS_ROWS;
 
-/// The rows of a pass, at most [`MAX_ROWS`], and what is to become of them.
+/// The rows of a pass, at most [`MAX_ROWS`], and what is to become of them. Those of a sequence lie on one
+/// side of each position that is a power of two from 1024 on, where attention may divide keys anew.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PassPlan {
     /// The rows, those of a sequence one after the other.
@@ -55,6 +56,9 @@ pub struct BatchPlan {
     pub races: Vec<Option<RowRace>>,
     /// When each of these exits, if a rule decides about that.
     pub rules: Vec<Option<RowRule>>,
+    /// What the trained drafter drafts when it has ended, of different slots: logits rows of the batch
+    /// verify the tokens.
+    pub drafts: Vec<DraftPlan>,
 }
 
 /// Rows that a batch may have.
@@ -79,8 +83,9 @@ pub struct DraftPlan {
     /// The token after each position; where a pass verifies them, after each but the last. It takes in
     /// one position or more, at most [`ChainDevice::draft_rows`].
     pub tokens: Vec<u32>,
-    /// The row of the first position, where the pass before verifies the tokens: then it takes in
-    /// positions up to the first at which another token was chosen, and drafts after that token.
+    /// The row of the first position, or its logits row in a batch, where the pass or batch before
+    /// verifies the tokens: then it takes in positions up to the first at which another token was
+    /// chosen, and drafts after that token.
     pub verifying_row: Option<usize>,
     /// How far it drafts after the last of them, see [`DraftEngine`](crate::backend::DraftEngine);
     /// None where it only takes positions in.
@@ -97,7 +102,7 @@ impl DraftPlan {
     }
 }
 
-/// What came of a draft that followed a pass.
+/// What came of a draft that followed a pass or a batch.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct FollowingDraft {
     /// Positions that it took in.
@@ -106,6 +111,8 @@ pub struct FollowingDraft {
     pub followed: u32,
     /// What it drafted.
     pub drafted: Vec<DraftedToken>,
+    /// When it began and ended, in nanoseconds of the device's clock.
+    pub span: Range<u64>,
 }
 
 /// A device that runs whole passes: weights, caches and saved hidden states of every slot.
@@ -140,9 +147,9 @@ pub trait ChainDevice: Send {
         BatchLimits::default()
     }
 
-    /// Run a batch, and wait until it has ended. What it leaves and gives is what passes do. The logits
-    /// of a row that exits are those of its exit; then the layers that follow run it, or, where it
-    /// freezes, fill their caches as those of a frozen row.
+    /// Run a batch, and wait until it has ended. Its [drafts](BatchPlan::drafts) begin then. What it
+    /// leaves and gives is what passes do. The logits of a row that exits are those of its exit; then
+    /// the layers that follow run it, or, where it freezes, fill their caches as those of a frozen row.
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         let _ = plan;
         Ok(BatchOutcome::default())
@@ -159,7 +166,7 @@ pub trait ChainDevice: Send {
         Ok(vec![Vec::new(); plans.len()])
     }
 
-    /// Wait until the drafts of the last pass have ended. Returns what came of each.
+    /// Wait until the drafts of the last pass or batch have ended. Returns what came of each.
     fn following_drafts(&mut self) -> Result<Vec<FollowingDraft>> {
         Ok(Vec::new())
     }

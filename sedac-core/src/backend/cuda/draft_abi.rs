@@ -22,8 +22,9 @@ pub(super) struct DraftSequence {
     pub(super) steps: i32,
     /// Whether they are sampled.
     pub(super) sampled: i32,
-    /// -1, or the row of the first position in the pass before, which verifies `token`: then it takes
-    /// in positions up to the first at which another token was chosen.
+    /// -1, or the row of the first position in the pass before, or its logits row in the batch before,
+    /// which verifies `token`: then it takes in positions up to the first at which another token was
+    /// chosen.
     pub(super) verifying_row: i32,
     /// The token after each position.
     pub(super) token: [i32; MAX_ROWS],
@@ -82,12 +83,17 @@ pub(super) struct DraftParameters {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct DraftOutcome {
+    /// The device's clock at its beginning and end, in nanoseconds.
+    pub(super) started: u64,
+    pub(super) ended: u64,
     /// How many were drafted.
     pub(super) tokens: i32,
     /// Positions that were taken in.
     pub(super) rows: i32,
     /// The token after the last of these.
     pub(super) followed: i32,
+    /// Padding.
+    pub(super) unused: i32,
     pub(super) token: [i32; MAX_ROWS],
     /// That the drafter gives each.
     pub(super) probability: [f32; MAX_ROWS],
@@ -110,5 +116,5 @@ impl DraftOutcome {
 const _: () = {
     assert!(size_of::<DraftSequence>() == 376);
     assert!(size_of::<DraftParameters>() == 3208);
-    assert!(size_of::<DraftOutcome>() == 76);
+    assert!(size_of::<DraftOutcome>() == 96);
 };

@@ -8,6 +8,7 @@ use cudarc::driver::{
 };
 
 use super::abi::{MAX_ROWS, PassParameters, RowRace};
+use super::batch_abi::BATCH_LOGITS_ROWS;
 use super::chain_device::{DraftPlan, FollowingDraft, MAX_DRAFTS, MAX_RACES};
 use super::compiled_chain::CompiledChain;
 use super::draft_abi::{DraftOutcome, DraftParameters, DraftSequence};
@@ -123,7 +124,8 @@ impl DraftMemory {
             zeros(stream, sizes.all(sizes.keys))?,
             zeros(stream, sizes.all(sizes.keys))?,
         ];
-        let outcome = pinned(stream, MAX_DRAFTS, DraftOutcome::default())?;
+        // what a batch verifies has one logits row or more each
+        let outcome = pinned(stream, BATCH_LOGITS_ROWS, DraftOutcome::default())?;
         let [
             combine,
             join,
@@ -161,8 +163,6 @@ impl DraftMemory {
             embed: chain_parameters.embed,
             scratch,
             chosen: chain_parameters.chosen,
-            // the device has the host's address for it, as for all memory that the driver pins
-            outcome: outcome.as_ptr().map_err(failed("pinned memory"))? as u64,
             capacity: sizes.capacity as i32,
             features_of_position: weights.depths.len() as i32,
             draft_tokens: weights.tokens.len() as i32,
@@ -244,6 +244,7 @@ impl DraftMemory {
         chain: &CompiledChain,
         plans: &[DraftPlan],
     ) -> Result<Vec<Vec<DraftedToken>>> {
+        assert!(plans.len() <= MAX_DRAFTS, "drafts of a launch");
         let launched = self.launch(stream, chain, plans);
         let outcomes = self.wait(stream, plans.len())?;
         launched?;
@@ -255,7 +256,7 @@ impl DraftMemory {
         Ok(drafted.collect())
     }
 
-    /// Wait for a launch of so many plans, each of which followed a pass.
+    /// Wait for launches of so many plans, each of which followed a pass or a batch.
     pub(super) fn following(
         &self,
         stream: &Arc<CudaStream>,
@@ -266,11 +267,12 @@ impl DraftMemory {
             positions: outcome.rows as usize,
             followed: outcome.followed as u32,
             drafted: outcome.drafted(),
+            span: outcome.started..outcome.ended,
         });
         Ok(following.collect())
     }
 
-    /// Wait until all launches have ended, the last of which was of `plans` plans.
+    /// Wait until all launches have ended, the last ones of which were of `plans` plans.
     fn wait(&self, stream: &Arc<CudaStream>, plans: usize) -> Result<&[DraftOutcome]> {
         stream.synchronize().map_err(failed("a draft"))?;
         let outcomes = self.outcome.as_slice().map_err(failed("a draft"))?;
@@ -285,6 +287,24 @@ impl DraftMemory {
         chain: &CompiledChain,
         plans: &[DraftPlan],
     ) -> Result<()> {
+        // the device has the host's address for it, as for all memory that the driver pins
+        let outcomes = self.outcome.as_ptr().map_err(failed("pinned memory"))?;
+        assert!(plans.len() <= BATCH_LOGITS_ROWS, "drafts at once");
+        for (index, some) in plans.chunks(MAX_DRAFTS).enumerate() {
+            let outcome = outcomes as u64 + (index * MAX_DRAFTS * size_of::<DraftOutcome>()) as u64;
+            self.launch_some(stream, chain, some, outcome)?;
+        }
+        Ok(())
+    }
+
+    /// The same of what one launch takes, with outcomes at that address.
+    fn launch_some(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        chain: &CompiledChain,
+        plans: &[DraftPlan],
+        outcome: u64,
+    ) -> Result<()> {
         assert!(
             (1..=MAX_DRAFTS).contains(&plans.len()),
             "drafts of a launch"
@@ -295,6 +315,7 @@ impl DraftMemory {
         let slots: BTreeSet<_> = plans.iter().map(|plan| plan.slot).collect();
         assert_eq!(slots.len(), plans.len(), "a slot is drafted for once");
         let parameters = &mut self.parameters;
+        parameters.outcome = outcome;
         parameters.sequences = sequences as i32;
         parameters.blocks = blocks as i32;
         for (place, plan) in parameters.sequence.iter_mut().zip(plans) {
@@ -318,7 +339,10 @@ impl DraftMemory {
     /// When it does not.
     fn check(&self, chain: &CompiledChain, plan: &DraftPlan) {
         let rows = plan.positions();
-        assert!(plan.verifying_row.is_none_or(|row| row + rows <= MAX_ROWS));
+        assert!(
+            plan.verifying_row
+                .is_none_or(|row| row + rows <= BATCH_LOGITS_ROWS)
+        );
         assert!((1..=chain.facts.draft_rows as usize).contains(&rows));
         let steps = plan.ahead.map_or(0, |ahead: Ahead| ahead.tokens);
         assert!(steps <= MAX_ROWS && plan.slot < self.sizes.slots);

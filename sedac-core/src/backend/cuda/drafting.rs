@@ -1,11 +1,13 @@
 //! Drafts by a trained drafter on the device, requested or begun when the pass before had ended.
 
+use std::time::{Duration, Instant};
+
 use super::abi::RowRace;
 use super::chain_device::{ChainDevice, DraftPlan, FollowingDraft, MAX_DRAFTS, MAX_RACES};
-use super::lane::Lane;
-use super::{CudaChain, Placed, run_race};
+use super::lane::{Lane, Piece};
+use super::{CudaChain, run_race};
 use crate::backend::{
-    DraftEngine, DraftRequest, DraftedToken, LogitsRequest, PositionLogits, SequenceStep,
+    DraftEngine, DraftRequest, DraftedToken, Drafts, LogitsRequest, PositionLogits, SequenceStep,
 };
 use crate::error::Result;
 use crate::interrupt::Interrupt;
@@ -45,77 +47,118 @@ impl<'a> Pieces<'a> {
     }
 }
 
+/// Drafts that follow passes and batches.
+#[derive(Debug, Default)]
+pub(super) struct Following {
+    /// After the last one, under way.
+    begun: Vec<DraftPlan>,
+    /// Of slots that have run nothing since.
+    ended: Vec<(DraftPlan, FollowingDraft)>,
+}
+
+impl Following {
+    /// What was drafted for `request`, if it is for the tokens that were chosen.
+    fn take(&mut self, request: &DraftRequest<'_>) -> Option<FollowingDraft> {
+        let mut plans = self.ended.iter();
+        let index = plans.position(|(plan, _)| plan.slot == request.slot)?;
+        let (plan, draft) = self.ended.swap_remove(index);
+        answers(&plan, &draft, request).then_some(draft)
+    }
+}
+
 /// Whether `draft`, by `plan`, is what `request` asks for.
 fn answers(plan: &DraftPlan, draft: &FollowingDraft, request: &DraftRequest<'_>) -> bool {
     let accepted = &plan.tokens[..draft.positions.saturating_sub(1)];
     let positions = plan.start..plan.start + draft.positions;
-    plan.slot == request.slot
-        && positions == request.positions
+    positions == request.positions
         && request.tokens.split_last() == Some((&draft.followed, accepted))
+        && !draft.drafted.is_empty()
 }
 
 impl<D: ChainDevice> CudaChain<D> {
-    /// What drafts after a pass that has `placed`, where it is the last one of its step.
-    pub(super) fn next_drafts(
+    /// What drafts after a pass or batch, where it is the last one of its step. It has a piece of each of
+    /// `placed`, with its lane and the place of its first logits.
+    pub(super) fn next_drafts<'a>(
         &self,
-        placed: &[Placed],
+        placed: impl Iterator<Item = (usize, &'a Piece, usize)>,
         lanes: &[Lane],
         steps: &[SequenceStep<'_>],
     ) -> Vec<DraftPlan> {
         if lanes.iter().any(Lane::is_open) {
             return Vec::new();
         }
-        let plans = placed
-            .iter()
-            .filter_map(|placed| next_draft(placed, &lanes[placed.lane], &steps[placed.lane]));
+        let plans = placed.filter_map(|(lane, piece, first)| {
+            next_draft(piece, first, &lanes[lane], &steps[lane])
+        });
         let at_once = self.device.draft_rows();
         plans.filter(|plan| plan.positions() <= at_once).collect()
     }
 
-    /// Wait for drafts that nobody asked for.
-    pub(super) fn forget_drafts(&mut self) -> Result<()> {
-        if !self.following.is_empty() {
-            self.following.clear();
-            self.device.following_drafts()?;
+    /// Wait for drafts under way, and forget those of `slots`, which run now.
+    pub(super) fn end_drafts(&mut self, slots: impl Iterator<Item = i32>) -> Result<()> {
+        self.await_drafts()?;
+        for slot in slots {
+            let others = |(plan, _): &(DraftPlan, _)| plan.slot as i32 != slot;
+            self.following.ended.retain(others);
         }
         Ok(())
     }
 
-    /// Give requests what was drafted for them after the last pass.
+    /// Note that `plans` draft now.
+    pub(super) fn begin_drafts(&mut self, plans: Vec<DraftPlan>) {
+        self.following.begun = plans;
+    }
+
+    fn await_drafts(&mut self) -> Result<()> {
+        let plans = std::mem::take(&mut self.following.begun);
+        if !plans.is_empty() {
+            let drafts = self.device.following_drafts()?;
+            self.following.ended.extend(plans.into_iter().zip(drafts));
+        }
+        Ok(())
+    }
+
+    /// Give requests what was drafted for them already. Returns what that took.
     fn take_following(
         &mut self,
         requests: &[DraftRequest<'_>],
         pieces: &mut [Pieces<'_>],
-    ) -> Result<()> {
-        let plans = std::mem::take(&mut self.following);
-        if plans.is_empty() {
-            return Ok(());
-        }
-        let drafts: Vec<_> = plans
-            .into_iter()
-            .zip(self.device.following_drafts()?)
-            .collect();
+    ) -> Result<Duration> {
+        self.await_drafts()?;
+        let (mut started, mut ended) = (u64::MAX, 0);
         for (request, pieces) in requests.iter().zip(pieces) {
-            let mut drafts = drafts.iter();
-            if let Some((_, draft)) = drafts.find(|(plan, draft)| answers(plan, draft, request)) {
+            if let Some(draft) = self.following.take(request) {
                 pieces.tokens = &[];
-                pieces.drafted.clone_from(&draft.drafted);
+                pieces.drafted = draft.drafted;
                 pieces.drafted.truncate(request.ahead.tokens);
+                (started, ended) = (started.min(draft.span.start), ended.max(draft.span.end));
             }
         }
-        Ok(())
+        Ok(Duration::from_nanos(ended.saturating_sub(started)))
     }
 }
 
-/// What is drafted after the rows of `placed`, where these are all that a step appends.
-fn next_draft(placed: &Placed, lane: &Lane, step: &SequenceStep<'_>) -> Option<DraftPlan> {
-    let (next, rows) = (step.next_draft.as_ref()?, &placed.piece.wanted);
+/// What is drafted after the rows of `piece`, whose logits are from the place `first` on, where these are
+/// all that a step appends, and the device knows which tokens are chosen there.
+fn next_draft(
+    piece: &Piece,
+    first: usize,
+    lane: &Lane,
+    step: &SequenceStep<'_>,
+) -> Option<DraftPlan> {
+    let (next, rows) = (step.next_draft.as_ref()?, &piece.wanted);
     let (_, drafted) = step.tokens.split_first()?;
-    (rows.len() == step.tokens.len()).then(|| DraftPlan {
+    let is_known = match &step.logits {
+        LogitsRequest::Tokens(_) => true,
+        LogitsRequest::Sampled(race) => race.keeps_all(),
+        LogitsRequest::None | LogitsRequest::Rows(_) => false,
+    };
+    let is_whole = rows.len() == step.tokens.len() && step.ahead.tokens == 1;
+    (is_known && is_whole).then(|| DraftPlan {
         slot: step.sequence.slot(),
         start: lane.rows[rows.start].position as usize,
         tokens: drafted.to_vec(),
-        verifying_row: Some(placed.first_row + rows.start - placed.piece.rows.start),
+        verifying_row: Some(first),
         ahead: Some(next.ahead),
         // the first of the tokens that are chosen is none of the draft
         races: races(&next.choice, 1),
@@ -127,10 +170,11 @@ impl<D: ChainDevice> DraftEngine for CudaChain<D> {
         &mut self,
         requests: &mut [DraftRequest<'_>],
         interrupt: &Interrupt,
-    ) -> Result<Vec<Vec<DraftedToken>>> {
+    ) -> Result<Drafts> {
         let at_once = self.device.draft_rows();
         let mut pieces: Vec<_> = requests.iter_mut().map(Pieces::new).collect();
-        self.take_following(requests, &mut pieces)?;
+        let following = self.take_following(requests, &mut pieces)?;
+        let before = Instant::now();
         loop {
             interrupt.check()?;
             let open = pieces.iter_mut().zip(&*requests);
@@ -149,14 +193,15 @@ impl<D: ChainDevice> DraftEngine for CudaChain<D> {
                 pieces.drafted = drafted;
             }
         }
-        let drafts = pieces.into_iter().map(|pieces| pieces.drafted);
-        let drafts: Vec<_> = drafts.collect();
-        for (request, drafted) in requests.iter_mut().zip(&drafts) {
+        let elapsed = following + before.elapsed();
+        let drafted = pieces.into_iter().map(|pieces| pieces.drafted);
+        let drafted: Vec<_> = drafted.collect();
+        for (request, drafted) in requests.iter_mut().zip(&drafted) {
             for of in drafted {
                 request.choice.choose(PositionLogits::Chosen(of.token));
             }
         }
-        Ok(drafts)
+        Ok(Drafts { drafted, elapsed })
     }
 }
 

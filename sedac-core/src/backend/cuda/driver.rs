@@ -67,8 +67,8 @@ pub struct CudaDriver {
     exits: ExitMemory,
     batches: BatchMemory,
     drafter: Option<DraftMemory>,
-    /// The end of a pass that drafts follow, and how many did the last one.
-    pass_ended: CudaEvent,
+    /// The end of a pass or batch that drafts follow, and how many followed the last one.
+    ended: CudaEvent,
     following: usize,
 }
 
@@ -212,7 +212,7 @@ impl CudaDriver {
             scratch: allocate(sizes.scratch)?,
             next_scratch: allocate(sizes.scratch)?,
             tables: allocate(sizes.tables)?,
-            chosen: allocate(MAX_ROWS as u64 * TOKEN)?,
+            chosen: allocate(BATCH_LOGITS_ROWS as u64 * TOKEN)?,
             capacity: sizes.slots.capacity as i32,
             blocks: chain.blocks as i32,
             // scratch that nothing wrote to holds 0
@@ -237,7 +237,7 @@ impl CudaDriver {
             exits,
             batches: BatchMemory::allocate(&stream, &chain)?,
             drafter: None,
-            pass_ended: stream
+            ended: stream
                 .context()
                 .new_event(None)
                 .map_err(failed("an event"))?,
@@ -268,17 +268,27 @@ impl CudaDriver {
             .map_err(failed("the kernel prepare"))
     }
 
-    /// Let the drafts begin that follow the pass which was launched last, and note where that ends.
+    /// Wait until what was `launched` has ended, after which `drafts` begin. Where they cannot, nobody has
+    /// asked for them yet: who does runs them anew, and is told why that fails.
+    fn finish(&mut self, launched: Result<()>, drafts: &[DraftPlan]) -> Result<()> {
+        self.following = match drafts {
+            [_, ..] if launched.is_ok() => self.begin_drafts(drafts).map_or(0, |()| drafts.len()),
+            _ => 0,
+        };
+        let waited = match self.following {
+            0 => self.stream.synchronize(),
+            _ => self.ended.synchronize(),
+        };
+        launched?;
+        waited.map_err(failed("a pass of the chain"))
+    }
+
+    /// Note where what was launched last ends, and launch what drafts after it.
     fn begin_drafts(&mut self, plans: &[DraftPlan]) -> Result<()> {
-        if plans.is_empty() {
-            return Ok(());
-        }
-        let ended = self.pass_ended.record(&self.stream);
-        ended.map_err(failed("the end of a pass"))?;
+        let noted = self.ended.record(&self.stream);
+        noted.map_err(failed("the end of a pass"))?;
         let drafter = self.drafter.as_mut().expect("a drafter was loaded");
-        drafter.launch(&self.stream, &self.chain, plans)?;
-        self.following = plans.len();
-        Ok(())
+        drafter.launch(&self.stream, &self.chain, plans)
     }
 
     /// Whether there may be a rule at that address, of so many criteria.
@@ -337,7 +347,6 @@ impl ChainDevice for CudaDriver {
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
         let holds_rule = |rule| self.holds_rule(rule);
         pass_check::check(pass, &self.slots.sizes, self.sizes.vocabulary, holds_rule);
-        self.following = 0;
         let parameters = &mut self.parameters;
         parameters.rows = pass.rows.len() as i32;
         parameters.sequences = pass.sequences.len() as i32;
@@ -356,21 +365,12 @@ impl ChainDevice for CudaDriver {
         // SAFETY: the kernel's one parameter is this struct, of the size that its facts say. What it
         // points to is allocated for the sizes that the bundle's manifest and facts give, and
         // `pass_check` has made sure that every row, slot and table is inside. `self` is borrowed until
-        // the kernel has ended, which is waited for whatever the driver says here. The kernel
-        // itself is the bundle's, as plans are: its digest was checked, and whoever built it
+        // the kernel has ended, which is waited for whatever the driver says here, or, where a check of
+        // drafts panics, when this driver is dropped. The kernel itself is the bundle's, as plans are: its digest was checked, and whoever built it
         // answers for what it does.
         let launched = unsafe { launch.launch_cooperative(config) };
-        let drafting = match launched {
-            Ok(_) => self.begin_drafts(&pass.drafts),
-            Err(_) => Ok(()),
-        };
-        let waited = match self.following {
-            0 => self.stream.synchronize(),
-            _ => self.pass_ended.synchronize(),
-        };
-        let launched = launched.map(drop).and(waited);
-        launched.map_err(failed("a pass of the chain"))?;
-        drafting?;
+        let launched = launched.map(drop).map_err(failed("a pass of the chain"));
+        self.finish(launched, &pass.drafts)?;
         self.last_rows = pass.rows.len();
         let parameters = &mut self.parameters;
         parameters.number = parameters.number.wrapping_add(pass.ahead.tokens as u32);
@@ -400,8 +400,11 @@ impl ChainDevice for CudaDriver {
         assert!(rules.all(|rule| self.holds_rule(rule)), "rules of a batch");
         let sizes = (&self.slots.sizes, self.sizes.vocabulary);
         let (stream, chain) = (&self.stream, &self.chain);
-        self.batches
-            .run(stream, chain, &self.parameters, sizes, plan)
+        let launched = self
+            .batches
+            .launch(stream, chain, &self.parameters, sizes, plan);
+        self.finish(launched, &plan.drafts)?;
+        self.batches.outcome()
     }
 
     fn draft_rows(&self) -> usize {

@@ -38,6 +38,7 @@ pub use self::chain_device::{
     BatchLimits, BatchPlan, ChainDevice, DraftPlan, FollowingDraft, MAX_CRITERIA, MAX_DRAFTS,
     MAX_RACES, MAX_TABLES, PassPlan,
 };
+use self::drafting::Following;
 pub use self::driver::CudaDriver;
 use self::lane::{Lane, Piece};
 use self::outcomes::Rows;
@@ -68,8 +69,7 @@ pub struct CudaChain<D> {
     tables: RuleTables,
     /// The device's clock at the first pass.
     epoch: Option<u64>,
-    /// What drafts after the last pass.
-    following: Vec<DraftPlan>,
+    following: Following,
 }
 
 /// A piece in a pass.
@@ -78,6 +78,13 @@ struct Placed {
     piece: Piece,
     /// Index of its first row in the pass.
     first_row: usize,
+}
+
+impl Placed {
+    /// Index of the first of its rows whose logits are wanted.
+    fn first_logits(&self) -> usize {
+        self.first_row + self.piece.wanted.start - self.piece.rows.start
+    }
 }
 
 impl<D: ChainDevice> CudaChain<D> {
@@ -112,7 +119,7 @@ impl<D: ChainDevice> CudaChain<D> {
             costs: Costs::of_passes(MAX_ROWS, device.batch_limits().logits_rows.max(MAX_ROWS)),
             tables: RuleTables::default(),
             epoch: None,
-            following: Vec::new(),
+            following: Following::default(),
             device,
         }
     }
@@ -147,22 +154,23 @@ impl<D: ChainDevice> CudaChain<D> {
         for placed in &placed {
             place_races(placed, &lanes[placed.lane], &steps[placed.lane], &mut pass);
         }
-        pass.drafts = self.next_drafts(&placed, lanes, steps);
-        self.forget_drafts()?;
+        let pieces = placed
+            .iter()
+            .map(|placed| (placed.lane, &placed.piece, placed.first_logits()));
+        pass.drafts = self.next_drafts(pieces, lanes, steps);
+        self.end_drafts(pass.sequences.iter().map(|sequence| sequence.slot))?;
         let before = Instant::now();
         let outcome = self.device.run(&pass)?;
-        self.following.clone_from(&pass.drafts);
         let cost = PassCost::new(&pass, &outcome, before.elapsed());
+        self.begin_drafts(std::mem::take(&mut pass.drafts));
         let epoch = *self.epoch.get_or_insert(outcome.started);
-        for (
-            sequence,
-            Placed {
+        for (sequence, placed) in placed.into_iter().enumerate() {
+            let first_logits = placed.first_logits();
+            let Placed {
                 lane,
                 piece,
                 first_row,
-            },
-        ) in placed.into_iter().enumerate()
-        {
+            } = placed;
             let (lane, step) = (&mut lanes[lane], &mut steps[lane]);
             let of_sequence = outcome.sequence[sequence];
             let found = (of_sequence.depth, of_sequence.criterion);
@@ -173,8 +181,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 row: &outcome.row,
                 race: &outcome.race,
             };
-            let first = first_row + piece.wanted.start - piece.rows.start;
-            self.take_logits(lane, &piece, exit, (found, first), &step.logits)?;
+            self.take_logits(lane, &piece, exit, (found, first_logits), &step.logits)?;
             lane.exit = exit;
             lane.exit_signals = self.exit_signals(&piece, step.rule, of_sequence);
             let rows = first_row..pass.rows.len();

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::time::Instant;
 
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
@@ -10,7 +11,7 @@ use ort::value::Tensor;
 use super::MAX_REUSED_TOKENS;
 use super::runtime::{bind_input, bind_output, binding, read, run, tensor, write};
 use crate::backend::{
-    DraftEngine, DraftRequest, DraftedToken, MAX_TOKENS, PositionLogits, margin_bin,
+    DraftEngine, DraftRequest, DraftedToken, Drafts, MAX_TOKENS, PositionLogits, margin_bin,
 };
 use crate::bundle::{Bundle, DrafterEntry};
 use crate::error::Result;
@@ -249,11 +250,15 @@ impl DraftEngine for Drafter {
         &mut self,
         requests: &mut [DraftRequest<'_>],
         interrupt: &Interrupt,
-    ) -> Result<Vec<Vec<DraftedToken>>> {
+    ) -> Result<Drafts> {
+        let before = Instant::now();
         let requests = requests.iter_mut();
-        requests
-            .map(|request| self.draft_one(request, interrupt))
-            .collect()
+        let drafted = requests.map(|request| self.draft_one(request, interrupt));
+        let drafted = drafted.collect::<Result<_>>()?;
+        Ok(Drafts {
+            drafted,
+            elapsed: before.elapsed(),
+        })
     }
 }
 

@@ -1,11 +1,12 @@
 //! A trained drafter.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use sedac_core::Result;
-use sedac_core::backend::cuda::{DraftPlan, PassOutcome, PassPlan};
+use sedac_core::backend::cuda::{BatchOutcome, BatchPlan, DraftPlan, PassOutcome, PassPlan};
 use sedac_core::backend::{
-    DraftEngine, DraftRequest, DraftedToken, Engines, PositionLogits, margin_bin,
+    DraftEngine, DraftRequest, DraftedToken, Drafts, Engines, PositionLogits, margin_bin,
 };
 use sedac_core::interrupt::Interrupt;
 
@@ -13,13 +14,13 @@ use super::{Cache, Hidden, Toy, mix};
 
 /// Drafts as an exit would.
 impl DraftEngine for Toy {
-    fn draft(
-        &mut self,
-        requests: &mut [DraftRequest<'_>],
-        _: &Interrupt,
-    ) -> Result<Vec<Vec<DraftedToken>>> {
+    fn draft(&mut self, requests: &mut [DraftRequest<'_>], _: &Interrupt) -> Result<Drafts> {
+        let before = Instant::now();
         let requests = requests.iter_mut();
-        Ok(requests.map(|request| self.draft_one(request)).collect())
+        Ok(Drafts {
+            drafted: requests.map(|request| self.draft_one(request)).collect(),
+            elapsed: before.elapsed(),
+        })
     }
 }
 
@@ -56,28 +57,64 @@ impl Toy {
     }
 }
 
-/// `plan`, which follows `pass`, told what came of that; None where a logit is not finite.
-pub(super) fn told(plan: &DraftPlan, pass: &PassPlan, outcome: &PassOutcome) -> Option<DraftPlan> {
-    let first = plan.verifying_row.unwrap();
-    let rows = &pass.rows[first..first + plan.positions()];
-    assert_eq!(rows[0].position as usize, plan.start);
-    assert!(rows.iter().all(|row| row.sequence == rows[0].sequence));
-    let drafted = rows[1..].iter().map(|row| row.token as u32);
-    assert!(drafted.eq(plan.tokens.iter().copied()));
-    let chosen = (first..first + rows.len()).map(|row| {
-        assert!(pass.logits_rows >> row & 1 == 1);
-        match pass.sampled_rows >> row & 1 {
-            1 => outcome.race[row].token,
-            _ => outcome.row[row].token,
+/// A row of a pass, or a logits row of a batch, and the token that was chosen there, if that is known and
+/// its logits are finite.
+#[derive(Clone, Copy)]
+pub(super) struct Verified {
+    slot: i32,
+    token: i32,
+    position: i32,
+    chosen: Option<u32>,
+}
+
+pub(super) fn verified_by_pass(pass: &PassPlan, outcome: &PassOutcome) -> Vec<Verified> {
+    let verified = pass.rows.iter().enumerate().map(|(row, of)| {
+        let is_sampled = pass.sampled_rows >> row & 1 == 1;
+        let chosen = match is_sampled {
+            true => outcome.race[row].token,
+            false => outcome.row[row].token,
+        };
+        let is_known = pass.logits_rows >> row & 1 == 1 && outcome.row[row].finite == 1;
+        Verified {
+            slot: pass.sequences[of.sequence as usize].slot,
+            token: of.token,
+            position: of.position,
+            chosen: is_known.then_some(chosen),
         }
     });
-    let chosen: Vec<u32> = chosen.collect();
-    let both = plan.tokens.iter().zip(&chosen);
-    let accepted = both.take_while(|(token, chosen)| token == chosen).count();
-    let mut taken_in = first..=first + accepted;
-    let is_finite = taken_in.all(|row| outcome.row[row].finite == 1);
-    is_finite.then(|| DraftPlan {
-        tokens: chosen[..=accepted].to_vec(),
+    verified.collect()
+}
+
+pub(super) fn verified_by_batch(plan: &BatchPlan, outcome: &BatchOutcome) -> Vec<Verified> {
+    let rows = plan.logits_rows.iter().zip(&plan.races);
+    let verified = rows.enumerate().map(|(index, (&row, by))| {
+        let found = outcome.row[index];
+        let chosen = by.map_or(found.token, |_| outcome.race[index].token);
+        Verified {
+            slot: plan.rows[row].slot,
+            token: plan.rows[row].token,
+            position: plan.rows[row].position,
+            chosen: (found.finite == 1).then_some(chosen),
+        }
+    });
+    verified.collect()
+}
+
+/// What `plan` is told that follows what was `verified`; None where a token is not known.
+pub(super) fn told(plan: &DraftPlan, verified: &[Verified]) -> Option<DraftPlan> {
+    let rows = &verified[plan.verifying_row.unwrap()..][..plan.positions()];
+    let positions = rows.iter().map(|row| row.position as usize);
+    assert!(positions.eq(plan.start..plan.start + rows.len()));
+    assert!(rows.iter().all(|row| row.slot as usize == plan.slot));
+    let drafted = rows[1..].iter().map(|row| row.token as u32);
+    assert!(drafted.eq(plan.tokens.iter().copied()));
+    let both = plan.tokens.iter().zip(rows);
+    let accepted = both
+        .take_while(|(token, row)| row.chosen == Some(**token))
+        .count();
+    let followed: Option<Vec<u32>> = rows[..=accepted].iter().map(|row| row.chosen).collect();
+    Some(DraftPlan {
+        tokens: followed?,
         verifying_row: None,
         races: plan.races.map(|mut races| {
             races.rotate_left(accepted);

@@ -16,7 +16,9 @@ use sedac_core::sampler::argmax;
 use sedac_core::{Error, Result};
 
 use super::choices::{State, margin, race};
-use super::drafts::{draft_logits, probability, taken_in, told};
+use super::drafts::{
+    Verified, draft_logits, probability, taken_in, told, verified_by_batch, verified_by_pass,
+};
 use super::{CAPACITY, Cache, Caches, Hidden, VOCABULARY, ends};
 
 /// Rows of batches.
@@ -299,15 +301,16 @@ impl ToyKernel {
         drafted
     }
 
-    /// Draft what is to follow `pass`.
-    fn follow(&mut self, pass: &PassPlan, outcome: &PassOutcome) {
-        for plan in &pass.drafts {
+    /// Draft what is to follow a pass or a batch.
+    fn follow(&mut self, drafts: &[DraftPlan], verified: &[Verified]) {
+        for plan in drafts {
             self.followed.fetch_add(1, Ordering::Relaxed);
-            let told = told(plan, pass, outcome);
+            let told = told(plan, verified);
             let draft = told.map(|told| FollowingDraft {
                 positions: told.tokens.len(),
                 followed: *told.tokens.last().unwrap(),
                 drafted: self.draft_one(&told),
+                span: self.clock..self.clock + 100,
             });
             self.following.push(draft.unwrap_or_default());
         }
@@ -403,7 +406,7 @@ impl ChainDevice for ToyKernel {
             }
         }
         assert!(pass.drafts.is_empty() || outcome.steps == 1);
-        self.follow(pass, &outcome);
+        self.follow(&pass.drafts, &verified_by_pass(pass, &outcome));
         Ok(outcome)
     }
 
@@ -437,6 +440,7 @@ impl ChainDevice for ToyKernel {
                 outcome.race[index] = race(*by, self.logits.last().unwrap());
             }
         }
+        self.follow(&plan.drafts, &verified_by_batch(plan, &outcome));
         Ok(outcome)
     }
 
