@@ -37,8 +37,8 @@ pub struct SequenceStep<'a> {
 }
 
 /// A draft that begins without the host: from the first position of a step at which the token chosen
-/// is not the one that the step has there. Who then requests a draft of the positions up to there has
-/// it, or its first tokens.
+/// is not the one that the step has there. Who then requests a draft of the positions up to there, of as
+/// many tokens or more, has it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NextDraft {
     /// How far it drafts.

@@ -44,7 +44,7 @@ impl Decoding {
         let Planned::Verify(draft) = &self.planned else {
             return None;
         };
-        let ahead = draft.next.filter(|_| draft.depth == 0)?;
+        let ahead = draft.next?;
         let tokens = draft.tokens.len() + 1 + ahead.tokens;
         Some(NextDraft {
             ahead,

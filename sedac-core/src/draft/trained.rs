@@ -224,3 +224,29 @@ impl Drafter for Trained {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often a draft comes after another, once rounds were with a draft or without as `drafts` say.
+    fn again(drafts: impl IntoIterator<Item = bool>) -> f64 {
+        let mut drafter = Trained::new(4);
+        for drafts in drafts {
+            drafter.note_round();
+            drafter.drafted_in[1] = drafts;
+        }
+        drafter.again
+    }
+
+    #[test]
+    fn the_next_draft_begins_where_one_comes_after_another() {
+        assert!(again([true; 5]) < MIN_AGAIN, "that has to be seen first");
+        assert!(again([true; 20]) >= MIN_AGAIN);
+        let every_other = (0..40).map(|round| round % 2 == 0);
+        assert!(again(every_other.clone()) < 0.2);
+        // rounds that are not after a draft say nothing
+        let then_none = (0..20).map(|_| true).chain([false; 100]);
+        assert!(again(then_none) >= MIN_AGAIN);
+    }
+}

@@ -120,4 +120,14 @@ fn so_do_passes_of_rows_that_waited() {
     // three tokens that stopped early wait when two more come
     let stopped = [(2046, LAYERS), (1, 2), (1, 2), (1, 2), (2, LAYERS)];
     assert_eq!(passes(&stopped), [(2046..2048, 2), (2048..2051, 1)]);
+    let more = [(2046, LAYERS), (1, 2), (1, 2), (1, 2), (10, LAYERS)];
+    assert_eq!(
+        passes(&more),
+        [
+            (2046..2048, 2),
+            (2048..2049, 1),
+            (2049..2057, 0),
+            (2057..2059, 0)
+        ]
+    );
 }

@@ -10,6 +10,7 @@ use sedac_core::chain::{Chain, DecodingMode, Request};
 use sedac_core::interrupt::Interrupt;
 use sedac_core::kv::KvFill;
 use sedac_core::policy::PolicySettings;
+use sedac_core::sampler::Sampling;
 use sedac_core::scheduler::{Scheduler, SchedulerSettings};
 
 use super::lossless::{generate, requests};
@@ -213,6 +214,25 @@ fn drafts_follow_the_passes_that_verify() {
         assert!((4..12).contains(&requested), "{requested}");
         assert!(followed > requested, "{followed}");
     }
+}
+
+#[test]
+fn nothing_follows_what_only_the_host_can_choose() {
+    let followed = |change: fn(&mut Sampling)| {
+        let mut kernel = ToyKernel::new(&[1; 4], 256, 1, &Caches::default());
+        kernel.draft_rows = 8;
+        let followed = kernel.followed.clone();
+        let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), 0.2);
+        let drafter = DrafterKind::Trained;
+        let mut wanted = request(DecodingMode::Lossless { drafter }, 1);
+        change(&mut wanted.sampling);
+        let drafts = generate(&mut chain, &wanted, 100).1.drafts;
+        assert!(drafts.drafted > 0);
+        followed.load(Relaxed)
+    };
+    assert!(followed(|_| ()) > 0);
+    assert_eq!(followed(|sampling| sampling.top_k = 4), 0);
+    assert_eq!(followed(|sampling| sampling.repetition_penalty = 1.01), 0);
 }
 
 #[test]

@@ -57,6 +57,11 @@ pub(super) struct Following {
 }
 
 impl Following {
+    /// The sequence in `slot` runs: what was drafted for it was not asked for.
+    fn forget(&mut self, slot: usize) {
+        self.ended.retain(|(plan, _)| plan.slot != slot);
+    }
+
     /// What was drafted for `request`, if it is for the tokens that were chosen.
     fn take(&mut self, request: &DraftRequest<'_>) -> Option<FollowingDraft> {
         let mut plans = self.ended.iter();
@@ -72,7 +77,7 @@ fn answers(plan: &DraftPlan, draft: &FollowingDraft, request: &DraftRequest<'_>)
     let positions = plan.start..plan.start + draft.positions;
     positions == request.positions
         && request.tokens.split_last() == Some((&draft.followed, accepted))
-        && !draft.drafted.is_empty()
+        && (1..=request.ahead.tokens).contains(&draft.drafted.len())
 }
 
 impl<D: ChainDevice> CudaChain<D> {
@@ -97,10 +102,7 @@ impl<D: ChainDevice> CudaChain<D> {
     /// Wait for drafts under way, and forget those of `slots`, which run now.
     pub(super) fn end_drafts(&mut self, slots: impl Iterator<Item = i32>) -> Result<()> {
         self.await_drafts()?;
-        for slot in slots {
-            let others = |(plan, _): &(DraftPlan, _)| plan.slot as i32 != slot;
-            self.following.ended.retain(others);
-        }
+        slots.for_each(|slot| self.following.forget(slot as usize));
         Ok(())
     }
 
@@ -130,7 +132,6 @@ impl<D: ChainDevice> CudaChain<D> {
             if let Some(draft) = self.following.take(request) {
                 pieces.tokens = &[];
                 pieces.drafted = draft.drafted;
-                pieces.drafted.truncate(request.ahead.tokens);
                 (started, ended) = (started.min(draft.span.start), ended.max(draft.span.end));
             }
         }
@@ -216,4 +217,82 @@ fn races(request: &LogitsRequest, first: usize) -> Option<[RowRace; MAX_RACES]> 
         true => run_race(race, tokens - 1 - index),
         false => RowRace::default(),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Ahead, DraftChoice};
+
+    struct NoChoice;
+
+    impl DraftChoice for NoChoice {
+        fn request(&mut self, positions: usize) -> LogitsRequest {
+            LogitsRequest::Tokens(positions)
+        }
+
+        fn choose(&mut self, _: PositionLogits<'_>) -> u32 {
+            0
+        }
+    }
+
+    fn request(slot: usize, tokens: &[u32], ahead: usize) -> DraftRequest<'_> {
+        DraftRequest {
+            slot,
+            positions: 10..10 + tokens.len(),
+            tokens,
+            ahead: Ahead::of(ahead),
+            choice: Box::new(NoChoice),
+        }
+    }
+
+    /// After a pass over a token at position 10 and the drafted ones 5, 6 and 7, of which two were
+    /// accepted; 9 was chosen then.
+    fn following(slots: &[usize]) -> Following {
+        let plan = |&slot: &usize| DraftPlan {
+            slot,
+            start: 10,
+            tokens: vec![5, 6, 7],
+            verifying_row: Some(0),
+            ..DraftPlan::default()
+        };
+        let drafted = DraftedToken {
+            token: 1,
+            probability: 0.5,
+        };
+        let draft = FollowingDraft {
+            positions: 3,
+            followed: 9,
+            drafted: vec![drafted; 2],
+            span: 100..200,
+        };
+        Following {
+            begun: Vec::new(),
+            ended: slots
+                .iter()
+                .map(|slot| (plan(slot), draft.clone()))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_draft_is_for_the_tokens_that_were_chosen() {
+        let is_given =
+            |tokens: &[u32], ahead| following(&[1]).take(&request(1, tokens, ahead)).is_some();
+        assert!(is_given(&[5, 6, 9], 2));
+        assert!(is_given(&[5, 6, 9], 8));
+        assert!(!is_given(&[5, 6, 9], 1), "more than was asked for");
+        for tokens in [&[5, 6, 7][..], &[5, 8, 9], &[5, 9], &[5, 6, 7, 9]] {
+            assert!(!is_given(tokens, 8), "{tokens:?}");
+        }
+    }
+
+    #[test]
+    fn a_draft_is_given_once_and_to_its_sequence() {
+        let mut drafts = following(&[1, 2, 4]);
+        let mut take = |slot| drafts.take(&request(slot, &[5, 6, 9], 8)).is_some();
+        assert!(!take(3) && take(2) && !take(2) && take(4));
+        drafts.forget(1);
+        assert!(drafts.ended.is_empty());
+    }
 }

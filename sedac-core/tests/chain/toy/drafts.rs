@@ -10,7 +10,7 @@ use sedac_core::backend::{
 };
 use sedac_core::interrupt::Interrupt;
 
-use super::{Cache, Hidden, Toy, mix};
+use super::{CAPACITY, Cache, Hidden, Toy, mix};
 
 /// Drafts as an exit would.
 impl DraftEngine for Toy {
@@ -103,6 +103,8 @@ pub(super) fn verified_by_batch(plan: &BatchPlan, outcome: &BatchOutcome) -> Vec
 /// What `plan` is told that follows what was `verified`; None where a token is not known.
 pub(super) fn told(plan: &DraftPlan, verified: &[Verified]) -> Option<DraftPlan> {
     let rows = &verified[plan.verifying_row.unwrap()..][..plan.positions()];
+    let end = plan.start + rows.len() + plan.ahead.unwrap().tokens - 1;
+    assert!(end <= CAPACITY, "whatever is accepted");
     let positions = rows.iter().map(|row| row.position as usize);
     assert!(positions.eq(plan.start..plan.start + rows.len()));
     assert!(rows.iter().all(|row| row.slot as usize == plan.slot));
