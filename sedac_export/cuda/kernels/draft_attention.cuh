@@ -55,7 +55,7 @@ struct DraftAttention {
 
   // Partial sums for the query at `position`. The first keys and values are on their way before the query is there.
   __device__ __forceinline__ void run(int position) const {
-    const int keys = position + 1, size = chunk_size(keys), chunks = divided_up(keys, size), lane = threadIdx.x & 31;
+    const int keys = position + 1, size = chunk_size(keys), chunks = divided_up(keys, size);
     int i = block + pass.blocks * (threadIdx.x >> 5), first = i % chunks * size;
     bool has_query = false;
     Partial partial;
