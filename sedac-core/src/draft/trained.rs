@@ -244,7 +244,7 @@ mod tests {
         assert!(again([true; 5]) < MIN_AGAIN, "that has to be seen first");
         assert!(again([true; 20]) >= MIN_AGAIN);
         let every_other = (0..40).map(|round| round % 2 == 0);
-        assert!(again(every_other.clone()) < 0.2);
+        assert!(again(every_other) < 0.2);
         // rounds that are not after a draft say nothing
         let then_none = (0..20).map(|_| true).chain([false; 100]);
         assert!(again(then_none) >= MIN_AGAIN);

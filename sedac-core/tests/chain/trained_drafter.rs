@@ -232,6 +232,8 @@ fn nothing_follows_what_only_the_host_can_choose() {
     };
     assert!(followed(|_| ()) > 0);
     assert_eq!(followed(|sampling| sampling.top_k = 4), 0);
+    assert_eq!(followed(|sampling| sampling.top_p = 0.95), 0);
+    assert_eq!(followed(|sampling| sampling.min_p = 0.05), 0);
     assert_eq!(followed(|sampling| sampling.repetition_penalty = 1.01), 0);
 }
 
