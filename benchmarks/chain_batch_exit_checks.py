@@ -58,8 +58,8 @@ class BatchExitChecks:
         }
         for name, of_slots in rules.items():
             for company in COMPANY:
-                for freezes in (False, True):
-                    yield self._check(name, of_slots, company, freezes)
+                for fills in (False, True):
+                    yield self._check(name, of_slots, company, fills)
         self._launcher.forget_exits()
 
     def _sharp_rule(self, slot: int, signal: int) -> Rule:
@@ -100,44 +100,44 @@ class BatchExitChecks:
         self._launcher.run([SequenceInput.of_tokens([token], position, slot, depth, rule)])
         return SequenceOutcome.from_buffer_copy(self._launcher.outcome().sequence[0])
 
-    def _check(self, name: str, rules: list[Rule], company: int, freezes: bool) -> KernelCheck:
+    def _check(self, name: str, rules: list[Rule], company: int, fills: bool) -> KernelCheck:
         exiting = [
             Exiting(slot, self._token(slot), self._positions[slot], rule)
             for slot, rule in enumerate(rules)
         ]
-        passes = self._by_passes(exiting, company, freezes)
-        batch = self._by_batch(exiting, company, freezes)
+        passes = self._by_passes(exiting, company, fills)
+        batch = self._by_batch(exiting, company, fills)
         pairs = zip((passes.logits, *passes.caches), (batch.logits, *batch.caches), strict=True)
         different = sum(int((a != b).sum()) for a, b in pairs)
         missed = name in ("stability", "risk")
         stopped = [depth < self._layers for depth, _ in passes.exits]
         as_meant = stopped == [True, not missed, True]
-        what = f"exits by {name} in a batch beside {company} rows{', frozen' * freezes}, as passes"
+        what = f"exits by {name} in a batch beside {company} rows{', filled' * fills}, as passes"
         detail = f"exits {batch.exits} of {passes.exits}, {different} numbers differ"
         passed = as_meant and batch.exits == passes.exits and different == 0
         return KernelCheck(what, passed, detail)
 
-    def _by_passes(self, exiting: list[Exiting], company: int, freezes: bool) -> Found:
+    def _by_passes(self, exiting: list[Exiting], company: int, fills: bool) -> Found:
         launcher, exits, logits = self._launcher, [], []
         self._fill_all()
         for of in exiting:
-            row = SequenceInput.of_tokens([of.token], of.position, of.slot, conditions=of.rule)
+            row = SequenceInput([(of.token, of.position, 0)], of.slot, None, of.rule, fills)
             logits.append(launcher.run([row]))
             stop = launcher.outcome().sequence[0]
             exits.append((stop.depth, stop.criterion))
-            if stop.depth < self._layers:
+            if stop.depth < self._layers and not fills:
                 waiting = [(-1, of.position, stop.depth)]
-                launcher.run([SequenceInput(waiting, of.slot, int(freezes))], logits_rows=0)
+                launcher.run([SequenceInput(waiting, of.slot)], logits_rows=0)
         for row in self._company(company):
             launcher.run([SequenceInput.of_tokens([row.token], row.position, row.slot)], 0)
         return Found(exits, torch.cat(logits), self._caches())
 
-    def _by_batch(self, exiting: list[Exiting], company: int, freezes: bool) -> Found:
+    def _by_batch(self, exiting: list[Exiting], company: int, fills: bool) -> Found:
         launcher = self._launcher
         self._fill_all()
         rows = [BatchRow(of.token, of.position, of.slot) for of in exiting]
         rules: dict[int, RowRule] = {
-            index: launcher.rule(of.rule, freezes=freezes) for index, of in enumerate(exiting)
+            index: launcher.rule(of.rule, freezes=fills) for index, of in enumerate(exiting)
         }
         wanted = launcher.make_batch(rows + self._company(company), range(len(rows)), rules=rules)
         logits = launcher.run_batch(wanted)

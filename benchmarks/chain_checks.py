@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from chain_exit_checks import ExitChecks
+from chain_fill_checks import FillChecks
 from chain_launcher import ChainLauncher, SequenceInput
 from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 from torch import Tensor
@@ -50,9 +51,9 @@ class ChainChecks:
             yield from self._exits()
             yield self._deferred_rows()
             yield self._completion_alone()
-            yield from self._frozen_rows()
             yield self._gap_between_sequences()
             yield from ExitChecks(self._launcher).run()
+            yield from FillChecks(self._launcher).run()
             yield from self._steps()
             yield self._repetitions()
 
@@ -166,31 +167,6 @@ class ChainChecks:
         logits = self._launcher.run([SequenceInput(rows)])
         return KernelCheck("completion alone", torch.equal(logits, self._bits[:2]))
 
-    def _frozen_rows(self) -> Iterator[KernelCheck]:
-        self._exit_early(1)
-        logits = self._launcher.run([self._after_exit(frozen=1)])
-        keys = self._keys()
-        differs = not torch.equal(logits[1], self._bits[1])
-        yield KernelCheck("a frozen row's token is not completed", differs)
-        error = self._frozen_key_error(keys[-1])
-        yield KernelCheck("a frozen row's key", error < TOLERANCE, f"relative error {error:.1e}")
-        for count in (1, 3):
-            same = all(map(torch.equal, self._keys_frozen_alone(count), keys))
-            yield KernelCheck(f"{count} frozen rows alone", same)
-
-    def _frozen_key_error(self, key: Tensor) -> float:
-        """Of the last layer's key, which PyTorch computes from the hidden state at the exit."""
-        decoder, hidden = self._launcher.decoder, self._launcher.saved[0, self._position]
-        weights = decoder.layer(self._layers - 1)
-        _, wanted, _ = decoder.project(weights, hidden[None], self._position)
-        return relative_error(key.float(), wanted[:, 0])
-
-    def _keys_frozen_alone(self, count: int) -> list[Tensor]:
-        self._exit_early(count)
-        rows = [(-1, self._position + index, self._exit) for index in range(count)]
-        self._launcher.run([SequenceInput(rows, frozen=count)], logits_rows=0)
-        return self._keys()
-
     def _gap_between_sequences(self) -> KernelCheck:
         """One starts deeper than the other ends: layers between have no rows."""
         self._exit_early(1)
@@ -287,14 +263,10 @@ class ChainChecks:
         self._launcher.fill(0, self._position)
         self._launcher.run([self._sequence(TOKENS[:count], max_depth=self._exit)])
 
-    def _after_exit(self, frozen: int = 0, max_depth: int | None = None) -> SequenceInput:
+    def _after_exit(self, max_depth: int | None = None) -> SequenceInput:
         """The token that exited, from where it did, and the next one."""
         rows = [(-1, self._position, self._exit), (TOKENS[1], self._position + 1, 0)]
-        return SequenceInput(rows, frozen=frozen, max_depth=max_depth)
-
-    def _keys(self) -> list[Tensor]:
-        """Of the first token, by layer."""
-        return [keys[0, :, self._position].clone() for keys in self._launcher.keys]
+        return SequenceInput(rows, max_depth=max_depth)
 
 
 def race_winner(logits: npt.NDArray[np.float32], temperature: float, key: int) -> int:

@@ -110,6 +110,8 @@ class CaseResult:
     drafts: dict[str, float] = field(default_factory=dict)
     # by the number of tokens, microseconds of a prefill from position 0 on
     prefills: dict[int, float] = field(default_factory=dict)
+    # by the layers that it ran, microseconds of a token whose exit fills the caches of the others
+    fills: dict[int, float] = field(default_factory=dict)
     # by the number of sequences, microseconds of a batch of their newest tokens
     batches: dict[int, float] = field(default_factory=dict)
     unsupported: str | None = None
@@ -131,6 +133,7 @@ def run_case(case: ChainCase, compiling: "Future[CompiledChain]", copy_rate: flo
         result.checks.extend(BatchExitChecks(launcher).run())
         if case.name in MODEL_NAMES:
             result.measurements.extend(measure(launcher, copy_rate))
+            result.fills = measure_fills(launcher)
             result.prefills = measure_prefills(launcher)
             del launcher
             torch.cuda.empty_cache()
@@ -177,6 +180,17 @@ def measure(launcher: ChainLauncher, copy_rate: float) -> Iterator[Measurement]:
             layers * layer_floor,
             head_floor,
         )
+
+
+def measure_fills(launcher: ChainLauncher) -> dict[int, float]:
+    """As `measure` does of steps, after the last layer but one, a half, a quarter and an eighth."""
+    layers, position = launcher.decoder.shape.layers, launcher.decoder.case.position + 1
+    medians = {}
+    for depth in (layers - 1, *(layers // part for part in (2, 4, 8))):
+        sequence = SequenceInput.of_tokens(TOKENS[:1], position, max_depth=depth, fills=True)
+        wanted = launcher.make_pass([sequence], steps=MAX_ROWS)
+        medians[depth] = time_pass(launcher, wanted).median
+    return medians
 
 
 def measure_positions(launcher: ChainLauncher) -> dict[int, Timing]:
@@ -376,6 +390,9 @@ def markdown(result: CaseResult) -> str:
         ]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [_table_row(measurement) for measurement in result.measurements]
+    if result.fills:
+        fills = ", ".join(f"{depth}: {median:.0f} µs" for depth, median in result.fills.items())
+        lines.append(f"\nA step that exits after so many layers and fills the others: {fills}.")
     if result.drafts:
         drafts = ", ".join(f"{count}: {median:.0f} µs" for count, median in result.drafts.items())
         lines.append(

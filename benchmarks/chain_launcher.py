@@ -43,14 +43,14 @@ _SHARED_WITH_BATCHES = (
 class SequenceInput:
     """A sequence's part of a pass: rows of (token, position, first layer), and where it stops.
 
-    The first `frozen` rows only fill caches. conditions: [criteria, layers].
+    fills: whether caches of layers that it skips are filled. conditions: [criteria, layers].
     """
 
     rows: list[tuple[int, int, int]]
     slot: int = 0
-    frozen: int = 0
     max_depth: int | None = None
     conditions: Sequence[Condition] = ()
+    fills: bool = False
 
     @classmethod
     def of_tokens(
@@ -60,10 +60,12 @@ class SequenceInput:
         slot: int = 0,
         max_depth: int | None = None,
         conditions: Sequence[Condition] = (),
+        *,
+        fills: bool = False,
     ) -> "SequenceInput":
         """Tokens from `position` on, each through all layers that run."""
         rows = [(token, position + index, 0) for index, token in enumerate(tokens)]
-        return cls(rows, slot, 0, max_depth, conditions)
+        return cls(rows, slot, max_depth, conditions, fills)
 
 
 def card_architecture() -> str:
@@ -356,7 +358,7 @@ class ChainLauncher:
             slot=sequence.slot,
             first_row=first,
             rows=len(sequence.rows),
-            frozen=sequence.frozen,
+            fills=sequence.fills,
             max_depth=sequence.max_depth or self.decoder.shape.layers,
         )
         if sequence.conditions:

@@ -4,7 +4,7 @@ from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
 from enum import IntEnum
 
 # version of the mirrors
-ABI = 12
+ABI = 13
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
 BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
@@ -159,7 +159,7 @@ class SequenceRows(Structure):
         ("slot", c_int),
         ("first_row", c_int),
         ("rows", c_int),
-        ("frozen", c_int),
+        ("fills", c_int),
         ("max_depth", c_int),
         ("criteria", c_int),
         ("conditions", c_uint64),

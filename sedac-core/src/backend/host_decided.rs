@@ -92,6 +92,7 @@ impl<E: Engines> HostDecided<E> {
         self.note_costs(step.tokens.len(), exit);
         Ok(StepOutcome {
             exit,
+            exits_ahead: Vec::new(),
             exit_signals: deciding.and_then(|deciding| deciding.exit_signals),
             logits,
             margins: Vec::new(),

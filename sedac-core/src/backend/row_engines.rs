@@ -203,6 +203,7 @@ impl<E: Engines> HostDecided<E> {
                 }
                 Ok(StepOutcome {
                     exit: open.exit.unwrap_or(full_depth),
+                    exits_ahead: Vec::new(),
                     exit_signals: open.deciding.and_then(|deciding| deciding.exit_signals),
                     logits: match count {
                         0 => Logits::None,

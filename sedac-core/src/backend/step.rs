@@ -53,9 +53,9 @@ pub const MARGIN_BINS: usize = 8;
 /// The most tokens that a step may give.
 pub const MAX_AHEAD: usize = 8;
 
-/// How far a step of one token without a rule goes on: each time as a step of the token that it
-/// chose last would, to the same depth. Then as many positions of [`LogitsRequest`] are wanted, and
-/// of these the last as many as there are tokens.
+/// How far a step of one token goes on: each time as a step of the token that it chose last would, by
+/// the same rule and to the same depth. Then as many positions of [`LogitsRequest`] are wanted, and of
+/// these the last as many as there are tokens.
 ///
 /// Where the backend cannot, or not as far, it gives fewer tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -156,6 +156,8 @@ impl LogitsRequest {
 pub struct StepOutcome {
     /// Where, and why there.
     pub exit: StepExit,
+    /// The same of each token that it went on with.
+    pub exits_ahead: Vec<StepExit>,
     /// What the exit head gave there, where the rule reads it.
     pub exit_signals: Option<ExitSignals>,
     /// The logits wanted.
@@ -167,6 +169,16 @@ pub struct StepOutcome {
     /// Whether it went on with a token other than the one chosen last: what ran after it was for
     /// nothing.
     pub mispredicted: bool,
+}
+
+impl StepOutcome {
+    /// The exit of the token number `index` of those that a step that went on gave.
+    pub fn exit_of(&self, index: usize) -> StepExit {
+        match index {
+            0 => self.exit,
+            _ => self.exits_ahead[index - 1],
+        }
+    }
 }
 
 /// The depth at which a step ended.

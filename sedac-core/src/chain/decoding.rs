@@ -452,9 +452,10 @@ impl Decoding {
         self.run_ahead.observe(tokens, outcome.mispredicted);
         for index in 0..tokens {
             let logits = outcome.logits.at(index, self.vocab_size);
-            self.text.take(logits, outcome.exit, None, emit);
+            let exit = outcome.exit_of(index);
+            self.text.take(logits, exit, None, emit);
             if let Some(drafting) = &mut self.drafting {
-                drafting.observe_undrafted(outcome.exit.layer, costs);
+                drafting.observe_undrafted(exit.layer, costs);
             }
             if self.text.finished.is_some() {
                 break;

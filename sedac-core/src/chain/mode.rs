@@ -239,9 +239,9 @@ impl ExitSchedule {
         self.rule.as_ref().is_some_and(ExitRule::is_soft)
     }
 
-    /// Whether every token has the same depth limit and no rule.
+    /// Whether every token has the same depth limit and the same rule, if any.
     pub(super) fn is_constant(&self) -> bool {
-        self.rule.is_none() && self.depths.len() == 1
+        self.depths.len() == 1
     }
 
     /// The fewest layers that drafts run, of the depths `exit_layers` up to half of `layers`: to

@@ -194,6 +194,8 @@ proptest! {
     fn steps_ahead_are_single_steps(
         engine_sizes in prop::collection::vec(1..=2_usize, 1..5),
         seed in prop::option::of(0..100_u64),
+        kv_fill in prop::sample::select(KvFill::ALL.to_vec()),
+        tau in prop::option::of(0.3..1.0_f32),
         aheads in prop::collection::vec((1..=MAX_AHEAD, 1..10_usize, 0.0..1.0_f32), 1..8),
         sequences in 1..4_usize,
     ) {
@@ -202,8 +204,9 @@ proptest! {
         let kernel = ToyKernel::new(&engine_sizes, 200, sequences, &Caches::default());
         let mut ahead = CudaChain::new(kernel, layers, &exits, CAPACITY, sequences);
         let mut lanes: Vec<_> = (0..sequences as u32)
-            .map(|first| Followed::new(first, seed, &mut ahead, &engine_sizes))
+            .map(|first| Followed::new(first, seed, kv_fill, &mut ahead, &engine_sizes))
             .collect();
+        let rule = tau.map(|tau| rule(tau, 1, layers));
         for &(tokens, max_depth, acceptance) in &aheads {
             let ahead_of = Ahead {
                 acceptance: [acceptance; MARGIN_BINS],
@@ -212,13 +215,13 @@ proptest! {
             };
             let mut steps: Vec<_> = lanes
                 .iter_mut()
-                .map(|lane| lane.step(max_depth, ahead_of))
+                .map(|lane| lane.step(rule.as_ref(), max_depth, ahead_of))
                 .collect();
             let outcomes = run(&mut ahead, &mut steps);
             for (lane, outcome) in lanes.iter_mut().zip(outcomes) {
                 prop_assert!((1..=tokens).contains(&outcome.logits.tokens().len()));
                 prop_assert_eq!(outcome.margins.len(), outcome.logits.tokens().len());
-                lane.check(&outcome, max_depth)?;
+                lane.check(&outcome, rule.as_ref(), max_depth)?;
             }
         }
     }
@@ -285,6 +288,7 @@ impl Followed {
     fn new(
         first: u32,
         seed: Option<u64>,
+        kv_fill: KvFill,
         ahead: &mut CudaChain<ToyKernel>,
         engine_sizes: &[usize],
     ) -> Self {
@@ -296,19 +300,24 @@ impl Followed {
         let toy = Toy::new(engine_sizes, 200, &Caches::default());
         let mut engines = HostDecided::new(toy, &ends(engine_sizes), CAPACITY);
         Self {
-            sequence: ahead.open(KvFill::Defer).unwrap(),
+            sequence: ahead.open(kv_fill).unwrap(),
             sampler: Sampler::new(sampling).unwrap(),
             newest: [first],
-            reference: engines.open(KvFill::Defer).unwrap(),
+            reference: engines.open(kv_fill).unwrap(),
             engines,
         }
     }
 
-    fn step(&mut self, max_depth: usize, ahead: Ahead) -> SequenceStep<'_> {
+    fn step<'a>(
+        &'a mut self,
+        rule: Option<&'a ExitRule>,
+        max_depth: usize,
+        ahead: Ahead,
+    ) -> SequenceStep<'a> {
         SequenceStep {
             sequence: &mut self.sequence,
             tokens: &self.newest,
-            rule: None,
+            rule,
             max_depth,
             logits: LogitsRequest::of(&mut self.sampler, ahead.tokens),
             ahead,
@@ -317,19 +326,26 @@ impl Followed {
     }
 
     /// The tokens of `outcome` are those of single steps, and the sequence is as after these.
-    fn check(&mut self, outcome: &StepOutcome, max_depth: usize) -> Result<(), TestCaseError> {
-        for &token in outcome.logits.tokens() {
+    fn check(
+        &mut self,
+        outcome: &StepOutcome,
+        rule: Option<&ExitRule>,
+        max_depth: usize,
+    ) -> Result<(), TestCaseError> {
+        let tokens = outcome.logits.tokens();
+        prop_assert_eq!(outcome.exits_ahead.len(), tokens.len() - 1);
+        for (index, &token) in tokens.iter().enumerate() {
             let step = SequenceStep {
                 sequence: &mut self.reference,
                 tokens: &self.newest,
-                rule: None,
+                rule,
                 max_depth,
                 logits: LogitsRequest::of(&mut self.sampler, 1),
                 ahead: Ahead::default(),
                 next_draft: None,
             };
             let single = run(&mut self.engines, &mut [step]).remove(0);
-            prop_assert_eq!(single.exit, outcome.exit);
+            prop_assert_eq!(single.exit, outcome.exit_of(index));
             prop_assert_eq!(single.logits.tokens(), &[token]);
             self.sampler.skip();
             self.newest = [token];
@@ -399,6 +415,28 @@ fn a_step_ahead_is_one_pass() {
     );
     assert_eq!(backend.device().passes, [1, 2]);
     assert_eq!((first.tokens().len(), second.tokens().len()), (5, 1));
+}
+
+#[test]
+fn a_step_goes_on_after_exits_that_fill_caches() {
+    let rule = rule(0.0, 1, 4);
+    let mut backend = chain(2);
+    for (kv_fill, tokens, filled) in [(KvFill::Propagate, 5, 5), (KvFill::Defer, 1, 0)] {
+        let mut sequence = backend.open(kv_fill).unwrap();
+        let mut ahead = SequenceStep {
+            logits: LogitsRequest::Tokens(8),
+            ahead: Ahead::of(8),
+            rule: Some(&rule),
+            ..step(&mut sequence, &[1], 4)
+        };
+        let outcome = run(&mut backend, std::slice::from_mut(&mut ahead)).remove(0);
+        // as far as a chunk of attention goes
+        assert_eq!(outcome.logits.tokens().len(), tokens);
+        let exits: Vec<_> = (0..tokens).map(|index| outcome.exit_of(index)).collect();
+        assert!(exits.iter().all(|exit| exit.layer == 1), "{exits:?}");
+        assert_eq!(sequence.kv().filled(3), filled);
+    }
+    assert_eq!(backend.device().passes, [1, 1]);
 }
 
 #[test]

@@ -71,7 +71,7 @@ struct Row {
 // The rows of one sequence: consecutive rows at consecutive positions, whose first layers never grow.
 struct SequenceRows {
   int slot, first_row, rows;
-  int frozen;                          // its first rows, this many, only fill caches
+  int fills;                           // whether caches of layers that it skips are filled: see cache_fill.cuh
   int max_depth;                       // layers after which it stops at the latest
   int criteria;                        // of its exit rule, 0 for none
   const struct Condition* conditions;  // [criteria][layers]

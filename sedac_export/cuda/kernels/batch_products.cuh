@@ -117,7 +117,7 @@ struct BatchProduct {
     const int lane = threadIdx.x % 32;
     const unsigned tokens = shared_address(input(at).tokens) + lane * 16;
     LaneWeights<WEIGHT_BITS> weights;
-    weights.load({shared_address(input(at).weights), lane}, 0);
+    weights.load(LanePlace(shared_address(input(at).weights), lane), 0);
     uint4 x[BATCH_TOKEN_TILES];
 #pragma unroll
     for (int n = 0; n < BATCH_TOKEN_TILES; n++) x[n] = load_shared(tokens + n * 512);

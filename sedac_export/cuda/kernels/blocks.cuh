@@ -61,12 +61,37 @@ __device__ __forceinline__ void multiply_block(float (&c)[4], float (&d)[4], uin
   mma(d, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
 }
 
-// Shared addresses of what a lane reads of the first of some blocks.
+// What a lane reads of a block, from shared memory or from the matrix itself.
+__device__ __forceinline__ uint4 load_16(unsigned at) { return load_shared(at); }
+__device__ __forceinline__ uint2 load_8(unsigned at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ unsigned load_4(unsigned at) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ unsigned load_2(unsigned at) {
+  unsigned v;
+  asm volatile("ld.shared.u16 %0,[%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_16(const char* at) { return __ldg(reinterpret_cast<const uint4*>(at)); }
+__device__ __forceinline__ uint2 load_8(const char* at) { return __ldg(reinterpret_cast<const uint2*>(at)); }
+__device__ __forceinline__ unsigned load_4(const char* at) { return __ldg(reinterpret_cast<const unsigned*>(at)); }
+__device__ __forceinline__ unsigned load_2(const char* at) {
+  return __ldg(reinterpret_cast<const unsigned short*>(at));
+}
+
+// Addresses of what a lane reads of the first of some blocks.
+template <class At>
 struct LanePlace {
-  unsigned numbers, scales, zeros;
+  At numbers, scales, zeros;
 
   LanePlace() = default;
-  __device__ __forceinline__ LanePlace(unsigned blocks, int lane)
+  __device__ __forceinline__ LanePlace(At blocks, int lane)
       : numbers(blocks + lane * (QUANTIZED ? LANE_BYTES : LANE_BYTES / 2)),
         scales(blocks + NUMBER_BYTES + (lane >> 2) * 4),
         zeros(blocks + NUMBER_BYTES + SCALE_BYTES + (lane >> 2) * 2) {}
@@ -80,17 +105,16 @@ struct LaneWeights {
   unsigned scales, zeros;
 
   // Of the block `offset` bytes after the first.
-  __device__ __forceinline__ void load(const LanePlace& first, unsigned offset) {
-    const unsigned at = first.numbers + offset;
+  template <class At>
+  __device__ __forceinline__ void load(const LanePlace<At>& first, unsigned offset) {
     if constexpr (BITS == 8) {
-      const uint4 v = load_shared(at);
+      const uint4 v = load_16(first.numbers + offset);
       numbers = make_uint2(v.x, v.y), others = make_uint2(v.z, v.w);
     } else {
-      asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(numbers.x), "=r"(numbers.y) : "r"(at) : "memory");
+      numbers = load_8(first.numbers + offset);
     }
-    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(scales) : "r"(first.scales + offset) : "memory");
-    if constexpr (ZERO_POINTS)
-      asm volatile("ld.shared.u16 %0,[%1];" : "=r"(zeros) : "r"(first.zeros + offset) : "memory");
+    scales = load_4(first.scales + offset);
+    if constexpr (ZERO_POINTS) zeros = load_2(first.zeros + offset);
   }
 
   // Its product with `x`, added to `c` where it is `wanted`. Only the addition depends on that: with a branch around
@@ -117,9 +141,10 @@ template <>
 struct LaneWeights<16> {
   uint4 upper, lower;
 
-  __device__ __forceinline__ void load(const LanePlace& first, unsigned offset) {
-    const unsigned at = first.numbers + offset;
-    upper = load_shared(at), lower = load_shared(at + NUMBER_BYTES / 2);
+  template <class At>
+  __device__ __forceinline__ void load(const LanePlace<At>& first, unsigned offset) {
+    const At at = first.numbers + offset;
+    upper = load_16(at), lower = load_16(at + NUMBER_BYTES / 2);
   }
   __device__ __forceinline__ void multiply(float (&c)[4], float (&d)[4], uint4 x, bool wanted) const {
     if (wanted) multiply_block(c, d, upper, lower, x);

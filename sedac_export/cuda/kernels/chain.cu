@@ -2,6 +2,7 @@
 // is a `break`. A pass takes up to eight rows, of one sequence or of several, through the layers and the head, and may
 // go on with the tokens that it chose.
 #include "batch.cuh"
+#include "cache_fill.cuh"
 #include "drafter.cuh"
 #include "exit_head.cuh"
 #include "prefetch.cuh"
@@ -22,8 +23,8 @@ struct Chain {
   float* scratch;
   Ring<RING_SLOTS<N>> ring;
   Exits exits;
-  unsigned frozen = 0, deciding = 0, odd = 0;  // rows; odd: whose first layer's number is
-  int next_stop = 0;                           // the depth at which the next sequence stops at the latest
+  unsigned deciding = 0, odd = 0;  // rows; odd: whose first layer's number is
+  int next_stop = 0;               // the depth at which the next sequence stops at the latest
 
   __device__ __forceinline__ void run() {
     int first_layer = LAYERS, last_layer = 0;
@@ -77,7 +78,6 @@ struct Chain {
     const int tid = threadIdx.x, block = blockIdx.x;
     for (int s = 0; s < sequences(); s++) {
       const SequenceRows& of = pass.sequence[s];
-      frozen |= ((1u << of.frozen) - 1) << of.first_row;
       if (of.criteria) deciding |= 1u << (of.first_row + of.rows - 1);
     }
 #pragma unroll
@@ -109,12 +109,22 @@ struct Chain {
     do {
       const int layer = run_layers(residual, stages, first_layer, last_layer);
       if (!block_index() && !threadIdx.x) pass.outcome->layers_ended[shared.step] = now();
-      if (layer < last_layer) ring.leave_out(SKIP_TO_HEAD);
-      if (pass.logits_rows) residual.finish(thread_index(), exits, odd);
+      if (layer < last_layer) ring.leave_out(SKIP_TO_HEAD, shared.step);
+      finish_layers(residual);
       if (pass.logits_rows) head.run();
       again = finish_step(head);
     } while (again);
     ring.finish();
+  }
+
+  // The head's input, and the caches of the layers that rows skip.
+  __device__ __forceinline__ void finish_layers(Residual<N>& residual) {
+    if (pass.has_lenses || skips_filled())
+      finish_exits<N>(pass, shared, scratch, exits.depth, odd);
+    else if (pass.logits_rows)
+      residual.finish(thread_index(), exits, odd);
+    if (threadIdx.x < N) shared.scale[threadIdx.x] = HEADROOM;
+    sync_block();
   }
 
   // Returns whether there is another step, with the tokens chosen.
@@ -126,7 +136,7 @@ struct Chain {
     const bool again = may_go_on && shared.going_on == pass.logits_rows;
     if (writes && !threadIdx.x) pass.outcome->ended[step] = now(), pass.outcome->steps = step + 1;
     if (!again) {
-      if (may_go_on) ring.leave_out(SKIP_TO_END);
+      if (may_go_on) ring.leave_out(SKIP_TO_END, step);
       return false;
     }
     begin_step(step + 1);
@@ -192,10 +202,9 @@ struct Chain {
     return active;
   }
 
-  // Rows whose input of `layer` is what they start from: those that start there, and frozen ones, which stay as they
-  // are. (What layers make of these is computed and waited for all the same: it is what holds the blocks together.)
+  // Rows that start at `layer`.
   __device__ __forceinline__ unsigned starting_at(int layer) const {
-    unsigned starting = frozen;
+    unsigned starting = 0;
 #pragma unroll
     for (int t = 0; t < N; t++)
       if (t < rows() && pass.row[t].first_layer == layer) starting |= 1u << t;
@@ -263,14 +272,14 @@ struct Chain {
     const bool compared = !mlp && deciding && layer > first_layer;
     const Condition condition = compared ? Exits::condition(tid, pass, layer) : Condition{};
     const unsigned starting = mlp ? 0 : starting_at(layer);
-    residual.receive(tid, mlp, active, starting, layer_parities(odd, mlp ? layer : layer - 1), compared);
+    residual.receive(tid, mlp, active, layer_parities(odd, mlp ? layer : layer - 1), compared);
     if (__builtin_expect(starting && layer < LAYERS, 0)) start_rows<N>(pass, shared, scratch, tid, layer, starting);
     sync_block();
     MARK(layer, mlp ? 7 : 1)
     if (mlp) return active;
     if (__builtin_expect(compared || layer >= next_stop, 0)) decide(tid, residual, layer, condition, active);
     if (__builtin_expect(has_features(layer), 0))
-      ::take_features<N>(pass, shared, scratch, tid, layer, active & ~frozen, layer_parities(odd, layer - 1));
+      ::take_features<N>(pass, shared, scratch, tid, layer, active, layer_parities(odd, layer - 1));
     return active_at(layer);
   }
 
@@ -304,8 +313,16 @@ struct Chain {
     }
     if (depth == LAYERS) return;
     const int row = block_index();
-    if (row < rows() && has<N>(active & ~frozen, row) && (stops >> pass.row[row].sequence & 1))
+    if (row < rows() && has<N>(active, row) && (stops >> pass.row[row].sequence & 1) &&
+        !pass.sequence[pass.row[row].sequence].fills)
       save_row<N>(pass, shared, scratch, tid, row, row_parity<N>(layer_parities(odd, depth - 1), row));
+  }
+
+  // Whether a sequence has skipped layers whose caches are to be filled. Called by whole warps.
+  __device__ __forceinline__ bool skips_filled() const {
+    const int s = Exits::lane_sequence(threadIdx.x);
+    return __any_sync(~0u, s < sequences() && threadIdx.x % MAX_CRITERIA == 0 && exits.depth < LAYERS &&
+                               pass.sequence[s < sequences() ? s : 0].fills);
   }
 
   __device__ __forceinline__ void find_next_stop() {
@@ -348,7 +365,7 @@ constexpr BatchLaunch prefill_product_launch(int tiles) {
 }
 constexpr BatchLaunch ROW_TO_BLOCK = {THREADS, 0, 1, 1}, COOPERATIVE = {THREADS, sizeof(BatchMemories), BATCH_ROWS, 0};
 
-extern "C" __device__ const Facts sedac_facts = {12,
+extern "C" __device__ const Facts sedac_facts = {13,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),

@@ -198,7 +198,7 @@ __device__ __noinline__ void read_exit_signals(const Pass& pass, Shared<N>& shar
   const ExitHead<N> head{pass, shared, lens, depth};
   if (by_head) head.publish(by_head);
   if (by_probe >> warp & 1) {
-    const Probe probe{shared.layers[depth - 1].probe, scratch, depth, pass.blocks, parities};
+    const Probe probe{shared.layers[depth - 1].probe, scratch, pass.blocks, lens.number, parities};
     const float risk = probe.risk(warp, lane);
     if (!lane) shared.exit_signals[warp][0] = risk;
   }

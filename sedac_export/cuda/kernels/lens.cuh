@@ -65,10 +65,10 @@ __device__ __forceinline__ void normalise_exit(const Lens& lens, int lane, int r
 }
 
 // The head's input, of rows that have stopped, where lenses may be in between: a row to each warp. `depth`: at which
-// the lane's sequence stopped. Apart from the kernel's own code, whose registers are scarce.
+// the lane's sequence stopped.
 template <int N>
-__device__ __noinline__ void finish_through_lenses(const Pass& pass, Shared<N>& shared, float* scratch, int depth,
-                                                   unsigned odd) {
+__device__ __forceinline__ void finish_through_lenses(const Pass& pass, Shared<N>& shared, float* scratch, int depth,
+                                                      unsigned odd) {
   const int warp = thread_index() >> 5, lane = thread_index() & 31;
   const auto stopped_at = [&](int row) { return __shfl_sync(~0u, depth, MAX_CRITERIA * pass.row[row].sequence); };
   const auto lens_at = [&](int stopped) {

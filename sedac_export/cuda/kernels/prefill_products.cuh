@@ -35,25 +35,6 @@ constexpr int PRODUCT_COPIES = INPUTS_FIT < MOST_INPUTS ? INPUTS_FIT : MOST_INPU
 constexpr int BLOCKS_TOGETHER = FEW_TILES ? 3 : 2;
 constexpr int PREFILL_PRODUCTS_BYTES = PRODUCT_COPIES * sizeof(ProductInput) + sizeof(ProductSums);
 
-// The parts of a tile's sum.
-struct TileParts {
-  int before, columns_of_block;  // column blocks of its block's tiles, before it and in all
-  int warp = 0;                  // that has the part
-
-  TileParts() = default;
-  __device__ __forceinline__ TileParts(int tile, const StageShape& shape, int blocks)
-      : before(tile / blocks * shape.columns),
-        columns_of_block(tile_count(tile % blocks, shape.tiles, blocks) * shape.columns) {}
-  // Where the part ends that begins at `column`, in column blocks of the tile.
-  __device__ __forceinline__ int end(int column) {
-    int of_block;
-#pragma unroll 1
-    do of_block = share_start(++warp, columns_of_block);
-    while (of_block <= before + column);
-    return of_block - before;
-  }
-};
-
 struct Product {
   const BatchPass& pass;
   const Layer& layer;

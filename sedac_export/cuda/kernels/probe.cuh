@@ -1,9 +1,9 @@
 // V6's entropy probe: the risk softplus(up(norm(down(h)))) of a hidden state, in fp32; see LREProbe in
 // sedac_export/exits/replay/probes.py.
 //
-// Down's outputs go round the blocks, which exchange them as words of a float and the depth: not every layer has a
-// probe, so that parities would not alternate. The rest is small, and every warp computes it: so all decide alike about
-// exits.
+// Down's outputs go round the blocks, which exchange them as words of a float and a number that no other step and depth
+// has: not every layer has a probe, so that parities would not alternate. The rest is small, and every warp computes
+// it: so all decide alike about exits.
 #pragma once
 #include "norm.cuh"
 
@@ -56,8 +56,8 @@ struct Probe {
   // down [PROBE_WIDTH][hidden], the norm's weight and bias and up [PROBE_WIDTH] each, and up's bias
   const float* weights;
   float* scratch;
-  int depth, blocks;
-  unsigned parities;  // of the layer's flags, a bit for each row
+  int blocks;
+  unsigned number, parities;  // of what is exchanged; of the layer's flags, a bit for each row
 
   // By the row's warp.
   __device__ __forceinline__ float risk(int row, int lane) const {
@@ -75,13 +75,13 @@ struct Probe {
   __device__ __forceinline__ void publish(int row, int lane, int output) const {
     const float* hidden = scratch + row * SCRATCH_ROW + SCRATCH_AFTER_LAYER;
     const float sum = product_with_row(lane, weights + output * HIDDEN, StreamPairs{hidden, parities >> row});
-    if (!lane) store_halves(word(row, output), static_cast<unsigned long long>(depth) << 32 | __float_as_uint(sum));
+    if (!lane) store_halves(word(row, output), static_cast<unsigned long long>(number) << 32 | __float_as_uint(sum));
   }
 
   // A lane has two of the outputs.
   __device__ __forceinline__ float receive(int row, int lane) const {
     ulonglong2 words;
-    while (words = load_halves(word(row, 2 * lane)), words.x >> 32 != depth || words.y >> 32 != depth) continue;
+    while (words = load_halves(word(row, 2 * lane)), words.x >> 32 != number || words.y >> 32 != number) continue;
     __syncwarp();
     return risk_of_outputs(lane, __uint_as_float(static_cast<unsigned>(words.x)),
                            __uint_as_float(static_cast<unsigned>(words.y)), weights);

@@ -30,11 +30,9 @@ struct Residual {
     return scratch + row * SCRATCH_ROW + (mlp ? SCRATCH_AFTER_ATTENTION : SCRATCH_AFTER_LAYER);
   }
 
-  // The input of QKV, or of gate and up, of the rows that ran what came before, as it arrives. Frozen rows and those of
-  // `starting` have other inputs. A poll is a trip to L2, some 0.7 us, so all is asked for at once. `compared`: whether
-  // the stability is asked for.
-  __device__ __forceinline__ void receive(int tid, bool mlp, unsigned rows, unsigned starting, unsigned parities,
-                                          bool compared) {
+  // The input of QKV, or of gate and up, of the rows that ran what came before, as it arrives. A poll is a trip to L2,
+  // some 0.7 us, so all is asked for at once. `compared`: whether the stability is asked for.
+  __device__ __forceinline__ void receive(int tid, bool mlp, unsigned rows, unsigned parities, bool compared) {
     constexpr int EIGHTS = HIDDEN / 8, ALL = divided_up(N * EIGHTS, THREADS), AT_ONCE = ALL < 4 ? ALL : 4;
     const int2 tiles = shared.tables.tiles[mlp ? STAGE_DOWN : STAGE_O];
     const int count = N == 1 ? 1 : pass.rows, warp = tid >> 5, lane = tid & 31;
@@ -77,11 +75,9 @@ struct Residual {
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         const int i = first + k * THREADS, row = N == 1 ? 0 : i / EIGHTS, input = N == 1 ? i : i % EIGHTS;
-        if (inputs.at[k] >= 0 && !has<N>(starting, row))
-          *reinterpret_cast<uint4*>(&shared.input[row][input * 8]) = halves_of(inputs.words[k]);
+        if (inputs.at[k] >= 0) *reinterpret_cast<uint4*>(&shared.input[row][input * 8]) = halves_of(inputs.words[k]);
         const TileItem<N> item(i, tiles, pass.blocks);
-        if (before_at[k] && !has<N>(starting, item.token))
-          shared.before[item.index][item.token][item.row] = unflagged(before[k]);
+        if (before_at[k]) shared.before[item.index][item.token][item.row] = unflagged(before[k]);
       }
       __syncwarp();
       if (summing) sum_up(warp, lane, sums, compared);
@@ -114,16 +110,11 @@ struct Residual {
   // have none, and nothing to wait for.
   __device__ __forceinline__ void finish(int tid, const Exits& exits, unsigned odd) {
     const int warp = tid >> 5;
-    if (pass.has_lenses) {
-      finish_through_lenses<N>(pass, shared, scratch, exits.depth, odd);
-    } else if (warp < N && has<N>(pass.logits_rows, warp)) {
-      const int depth = exits.stopped_at(N == 1 ? 0 : pass.row[warp].sequence);
-      const unsigned parity = row_parity<N>(layer_parities(odd, depth - 1), warp);
-      if (N == 1 || pass.row[warp].first_layer < depth)
-        normalise(tid & 31, shared.input[warp], pass.final_norm, 0, StreamPairs{stream(warp, false), parity});
-    }
-    if (warp < N && !(tid & 31)) shared.scale[warp] = HEADROOM;
-    sync_block();
+    if (warp >= N || !has<N>(pass.logits_rows, warp)) return;
+    const int depth = exits.stopped_at(N == 1 ? 0 : pass.row[warp].sequence);
+    const unsigned parity = row_parity<N>(layer_parities(odd, depth - 1), warp);
+    if (N == 1 || pass.row[warp].first_layer < depth)
+      normalise(tid & 31, shared.input[warp], pass.final_norm, 0, StreamPairs{stream(warp, false), parity});
   }
 
   // By the block of the row's number: its residual to where rows start from.

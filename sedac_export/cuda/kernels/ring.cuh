@@ -19,13 +19,14 @@ constexpr int SENDING_WARPS = WEIGHT_BITS == 8 ? 2 : 1;
 // What a warp and the lane that fills its ring tell each other. Counts grow for the whole pass.
 struct alignas(16) RingState {
   int used_slots, used_pieces;  // by the warp
-  int skips;                    // set by the warp: what is left out, a Skip
+  int skip;                     // set by the warp: what is left out, see Skip
   int finished;                 // set by the warp: nothing more will be read
-  int skipped;                  // set by the lane: 1 + the pieces sent before it did so
-  int slots_sent;               // then also
+  int skipped;                  // set by the lane: the skip that it followed last
+  int pieces_sent, slots_sent;  // until then
 };
 
-// An exit leaves out the rest of the layers, and the last step of a pass all that may have followed.
+// An exit leaves out the rest of the layers, and the last step of a pass all that may have followed. Of a step: its
+// number, twice, plus these.
 enum Skip { SKIP_TO_HEAD = 1, SKIP_TO_END };
 
 // What is sent, and where from: for each step of the pass the layers, then the head.
@@ -62,23 +63,24 @@ struct Producer {
 
   // By a lane beside the computing warps, until the warp has finished.
   __device__ __forceinline__ void run(volatile RingState* state) {
-    bool left = false;
+    int skipped = 0;
 #pragma unroll 1
     while (!state->finished) {
-      if (!left && state->skips) {
-        left = true;
-        leave_out(state->skips);
-        state->slots_sent = sent_slots;
+      if (const int skip = state->skip; skip != skipped) {
+        skipped = skip;
+        leave_out(skip);
+        state->pieces_sent = sent, state->slots_sent = sent_slots;
         __threadfence_block();
-        state->skipped = sent + 1;
+        state->skipped = skip;
       }
       if (!send(state->used_slots, state->used_pieces)) __nanosleep(20);
     }
   }
 
   __device__ __forceinline__ void leave_out(int skip) {
-    layer = source.last_layer, step = source.steps - 1;
-    round = skip == SKIP_TO_HEAD ? 0 : source.head_tiles, column = -1;
+    const bool to_head = skip % 2 == SKIP_TO_HEAD;
+    layer = source.last_layer, step = to_head ? skip / 2 : source.steps - 1;
+    round = to_head ? 0 : source.head_tiles, column = -1;
   }
 
   // The next piece, if there is one and room for it.
@@ -130,13 +132,13 @@ struct Producer {
 // A warp's ring of SLOTS column blocks, as the warp reads it.
 template <int SLOTS>
 struct Ring {
-  LanePlace weights;          // in the first slot
-  unsigned barriers;          // shared address
-  volatile RingState* state;  // where another warp fills the ring
-  Producer<SLOTS> producer;   // where this one does
-  int next = 0;               // slot that is read next
-  int piece = 0;              // its piece
-  int used = 0;               // slots that were read
+  LanePlace<unsigned> weights;  // in the first slot
+  unsigned barriers;            // shared address
+  volatile RingState* state;    // where another warp fills the ring
+  Producer<SLOTS> producer;     // where this one does
+  int next = 0;                 // slot that is read next
+  int piece = 0;                // its piece
+  int used = 0;                 // slots that were read
 
   // A piece of `count` column blocks times what input(x, first) gives of the blocks from `first` on, added to two
   // accumulators. What was read is given back by give_back, when nobody waits for the products any more.
@@ -163,15 +165,16 @@ struct Ring {
     used += count, piece++;
   }
 
-  // Lets the pieces land that are under way, and goes on with what `skip` does not leave out.
-  __device__ __forceinline__ void leave_out(Skip skip) {
+  // Lets the pieces land that are under way, and goes on with what the `kind` of skip in `step` does not leave out.
+  __device__ __forceinline__ void leave_out(Skip kind, int step) {
+    const int skip = 2 * step + kind;
     int sent, slots;
     if constexpr (REGISTERS_MOVE) {
-      if (!(threadIdx.x & 31)) state->skips = skip;
+      if (!(threadIdx.x & 31)) state->skip = skip;
       __syncwarp();
-      while (!(sent = state->skipped)) continue;
+      while (state->skipped != skip) continue;
       __threadfence_block();
-      sent--, slots = state->slots_sent;
+      sent = state->pieces_sent, slots = state->slots_sent;
     } else {
       sent = producer.sent, slots = producer.sent_slots;
       producer.leave_out(skip);

@@ -96,4 +96,7 @@ constexpr long long SCRATCH_HIGHEST = 1ll * MAX_ROWS * SCRATCH_ROW;
 constexpr long long SCRATCH_EXITS = SCRATCH_HIGHEST + 2 * 8ll * MAX_BLOCKS * MAX_ROWS;
 constexpr int EXIT_LEARNED = 2 * HIDDEN, EXIT_BLOCKS = EXIT_LEARNED + 2 * LEARNED_WIDTH,
               EXIT_ROW = EXIT_BLOCKS + 8 * MAX_BLOCKS;
-constexpr long long SCRATCH_BYTES = (SCRATCH_EXITS + 1ll * MAX_ROWS * EXIT_ROW) * 4;
+// And keys and values of the layers that a row skips, beside the number of the step: see cache_fill.cuh.
+constexpr int KEY_VALUES = 2 * KV_HEADS * HEAD;
+constexpr long long SCRATCH_FILLS = SCRATCH_EXITS + 1ll * MAX_ROWS * EXIT_ROW, FILL_ROW = 2ll * LAYERS * KEY_VALUES;
+constexpr long long SCRATCH_BYTES = (SCRATCH_FILLS + MAX_ROWS * FILL_ROW) * 4;

@@ -17,6 +17,7 @@ struct Shared {
   int step;                              // of the pass
   unsigned going_on;                     // rows that take another step
   float accepted[N];                     // probability that the tokens chosen for a row so far are accepted
+  int filled_from[N];                    // by row, the first layer that it skips and whose cache is filled
   Layer layers[LAYERS];
   Tables tables;
   RingState ring[WARPS];

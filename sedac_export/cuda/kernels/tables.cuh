@@ -98,6 +98,25 @@ __device__ __forceinline__ void sum_parts(Tables& tables, int stage, int index, 
   if (index < count) tables.parts[stage][index] = parts_of_tile(index, count, shape.columns);
 }
 
+// The parts of a tile's sum.
+struct TileParts {
+  int before, columns_of_block;  // column blocks of its block's tiles, before it and in all
+  int warp = 0;                  // that has the part
+
+  TileParts() = default;
+  __device__ __forceinline__ TileParts(int tile, const StageShape& shape, int blocks)
+      : before(tile / blocks * shape.columns),
+        columns_of_block(tile_count(tile % blocks, shape.tiles, blocks) * shape.columns) {}
+  // Where the part ends that begins at `column`, in column blocks of the tile.
+  __device__ __forceinline__ int end(int column) {
+    int of_block;
+#pragma unroll 1
+    do of_block = share_start(++warp, columns_of_block);
+    while (of_block <= before + column);
+    return of_block - before;
+  }
+};
+
 // The head: a tile to each warp in a round; in the last round warps share tiles.
 __device__ __forceinline__ int4 last_head_share(int warp, int block, int blocks) {
   const int count = tile_count(block, HEAD_TILES, blocks), base = (count - 1) / WARPS * WARPS, rest = count - base;

@@ -9,7 +9,7 @@ use crate::bundle::KERNEL_ROWS;
 use crate::policy::Condition;
 
 /// Version of everything in this file.
-pub(super) const ABI: u32 = 12;
+pub(super) const ABI: u32 = 13;
 
 /// Rows that one pass may have.
 pub const MAX_ROWS: usize = KERNEL_ROWS[KERNEL_ROWS.len() - 1];
@@ -165,8 +165,8 @@ pub struct SequenceRows {
     pub first_row: i32,
     /// Its number of rows.
     pub rows: i32,
-    /// The number of its first rows that only fill caches: their hidden states stay as saved.
-    pub frozen: i32,
+    /// Whether caches of layers that it skips get what these make of the hidden states it exits with.
+    pub fills: i32,
     /// Layers after which it stops at the latest: an exit layer, or all.
     pub max_depth: i32,
     /// Criteria of its exit rule, 0 without one.

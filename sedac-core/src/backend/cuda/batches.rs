@@ -64,7 +64,7 @@ impl<D: ChainDevice> CudaChain<D> {
                 plan.logits_rows.push(plan.rows.len());
                 plan.races.push(race(lane, row, step));
                 plan.rules.push(match step.rule {
-                    Some(rule) => Some(self.row_rule(rule, lane.freezes)?),
+                    Some(rule) => Some(self.row_rule(rule, lane.fills)?),
                     None => None,
                 });
             }

@@ -36,8 +36,9 @@ pub struct PassPlan {
     pub sampled_rows: u32,
     /// By what, by step and row; of no meaning where it is not.
     pub races: [RowRace; MAX_ROWS],
-    /// How far the pass goes on by itself: then every sequence has one row, of a token, with logits
-    /// and without a rule, and there is room for as many rows as all steps have.
+    /// How far the pass goes on by itself: then every sequence has one row, of a token, with logits,
+    /// those with a rule [fill](SequenceRows::fills) caches, and there is room for as many rows as all
+    /// steps have.
     pub ahead: Ahead,
     /// What the trained drafter drafts when it has ended, of different slots: rows with logits of the
     /// pass, which has one step, verify the tokens.
@@ -119,10 +120,10 @@ pub struct FollowingDraft {
 ///
 /// Rows enter a pass at their first layer, as the embedding of their token or as the hidden state
 /// saved for their position. A layer's active rows are those that entered there or before. Each
-/// writes its keys and values; frozen ones do nothing else. After each layer the newest row of a
-/// sequence decides for all its rows, by the rule and then by `max_depth`. Where a sequence stops,
-/// the hidden states of its active rows are saved, but for the frozen ones. What a row gives depends
-/// on no row of another sequence, and not on how rows are spread over passes.
+/// writes its keys and values. After each layer the newest row of a sequence decides for all its rows,
+/// by the rule and then by `max_depth`. Where a sequence stops, the layers that follow write the keys and
+/// values that they make of its active rows' hidden states, or else these are saved. What a row gives
+/// depends on no row of another sequence, and not on how rows are spread over passes.
 ///
 /// Every method reports an [`Error::Device`](crate::Error::Device) when the driver fails.
 pub trait ChainDevice: Send {
@@ -149,7 +150,7 @@ pub trait ChainDevice: Send {
 
     /// Run a batch, and wait until it has ended. Its [drafts](BatchPlan::drafts) begin then. What it
     /// leaves and gives is what passes do. The logits of a row that exits are those of its exit; then
-    /// the layers that follow run it, or, where it freezes, fill their caches as those of a frozen row.
+    /// the layers that follow run it, or, where it freezes, make its keys and values of its hidden state.
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
         let _ = plan;
         Ok(BatchOutcome::default())

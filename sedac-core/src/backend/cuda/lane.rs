@@ -14,8 +14,8 @@ pub(super) struct Lane {
     pub(super) rows: Vec<PassRow>,
     /// The number of its first rows, which are not new.
     waiting: usize,
-    /// Whether hidden states stay as they are after an exit, and fill the caches of deeper layers.
-    pub(super) freezes: bool,
+    /// Whether caches of layers that it skips get what these make of the hidden states it exits with.
+    pub(super) fills: bool,
     /// Layers after which it ends at the latest.
     pub(super) limit: usize,
     /// Its passes that have not run, each as a range of `rows`.
@@ -29,6 +29,8 @@ pub(super) struct Lane {
     /// The rows whose logits are wanted where every layer runs.
     wanted: Range<usize>,
     pub(super) exit: StepExit,
+    /// Of each token that it went on with.
+    pub(super) exits_ahead: Vec<StepExit>,
     /// What the exit head said there, where the rule asked it.
     pub(super) exit_signals: Option<ExitSignals>,
     pub(super) logits: Logits,
@@ -47,8 +49,6 @@ pub(super) struct Lane {
 pub(super) struct Piece {
     /// Of the lane's rows.
     pub(super) rows: Range<usize>,
-    /// The number of its first rows that only fill caches.
-    pub(super) frozen: usize,
     /// Its rows whose logits are wanted, of the lane's.
     pub(super) wanted: Range<usize>,
     /// Whether it ends the step: the rule decides about no other.
@@ -81,7 +81,10 @@ impl Lane {
             step.logits,
             LogitsRequest::Tokens(_) | LogitsRequest::Sampled(_)
         );
-        let may_go_on = chooses && step.rule.is_none() && step.tokens.len() == 1 && rows.len() == 1;
+        let fills = step.sequence.kv_fill() == KvFill::Propagate;
+        // what waits after an exit is known to the host alone
+        let decided = step.rule.is_none() || fills;
+        let may_go_on = chooses && decided && step.tokens.len() == 1 && rows.len() == 1;
         let tokens = match may_go_on {
             true => step.ahead.tokens.min(step.sequence.room() + 1),
             false => 1,
@@ -89,7 +92,7 @@ impl Lane {
         assert!(wanted <= rows.len(), "logits of positions that do not run");
         Ok(Self {
             waiting,
-            freezes: step.sequence.kv_fill() == KvFill::Propagate,
+            fills,
             limit,
             pieces: VecDeque::new(),
             divisible: rows.len()..rows.len(),
@@ -101,6 +104,7 @@ impl Lane {
                 layer: layers,
                 reason: ExitReason::FullDepth,
             },
+            exits_ahead: Vec::new(),
             exit_signals: None,
             logits: Logits::None,
             margins: Vec::new(),
@@ -214,10 +218,6 @@ impl Lane {
 
     fn piece(&self, rows: Range<usize>) -> Piece {
         Piece {
-            frozen: match self.freezes {
-                true => self.waiting.clamp(rows.start, rows.end) - rows.start,
-                false => 0,
-            },
             wanted: self.wanted.start.clamp(rows.start, rows.end)..rows.end,
             is_last: !self.is_open(),
             rows,

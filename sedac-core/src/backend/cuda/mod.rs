@@ -47,7 +47,7 @@ use self::rule_tables::RuleTables;
 use super::profile;
 use super::{
     Ahead, Backend, Capabilities, Costs, DraftEngine, LogitsRequest, MAX_AHEAD, SequenceStep,
-    StepOutcome,
+    StepExit, StepOutcome,
 };
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
@@ -175,8 +175,8 @@ impl<D: ChainDevice> CudaChain<D> {
             let of_sequence = outcome.sequence[sequence];
             let found = (of_sequence.depth, of_sequence.criterion);
             let exit = self.exit(&piece, step.rule, found)?;
-            lane.timings.extend(cost.timings(epoch, exit.layer));
-            note_filled(lane, &piece, step.sequence, exit.layer);
+            lane.timings.extend(cost.timings(epoch, sequence));
+            note_filled(lane, &piece, step.sequence, self.filled(lane, exit));
             let found = Rows {
                 row: &outcome.row,
                 race: &outcome.race,
@@ -185,9 +185,17 @@ impl<D: ChainDevice> CudaChain<D> {
             lane.exit = exit;
             lane.exit_signals = self.exit_signals(&piece, step.rule, of_sequence);
             let rows = first_row..pass.rows.len();
-            self.take_further_steps(lane, rows, &outcome, step)?;
+            self.take_further_steps(lane, &piece, rows, &outcome, step)?;
         }
         Ok(cost)
+    }
+
+    /// The layers whose caches hold a token of `lane` after `exit`.
+    fn filled(&self, lane: &Lane, exit: StepExit) -> usize {
+        match lane.fills {
+            true => self.num_layers(),
+            false => exit.layer,
+        }
     }
 
     /// Append `piece` of `lane` to `pass`.
@@ -205,7 +213,7 @@ impl<D: ChainDevice> CudaChain<D> {
             slot: step.sequence.slot() as i32,
             first_row: first_row as i32,
             rows: piece.rows.len() as i32,
-            frozen: piece.frozen as i32,
+            fills: lane.fills.into(),
             max_depth: lane.limit as i32,
             criteria: rule.map_or(0, |rule| rule.criteria().len() as i32),
             conditions: rule.map_or(Ok(0), |rule| self.write_conditions(rule))?,
@@ -393,6 +401,7 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
             profile::record_step(&lane.timings, step.tokens.len(), lane.exit);
             StepOutcome {
                 exit: lane.exit,
+                exits_ahead: lane.exits_ahead,
                 exit_signals: lane.exit_signals,
                 logits: lane.logits,
                 margins: lane.margins,

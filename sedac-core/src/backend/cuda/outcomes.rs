@@ -114,11 +114,12 @@ impl<D: ChainDevice> CudaChain<D> {
         Ok(())
     }
 
-    /// Take what further steps gave the lane whose only row was the first of `rows`, of which the
-    /// pass had as many as come after it: up to a token that the device did not go on with.
+    /// Take what further steps gave the lane whose only row, of `piece`, was the first of `rows`, of
+    /// which the pass had as many as come after it: up to a token that the device did not go on with.
     pub(super) fn take_further_steps(
         &mut self,
         lane: &mut Lane,
+        piece: &Piece,
         rows: Range<usize>,
         outcome: &PassOutcome,
         step: &mut SequenceStep<'_>,
@@ -140,7 +141,10 @@ impl<D: ChainDevice> CudaChain<D> {
                 break;
             }
             let appended = step.sequence.append(&[chosen])?;
-            for layer in 0..lane.exit.layer {
+            let stopped = &outcome.sequence[in_pass];
+            let exit = self.exit(piece, step.rule, (stopped.depth, stopped.criterion))?;
+            lane.exits_ahead.push(exit);
+            for layer in 0..self.filled(lane, exit) {
                 step.sequence.kv_mut().fill(layer, appended.end);
             }
             let token = self.token(lane.later(0, index), in_pass, found, &step.logits)?;

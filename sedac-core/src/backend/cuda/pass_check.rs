@@ -32,7 +32,7 @@ pub(super) fn check(
     let mut next = 0;
     for sequence in &pass.sequences {
         assert!(below(sequence.slot, sizes.slots) && sequence.first_row == next);
-        assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
+        assert!(sequence.rows > 0 && (0..=1).contains(&sequence.fills));
         assert!(below(sequence.max_depth - 1, sizes.layers));
         let rule = (sequence.conditions, sequence.criteria);
         assert!(sequence.criteria == 0 || holds_rule(rule));
@@ -54,8 +54,9 @@ fn check_steps(pass: &PassPlan, capacity: usize) {
     let (steps, rows) = (pass.ahead.tokens, pass.rows.len());
     assert!(steps > 0 && steps * rows <= MAX_ROWS, "steps of a pass");
     let alone = pass.sequences.len() == rows && pass.logits_rows == (1 << rows) - 1;
-    let ruled = pass.sequences.iter().any(|sequence| sequence.criteria > 0);
-    assert!(steps == 1 || (alone && !ruled), "rows that go on");
+    let mut sequences = pass.sequences.iter();
+    let known = sequences.all(|sequence| sequence.criteria == 0 || sequence.fills == 1);
+    assert!(steps == 1 || (alone && known), "rows that go on");
     for row in &pass.rows {
         let last = row.position as usize + steps - 1;
         assert!(steps == 1 || (row.token >= 0 && row.first_layer == 0));

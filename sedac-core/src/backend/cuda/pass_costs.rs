@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::abi::PassOutcome;
+use super::abi::{MAX_ROWS, PassOutcome, SequenceOutcome};
 use super::chain_device::PassPlan;
 use crate::backend::{Costs, EnginePart, EngineTiming};
 
@@ -12,8 +12,6 @@ pub(super) struct PassCost {
     rows: usize,
     /// The first layer that any row ran.
     first_layer: usize,
-    /// The layers that every row ran; None where rows ran different ones.
-    layers: Option<usize>,
     logits_rows: usize,
     /// What the host saw beyond the device's time, for each step: a pass is launched and waited for
     /// once, so that steps which follow without the host cost less than passes of their own.
@@ -29,6 +27,10 @@ struct StepCost {
     started: u64,
     layers: Duration,
     head: Duration,
+    /// After how many layers each sequence of the pass stopped.
+    depths: [i32; MAX_ROWS],
+    /// The layers that every row ran; None where rows ran different ones.
+    shared_layers: Option<usize>,
 }
 
 impl PassCost {
@@ -38,10 +40,14 @@ impl PassCost {
         let nanoseconds = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
         let begins = [outcome.started].into_iter().chain(outcome.ended);
         let ends = outcome.layers_ended.into_iter().zip(outcome.ended);
-        let steps = begins.zip(ends).map(|(started, (layers, head))| StepCost {
+        let stopped = outcome.sequence.chunks(pass.sequences.len());
+        let steps = begins.zip(ends).zip(stopped);
+        let steps = steps.map(|((started, (layers, head)), stopped)| StepCost {
             started,
             layers: nanoseconds(started, layers),
             head: nanoseconds(layers, head),
+            depths: depths(stopped),
+            shared_layers: shared_layers(pass, stopped),
         });
         let steps: Vec<_> = steps.take(outcome.steps as usize).collect();
         let on_device: Duration = steps.iter().map(|step| step.layers + step.head).sum();
@@ -49,21 +55,19 @@ impl PassCost {
         Self {
             rows: pass.rows.len(),
             first_layer: first_layers.min().unwrap_or(0) as usize,
-            layers: shared_layers(pass, outcome),
             logits_rows: pass.logits_rows.count_ones() as usize,
             host,
             steps,
         }
     }
 
-    /// The parts of its steps, by a clock that began at `epoch`, for a sequence that ran layers up
-    /// to `depth`.
-    pub(super) fn timings(&self, epoch: u64, depth: usize) -> Vec<EngineTiming> {
+    /// The parts of its steps, by a clock that began at `epoch`, for its sequence number `sequence`.
+    pub(super) fn timings(&self, epoch: u64, sequence: usize) -> Vec<EngineTiming> {
         let mut timings = Vec::new();
         for step in &self.steps {
             let start = Duration::from_nanos(step.started.saturating_sub(epoch));
             timings.push(EngineTiming {
-                part: EnginePart::Layers(self.first_layer..depth),
+                part: EnginePart::Layers(self.first_layer..step.depths[sequence] as usize),
                 tokens: self.rows,
                 start,
                 elapsed: step.layers,
@@ -82,7 +86,7 @@ impl PassCost {
 
     fn note(&self, costs: &mut Costs) {
         for step in &self.steps {
-            if let Some(layers) = self.layers {
+            if let Some(layers) = step.shared_layers {
                 costs.note_layers(layers, self.rows, step.layers);
             }
             if self.logits_rows > 0 {
@@ -97,14 +101,19 @@ pub(super) fn note(costs: &mut Costs, passes: &[PassCost]) {
     passes.iter().for_each(|pass| pass.note(costs));
 }
 
-/// The layers that every row of `pass` ran whole, where these are the same.
-fn shared_layers(pass: &PassPlan, outcome: &PassOutcome) -> Option<usize> {
+fn depths(stopped: &[SequenceOutcome]) -> [i32; MAX_ROWS] {
+    let mut depths = [0; MAX_ROWS];
+    let pairs = depths.iter_mut().zip(stopped);
+    pairs.for_each(|(depth, sequence)| *depth = sequence.depth);
+    depths
+}
+
+/// The layers that every row of `pass` ran where its sequences `stopped`, if these are the same.
+fn shared_layers(pass: &PassPlan, stopped: &[SequenceOutcome]) -> Option<usize> {
     let first = pass.rows.first()?.first_layer;
-    let depth = outcome.sequence[0].depth;
-    let stopped = &outcome.sequence[..pass.sequences.len()];
+    let depth = stopped[0].depth;
     let same = pass.rows.iter().all(|row| row.first_layer == first)
-        && stopped.iter().all(|sequence| sequence.depth == depth)
-        && pass.sequences.iter().all(|sequence| sequence.frozen == 0);
+        && stopped.iter().all(|sequence| sequence.depth == depth);
     (same && first < depth).then_some((depth - first) as usize)
 }
 
@@ -142,7 +151,7 @@ mod tests {
 
     #[test]
     fn timings_are_of_what_ran() {
-        let [layers, head] = &cost(&[3, 2]).timings(1_000_000_000, 4)[..] else {
+        let [layers, head] = &cost(&[3, 2]).timings(1_000_000_000, 0)[..] else {
             panic!("layers and head");
         };
         assert_eq!(

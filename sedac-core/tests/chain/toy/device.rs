@@ -174,6 +174,7 @@ impl ToyDevice {
         };
         StepOutcome {
             exit,
+            exits_ahead: Vec::new(),
             exit_signals: lane.exit_signals,
             logits,
             margins: Vec::new(),

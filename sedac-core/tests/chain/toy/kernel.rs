@@ -109,14 +109,15 @@ impl ToyKernel {
             assert!(pass.ahead.tokens * pass.rows.len() <= MAX_ROWS);
             assert_eq!(pass.sequences.len(), pass.rows.len());
             assert_eq!(pass.logits_rows, (1 << pass.rows.len()) - 1);
-            assert!(pass.sequences.iter().all(|sequence| sequence.criteria == 0));
+            let known = |sequence: &SequenceRows| sequence.criteria == 0 || sequence.fills == 1;
+            assert!(pass.sequences.iter().all(known));
             let starts = |row: &PassRow| row.token >= 0 && row.first_layer == 0;
             assert!(pass.rows.iter().all(starts));
         }
         let mut next = 0;
         for (index, sequence) in pass.sequences.iter().enumerate() {
             assert_eq!(sequence.first_row, next);
-            assert!(sequence.rows > 0 && (0..=sequence.rows).contains(&sequence.frozen));
+            assert!(sequence.rows > 0 && (0..=1).contains(&sequence.fills));
             assert!(self.exit_layers.contains(&(sequence.max_depth as usize)));
             next += sequence.rows;
             let others = &pass.sequences[..index];
@@ -125,6 +126,7 @@ impl ToyKernel {
                 assert_eq!(row.sequence, index as i32);
                 assert_eq!(row.token < 0, row.first_layer > 0);
                 assert!(row.first_layer < sequence.max_depth);
+                assert!(row.first_layer == 0 || sequence.fills == 0, "nothing waits");
                 if offset > 0 {
                     let before = rows_of(pass, sequence)[offset - 1];
                     assert_eq!(row.position, before.position + 1);
@@ -154,13 +156,11 @@ impl ToyKernel {
         let newest = hidden.len() - 1;
         for layer in rows[newest].first_layer as usize..self.layers {
             let mut cache = self.caches[slot].lock().unwrap();
-            for (offset, (row, hidden)) in rows.iter().zip(hidden.iter_mut()).enumerate() {
+            for (row, hidden) in rows.iter().zip(hidden.iter_mut()) {
                 let position = row.position as usize;
                 assert!(cache[layer][..position].iter().all(Option::is_some));
                 if row.first_layer as usize > layer {
                     assert!(cache[layer][position].is_some());
-                } else if (offset as i32) < sequence.frozen {
-                    hidden.fill(layer, position, &mut cache);
                 } else {
                     hidden.run(layer, position, &mut cache);
                 }
@@ -173,11 +173,8 @@ impl ToyKernel {
                 continue;
             }
             assert!(self.exit_layers.contains(&depth));
-            for (offset, (row, hidden)) in rows.iter().zip(hidden.iter()).enumerate() {
-                let is_active = (row.first_layer as usize) < depth;
-                if depth < self.layers && is_active && offset as i32 >= sequence.frozen {
-                    self.saved[slot][row.position as usize] = Some(*hidden);
-                }
+            for (row, hidden) in rows.iter().zip(hidden.iter()) {
+                self.leave(sequence, row, depth, *hidden);
             }
             let signals = hidden[newest].exit_signals(depth);
             return SequenceOutcome {
@@ -190,6 +187,18 @@ impl ToyKernel {
             };
         }
         unreachable!("every sequence stops at its deepest layer")
+    }
+
+    /// What a row that stops after `depth` layers leaves to those that follow.
+    fn leave(&mut self, sequence: &SequenceRows, row: &PassRow, depth: usize, hidden: Hidden) {
+        let (slot, position) = (sequence.slot as usize, row.position as usize);
+        let is_active = (row.first_layer as usize) < depth;
+        if sequence.fills == 1 {
+            let mut cache = self.caches[slot].lock().unwrap();
+            (depth..self.layers).for_each(|layer| hidden.fill(layer, position, &mut cache));
+        } else if is_active && depth < self.layers {
+            self.saved[slot][position] = Some(hidden);
+        }
     }
 
     /// Which criterion of the rule says stop after `depth` layers.
