@@ -161,6 +161,13 @@ pub trait ChainDevice: Send {
         0
     }
 
+    /// Let the trained drafter take in what `plans`, which draft nothing, say: one to [`MAX_DRAFTS`] of them,
+    /// of different slots. Nothing waits for it but what the drafter does next.
+    fn take_in(&mut self, plans: &[DraftPlan]) -> Result<()> {
+        let _ = plans;
+        Ok(())
+    }
+
     /// Let the trained drafter do what `plans` say, one to [`MAX_DRAFTS`] of them, of different slots, and
     /// wait until it has ended. Returns the tokens that it drafted for each.
     fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {

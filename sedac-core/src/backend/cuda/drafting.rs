@@ -190,6 +190,10 @@ impl<D: ChainDevice> DraftEngine for CudaChain<D> {
             if plans.is_empty() {
                 break;
             }
+            if plans.iter().all(|plan| plan.ahead.is_none()) {
+                self.device.take_in(&plans)?;
+                continue;
+            }
             for (pieces, drafted) in running.iter_mut().zip(self.device.draft(&plans)?) {
                 pieces.drafted = drafted;
             }

@@ -412,6 +412,11 @@ impl ChainDevice for CudaDriver {
         self.drafter.as_ref().map_or(0, |_| rows)
     }
 
+    fn take_in(&mut self, plans: &[DraftPlan]) -> Result<()> {
+        let drafter = self.drafter.as_mut().expect("a drafter was loaded");
+        drafter.launch(&self.stream, &self.chain, plans)
+    }
+
     fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
         let drafter = self.drafter.as_mut().expect("a drafter was loaded");
         drafter.run(&self.stream, &self.chain, plans)

@@ -15,6 +15,7 @@ use sedac_core::policy::Condition;
 use sedac_core::sampler::argmax;
 use sedac_core::{Error, Result};
 
+use super::checks::{check_batch, check_pass, rows_of};
 use super::choices::{State, margin, race};
 use super::drafts::{
     Verified, draft_logits, probability, taken_in, told, verified_by_batch, verified_by_pass,
@@ -99,42 +100,6 @@ impl ToyKernel {
     /// The cache of `slot`.
     pub(crate) fn cache(&self, slot: usize) -> Cache {
         self.caches[slot].lock().unwrap().clone()
-    }
-
-    fn check(&self, pass: &PassPlan) {
-        assert!((1..=MAX_ROWS).contains(&pass.rows.len()));
-        assert!(pass.logits_rows < 1 << pass.rows.len());
-        assert_eq!(pass.sampled_rows & !pass.logits_rows, 0);
-        if pass.ahead.tokens > 1 {
-            assert!(pass.ahead.tokens * pass.rows.len() <= MAX_ROWS);
-            assert_eq!(pass.sequences.len(), pass.rows.len());
-            assert_eq!(pass.logits_rows, (1 << pass.rows.len()) - 1);
-            let known = |sequence: &SequenceRows| sequence.criteria == 0 || sequence.fills == 1;
-            assert!(pass.sequences.iter().all(known));
-            let starts = |row: &PassRow| row.token >= 0 && row.first_layer == 0;
-            assert!(pass.rows.iter().all(starts));
-        }
-        let mut next = 0;
-        for (index, sequence) in pass.sequences.iter().enumerate() {
-            assert_eq!(sequence.first_row, next);
-            assert!(sequence.rows > 0 && (0..=1).contains(&sequence.fills));
-            assert!(self.exit_layers.contains(&(sequence.max_depth as usize)));
-            next += sequence.rows;
-            let others = &pass.sequences[..index];
-            assert!(others.iter().all(|other| other.slot != sequence.slot));
-            for (offset, row) in rows_of(pass, sequence).iter().enumerate() {
-                assert_eq!(row.sequence, index as i32);
-                assert_eq!(row.token < 0, row.first_layer > 0);
-                assert!(row.first_layer < sequence.max_depth);
-                assert!(row.first_layer == 0 || sequence.fills == 0, "nothing waits");
-                if offset > 0 {
-                    let before = rows_of(pass, sequence)[offset - 1];
-                    assert_eq!(row.position, before.position + 1);
-                    assert!(row.first_layer <= before.first_layer);
-                }
-            }
-        }
-        assert_eq!(next as usize, pass.rows.len());
     }
 
     /// Take the sequence number `index` of `pass` as deep as it goes.
@@ -286,6 +251,19 @@ impl ToyKernel {
         outcome.steps = step as i32 + 1;
     }
 
+    /// A launch of the trained drafter.
+    fn launch(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
+        assert!((1..=MAX_DRAFTS).contains(&plans.len()));
+        let slots: HashSet<_> = plans.iter().map(|plan| plan.slot).collect();
+        assert_eq!(slots.len(), plans.len());
+        assert!(self.following.is_empty(), "drafts under way");
+        if self.drafting_fails {
+            return Err(Error::Cancelled);
+        }
+        self.drafts.lock().unwrap().push(plans.len());
+        Ok(plans.iter().map(|plan| self.draft_one(plan)).collect())
+    }
+
     fn draft_one(&mut self, plan: &DraftPlan) -> Vec<DraftedToken> {
         let count = plan.tokens.len();
         assert!((1..=self.draft_rows).contains(&count));
@@ -366,18 +344,6 @@ fn go_on(
     goes_on
 }
 
-fn check_batch(plan: &BatchPlan) {
-    let rows = plan.rows.len();
-    assert_eq!(plan.logits_rows.len(), plan.races.len());
-    assert_eq!(plan.logits_rows.len(), plan.rules.len());
-    assert!(plan.logits_rows.is_sorted() && plan.logits_rows.iter().all(|&row| row < rows));
-    assert!((1..=BATCHES.rows).contains(&rows) && plan.races.len() <= BATCHES.logits_rows);
-}
-
-fn rows_of<'a>(pass: &'a PassPlan, sequence: &SequenceRows) -> &'a [PassRow] {
-    &pass.rows[sequence.first_row as usize..][..sequence.rows as usize]
-}
-
 impl ChainDevice for ToyKernel {
     fn vocabulary(&self) -> usize {
         VOCABULARY
@@ -407,7 +373,7 @@ impl ChainDevice for ToyKernel {
         };
         let (mut of_step, mut accepted) = (pass.clone(), [1.0; MAX_ROWS]);
         for step in 0..pass.ahead.tokens {
-            self.check(&of_step);
+            check_pass(&of_step, &self.exit_layers);
             self.run_step(&of_step, step, &mut outcome);
             self.steps.fetch_add(1, Ordering::Relaxed);
             if !go_on(&mut of_step, step, &outcome, &mut accepted) {
@@ -424,7 +390,7 @@ impl ChainDevice for ToyKernel {
     }
 
     fn run_batch(&mut self, plan: &BatchPlan) -> Result<BatchOutcome> {
-        check_batch(plan);
+        check_batch(plan, BATCHES);
         assert!(self.following.is_empty(), "drafts under way");
         self.batches.lock().unwrap().push(plan.rows.len());
         let mut exits = Vec::new();
@@ -457,16 +423,17 @@ impl ChainDevice for ToyKernel {
         self.draft_rows
     }
 
+    fn take_in(&mut self, plans: &[DraftPlan]) -> Result<()> {
+        let drafted = self.launch(plans)?;
+        assert!(plans.iter().all(|plan| plan.ahead.is_none()));
+        assert!(drafted.iter().all(Vec::is_empty));
+        Ok(())
+    }
+
     fn draft(&mut self, plans: &[DraftPlan]) -> Result<Vec<Vec<DraftedToken>>> {
-        assert!((1..=MAX_DRAFTS).contains(&plans.len()));
-        let slots: HashSet<_> = plans.iter().map(|plan| plan.slot).collect();
-        assert_eq!(slots.len(), plans.len());
-        assert!(self.following.is_empty(), "drafts under way");
-        if self.drafting_fails {
-            return Err(Error::Cancelled);
-        }
-        self.drafts.lock().unwrap().push(plans.len());
-        Ok(plans.iter().map(|plan| self.draft_one(plan)).collect())
+        let drafts = plans.iter().any(|plan| plan.ahead.is_some());
+        assert!(drafts, "nothing to wait for");
+        self.launch(plans)
     }
 
     fn following_drafts(&mut self) -> Result<Vec<FollowingDraft>> {

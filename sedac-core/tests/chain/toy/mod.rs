@@ -1,5 +1,6 @@
 //! A toy model whose every logit depends on every cache entry, in a chain on a toy machine.
 
+mod checks;
 mod choices;
 mod device;
 mod drafts;
