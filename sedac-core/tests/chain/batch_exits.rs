@@ -136,21 +136,6 @@ fn rows_of_a_batch_exit_as_alone_and_none_of_them_waits() {
 }
 
 #[test]
-fn up_to_two_passes_of_rows_that_may_exit_are_no_batch_where_none_of_them_waits() {
-    let rules = [stability(0.5, 1), probe(0.4)];
-    for (kv_fill, passes, batches) in [
-        (KvFill::Defer, vec![], vec![16, 17]),
-        (KvFill::Propagate, vec![8, 8], vec![17]),
-    ] {
-        let mut pairs = Pairs::new(kv_fill);
-        pairs.step(0, 16, &rules);
-        pairs.step(1, 17, &rules);
-        assert_eq!(pairs.sizes(), (passes, batches));
-        pairs.check_caches();
-    }
-}
-
-#[test]
 fn what_waits_runs_before_a_batch() {
     let rules = [stability(0.0, 1)];
     // where caches are filled at once, nothing waits

@@ -169,12 +169,6 @@ impl Lane {
         self.rows.len() - 1 - row + self.asked_ahead - 1 - step
     }
 
-    /// Whether a batch may take no row of it now but one that a rule decides about, and of which nothing
-    /// waits if it exits in a pass.
-    pub(super) fn may_end_early(&self) -> bool {
-        self.rows_for_batch() == 0 || (self.decides && self.fills)
-    }
-
     /// The rows that a batch may take now.
     pub(super) fn rows_for_batch(&self) -> usize {
         match self.batches && !self.has_pieces() {
