@@ -37,17 +37,25 @@ class FillChecks:
         yield from self._steps()
 
     def _agreement_with_pytorch(self) -> Iterator[KernelCheck]:
-        """The last layer's entries, which PyTorch computes from the hidden state at the exit."""
-        history = self._launcher.fill(0, self._position)
-        self._launcher.run([self._exiting(TOKENS[:1])])
-        hidden = self._decoder.compute(history, TOKENS[:1], self._exit).hidden
-        weights = self._decoder.layer(self._layers - 1)
-        _, *wanted = self._decoder.project(weights, hidden, self._position)
-        found = self._launcher.keys[-1], self._launcher.values[-1]
-        for name, cache, entry in zip(("key", "value"), found, wanted, strict=True):
-            error = relative_error(cache[0, :, self._position].float(), entry[:, 0])
-            detail = f"relative error {error:.1e}"
-            yield KernelCheck(f"a skipped layer's {name}", error < TOLERANCE, detail)
+        """Entries that PyTorch computes from the hidden state at the exit."""
+        for depth in (1, self._exit, self._layers - 1):
+            history = self._launcher.fill(0, self._position)
+            self._launcher.run([self._exiting(TOKENS[:1], max_depth=depth)])
+            hidden = self._decoder.compute(history, TOKENS[:1], depth).hidden
+            errors = [
+                relative_error(found[0, :, self._position].float(), wanted[:, 0])
+                for layer in range(depth, self._layers)
+                for found, wanted in self._entries(layer, hidden)
+            ]
+            detail = f"largest relative error {max(errors):.1e}"
+            name = f"keys and values of layers skipped after {depth}"
+            yield KernelCheck(name, max(errors) < TOLERANCE, detail)
+
+    def _entries(self, layer: int, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The caches of a layer's keys and of its values, and what belongs to the position."""
+        _, *wanted = self._decoder.project(self._decoder.layer(layer), hidden, self._position)
+        found = self._launcher.keys[layer], self._launcher.values[layer]
+        return zip(found, wanted, strict=True)
 
     def _in_company(self) -> Iterator[KernelCheck]:
         """What an exit fills is the same beside others, which exit elsewhere, wait or go on."""
@@ -92,6 +100,11 @@ class FillChecks:
             rule = self._dividing_rule(signal)
             for count in (1, 2, 4):
                 yield self._steps_as_passes(name, rule, count)
+        for depth in self._probed():
+            self._launcher.hold_exit(depth, "lens", self._decoder.lens(depth).values())
+        rule = self._dividing_rule(MARGIN)
+        for count in (1, 4):
+            yield self._steps_as_passes("margin through a lens", rule, count)
         self._launcher.forget_exits()
 
     def _hold_probes(self) -> None:

@@ -156,7 +156,7 @@ impl LogitsRequest {
 pub struct StepOutcome {
     /// Where, and why there.
     pub exit: StepExit,
-    /// The same of each token that it went on with.
+    /// The same of each token after the first, where it went on.
     pub exits_ahead: Vec<StepExit>,
     /// What the exit head gave there, where the rule reads it.
     pub exit_signals: Option<ExitSignals>,

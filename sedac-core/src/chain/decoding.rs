@@ -285,8 +285,7 @@ impl Decoding {
         self.planned = planned;
     }
 
-    /// One token, or up to `max_ahead` where no token has to wait for what is decided about the one
-    /// before.
+    /// One token, or up to `max_ahead` where tokens have the same depth and rule, and the backend can.
     fn plan_decode(&mut self, max_ahead: usize) {
         // whether the next token can be drafted is worth knowing where others were lately
         let wanted = self.drafting.as_ref().map_or(MAX_AHEAD, |drafting| {

@@ -15,5 +15,6 @@ mod scheduled;
 mod scheduled_events;
 mod scheduled_prefill;
 mod step_thread;
+mod steps_ahead;
 mod toy;
 mod trained_drafter;

@@ -145,7 +145,8 @@ struct Pass {
   unsigned sampled_rows;   // bit r: the token of row r is sampled; its logits are wanted too
   unsigned number;         // of the pass's first step, counted over all passes
   // Steps that the pass may take: after the first, each row's next token is the one that was chosen for it. Then every
-  // sequence has one row, of a token, with logits and without a rule, and steps * rows are at most MAX_ROWS.
+  // sequence has one row, of a token, with logits, those with a rule fill caches, and steps * rows are at most
+  // MAX_ROWS.
   int steps;
   int has_lenses;             // whether a layer has one
   int frequent_tokens;        // of exit heads

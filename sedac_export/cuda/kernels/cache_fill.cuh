@@ -23,6 +23,8 @@ struct CacheFill {
     if (first == LAYERS) return;
     project(first, odd);
     store();
+    // it is a layer's work
+    if (!block_index() && !thread_index()) pass.outcome->layers_ended[shared.step] = now();
   }
 
  private:

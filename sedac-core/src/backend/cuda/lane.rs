@@ -186,7 +186,8 @@ impl Lane {
 
     /// Take the next piece of a pass, if there is one of at most `room` rows. Rows for batches come later
     /// where the pass is one that a batch awaits (`is_awaited`). So does a row that a rule decides about
-    /// where pieces are left of any lane: if it stopped in such a pass, it would wait for the next one.
+    /// where pieces are left of any lane, unless it fills caches: if it stopped in such a pass, it would
+    /// wait for the next one.
     pub(super) fn take_piece(
         &mut self,
         room: usize,
@@ -194,7 +195,7 @@ impl Lane {
         is_awaited: bool,
     ) -> Option<Piece> {
         let Some(rows) = self.pieces.front().cloned() else {
-            if is_awaited || (self.decides && pieces_left) {
+            if is_awaited || (self.decides && !self.fills && pieces_left) {
                 return None;
             }
             let most = self.divisible.len().min(MAX_ROWS);

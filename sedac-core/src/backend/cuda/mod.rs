@@ -150,7 +150,11 @@ impl<D: ChainDevice> CudaChain<D> {
                 placed.push(self.place(index, lane, piece, &steps[index], &mut pass)?);
             }
         }
-        pass.ahead = shared_ahead(placed.iter().map(|placed| &lanes[placed.lane].ahead));
+        let running = lanes.iter().filter(|lane| !lane.rows.is_empty());
+        if placed.len() == running.count() {
+            // others would wait meanwhile
+            pass.ahead = shared_ahead(placed.iter().map(|placed| &lanes[placed.lane].ahead));
+        }
         for placed in &placed {
             place_races(placed, &lanes[placed.lane], &steps[placed.lane], &mut pass);
         }
@@ -161,7 +165,7 @@ impl<D: ChainDevice> CudaChain<D> {
         self.end_drafts(pass.sequences.iter().map(|sequence| sequence.slot))?;
         let before = Instant::now();
         let outcome = self.device.run(&pass)?;
-        let cost = PassCost::new(&pass, &outcome, before.elapsed());
+        let cost = PassCost::new(&pass, &outcome, self.num_layers(), before.elapsed());
         self.begin_drafts(std::mem::take(&mut pass.drafts));
         let epoch = *self.epoch.get_or_insert(outcome.started);
         for (sequence, placed) in placed.into_iter().enumerate() {

@@ -33,6 +33,9 @@ pub(super) fn check(
     for sequence in &pass.sequences {
         assert!(below(sequence.slot, sizes.slots) && sequence.first_row == next);
         assert!(sequence.rows > 0 && (0..=1).contains(&sequence.fills));
+        let rows = &pass.rows[next as usize..][..sequence.rows as usize];
+        let waits = rows.iter().any(|row| row.first_layer > 0);
+        assert!(sequence.fills == 0 || !waits, "rows that wait for a pass");
         assert!(below(sequence.max_depth - 1, sizes.layers));
         let rule = (sequence.conditions, sequence.criteria);
         assert!(sequence.criteria == 0 || holds_rule(rule));

@@ -29,25 +29,30 @@ struct StepCost {
     head: Duration,
     /// After how many layers each sequence of the pass stopped.
     depths: [i32; MAX_ROWS],
-    /// The layers that every row ran; None where rows ran different ones.
+    /// The layers that every row ran; None where rows ran different ones, or also filled caches.
     shared_layers: Option<usize>,
 }
 
 impl PassCost {
-    /// `elapsed`: on the host.
-    pub(super) fn new(pass: &PassPlan, outcome: &PassOutcome, elapsed: Duration) -> Self {
+    /// Of a pass over a chain of `layers` layers. `elapsed`: on the host.
+    pub(super) fn new(
+        pass: &PassPlan,
+        outcome: &PassOutcome,
+        layers: usize,
+        elapsed: Duration,
+    ) -> Self {
         let first_layers = pass.rows.iter().map(|row| row.first_layer);
         let nanoseconds = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
         let begins = [outcome.started].into_iter().chain(outcome.ended);
         let ends = outcome.layers_ended.into_iter().zip(outcome.ended);
         let stopped = outcome.sequence.chunks(pass.sequences.len());
         let steps = begins.zip(ends).zip(stopped);
-        let steps = steps.map(|((started, (layers, head)), stopped)| StepCost {
+        let steps = steps.map(|((started, (head, ended)), stopped)| StepCost {
             started,
-            layers: nanoseconds(started, layers),
-            head: nanoseconds(layers, head),
+            layers: nanoseconds(started, head),
+            head: nanoseconds(head, ended),
             depths: depths(stopped),
-            shared_layers: shared_layers(pass, stopped),
+            shared_layers: shared_layers(pass, stopped, layers),
         });
         let steps: Vec<_> = steps.take(outcome.steps as usize).collect();
         let on_device: Duration = steps.iter().map(|step| step.layers + step.head).sum();
@@ -108,12 +113,14 @@ fn depths(stopped: &[SequenceOutcome]) -> [i32; MAX_ROWS] {
     depths
 }
 
-/// The layers that every row of `pass` ran where its sequences `stopped`, if these are the same.
-fn shared_layers(pass: &PassPlan, stopped: &[SequenceOutcome]) -> Option<usize> {
+/// The layers of `layers` that every row of `pass` ran where its sequences `stopped`, if these are the
+/// same, and nothing else was done.
+fn shared_layers(pass: &PassPlan, stopped: &[SequenceOutcome], layers: usize) -> Option<usize> {
     let first = pass.rows.first()?.first_layer;
     let depth = stopped[0].depth;
     let same = pass.rows.iter().all(|row| row.first_layer == first)
-        && stopped.iter().all(|sequence| sequence.depth == depth);
+        && stopped.iter().all(|sequence| sequence.depth == depth)
+        && (depth as usize == layers || pass.sequences.iter().all(|sequence| sequence.fills == 0));
     (same && first < depth).then_some((depth - first) as usize)
 }
 
@@ -146,7 +153,7 @@ mod tests {
         (outcome.layers_ended[0], outcome.ended[0]) = (9_000_000_000, 10_000_000_000);
         (outcome.layers_ended[1], outcome.ended[1]) = (13_000_000_000, 15_000_000_000);
         outcome.sequence[0].depth = 4;
-        PassCost::new(&plan, &outcome, Duration::from_secs(elapsed))
+        PassCost::new(&plan, &outcome, 4, Duration::from_secs(elapsed))
     }
 
     #[test]
@@ -160,6 +167,37 @@ mod tests {
         );
         assert_eq!((head.part.clone(), head.tokens), (EnginePart::Head, 1));
         assert_eq!(head.start, layers.start + layers.elapsed);
+    }
+
+    #[test]
+    fn each_step_has_the_depth_of_its_own_exit() {
+        let filling = SequenceRows {
+            fills: 1,
+            ..SequenceRows::default()
+        };
+        let plan = PassPlan {
+            rows: vec![PassRow::default()],
+            sequences: vec![filling],
+            ..PassPlan::default()
+        };
+        let mut outcome = PassOutcome {
+            steps: 2,
+            ..PassOutcome::default()
+        };
+        (outcome.sequence[0].depth, outcome.sequence[1].depth) = (4, 2);
+        (outcome.layers_ended[0], outcome.ended[0]) = (4_000, 5_000);
+        (outcome.layers_ended[1], outcome.ended[1]) = (8_500, 9_000);
+        let cost = PassCost::new(&plan, &outcome, 4, Duration::from_nanos(9_000));
+        let parts: Vec<_> = cost
+            .timings(0, 0)
+            .into_iter()
+            .map(|timing| timing.part)
+            .collect();
+        assert_eq!(parts, [EnginePart::Layers(0..4), EnginePart::Layers(0..2)]);
+        let mut costs = Costs::default();
+        (0..2).for_each(|_| note(&mut costs, std::slice::from_ref(&cost)));
+        // what the second step took filled caches, too
+        assert!((costs.layers(1, 1) - 1e-6).abs() < 1e-9);
     }
 
     #[test]

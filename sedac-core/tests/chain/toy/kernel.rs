@@ -41,6 +41,8 @@ pub(crate) struct ToyKernel {
     clock: u64,
     /// The number of rows of each pass so far.
     pub(crate) passes: Vec<usize>,
+    /// The number of passes so far.
+    pub(crate) launches: Arc<AtomicUsize>,
     /// The number of rows of each batch so far.
     pub(crate) batches: Arc<Mutex<Vec<usize>>>,
     /// The number of sequences of each launch of a trained drafter so far.
@@ -85,6 +87,7 @@ impl ToyKernel {
             logits: Vec::new(),
             clock: 0,
             passes: Vec::new(),
+            launches: Arc::default(),
             batches: Arc::default(),
             drafts: Arc::default(),
             drafting_fails: false,
@@ -366,6 +369,7 @@ impl ChainDevice for ToyKernel {
     fn run(&mut self, pass: &PassPlan) -> Result<PassOutcome> {
         assert!(self.following.is_empty(), "drafts under way");
         self.passes.push(pass.rows.len());
+        self.launches.fetch_add(1, Ordering::Relaxed);
         self.logits = Vec::new();
         let mut outcome = PassOutcome {
             started: self.clock,
