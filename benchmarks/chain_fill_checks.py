@@ -1,6 +1,5 @@
 """Checks of exits that fill the caches of the layers which they skip, and go on by themselves."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,10 +64,9 @@ class FillChecks:
             SequenceInput.of_tokens([11], 200, 2, self._exit),
             SequenceInput.of_tokens([12, 13], 5, 3),
         ]
-        for index, token in enumerate(TOKENS[:3]):
-            if not index:
-                self._fill()
-            self._launcher.run([self._exiting([token], self._position + index)])
+        self._fill()
+        for position, token in enumerate(TOKENS[:3], self._position):
+            self._launcher.run([self._exiting([token], position)])
         for other in others:
             self._launcher.run([other])
         wanted = self._caches()
@@ -181,8 +179,7 @@ class FillChecks:
         max_depth: int | None = None,
     ) -> SequenceInput:
         first = self._position if position is None else position
-        made = SequenceInput.of_tokens(tokens, first, slot, max_depth or self._exit)
-        return dataclasses.replace(made, fills=True)
+        return SequenceInput.of_tokens(tokens, first, slot, max_depth or self._exit, fills=True)
 
     def _fill(self) -> None:
         for slot, start in enumerate((self._position, *STARTS[1:])):

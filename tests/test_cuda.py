@@ -18,6 +18,7 @@ from sedac_runtime.library import find_onnxruntime
 
 PROMPT = "class Stack:\n    def push(self, item):\n"
 PROMPTS = (PROMPT, "def main():\n", "import os\nimport sys\n\ndef walk(path):\n")
+ATTEMPTS = 10
 WAYS: list[dict[str, object]] = [
     {"mode": "full"},
     {"mode": "exit", "tau": 0.98},
@@ -114,12 +115,16 @@ def test_the_chain_is_lossless_bit_for_bit(
 ) -> None:
     """A token's logits are the same bits in every pass, so there are not even ties to break."""
     drafted = 0
-    for prompt in PROMPTS:
-        wanted = {"max_new_tokens": 200, "stop_tokens": []} | sampling
-        full = chain_model.generate(prompt, mode="full", **wanted)
-        lossless = chain_model.generate(prompt, mode="lossless", drafter=drafter, **wanted)
-        assert lossless.tokens == full.tokens
-        drafted += lossless.drafted
+    # whether drafts pay is measured, and something else may use the GPU
+    for _ in range(ATTEMPTS):
+        for prompt in PROMPTS:
+            wanted = {"max_new_tokens": 200, "stop_tokens": []} | sampling
+            full = chain_model.generate(prompt, mode="full", **wanted)
+            lossless = chain_model.generate(prompt, mode="lossless", drafter=drafter, **wanted)
+            assert lossless.tokens == full.tokens
+            drafted += lossless.drafted
+        if drafted:
+            break
     assert drafted > 0
 
 
