@@ -2,8 +2,8 @@
 
 64 prompts of 240 characters from modules of the standard library, or 40 chat prompts, 128 tokens
 after each, one after another. A figure is the time of all generations, prompts and Python
-included, over their tokens. Agreement is with the same bundle on the CPU, for which --cpu asks:
-texts that are equal.
+included, over their tokens. Agreement is the share of exit mode's tokens that full depth would have
+chosen after the same text. --cpu asks how many texts are those of the same bundle on the CPU.
 
     python benchmarks/models_on_gpu.py --engines BUNDLE [--prompts chat] [--cpu] [--json]
 """
@@ -14,6 +14,7 @@ import inspect
 import json
 import json.decoder
 import json.encoder
+import operator
 import time
 import typing
 from collections.abc import Iterator
@@ -46,8 +47,9 @@ class ModeRow:
     """One mode's figures.
 
     tokens_a_round: of rounds with drafts, which accept some tokens and choose one more; None where
-    there were none. differing: tokens that are not full depth's, in lossless mode; equal_texts: to
-    the CPU's, None where these were not generated.
+    there were none. differing: tokens that are not full depth's, in lossless mode; agreement: the
+    share that is full depth's after the same text, in exit mode; equal_texts: to the CPU's, None
+    where these were not generated.
     """
 
     mode: str
@@ -55,6 +57,7 @@ class ModeRow:
     mean_depth: float
     tokens_a_round: float | None
     differing: int | None
+    agreement: float | None
     equal_texts: int | None
 
 
@@ -87,6 +90,16 @@ def generate(
     return [model.generate(prompt, **wanted) for prompt in prompts]
 
 
+def find_agreement(model: SedacModel, prompts: list[list[int]], texts: list[list[int]]) -> float:
+    """The share of the tokens in `texts` that full depth chooses after the same text."""
+    same, full_depth = 0, model.core.decoding("full")
+    for prompt, text in zip(prompts, texts, strict=True):
+        followed = model.core.follow([*prompt, *text], full_depth)
+        # the first of them was chosen after the second token
+        same += sum(map(operator.eq, followed.tokens[len(prompt) - 2 :], text))
+    return same / sum(map(len, texts))
+
+
 def measure(
     model: SedacModel,
     reference: SedacModel | None,
@@ -107,6 +120,8 @@ def measure(
         if mode["mode"] == "lossless":
             pairs = zip(texts, full[is_sampled], strict=True)
             differing = sum(a != b for pair in pairs for a, b in zip(*pair, strict=True))
+        exits = mode["mode"] == "exit"
+        agreement = find_agreement(model, prompts, texts) if exits else None
         equal = None
         if reference is not None and name in ("full", "exit"):
             pairs = zip(texts, generate(reference, prompts, mode), strict=True)
@@ -116,7 +131,8 @@ def measure(
         rounds = sum(output.verify_passes for output in outputs)
         accepted = sum(output.accepted for output in outputs)
         a_round = 1 + accepted / rounds if rounds else None
-        yield ModeRow(name, 1e6 * elapsed / tokens, depth, a_round, differing, equal)
+        microseconds = 1e6 * elapsed / tokens
+        yield ModeRow(name, microseconds, depth, a_round, differing, agreement, equal)
 
 
 def main() -> None:
@@ -136,14 +152,16 @@ def main() -> None:
         print(json.dumps({"engines": arguments.engines, "rows": [asdict(row) for row in rows]}))
         return
     print(
-        "| mode | µs a token | mean depth | tokens a round | differing tokens | texts equal to the"
-        " CPU's |"
+        "| mode | µs a token | mean depth | tokens a round | differing tokens | agreement | texts"
+        " equal to the CPU's |"
     )
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         a_round = f"{row.tokens_a_round:.2f}" if row.tokens_a_round else ""
-        counts = ["" if n is None else str(n) for n in (row.differing, row.equal_texts)]
-        cells = [row.mode, f"{row.microseconds:.0f}", f"{row.mean_depth:.1f}", a_round, *counts]
+        agreement = f"{row.agreement:.1%}" if row.agreement is not None else ""
+        differing, equal = ("" if n is None else str(n) for n in (row.differing, row.equal_texts))
+        cells = [row.mode, f"{row.microseconds:.0f}", f"{row.mean_depth:.1f}", a_round, differing]
+        cells += [agreement, equal]
         print(f"| {' | '.join(cells)} |")
 
 
