@@ -99,10 +99,7 @@ class ExitChecks:
         margins, learned = {}, {}
         entropies = {}
         for depth in self._probed():
-            probe = self._decoder.learned_probe(depth)
-            tensors = probe.state.weight, probe.scalars.weight, probe.scalars.bias
-            tensors += probe.up.weight, probe.linear.weight, probe.linear.bias
-            self._launcher.hold_exit(depth, "exit_head", tensors)
+            self._launcher.hold_exit_head(depth)
             hidden = reference.hidden[depth - 1]
             if lenses:
                 self._launcher.hold_exit(depth, "lens", self._decoder.lens(depth).values())

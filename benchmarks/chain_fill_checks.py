@@ -3,7 +3,15 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from chain_exit_checks import AT_LEAST, BELOW, MARGIN, RISK, STABILITY, exit_condition
+from chain_exit_checks import (
+    AT_LEAST,
+    BELOW,
+    FREQUENT,
+    MARGIN,
+    RISK,
+    STABILITY,
+    exit_condition,
+)
 from chain_launcher import ChainLauncher, SequenceInput
 from kernel_check import TOKENS, TOLERANCE, KernelCheck, relative_error
 from torch import Tensor
@@ -11,8 +19,6 @@ from torch import Tensor
 from sedac_export.cuda.chain_abi import MAX_ROWS, Condition, RowRace, SequenceOutcome
 
 SIGNALS = {"stability": STABILITY, "risk": RISK, "margin": MARGIN}
-# of the vocabulary, the share that exit heads know
-FREQUENT = 8
 # where sequences begin that go on together
 STARTS = (129, 37, 200, 5)
 # random logits are some 8 apart: tokens so sampled differ
@@ -39,7 +45,7 @@ class FillChecks:
         """Entries that PyTorch computes from the hidden state at the exit."""
         for depth in (1, self._exit, self._layers - 1):
             history = self._launcher.fill(0, self._position)
-            self._launcher.run([self._exiting(TOKENS[:1], max_depth=depth)])
+            self._launcher.run([self._exiting(TOKENS[:1], self._position, max_depth=depth)])
             hidden = self._decoder.compute(history, TOKENS[:1], depth).hidden
             errors = [
                 relative_error(found[0, :, self._position].float(), wanted[:, 0])
@@ -58,13 +64,13 @@ class FillChecks:
 
     def _in_company(self) -> Iterator[KernelCheck]:
         """What an exit fills is the same beside others, which exit elsewhere, wait or go on."""
-        exiting = self._exiting(TOKENS[:3])
+        exiting = self._exiting(TOKENS[:3], self._position)
         others = [
             self._exiting([9], 37, slot=1, max_depth=2 * self._exit),
             SequenceInput.of_tokens([11], 200, 2, self._exit),
             SequenceInput.of_tokens([12, 13], 5, 3),
         ]
-        self._fill()
+        self._fill(self._position)
         for position, token in enumerate(TOKENS[:3], self._position):
             self._launcher.run([self._exiting([token], position)])
         for other in others:
@@ -76,7 +82,7 @@ class FillChecks:
             "beside all": [[*others, exiting]],
         }
         for name, passes in groups.items():
-            self._fill()
+            self._fill(self._position)
             for sequences in passes:
                 self._launcher.run(sequences)
             same = all(map(torch.equal, self._caches(), wanted))
@@ -85,8 +91,8 @@ class FillChecks:
     def _without_logits(self) -> KernelCheck:
         caches = []
         for logits_rows in (1, 0):
-            self._fill()
-            self._launcher.run([self._exiting(TOKENS[:1])], logits_rows)
+            self._fill(self._position)
+            self._launcher.run([self._exiting(TOKENS[:1], self._position)], logits_rows)
             caches.append(self._caches())
         same = all(map(torch.equal, *caches))
         return KernelCheck("caches of skipped layers without logits", same)
@@ -110,10 +116,7 @@ class FillChecks:
         self._launcher.hold_frequent_tokens(torch.arange(3, vocabulary, FREQUENT, device="cuda"))
         for depth in self._probed():
             self._launcher.hold_exit(depth, "probe", self._decoder.probe(depth).values())
-            probe = self._decoder.learned_probe(depth)
-            tensors = probe.state.weight, probe.scalars.weight, probe.scalars.bias
-            tensors += probe.up.weight, probe.linear.weight, probe.linear.bias
-            self._launcher.hold_exit(depth, "exit_head", tensors)
+            self._launcher.hold_exit_head(depth)
 
     def _probed(self) -> tuple[int, int]:
         """Two depths with probes: an odd and an even number of layers."""
@@ -141,7 +144,7 @@ class FillChecks:
         """`count` sequences of a row each."""
         steps, tokens, rows, exits = MAX_ROWS // count, list(TOKENS[:count]), [], []
         races = [RowRace(7919 * index, 1 / TEMPERATURE) for index in range(MAX_ROWS)]
-        self._fill_starts()
+        self._fill(STARTS[0])
         for step in range(steps):
             its_races = races[step * count : (step + 1) * count]
             rows.append(self._launcher.run(self._newest(tokens, step, rule), races=its_races))
@@ -149,7 +152,7 @@ class FillChecks:
             exits += [_exit_of(stop) for stop in outcome.sequence[:count]]
             tokens = [race.token for race in outcome.race[:count]]
         caches = self._caches()
-        self._fill_starts()
+        self._fill(STARTS[0])
         first = self._newest(TOKENS[:count], 0, rule)
         wanted = self._launcher.make_pass(first, races=races, steps=steps)
         logits = self._launcher.run_pass(wanted)
@@ -174,19 +177,15 @@ class FillChecks:
     def _exiting(
         self,
         tokens: Sequence[int],
-        position: int | None = None,
+        position: int,
         slot: int = 0,
         max_depth: int | None = None,
     ) -> SequenceInput:
-        first = self._position if position is None else position
-        return SequenceInput.of_tokens(tokens, first, slot, max_depth or self._exit, fills=True)
+        return SequenceInput.of_tokens(tokens, position, slot, max_depth or self._exit, fills=True)
 
-    def _fill(self) -> None:
-        for slot, start in enumerate((self._position, *STARTS[1:])):
-            self._launcher.fill(slot, start, seed=slot + 1)
-
-    def _fill_starts(self) -> None:
-        for slot, start in enumerate(STARTS):
+    def _fill(self, first: int) -> None:
+        """The slots' histories, of `first` positions and as sequences begin that go on together."""
+        for slot, start in enumerate((first, *STARTS[1:])):
             self._launcher.fill(slot, start, seed=slot + 1)
 
     def _caches(self) -> list[Tensor]:

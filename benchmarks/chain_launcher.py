@@ -121,6 +121,14 @@ class ChainLauncher:
         self._has_lenses |= kind == "lens"
         self._buffers["layers"] = _on_device(self._layers)
 
+    def hold_exit_head(self, depth: int) -> None:
+        """Give it the decoder's learned probe there, as an exit head reads it."""
+        probe = self.decoder.learned_probe(depth)
+        tensors = probe.state.weight, probe.scalars.weight, probe.scalars.bias
+        self.hold_exit(
+            depth, "exit_head", (*tensors, probe.up.weight, probe.linear.weight, probe.linear.bias)
+        )
+
     def forget_exits(self) -> None:
         """Take all of these away."""
         for layer in self._layers:

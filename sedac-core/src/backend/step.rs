@@ -173,6 +173,9 @@ pub struct StepOutcome {
 
 impl StepOutcome {
     /// The exit of the token number `index` of those that a step that went on gave.
+    ///
+    /// # Panics
+    /// When it gave fewer.
     pub fn exit_of(&self, index: usize) -> StepExit {
         match index {
             0 => self.exit,
