@@ -215,6 +215,18 @@ def test_other_threads_add_and_cancel(model: Model) -> None:
     assert all(len(tokens(progress[number])) == NEW_TOKENS for number in kept)
 
 
+def test_eight_run_at_once_where_nobody_says_how_many(model: Model) -> None:
+    assert Scheduler(model, max_sequences=2).max_sequences == 2
+    scheduler = Scheduler(model)
+    assert scheduler.max_sequences == 8
+    for _ in range(9):
+        add(scheduler, model, PROMPTS[1])
+    scheduler.step()
+    statistics = scheduler.statistics()
+    assert (statistics.running, statistics.waiting) == (8, 1)
+    run(scheduler)
+
+
 def test_wrong_settings_are_refused(model: Model) -> None:
     scheduler = Scheduler(model, max_sequences=1, cache_tokens=8)
     with pytest.raises(InputError, match="longer than the cache"):

@@ -30,10 +30,11 @@ _MAX_HEADERS = 32 * 2**10
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """Of each model, max_sequences run at once and max_queue wait. cache_tokens: positions in their
-    KV caches together, None for as many as max_sequences of the longest sequences take."""
+    """Of each model, max_sequences run at once, None for what suits its backend; max_queue wait.
+    cache_tokens: positions in their KV caches together, None for as many as that number of the
+    longest sequences take."""
 
-    max_sequences: int
+    max_sequences: int | None
     max_queue: int
     cache_tokens: int | None
 
@@ -97,7 +98,7 @@ def serve_model(
         max_sequences=scheduling.max_sequences,
         cache_tokens=scheduling.cache_tokens,
     )
-    capacity = scheduling.max_sequences + scheduling.max_queue
+    capacity = scheduler.max_sequences + scheduling.max_queue
     engine = EngineThread(scheduler, ModelMetrics(metrics, name), capacity)
     metrics.schedulers.watch(name, scheduler)
     return ServedModel(name, model, engine)

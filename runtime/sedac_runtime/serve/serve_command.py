@@ -45,8 +45,12 @@ def serve(
         ),
     ] = None,
     max_sequences: Annotated[
-        int, typer.Option(help="Sequences of a model that are generated at once.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Sequences of a model that are generated at once. [default: 8; with cuda 32, or as"
+            " many as the GPU's memory has room for]"
+        ),
+    ] = None,
     max_queue: Annotated[
         int,
         typer.Option(help="Sequences of a model that may wait; more are refused with status 429."),
@@ -83,7 +87,8 @@ def serve(
     if api_key == "":
         raise InputError("--api-key is empty; give a key, or leave it out for none")
     check_count("--port", port, 0, 65535)
-    check_count("--max-sequences", max_sequences, 1, 1024)
+    if max_sequences is not None:
+        check_count("--max-sequences", max_sequences, 1, 1024)
     check_count("--max-queue", max_queue, 0, 1_000_000)
     check_count("--max-connections", max_connections, 1, 1_000_000)
     if cache_tokens is not None:

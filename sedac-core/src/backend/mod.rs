@@ -62,6 +62,14 @@ pub trait Backend: Send {
         Ok(())
     }
 
+    /// How many sequences are to run at once where nobody says so.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn usual_sequences(&self) -> Result<usize> {
+        Ok(8)
+    }
+
     /// Start a sequence, in which caches of layers that a token skips get what `kv_fill` says.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The memory that a loaded bundle takes, compared with what is free before any of it is allocated.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sysinfo::System;
 
@@ -46,10 +46,13 @@ impl Bundle {
         self.hold(plans.fold(sequence, u64::saturating_add), free)
     }
 
-    /// As [`check_memory`](Self::check_memory), for `needed` bytes of a device with `free` bytes.
-    pub(crate) fn check_device_bytes(&self, needed: u64, free: u64) -> Result<()> {
-        let limit = self.memory_limit.map_or(free, |limit| limit.min(free));
-        hold(&self.gate, needed, Some(limit))
+    /// What it may take of a device's memory.
+    pub(crate) fn device_budget(&self) -> DeviceBudget {
+        DeviceBudget {
+            path: self.gate.shown_directory(),
+            limit: self.memory_limit,
+            taken: 0,
+        }
     }
 
     /// As [`check_memory`](Self::check_memory), for engines that join a sequence under way.
@@ -105,6 +108,35 @@ impl Bundle {
     }
 }
 
+/// What a loaded bundle may take of a device's memory, and what it has taken.
+#[derive(Debug)]
+pub(crate) struct DeviceBudget {
+    path: PathBuf,
+    limit: Option<u64>,
+    taken: u64,
+}
+
+impl DeviceBudget {
+    /// Bytes that it may take of the `free` ones.
+    pub(crate) fn left(&self, free: u64) -> u64 {
+        let left = self.limit.map(|limit| limit.saturating_sub(self.taken));
+        left.map_or(free, |left| left.min(free))
+    }
+
+    /// Check that it may take `needed` bytes of the `free` ones.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with what is needed and what there is.
+    pub(crate) fn check(&self, needed: u64, free: u64) -> Result<()> {
+        compare(&self.path, needed, self.left(free))
+    }
+
+    /// It has taken `taken` bytes, and given `freed` back.
+    pub(crate) fn note(&mut self, taken: u64, freed: u64) {
+        self.taken = (self.taken + taken).saturating_sub(freed);
+    }
+}
+
 /// Check that there is memory to read each graph and text of `files` whole, and for what is made of
 /// it.
 pub(super) fn check_reading(gate: &Gate, manifest: &Manifest, limit: Option<u64>) -> Result<()> {
@@ -120,13 +152,21 @@ pub(super) fn check_reading(gate: &Gate, manifest: &Manifest, limit: Option<u64>
 /// `limit` None stands for the memory that is free.
 fn hold(gate: &Gate, needed: u64, limit: Option<u64>) -> Result<()> {
     match limit.or_else(available) {
-        Some(limit) if needed > limit => Err(Error::Memory {
-            path: gate.shown_directory(),
-            needed,
-            limit,
-        }),
-        _ => Ok(()),
+        Some(limit) => compare(&gate.shown_directory(), needed, limit),
+        None => Ok(()),
     }
+}
+
+/// Check that the bundle in `path` needs no more than `limit` bytes.
+fn compare(path: &Path, needed: u64, limit: u64) -> Result<()> {
+    if needed <= limit {
+        return Ok(());
+    }
+    Err(Error::Memory {
+        path: path.to_owned(),
+        needed,
+        limit,
+    })
 }
 
 /// Bytes of memory that this process may still take, its control group's limit included; None where

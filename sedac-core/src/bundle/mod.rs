@@ -36,6 +36,7 @@ pub use self::manifest::{
     Manifest, ModelFacts, SCHEMA_VERSION, Target,
 };
 pub(crate) use self::manifest::{DRAFTER_WEIGHTS, MAX_BUFFER};
+pub(crate) use self::memory::DeviceBudget;
 pub use self::plans::{
     ElementType, PlanFiles, PlanSet, PlanTarget, PortableContext, PortableGraphs, PortableLayers,
     Precision,

@@ -28,12 +28,12 @@ pub(super) struct PyScheduler {
 impl PyScheduler {
     #[new]
     #[pyo3(signature = (
-        model, *, max_sequences, cache_tokens = None, prefill_chunk = None
+        model, *, max_sequences = None, cache_tokens = None, prefill_chunk = None
     ))]
     fn new(
         py: Python<'_>,
         model: Py<Model>,
-        max_sequences: usize,
+        max_sequences: Option<usize>,
         cache_tokens: Option<usize>,
         prefill_chunk: Option<usize>,
     ) -> PyResult<Self> {
@@ -48,6 +48,12 @@ impl PyScheduler {
             model,
             scheduler: ProcessLocal::new(scheduler),
         })
+    }
+
+    /// The most sequences that run at once.
+    #[getter]
+    fn max_sequences(&self) -> PyResult<usize> {
+        Ok(self.scheduler.get()?.max_sequences())
     }
 
     /// Queue a sequence and return its number.

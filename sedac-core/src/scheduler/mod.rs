@@ -36,8 +36,9 @@ const RETRY: Duration = Duration::from_millis(5);
 /// How many sequences run at once, and what their caches may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SchedulerSettings {
-    /// The most sequences that run at once, 1 or more.
-    pub max_sequences: usize,
+    /// The most sequences that run at once, 1 or more; None for what suits the backend and fits in its
+    /// memory.
+    pub max_sequences: Option<usize>,
     /// Cache positions of all of them together, and of sequences that have ended; None for what
     /// their slots have.
     pub cache_tokens: Option<usize>,
@@ -48,7 +49,7 @@ pub struct SchedulerSettings {
 impl SchedulerSettings {
     fn check(self) -> Result<()> {
         let numbers = [
-            ("max_sequences", self.max_sequences),
+            ("max_sequences", self.max_sequences.unwrap_or(1)),
             ("cache_tokens", self.cache_tokens.unwrap_or(1)),
             ("prefill_chunk", self.prefill_chunk.unwrap_or(1)),
         ];
@@ -66,6 +67,7 @@ pub struct Scheduler {
     /// Something has come into the inbox.
     has_come: Condvar,
     rounds: Mutex<Rounds>,
+    max_sequences: usize,
 }
 
 impl Scheduler {
@@ -77,10 +79,15 @@ impl Scheduler {
     /// and what the backend reports.
     pub fn new(chain: &mut Chain, settings: SchedulerSettings) -> Result<Self> {
         settings.check()?;
-        chain.backend_mut().reserve(settings.max_sequences + 1)?;
+        let backend = chain.backend_mut();
+        let max_sequences = match settings.max_sequences {
+            Some(most) => most,
+            None => backend.usual_sequences()?,
+        };
+        backend.reserve(max_sequences + 1)?;
         let mut limits = chain.limits();
         let slots = limits.capabilities.sequences.saturating_sub(1);
-        let slots = slots.clamp(1, settings.max_sequences);
+        let slots = slots.clamp(1, max_sequences);
         let cache_tokens = settings.cache_tokens.unwrap_or(slots * limits.capacity);
         let prefill_chunk = settings
             .prefill_chunk
@@ -91,7 +98,14 @@ impl Scheduler {
             inbox: Mutex::new(Inbox::new(cache_tokens)),
             has_come: Condvar::new(),
             limits,
+            max_sequences: slots,
         })
+    }
+
+    /// The most sequences that run at once.
+    #[must_use]
+    pub fn max_sequences(&self) -> usize {
+        self.max_sequences
     }
 
     /// Queue the sequence of `request`, whose logits are processed as `processing` says. Returns its

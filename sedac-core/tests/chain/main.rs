@@ -14,6 +14,7 @@ mod run_ahead;
 mod scheduled;
 mod scheduled_events;
 mod scheduled_prefill;
+mod scheduled_slots;
 mod step_thread;
 mod steps_ahead;
 mod toy;

@@ -87,7 +87,7 @@ pub(super) fn request(prompt: Vec<u32>, max_new_tokens: usize) -> Request {
 
 pub(super) fn settings(max_sequences: usize, prefill_chunk: usize) -> SchedulerSettings {
     SchedulerSettings {
-        max_sequences,
+        max_sequences: Some(max_sequences),
         cache_tokens: None,
         prefill_chunk: Some(prefill_chunk),
     }
@@ -173,7 +173,7 @@ proptest! {
     ) {
         let of = || chain(decides, &engine_sizes, agreement, 0.1).0;
         let mut together = of();
-        let settings = SchedulerSettings { max_sequences, cache_tokens, prefill_chunk };
+        let settings = SchedulerSettings { max_sequences: Some(max_sequences), cache_tokens, prefill_chunk };
         let scheduler = Scheduler::new(&mut together, settings).unwrap();
         let mut outcomes = BTreeMap::new();
         let mut numbers = vec![None; arrivals.len()];

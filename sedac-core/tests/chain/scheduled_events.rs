@@ -140,7 +140,7 @@ fn what_cannot_fit_is_refused() {
         [(0, None, None), (1, Some(0), None), (1, None, Some(0))]
     {
         let settings = SchedulerSettings {
-            max_sequences,
+            max_sequences: Some(max_sequences),
             cache_tokens,
             prefill_chunk,
         };
@@ -427,7 +427,7 @@ fn prompts_are_scored_as_they_are_prefilled() {
         for (prefill_chunk, cache_tokens) in [(1, Some(60)), (7, Some(60)), (64, None)] {
             let mut chain = chain(decides, &ENGINE_SIZES, 256, 0.1).0;
             let settings = SchedulerSettings {
-                max_sequences: 2,
+                max_sequences: Some(2),
                 cache_tokens,
                 prefill_chunk: Some(prefill_chunk),
             };

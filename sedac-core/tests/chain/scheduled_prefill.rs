@@ -11,7 +11,7 @@ fn a_step_prefills_a_batch() {
     let batches = kernel.batches.clone();
     let mut chain = chain_over_kernel(kernel, &[1, 2, 3, 4], 0.1);
     let settings = SchedulerSettings {
-        max_sequences: 4,
+        max_sequences: Some(4),
         cache_tokens: None,
         prefill_chunk: None,
     };

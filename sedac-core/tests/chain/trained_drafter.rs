@@ -86,7 +86,7 @@ proptest! {
         cache_tokens in prop::option::of(CAPACITY..CAPACITY * 3 / 2),
     ) {
         let mut chain = trained(with, &[1, 2, 1], agreement, 0.1);
-        let settings = SchedulerSettings { max_sequences, cache_tokens, prefill_chunk: Some(5) };
+        let settings = SchedulerSettings { max_sequences: Some(max_sequences), cache_tokens, prefill_chunk: Some(5) };
         let scheduler = Scheduler::new(&mut chain, settings).unwrap();
         let mut expected = BTreeMap::new();
         for (mut request, wanted) in requests {
@@ -170,7 +170,7 @@ fn it_is_refused_between_exits() {
 fn scheduled_texts(kernel: ToyKernel, texts: usize, per_token: f64) -> (Chain, Scheduler) {
     let mut chain = chain_over_kernel(kernel, &ends(&[1; 4]), per_token);
     let settings = SchedulerSettings {
-        max_sequences: texts + 1,
+        max_sequences: Some(texts + 1),
         cache_tokens: None,
         prefill_chunk: Some(100),
     };

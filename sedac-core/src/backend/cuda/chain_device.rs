@@ -184,7 +184,13 @@ pub trait ChainDevice: Send {
     /// last batch, [rows, vocabulary].
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
 
-    /// Have `slots` slots, of which none holds anything.
+    /// Slots that the memory has room for beside those that there are.
+    fn room(&self) -> Result<usize> {
+        Ok(usize::MAX)
+    }
+
+    /// Have `slots` slots, of which none holds anything; [`Error::Memory`](crate::Error::Memory) where
+    /// there is no room for them.
     fn reserve(&mut self, slots: usize) -> Result<()>;
 
     /// Copy the first `length` positions of the caches of the slot `from`, and what a trained drafter

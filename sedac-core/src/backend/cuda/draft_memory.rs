@@ -52,6 +52,10 @@ impl DraftSizes {
         }
     }
 
+    fn with(self, slots: usize) -> Self {
+        Self { slots, ..self }
+    }
+
     /// Bytes of what a position takes `bytes` of.
     fn all(&self, bytes: u64) -> u64 {
         (self.slots * self.capacity) as u64 * bytes
@@ -185,6 +189,12 @@ impl DraftMemory {
         Ok(drafter)
     }
 
+    /// Bytes that it keeps of a slot.
+    pub(super) fn slot_bytes(&self) -> u64 {
+        let sizes = self.sizes.with(1);
+        sizes.all(sizes.features + 2 * sizes.keys)
+    }
+
     /// Tell its own launches, and passes of the chain, where slots lie.
     fn note_addresses(&mut self, stream: &Arc<CudaStream>, chain: &mut PassParameters) {
         let features = self.features.device_ptr(stream).0;
@@ -205,10 +215,7 @@ impl DraftMemory {
         slots: usize,
         chain: &mut PassParameters,
     ) -> Result<()> {
-        let sizes = DraftSizes {
-            slots,
-            ..self.sizes
-        };
+        let sizes = self.sizes.with(slots);
         let features = zeros(stream, sizes.all(sizes.features))?;
         let keys = zeros(stream, sizes.all(sizes.keys))?;
         self.values = zeros(stream, sizes.all(sizes.keys))?;

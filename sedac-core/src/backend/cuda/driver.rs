@@ -20,19 +20,19 @@ use super::draft_memory::{DraftMemory, device_bytes};
 use super::drafter_weights::DrafterWeights;
 use super::exit_memory::ExitMemory;
 use super::exit_weights::ExitWeights;
-use super::memory::{pinned, zeros};
+use super::memory::{free_memory, pinned, zeros};
+use super::memory_sizes::MemorySizes;
 use super::packed_weights::{PackedWeights, WeightAddresses};
 use super::pass_check;
 use super::rule_memory::RuleMemory;
-use super::slot_memory::{SlotMemory, SlotSizes};
+use super::slot_memory::SlotMemory;
 use crate::backend::DraftedToken;
 use crate::backend::gpu::{failed, new_stream};
-use crate::bundle::{Bundle, ChainKernels};
+use crate::bundle::{Bundle, ChainKernels, DeviceBudget};
 use crate::error::{Error, Result};
 use crate::policy::Condition;
 
-/// Bytes of a number outside of caches, and of a token.
-const FLOAT: u64 = size_of::<f32>() as u64;
+/// Bytes of a token.
 const TOKEN: u64 = size_of::<i32>() as u64;
 
 // SAFETY: it is repr(C) of integers and floats, and lies in the parameter as the kernel's struct does,
@@ -54,6 +54,7 @@ pub struct CudaDriver {
     /// Rows of the last pass.
     last_rows: usize,
     sizes: MemorySizes,
+    budget: DeviceBudget,
     /// Where each layer's weights and caches lie.
     layer_pointers: Vec<LayerPointers>,
     slots: SlotMemory,
@@ -92,56 +93,6 @@ impl CudaChain<CudaDriver> {
     }
 }
 
-/// Bytes of what a chain takes beside its weights.
-#[derive(Debug, Clone, Copy)]
-struct MemorySizes {
-    slots: SlotSizes,
-    vocabulary: usize,
-    tables: u64,
-    /// Each of two sets.
-    scratch: u64,
-    batch_scratch: u64,
-}
-
-impl MemorySizes {
-    fn new(
-        kernels: &ChainKernels,
-        chain: &CompiledChain,
-        capacity: usize,
-        sequences: usize,
-    ) -> Self {
-        let shape = kernels.shape;
-        Self {
-            slots: SlotSizes {
-                slots: sequences,
-                capacity,
-                layers: shape.layers,
-                key_value_heads: shape.key_value_heads,
-                head_size: shape.head_size,
-                saved_bytes: u64::from(chain.facts.saved_floats) * FLOAT,
-            },
-            vocabulary: shape.vocabulary,
-            tables: u64::from(chain.facts.table_bytes) * u64::from(chain.blocks),
-            scratch: chain.facts.scratch_bytes,
-            batch_scratch: chain.facts.batch_scratch_bytes,
-        }
-    }
-
-    fn logits(&self) -> usize {
-        BATCH_LOGITS_ROWS * self.vocabulary
-    }
-
-    /// All of them.
-    fn total(&self) -> u64 {
-        self.slots.total()
-            + self.tables
-            + 2 * self.scratch
-            + self.batch_scratch
-            + RuleMemory::bytes(self.slots.layers)
-            + self.logits() as u64 * FLOAT
-    }
-}
-
 impl CudaDriver {
     fn load(bundle: &Bundle, sequences: usize) -> Result<Self> {
         let kernels = kernels_of(bundle)?;
@@ -153,17 +104,19 @@ impl CudaDriver {
         let drafter = DrafterWeights::read(bundle, &kernels.shape)?;
         let sizes = MemorySizes::new(kernels, &chain, capacity, sequences);
         let weight_bytes = bundle.gate.bytes(&kernels.weights).unwrap_or(0);
-        let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
+        let free = free_memory(&stream)?;
         let hidden = kernels.shape.hidden;
         let draft_scratch = chain.facts.draft_scratch_bytes;
         let of_drafter = drafter.iter();
         let of_drafter = of_drafter.map(|w| device_bytes(w, hidden, &sizes.slots, draft_scratch));
         let weight_bytes = weight_bytes + exits.bytes(hidden) + of_drafter.sum::<u64>();
-        bundle.check_device_bytes(sizes.total() + weight_bytes, free as u64)?;
+        let (bytes, mut budget) = (sizes.total() + weight_bytes, bundle.device_budget());
+        budget.check(bytes, free)?;
+        budget.note(bytes, 0);
         let mut memory = Vec::new();
         let mut addresses = weights.upload(kernels, capacity, &stream, &mut memory)?;
         let exits = ExitMemory::upload(&exits, &stream, &chain, hidden, &mut addresses)?;
-        let mut driver = Self::allocate(stream, chain, sizes, addresses, exits, memory)?;
+        let mut driver = Self::allocate(stream, chain, sizes, budget, addresses, exits, memory)?;
         driver.add_drafter(drafter.as_ref(), hidden)?;
         Ok(driver)
     }
@@ -190,6 +143,7 @@ impl CudaDriver {
         stream: Arc<CudaStream>,
         chain: CompiledChain,
         sizes: MemorySizes,
+        budget: DeviceBudget,
         mut weights: WeightAddresses,
         exits: ExitMemory,
         mut memory: Vec<CudaSlice<u8>>,
@@ -246,6 +200,7 @@ impl CudaDriver {
             chain,
             parameters,
             sizes,
+            budget,
             logits,
             outcome,
         };
@@ -289,6 +244,12 @@ impl CudaDriver {
         noted.map_err(failed("the end of a pass"))?;
         let drafter = self.drafter.as_mut().expect("a drafter was loaded");
         drafter.launch(&self.stream, &self.chain, plans)
+    }
+
+    /// Bytes of a slot, with what a drafter keeps of it.
+    fn slot_bytes(&self) -> u64 {
+        let of_drafter = self.drafter.as_ref().map_or(0, DraftMemory::slot_bytes);
+        self.slots.sizes.with(1).total() + of_drafter
     }
 
     /// Whether there may be a rule at that address, of so many criteria.
@@ -439,11 +400,16 @@ impl ChainDevice for CudaDriver {
         Ok(logits)
     }
 
+    fn room(&self) -> Result<usize> {
+        Ok((self.budget.left(free_memory(&self.stream)?) / self.slot_bytes()) as usize)
+    }
+
     fn reserve(&mut self, slots: usize) -> Result<()> {
-        let sizes = SlotSizes {
-            slots,
-            ..self.slots.sizes
-        };
+        let sizes = self.slots.sizes.with(slots);
+        // those that there are go back only once the new ones are there
+        let (before, bytes) = (self.slots.sizes.slots as u64, self.slot_bytes());
+        let needed = bytes * slots as u64;
+        self.budget.check(needed, free_memory(&self.stream)?)?;
         let mut layers = self.layer_pointers.clone();
         let slots = SlotMemory::allocate(&self.stream, sizes, &mut layers)?;
         // drafts that nobody asked for may be under way
@@ -458,6 +424,7 @@ impl ChainDevice for CudaDriver {
         // every pass was waited for, so that nothing uses the memory that goes back now
         self.slots = slots;
         self.layer_pointers = layers;
+        self.budget.note(needed, before * bytes);
         Ok(())
     }
 

@@ -7,6 +7,12 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, PinnedHostSlice, ValidAs
 use crate::backend::gpu::failed;
 use crate::error::Result;
 
+/// Bytes of the GPU that nobody has.
+pub(super) fn free_memory(stream: &Arc<CudaStream>) -> Result<u64> {
+    let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
+    Ok(free as u64)
+}
+
 /// `bytes` bytes of zeros.
 pub(super) fn zeros(stream: &Arc<CudaStream>, bytes: u64) -> Result<CudaSlice<u8>> {
     let slice = stream.alloc_zeros::<u8>(bytes.max(1) as usize);

@@ -20,6 +20,7 @@ mod exit_memory;
 mod exit_weights;
 mod lane;
 mod memory;
+mod memory_sizes;
 mod outcomes;
 mod packed_weights;
 mod pass_check;
@@ -71,6 +72,10 @@ pub struct CudaChain<D> {
     epoch: Option<u64>,
     following: Following,
 }
+
+/// Sequences that run at once unless another number is asked for: rows of which every stage of a batch
+/// multiplies each weight once.
+const USUAL_SEQUENCES: usize = 32;
 
 /// A piece in a pass.
 struct Placed {
@@ -347,6 +352,13 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
 
     fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    fn usual_sequences(&self) -> Result<usize> {
+        let room = self.device.room()?;
+        // some memory is left to other processes, and a slot to a text that no scheduler runs
+        let room = (room - room / 10).saturating_sub(1);
+        Ok(room.clamp(1, USUAL_SEQUENCES))
     }
 
     fn reserve(&mut self, sequences: usize) -> Result<()> {

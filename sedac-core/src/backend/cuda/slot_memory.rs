@@ -26,6 +26,11 @@ pub(super) struct SlotSizes {
 }
 
 impl SlotSizes {
+    /// The same, of so many slots.
+    pub(super) fn with(self, slots: usize) -> Self {
+        Self { slots, ..self }
+    }
+
     /// Bytes of the keys, or values, of one position and key-value head.
     fn position(&self) -> u64 {
         self.head_size as u64 * HALF

@@ -61,6 +61,8 @@ pub(crate) struct ToyKernel {
     following: Vec<FollowingDraft>,
     /// The number of drafts that followed passes so far.
     pub(crate) followed: Arc<AtomicUsize>,
+    /// Slots that its memory has room for beside those that there are.
+    pub(crate) room: usize,
 }
 
 impl ToyKernel {
@@ -97,6 +99,7 @@ impl ToyKernel {
             drafter_caches: vec![Vec::new(); slots],
             following: Vec::new(),
             followed: Arc::default(),
+            room: usize::MAX,
         }
     }
 
@@ -446,6 +449,10 @@ impl ChainDevice for ToyKernel {
 
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>> {
         Ok(self.logits[rows].concat())
+    }
+
+    fn room(&self) -> Result<usize> {
+        Ok(self.room)
     }
 
     fn reserve(&mut self, slots: usize) -> Result<()> {

@@ -386,6 +386,10 @@ impl<B: Backend> Backend for Timed<B> {
         &self.capabilities
     }
 
+    fn usual_sequences(&self) -> Result<usize> {
+        self.inner.usual_sequences()
+    }
+
     fn reserve(&mut self, sequences: usize) -> Result<()> {
         self.inner.reserve(sequences)?;
         self.capabilities.sequences = self.inner.capabilities().sequences;

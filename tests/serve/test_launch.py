@@ -1,0 +1,23 @@
+"""What bundles are served with."""
+
+from pathlib import Path
+
+import pytest
+from conftest import THREADS
+
+pytest.importorskip("fastapi", reason="of the extra sedac-runtime[serve]")
+
+from sedac_runtime import SedacModel
+from sedac_runtime.serve.launch import SchedulerSettings, serve_model
+from sedac_runtime.serve.server_metrics import ServerMetrics
+
+
+@pytest.mark.parametrize(("max_sequences", "capacity"), [(None, 8 + 5), (3, 3 + 5)])
+def test_requests_run_and_wait_up_to_a_capacity(
+    demo_bundle: Path, max_sequences: int | None, capacity: int
+) -> None:
+    """A model runs as many sequences at once as suit its backend, unless it is told how many."""
+    model = SedacModel.from_pretrained(demo_bundle, threads=THREADS)
+    scheduling = SchedulerSettings(max_sequences, max_queue=5, cache_tokens=None)
+    served = serve_model("demo", model, ServerMetrics(model.num_layers), scheduling)
+    assert served.engine.capacity == capacity
