@@ -43,6 +43,13 @@ class ChainRunner(Protocol):
         start: token ids int64 [tokens] for layer 0, hidden states fp32 [tokens, hidden] for others.
         """
 
+    def run_after_exits(self, tokens: Array, exits: int, depth: int) -> Floats:
+        """Logits [tokens, vocabulary] of all but the first `exits` of `tokens`, int64.
+
+        The first ones exit after `depth` layers: the layers that they skip have the keys and values
+        that they make of the hidden states there.
+        """
+
 
 def compare(bundle: Bundle, runner: ChainRunner, gates: Gates) -> list[dict[str, Any]]:
     """Each layer engine on the reference's own hidden states, then the chain: a report of each.
@@ -77,6 +84,7 @@ class _ChainComparison:
                 output = self.runner.run(self.tokens, 0, entry.first_layer)
                 row.add(output.values, before[0])
                 rows.append(row)
+                rows.append(self._after_exits(entry, before, inputs))
         rows.append(self._end_to_end(hidden))
         return rows
 
@@ -104,6 +112,21 @@ class _ChainComparison:
             row.add(output.values, hidden[0])
         for position, value in output.stabilities.items():
             row.add_stability(np.array(value), stability[position])
+
+    def _after_exits(
+        self, first: LayerEngineEntry, hidden: Floats, inputs: PassInputs
+    ) -> AgreementRow:
+        """Tokens at full depth behind others that exit before the engine `first`, at `hidden`."""
+        row = AgreementRow(f"after exits before {Path(first.file).stem}")
+        exits, after = len(self.tokens) // 2, hidden
+        engines = self.manifest.engines.layers
+        for entry in engines[engines.index(first) :]:
+            after, _ = self._reference_layers(entry, after, inputs)
+            # what a layer makes keys and values of stays what it was at the exit
+            after = np.concatenate([hidden[:, :exits], after[:, exits:]], axis=1)
+        logits = self.runner.run_after_exits(self.tokens, exits, first.first_layer)
+        self._add_logits(row, logits, after[:, exits:])
+        return row
 
     def _end_to_end(self, hidden: Floats) -> AgreementRow:
         row = AgreementRow("end to end")

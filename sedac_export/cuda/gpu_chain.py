@@ -77,14 +77,29 @@ class GpuChain:
         saved = self._read("saved", (len(start), self._chain.facts.saved_floats))
         return ChainOutput(saved[:, : self._shape.hidden], stabilities)
 
+    def run_after_exits(self, tokens: Array, exits: int, depth: int) -> Floats:
+        """As ChainRunner has it; passes are full where they can be."""
+        for start in range(0, exits, MAX_ROWS):
+            some = tokens[start : min(start + MAX_ROWS, exits)].tolist()
+            self._run_pass(_Piece(some, start, 0, depth, with_logits=False, fills=True))
+        return self._run_whole(tokens[exits:], exits)
+
     def run_prefilled(self, tokens: Array) -> Floats:
         """Logits of the last MAX_ROWS of more tokens, in a pass; those before are prefilled."""
         held = len(tokens) - MAX_ROWS
         for start in range(0, held, BATCH_ROWS):
             end = min(start + BATCH_ROWS, held)
             self._run_batch(tokens[start:end].tolist(), start, with_logits=False)
-        self._run_pass(_Piece(tokens[held:].tolist(), held, 0, self._shape.layers, True))
-        return self._read("logits", (MAX_ROWS, self._shape.vocabulary))
+        return self._run_whole(tokens[held:], held)
+
+    def _run_whole(self, tokens: Array, position: int) -> Floats:
+        """Logits of `tokens`, which follow `position` others, in passes through all layers."""
+        logits = []
+        for start in range(0, len(tokens), MAX_ROWS):
+            some = tokens[start : start + MAX_ROWS].tolist()
+            self._run_pass(_Piece(some, position + start, 0, self._shape.layers, True))
+            logits.append(self._read("logits", (len(some), self._shape.vocabulary)))
+        return np.concatenate(logits)
 
     def run_batched(self, tokens: Array) -> Floats:
         """Logits of all tokens, in batches."""
@@ -179,6 +194,7 @@ class _Piece:
     first_layer: int
     depth: int
     with_logits: bool
+    fills: bool = False
 
     def place(self, parameters: Pass, conditions: int) -> None:
         """Make them a pass's only sequence."""
@@ -188,5 +204,9 @@ class _Piece:
         for row, token in enumerate(self.tokens):
             parameters.row[row] = Row(token, self.position + row, 0, self.first_layer)
         parameters.sequence[0] = SequenceRows(
-            rows=count, max_depth=self.depth, criteria=1, conditions=conditions
+            rows=count,
+            max_depth=self.depth,
+            fills=self.fills,
+            criteria=1,
+            conditions=conditions,
         )

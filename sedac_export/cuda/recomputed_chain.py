@@ -53,6 +53,17 @@ class RecomputedChain:
             values = self._head(hidden) if depth == self._shape.layers else hidden.numpy()
         return ChainOutput(values, dict(enumerate(((cosine + 1) / 2).tolist())))
 
+    def run_after_exits(self, tokens: Array, exits: int, depth: int) -> Floats:
+        """As ChainRunner has it."""
+        with torch.no_grad():
+            hidden = self._embed(tokens)
+            for index in range(self._shape.layers):
+                after = self._run_layer(index, hidden)
+                # what a layer makes keys and values of stays what it was at the exit
+                kept = hidden[:exits] if index >= depth else after[:exits]
+                hidden = torch.cat([kept, after[exits:]])
+            return self._head(hidden[exits:])
+
     def _embed(self, tokens: Array) -> Tensor:
         name = "embed" if "embed" in self._names else "head"
         rows = torch.from_numpy(self._matrix(name, self._shape.vocabulary)[tokens])

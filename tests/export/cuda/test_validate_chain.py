@@ -98,6 +98,7 @@ def test_a_sound_chain_passes(name: str, chained: Chained) -> None:
     names = [row["engine"] for row in agreement.engines]
     assert names[0] == "layer_000"
     assert any(name.startswith("exit before layer_") for name in names)
+    assert any(name.startswith("after exits before layer_") for name in names)
     assert names[-1] == "end to end"
     assert agreement.engines[-1]["argmax_agreement"] == 1
     if find_gpu() is None:
@@ -207,7 +208,8 @@ class ComputedChain:
     """In the kernels' place: what a pass's parameter asks for, computed by PyTorch.
 
     `noise` is what makes a token's bits depend on its pass, and `batch_noise` on whether it is in a
-    batch; prefill runs other tokens by `shift`, or none where that is None.
+    batch; prefill runs other tokens by `shift`, or none where that is None; where it does not fill
+    them, the caches of layers that exits skip hold other numbers.
     """
 
     def __init__(
@@ -216,16 +218,18 @@ class ComputedChain:
         noise: float = 0.0,
         shift: int | None = 0,
         batch_noise: float = 0.0,
+        fills: bool = True,
     ) -> None:
         self.chain, self.noise, self.shift = chain_of(directory), noise, shift
-        self.batch_noise = batch_noise
+        self.batch_noise, self.fills = batch_noise, fills
         opened = Bundle.open(directory)
         weights = opened.path(self.chain.weights)
         self.weights = RecomputedChain(opened.manifest, self.chain, weights)
         hidden = self.chain.shape.hidden
         self.facts = Facts(scratch_bytes=64, saved_floats=hidden + 4, batch_scratch_bytes=1)
         self.blocks, self.prepared = 1, 0
-        self.tokens: dict[int, int] = {}
+        # of each position its token, and the depth of its exit
+        self.tokens: dict[int, tuple[int, int]] = {}
         self.logits: dict[tuple[int, ...], Array] = {}
         self.before: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
         self.scratch, self.rows = 0, 8
@@ -249,6 +253,11 @@ class ComputedChain:
         cosine = torch.nn.functional.cosine_similarity(before[-1], hidden[-1], dim=0)
         outcome = Outcome.from_address(parameters.outcome)
         outcome.sequence[0].stability = float((cosine + 1) / 2)
+        if sequence.fills:
+            filled = hidden if self.fills else torch.zeros_like(hidden)
+            for layer in range(sequence.max_depth, self.chain.shape.layers):
+                self.before[layer] |= {r.position: h for r, h in zip(rows, filled, strict=True)}
+        self.tokens |= {row.position: (row.token, sequence.max_depth) for row in rows}
         if sequence.max_depth < self.chain.shape.layers:
             for row, values in zip(rows, hidden.numpy(), strict=True):
                 self.saved(parameters, row)[:] = values
@@ -269,7 +278,7 @@ class ComputedChain:
             self.before[layer] |= dict(zip(positions, hidden, strict=True))
             seen = [self.before[layer][position] for position in range(positions.stop)]
             hidden = self.weights._run_layer(layer, torch.stack(seen))[-len(tokens) :]
-        self.tokens |= dict(zip(positions, tokens, strict=True))
+        self.tokens |= {at: (token, layers) for at, token in zip(positions, tokens, strict=True)}
         wanted = parameters.logits_row[: parameters.logits_rows]
         if wanted:
             known = map(self.known, [rows[row] for row in wanted], self.weights._head(hidden))
@@ -278,7 +287,6 @@ class ComputedChain:
 
     def known(self, row: Any, logits: Array) -> Array:
         """The first logits after a text: PyTorch's bits depend on the number of rows."""
-        self.tokens[row.position] = row.token
         text = tuple(self.tokens[position] for position in range(row.position + 1))
         return self.logits.setdefault(text, logits)
 
@@ -318,6 +326,14 @@ def test_execution_is_held_to_the_gates(chained: Chained, monkeypatch: pytest.Mo
     other.chain.layers.reverse()
     stand(directory, monkeypatch, other)
     assert_fails(directory, "execution", "layer_000: cosine")
+
+
+def test_caches_that_exits_leave_unfilled_are_caught(
+    chained: Chained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = chained("qwen2")
+    stand(directory, monkeypatch, ComputedChain(directory, fills=False))
+    assert_fails(directory, "execution", "after exits before layer_")
 
 
 def test_bits_that_depend_on_the_pass_are_caught(
