@@ -1,10 +1,11 @@
 """What a token takes on this host's NVIDIA GPU: SEDAC's kernel beside other runtimes.
 
 Random fp16 weights, greedy, one sequence, around position 511 of 1024, head included, from the
-launch of a pass to its token on the host; and the first token after a prompt. Every runtime has a
-process of its own; in each of 5 rounds all of them run, in random order. A figure is the median
-of the rounds' means; percentiles are of single passes. The floor is the weights' bytes over the
-rate of a copy on the device. A runtime that is not installed or fails is a row that says why.
+launch of a pass to its token on the host; the first token after a prompt; and a token of each of
+32 sequences that are decoded together. Every runtime has a process of its own; in each of 5 rounds
+all of them run, in random order. A figure is the median of the rounds' means; percentiles are of
+single passes. The floor is the weights' bytes over the rate of a copy on the device. A runtime that
+is not installed or fails is a row that says why.
 
     python benchmarks/gpu.py [--json] [--shapes SmolLM2-135M ...] [--minutes 10]
 
@@ -32,6 +33,7 @@ import torch
 from chain_cases import MODELS
 from chain_decoder import ChainCase
 from chain_kernel import describe_host, measure_copy, weight_bytes
+from gpu_worker import SEQUENCES
 
 from sedac_export.bundle.cuda_entry import ChainShape
 from sedac_export.cuda.compiler import ROWS, Compiler
@@ -147,7 +149,11 @@ def rows_of(shape: ChainShape) -> list[RuntimeRow]:
     rows += [RuntimeRow(name, runtime) for runtime, name in PEERS.items()]
     # a prompt is not what peers compile for
     names = {"sedac": "SEDAC"} | {runtime: runtime for runtime in PEERS}
-    return rows + [RuntimeRow(name, runtime, {"prompt": PROMPT}) for runtime, name in names.items()]
+    rows += [RuntimeRow(name, runtime, {"prompt": PROMPT}) for runtime, name in names.items()]
+    names |= PEERS
+    return rows + [
+        RuntimeRow(name, runtime, {"sequences": SEQUENCES}) for runtime, name in names.items()
+    ]
 
 
 def measure(rows: list[RuntimeRow], workers: dict[str, Worker], deadline: float) -> None:
@@ -197,7 +203,7 @@ def report(case: ChainCase, rows: list[RuntimeRow], copy_rate: float) -> dict[st
 def markdown(shape: dict[str, Any], layers: int) -> str:
     """A shape's figures for people."""
     floor = shape["floor"]
-    passes = [row for row in shape["rows"] if "prompt" not in row]
+    passes = [row for row in shape["rows"] if not {"prompt", "sequences"} & row.keys()]
     lines = [
         f"\n## {shape['name']}: {layers} layers, floor {sum(floor.values()):.0f} µs\n",
         "| runtime | layers | rows | µs a pass | p10, p50, p90 | floor's share |",
@@ -221,6 +227,14 @@ def markdown(shape: dict[str, Any], layers: int) -> str:
     ]
     if first:
         lines.append(f"\nFirst token after a prompt of {PROMPT}: {', '.join(first)}.")
+    together = [
+        f"{row['name']} {row['microseconds']:.0f} µs"
+        f" ({SEQUENCES * 1e6 / row['microseconds']:.0f} tokens/s)"
+        for row in shape["rows"]
+        if "sequences" in row and "failure" not in row
+    ]
+    if together:
+        lines.append(f"\nA token of each of {SEQUENCES} sequences: {', '.join(together)}.")
     return "\n".join(lines)
 
 

@@ -5,11 +5,13 @@
 The first line on stdout says {"ready": true}, or why not: {"error": ...}. Then every line of stdin
 asks for a number of passes, {"passes": 50}, and the answer has the microseconds of each, from its
 launch to its token on the host. Of SEDAC's kernel "rows", "layers" and "position" may be asked for.
-With {"passes": 50, "prompt": 512} a pass is the first token after a prompt of so many.
+With {"passes": 50, "prompt": 512} a pass is the first token after a prompt of so many, with
+{"passes": 50, "sequences": 32} a token of each of so many texts.
 """
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from chain_cases import MODELS
 from chain_decoder import ChainCase
@@ -27,23 +30,26 @@ from kernel_check import TOKENS
 from torch import Tensor
 
 Handle = Callable[[dict[str, Any]], list[float]]
+Step = Callable[[], None]
 
 CAPACITY, LONG_CAPACITY = 1024, 4096
 # tokens before those that are timed, which come to lie around position 511
 PROMPT = 416
 WARM_UP = 16
+# texts that are decoded together, at most
+SEQUENCES = 32
 
 
-def load_sedac(case: ChainCase, _: Path) -> Handle:
+def load_sedac(case: ChainCase, _: Path, slots: int = SEQUENCES) -> Handle:
     from chain_launcher import ChainLauncher, SequenceInput, card_architecture, compile_chain
 
-    from sedac_export.cuda.chain_abi import BATCH_ROWS
+    from sedac_export.cuda.chain_abi import BATCH_ROWS, BatchRow
     from sedac_export.cuda.compiler import Compiler
 
-    launcher = ChainLauncher(case, compile_chain(Compiler(), case, card_architecture()), slots=1)
+    launcher = ChainLauncher(case, compile_chain(Compiler(), case, card_architecture()), slots)
     filled = 0
 
-    def first_token(prompt: int) -> Callable[[], None]:
+    def first_token(prompt: int) -> Step:
         """The last token's pass after a prefill, whose kernels Python launches too slowly."""
         starts = range(0, prompt - 1, BATCH_ROWS)
         pieces = [range(start, min(start + BATCH_ROWS, prompt - 1)) for start in starts]
@@ -59,11 +65,28 @@ def load_sedac(case: ChainCase, _: Path) -> Handle:
 
         return step
 
+    @functools.cache
+    def together(sequences: int) -> Step:
+        """A batch of a row of each, which the runtime launches without a graph."""
+        for slot in range(1, sequences):
+            launcher.fill(slot, case.position)
+        token = TOKENS[0]
+        rows = [BatchRow(token, case.position, slot) for slot in range(sequences)]
+        graph = launcher.captured(launcher.make_batch(rows, range(sequences)))
+
+        def step() -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        return step
+
     def handle(request: dict[str, Any]) -> list[float]:
         nonlocal filled
         if prompt := request.get("prompt"):
             filled = 0
             return timed(first_token(prompt), request["passes"])
+        if sequences := request.get("sequences"):
+            return timed(together(sequences), 1 + request["passes"])[1:]
         position = request.get("position", case.position)
         if filled < position:
             launcher.fill(0, position)
@@ -83,7 +106,7 @@ def load_sedac(case: ChainCase, _: Path) -> Handle:
 
 def load_long(case: ChainCase, directory: Path) -> Handle:
     """Caches that hold more."""
-    return load_sedac(dataclasses.replace(case, capacity=LONG_CAPACITY), directory)
+    return load_sedac(dataclasses.replace(case, capacity=LONG_CAPACITY), directory, slots=1)
 
 
 def load_transformers(case: ChainCase, _: Path, device: str = "cuda") -> Handle:
@@ -93,32 +116,37 @@ def load_transformers(case: ChainCase, _: Path, device: str = "cuda") -> Handle:
 
     model = random_model(case, device)
     argument = cache_argument(inspect.signature(model.forward).parameters)
-    cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
-    forward = torch.compile(model.forward, mode="reduce-overhead") if device == "cuda" else model
+    options = {"mode": "reduce-overhead", "dynamic": False}
+    forward = torch.compile(model.forward, **options) if device == "cuda" else model
 
-    @torch.no_grad()
-    def next_token(run: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Tensor:
-        settings = {argument: cache, "use_cache": True}
-        logits = run(input_ids=tokens, position_ids=positions, **settings).logits
-        return logits[:, -1:].argmax(-1)
+    def decoding(sequences: int) -> Step:
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
 
-    prompt = torch.arange(PROMPT, device=device)[None]
-    position = torch.full((1, 1), PROMPT, device=device)
-    token = next_token(model, prompt % case.shape.vocabulary, prompt)
+        @torch.no_grad()
+        def next_token(run: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Tensor:
+            settings = {argument: cache, "use_cache": True}
+            logits = run(input_ids=tokens, position_ids=positions, **settings).logits
+            return logits[:, -1:].argmax(-1)
 
-    def step() -> None:
-        nonlocal token
-        torch.compiler.cudagraph_mark_step_begin()
-        token = next_token(forward, token, position)
-        position.add_(1)
-        token.tolist()
+        prompt = torch.arange(PROMPT, device=device).expand(sequences, -1)
+        position = torch.full((sequences, 1), PROMPT, device=device)
+        token = next_token(model, prompt % case.shape.vocabulary, prompt)
+
+        def step() -> None:
+            nonlocal token
+            torch.compiler.cudagraph_mark_step_begin()
+            token = next_token(forward, token, position)
+            position.add_(1)
+            token.tolist()
+
+        return step
 
     @torch.no_grad()
     def first_token(length: int) -> None:
         tokens = torch.arange(length, device=device)[None] % case.shape.vocabulary
         model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits.argmax(-1).tolist()
 
-    return counted(step, first_token)
+    return counted(decoding, first_token)
 
 
 def load_genai(case: ChainCase, directory: Path, device: str = "cuda") -> Handle:
@@ -130,22 +158,25 @@ def load_genai(case: ChainCase, directory: Path, device: str = "cuda") -> Handle
     if device == "cuda" and not onnxruntime_genai.is_cuda_available():
         raise RuntimeError("installed without CUDA: pip install onnxruntime-genai-cuda")
     model = onnxruntime_genai.Model(str(built_genai(case, directory, device)))
-    options = onnxruntime_genai.GeneratorParams(model)
-    options.set_search_options(max_length=CAPACITY, do_sample=False)
-    generator = onnxruntime_genai.Generator(model, options)
-    generator.append_tokens([token % case.shape.vocabulary for token in range(PROMPT)])
 
-    def first_token(length: int) -> None:
-        other = onnxruntime_genai.Generator(model, options)
-        other.append_tokens([token % case.shape.vocabulary for token in range(length)])
-        other.generate_next_token()
-        int(other.get_next_tokens()[0])
+    def generator(length: int, sequences: int) -> Any:
+        """Of so many texts, behind a prompt of `length` tokens."""
+        options = onnxruntime_genai.GeneratorParams(model)
+        options.set_search_options(max_length=CAPACITY, do_sample=False, batch_size=sequences)
+        made = onnxruntime_genai.Generator(model, options)
+        prompt = np.arange(length, dtype=np.int32) % case.shape.vocabulary
+        made.append_tokens(np.tile(prompt, (sequences, 1)))
+        return made
 
-    def step() -> None:
-        generator.generate_next_token()
-        int(generator.get_next_tokens()[0])
+    def decoding(sequences: int) -> Step:
+        decoded = generator(PROMPT, sequences)
+        return lambda: next_tokens(decoded)
 
-    return counted(step, first_token)
+    def next_tokens(decoded: Any) -> None:
+        decoded.generate_next_token()
+        int(decoded.get_next_tokens()[0])
+
+    return counted(decoding, lambda length: next_tokens(generator(length, 1)))
 
 
 LOADERS: dict[str, Callable[[ChainCase, Path], Handle]] = {
@@ -156,20 +187,27 @@ LOADERS: dict[str, Callable[[ChainCase, Path], Handle]] = {
 }
 
 
-def counted(step: Callable[[], None], first_token: Callable[[int], None]) -> Handle:
-    """Runs `step`, or `first_token` of a prompt's length, as often as asked, once warmed up."""
-    timed(step, WARM_UP)
+def counted(decoding: Callable[[int], Step], first_token: Callable[[int], None]) -> Handle:
+    """Runs what `decoding` makes for so many texts, or `first_token` of a prompt's length."""
+
+    @functools.cache
+    def warmed(sequences: int) -> Step:
+        step = decoding(sequences)
+        timed(step, WARM_UP)
+        return step
+
+    warmed(1)
 
     def handle(request: dict[str, Any]) -> list[float]:
         prompt, passes = request.get("prompt"), request["passes"]
         if prompt is None:
-            return timed(step, passes)
+            return timed(warmed(request.get("sequences", 1)), passes)
         return timed(lambda: first_token(prompt), 1 + passes)[1:]
 
     return handle
 
 
-def timed(step: Callable[[], None], passes: int) -> list[float]:
+def timed(step: Step, passes: int) -> list[float]:
     """Microseconds of each pass."""
     times = []
     for _ in range(passes):
