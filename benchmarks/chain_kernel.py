@@ -59,7 +59,7 @@ MODEL_NAMES = tuple(case.name for case in MODELS)
 # tokens of a draft, and the sequences that one is made for
 DRAFTED = ((1, 1), (4, 1), (8, 1), (1, 4), (4, 4), (1, DRAFT_SEQUENCES), (4, DRAFT_SEQUENCES))
 # tokens of a prefill
-PREFILLED = (32, 64, 128, BATCH_ROWS)
+PREFILLED = (32, 64, 128, 256, BATCH_ROWS)
 # sequences of a batch, each with its newest token behind so many others
 BATCHED, BEHIND, BATCH_CAPACITY = (9, 16, 32, BATCH_LOGITS_ROWS), 500, 2048
 ROUNDS, PASSES, BATCHES, WARM_UP = 5, 50, 10, 5

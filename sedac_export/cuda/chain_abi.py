@@ -1,13 +1,13 @@
 """What the host and the kernel exchange: mirrors of kernels/abi.cuh."""
 
-from ctypes import Structure, c_float, c_int, c_uint, c_uint8, c_uint64, sizeof
+from ctypes import Structure, c_float, c_int, c_uint, c_uint16, c_uint64, sizeof
 from enum import IntEnum
 
 # version of the mirrors
-ABI = 13
+ABI = 14
 MAX_ROWS = 8
 # rows of a batch, those of them whose logits it gives, and those that attention takes together
-BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 256, 64, 8
+BATCH_ROWS, BATCH_LOGITS_ROWS, BATCH_GROUP_ROWS = 512, 64, 8
 # rows of a batch that is one kernel
 SMALL_BATCH_ROWS = 64
 # sequences that a trained drafter drafts for in one launch
@@ -298,8 +298,8 @@ class BatchPass(Structure):
         ("feature_depths", c_int * 4),
         *((name, c_int) for name in ("rows", "logits_rows", "single_rows", "groups")),
         ("row", BatchRow * BATCH_ROWS),
-        ("logits_row", c_uint8 * BATCH_LOGITS_ROWS),
-        ("group", c_uint8 * BATCH_ROWS),
+        ("logits_row", c_uint16 * BATCH_LOGITS_ROWS),
+        ("group", c_uint16 * BATCH_ROWS),
     )
 
     @property

@@ -7,7 +7,7 @@ constexpr int MAX_ROWS = 8;
 
 // Rows of a batch, those of them whose logits it gives, and consecutive ones of a sequence whose attention blocks
 // share.
-constexpr int BATCH_ROWS = 256, BATCH_LOGITS_ROWS = 64, BATCH_GROUP_ROWS = 8;
+constexpr int BATCH_ROWS = 512, BATCH_LOGITS_ROWS = 64, BATCH_GROUP_ROWS = 8;
 // Rows of a batch that is one kernel.
 constexpr int SMALL_BATCH_ROWS = 64;
 
@@ -188,8 +188,8 @@ struct BatchPass {
   struct {
     int token, position, slot;
   } row[BATCH_ROWS];
-  unsigned char logits_row[BATCH_LOGITS_ROWS];  // the rows whose logits are wanted
-  unsigned char group[BATCH_ROWS];              // the first row of each group, which ends where the next begins
+  unsigned short logits_row[BATCH_LOGITS_ROWS];  // the rows whose logits are wanted
+  unsigned short group[BATCH_ROWS];              // the first row of each group, which ends where the next begins
 };
 
 // What came of it, by logits row.

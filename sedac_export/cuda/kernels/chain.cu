@@ -367,7 +367,7 @@ constexpr BatchLaunch prefill_product_launch(int tiles) {
 }
 constexpr BatchLaunch ROW_TO_BLOCK = {THREADS, 0, 1, 1}, COOPERATIVE = {THREADS, sizeof(BatchMemories), BATCH_ROWS, 0};
 
-extern "C" __device__ const Facts sedac_facts = {13,
+extern "C" __device__ const Facts sedac_facts = {14,
                                                  sizeof(Layer),
                                                  sizeof(Pass),
                                                  sizeof(Outcome),

@@ -3,7 +3,7 @@
 use super::abi::{RaceOutcome, RowOutcome};
 
 /// Rows of a batch.
-pub(super) const BATCH_ROWS: usize = 256;
+pub(super) const BATCH_ROWS: usize = 512;
 
 /// Rows of a batch whose logits it gives.
 pub(super) const BATCH_LOGITS_ROWS: usize = 64;
@@ -144,9 +144,9 @@ pub(super) struct BatchParameters {
     pub(super) groups: i32,
     pub(super) row: [BatchRow; BATCH_ROWS],
     /// The rows whose logits are wanted.
-    pub(super) logits_row: [u8; BATCH_LOGITS_ROWS],
+    pub(super) logits_row: [u16; BATCH_LOGITS_ROWS],
     /// The first row of each group.
-    pub(super) group: [u8; BATCH_ROWS],
+    pub(super) group: [u16; BATCH_ROWS],
 }
 
 /// What the host reads after a batch, by logits row.
@@ -184,7 +184,7 @@ const _: () = {
     assert!(size_of::<BatchRow>() == 12);
     assert!(size_of::<RowRule>() == 16);
     assert!(size_of::<RowExit>() == 8);
-    assert!(size_of::<BatchParameters>() == 3560);
+    assert!(size_of::<BatchParameters>() == 7464);
     assert!(size_of::<BatchOutcome>() == 2584);
     assert!(BATCH_LOGITS_ROWS <= u64::BITS as usize);
 };

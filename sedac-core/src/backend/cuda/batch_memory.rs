@@ -88,7 +88,7 @@ impl BatchMemory {
         row[..plan.rows.len()].copy_from_slice(&plan.rows);
         let mut logits_row = [0; BATCH_LOGITS_ROWS];
         for (place, &wanted) in logits_row.iter_mut().zip(&plan.logits_rows) {
-            *place = wanted as u8;
+            *place = wanted as u16;
         }
         let single_rows = single_rows(&plan.rows);
         let first_rows = groups(&plan.rows, single_rows);
@@ -204,7 +204,7 @@ fn single_rows(rows: &[BatchRow]) -> usize {
 }
 
 /// The first row of each group of those from `start` on.
-fn groups(rows: &[BatchRow], start: usize) -> Vec<u8> {
+fn groups(rows: &[BatchRow], start: usize) -> Vec<u16> {
     let mut groups = Vec::new();
     let together =
         |before: &_, row: &_| follows(row, before) && !divides_anew(row.position as usize);
@@ -212,7 +212,7 @@ fn groups(rows: &[BatchRow], start: usize) -> Vec<u8> {
     let mut first = start;
     for of_sequence in of_sequences {
         let end = first + of_sequence.len();
-        groups.extend((first..end).step_by(BATCH_GROUP_ROWS).map(|row| row as u8));
+        groups.extend((first..end).step_by(BATCH_GROUP_ROWS).map(|row| row as u16));
         first = end;
     }
     groups

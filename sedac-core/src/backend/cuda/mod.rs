@@ -77,6 +77,9 @@ pub struct CudaChain<D> {
 /// multiplies each weight once.
 const USUAL_SEQUENCES: usize = 32;
 
+/// Rows of prompts that other sequences wait for at most; a batch may have more of them.
+const PREFILL_CHUNK: usize = 256;
+
 /// A piece in a pass.
 struct Placed {
     lane: usize,
@@ -117,7 +120,8 @@ impl<D: ChainDevice> CudaChain<D> {
                 trained_drafter: device.draft_rows() > 0,
                 drafts_at_once: MAX_DRAFTS,
                 ahead: MAX_AHEAD,
-                prefill_chunk: Capabilities::PREFILL_CHUNK.max(device.batch_limits().rows),
+                prefill_chunk: Capabilities::PREFILL_CHUNK
+                    .max(device.batch_limits().rows.min(PREFILL_CHUNK)),
                 ..Capabilities::default()
             },
             slots: Slots::new(sequences),
