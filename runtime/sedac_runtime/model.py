@@ -373,7 +373,7 @@ class SedacModel:
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is requested.
         """
-        tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
         if consecutive_k is not None:
             check_count("consecutive_k", consecutive_k, 1, self.num_layers)
@@ -461,8 +461,15 @@ class SedacModel:
         """What `sedac_runtime.bench` measures, case by case, after the first `prompt_tokens` tokens
         of `prompt`; `against` is the index of the case to compare with. Raises InputError.
         """
-        start = prompt if isinstance(prompt, str) else list(prompt)
+        start = prompt if isinstance(prompt, str) else _token_ids(prompt)
         return self._core.bench(list(cases), start, prompt_tokens, new_tokens, repeat, against)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    # bytes are a sequence of numbers, too, and a file that was not opened as text has them
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        raise _core.InputError("prompt is bytes, neither a text nor token ids; decode it to a str")
+    return list(prompt)
 
 
 def _check_backend(backend: BackendChoice, device: DeviceChoice | None) -> None:

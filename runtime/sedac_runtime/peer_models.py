@@ -77,8 +77,11 @@ def _known(name: str) -> PeerName | None:
 def installed_peers(peers: Sequence[PeerName]) -> list[PeerName]:
     """Those of `peers` that are installed; a warning names each of the others.
 
-    Raises InputError when none is left.
+    Raises InputError when none is left, or one is no runtime that SEDAC is compared with.
     """
+    for name in peers:
+        if _known(name) is None:
+            raise InputError(f"runtime {name!r} is none of {', '.join(PEERS)}")
     found = [name for name in dict.fromkeys(peers) if not _missing(name)]
     absent = [name for name in dict.fromkeys(peers) if name not in found]
     remedy = f"pip install {' '.join(_PACKAGES[name] for name in absent)}"

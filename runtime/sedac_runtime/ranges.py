@@ -12,7 +12,7 @@ MOST_THREADS = 1024
 
 def check_count(name: str, value: int, least: int, largest: int = _LARGEST) -> None:
     """Raise InputError naming setting `name` unless `value` is in `least`..`largest`."""
-    if not isinstance(value, SupportsIndex):
+    if not isinstance(value, SupportsIndex) or isinstance(value, bool):
         raise InputError(f"{name} {value!r} is no whole number")
     if not least <= value <= largest:
         raise InputError(f"{name} {value} is out of range: {least} to {largest}")

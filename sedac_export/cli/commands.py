@@ -114,7 +114,11 @@ def build(
         ),
     ] = None,
     layers_per_engine: Annotated[
-        int, engines_option(help="Layers per engine; tokens exit between engines.")
+        int,
+        engines_option(
+            help="Layers per engine; tokens exit between engines. Exits of more than one are not"
+            " trained, calibrated or advised on."
+        ),
     ] = 1,
     max_cache_length: Annotated[
         int | None,

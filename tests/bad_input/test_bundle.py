@@ -184,6 +184,19 @@ def test_exit_configuration_of_more_layers_than_the_model_is_refused(
     assert_one_line_error(result, "consecutive_k 5", "1 to 4")
 
 
+@pytest.mark.parametrize("depth", ["0", "5", "99"])
+@pytest.mark.parametrize("policy", ["probe", "margin", "learned", "cascade"])
+def test_thresholds_at_depths_that_the_model_lacks_are_refused(
+    runtime: Command, bundle: Path, policy: str, depth: str
+) -> None:
+    at_depth = {depth: 0.5}
+    others = {"weights": at_depth, "targets": at_depth} if policy == "cascade" else {}
+    config = {"policy": policy, "thresholds": at_depth, **others}
+    (bundle / "sedac_config.json").write_text(json.dumps(config))
+    result = runtime("generate", "--engines", bundle, "--prompt", "def f")
+    assert_one_line_error(result, f"thresholds at depth {depth} is out of range", "4 layers")
+
+
 def test_exit_configuration_may_be_edited_within_its_ranges(
     export: Command, runtime: Command, bundle: Path
 ) -> None:

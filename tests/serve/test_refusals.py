@@ -55,6 +55,11 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
         ({"sedac": {"mode": "full", "tau": 0.9}}, "sedac", "tau"),
         ({"sedac": {"mode": "exit", "policy": "probe"}}, "sedac", "probe"),
         ({"sedac": {"drafter": "trained"}}, "sedac", "no trained drafter"),
+        (
+            {"sedac": {"repetition_penalty": 1e300}},
+            "sedac.repetition_penalty",
+            "less than or equal to 3.4e+38",
+        ),
         ({"stream": True, "prompt": ""}, "prompt", "no tokens"),
     ],
 )

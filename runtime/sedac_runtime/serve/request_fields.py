@@ -54,7 +54,7 @@ class SedacOptions(RequestModel):
     drafter: Drafter | None = None
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=3.4e38)] = 1.0
 
 
 class StreamOptions(RequestModel):

@@ -52,28 +52,39 @@ pub(super) fn rule(
 /// Check thresholds on a risk, which is an entropy.
 ///
 /// # Errors
-/// [`Error::Setting`] when there are none or one is not above 0.
-pub(super) fn check_risks(thresholds: &ByDepth) -> Result<()> {
-    check_thresholds(
-        thresholds,
-        |value| value > 0.0 && value.is_finite(),
-        "above 0",
-    )
+/// [`Error::Setting`] when there are none, one is not above 0, or its depth none of `layers` layers.
+pub(super) fn check_risks(thresholds: &ByDepth, layers: usize) -> Result<()> {
+    let sound = |value: f32| value > 0.0 && value.is_finite();
+    check_thresholds(thresholds, layers, sound, "above 0")
 }
 
 /// Check thresholds on a probability.
 ///
 /// # Errors
-/// [`Error::Setting`] when there are none or one is not in 0..=1.
-pub(super) fn check_probabilities(thresholds: &ByDepth) -> Result<()> {
-    check_thresholds(thresholds, |value| (0.0..=1.0).contains(&value), "0 to 1")
+/// [`Error::Setting`] when there are none, one is not in 0..=1, or its depth none of `layers` layers.
+pub(super) fn check_probabilities(thresholds: &ByDepth, layers: usize) -> Result<()> {
+    let sound = |value| (0.0..=1.0).contains(&value);
+    check_thresholds(thresholds, layers, sound, "0 to 1")
 }
 
-fn check_thresholds(thresholds: &ByDepth, sound: fn(f32) -> bool, range: &str) -> Result<()> {
+fn check_thresholds(
+    thresholds: &ByDepth,
+    layers: usize,
+    sound: fn(f32) -> bool,
+    range: &str,
+) -> Result<()> {
     if thresholds.is_empty() {
         return Err(Error::setting("thresholds", "(none)", "one or more depths"));
     }
-    check_values("thresholds", thresholds, sound, range)
+    check_values("thresholds", thresholds, sound, range)?;
+    match thresholds.keys().find(|depth| !(1..=layers).contains(depth)) {
+        Some(depth) => Err(Error::setting(
+            "thresholds",
+            format!("at depth {depth}"),
+            format!("depths of the model's {layers} layers"),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Check that each value of the setting `name` is sound.

@@ -59,8 +59,8 @@ pub(super) fn default_decay() -> f32 {
 }
 
 impl Cascade {
-    fn check(&self) -> Result<()> {
-        by_depth::check_risks(&self.thresholds)?;
+    fn check(&self, layers: usize) -> Result<()> {
+        by_depth::check_risks(&self.thresholds, layers)?;
         if !(0.0..=1.0).contains(&self.decay) {
             return Err(Error::setting("decay", self.decay, "0 to 1"));
         }
@@ -92,7 +92,7 @@ impl Cascade {
 
 impl ExitPolicy for Cascade {
     fn compile(&self, layers: usize) -> Result<ExitRule> {
-        self.check()?;
+        self.check(layers)?;
         let rule = ExitRule::new(Criterion::new(ExitReason::Cascade, layers, |depth| {
             self.condition(depth).unwrap_or_default()
         }));

@@ -18,7 +18,7 @@ pub struct Learned {
 
 impl ExitPolicy for Learned {
     fn compile(&self, layers: usize) -> Result<ExitRule> {
-        by_depth::check_probabilities(&self.thresholds)?;
+        by_depth::check_probabilities(&self.thresholds, layers)?;
         let (reason, signal) = (ExitReason::Learned, Signal::Learned);
         let comparison = Comparison::AtLeast;
         Ok(by_depth::rule(

@@ -18,7 +18,7 @@ pub struct Margin {
 
 impl ExitPolicy for Margin {
     fn compile(&self, layers: usize) -> Result<ExitRule> {
-        by_depth::check_probabilities(&self.thresholds)?;
+        by_depth::check_probabilities(&self.thresholds, layers)?;
         let (reason, signal) = (ExitReason::Margin, Signal::Margin);
         let comparison = Comparison::AtLeast;
         Ok(by_depth::rule(

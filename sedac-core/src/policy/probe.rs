@@ -18,7 +18,7 @@ pub struct Probe {
 
 impl ExitPolicy for Probe {
     fn compile(&self, layers: usize) -> Result<ExitRule> {
-        by_depth::check_risks(&self.thresholds)?;
+        by_depth::check_risks(&self.thresholds, layers)?;
         let (reason, signal) = (ExitReason::Probe, Signal::Risk);
         let comparison = Comparison::Below;
         Ok(by_depth::rule(

@@ -286,6 +286,11 @@ impl Model {
     )]
     fn decode(&self, py: Python<'_>, tokens: Vec<u32>) -> PyResult<String> {
         let codec = self.codec()?;
+        let known = 0..self.limits.vocab_size as u32;
+        if let Some(token) = tokens.iter().find(|token| !known.contains(token)) {
+            let range = format!("0 to {}", known.end - 1);
+            return Err(Error::setting("token", token, range).into());
+        }
         Ok(py.detach(|| codec.decode(&tokens))?)
     }
 

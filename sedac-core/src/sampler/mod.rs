@@ -97,7 +97,7 @@ impl Sampler {
             "temperature",
             temperature,
             temperature >= 0.0 && temperature.is_finite(),
-            "0 or more",
+            "0 to 3.4e38",
         )?;
         check(
             "top_p",
@@ -110,7 +110,7 @@ impl Sampler {
             "repetition_penalty",
             repetition_penalty,
             repetition_penalty > 0.0 && repetition_penalty.is_finite(),
-            "above 0",
+            "above 0, at most 3.4e38",
         )?;
         Ok(Self {
             settings,
