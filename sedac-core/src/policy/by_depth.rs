@@ -77,7 +77,10 @@ fn check_thresholds(
         return Err(Error::setting("thresholds", "(none)", "one or more depths"));
     }
     check_values("thresholds", thresholds, sound, range)?;
-    match thresholds.keys().find(|depth| !(1..=layers).contains(depth)) {
+    match thresholds
+        .keys()
+        .find(|depth| !(1..=layers).contains(depth))
+    {
         Some(depth) => Err(Error::setting(
             "thresholds",
             format!("at depth {depth}"),
