@@ -49,8 +49,8 @@ class BatchChecks:
         position = self._launcher.decoder.case.position
         for first in (0, position):
             for split in SPLITS:
-                if first + sum(split) <= self._launcher.capacity:
-                    yield self._prefill_as_passes(first, split)
+                most = self._launcher.capacity - sum(split)
+                yield self._prefill_as_passes(min(first, most), split)
         for lengths in BATCHES:
             yield self._batch_as_passes(position, lengths[: self._slots])
         self._launcher.feature_depths = []

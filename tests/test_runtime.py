@@ -159,8 +159,9 @@ def test_a_plain_string_is_one_stop_string(demo_model: SedacModel) -> None:
 def test_what_is_no_text_or_token_is_refused(demo_model: SedacModel) -> None:
     with pytest.raises(InputError, match="surrogate"):
         demo_model.generate("x = '\ud800'")
-    with pytest.raises(InputError, match="prompt is bytes"):
-        demo_model.generate(b"def")
+    for take in (demo_model.generate, demo_model.follow, demo_model.decode):
+        with pytest.raises(InputError, match="cannot be bytes"):
+            take(b"def")
     with pytest.raises(InputError, match="token 5000"):
         demo_model.decode([1, 5000])
     for tokens in ([-1], ["a"], [2**40], [True]):

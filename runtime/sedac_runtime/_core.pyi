@@ -300,11 +300,11 @@ class Scheduler:
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
     ) -> Scheduler:
-        """Up to `max_sequences` run at once, None for 8, or on the `cuda` backend 64 or as many as
-        the GPU's memory has room for; others wait. `cache_tokens` positions is what their
-        caches may hold together, None for what the slots have. A step prefills up to
-        `prefill_chunk` tokens of prompts, None for what suits the backend. InputError where one is
-        below 1, BundleError where the memory does not suffice."""
+        """Up to `max_sequences` run at once, None for 8, on the `cuda` backend 64 or as many as the
+        GPU's memory has room for, and 1 where a backend has one slot; others wait. `cache_tokens`
+        positions is what their caches may hold together, None for what the slots have. A step
+        prefills up to `prefill_chunk` tokens of prompts, None for what suits the backend.
+        InputError where one is below 1, BundleError where the memory does not suffice."""
 
     @property
     def max_sequences(self) -> int: ...

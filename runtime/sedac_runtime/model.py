@@ -24,7 +24,7 @@ from sedac_runtime.choices import (
 from sedac_runtime.cuda_libraries import load_cuda_libraries
 from sedac_runtime.flavour import Executor
 from sedac_runtime.library import default_threads, find_onnxruntime
-from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count
+from sedac_runtime.ranges import LARGEST_SEED, MOST_THREADS, check_count, token_ids
 
 _LOG = logging.getLogger(__name__)
 
@@ -315,9 +315,10 @@ class SedacModel:
 
         Raises InputError when the bundle has no tokenizer, or a token is no number of one.
         """
-        for token in tokens:
+        ids = token_ids(tokens)
+        for token in ids:
             check_count("token", token, 0)
-        return self._core.decode(list(tokens))
+        return self._core.decode(ids)
 
     def generate(self, prompt: str | Sequence[int], **settings: object) -> GenerationOutput:
         """Generate to the end. The arguments are those of `stream`."""
@@ -373,7 +374,7 @@ class SedacModel:
         Raises InputError when a setting is out of range or the prompt does not fit, at the latest
         when the first token is requested.
         """
-        tokens = self.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        tokens = self.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         stops = self.eos_token_ids if stop_tokens is None else list(stop_tokens)
         if consecutive_k is not None:
             check_count("consecutive_k", consecutive_k, 1, self.num_layers)
@@ -430,7 +431,7 @@ class SedacModel:
         Returns the argmax token and the layers executed, for each token of the text but the first.
         Settings and errors are those of `stream`.
         """
-        tokens = self.encode(text) if isinstance(text, str) else list(text)
+        tokens = self.encode(text) if isinstance(text, str) else token_ids(text)
         if consecutive_k is not None:
             check_count("consecutive_k", consecutive_k, 1, self.num_layers)
         for token in tokens:
@@ -461,15 +462,8 @@ class SedacModel:
         """What `sedac_runtime.bench` measures, case by case, after the first `prompt_tokens` tokens
         of `prompt`; `against` is the index of the case to compare with. Raises InputError.
         """
-        start = prompt if isinstance(prompt, str) else _token_ids(prompt)
+        start = prompt if isinstance(prompt, str) else token_ids(prompt)
         return self._core.bench(list(cases), start, prompt_tokens, new_tokens, repeat, against)
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    # bytes are a sequence of numbers, too, and a file that was not opened as text has them
-    if isinstance(prompt, bytes | bytearray | memoryview):
-        raise _core.InputError("prompt is bytes, neither a text nor token ids; decode it to a str")
-    return list(prompt)
 
 
 def _check_backend(backend: BackendChoice, device: DeviceChoice | None) -> None:

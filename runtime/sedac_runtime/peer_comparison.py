@@ -24,7 +24,7 @@ from sedac_runtime.peer_models import (
     installed_peers,
     last_line,
 )
-from sedac_runtime.ranges import MOST_THREADS, check_count
+from sedac_runtime.ranges import MOST_THREADS, check_count, token_ids
 
 # a prompt and the tokens after it
 Continuation = tuple[list[int], list[int]]
@@ -191,7 +191,7 @@ def _encode(
     encoded = iter(sedac.ask(0, texts=texts)["tokens"] if texts else ())
     found = []
     for prompt in prompts:
-        tokens = next(encoded)[:prompt_tokens] if isinstance(prompt, str) else list(prompt)
+        tokens = next(encoded)[:prompt_tokens] if isinstance(prompt, str) else token_ids(prompt)
         if isinstance(prompt, str) and len(tokens) < prompt_tokens:
             raise InputError(
                 f"prompt_tokens {prompt_tokens} is out of range: at most the {len(tokens)} tokens"

@@ -1,5 +1,6 @@
 """Whole numbers that the Rust core takes."""
 
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 from sedac_runtime._core import InputError
@@ -16,3 +17,10 @@ def check_count(name: str, value: int, least: int, largest: int = _LARGEST) -> N
         raise InputError(f"{name} {value!r} is no whole number")
     if not least <= value <= largest:
         raise InputError(f"{name} {value} is out of range: {least} to {largest}")
+
+
+def token_ids(tokens: Sequence[int]) -> list[int]:
+    """`tokens` as a list. Raises InputError for bytes, whose numbers are no token ids."""
+    if isinstance(tokens, bytes | bytearray):
+        raise InputError("a text cannot be bytes; decode it to a str")
+    return list(tokens)

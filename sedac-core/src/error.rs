@@ -28,8 +28,8 @@ pub enum Error {
 
     /// A bundle needs more memory than it may take.
     #[error(
-        "{} needs {} MiB of memory and may take {} MiB; free some, raise the memory limit or build \
-         it with a smaller --max-cache-length",
+        "{} needs {} MiB of memory and may take {} MiB; free some, raise the memory limit, run fewer \
+         sequences at once or build it with a smaller --max-cache-length",
         path.display(),
         needed.div_ceil(1 << 20),
         limit >> 20

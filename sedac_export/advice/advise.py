@@ -23,7 +23,7 @@ from sedac_export.exits.calibration.generation_speed import (
     decoding_setups,
 )
 from sedac_export.exits.replay.documents import Document
-from sedac_export.exits.replay.replay import Replay, early_depths
+from sedac_export.exits.replay.replay import Replay, early_depths, require_single_layers
 from sedac_runtime import SedacModel
 from sedac_runtime._core import DecodingMode, DecodingSetting
 from sedac_runtime.choices import Drafter, LosslessDrafter, Mode
@@ -93,6 +93,7 @@ def advise(
         raise SedacError(f"--prompts {prompts} is out of range: 2 or more")
     run = CalibrationRun(directory, documents, progress)
     manifest = run.bundle.manifest
+    require_single_layers(manifest, directory)
     exits = [_certified(run, risk) for risk in RISKS]
     model = SedacModel.from_pretrained(directory)
     contenders = list(_contenders(manifest, exits))

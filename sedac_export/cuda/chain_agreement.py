@@ -15,12 +15,15 @@ from sedac_export.bundle import Bundle
 from sedac_export.bundle.agreement_row import AgreementRow, Gates
 from sedac_export.bundle.manifest import LayerEngineEntry
 from sedac_export.bundle.runner import BundleRunner, PassInputs
+from sedac_export.bundle.sessions import Caches
 
 # tokens of the text: passes of 8 and, from layer to layer, what a sliding window no longer shows
 TOKENS = 208
 
 # positions whose logits are compared at once
 _LOGITS = 16
+
+_KINDS = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _ChainComparison:
                 output = self.runner.run(self.tokens, 0, entry.first_layer)
                 row.add(output.values, before[0])
                 rows.append(row)
-                rows.append(self._after_exits(entry, before, inputs))
+                rows.append(self._after_exits(entry, before))
         rows.append(self._end_to_end(hidden))
         return rows
 
@@ -113,20 +116,26 @@ class _ChainComparison:
         for position, value in output.stabilities.items():
             row.add_stability(np.array(value), stability[position])
 
-    def _after_exits(
-        self, first: LayerEngineEntry, hidden: Floats, inputs: PassInputs
-    ) -> AgreementRow:
+    def _after_exits(self, first: LayerEngineEntry, hidden: Floats) -> AgreementRow:
         """Tokens at full depth behind others that exit before the engine `first`, at `hidden`."""
         row = AgreementRow(f"after exits before {Path(first.file).stem}")
-        exits, after = len(self.tokens) // 2, hidden
-        engines = self.manifest.engines.layers
+        exits, count = len(self.tokens) // 2, len(self.tokens)
+        inputs = self.reference.begin(slice(exits, count))
+        after, engines = hidden[:, exits:], self.manifest.engines.layers
         for entry in engines[engines.index(first) :]:
-            after, _ = self._reference_layers(entry, after, inputs)
-            # what a layer makes keys and values of stays what it was at the exit
-            after = np.concatenate([hidden[:, :exits], after[:, exits:]], axis=1)
+            caches = self.reference.empty_caches(entry.first_layer, entry.num_layers, count)
+            self._fill(entry, hidden[:, :exits], caches)
+            after = self.reference.layers(entry, after, inputs, caches)["y"]
         logits = self.runner.run_after_exits(self.tokens, exits, first.first_layer)
-        self._add_logits(row, logits, after[:, exits:])
+        self._add_logits(row, logits, after)
         return row
+
+    def _fill(self, entry: LayerEngineEntry, hidden: Floats, caches: Caches) -> None:
+        """Write keys and values of `hidden`, from position 0 on, to an engine's `caches`."""
+        inputs = self.reference.begin(slice(0, hidden.shape[1]))
+        for place in range(entry.num_layers):
+            of_layer = {f"past_{kind}_0": caches[f"past_{kind}_{place}"] for kind in _KINDS}
+            self.reference.key_value(entry.first_layer + place, hidden, inputs, of_layer)
 
     def _end_to_end(self, hidden: Floats) -> AgreementRow:
         row = AgreementRow("end to end")

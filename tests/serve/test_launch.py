@@ -21,3 +21,11 @@ def test_requests_run_and_wait_up_to_a_capacity(
     scheduling = SchedulerSettings(max_sequences, max_queue=5, cache_tokens=None)
     served = serve_model("demo", model, ServerMetrics(model.num_layers), scheduling)
     assert served.engine.capacity == capacity
+
+
+def test_no_model_takes_the_memory_of_the_others() -> None:
+    chosen = SchedulerSettings(None, max_queue=5, cache_tokens=None)
+    assert chosen.among(1) == chosen
+    assert chosen.among(2) == SchedulerSettings(8, max_queue=5, cache_tokens=None)
+    asked_for = SchedulerSettings(64, max_queue=5, cache_tokens=None)
+    assert asked_for.among(2) == asked_for

@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
@@ -24,19 +24,27 @@ from sedac_runtime.serve.server_metrics import ModelMetrics, ServerMetrics
 from sedac_runtime.serve.server_settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
+# sequences at once of each of several models
+_OF_SEVERAL = 8
 # of a request's line and headers, in bytes
 _MAX_HEADERS = 32 * 2**10
 
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """Of each model, max_sequences run at once, None for what suits its backend; max_queue wait.
-    cache_tokens: positions in their KV caches together, None for as many as that number of the
-    longest sequences take."""
+    """Of each model, max_sequences run at once; max_queue wait. None: what suits the backend of a
+    model alone, or 8 of each of several. cache_tokens: positions in their KV caches together, None
+    for as many as that number of the longest sequences take."""
 
     max_sequences: int | None
     max_queue: int
     cache_tokens: int | None
+
+    def among(self, models: int) -> "SchedulerSettings":
+        """Those of each of so many models, of which the first could take all memory."""
+        if models == 1 or self.max_sequences is not None:
+            return self
+        return replace(self, max_sequences=_OF_SEVERAL)
 
 
 def serve_bundles(
@@ -82,9 +90,9 @@ def load_application(
     names = _names(bundles)
     models = [load(bundle) for bundle in bundles]
     metrics = ServerMetrics(max(model.num_layers for model in models))
+    each = scheduling.among(len(models))
     served = [
-        serve_model(name, model, metrics, scheduling)
-        for name, model in zip(names, models, strict=True)
+        serve_model(name, model, metrics, each) for name, model in zip(names, models, strict=True)
     ]
     return create_application(served, metrics, settings)
 

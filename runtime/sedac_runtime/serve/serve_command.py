@@ -47,8 +47,8 @@ def serve(
     max_sequences: Annotated[
         int | None,
         typer.Option(
-            help="Sequences of a model that are generated at once. [default: 8; with cuda 64, or as"
-            " many as the GPU's memory has room for]"
+            help="Sequences of a model that are generated at once. [default: 8; of one bundle with"
+            " cuda 64, or as many as the GPU's memory has room for]"
         ),
     ] = None,
     max_queue: Annotated[

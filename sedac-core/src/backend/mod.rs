@@ -62,12 +62,13 @@ pub trait Backend: Send {
         Ok(())
     }
 
-    /// How many sequences are to run at once where nobody says so.
+    /// Slots that are to be made where nobody says how many sequences run at once: one of them is for a
+    /// sequence beside those.
     ///
     /// # Errors
     /// What the device reports.
-    fn usual_sequences(&self) -> Result<usize> {
-        Ok(8)
+    fn usual_slots(&self) -> Result<usize> {
+        Ok(9)
     }
 
     /// Start a sequence, in which caches of layers that a token skips get what `kv_fill` says.

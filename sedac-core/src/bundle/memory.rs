@@ -179,3 +179,36 @@ fn available() -> Option<u64> {
     let free = limited.map_or(free, |limited| free.min(limited));
     (free > 0).then_some(free)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(limit: Option<u64>) -> DeviceBudget {
+        DeviceBudget {
+            path: "bundle".into(),
+            limit,
+            taken: 0,
+        }
+    }
+
+    #[test]
+    fn a_budget_is_what_is_free_and_what_the_limit_leaves() {
+        assert_eq!(budget(None).left(50), 50);
+        let mut limited = budget(Some(100));
+        assert_eq!((limited.left(50), limited.left(500)), (50, 100));
+        limited.note(70, 0);
+        assert_eq!((limited.left(20), limited.left(500)), (20, 30));
+        // as caches are replaced by larger ones
+        limited.note(25, 60);
+        assert_eq!(limited.left(500), 65);
+        assert!(limited.check(65, 500).is_ok());
+        let refused = limited.check(66, 500);
+        let wanted = (66, 65);
+        assert!(
+            matches!(refused, Err(Error::Memory { needed, limit, .. }) if (needed, limit) == wanted)
+        );
+        limited.note(100, 0);
+        assert_eq!(limited.left(500), 0);
+    }
+}

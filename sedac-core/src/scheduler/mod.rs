@@ -80,14 +80,14 @@ impl Scheduler {
     pub fn new(chain: &mut Chain, settings: SchedulerSettings) -> Result<Self> {
         settings.check()?;
         let backend = chain.backend_mut();
-        let max_sequences = match settings.max_sequences {
-            Some(most) => most,
-            None => backend.usual_sequences()?,
+        let wanted = match settings.max_sequences {
+            Some(most) => most.saturating_add(1),
+            None => backend.usual_slots()?,
         };
-        backend.reserve(max_sequences + 1)?;
+        backend.reserve(wanted)?;
         let mut limits = chain.limits();
-        let slots = limits.capabilities.sequences.saturating_sub(1);
-        let slots = slots.clamp(1, max_sequences);
+        let slots = limits.capabilities.sequences.min(wanted);
+        let slots = slots.saturating_sub(1).max(1);
         let cache_tokens = settings.cache_tokens.unwrap_or(slots * limits.capacity);
         let prefill_chunk = settings
             .prefill_chunk

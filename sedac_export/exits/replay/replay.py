@@ -66,7 +66,7 @@ class Replay:
 
     def __init__(self, bundle: Bundle, threads: int = THREADS) -> None:
         manifest = bundle.manifest
-        _require_single_layers(manifest, bundle.directory)
+        require_single_layers(manifest, bundle.directory)
         check_probes(bundle)
         self.bundle, self.manifest = bundle, manifest
         self.runner = BundleRunner.of(bundle, threads)
@@ -235,7 +235,8 @@ def early_depths(manifest: Manifest) -> list[int]:
     return [depth for depth in manifest.exit_layers if depth < manifest.model.num_layers]
 
 
-def _require_single_layers(manifest: Manifest, name: Path) -> None:
+def require_single_layers(manifest: Manifest, name: Path) -> None:
+    """Raise SedacError where engines of the bundle `name` have several layers."""
     if manifest.layers_per_engine != 1:
         raise SedacError(
             f"{name} has {manifest.layers_per_engine} layers in an engine; exits are replayed layer"
@@ -246,7 +247,7 @@ def _require_single_layers(manifest: Manifest, name: Path) -> None:
 def require_early_depths(manifest: Manifest, name: Path) -> None:
     """Raise SedacError where no token of the bundle `name` can exit early, or exits cannot be
     replayed."""
-    _require_single_layers(manifest, name)
+    require_single_layers(manifest, name)
     if not early_depths(manifest):
         raise SedacError(
             f"{name} has no exit before its last layer, so that no token exits early; build it with"

@@ -106,6 +106,16 @@ def test_a_sound_chain_passes(name: str, chained: Chained) -> None:
         assert "no NVIDIA GPU with its driver is found on this host" in execution.reason
 
 
+def test_engines_of_several_layers_are_compared(half_bundle: HalfBundle) -> None:
+    """Exits fill each of their layers from the hidden state that they had before all of them."""
+    model, directory = half_bundle("qwen2", layers_per_engine=2)
+    add_cuda(directory, str(model))
+    validation = validate(directory)
+    assert validation.exit_code() == 0
+    names = [row["engine"] for row in validation.checks[1].engines]
+    assert "after exits before block_002_003" in names
+
+
 def test_other_weights_are_caught(chained: Chained) -> None:
     def change(weights: dict[str, Array]) -> None:
         weights["layers.2.down"][1, 1, 1, 1, 1] += 1

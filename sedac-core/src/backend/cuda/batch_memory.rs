@@ -269,6 +269,14 @@ mod tests {
         assert_eq!(groups(&rows, 2), [2, 10, 13, 14]);
         assert_eq!((single_rows(&rows[..2]), single_rows(&rows[2..])), (2, 0));
         assert!(groups(&rows[..2], 2).is_empty());
+        // the last group of a full batch begins beyond what a byte holds
+        let full: Vec<_> = (0..BATCH_ROWS as i32)
+            .map(|position| BatchRow {
+                position,
+                ..rows[2]
+            })
+            .collect();
+        assert_eq!(groups(&full, 0).last(), Some(&504));
         // attention divides keys anew at 2048
         let later = |position| BatchRow {
             position: position + 2044,

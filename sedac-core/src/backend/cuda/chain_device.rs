@@ -184,7 +184,7 @@ pub trait ChainDevice: Send {
     /// last batch, [rows, vocabulary].
     fn logits(&mut self, rows: Range<usize>) -> Result<Vec<f32>>;
 
-    /// Slots that the memory has room for beside those that there are.
+    /// Slots that the memory has room for beside those that there are, with some left to other processes.
     fn room(&self) -> Result<usize> {
         Ok(usize::MAX)
     }

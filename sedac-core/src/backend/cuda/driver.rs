@@ -401,14 +401,15 @@ impl ChainDevice for CudaDriver {
     }
 
     fn room(&self) -> Result<usize> {
-        Ok((self.budget.left(free_memory(&self.stream)?) / self.slot_bytes()) as usize)
+        let left = self.budget.left(free_memory(&self.stream)?);
+        Ok(((left - left / 10) / self.slot_bytes()) as usize)
     }
 
     fn reserve(&mut self, slots: usize) -> Result<()> {
         let sizes = self.slots.sizes.with(slots);
         // those that there are go back only once the new ones are there
         let (before, bytes) = (self.slots.sizes.slots as u64, self.slot_bytes());
-        let needed = bytes * slots as u64;
+        let needed = bytes.saturating_mul(slots as u64);
         self.budget.check(needed, free_memory(&self.stream)?)?;
         let mut layers = self.layer_pointers.clone();
         let slots = SlotMemory::allocate(&self.stream, sizes, &mut layers)?;

@@ -9,6 +9,8 @@ use crate::error::Result;
 
 /// Bytes of the GPU that nobody has.
 pub(super) fn free_memory(stream: &Arc<CudaStream>) -> Result<u64> {
+    // what was freed in the stream's order goes back then
+    stream.synchronize().map_err(failed("the GPU"))?;
     let (free, _) = stream.context().mem_get_info().map_err(failed("the GPU"))?;
     Ok(free as u64)
 }

@@ -75,8 +75,8 @@ pub struct CudaChain<D> {
 }
 
 /// Sequences that run at once unless another number is asked for: a batch gives the logits of so many
-/// rows. (SmolLM2-135M, tokens a second of 32 and of 64 at once: full depth 27,700 and 35,000, lossless
-/// 25,400 and 31,900.)
+/// rows. (SmolLM2-135M, tokens a second of 32 and of 64 at once: full depth 26,744 and 35,655, lossless
+/// 26,066 and 33,089.)
 const USUAL_SEQUENCES: usize = BATCH_LOGITS_ROWS;
 
 /// Rows of prompts that other sequences wait for at most; a batch may have more of them.
@@ -360,11 +360,9 @@ impl<D: ChainDevice> Backend for CudaChain<D> {
         &self.capabilities
     }
 
-    fn usual_sequences(&self) -> Result<usize> {
-        let room = self.device.room()?;
-        // some memory is left to other processes, and a slot to a text that no scheduler runs
-        let room = (room - room / 10).saturating_sub(1);
-        Ok(room.clamp(1, USUAL_SEQUENCES))
+    fn usual_slots(&self) -> Result<usize> {
+        let slots = self.device.room()?.max(self.capabilities.sequences);
+        Ok(slots.min(USUAL_SEQUENCES + 1))
     }
 
     fn reserve(&mut self, sequences: usize) -> Result<()> {

@@ -456,6 +456,13 @@ impl ChainDevice for ToyKernel {
     }
 
     fn reserve(&mut self, slots: usize) -> Result<()> {
+        if slots > self.room {
+            return Err(Error::Memory {
+                path: "toy".into(),
+                needed: slots as u64,
+                limit: self.room as u64,
+            });
+        }
         let empty: Cache = vec![vec![None; CAPACITY]; self.layers];
         self.caches
             .resize_with(slots, || Arc::new(Mutex::new(empty.clone())));

@@ -386,8 +386,8 @@ impl<B: Backend> Backend for Timed<B> {
         &self.capabilities
     }
 
-    fn usual_sequences(&self) -> Result<usize> {
-        self.inner.usual_sequences()
+    fn usual_slots(&self) -> Result<usize> {
+        self.inner.usual_slots()
     }
 
     fn reserve(&mut self, sequences: usize) -> Result<()> {
