@@ -45,6 +45,7 @@ pub mod certification;
 pub mod chain;
 pub mod draft;
 pub mod error;
+mod exponential;
 pub mod interrupt;
 pub mod kv;
 pub mod policy;

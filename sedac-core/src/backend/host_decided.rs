@@ -379,9 +379,9 @@ impl<E: Engines> Backend for HostDecided<E> {
         if sequences > self.capabilities.sequences {
             self.capabilities.sequences = self.engines.reserve(sequences)?;
             self.slots.grow(self.capabilities.sequences);
-            let rows = self.engines.rows();
-            self.capabilities.shares_passes = rows.is_some();
-            self.capabilities.shares_drafts = rows.is_some_and(|rows| rows.take_several());
+            let has_rows = self.engines.rows().is_some();
+            self.capabilities.shares_passes = has_rows;
+            self.capabilities.shares_drafts = has_rows;
         }
         Ok(())
     }
@@ -407,16 +407,15 @@ impl<E: Engines> Backend for HostDecided<E> {
             step.sequence.kv().check_room(step.tokens.len())?;
         }
         let mut outcomes: Vec<_> = steps.iter().map(|_| None).collect();
-        for indices in self.shared_passes(steps) {
+        let shared = self.shared_pass(steps);
+        if !shared.is_empty() {
             let rows = steps.iter_mut().enumerate();
-            let rows = rows.filter(|(index, _)| indices.contains(index));
-            let (indices, mut rows): (Vec<_>, Vec<_>) = rows.unzip();
-            for (index, outcome) in indices
+            let rows = rows.filter(|(index, _)| shared.contains(index));
+            let mut rows: Vec<_> = rows.map(|(_, step)| step).collect();
+            let shared = shared
                 .into_iter()
-                .zip(self.step_rows(&mut rows, interrupt)?)
-            {
-                outcomes[index] = Some(outcome);
-            }
+                .zip(self.step_rows(&mut rows, interrupt)?);
+            shared.for_each(|(index, outcome)| outcomes[index] = Some(outcome));
         }
         let all = outcomes.into_iter().zip(steps);
         all.map(|(outcome, step)| outcome.map_or_else(|| self.step_one(step, interrupt), Ok))

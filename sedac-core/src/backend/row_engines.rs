@@ -32,12 +32,6 @@ impl SequenceRows<'_> {
 /// Engines that run rows of several sequences in one pass. What a row gives depends on no other
 /// sequence's, but for rounding. Sequences of a pass are counted from 0.
 pub trait RowEngines {
-    /// Whether a sequence may have several rows in a pass.
-    fn take_several(&self) -> bool;
-
-    /// Whether passes may include `slot`, between others, though it has no row in them.
-    fn may_idle(&self, slot: usize) -> bool;
-
     /// Start a pass over the rows of `sequences`, each another one.
     ///
     /// # Errors
@@ -93,37 +87,31 @@ struct OpenRows<'a> {
 impl<E: Engines> HostDecided<E> {
     /// Whether `step` may share a pass: no other position has to join it, and only the newest token of
     /// one token may exit.
-    fn may_share(&self, step: &SequenceStep<'_>, take_several: bool) -> bool {
+    fn may_share(&self, step: &SequenceStep<'_>) -> bool {
         let kv = step.sequence.kv();
         let nothing_waits = kv.complete() == kv.length();
         let is_whole = step.rule.is_none() && step.max_depth >= self.num_layers();
         let fits = match step.tokens.len() {
             0 => false,
             1 => true,
-            _ => take_several && is_whole,
+            _ => is_whole,
         };
         fits && !step.rule.is_some_and(ExitRule::is_soft)
             && (nothing_waits || step.sequence.kv_fill() == KvFill::Propagate)
     }
 
-    /// The indices of those of `steps` that share passes, for each pass.
-    pub(super) fn shared_passes(&mut self, steps: &[SequenceStep<'_>]) -> Vec<Vec<usize>> {
-        let take_several = self.engines.rows().is_some_and(|rows| rows.take_several());
-        let rows = steps.iter().enumerate();
-        let rows = rows.filter(|(_, step)| self.may_share(step, take_several));
-        let mut rows: Vec<_> = rows
-            .map(|(index, step)| (step.sequence.slot(), index))
-            .collect();
-        rows.sort_unstable();
-        let Some(engines) = self.engines.rows() else {
+    /// The indices of those of `steps` that share a pass: none, or several.
+    pub(super) fn shared_pass(&mut self, steps: &[SequenceStep<'_>]) -> Vec<usize> {
+        if self.engines.rows().is_none() {
             return Vec::new();
-        };
-        let share = |&(one, _): &(usize, usize), &(next, _): &(usize, usize)| {
-            (one + 1..next).all(|slot| engines.may_idle(slot))
-        };
-        let passes = rows.chunk_by(share).filter(|rows| rows.len() > 1);
-        let indices = |rows: &[(usize, usize)]| rows.iter().map(|&(_, index)| index).collect();
-        passes.map(indices).collect()
+        }
+        let rows = steps.iter().enumerate();
+        let rows = rows.filter(|(_, step)| self.may_share(step));
+        let rows: Vec<_> = rows.map(|(index, _)| index).collect();
+        match rows.len() {
+            1 => Vec::new(),
+            _ => rows,
+        }
     }
 
     /// Run `steps` in one pass.

@@ -10,8 +10,8 @@ use crate::backend::{
     Ahead, Costs, DraftChoice, MARGIN_BINS, MAX_AHEAD, SequenceStep, StepOutcome, margin_bin,
 };
 use crate::error::Result;
+use crate::exponential::sum_of_exponentials;
 use crate::policy::{Criterion, ExitReason, ExitRule, Signal};
-use crate::sampler::sum_of_exponentials;
 
 /// Longer drafts are seldom accepted whole.
 const MAX_DRAFTED: usize = 8;

@@ -3,8 +3,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use super::exponentials::sum_of_exponentials;
 use crate::error::{Error, Result};
+use crate::exponential::sum_of_exponentials;
 
 /// A request's logit bias and constraint, and the log-probabilities it asks for.
 #[derive(Debug, Clone, Default, PartialEq)]

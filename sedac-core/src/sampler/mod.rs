@@ -1,6 +1,5 @@
 //! Choose the next token from logits.
 
-mod exponentials;
 mod logits_processing;
 mod race;
 
@@ -9,7 +8,6 @@ use std::collections::VecDeque;
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
-pub(crate) use self::exponentials::sum_of_exponentials;
 pub use self::logits_processing::{LogitsProcessing, TokenLogprobs, TokenMask};
 use self::race::choose;
 pub use self::race::{Race, RaceResult};

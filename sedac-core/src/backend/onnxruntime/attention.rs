@@ -14,8 +14,7 @@ impl OnnxRuntime {
         let files = self.attention_entries.iter().map(|entry| &*entry.file);
         self.bundle.check_more_memory(files)?;
         for entry in &self.attention_entries {
-            let (bundle, exactly) = (&self.bundle, self.verifies_exactly);
-            let session = layer_session(&self.environment, bundle, entry, exactly)?;
+            let session = layer_session(&self.environment, &self.bundle, entry)?;
             self.attention.push(session);
         }
         Ok(())

@@ -15,8 +15,8 @@ use crate::backend::{
 };
 use crate::bundle::{Bundle, DrafterEntry};
 use crate::error::Result;
+use crate::exponential::sum_of_exponentials;
 use crate::interrupt::Interrupt;
-use crate::sampler::sum_of_exponentials;
 
 /// The logit of tokens that are never drafted.
 const NEVER: f32 = -1e30;

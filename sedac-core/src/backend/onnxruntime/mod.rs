@@ -2,19 +2,18 @@
 
 mod attention;
 mod cache_memory;
-mod cut_graph;
 mod drafter;
+mod edited_graph;
 mod exits;
+mod first_product;
 mod graph_executor;
 mod head;
 mod host_memory;
 mod huge_pages;
-mod layer_session;
 mod pass;
-mod row_graph;
+mod row_attention;
 mod rows;
 mod runtime;
-mod spare_rows;
 mod stability_output;
 
 use std::collections::HashMap;
@@ -30,7 +29,6 @@ use self::drafter::Drafter;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::head::Head;
-use self::layer_session::LayerSession;
 use self::pass::{Contexts, Pass, Passes, Shared};
 use self::rows::Rows;
 use self::runtime::{
@@ -47,6 +45,8 @@ use crate::policy::ExitSignals;
 
 /// Buffers of passes up to this length are reused; longer passes are rare and large.
 const MAX_REUSED_TOKENS: usize = 16;
+/// The same of passes over rows of several sequences.
+const MAX_REUSED_ROWS: usize = 64;
 
 /// Which of a bundle's layer engines to load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub struct OnnxRuntime {
     entries: Vec<LayerEntry>,
     embed: Session,
     contexts: Option<Session>,
-    layers: Vec<LayerSession>,
+    layers: Vec<Session>,
     /// Loaded when the first soft exit wants them.
     attention: Vec<Session>,
     attention_entries: Vec<LayerEntry>,
@@ -94,8 +94,6 @@ struct Slot {
     fillings: HashMap<usize, Filling>,
     /// Hidden states by position, `hidden_size` numbers each.
     saved: Vec<f32>,
-    /// Positions from which on caches hold nothing that counts.
-    used: usize,
 }
 
 /// Exit hidden states and contexts of consecutive positions, as kv engines read them.
@@ -147,8 +145,7 @@ impl OnnxRuntime {
             || products_have_equal_rows(&environment, bundle, files)?;
         let layers = entries
             .iter()
-            .map(|entry| layer_session(&environment, bundle, entry, verifies_exactly))
-            .map(|session| session.map(LayerSession::Whole))
+            .map(|entry| layer_session(&environment, bundle, entry))
             .collect::<Result<Vec<_>>>()?;
         let sizes = (manifest.model.hidden_size, manifest.model.vocab_size);
         let head = Head::new(open(&manifest.engines.head)?, sizes.0, sizes.1)?;
@@ -203,9 +200,8 @@ impl OnnxRuntime {
         let shared = Shared::new(manifest, index..index + 1)?;
         Ok(Slot {
             saved: vec![0.0; manifest.max_cache_length * shared.hidden_size],
-            passes: Passes::new(self.new_pass(1, &shared)?),
+            passes: Passes::new(self.new_pass(1, &shared)?, MAX_REUSED_TOKENS),
             fillings: HashMap::new(),
-            used: 0,
             shared,
         })
     }
@@ -293,7 +289,6 @@ impl OnnxRuntime {
         self.start = start;
         let slot = &mut self.slots[self.selected];
         let positions = start..start + tokens;
-        slot.shared.set_lengths(&[positions.end]);
         slot.note_run(positions.clone());
         let pass = slot.passes.begin(tokens);
         let session = self.contexts.as_mut();
@@ -304,7 +299,6 @@ impl OnnxRuntime {
 impl Slot {
     /// `positions` are about to run.
     fn note_run(&mut self, positions: Range<usize>) {
-        self.used = positions.end;
         // exit hidden states at these positions are about to change
         for filling in self.fillings.values_mut() {
             if filling.positions.end > positions.start {
@@ -324,7 +318,7 @@ impl Engines for OnnxRuntime {
         Capabilities {
             sequences: self.slots.len(),
             shares_passes: self.rows.is_some(),
-            shares_drafts: self.rows.is_some() && self.is_cut(),
+            shares_drafts: self.rows.is_some(),
             probes: probes.map(LayerEntry::end).collect(),
             exit_heads: self.exits.depths(),
             attention_only: !self.attention_entries.is_empty(),
@@ -341,18 +335,17 @@ impl Engines for OnnxRuntime {
             drafter.reserve_slots(sequences)?;
         }
         let mut caches = CacheMemory::new(&self.bundle.manifest, sequences)?;
+        caches.copy_from(&self.caches);
+        self.caches = caches;
         // where a row has other bits alone than beside others, texts take turns, so that each comes out
         // as it would alone
         if self.verifies_exactly {
-            self.rows = self.load_rows()?;
+            self.rows = self.new_rows(sequences)?;
         }
-        caches.copy_from(&self.caches);
-        self.caches = caches;
         for index in 0..sequences {
             let mut slot = self.new_slot(index)?;
             if let Some(before) = self.slots.get_mut(index) {
                 // what its sequence has beside the caches; its passes are bound to the old ones
-                slot.used = before.used;
                 slot.saved = std::mem::take(&mut before.saved);
                 *before = slot;
             } else {

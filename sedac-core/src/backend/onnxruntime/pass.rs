@@ -6,10 +6,8 @@ use std::ops::Range;
 use ort::session::{IoBinding, Session};
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use super::MAX_REUSED_TOKENS;
 use super::cache_memory::CacheMemory;
-use super::cut_graph::Crossing;
-use super::layer_session::{BoundCut, BoundLayer, LayerSession};
+use super::row_attention::{POSITIONS, SLOTS};
 use super::runtime::{bind_input, bind_output, binding, dyn_tensor, read, run, tensor, write};
 use crate::backend::{EnginePart, Stopwatch, stability};
 use crate::bundle::{ContextTensor, LayerEntry, Manifest};
@@ -20,11 +18,8 @@ pub(super) struct Shared {
     pub(super) hidden_size: usize,
     pub(super) write_index: Tensor<i64>,
     contexts: Vec<ContextTensor>,
-    /// Whose caches engines see: one, or neighbours with a row each; none where attention runs in other
-    /// passes.
+    /// Whose caches engines see.
     pub(super) slots: Range<usize>,
-    seqlens_k: Tensor<i32>,
-    total_sequence_length: Tensor<i32>,
 }
 
 impl Shared {
@@ -33,18 +28,8 @@ impl Shared {
             hidden_size: manifest.model.hidden_size,
             write_index: tensor(&[1])?,
             contexts: manifest.contexts.clone(),
-            seqlens_k: tensor(&[slots.len().max(1)])?,
-            total_sequence_length: tensor(&[])?,
             slots,
         })
-    }
-
-    /// Tell attention how many positions there are in each slot, the current pass's included.
-    pub(super) fn set_lengths(&mut self, lengths: &[usize]) {
-        let last: Vec<i32> = lengths.iter().map(|&length| length as i32 - 1).collect();
-        write(&mut self.seqlens_k, &last);
-        let longest = last.iter().max().map_or(0, |last| last + 1);
-        write(&mut self.total_sequence_length, &[longest]);
     }
 }
 
@@ -52,6 +37,8 @@ impl Shared {
 pub(super) struct Contexts {
     tokens: usize,
     position_ids: Tensor<i64>,
+    /// Of each token, among those that engines see.
+    slots: Tensor<i64>,
     tensors: HashMap<String, DynTensor>,
     /// None where layers take nothing of positions.
     bound: Option<IoBinding>,
@@ -67,6 +54,7 @@ impl Contexts {
         let mut contexts = Self {
             tokens,
             position_ids: tensor(&[1, tokens])?,
+            slots: tensor(&[tokens])?,
             tensors,
             bound: session.map(binding).transpose()?,
         };
@@ -81,6 +69,12 @@ impl Contexts {
 
     pub(super) fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// Have each token belong to the sequence in one of `slots`, among those that engines see: to that
+    /// in the first until then.
+    pub(super) fn set_slots(&mut self, slots: &[i64]) {
+        write(&mut self.slots, slots);
     }
 
     /// Take `positions`, one for each token; `session` is the one bound before.
@@ -125,9 +119,7 @@ pub(super) struct Pass {
     stability: Vec<Option<Tensor<f32>>>,
     /// [1, tokens, 1] by engine, of those with a probe.
     pub(super) risk: Vec<Option<Tensor<f32>>>,
-    /// What crosses the cuts of layers, [1, tokens, width] each; all layers use the same.
-    pub(super) crossing: Vec<Tensor<f32>>,
-    pub(super) layers: Vec<BoundLayer>,
+    layers: Vec<IoBinding>,
     /// The attention engines' bindings; none until one runs.
     pub(super) attention: Vec<IoBinding>,
 }
@@ -137,10 +129,9 @@ impl Pass {
         tokens: usize,
         (shared, caches): (&Shared, &CacheMemory),
         (embed, contexts): (&Session, Option<&Session>),
-        layers: &[LayerSession],
+        layers: &[Session],
         entries: &[LayerEntry],
     ) -> Result<Self> {
-        let widths = layers.first().map(LayerSession::widths).unwrap_or_default();
         let hidden = || tensor(&[1, tokens, shared.hidden_size]);
         let mut pass = Self {
             hidden: [hidden()?, hidden()?],
@@ -158,16 +149,12 @@ impl Pass {
                 .iter()
                 .map(|entry| entry.risk.then(|| tensor(&[1, tokens, 1])).transpose())
                 .collect::<Result<_>>()?,
-            crossing: widths
-                .iter()
-                .map(|&width| tensor(&[1, tokens, width]))
-                .collect::<Result<_>>()?,
             layers: Vec::new(),
             attention: Vec::new(),
         };
         pass.bind_embed(embed)?;
         for (engine, (session, entry)) in layers.iter().zip(entries).enumerate() {
-            let bound = pass.bind_layer((engine, entry), session, (shared, caches))?;
+            let bound = pass.bind_session((engine, entry), session, (shared, caches))?;
             pass.layers.push(bound);
         }
         Ok(pass)
@@ -215,35 +202,11 @@ impl Pass {
         bind_output(&mut self.embed, "x", &mut self.hidden[0])
     }
 
-    fn bind_layer(
-        &mut self,
-        place: (usize, &LayerEntry),
-        session: &LayerSession,
-        memory: (&Shared, &CacheMemory),
-    ) -> Result<BoundLayer> {
-        let layer = match session {
-            LayerSession::Whole(session) => {
-                let bound = self.bind_session(place, session, &[], memory)?;
-                return Ok(BoundLayer::Whole(Box::new(bound)));
-            }
-            LayerSession::Cut(layer) => layer,
-        };
-        let mut bind = |session| self.bind_session(place, session, &layer.crossings, memory);
-        let attends = !memory.0.slots.is_empty();
-        Ok(BoundLayer::Cut(Box::new(BoundCut {
-            before: bind(&layer.before)?,
-            attention: attends.then(|| bind(&layer.attention)).transpose()?,
-            after: bind(&layer.after)?,
-        })))
-    }
-
-    /// Bind what `session`, the layer engine of this number and entry or a part of it, reads and
-    /// writes.
+    /// Bind what `session`, the layer engine of this number and entry, reads and writes.
     fn bind_session(
         &mut self,
         (engine, entry): (usize, &LayerEntry),
         session: &Session,
-        crossings: &[Crossing],
         (shared, caches): (&Shared, &CacheMemory),
     ) -> Result<IoBinding> {
         let takes = |name: &str| session.inputs().iter().any(|value| value.name() == name);
@@ -254,23 +217,11 @@ impl Pass {
         }
         let contexts = entry.contexts.iter().filter(|name| takes(name));
         self.contexts.bind(&mut bound, contexts)?;
-        if takes("seqlens_k") {
-            bind_input(&mut bound, "seqlens_k", &shared.seqlens_k)?;
-            let total = &shared.total_sequence_length;
-            bind_input(&mut bound, "total_sequence_length", total)?;
+        if takes(SLOTS) {
+            bind_input(&mut bound, SLOTS, &self.contexts.slots)?;
+            bind_input(&mut bound, POSITIONS, &self.contexts.position_ids)?;
         }
-        for (Crossing { name, .. }, value) in crossings.iter().zip(&mut self.crossing) {
-            if takes(name) {
-                bind_input(&mut bound, name, value)?;
-            } else if gives(name) {
-                bind_output(&mut bound, name, value)?;
-            }
-        }
-        let layers = match shared.slots.is_empty() {
-            true => 0,
-            false => entry.num_layers,
-        };
-        for index in 0..layers {
+        for index in 0..entry.num_layers {
             let place = (entry.first_layer + index, index);
             // SAFETY: whoever holds passes holds the caches, makes new passes with new ones, and
             // runs one binding at a time.
@@ -298,7 +249,7 @@ impl Pass {
     ) -> Result<()> {
         for engine in self.attention.len()..sessions.len() {
             let (session, entry) = (&sessions[engine], &entries[engine]);
-            let bound = self.bind_session((engine, entry), session, &[], (shared, caches))?;
+            let bound = self.bind_session((engine, entry), session, (shared, caches))?;
             self.attention.push(bound);
         }
         Ok(())
@@ -310,11 +261,15 @@ pub(super) struct Passes {
     pub(super) engines_run: usize,
     ready: HashMap<usize, Pass>,
     current: usize,
+    /// Of longer ones only the newest stays.
+    max_reused: usize,
 }
 
 impl Passes {
-    pub(super) fn new(decode: Pass) -> Self {
+    /// `decode` alone; of passes over up to `max_reused` tokens all stay that come to it.
+    pub(super) fn new(decode: Pass, max_reused: usize) -> Self {
         Self {
+            max_reused,
             engines_run: 0,
             current: decode.contexts.tokens(),
             ready: HashMap::from([(decode.contexts.tokens(), decode)]),
@@ -326,11 +281,11 @@ impl Passes {
         self.ready.contains_key(&tokens)
     }
 
-    /// Add `pass` for reuse; of the long ones only the newest stays.
+    /// Add `pass` for reuse.
     pub(super) fn insert(&mut self, pass: Pass) {
         let tokens = pass.contexts.tokens();
-        if tokens > MAX_REUSED_TOKENS {
-            self.ready.retain(|&tokens, _| tokens <= MAX_REUSED_TOKENS);
+        if tokens > self.max_reused {
+            self.ready.retain(|&tokens, _| tokens <= self.max_reused);
         }
         self.ready.insert(tokens, pass);
     }
@@ -346,32 +301,15 @@ impl Passes {
     pub(super) fn run(
         &mut self,
         engine: usize,
-        session: &mut LayerSession,
+        session: &mut Session,
         entry: &LayerEntry,
         stopwatch: &mut Stopwatch,
-    ) -> Result<()> {
-        self.run_with(engine, session, entry, stopwatch, |_, _| Ok(()))
-    }
-
-    /// As [`run`](Self::run), with `attend` in the place of attention where the pass has none: it is
-    /// given what crosses the cuts.
-    pub(super) fn run_with(
-        &mut self,
-        engine: usize,
-        session: &mut LayerSession,
-        entry: &LayerEntry,
-        stopwatch: &mut Stopwatch,
-        attend: impl FnOnce(&mut Session, &mut [Tensor<f32>]) -> Result<()>,
     ) -> Result<()> {
         let pass = self.current_mut();
         let part = EnginePart::Layers(entry.range());
-        let Pass {
-            layers, crossing, ..
-        } = pass;
-        let attend = |session: &mut Session| attend(session, crossing);
         let what = || format!("layer engine {}", entry.file.display());
         stopwatch.time(part, pass.contexts.tokens(), || {
-            session.run(&layers[engine], attend, what)
+            run(session, &pass.layers[engine], what)
         })?;
         self.engines_run = engine + 1;
         Ok(())

@@ -10,6 +10,7 @@ use ort::ep::cuda::AttentionBackend;
 use ort::ep::{ArenaExtendStrategy, CPU, CUDA, ExecutionProviderDispatch};
 use ort::logging::LogLevel;
 use ort::memory::{Allocator, MemoryInfo};
+use ort::operator::OperatorDomain;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, RunOptions, Session};
 use ort::value::{
@@ -18,10 +19,10 @@ use ort::value::{
 };
 use ort::{AsPointer, LoadDynamicError};
 
-use super::cut_graph::Crossing;
-use super::layer_session::{CutLayer, LayerSession};
-use super::spare_rows::Product;
-use super::{cut_graph, huge_pages, row_graph, spare_rows, stability_output};
+use super::edited_graph::RowsValue;
+use super::first_product::{Product, first_product};
+use super::row_attention::{DOMAIN, RowAttention, with_row_attention};
+use super::{huge_pages, stability_output};
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::{Error, Result};
 
@@ -144,17 +145,16 @@ fn layer_graph(bundle: &Bundle, entry: &LayerEntry) -> Result<(Vec<u8>, PathBuf)
     Ok((graph, directory))
 }
 
-/// Load the layer or attention engine `entry` of `bundle` for the CPU, with or without the spare rows
-/// of its attention.
+/// Load the layer or attention engine `entry` of `bundle` for the CPU, with attention of its own where
+/// it is one of ONNX Runtime's.
 pub(super) fn layer_session(
     environment: &Environment,
     bundle: &Bundle,
     entry: &LayerEntry,
-    spare_rows: bool,
 ) -> Result<Session> {
     let (mut graph, directory) = layer_graph(bundle, entry)?;
-    if !spare_rows && let Some(without) = spare_rows::without(&graph) {
-        graph = without;
+    if let Some(with) = with_row_attention(&graph) {
+        graph = with;
     }
     // SAFETY: there is no stream.
     let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
@@ -171,20 +171,20 @@ pub(super) fn products_have_equal_rows<'a>(
 ) -> Result<bool> {
     for file in files {
         let (graph, directory) = bundle.gate.graph(file)?;
-        let Some(Product { graph, crossings }) = spare_rows::first_product(&graph) else {
+        let Some(Product { graph, values }) = first_product(&graph) else {
             continue;
         };
         // SAFETY: there is no stream.
         let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
         let mut session = loaded.map_err(|source| not_loaded(bundle, file, source))?;
-        let alone = first_row(&mut session, &crossings, 1)?;
-        return Ok(alone == first_row(&mut session, &crossings, 2)?);
+        let alone = first_row(&mut session, &values, 1)?;
+        return Ok(alone == first_row(&mut session, &values, 2)?);
     }
     Ok(true)
 }
 
 /// What `session` makes of the first of `rows` equal rows.
-fn first_row(session: &mut Session, [x, y]: &[Crossing; 2], rows: usize) -> Result<Vec<f32>> {
+fn first_row(session: &mut Session, [x, y]: &[RowsValue; 2], rows: usize) -> Result<Vec<f32>> {
     let numbers = (0..rows * x.width).map(|place| (place % x.width) as f32);
     let numbers: Vec<_> = numbers.map(f32::sin).collect();
     let mut input = tensor(&[1, rows, x.width])?;
@@ -195,40 +195,6 @@ fn first_row(session: &mut Session, [x, y]: &[Crossing; 2], rows: usize) -> Resu
     bind_output(&mut bound, &y.name, &mut output)?;
     run(session, &bound, || "a product".into())?;
     Ok(read(&output)[..y.width].to_vec())
-}
-
-/// The layer engine `entry` of `bundle` for the CPU, with rows of several sequences; None where it
-/// cannot have them. It is to be cut around attention, of heads of `cut_head_size`, where that is given.
-pub(super) fn row_session(
-    environment: &Environment,
-    bundle: &Bundle,
-    entry: &LayerEntry,
-    cut_head_size: Option<usize>,
-) -> Result<Option<LayerSession>> {
-    let (graph, directory) = layer_graph(bundle, entry)?;
-    let open = |graph: &[u8]| {
-        // SAFETY: there is no stream.
-        let loaded = unsafe { load(environment, graph, &directory, Provider::Cpu) };
-        let shown = bundle.gate.shown(&entry.file);
-        let what = || format!("{} cannot be loaded for rows", shown.display());
-        loaded.map_err(|source| engine_error(what(), source))
-    };
-    let Some(head_size) = cut_head_size else {
-        let graph = row_graph::of_sequences(&graph);
-        let session = graph.map(|graph| open(&graph)).transpose()?;
-        return Ok(session.map(LayerSession::Whole));
-    };
-    let Some(cut) = cut_graph::around_attention(&graph, head_size) else {
-        return Ok(None);
-    };
-    let batches = row_graph::of_sequences(&cut.attention);
-    Ok(Some(LayerSession::Cut(Box::new(CutLayer {
-        before: open(&cut.before)?,
-        has_batches: batches.is_some(),
-        attention: open(&batches.unwrap_or(cut.attention))?,
-        after: open(&cut.after)?,
-        crossings: cut.crossings,
-    }))))
 }
 
 /// Load the graph in `file` of `bundle` for `provider`, which takes all of its nodes or fails.
@@ -263,7 +229,9 @@ unsafe fn load(
     let no_cpu_nodes = if provider == Provider::Cpu { "0" } else { "1" };
     // SAFETY: what the caller promises.
     let provider = unsafe { provider.dispatch() };
-    Session::builder(environment)?
+    let builder = Session::builder(environment)?;
+    builder
+        .with_operators(OperatorDomain::new(DOMAIN)?.add(RowAttention)?)?
         .with_optimization_level(GraphOptimizationLevel::Level3)?
         .with_memory_pattern(false)?
         .with_execution_providers([provider])?

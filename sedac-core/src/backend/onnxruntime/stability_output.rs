@@ -5,8 +5,7 @@
 
 use prost::Message;
 
-use super::cut_graph::piece;
-use super::row_graph::{Model, Operator, RowGraph};
+use super::edited_graph::{EditedGraph, Model, Operator, piece};
 use crate::bundle::onnx::ValueInfo;
 
 const STABILITY: &str = "stability";
@@ -26,7 +25,7 @@ pub(super) fn without(graph: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Only add where nothing reads the norm of a sum.
-fn drop_unread_norms(graph: &mut RowGraph) {
+fn drop_unread_norms(graph: &mut EditedGraph) {
     let inputs = graph
         .node
         .iter()
@@ -55,7 +54,7 @@ fn drop_unread_norms(graph: &mut RowGraph) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::row_graph::examples::{lines, operator};
+    use super::super::edited_graph::examples::{lines, operator};
     use super::*;
 
     fn kept(node: Vec<Operator>, outputs: &[&str]) -> Vec<String> {
@@ -64,10 +63,10 @@ mod tests {
             ..ValueInfo::default()
         };
         let model = Model {
-            graph: Some(RowGraph {
+            graph: Some(EditedGraph {
                 node,
                 output: outputs.iter().map(value).collect(),
-                ..RowGraph::default()
+                ..EditedGraph::default()
             }),
             ..Model::default()
         };

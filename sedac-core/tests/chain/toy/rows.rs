@@ -22,14 +22,6 @@ impl Toy {
 }
 
 impl RowEngines for Toy {
-    fn take_several(&self) -> bool {
-        true
-    }
-
-    fn may_idle(&self, slot: usize) -> bool {
-        slot.is_multiple_of(2)
-    }
-
     fn embed_rows(&mut self, sequences: &[SequenceRows<'_>]) -> Result<()> {
         self.rows.clear();
         self.pass.clear();

@@ -1,4 +1,4 @@
-//! Sums of exponentials, which softmax takes of all logits.
+//! Exponentials, of which softmax takes those of all scores or logits.
 
 /// Logits whose exponentials are added in f32 before they are added to the others in f64.
 const BLOCK: usize = 1024;
@@ -30,7 +30,7 @@ pub(crate) fn sum_of_exponentials(logits: &[f32], highest: f32) -> f64 {
 /// e to the power of `x`, of at most 0, to 2^-17 of itself and of numbers next to 0 to 2^-22; at
 /// least 2^-126.
 #[inline(always)]
-fn exponential(x: f32) -> f32 {
+pub(crate) fn exponential(x: f32) -> f32 {
     // 2 to the whole part of the power is an exponent; the rest, of at most a half, is a polynomial's
     let power = (x * std::f32::consts::LOG2_E).max(-126.0);
     let whole = power + WHOLE;

@@ -1,0 +1,173 @@
+//! ONNX graphs that are changed as they are loaded.
+
+use std::collections::HashSet;
+
+use prost::Message;
+
+use crate::bundle::onnx::{Dimension, Shape, TensorType, Type, ValueInfo};
+
+const FLOAT: i32 = 1;
+
+/// An ONNX file whose parts that stay as they are are not read.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Model {
+    #[prost(int64, tag = "1")]
+    pub(super) ir_version: i64,
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    pub(super) opset_import: Vec<Vec<u8>>,
+    #[prost(message, optional, tag = "7")]
+    pub(super) graph: Option<EditedGraph>,
+    #[prost(bytes = "vec", repeated, tag = "25")]
+    pub(super) functions: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct EditedGraph {
+    #[prost(message, repeated, tag = "1")]
+    pub(super) node: Vec<Operator>,
+    #[prost(string, tag = "2")]
+    pub(super) name: String,
+    #[prost(bytes = "vec", repeated, tag = "5")]
+    pub(super) initializer: Vec<Vec<u8>>,
+    #[prost(message, repeated, tag = "11")]
+    pub(super) input: Vec<ValueInfo>,
+    #[prost(message, repeated, tag = "12")]
+    pub(super) output: Vec<ValueInfo>,
+    #[prost(bytes = "vec", repeated, tag = "15")]
+    pub(super) sparse_initializer: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Operator {
+    #[prost(string, repeated, tag = "1")]
+    pub(super) input: Vec<String>,
+    #[prost(string, repeated, tag = "2")]
+    pub(super) output: Vec<String>,
+    #[prost(string, tag = "3")]
+    pub(super) name: String,
+    #[prost(string, tag = "4")]
+    pub(super) op_type: String,
+    #[prost(bytes = "vec", repeated, tag = "5")]
+    pub(super) attribute: Vec<Vec<u8>>,
+    #[prost(string, tag = "7")]
+    pub(super) domain: String,
+    #[prost(string, tag = "8")]
+    pub(super) overload: String,
+}
+
+/// An attribute that is an integer.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct IntegerAttribute {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(int64, optional, tag = "3")]
+    pub(super) i: Option<i64>,
+}
+
+/// A value, fp32 [1, rows, width].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct RowsValue {
+    pub(super) name: String,
+    pub(super) width: usize,
+}
+
+/// The stored tensor's name alone.
+#[derive(Clone, PartialEq, Message)]
+struct Stored {
+    #[prost(string, tag = "8")]
+    name: String,
+}
+
+impl Operator {
+    pub(super) fn is_attention(&self) -> bool {
+        self.op_type == "GroupQueryAttention"
+    }
+
+    pub(super) fn integer(&self, name: &str) -> Option<usize> {
+        let attributes = self.attribute.iter();
+        let mut attributes = attributes.filter_map(|bytes| IntegerAttribute::decode(&**bytes).ok());
+        let attribute = attributes.find(|attribute| attribute.name == name)?;
+        usize::try_from(attribute.i?).ok()
+    }
+}
+
+/// What of `graph` makes `to` of its inputs and `from`.
+pub(super) fn piece(graph: &EditedGraph, from: &[ValueInfo], to: &[&ValueInfo]) -> EditedGraph {
+    let given: HashSet<_> = from.iter().map(|value| &value.name).collect();
+    let mut wanted: HashSet<_> = to.iter().map(|value| &value.name).collect();
+    let mut nodes = Vec::new();
+    // they are in the order in which they run
+    for node in graph.node.iter().rev() {
+        let outputs = || node.output.iter().filter(|name| !name.is_empty());
+        if outputs().any(|name| wanted.contains(name) && !given.contains(name)) {
+            wanted.extend(&node.input);
+            nodes.push(node.clone());
+        }
+    }
+    nodes.reverse();
+    let inputs = graph.input.iter().chain(from);
+    let inputs = inputs.filter(|value| wanted.contains(&value.name));
+    let initializers = graph.initializer.iter().filter(|tensor| {
+        Stored::decode(&***tensor).is_ok_and(|stored| wanted.contains(&stored.name))
+    });
+    EditedGraph {
+        node: nodes,
+        name: graph.name.clone(),
+        initializer: initializers.cloned().collect(),
+        input: inputs.cloned().collect(),
+        output: to.iter().copied().cloned().collect(),
+        sparse_initializer: Vec::new(),
+    }
+}
+
+impl RowsValue {
+    pub(super) fn value(&self) -> ValueInfo {
+        let size = |size: usize| Dimension {
+            dim_value: Some(size as i64),
+            dim_param: None,
+        };
+        let rows = Dimension {
+            dim_value: None,
+            dim_param: Some("tokens".into()),
+        };
+        let shape = Shape {
+            dim: vec![size(1), rows, size(self.width)],
+        };
+        ValueInfo {
+            name: self.name.clone(),
+            r#type: Some(Type {
+                tensor_type: Some(TensorType {
+                    elem_type: FLOAT,
+                    shape: Some(shape),
+                }),
+            }),
+        }
+    }
+}
+
+/// Graphs as tests write them.
+#[cfg(test)]
+pub(super) mod examples {
+    use super::*;
+
+    /// A node with the inputs and outputs named, "-" for one that is left out.
+    pub(in super::super) fn operator(op_type: &str, inputs: &str, outputs: &str) -> Operator {
+        let names = |names: &str| names.split(' ').map(|name| name.replace('-', "")).collect();
+        Operator {
+            input: names(inputs),
+            output: names(outputs),
+            op_type: op_type.into(),
+            ..Operator::default()
+        }
+    }
+
+    /// A line for each node of the ONNX file `graph`.
+    pub(in super::super) fn lines(graph: &[u8]) -> Vec<String> {
+        let nodes = Model::decode(graph).unwrap().graph.unwrap().node;
+        let line = |node: &Operator| {
+            let (inputs, outputs) = (node.input.join(" "), node.output.join(" "));
+            format!("{} {inputs}: {outputs}", node.op_type)
+        };
+        nodes.iter().map(line).collect()
+    }
+}
