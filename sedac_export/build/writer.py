@@ -14,7 +14,6 @@ from sedac_export.build.quantized_weights import weight_sources
 from sedac_export.bundle import manifest as bundle
 from sedac_export.bundle.sessions import Engine
 from sedac_export.console import StageProgress
-from sedac_export.graph.attention_rows import with_spare_row
 from sedac_export.graph.block import compose
 from sedac_export.graph.fusion import fused
 from sedac_export.graph.modules import Context
@@ -88,20 +87,16 @@ class EngineWriter:
 
     def fuse(self, layer: onnx.ModelProto) -> onnx.ModelProto:
         """`layer`, which has been stamped, with merged operators."""
-        merged = fused(layer, self.tables)
-        if self.store.quantized is not None:
-            with_spare_row(merged.graph)
-        return merged
+        return fused(layer, self.tables)
 
     def write_tables(self, contexts: str, names: set[str], positions: int) -> None:
         """Write what the engine `contexts` gives of `names` at the first `positions`, for `fuse`.
 
-        Attention rotates by rows of these, fp32 [positions + 1, numbers]: a spare row of attention
-        may lie behind the last position, and it does not matter how it is rotated.
+        Attention rotates by rows of these, fp32 [positions, numbers].
         """
         ids = np.arange(positions, dtype=np.int64)[None]
         rows = Engine(self.directory.parent / contexts).run({"position_ids": ids})
-        tables = {n: np.pad(rows[n][0], ((0, 1), (0, 0))) for n in sorted(names & rows.keys())}
+        tables = {n: rows[n][0] for n in sorted(names & rows.keys())}
         for name, place in self.store.write_arrays("rotary.data", tables).items():
             self.tables[name] = ir.ExternalTensor(
                 place.location,

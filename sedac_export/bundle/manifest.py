@@ -173,10 +173,6 @@ class Manifest(StrictModel):
         own = self.files.get("onnx/head.data")
         return (own or self.files["onnx/embed.data"]).sha256
 
-    def spare_positions(self) -> int:
-        """What caches have room for beside a sequence: attention over it may compute a row more."""
-        return 0 if self.quantization is None else 1
-
     def device_precision(self) -> Precision:
         """What engines for GPUs compute in."""
         return self.precision if self.quantization is None else "fp16"

@@ -132,7 +132,6 @@ class BundleRunner:
 
     def empty_caches(self, first_layer: int, num_layers: int, length: int) -> Caches:
         """Zeroed caches of `length` positions for an engine of these layers."""
-        length += self.manifest.spare_positions()
         return {
             f"past_{kind}_{place}": empty_cache(kv.heads, length, kv.head_size)
             for place, kv in enumerate(self.manifest.key_value_heads[first_layer:][:num_layers])

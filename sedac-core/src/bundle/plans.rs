@@ -31,12 +31,6 @@ impl Precision {
     pub fn is_quantized(self) -> bool {
         matches!(self, Self::Int8 | Self::Int4)
     }
-
-    /// What caches have room for beside a sequence: with quantized weights, attention computes a row
-    /// more than it is asked for.
-    pub fn spare_positions(self) -> usize {
-        usize::from(self.is_quantized())
-    }
 }
 
 /// What TensorRT plans are built for.

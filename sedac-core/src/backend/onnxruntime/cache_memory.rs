@@ -1,4 +1,4 @@
-//! The KV caches of all slots, of which engines see those of one or of several neighbours.
+//! The KV caches of all slots, of which engines see those of one slot or of all.
 
 use std::ops::Range;
 
@@ -28,7 +28,7 @@ struct Cache {
 impl CacheMemory {
     /// Caches of zeros for `slots` sequences of the bundle of `manifest`.
     pub(super) fn new(manifest: &Manifest, slots: usize) -> Result<Self> {
-        let positions = manifest.max_cache_length + manifest.precision.spare_positions();
+        let positions = manifest.max_cache_length;
         let layers = manifest.key_value_heads.iter().map(|kv| {
             let cache = || Cache::new(slots, kv.heads, positions, kv.head_size);
             Ok([cache()?, cache()?])

@@ -75,7 +75,8 @@ fn replace(node: &mut Operator) {
     node.domain = DOMAIN.into();
 }
 
-/// Give attention the rows themselves where quantized graphs have it compute one more.
+/// Give attention the rows themselves where the graph has it compute one more, as quantized graphs of
+/// earlier builds do.
 fn remove_spare_rows(nodes: &mut Vec<Operator>) {
     let attentions = || nodes.iter().filter(|node| node.is_attention());
     let given = |inputs: &[usize]| -> HashSet<String> {
