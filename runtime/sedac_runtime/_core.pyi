@@ -57,6 +57,7 @@ __all__ = [
     "exits_by_stability",
     "read_manifest",
     "read_unlisted",
+    "with_row_attention",
     "stabilities",
 ]
 
@@ -557,6 +558,11 @@ def exits_by_stability(
 def exits_by_risk(risks: _Array, thresholds: Thresholds, layers: int) -> list[int]: ...
 def read_manifest(directory: _Path) -> bytes:
     """The text of bundle.json in `directory`, which has its digest and a schema that is known."""
+
+def with_row_attention(graph: bytes) -> bytes | None:
+    """The layer graph `graph`, an ONNX file, as the CPU backend runs it: with the operator
+    sedac.RowAttention, which this library gives ONNX Runtime (`register_custom_ops_library`). None
+    where it runs as it is."""
 
 def read_unlisted(directory: _Path, name: _Path) -> bytes | None:
     """The text of the file `name` of the bundle in `directory`, None where there is none."""

@@ -18,6 +18,7 @@ from sedac_export.bundle.sessions import (
     empty_cache,
     exact_graph,
     load_engine,
+    shipped_graph,
 )
 from sedac_export.errors import SedacError
 
@@ -69,7 +70,9 @@ class BundleRunner:
         """As `engine_by_engine`, but engines compute as they do where the bundle is used."""
 
         def load(file: str) -> Engine:
-            return Engine(directory / file, os.cpu_count() or 1)
+            path = directory / file
+            graph = shipped_graph(path.read_bytes())
+            return Engine(graph, os.cpu_count() or 1, path.parent)
 
         return cls(manifest, functools.lru_cache(maxsize=1)(load))
 
@@ -79,6 +82,7 @@ class BundleRunner:
         ids = np.arange(start, stop, dtype=np.int64)[None]
         arrays: dict[str, Array] = {
             "position_ids": ids,
+            "slots": np.zeros(stop - start, dtype=np.int64),
             "seqlens_k": np.array([stop - 1], dtype=np.int32),
             "total_sequence_length": np.array(stop, dtype=np.int32),
             "write_index": np.array([start], dtype=np.int64),

@@ -8,6 +8,7 @@ import onnxruntime
 
 from sedac_export.arrays import Array
 from sedac_export.bundle import Bundle
+from sedac_runtime import _core
 
 THREADS = 2
 
@@ -48,6 +49,7 @@ class Engine:
         options.log_severity_level = 3
         # what was checked is ONNX, and the same bytes may be ONNX Runtime's own format, too
         options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.register_custom_ops_library(_core.__file__)
         if weights is not None:
             options.add_session_config_entry(_WEIGHTS_DIRECTORY, str(weights))
         self.session = onnxruntime.InferenceSession(model, options, providers=[provider])
@@ -101,10 +103,15 @@ def _past(present: str) -> str:
     return present.replace("present_", "past_")
 
 
+def shipped_graph(graph: bytes) -> bytes:
+    """`graph` as the runtime runs it on the CPU: what it gives has the same bits."""
+    return _core.with_row_attention(graph) or graph
+
+
 def load_engine(bundle: Bundle, file: str, threads: int = THREADS) -> Engine:
     """The engine in `file` of `bundle`. Raises SedacError when it is not as it was checked."""
     entry = bundle.files.graph(file)
-    return Engine(entry.graph, threads, entry.directory)
+    return Engine(shipped_graph(entry.graph), threads, entry.directory)
 
 
 def empty_cache(heads: int, length: int, size: int) -> onnxruntime.OrtValue:

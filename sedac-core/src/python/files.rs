@@ -141,3 +141,14 @@ pub(super) fn read_unlisted(
     let text = Gate::open(&directory).and_then(|gate| gate.read_unlisted(&name, MAX_TEXT))?;
     Ok(text.map(|text| PyBytes::new(py, &text)))
 }
+
+/// The layer graph `graph` as the CPU backend runs it; None where it is as it is.
+#[pyfunction]
+#[pyo3(signature = (graph))]
+pub(super) fn with_row_attention<'py>(
+    py: Python<'py>,
+    graph: &[u8],
+) -> Option<Bound<'py, PyBytes>> {
+    let graph = crate::backend::with_row_attention(graph)?;
+    Some(PyBytes::new(py, &graph))
+}

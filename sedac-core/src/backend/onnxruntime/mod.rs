@@ -30,6 +30,7 @@ pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::head::Head;
 use self::pass::{Contexts, Pass, Passes, Shared};
+pub use self::row_attention::with_row_attention;
 use self::rows::Rows;
 use self::runtime::{
     bind_input, binding, environment, layer_session, products_have_equal_rows, read, run, session,

@@ -10,7 +10,6 @@ use ort::ep::cuda::AttentionBackend;
 use ort::ep::{ArenaExtendStrategy, CPU, CUDA, ExecutionProviderDispatch};
 use ort::logging::LogLevel;
 use ort::memory::{Allocator, MemoryInfo};
-use ort::operator::OperatorDomain;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, RunOptions, Session};
 use ort::value::{
@@ -21,7 +20,7 @@ use ort::{AsPointer, LoadDynamicError};
 
 use super::edited_graph::RowsValue;
 use super::first_product::{Product, first_product};
-use super::row_attention::{DOMAIN, RowAttention, with_row_attention};
+use super::row_attention::{register, with_row_attention};
 use super::{huge_pages, stability_output};
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::{Error, Result};
@@ -229,9 +228,12 @@ unsafe fn load(
     let no_cpu_nodes = if provider == Provider::Cpu { "0" } else { "1" };
     // SAFETY: what the caller promises.
     let provider = unsafe { provider.dispatch() };
-    let builder = Session::builder(environment)?;
+    let mut builder = Session::builder(environment)?;
+    // SAFETY: both are those of the library that is loaded.
+    unsafe {
+        ort::Error::result_from_status(register(builder.ptr_mut(), ort::api()))?;
+    }
     builder
-        .with_operators(OperatorDomain::new(DOMAIN)?.add(RowAttention)?)?
         .with_optimization_level(GraphOptimizationLevel::Level3)?
         .with_memory_pattern(false)?
         .with_execution_providers([provider])?

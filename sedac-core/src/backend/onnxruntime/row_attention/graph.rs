@@ -1,10 +1,12 @@
 //! Layer graphs whose attention is the chain's own.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::CStr;
 
 use prost::Message;
 
-use super::{DOMAIN, NAME, POSITIONS, SLOTS};
+use super::operator::{DOMAIN, NAME};
+use super::{POSITIONS, SLOTS};
 use crate::backend::onnxruntime::edited_graph::{Model, Operator};
 use crate::bundle::onnx::{Dimension, Shape, TensorType, Type, ValueInfo};
 
@@ -25,9 +27,10 @@ struct OperatorSet {
     version: i64,
 }
 
-/// The layer graph `graph` with rows of any sequences, in the place of those of one. None where its
-/// attention is no GroupQueryAttention, or takes more than is known here.
-pub(in super::super) fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
+/// The layer graph `graph`, an ONNX file, as the CPU backend runs it: its attention is the chain's own
+/// operator, and rows may be of any sequences. None where its attention is no GroupQueryAttention, or
+/// takes more than is known here.
+pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
     let mut model = Model::decode(graph).ok()?;
     let graph = model.graph.as_mut()?;
     let mut attentions = graph
@@ -54,11 +57,15 @@ pub(in super::super) fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
     let caches = graph.input.iter_mut().chain(&mut graph.output);
     caches.for_each(open_slots);
     let domain = OperatorSet {
-        domain: DOMAIN.into(),
+        domain: in_text(DOMAIN),
         version: 1,
     };
     model.opset_import.push(domain.encode_to_vec());
     Some(model.encode_to_vec())
+}
+
+fn in_text(name: &CStr) -> String {
+    name.to_string_lossy().into_owned()
 }
 
 /// Make `node` the operator of this module.
@@ -71,8 +78,8 @@ fn replace(node: &mut Operator) {
         input.pop();
     }
     node.input = input;
-    node.op_type = NAME.into();
-    node.domain = DOMAIN.into();
+    node.op_type = in_text(NAME);
+    node.domain = in_text(DOMAIN);
 }
 
 /// Give attention the rows themselves where the graph has it compute one more, as quantized graphs of

@@ -7,26 +7,21 @@
 
 mod graph;
 mod kernel;
+mod operator;
 mod rotary;
 mod tensors;
 
 use std::cell::RefCell;
+use std::ffi::CStr;
 use std::sync::Mutex;
 
-use fearless_simd::Level;
-use ort::operator::{
-    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
-};
-use ort::value::TensorElementType;
-
-pub(super) use self::graph::with_row_attention;
+pub use self::graph::with_row_attention;
 use self::kernel::{QUERIES, Query, Scores, attend};
+pub(super) use self::operator::register;
 use self::rotary::Rotary;
-use self::tensors::Tensor;
+use self::tensors::{Run, Tensor};
+use fearless_simd::Level;
 
-/// The operator's domain and name in graphs.
-pub(super) const DOMAIN: &str = "sedac";
-const NAME: &str = "RowAttention";
 /// What graphs call where rows belong: the slot among the caches, and the position.
 pub(super) const SLOTS: &str = "slots";
 pub(super) const POSITIONS: &str = "position_ids";
@@ -38,64 +33,16 @@ thread_local! {
     static WEIGHTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The operator. It takes
+type Result<T> = std::result::Result<T, &'static str>;
+
+/// The operator with a node's attributes, which are those of GroupQueryAttention. It takes
 /// - query, key and value, fp32 [1, rows, heads * head size] each, or all in the first;
 /// - the caches of keys and values, fp32 [slots, key-value heads, positions, head size];
 /// - `position_ids`, int64 [1, rows], and `slots`, int64 [rows];
 /// - tables of cosines and sines, fp32 [positions, rotated numbers / 2], where it rotates,
 ///
 /// and gives what rows attend to, fp32 [1, rows, heads * head size], and the caches, in the same memory.
-/// Its attributes are those of GroupQueryAttention.
-pub(super) struct RowAttention;
-
-impl Operator for RowAttention {
-    type Kernel<'attributes> = RowAttentionKernel;
-
-    fn name(&self) -> &str {
-        NAME
-    }
-
-    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        let (number, index) = (TensorElementType::Float32, TensorElementType::Int64);
-        [
-            OperatorInput::required(number),
-            OperatorInput::optional(number),
-            OperatorInput::optional(number),
-            OperatorInput::required(number),
-            OperatorInput::required(number),
-            OperatorInput::required(index),
-            OperatorInput::required(index),
-            OperatorInput::optional(number),
-            OperatorInput::optional(number),
-        ]
-    }
-
-    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        [const { OperatorOutput::required(TensorElementType::Float32) }; 3]
-    }
-
-    fn create_kernel(&self, context: &KernelContext<'_>) -> ort::Result<RowAttentionKernel> {
-        let count = |name| {
-            let count: i64 = context.get(name).unwrap_or(0);
-            usize::try_from(count).unwrap_or(0)
-        };
-        let number = |name| context.get::<f32>(name).filter(|&number| number != 0.0);
-        Ok(RowAttentionKernel {
-            level: Level::new(),
-            heads: count("num_heads"),
-            key_heads: count("kv_num_heads"),
-            scale: number("scale"),
-            softcap: number("softcap").unwrap_or(0.0),
-            window: Some(count("local_window_size")).filter(|&window| window > 0),
-            rotates: count("do_rotary") == 1,
-            is_interleaved: count("rotary_interleaved") == 1,
-            queries: Vec::new(),
-        })
-    }
-}
-
-/// One node's.
-pub(super) struct RowAttentionKernel {
+struct RowAttention {
     level: Level,
     heads: usize,
     key_heads: usize,
@@ -131,7 +78,7 @@ impl Places<'_> {
     }
 
     /// Fails where a row belongs to no slot or position of the caches.
-    fn check(&self) -> ort::Result<()> {
+    fn check(&self) -> Result<()> {
         let below = |numbers: &[i64], end: usize| {
             let mut numbers = numbers.iter();
             numbers.all(|&number| usize::try_from(number).is_ok_and(|number| number < end))
@@ -142,7 +89,7 @@ impl Places<'_> {
             && below(self.positions, positions)
         {
             true => Ok(()),
-            false => Err(wrong("a row outside of the caches")),
+            false => Err("a row outside of the caches"),
         }
     }
 }
@@ -181,22 +128,37 @@ impl<'a> Given<'a> {
     }
 }
 
-impl Kernel for RowAttentionKernel {
-    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
-        let numbers = |index| -> ort::Result<_> {
-            let input = Tensor::<f32>::input(context, index)?;
+impl RowAttention {
+    /// Of whole numbers and others by their names, 0 where there is none.
+    fn of_attributes(count: impl Fn(&CStr) -> usize, number: impl Fn(&CStr) -> f32) -> Self {
+        Self {
+            level: Level::new(),
+            heads: count(c"num_heads"),
+            key_heads: count(c"kv_num_heads"),
+            scale: Some(number(c"scale")).filter(|&scale| scale != 0.0),
+            softcap: number(c"softcap"),
+            window: Some(count(c"local_window_size")).filter(|&window| window > 0),
+            rotates: count(c"do_rotary") == 1,
+            is_interleaved: count(c"rotary_interleaved") == 1,
+            queries: Vec::new(),
+        }
+    }
+
+    fn compute(&mut self, run: &Run) -> Result<()> {
+        let numbers = |index| -> Result<_> {
+            let input = Tensor::<f32>::input(run, index)?;
             // SAFETY: outputs are the caches and memory of their own.
             Ok(input.map(|input| unsafe { input.numbers() }))
         };
-        let indices = |index| -> ort::Result<_> {
-            let input = Tensor::<i64>::input(context, index)?;
-            let input = input.ok_or_else(|| wrong("an input is missing"))?;
+        let indices = |index| -> Result<_> {
+            let input = Tensor::<i64>::input(run, index)?;
+            let input = input.ok_or("an input is missing")?;
             // SAFETY: as above.
             Ok(unsafe { input.numbers() })
         };
-        let cache = |index| -> ort::Result<_> {
-            let cache = Tensor::<f32>::input(context, index)?;
-            cache.ok_or_else(|| wrong("caches are missing"))
+        let cache = |index| -> Result<_> {
+            let cache = Tensor::<f32>::input(run, index)?;
+            cache.ok_or("caches are missing")
         };
         let caches = [cache(3)?, cache(4)?];
         let places = Places {
@@ -206,45 +168,43 @@ impl Kernel for RowAttentionKernel {
         };
         places.check()?;
         if caches[0].shape != caches[1].shape {
-            return Err(wrong("caches of different shapes"));
+            return Err("caches of different shapes");
         }
         let given = match (numbers(0)?, numbers(1)?, numbers(2)?) {
             (Some(all), None, None) => Given::Together(all),
             (Some(query), Some(key), Some(value)) => Given::Apart([query, key, value]),
-            _ => return Err(wrong("query, key or value is missing")),
+            _ => return Err("query, key or value is missing"),
         };
         self.check(&given, &places)?;
         let [_, _, _, size] = places.shape;
-        let rotary = match (self.rotates, Tensor::<f32>::input(context, 7)?, numbers(8)?) {
+        let rotary = match (self.rotates, Tensor::<f32>::input(run, 7)?, numbers(8)?) {
             (false, _, _) => None,
             (true, Some(cosines), Some(sines)) => {
                 let half = cosines.shape.last().map_or(0, |&half| half as usize);
                 // SAFETY: as above.
                 let tables = [unsafe { cosines.numbers() }, sines];
                 let rotary = Rotary::new(tables, half, self.is_interleaved, size);
-                Some(rotary.ok_or_else(|| wrong("tables of rotations of another size"))?)
+                Some(rotary.ok_or("tables of rotations of another size")?)
             }
-            _ => return Err(wrong("the tables of rotations are missing")),
+            _ => return Err("the tables of rotations are missing"),
         };
         let [mut keys, mut values] = [
-            same_memory(context, 1, &caches[0])?,
-            same_memory(context, 2, &caches[1])?,
+            same_memory(run, 1, &caches[0])?,
+            same_memory(run, 2, &caches[1])?,
         ];
         // SAFETY: whoever runs the kernel has given the caches to it alone, and of the inputs that are the
         // same memory only shapes and addresses are read.
         let (keys, values) = unsafe { (keys.numbers_mut(), values.numbers_mut()) };
         self.place(&given, &places, rotary.as_ref(), [&mut *keys, &mut *values])?;
         let shape = [1, places.count() as i64, (self.heads * size) as i64];
-        let mut attended = Tensor::<f32>::output(context, 0, &shape)?;
+        let mut attended = Tensor::<f32>::output(run, 0, &shape)?;
         // SAFETY: memory of its own.
         let attended = unsafe { attended.numbers_mut() };
-        self.attend(context, &places, [keys, values], attended)
+        self.attend(run, &places, [keys, values], attended)
     }
-}
 
-impl RowAttentionKernel {
     /// Fails where the numbers given are not those of as many rows.
-    fn check(&self, given: &Given<'_>, places: &Places<'_>) -> ort::Result<()> {
+    fn check(&self, given: &Given<'_>, places: &Places<'_>) -> Result<()> {
         let [_, key_heads, _, size] = places.shape;
         let rows = places.count();
         let (query, key) = (rows * self.heads * size, rows * key_heads * size);
@@ -256,7 +216,7 @@ impl RowAttentionKernel {
             key_heads == self.key_heads && key_heads > 0 && self.heads.is_multiple_of(key_heads);
         match fits && grouped && size > 0 && rows > 0 {
             true => Ok(()),
-            false => Err(wrong("rows of another width")),
+            false => Err("rows of another width"),
         }
     }
 
@@ -267,7 +227,7 @@ impl RowAttentionKernel {
         places: &Places<'_>,
         rotary: Option<&Rotary<'_>>,
         [keys, values]: [&mut [f32]; 2],
-    ) -> ort::Result<()> {
+    ) -> Result<()> {
         let [_, key_heads, _, size] = places.shape;
         self.queries.clear();
         for row in 0..places.count() {
@@ -277,12 +237,12 @@ impl RowAttentionKernel {
             let (_, position) = places.place(row, 0);
             let rotation = rotary.map(|rotary| {
                 let rotation = rotary.at(position);
-                rotation.ok_or_else(|| wrong("a position without a rotation"))
+                rotation.ok_or("a position without a rotation")
             });
             let rotation = rotation.transpose()?;
             if let Some(rotation) = &rotation {
                 let queries = self.queries[first..].chunks_exact_mut(size);
-                queries.for_each(|query| rotation.apply(query));
+                queries.for_each(|query| rotation.apply(self.level, query));
             }
             for head in 0..key_heads {
                 let (start, position) = places.place(row, head);
@@ -291,7 +251,7 @@ impl RowAttentionKernel {
                 let key = &mut keys[place.clone()];
                 key.copy_from_slice(&numbers.key[source.clone()]);
                 if let Some(rotation) = &rotation {
-                    rotation.apply(key);
+                    rotation.apply(self.level, key);
                 }
                 values[place].copy_from_slice(&numbers.value[source]);
             }
@@ -302,11 +262,11 @@ impl RowAttentionKernel {
     /// Compute what rows attend to among keys and values that are all there.
     fn attend(
         &self,
-        context: &ComputeContext,
+        run: &Run,
         places: &Places<'_>,
         [keys, values]: [&[f32]; 2],
         attended: &mut [f32],
-    ) -> ort::Result<()> {
+    ) -> Result<()> {
         let [_, heads, positions, size] = places.shape;
         let cache = positions * size;
         let scores = Scores {
@@ -317,7 +277,7 @@ impl RowAttentionKernel {
         let count = tiles.len();
         // no thread waits for one: each has another tile
         let tiles: Vec<_> = tiles.into_iter().map(Mutex::new).collect();
-        let run = |index: usize| {
+        let attend_tile = |index: usize| {
             if let Ok(mut tile) = tiles[index].lock() {
                 let Tile {
                     slot,
@@ -336,10 +296,10 @@ impl RowAttentionKernel {
             .iter()
             .map(|&position| position as usize + 1);
         if seen.sum::<usize>() * self.heads < SCORES_ALONE {
-            (0..count).for_each(run);
+            (0..count).for_each(attend_tile);
             return Ok(());
         }
-        context.par_for(count, 0, run)
+        run.in_parallel(count, &attend_tile)
     }
 
     /// The queries of all rows, a few of one sequence and one head of its caches together.
@@ -389,24 +349,16 @@ struct Tile<'a> {
     queries: Vec<Query<'a>>,
 }
 
-/// The output `index` of `context`: the caches given as `cache`, to be written in place.
-fn same_memory<'a>(
-    context: &'a ComputeContext,
-    index: usize,
-    cache: &Tensor<'_, f32>,
-) -> ort::Result<Tensor<'a, f32>> {
-    let output = Tensor::output(context, index, cache.shape)?;
+/// The output `index` of `run`: the caches given as `cache`, to be written in place.
+fn same_memory<'a>(run: &'a Run, index: usize, cache: &Tensor<'_, f32>) -> Result<Tensor<'a, f32>> {
+    let output = Tensor::output(run, index, cache.shape)?;
     match output.address() == cache.address() {
         true => Ok(output),
-        false => Err(wrong("caches are read and written in other memory")),
+        false => Err("caches are read and written in other memory"),
     }
 }
 
-fn sizes(shape: &[i64]) -> ort::Result<[usize; 4]> {
-    let shape = <[i64; 4]>::try_from(shape).map_err(|_| wrong("caches of another rank"))?;
+fn sizes(shape: &[i64]) -> Result<[usize; 4]> {
+    let shape = <[i64; 4]>::try_from(shape).map_err(|_| "caches of another rank")?;
     Ok(shape.map(|size| usize::try_from(size).unwrap_or(0)))
-}
-
-fn wrong(what: &str) -> ort::Error {
-    ort::Error::new(format!("{DOMAIN}.{NAME}: {what}"))
 }

@@ -1,14 +1,45 @@
 //! The tensors of a kernel's run, without the copies of their types that `ort` makes: a layer has eleven,
 //! and 3 us of a row's 15 went to them.
 
+use std::ffi::c_void;
 use std::ptr;
 use std::slice;
 
-use ort::AsPointer;
-use ort::operator::ComputeContext;
-use ort::sys::{ONNXTensorElementDataType, OrtStatusPtr, OrtValue};
+use ort::sys::{ONNXTensorElementDataType, OrtApi, OrtKernelContext, OrtStatusPtr, OrtValue};
 
-use super::wrong;
+use super::Result;
+use super::operator::release;
+
+/// A run of a kernel: both are live while it lasts.
+pub(super) struct Run {
+    pub(super) api: &'static OrtApi,
+    pub(super) context: *mut OrtKernelContext,
+}
+
+impl Run {
+    /// Call `work` with each number below `count`, on the threads of the session.
+    pub(super) fn in_parallel(&self, count: usize, work: &(dyn Fn(usize) + Sync)) -> Result<()> {
+        unsafe extern "C" fn call(work: *mut c_void, index: usize) {
+            // SAFETY: it is the reference below, which outlives the calls.
+            let work = unsafe { *work.cast::<&(dyn Fn(usize) + Sync)>() };
+            work(index);
+        }
+        let work: *const &(dyn Fn(usize) + Sync) = &work;
+        // SAFETY: the context is live, and the call returns when all calls have.
+        let status = unsafe {
+            let run = self.api.KernelContext_ParallelFor;
+            run(self.context, call, count, 0, work.cast_mut().cast())
+        };
+        self.checked(status, "its threads do not run")
+    }
+
+    fn checked(&self, status: OrtStatusPtr, problem: &'static str) -> Result<()> {
+        match release(self.api, status) {
+            true => Ok(()),
+            false => Err(problem),
+        }
+    }
+}
 
 /// What tensors are of.
 pub(super) trait Element: Copy {
@@ -33,71 +64,59 @@ pub(super) struct Tensor<'a, T> {
 }
 
 impl<'a, T: Element> Tensor<'a, T> {
-    /// The input `index` of `context`; None where it is left out.
+    /// The input `index` of `run`; None where it is left out.
     ///
     /// # Errors
     /// Where it is of another type.
-    pub(super) fn input(context: &'a ComputeContext, index: usize) -> ort::Result<Option<Self>> {
+    pub(super) fn input(run: &'a Run, index: usize) -> Result<Option<Self>> {
         let mut value: *const OrtValue = ptr::null();
         // SAFETY: the context is live, and `value` is written by the call.
-        let status =
-            unsafe { (ort::api().KernelContext_GetInput)(context.ptr(), index, &mut value) };
-        checked(status)?;
+        let status = unsafe { (run.api.KernelContext_GetInput)(run.context, index, &mut value) };
+        run.checked(status, "an input cannot be had")?;
         match value.is_null() {
             true => Ok(None),
             // SAFETY: inputs are live while the kernel runs.
-            false => unsafe { Self::of(value.cast_mut()) }.map(Some),
+            false => unsafe { Self::of(run, value.cast_mut()) }.map(Some),
         }
     }
 
-    /// The output `index` of `context`, of `shape`.
+    /// The output `index` of `run`, of `shape`.
     ///
     /// # Errors
     /// Where it is bound to memory of another shape or type.
-    pub(super) fn output(
-        context: &'a ComputeContext,
-        index: usize,
-        shape: &[i64],
-    ) -> ort::Result<Self> {
+    pub(super) fn output(run: &'a Run, index: usize, shape: &[i64]) -> Result<Self> {
         let mut value = ptr::null_mut();
         // SAFETY: the context is live, the shape has as many sizes as are said, and `value` is written by
         // the call.
         let status = unsafe {
-            let get = ort::api().KernelContext_GetOutput;
-            get(
-                context.ptr().cast_mut(),
-                index,
-                shape.as_ptr(),
-                shape.len(),
-                &mut value,
-            )
+            let get = run.api.KernelContext_GetOutput;
+            get(run.context, index, shape.as_ptr(), shape.len(), &mut value)
         };
-        checked(status)?;
+        run.checked(status, "an output cannot be had")?;
         if value.is_null() {
-            return Err(wrong("an output is missing"));
+            return Err("an output is missing");
         }
         // SAFETY: outputs are live while the kernel runs.
-        unsafe { Self::of(value) }
+        unsafe { Self::of(run, value) }
     }
 
     /// # Safety
     /// `value` is live while the kernel runs.
-    unsafe fn of(value: *mut OrtValue) -> ort::Result<Self> {
+    unsafe fn of(run: &Run, value: *mut OrtValue) -> Result<Self> {
         let mut element = ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         let (mut sizes, mut rank, mut data) = (ptr::null(), 0, ptr::null_mut());
-        let api = ort::api();
         // SAFETY: what the caller promises; all others are written by the calls.
-        unsafe {
-            checked((api.GetTensorElementTypeAndShapeDataReference)(
-                value,
-                &mut element,
-                &mut sizes,
-                &mut rank,
-            ))?;
-            checked((api.GetTensorMutableData)(value, &mut data))?;
-        }
+        let (typed, given) = unsafe {
+            let describe = run.api.GetTensorElementTypeAndShapeDataReference;
+            (
+                describe(value, &mut element, &mut sizes, &mut rank),
+                (run.api.GetTensorMutableData)(value, &mut data),
+            )
+        };
+        run.checked(typed, "a value that is no tensor")?;
+        run.checked(given, "a tensor without numbers")?;
         if element != T::TYPE {
-            return Err(wrong("a tensor of another type"));
+            return Err("a tensor of another type");
         }
         let shape = match rank {
             0 => &[],
@@ -147,9 +166,4 @@ impl<'a, T: Element> Tensor<'a, T> {
             count => unsafe { slice::from_raw_parts_mut(self.data, count) },
         }
     }
-}
-
-fn checked(status: OrtStatusPtr) -> ort::Result<()> {
-    // SAFETY: the status is the call's, and is taken once.
-    unsafe { ort::Error::result_from_status(status) }
 }
