@@ -57,8 +57,8 @@ __all__ = [
     "exits_by_stability",
     "read_manifest",
     "read_unlisted",
-    "with_row_attention",
     "stabilities",
+    "with_row_attention",
 ]
 
 _Path: TypeAlias = str | os.PathLike[str]
