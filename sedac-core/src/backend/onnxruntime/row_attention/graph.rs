@@ -40,7 +40,7 @@ pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
         .peekable();
     attentions.peek()?;
     let is_known = |node: &Operator| node.input.iter().skip(9).all(String::is_empty);
-    if !attentions.all(is_known) {
+    if !attentions.all(is_known) || !graph.node.iter().all(is_whole) {
         return None;
     }
     remove_spare_rows(&mut graph.node);
@@ -62,6 +62,12 @@ pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
     };
     model.opset_import.push(domain.encode_to_vec());
     Some(model.encode_to_vec())
+}
+
+/// Whether `node` gives something, and of something where it may extend or cut rows.
+fn is_whole(node: &Operator) -> bool {
+    let extends = matches!(&*node.op_type, "Pad" | "Add");
+    !node.output.is_empty() && !(extends && node.input.is_empty())
 }
 
 fn in_text(name: &CStr) -> String {
@@ -278,6 +284,14 @@ mod tests {
         ] {
             assert_eq!(with_row_attention(&model(vec![node])), None);
         }
+        let attention = "query key value past_key_0 past_value_0 seqlens_k total";
+        let mut broken = operator("GroupQueryAttention", attention, "y");
+        broken.output.clear();
+        assert_eq!(with_row_attention(&model(vec![broken])), None);
+        let mut broken = operator("Pad", "x", "y");
+        broken.input.clear();
+        let attention = operator("GroupQueryAttention", attention, "z");
+        assert_eq!(with_row_attention(&model(vec![broken, attention])), None);
         assert_eq!(with_row_attention(b"no protobuf"), None);
     }
 }

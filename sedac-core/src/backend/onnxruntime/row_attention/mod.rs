@@ -15,12 +15,13 @@ use std::cell::RefCell;
 use std::ffi::CStr;
 use std::sync::Mutex;
 
+use fearless_simd::Level;
+
 pub use self::graph::with_row_attention;
 use self::kernel::{QUERIES, Query, Scores, attend};
 pub(super) use self::operator::register;
 use self::rotary::Rotary;
 use self::tensors::{Run, Tensor};
-use fearless_simd::Level;
 
 /// What graphs call where rows belong: the slot among the caches, and the position.
 pub(super) const SLOTS: &str = "slots";
@@ -145,22 +146,26 @@ impl RowAttention {
     }
 
     fn compute(&mut self, run: &Run) -> Result<()> {
-        let numbers = |index| -> Result<_> {
-            let input = Tensor::<f32>::input(run, index)?;
-            // SAFETY: outputs are the caches and memory of their own.
-            Ok(input.map(|input| unsafe { input.numbers() }))
-        };
-        let indices = |index| -> Result<_> {
-            let input = Tensor::<i64>::input(run, index)?;
-            let input = input.ok_or("an input is missing")?;
-            // SAFETY: as above.
-            Ok(unsafe { input.numbers() })
-        };
         let cache = |index| -> Result<_> {
             let cache = Tensor::<f32>::input(run, index)?;
             cache.ok_or("caches are missing")
         };
         let caches = [cache(3)?, cache(4)?];
+        let numbers = |index| -> Result<_> {
+            match Tensor::<f32>::input(run, index)? {
+                Some(input) if caches.iter().any(|cache| cache.overlaps(&input)) => {
+                    Err("an input in the memory of the caches")
+                }
+                // SAFETY: outputs are the caches and memory of their own.
+                input => Ok(input.map(|input| (input.shape, unsafe { input.numbers() }))),
+            }
+        };
+        let indices = |index| -> Result<_> {
+            let input = Tensor::<i64>::input(run, index)?;
+            let input = input.ok_or("an input is missing")?;
+            // SAFETY: as above; caches are of another type.
+            Ok(unsafe { input.numbers() })
+        };
         let places = Places {
             positions: indices(5)?,
             slots: indices(6)?,
@@ -171,19 +176,19 @@ impl RowAttention {
             return Err("caches of different shapes");
         }
         let given = match (numbers(0)?, numbers(1)?, numbers(2)?) {
-            (Some(all), None, None) => Given::Together(all),
-            (Some(query), Some(key), Some(value)) => Given::Apart([query, key, value]),
+            (Some((_, all)), None, None) => Given::Together(all),
+            (Some((_, query)), Some((_, key)), Some((_, value))) => {
+                Given::Apart([query, key, value])
+            }
             _ => return Err("query, key or value is missing"),
         };
         self.check(&given, &places)?;
         let [_, _, _, size] = places.shape;
-        let rotary = match (self.rotates, Tensor::<f32>::input(run, 7)?, numbers(8)?) {
+        let rotary = match (self.rotates, numbers(7)?, numbers(8)?) {
             (false, _, _) => None,
-            (true, Some(cosines), Some(sines)) => {
-                let half = cosines.shape.last().map_or(0, |&half| half as usize);
-                // SAFETY: as above.
-                let tables = [unsafe { cosines.numbers() }, sines];
-                let rotary = Rotary::new(tables, half, self.is_interleaved, size);
+            (true, Some((shape, cosines)), Some((_, sines))) => {
+                let half = shape.last().map_or(0, |&half| half as usize);
+                let rotary = Rotary::new([cosines, sines], half, self.is_interleaved, size);
                 Some(rotary.ok_or("tables of rotations of another size")?)
             }
             _ => return Err("the tables of rotations are missing"),
@@ -192,8 +197,8 @@ impl RowAttention {
             same_memory(run, 1, &caches[0])?,
             same_memory(run, 2, &caches[1])?,
         ];
-        // SAFETY: whoever runs the kernel has given the caches to it alone, and of the inputs that are the
-        // same memory only shapes and addresses are read.
+        // SAFETY: they are different outputs. Whoever runs the kernel has given the caches to it alone, and
+        // of the inputs that are the same memory only shapes and addresses are read.
         let (keys, values) = unsafe { (keys.numbers_mut(), values.numbers_mut()) };
         self.place(&given, &places, rotary.as_ref(), [&mut *keys, &mut *values])?;
         let shape = [1, places.count() as i64, (self.heads * size) as i64];

@@ -142,6 +142,16 @@ impl<'a, T: Element> Tensor<'a, T> {
         self.data
     }
 
+    /// Whether the two share memory.
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
+        let of = |tensor: &Self| {
+            let first = tensor.data.addr();
+            first..first + tensor.count() * size_of::<T>()
+        };
+        let (ours, theirs) = (of(self), of(other));
+        ours.start < theirs.end && theirs.start < ours.end
+    }
+
     /// The numbers of an input.
     ///
     /// # Safety
