@@ -67,7 +67,7 @@ pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
 /// Whether `node` gives something, and of something where it may extend or cut rows.
 fn is_whole(node: &Operator) -> bool {
     let extends = matches!(&*node.op_type, "Pad" | "Add");
-    !node.output.is_empty() && !(extends && node.input.is_empty())
+    !(node.output.is_empty() || extends && node.input.is_empty())
 }
 
 fn in_text(name: &CStr) -> String {
