@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use prost::Message;
+use prost::encoding::{DecodeContext, WireType, decode_key, skip_field};
 
 use crate::bundle::onnx::{Dimension, Shape, TensorType, Type, ValueInfo};
 
@@ -76,6 +77,26 @@ pub(super) struct RowsValue {
 struct Stored {
     #[prost(string, tag = "8")]
     name: String,
+}
+
+impl Model {
+    /// The ONNX file `file`. What is not of the type that its field has is left out, as ONNX Runtime does.
+    pub(super) fn of_file(file: &[u8]) -> Option<Self> {
+        let (mut known, mut rest) = (Vec::new(), file);
+        while !rest.is_empty() {
+            let field = rest;
+            let (tag, given) = decode_key(&mut rest).ok()?;
+            skip_field(given, tag, &mut rest, DecodeContext::default()).ok()?;
+            let expected = match tag {
+                1 => WireType::Varint,
+                _ => WireType::LengthDelimited,
+            };
+            if given == expected {
+                known.extend_from_slice(&field[..field.len() - rest.len()]);
+            }
+        }
+        Self::decode(&*known).ok()
+    }
 }
 
 impl Operator {

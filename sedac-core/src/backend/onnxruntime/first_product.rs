@@ -13,7 +13,7 @@ pub(super) struct Product {
 
 /// The first product with quantized weights in `graph`.
 pub(super) fn first_product(graph: &[u8]) -> Option<Product> {
-    let model = Model::decode(graph).ok()?;
+    let model = Model::of_file(graph)?;
     let whole = model.graph.as_ref()?;
     let product = whole
         .node

@@ -14,7 +14,7 @@ const SUM_AND_NORM: &str = "SkipSimplifiedLayerNormalization";
 
 /// The graph `graph` of a layer without the output of stability. None where it cannot be read.
 pub(super) fn without(graph: &[u8]) -> Option<Vec<u8>> {
-    let mut model = Model::decode(graph).ok()?;
+    let mut model = Model::of_file(graph)?;
     let whole = model.graph.as_ref()?;
     let outputs = whole.output.iter();
     let outputs: Vec<&ValueInfo> = outputs.filter(|output| output.name != STABILITY).collect();

@@ -31,7 +31,7 @@ struct OperatorSet {
 /// operator, and rows may be of any sequences. None where its attention is no GroupQueryAttention, or
 /// takes more than is known here.
 pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
-    let mut model = Model::decode(graph).ok()?;
+    let mut model = Model::of_file(graph)?;
     let graph = model.graph.as_mut()?;
     let mut attentions = graph
         .node
@@ -293,5 +293,13 @@ mod tests {
         let attention = operator("GroupQueryAttention", attention, "z");
         assert_eq!(with_row_attention(&model(vec![broken, attention])), None);
         assert_eq!(with_row_attention(b"no protobuf"), None);
+    }
+
+    #[test]
+    fn fields_of_another_type_are_left_out() {
+        let graph = model(vec![operator("GroupQueryAttention", "query", "y")]);
+        let fixed = [&b"\x08\x00\x09\x00ORTM\x00\x00\x00"[..], &graph].concat();
+        assert_eq!(with_row_attention(&fixed), with_row_attention(&graph));
+        assert!(with_row_attention(&graph).is_some());
     }
 }

@@ -165,21 +165,26 @@ fn in_fours<S: Simd>(lanes: f32x16<S>) -> f32x4<S> {
     low + high
 }
 
-/// Make weights of scores: e to their power below the highest, over the sum of all.
+/// Make weights of scores: e to their power below the highest, over the sum of all; NaN where a score is
+/// not finite, so that what a broken key gives is noticed.
 #[inline(always)]
 fn soften(scores: &mut [f32]) {
     let (groups, rest) = scores.as_chunks_mut::<LANES>();
     let mut highest = [f32::NEG_INFINITY; LANES];
+    // 0, or NaN
+    let mut poison = [0.0_f32; LANES];
     for group in &*groups {
         for lane in 0..LANES {
             highest[lane] = highest[lane].max(group[lane]);
+            poison[lane] += group[lane] * 0.0;
         }
     }
-    for (highest, score) in highest.iter_mut().zip(&*rest) {
-        *highest = highest.max(*score);
+    for lane in 0..rest.len() {
+        highest[lane] = highest[lane].max(rest[lane]);
+        poison[lane] += rest[lane] * 0.0;
     }
     let highest = highest.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0.0_f32; LANES];
+    let mut sums = poison;
     for group in groups {
         for lane in 0..LANES {
             group[lane] = exponential(group[lane] - highest);
@@ -334,6 +339,24 @@ mod tests {
                 / total
         };
         (0..size).map(number).collect()
+    }
+
+    #[test]
+    fn a_score_that_is_not_finite_is_noticed() {
+        for (bad, count) in [(f32::NAN, 1), (f32::INFINITY, 20), (f32::NEG_INFINITY, 40)] {
+            for place in [0, count - 1] {
+                let mut scores = vec![1.0; count];
+                scores[place] = bad;
+                soften(&mut scores);
+                assert!(
+                    scores.iter().all(|weight| weight.is_nan()),
+                    "{bad} at {place}"
+                );
+            }
+        }
+        let mut scores = vec![1.0; 20];
+        soften(&mut scores);
+        assert!(scores.iter().all(|weight| (weight - 0.05).abs() < 1e-6));
     }
 
     proptest! {
