@@ -58,7 +58,7 @@ __all__ = [
     "read_manifest",
     "read_unlisted",
     "stabilities",
-    "with_row_attention",
+    "with_own_operators",
 ]
 
 _Path: TypeAlias = str | os.PathLike[str]
@@ -559,7 +559,7 @@ def exits_by_risk(risks: _Array, thresholds: Thresholds, layers: int) -> list[in
 def read_manifest(directory: _Path) -> bytes:
     """The text of bundle.json in `directory`, which has its digest and a schema that is known."""
 
-def with_row_attention(graph: bytes) -> bytes | None:
+def with_own_operators(graph: bytes) -> bytes | None:
     """The layer graph `graph`, an ONNX file, as the CPU backend runs it: with the operator
     sedac.RowAttention, which this library gives ONNX Runtime (`register_custom_ops_library`). None
     where it runs as it is."""

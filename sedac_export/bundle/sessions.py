@@ -105,7 +105,7 @@ def _past(present: str) -> str:
 
 def shipped_graph(graph: bytes) -> bytes:
     """`graph` as the runtime runs it on the CPU: what it gives has the same bits."""
-    return _core.with_row_attention(graph) or graph
+    return _core.with_own_operators(graph) or graph
 
 
 def load_engine(bundle: Bundle, file: str, threads: int = THREADS) -> Engine:

@@ -27,7 +27,7 @@ pub use capabilities::Capabilities;
 pub use costs::{CostRecord, Costs};
 pub use draft_engine::{DraftChoice, DraftEngine, DraftRequest, DraftedToken, Drafts};
 pub use host_decided::HostDecided;
-pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime, with_row_attention};
+pub use onnxruntime::{Exits, GraphDevice, GraphExecutor, Layout, OnnxRuntime, with_own_operators};
 pub use row_engines::{RowEngines, SequenceRows};
 pub use step::{
     Ahead, Logits, LogitsRequest, MARGIN_BINS, MAX_AHEAD, NextDraft, PositionLogits, SequenceStep,

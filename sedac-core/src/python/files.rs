@@ -145,10 +145,10 @@ pub(super) fn read_unlisted(
 /// The layer graph `graph` as the CPU backend runs it; None where it is as it is.
 #[pyfunction]
 #[pyo3(signature = (graph))]
-pub(super) fn with_row_attention<'py>(
+pub(super) fn with_own_operators<'py>(
     py: Python<'py>,
     graph: &[u8],
 ) -> Option<Bound<'py, PyBytes>> {
-    let graph = crate::backend::with_row_attention(graph)?;
+    let graph = crate::backend::with_own_operators(graph)?;
     Some(PyBytes::new(py, &graph))
 }

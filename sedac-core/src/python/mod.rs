@@ -60,7 +60,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(decisions::exits_by_risk, module)?)?;
     module.add_function(wrap_pyfunction!(files::read_manifest, module)?)?;
     module.add_function(wrap_pyfunction!(files::read_unlisted, module)?)?;
-    module.add_function(wrap_pyfunction!(files::with_row_attention, module)?)?;
+    module.add_function(wrap_pyfunction!(files::with_own_operators, module)?)?;
     module.add("SCHEMA_VERSION", SCHEMA_VERSION)?;
     module.add("SPELLINGS", spellings::all(module.py())?)?;
     process::register(module)?;

@@ -1,10 +1,12 @@
 //! ONNX graphs that are changed as they are loaded.
 
 use std::collections::HashSet;
+use std::ffi::CStr;
 
 use prost::Message;
 use prost::encoding::{DecodeContext, WireType, decode_key, skip_field};
 
+use super::operator::{CustomOperator, DOMAIN};
 use crate::bundle::onnx::{Dimension, Shape, TensorType, Type, ValueInfo};
 
 const FLOAT: i32 = 1;
@@ -58,12 +60,17 @@ pub(super) struct Operator {
 
 /// An attribute that is an integer.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct IntegerAttribute {
+struct IntegerAttribute {
     #[prost(string, tag = "1")]
-    pub(super) name: String,
+    name: String,
     #[prost(int64, optional, tag = "3")]
-    pub(super) i: Option<i64>,
+    i: Option<i64>,
+    #[prost(int32, tag = "20")]
+    r#type: i32,
 }
+
+/// The type of attributes that are integers.
+const INT: i32 = 2;
 
 /// A value, fp32 [1, rows, width].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,11 +79,22 @@ pub(super) struct RowsValue {
     pub(super) width: usize,
 }
 
-/// The stored tensor's name alone.
+/// What is said of a stored tensor, without its numbers.
 #[derive(Clone, PartialEq, Message)]
-struct Stored {
+pub(super) struct Stored {
+    #[prost(int32, tag = "2")]
+    pub(super) data_type: i32,
     #[prost(string, tag = "8")]
-    name: String,
+    pub(super) name: String,
+}
+
+/// An entry of `opset_import`.
+#[derive(Clone, PartialEq, Message)]
+struct OperatorSet {
+    #[prost(string, tag = "1")]
+    domain: String,
+    #[prost(int64, tag = "2")]
+    version: i64,
 }
 
 impl Model {
@@ -97,6 +115,19 @@ impl Model {
         }
         Self::decode(&*known).ok()
     }
+
+    /// Say that nodes may be the chain's own operators.
+    pub(super) fn import_own_operators(&mut self) {
+        let domain = OperatorSet {
+            domain: in_text(DOMAIN),
+            version: 1,
+        };
+        self.opset_import.push(domain.encode_to_vec());
+    }
+}
+
+fn in_text(name: &CStr) -> String {
+    name.to_string_lossy().into_owned()
 }
 
 impl Operator {
@@ -104,11 +135,27 @@ impl Operator {
         self.op_type == "GroupQueryAttention"
     }
 
+    /// Make it the chain's own operator `T`.
+    pub(super) fn make<T: CustomOperator>(&mut self) {
+        self.op_type = in_text(T::NAME);
+        self.domain = in_text(DOMAIN);
+    }
+
     pub(super) fn integer(&self, name: &str) -> Option<usize> {
         let attributes = self.attribute.iter();
         let mut attributes = attributes.filter_map(|bytes| IntegerAttribute::decode(&**bytes).ok());
         let attribute = attributes.find(|attribute| attribute.name == name)?;
         usize::try_from(attribute.i?).ok()
+    }
+
+    /// Add the attribute `name`.
+    pub(super) fn set_integer(&mut self, name: &str, number: usize) {
+        let attribute = IntegerAttribute {
+            name: name.into(),
+            i: Some(number as i64),
+            r#type: INT,
+        };
+        self.attribute.push(attribute.encode_to_vec());
     }
 }
 
@@ -182,9 +229,9 @@ pub(super) mod examples {
         }
     }
 
-    /// A line for each node of the ONNX file `graph`.
-    pub(in super::super) fn lines(graph: &[u8]) -> Vec<String> {
-        let nodes = Model::decode(graph).unwrap().graph.unwrap().node;
+    /// A line for each node of `model`.
+    pub(in super::super) fn lines(model: &Model) -> Vec<String> {
+        let nodes = &model.graph.as_ref().unwrap().node;
         let line = |node: &Operator| {
             let (inputs, outputs) = (node.input.join(" "), node.output.join(" "));
             format!("{} {inputs}: {outputs}", node.op_type)

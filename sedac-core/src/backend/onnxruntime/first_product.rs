@@ -42,18 +42,9 @@ pub(super) fn first_product(graph: &[u8]) -> Option<Product> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::edited_graph::Operator;
     use super::super::edited_graph::examples::{lines, operator};
-    use super::super::edited_graph::{IntegerAttribute, Operator};
     use super::*;
-
-    fn with_integer(mut node: Operator, name: &str, number: i64) -> Operator {
-        let attribute = IntegerAttribute {
-            name: name.into(),
-            i: Some(number),
-        };
-        node.attribute.push(attribute.encode_to_vec());
-        node
-    }
 
     fn model(node: Vec<Operator>) -> Vec<u8> {
         let graph = EditedGraph {
@@ -72,7 +63,7 @@ mod tests {
         assert!(first_product(&model(vec![operator("MatMul", "x w", "y")])).is_none());
         let mut product = operator("MatMulNBits", "normed weight scales", "y");
         for (name, number) in [("K", 8), ("N", 4)] {
-            product = with_integer(product, name, number);
+            product.set_integer(name, number);
         }
         let product = first_product(&model(vec![
             operator("Norm", "x", "normed"),
@@ -82,7 +73,7 @@ mod tests {
         ]));
         let product = product.unwrap();
         assert_eq!(
-            lines(&product.graph),
+            lines(&Model::decode(&*product.graph).unwrap()),
             [
                 "Concat query key: weight",
                 "MatMulNBits normed weight scales: y"

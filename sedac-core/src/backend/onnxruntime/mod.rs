@@ -10,7 +10,11 @@ mod graph_executor;
 mod head;
 mod host_memory;
 mod huge_pages;
+mod operator;
+mod own_operators;
 mod pass;
+#[cfg(target_arch = "x86_64")]
+mod quantized_matmul;
 mod row_attention;
 mod rows;
 mod runtime;
@@ -29,8 +33,8 @@ use self::drafter::Drafter;
 pub use self::exits::Exits;
 pub use self::graph_executor::{GraphDevice, GraphExecutor};
 use self::head::Head;
+pub use self::own_operators::with_own_operators;
 use self::pass::{Contexts, Pass, Passes, Shared};
-pub use self::row_attention::with_row_attention;
 use self::rows::Rows;
 use self::runtime::{
     bind_input, binding, environment, layer_session, products_have_equal_rows, read, run, session,

@@ -20,7 +20,8 @@ use ort::{AsPointer, LoadDynamicError};
 
 use super::edited_graph::RowsValue;
 use super::first_product::{Product, first_product};
-use super::row_attention::{register, with_row_attention};
+use super::operator::register;
+use super::own_operators::{with_own_operators, with_own_products};
 use super::{huge_pages, stability_output};
 use crate::bundle::{Bundle, LayerEntry};
 use crate::error::{Error, Result};
@@ -126,10 +127,13 @@ impl Provider {
     }
 }
 
-/// Load the graph in `file` of `bundle` for the CPU.
+/// Load the graph in `file` of `bundle` for the CPU, with products of its own.
 pub(super) fn session(environment: &Environment, bundle: &Bundle, file: &Path) -> Result<Session> {
+    let (graph, directory) = bundle.gate.graph(file)?;
+    let graph = with_own_products(&graph).unwrap_or(graph);
     // SAFETY: there is no stream.
-    unsafe { device_session(environment, bundle, file, Provider::Cpu) }
+    let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
+    loaded.map_err(|source| not_loaded(bundle, file, source))
 }
 
 /// The graph of the layer or attention engine `entry` of `bundle` for the CPU, and where its weights are.
@@ -144,17 +148,14 @@ fn layer_graph(bundle: &Bundle, entry: &LayerEntry) -> Result<(Vec<u8>, PathBuf)
     Ok((graph, directory))
 }
 
-/// Load the layer or attention engine `entry` of `bundle` for the CPU, with attention of its own where
-/// it is one of ONNX Runtime's.
+/// Load the layer or attention engine `entry` of `bundle` for the CPU, with operators of its own.
 pub(super) fn layer_session(
     environment: &Environment,
     bundle: &Bundle,
     entry: &LayerEntry,
 ) -> Result<Session> {
-    let (mut graph, directory) = layer_graph(bundle, entry)?;
-    if let Some(with) = with_row_attention(&graph) {
-        graph = with;
-    }
+    let (graph, directory) = layer_graph(bundle, entry)?;
+    let graph = with_own_operators(&graph).unwrap_or(graph);
     // SAFETY: there is no stream.
     let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
     loaded.map_err(|source| not_loaded(bundle, &entry.file, source))
@@ -173,6 +174,7 @@ pub(super) fn products_have_equal_rows<'a>(
         let Some(Product { graph, values }) = first_product(&graph) else {
             continue;
         };
+        let graph = with_own_products(&graph).unwrap_or(graph);
         // SAFETY: there is no stream.
         let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
         let mut session = loaded.map_err(|source| not_loaded(bundle, file, source))?;

@@ -71,9 +71,13 @@ mod tests {
             ..Model::default()
         };
         let graph = without(&model.encode_to_vec()).unwrap();
-        let outputs = Model::decode(&*graph).unwrap().graph.unwrap().output;
-        let outputs = outputs.into_iter().map(|output| output.name);
-        lines(&graph).into_iter().chain(outputs).collect()
+        let model = Model::decode(&*graph).unwrap();
+        let lines = lines(&model);
+        let outputs = model.graph.unwrap().output.into_iter();
+        lines
+            .into_iter()
+            .chain(outputs.map(|output| output.name))
+            .collect()
     }
 
     #[test]

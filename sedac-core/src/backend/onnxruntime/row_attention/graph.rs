@@ -1,12 +1,8 @@
 //! Layer graphs whose attention is the chain's own.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::CStr;
 
-use prost::Message;
-
-use super::operator::{DOMAIN, NAME};
-use super::{POSITIONS, SLOTS};
+use super::{POSITIONS, RowAttention, SLOTS};
 use crate::backend::onnxruntime::edited_graph::{Model, Operator};
 use crate::bundle::onnx::{Dimension, Shape, TensorType, Type, ValueInfo};
 
@@ -18,30 +14,21 @@ const LENGTH_INPUTS: [&str; 2] = ["seqlens_k", "total_sequence_length"];
 
 const INT64: i32 = 7;
 
-/// An entry of `opset_import`.
-#[derive(Clone, PartialEq, Message)]
-struct OperatorSet {
-    #[prost(string, tag = "1")]
-    domain: String,
-    #[prost(int64, tag = "2")]
-    version: i64,
-}
-
-/// The layer graph `graph`, an ONNX file, as the CPU backend runs it: its attention is the chain's own
-/// operator, and rows may be of any sequences. None where its attention is no GroupQueryAttention, or
-/// takes more than is known here.
-pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
-    let mut model = Model::of_file(graph)?;
-    let graph = model.graph.as_mut()?;
+/// Have rows of any sequences attend by the chain's own operator in the layer graph `model`. False where its
+/// attention is no GroupQueryAttention, or takes more than is known here.
+pub(in super::super) fn replace_attention(model: &mut Model) -> bool {
+    let Some(graph) = model.graph.as_mut() else {
+        return false;
+    };
+    let is_known = |node: &Operator| node.input.iter().skip(9).all(String::is_empty);
     let mut attentions = graph
         .node
         .iter()
         .filter(|node| node.is_attention())
         .peekable();
-    attentions.peek()?;
-    let is_known = |node: &Operator| node.input.iter().skip(9).all(String::is_empty);
-    if !attentions.all(is_known) || !graph.node.iter().all(is_whole) {
-        return None;
+    let has_attention = attentions.peek().is_some();
+    if !(has_attention && attentions.all(is_known) && graph.node.iter().all(is_whole)) {
+        return false;
     }
     remove_spare_rows(&mut graph.node);
     graph
@@ -56,22 +43,13 @@ pub fn with_row_attention(graph: &[u8]) -> Option<Vec<u8>> {
     graph.input.push(indices(SLOTS, &[None]));
     let caches = graph.input.iter_mut().chain(&mut graph.output);
     caches.for_each(open_slots);
-    let domain = OperatorSet {
-        domain: in_text(DOMAIN),
-        version: 1,
-    };
-    model.opset_import.push(domain.encode_to_vec());
-    Some(model.encode_to_vec())
+    true
 }
 
 /// Whether `node` gives something, and of something where it may extend or cut rows.
 fn is_whole(node: &Operator) -> bool {
     let extends = matches!(&*node.op_type, "Pad" | "Add");
     !(node.output.is_empty() || extends && node.input.is_empty())
-}
-
-fn in_text(name: &CStr) -> String {
-    name.to_string_lossy().into_owned()
 }
 
 /// Make `node` the operator of this module.
@@ -84,8 +62,7 @@ fn replace(node: &mut Operator) {
         input.pop();
     }
     node.input = input;
-    node.op_type = in_text(NAME);
-    node.domain = in_text(DOMAIN);
+    node.make::<RowAttention>();
 }
 
 /// Give attention the rows themselves where the graph has it compute one more, as quantized graphs of
@@ -179,7 +156,7 @@ mod tests {
         indices(name, &sizes)
     }
 
-    fn model(node: Vec<Operator>) -> Vec<u8> {
+    fn model(node: Vec<Operator>) -> Model {
         let input = ["x", "seqlens_k", "total_sequence_length"].map(|name| value(name, &[1]));
         let graph = EditedGraph {
             node,
@@ -190,11 +167,14 @@ mod tests {
             output: vec![value("y", &[1]), value("present_key_0", &[1, 2, 9, 4])],
             ..EditedGraph::default()
         };
-        let model = Model {
+        Model {
             graph: Some(graph),
             ..Model::default()
-        };
-        model.encode_to_vec()
+        }
+    }
+
+    fn replaced(mut model: Model) -> Option<Model> {
+        replace_attention(&mut model).then_some(model)
     }
 
     fn sizes(value: &ValueInfo) -> Vec<Option<i64>> {
@@ -221,20 +201,15 @@ mod tests {
                 "y present_key_0 present_value_0",
             ),
         ]);
-        let graph = with_row_attention(&graph).unwrap();
+        let model = replaced(graph).unwrap();
         assert_eq!(
-            lines(&graph),
+            lines(&model),
             [
                 "MatMul x w: query",
                 "RowAttention query key value past_key_0 past_value_0 position_ids slots: \
                  y present_key_0 present_value_0",
             ]
         );
-        let model = Model::decode(&*graph).unwrap();
-        let [domain] = &model.opset_import[..] else {
-            panic!("an operator set more");
-        };
-        assert_eq!(OperatorSet::decode(&**domain).unwrap().domain, "sedac");
         let graph = model.graph.unwrap();
         let names: Vec<_> = graph.input.iter().map(|input| &*input.name).collect();
         assert_eq!(names, ["x", "past_key_0", "position_ids", "slots"]);
@@ -261,7 +236,7 @@ mod tests {
             operator("Add", "stays x", "y"),
         ]);
         assert_eq!(
-            lines(&with_row_attention(&graph).unwrap()),
+            lines(&replaced(graph).unwrap()),
             [
                 "RowAttention packed   past_key_0 past_value_0 position_ids slots cosines sines: \
                  attended present_key_0 present_value_0",
@@ -282,24 +257,15 @@ mod tests {
                 "y present_key_0 present_value_0",
             ),
         ] {
-            assert_eq!(with_row_attention(&model(vec![node])), None);
+            assert_eq!(replaced(model(vec![node])), None);
         }
         let attention = "query key value past_key_0 past_value_0 seqlens_k total";
         let mut broken = operator("GroupQueryAttention", attention, "y");
         broken.output.clear();
-        assert_eq!(with_row_attention(&model(vec![broken])), None);
+        assert_eq!(replaced(model(vec![broken])), None);
         let mut broken = operator("Pad", "x", "y");
         broken.input.clear();
         let attention = operator("GroupQueryAttention", attention, "z");
-        assert_eq!(with_row_attention(&model(vec![broken, attention])), None);
-        assert_eq!(with_row_attention(b"no protobuf"), None);
-    }
-
-    #[test]
-    fn fields_of_another_type_are_left_out() {
-        let graph = model(vec![operator("GroupQueryAttention", "query", "y")]);
-        let fixed = [&b"\x08\x00\x09\x00ORTM\x00\x00\x00"[..], &graph].concat();
-        assert_eq!(with_row_attention(&fixed), with_row_attention(&graph));
-        assert!(with_row_attention(&graph).is_some());
+        assert_eq!(replaced(model(vec![broken, attention])), None);
     }
 }

@@ -7,9 +7,7 @@
 
 mod graph;
 mod kernel;
-mod operator;
 mod rotary;
-mod tensors;
 
 use std::cell::RefCell;
 use std::ffi::CStr;
@@ -17,11 +15,10 @@ use std::sync::Mutex;
 
 use fearless_simd::Level;
 
-pub use self::graph::with_row_attention;
+pub(super) use self::graph::replace_attention;
 use self::kernel::{QUERIES, Query, Scores, attend};
-pub(super) use self::operator::register;
 use self::rotary::Rotary;
-use self::tensors::{Run, Tensor};
+use super::operator::{CustomOperator, Input, NodeInfo, Result, Run, Tensor};
 
 /// What graphs call where rows belong: the slot among the caches, and the position.
 pub(super) const SLOTS: &str = "slots";
@@ -34,8 +31,6 @@ thread_local! {
     static WEIGHTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-type Result<T> = std::result::Result<T, &'static str>;
-
 /// The operator with a node's attributes, which are those of GroupQueryAttention. It takes
 /// - query, key and value, fp32 [1, rows, heads * head size] each, or all in the first;
 /// - the caches of keys and values, fp32 [slots, key-value heads, positions, head size];
@@ -43,7 +38,7 @@ type Result<T> = std::result::Result<T, &'static str>;
 /// - tables of cosines and sines, fp32 [positions, rotated numbers / 2], where it rotates,
 ///
 /// and gives what rows attend to, fp32 [1, rows, heads * head size], and the caches, in the same memory.
-struct RowAttention {
+pub(super) struct RowAttention {
     level: Level,
     heads: usize,
     key_heads: usize,
@@ -129,20 +124,33 @@ impl<'a> Given<'a> {
     }
 }
 
-impl RowAttention {
-    /// Of whole numbers and others by their names, 0 where there is none.
-    fn of_attributes(count: impl Fn(&CStr) -> usize, number: impl Fn(&CStr) -> f32) -> Self {
-        Self {
+impl CustomOperator for RowAttention {
+    const NAME: &'static CStr = c"RowAttention";
+    const INPUTS: &'static [Input] = &[
+        Input::FLOATS,
+        Input::FLOATS.optional(),
+        Input::FLOATS.optional(),
+        Input::FLOATS,
+        Input::FLOATS,
+        Input::INTEGERS,
+        Input::INTEGERS,
+        Input::FLOATS.optional(),
+        Input::FLOATS.optional(),
+    ];
+    const OUTPUTS: usize = 3;
+
+    fn new(node: &NodeInfo) -> Result<Self> {
+        Ok(Self {
             level: Level::new(),
-            heads: count(c"num_heads"),
-            key_heads: count(c"kv_num_heads"),
-            scale: Some(number(c"scale")).filter(|&scale| scale != 0.0),
-            softcap: number(c"softcap"),
-            window: Some(count(c"local_window_size")).filter(|&window| window > 0),
-            rotates: count(c"do_rotary") == 1,
-            is_interleaved: count(c"rotary_interleaved") == 1,
+            heads: node.integer(c"num_heads"),
+            key_heads: node.integer(c"kv_num_heads"),
+            scale: Some(node.number(c"scale")).filter(|&scale| scale != 0.0),
+            softcap: node.number(c"softcap"),
+            window: Some(node.integer(c"local_window_size")).filter(|&window| window > 0),
+            rotates: node.integer(c"do_rotary") == 1,
+            is_interleaved: node.integer(c"rotary_interleaved") == 1,
             queries: Vec::new(),
-        }
+        })
     }
 
     fn compute(&mut self, run: &Run) -> Result<()> {
@@ -207,7 +215,9 @@ impl RowAttention {
         let attended = unsafe { attended.numbers_mut() };
         self.attend(run, &places, [keys, values], attended)
     }
+}
 
+impl RowAttention {
     /// Fails where the numbers given are not those of as many rows.
     fn check(&self, given: &Given<'_>, places: &Places<'_>) -> Result<()> {
         let [_, key_heads, _, size] = places.shape;

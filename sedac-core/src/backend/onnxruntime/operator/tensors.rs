@@ -1,24 +1,85 @@
-//! The tensors of a kernel's run, without the copies of their types that `ort` makes: a layer has eleven,
+//! A node's attributes, and the tensors of a run, without the copies of their types that `ort` makes: a layer has eleven,
 //! and 3 us of a row's 15 went to them.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::ptr;
 use std::slice;
 
-use ort::sys::{ONNXTensorElementDataType, OrtApi, OrtKernelContext, OrtStatusPtr, OrtValue};
+use ort::sys::{
+    ONNXTensorElementDataType, OrtApi, OrtKernelContext, OrtKernelInfo, OrtStatusPtr, OrtValue,
+};
 
-use super::Result;
-use super::operator::release;
+use super::{Result, release};
 
-/// A run of a kernel: both are live while it lasts.
-pub(super) struct Run {
+/// A node that an operator is made for: it is live meanwhile.
+pub(in super::super) struct NodeInfo {
+    pub(super) api: &'static OrtApi,
+    pub(super) info: *const OrtKernelInfo,
+}
+
+impl NodeInfo {
+    /// The attribute `name`, 0 where there is none.
+    pub(in super::super) fn integer(&self, name: &CStr) -> usize {
+        let mut number = 0;
+        // SAFETY: the node is live, and `number` is written where there is such an attribute.
+        let status = unsafe {
+            (self.api.KernelInfoGetAttribute_int64)(self.info, name.as_ptr(), &mut number)
+        };
+        release(self.api, status);
+        usize::try_from(number).unwrap_or(0)
+    }
+
+    /// The attribute `name`, 0 where there is none.
+    pub(in super::super) fn number(&self, name: &CStr) -> f32 {
+        let mut number = 0.0;
+        // SAFETY: as in `integer`.
+        let status = unsafe {
+            (self.api.KernelInfoGetAttribute_float)(self.info, name.as_ptr(), &mut number)
+        };
+        release(self.api, status);
+        number
+    }
+
+    /// How many inputs there are, those left out included.
+    pub(in super::super) fn inputs(&self) -> usize {
+        let mut count = 0;
+        // SAFETY: the node is live, and `count` is written by the call.
+        let status = unsafe { (self.api.KernelInfo_GetInputCount)(self.info, &mut count) };
+        if release(self.api, status) { count } else { 0 }
+    }
+
+    /// The input `index`, which is the same in all runs.
+    ///
+    /// # Errors
+    /// Where it is not, or of another type.
+    pub(in super::super) fn constant<T: Element>(&self, index: usize) -> Result<Tensor<'_, T>> {
+        let (mut is_constant, mut value) = (0, ptr::null());
+        // SAFETY: the node is live, and both are written by the call.
+        let status = unsafe {
+            let get = self.api.KernelInfoGetConstantInput_tensor;
+            get(self.info, index, &mut is_constant, &mut value)
+        };
+        if !release(self.api, status) || is_constant == 0 || value.is_null() {
+            return Err("weights that are not in the graph");
+        }
+        // SAFETY: constants live as long as the session.
+        unsafe { Tensor::of(self.api, value.cast_mut()) }
+    }
+}
+
+/// A run of an operator: both are live while it lasts.
+pub(in super::super) struct Run {
     pub(super) api: &'static OrtApi,
     pub(super) context: *mut OrtKernelContext,
 }
 
 impl Run {
     /// Call `work` with each number below `count`, on the threads of the session.
-    pub(super) fn in_parallel(&self, count: usize, work: &(dyn Fn(usize) + Sync)) -> Result<()> {
+    pub(in super::super) fn in_parallel(
+        &self,
+        count: usize,
+        work: &(dyn Fn(usize) + Sync),
+    ) -> Result<()> {
         unsafe extern "C" fn call(work: *mut c_void, index: usize) {
             // SAFETY: it is the reference below, which outlives the calls.
             let work = unsafe { *work.cast::<&(dyn Fn(usize) + Sync)>() };
@@ -30,19 +91,24 @@ impl Run {
             let run = self.api.KernelContext_ParallelFor;
             run(self.context, call, count, 0, work.cast_mut().cast())
         };
-        self.checked(status, "its threads do not run")
-    }
-
-    fn checked(&self, status: OrtStatusPtr, problem: &'static str) -> Result<()> {
-        match release(self.api, status) {
-            true => Ok(()),
-            false => Err(problem),
-        }
+        checked(self.api, status, "its threads do not run")
     }
 }
 
+fn checked(api: &OrtApi, status: OrtStatusPtr, problem: &'static str) -> Result<()> {
+    match release(api, status) {
+        true => Ok(()),
+        false => Err(problem),
+    }
+}
+
+impl Element for u8 {
+    const TYPE: ONNXTensorElementDataType =
+        ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+}
+
 /// What tensors are of.
-pub(super) trait Element: Copy {
+pub(in super::super) trait Element: Copy {
     /// ONNX Runtime's name for it.
     const TYPE: ONNXTensorElementDataType;
 }
@@ -58,8 +124,8 @@ impl Element for i64 {
 }
 
 /// A tensor while the kernel runs.
-pub(super) struct Tensor<'a, T> {
-    pub(super) shape: &'a [i64],
+pub(in super::super) struct Tensor<'a, T> {
+    pub(in super::super) shape: &'a [i64],
     data: *mut T,
 }
 
@@ -68,15 +134,15 @@ impl<'a, T: Element> Tensor<'a, T> {
     ///
     /// # Errors
     /// Where it is of another type.
-    pub(super) fn input(run: &'a Run, index: usize) -> Result<Option<Self>> {
+    pub(in super::super) fn input(run: &'a Run, index: usize) -> Result<Option<Self>> {
         let mut value: *const OrtValue = ptr::null();
         // SAFETY: the context is live, and `value` is written by the call.
         let status = unsafe { (run.api.KernelContext_GetInput)(run.context, index, &mut value) };
-        run.checked(status, "an input cannot be had")?;
+        checked(run.api, status, "an input cannot be had")?;
         match value.is_null() {
             true => Ok(None),
             // SAFETY: inputs are live while the kernel runs.
-            false => unsafe { Self::of(run, value.cast_mut()) }.map(Some),
+            false => unsafe { Self::of(run.api, value.cast_mut()) }.map(Some),
         }
     }
 
@@ -84,7 +150,7 @@ impl<'a, T: Element> Tensor<'a, T> {
     ///
     /// # Errors
     /// Where it is bound to memory of another shape or type.
-    pub(super) fn output(run: &'a Run, index: usize, shape: &[i64]) -> Result<Self> {
+    pub(in super::super) fn output(run: &'a Run, index: usize, shape: &[i64]) -> Result<Self> {
         let mut value = ptr::null_mut();
         // SAFETY: the context is live, the shape has as many sizes as are said, and `value` is written by
         // the call.
@@ -92,29 +158,29 @@ impl<'a, T: Element> Tensor<'a, T> {
             let get = run.api.KernelContext_GetOutput;
             get(run.context, index, shape.as_ptr(), shape.len(), &mut value)
         };
-        run.checked(status, "an output cannot be had")?;
+        checked(run.api, status, "an output cannot be had")?;
         if value.is_null() {
             return Err("an output is missing");
         }
         // SAFETY: outputs are live while the kernel runs.
-        unsafe { Self::of(run, value) }
+        unsafe { Self::of(run.api, value) }
     }
 
     /// # Safety
     /// `value` is live while the kernel runs.
-    unsafe fn of(run: &Run, value: *mut OrtValue) -> Result<Self> {
+    unsafe fn of(api: &OrtApi, value: *mut OrtValue) -> Result<Self> {
         let mut element = ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         let (mut sizes, mut rank, mut data) = (ptr::null(), 0, ptr::null_mut());
         // SAFETY: what the caller promises; all others are written by the calls.
         let (typed, given) = unsafe {
-            let describe = run.api.GetTensorElementTypeAndShapeDataReference;
+            let describe = api.GetTensorElementTypeAndShapeDataReference;
             (
                 describe(value, &mut element, &mut sizes, &mut rank),
-                (run.api.GetTensorMutableData)(value, &mut data),
+                (api.GetTensorMutableData)(value, &mut data),
             )
         };
-        run.checked(typed, "a value that is no tensor")?;
-        run.checked(given, "a tensor without numbers")?;
+        checked(api, typed, "a value that is no tensor")?;
+        checked(api, given, "a tensor without numbers")?;
         if element != T::TYPE {
             return Err("a tensor of another type");
         }
@@ -138,12 +204,12 @@ impl<'a, T: Element> Tensor<'a, T> {
     }
 
     /// The first number's address.
-    pub(super) fn address(&self) -> *const T {
+    pub(in super::super) fn address(&self) -> *const T {
         self.data
     }
 
     /// Whether the two share memory.
-    pub(super) fn overlaps(&self, other: &Self) -> bool {
+    pub(in super::super) fn overlaps(&self, other: &Self) -> bool {
         let of = |tensor: &Self| {
             let first = tensor.data.addr();
             first..first + tensor.count() * size_of::<T>()
@@ -156,7 +222,7 @@ impl<'a, T: Element> Tensor<'a, T> {
     ///
     /// # Safety
     /// Nothing writes them while the slice lives.
-    pub(super) unsafe fn numbers(&self) -> &'a [T] {
+    pub(in super::super) unsafe fn numbers(&self) -> &'a [T] {
         match self.count() {
             0 => &[],
             // SAFETY: they belong to the tensor, which ONNX Runtime has allocated for its shape; and what
@@ -169,7 +235,7 @@ impl<'a, T: Element> Tensor<'a, T> {
     ///
     /// # Safety
     /// Nothing else reads or writes them while the slice lives.
-    pub(super) unsafe fn numbers_mut(&mut self) -> &'a mut [T] {
+    pub(in super::super) unsafe fn numbers_mut(&mut self) -> &'a mut [T] {
         match self.count() {
             0 => &mut [],
             // SAFETY: as in `numbers`.

@@ -1,0 +1,196 @@
+//! Products of rows and quantized weights.
+//!
+//! In the place of ONNX Runtime's MatMulNBits, of which eight rows take as long as five or six one by one,
+//! and which on CPUs without AVX-512 computes a row alone by another kernel than beside others, so that it
+//! has other bits.
+
+mod activations;
+mod graph;
+mod kernel;
+mod lanes;
+mod weights;
+
+use std::ffi::CStr;
+use std::sync::Mutex;
+
+use self::activations::Activations;
+pub(super) use self::graph::replace_products;
+use self::kernel::Instructions;
+use self::weights::{Format, GROUP, Part, Weights};
+use super::operator::{CustomOperator, Input, NodeInfo, Result, Run, Tensor};
+
+/// The attribute that says whether blocks have zero points.
+const HAS_ZERO_POINTS: &CStr = c"has_zero_points";
+
+/// Rows that a thread multiplies with the same weights before it takes others.
+const ROWS_AT_ONCE: usize = 64;
+/// Products of two numbers below which waking other threads takes longer.
+const PRODUCTS_ALONE: usize = 100_000;
+/// Numbers to round below which it does.
+const NUMBERS_ALONE: usize = 16_384;
+
+/// The operator with MatMulNBits' attributes K, N, bits and block_size. It takes
+/// - the rows, fp32 [..., K];
+/// - the bias, fp32 [N], where there is one;
+/// - of each part of the matrix's columns the weights, uint8 [columns, blocks, bytes of a block], their
+///   scales, fp32 [columns, blocks], and, where `has_zero_points` is 1, their zero points, uint8 [columns,
+///   bytes of the zero points],
+///
+/// and gives their product, fp32 [..., N]. Rows are rounded to 8 bits, as MatMulNBits does at
+/// `accuracy_level` 4.
+pub(super) struct QuantizedMatMul {
+    instructions: Instructions,
+    weights: Weights,
+    activations: Activations,
+}
+
+impl CustomOperator for QuantizedMatMul {
+    const NAME: &'static CStr = c"QuantizedMatMul";
+    const INPUTS: &'static [Input] = &[Input::FLOATS, Input::FLOATS.optional(), Input::OTHERS];
+    const OUTPUTS: usize = 1;
+
+    fn new(node: &NodeInfo) -> Result<Self> {
+        let instructions = Instructions::of_cpu().ok_or("a CPU without AVX2")?;
+        let format = Format {
+            bits: node.integer(c"bits"),
+            block_size: node.integer(c"block_size"),
+            rows: node.integer(c"K"),
+            has_zero_points: node.integer(HAS_ZERO_POINTS) == 1,
+        };
+        if !format.is_known() {
+            return Err("weights in an unknown format");
+        }
+        let tensors = if format.has_zero_points { 3 } else { 2 };
+        let part = |first: usize| -> Result<_> {
+            let numbers = node.constant::<u8>(first)?;
+            let scales = node.constant::<f32>(first + 1)?;
+            let zero_points = match format.has_zero_points {
+                true => Some(node.constant::<u8>(first + 2)?),
+                false => None,
+            };
+            // SAFETY: nothing writes constants.
+            Ok(unsafe {
+                Part {
+                    numbers: numbers.numbers(),
+                    scales: scales.numbers(),
+                    zero_points: zero_points.map(|zero_points| zero_points.numbers()),
+                }
+            })
+        };
+        let parts = (2..node.inputs()).step_by(tensors).map(part);
+        let weights = Weights::pack(format, &parts.collect::<Result<Vec<_>>>()?);
+        let weights = weights.filter(|weights| weights.columns == node.integer(c"N"));
+        Ok(Self {
+            instructions,
+            weights: weights.ok_or("weights of other sizes")?,
+            activations: Activations::default(),
+        })
+    }
+
+    fn compute(&mut self, run: &Run) -> Result<()> {
+        let x = Tensor::<f32>::input(run, 0)?.ok_or("rows are missing")?;
+        let (format, columns) = (self.weights.format, self.weights.columns);
+        if x.shape.last().map(|&width| width as usize) != Some(format.rows) {
+            return Err("rows of another width");
+        }
+        let mut shape = x.shape.to_vec();
+        shape.splice(shape.len() - 1.., [columns as i64]);
+        // SAFETY: nothing writes inputs.
+        let x = unsafe { x.numbers() };
+        let bias = Tensor::<f32>::input(run, 1)?;
+        // SAFETY: as above.
+        let bias = bias.map(|bias| unsafe { bias.numbers() });
+        if bias.is_some_and(|bias| bias.len() != columns) {
+            return Err("a bias of another size");
+        }
+        let mut output = Tensor::<f32>::output(run, 0, &shape)?;
+        // SAFETY: memory of its own.
+        let output = unsafe { output.numbers_mut() };
+        self.round(run, x)?;
+        self.multiply(run, bias, output)
+    }
+}
+
+impl QuantizedMatMul {
+    /// Round the rows `x`.
+    fn round(&mut self, run: &Run, x: &[f32]) -> Result<()> {
+        let format = self.weights.format;
+        let rows = x.len() / format.rows;
+        self.activations.resize(rows, format);
+        let x = x.chunks_exact(format.rows);
+        let rounded = x.zip(self.activations.new_rows());
+        if rows * format.rows < NUMBERS_ALONE {
+            for (numbers, mut row) in rounded {
+                self.instructions.round(numbers, format, &mut row);
+            }
+            return Ok(());
+        }
+        // no thread waits for one: each has another row
+        let rounded: Vec<_> = rounded.map(Mutex::new).collect();
+        run.in_parallel(rows, &|row| {
+            if let Ok(mut row) = rounded[row].lock() {
+                let (numbers, row) = &mut *row;
+                self.instructions.round(numbers, format, row);
+            }
+        })
+    }
+
+    /// Write the product of the rows that were rounded, with `bias`, to `output`, [rows, columns].
+    fn multiply(&self, run: &Run, bias: Option<&[f32]>, output: &mut [f32]) -> Result<()> {
+        let columns = self.weights.columns;
+        let rows = output.len() / columns;
+        let output = Output {
+            numbers: output.as_mut_ptr(),
+            columns,
+        };
+        let groups = self.weights.groups();
+        let multiply = |index: usize| {
+            let group = index % groups;
+            let first = index / groups * ROWS_AT_ONCE;
+            let rows = first..(first + ROWS_AT_ONCE).min(rows);
+            let start = group * GROUP;
+            let bias = bias.map(|bias| &bias[start..(start + GROUP).min(columns)]);
+            let write = |row: usize, numbers: &[f32; GROUP]| {
+                // SAFETY: the row is one of the output's, and no other call is for these of its columns.
+                let output = unsafe { output.columns_of(row, start) };
+                output.copy_from_slice(&numbers[..output.len()]);
+                for (number, bias) in output.iter_mut().zip(bias.unwrap_or_default()) {
+                    *number += bias;
+                }
+            };
+            let (activations, weights) = (&self.activations, &self.weights);
+            self.instructions
+                .multiply(activations, rows, weights, group, write);
+        };
+        let count = rows.div_ceil(ROWS_AT_ONCE) * groups;
+        if rows * columns * self.weights.format.rows < PRODUCTS_ALONE {
+            (0..count).for_each(multiply);
+            return Ok(());
+        }
+        run.in_parallel(count, &multiply)
+    }
+}
+
+/// Where products go, [rows, columns].
+struct Output {
+    numbers: *mut f32,
+    columns: usize,
+}
+
+// SAFETY: threads write to other columns each, as `columns_of` asks for.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// The columns of a group from `start` on.
+    ///
+    /// # Safety
+    /// There are so many rows, and nothing else uses the columns while they are borrowed.
+    #[expect(clippy::mut_from_ref, reason = "each caller has other columns")]
+    unsafe fn columns_of(&self, row: usize, start: usize) -> &mut [f32] {
+        let count = GROUP.min(self.columns - start);
+        // SAFETY: what the caller promises.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.numbers.add(row * self.columns + start), count)
+        }
+    }
+}
