@@ -3,9 +3,11 @@
 from functools import cache
 
 import numpy as np
-import onnxruntime
 import pytest
+from conftest import THREADS
 from onnx import TensorProto, helper, numpy_helper
+
+from sedac_export.bundle.sessions import Engine, shipped_graph
 
 ROWS, COLUMNS, OUTPUTS, BLOCK = 4, 256, 512, 32
 
@@ -18,15 +20,15 @@ def skip_where_rows_differ(precision: str) -> None:
 
 @cache
 def rows_have_the_same_bits(bits: int) -> bool:
-    """Of MatMulNBits as bundles have it: symmetric blocks, activations in 8 bits."""
-    session = _product(bits)
+    """Of products as the runtime computes bundles': symmetric blocks, activations in 8 bits."""
+    product = _product(bits)
     x = np.random.default_rng(1).standard_normal((ROWS, COLUMNS)).astype(np.float32)
-    (together,) = session.run(None, {"x": x})
-    alone = [session.run(None, {"x": row[None]})[0] for row in x]
+    together = product.run({"x": x})["y"]
+    alone = [product.run({"x": row[None]})["y"] for row in x]
     return np.array_equal(together, np.concatenate(alone))
 
 
-def _product(bits: int) -> onnxruntime.InferenceSession:
+def _product(bits: int) -> Engine:
     generator, blocks = np.random.default_rng(0), COLUMNS // BLOCK
     numbers = generator.integers(0, 256, (OUTPUTS, blocks, BLOCK * bits // 8), dtype=np.uint8)
     scales = generator.random(OUTPUTS * blocks, dtype=np.float32)
@@ -53,6 +55,4 @@ def _product(bits: int) -> onnxruntime.InferenceSession:
     graph = helper.make_graph([node], "product", [x], [y], weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    return Engine(shipped_graph(model.SerializeToString()), THREADS)

@@ -560,9 +560,9 @@ def read_manifest(directory: _Path) -> bytes:
     """The text of bundle.json in `directory`, which has its digest and a schema that is known."""
 
 def with_own_operators(graph: bytes) -> bytes | None:
-    """The layer graph `graph`, an ONNX file, as the CPU backend runs it: with the operator
-    sedac.RowAttention, which this library gives ONNX Runtime (`register_custom_ops_library`). None
-    where it runs as it is."""
+    """The graph `graph`, an ONNX file, as the CPU backend runs layers: with operators of its own,
+    which this library gives ONNX Runtime (`register_custom_ops_library`). None where it runs as it
+    is."""
 
 def read_unlisted(directory: _Path, name: _Path) -> bytes | None:
     """The text of the file `name` of the bundle in `directory`, None where there is none."""

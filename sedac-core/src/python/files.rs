@@ -142,7 +142,7 @@ pub(super) fn read_unlisted(
     Ok(text.map(|text| PyBytes::new(py, &text)))
 }
 
-/// The layer graph `graph` as the CPU backend runs it; None where it is as it is.
+/// The graph `graph` as the CPU backend runs layers; None where it is as it is.
 #[pyfunction]
 #[pyo3(signature = (graph))]
 pub(super) fn with_own_operators<'py>(

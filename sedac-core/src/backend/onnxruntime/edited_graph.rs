@@ -7,9 +7,7 @@ use prost::Message;
 use prost::encoding::{DecodeContext, WireType, decode_key, skip_field};
 
 use super::operator::{CustomOperator, DOMAIN};
-use crate::bundle::onnx::{Dimension, Shape, TensorType, Type, ValueInfo};
-
-const FLOAT: i32 = 1;
+use crate::bundle::onnx::ValueInfo;
 
 /// An ONNX file whose parts that stay as they are are not read.
 #[derive(Clone, PartialEq, Message)]
@@ -72,16 +70,11 @@ struct IntegerAttribute {
 /// The type of attributes that are integers.
 const INT: i32 = 2;
 
-/// A value, fp32 [1, rows, width].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct RowsValue {
-    pub(super) name: String,
-    pub(super) width: usize,
-}
-
 /// What is said of a stored tensor, without its numbers.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Stored {
+    #[prost(int64, repeated, tag = "1")]
+    pub(super) dims: Vec<i64>,
     #[prost(int32, tag = "2")]
     pub(super) data_type: i32,
     #[prost(string, tag = "8")]
@@ -148,10 +141,18 @@ impl Operator {
         usize::try_from(attribute.i?).ok()
     }
 
+    /// Whether its attributes are some of `names`.
+    pub(super) fn has_attributes(&self, names: &[&str]) -> bool {
+        let mut attributes = self.attribute.iter();
+        attributes.all(|bytes| {
+            IntegerAttribute::decode(&**bytes).is_ok_and(|of| names.contains(&&*of.name))
+        })
+    }
+
     /// Add the attribute `name`.
-    pub(super) fn set_integer(&mut self, name: &str, number: usize) {
+    pub(super) fn set_integer(&mut self, name: &CStr, number: usize) {
         let attribute = IntegerAttribute {
-            name: name.into(),
+            name: in_text(name),
             i: Some(number as i64),
             r#type: INT,
         };
@@ -159,56 +160,45 @@ impl Operator {
     }
 }
 
-/// What of `graph` makes `to` of its inputs and `from`.
-pub(super) fn piece(graph: &EditedGraph, from: &[ValueInfo], to: &[&ValueInfo]) -> EditedGraph {
-    let given: HashSet<_> = from.iter().map(|value| &value.name).collect();
-    let mut wanted: HashSet<_> = to.iter().map(|value| &value.name).collect();
-    let mut nodes = Vec::new();
-    // they are in the order in which they run
-    for node in graph.node.iter().rev() {
-        let outputs = || node.output.iter().filter(|name| !name.is_empty());
-        if outputs().any(|name| wanted.contains(name) && !given.contains(name)) {
-            wanted.extend(&node.input);
-            nodes.push(node.clone());
+impl EditedGraph {
+    /// What of it makes `outputs`.
+    pub(super) fn piece(&self, outputs: &[&ValueInfo]) -> Self {
+        let mut wanted: HashSet<_> = outputs.iter().map(|value| &value.name).collect();
+        let mut nodes = Vec::new();
+        // they are in the order in which they run
+        for node in self.node.iter().rev() {
+            let mut outputs = node.output.iter().filter(|name| !name.is_empty());
+            if outputs.any(|name| wanted.contains(name)) {
+                wanted.extend(&node.input);
+                nodes.push(node.clone());
+            }
+        }
+        nodes.reverse();
+        let inputs = self.input.iter();
+        let inputs = inputs.filter(|value| wanted.contains(&value.name));
+        let initializers = self.initializer.iter().filter(|tensor| {
+            Stored::decode(&***tensor).is_ok_and(|stored| wanted.contains(&stored.name))
+        });
+        Self {
+            node: nodes,
+            name: self.name.clone(),
+            initializer: initializers.cloned().collect(),
+            input: inputs.cloned().collect(),
+            output: outputs.iter().copied().cloned().collect(),
+            sparse_initializer: Vec::new(),
         }
     }
-    nodes.reverse();
-    let inputs = graph.input.iter().chain(from);
-    let inputs = inputs.filter(|value| wanted.contains(&value.name));
-    let initializers = graph.initializer.iter().filter(|tensor| {
-        Stored::decode(&***tensor).is_ok_and(|stored| wanted.contains(&stored.name))
-    });
-    EditedGraph {
-        node: nodes,
-        name: graph.name.clone(),
-        initializer: initializers.cloned().collect(),
-        input: inputs.cloned().collect(),
-        output: to.iter().copied().cloned().collect(),
-        sparse_initializer: Vec::new(),
-    }
-}
 
-impl RowsValue {
-    pub(super) fn value(&self) -> ValueInfo {
-        let size = |size: usize| Dimension {
-            dim_value: Some(size as i64),
-            dim_param: None,
-        };
-        let rows = Dimension {
-            dim_value: None,
-            dim_param: Some("tokens".into()),
-        };
-        let shape = Shape {
-            dim: vec![size(1), rows, size(self.width)],
-        };
-        ValueInfo {
-            name: self.name.clone(),
-            r#type: Some(Type {
-                tensor_type: Some(TensorType {
-                    elem_type: FLOAT,
-                    shape: Some(shape),
-                }),
-            }),
+    /// Remove the nodes that give one of `values`, and what they alone read, as far as nothing reads it.
+    pub(super) fn remove_unread(&mut self, mut values: Vec<String>) {
+        while let Some(value) = values.pop() {
+            let mut outputs = self.output.iter();
+            let is_output = outputs.any(|output| output.name == value);
+            let is_read = is_output || self.node.iter().any(|node| node.input.contains(&value));
+            let gives = |node: &Operator| node.output.len() == 1 && node.output[0] == value;
+            if let Some(index) = self.node.iter().position(gives).filter(|_| !is_read) {
+                values.extend(self.node.remove(index).input);
+            }
         }
     }
 }
@@ -227,6 +217,16 @@ pub(super) mod examples {
             op_type: op_type.into(),
             ..Operator::default()
         }
+    }
+
+    /// The stored tensor `name`, without its numbers.
+    pub(in super::super) fn stored(name: &str, data_type: i32, dims: &[i64]) -> Vec<u8> {
+        let stored = Stored {
+            dims: dims.to_vec(),
+            data_type,
+            name: name.into(),
+        };
+        stored.encode_to_vec()
     }
 
     /// A line for each node of `model`.

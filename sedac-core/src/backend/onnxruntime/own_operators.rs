@@ -4,7 +4,9 @@ use prost::Message;
 
 use super::edited_graph::Model;
 #[cfg(target_arch = "x86_64")]
-use super::quantized_matmul::replace_products;
+use super::half_matmul::replace_half_products;
+#[cfg(target_arch = "x86_64")]
+use super::quantized_matmul::replace_quantized_products;
 use super::row_attention::replace_attention;
 
 /// The ONNX file `graph` with the chain's own operators, as the CPU backend runs layers: attention takes rows
@@ -19,6 +21,11 @@ pub fn with_own_operators(graph: &[u8]) -> Option<Vec<u8>> {
 /// The same with its own attention, as other engines are run.
 pub(super) fn with_own_products(graph: &[u8]) -> Option<Vec<u8>> {
     edited(graph, replace_products)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn replace_products(model: &mut Model) -> bool {
+    replace_quantized_products(model) | replace_half_products(model)
 }
 
 /// Kernels are written for x86-64.

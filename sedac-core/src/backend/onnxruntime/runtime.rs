@@ -18,8 +18,6 @@ use ort::value::{
 };
 use ort::{AsPointer, LoadDynamicError};
 
-use super::edited_graph::RowsValue;
-use super::first_product::{Product, first_product};
 use super::operator::register;
 use super::own_operators::{with_own_operators, with_own_products};
 use super::{huge_pages, stability_output};
@@ -159,43 +157,6 @@ pub(super) fn layer_session(
     // SAFETY: there is no stream.
     let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
     loaded.map_err(|source| not_loaded(bundle, &entry.file, source))
-}
-
-/// Whether the first product with quantized weights in `files`, layer engines of `bundle`, gives a row
-/// the same bits alone and beside another: some CPUs multiply one row of numbers and several by kernels
-/// that round differently.
-pub(super) fn products_have_equal_rows<'a>(
-    environment: &Environment,
-    bundle: &Bundle,
-    files: impl IntoIterator<Item = &'a Path>,
-) -> Result<bool> {
-    for file in files {
-        let (graph, directory) = bundle.gate.graph(file)?;
-        let Some(Product { graph, values }) = first_product(&graph) else {
-            continue;
-        };
-        let graph = with_own_products(&graph).unwrap_or(graph);
-        // SAFETY: there is no stream.
-        let loaded = unsafe { load(environment, &graph, &directory, Provider::Cpu) };
-        let mut session = loaded.map_err(|source| not_loaded(bundle, file, source))?;
-        let alone = first_row(&mut session, &values, 1)?;
-        return Ok(alone == first_row(&mut session, &values, 2)?);
-    }
-    Ok(true)
-}
-
-/// What `session` makes of the first of `rows` equal rows.
-fn first_row(session: &mut Session, [x, y]: &[RowsValue; 2], rows: usize) -> Result<Vec<f32>> {
-    let numbers = (0..rows * x.width).map(|place| (place % x.width) as f32);
-    let numbers: Vec<_> = numbers.map(f32::sin).collect();
-    let mut input = tensor(&[1, rows, x.width])?;
-    let mut output = tensor::<f32>(&[1, rows, y.width])?;
-    write(&mut input, &numbers);
-    let mut bound = binding(session)?;
-    bind_input(&mut bound, &x.name, &input)?;
-    bind_output(&mut bound, &y.name, &mut output)?;
-    run(session, &bound, || "a product".into())?;
-    Ok(read(&output)[..y.width].to_vec())
 }
 
 /// Load the graph in `file` of `bundle` for `provider`, which takes all of its nodes or fails.

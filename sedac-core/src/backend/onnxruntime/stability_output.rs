@@ -5,7 +5,7 @@
 
 use prost::Message;
 
-use super::edited_graph::{EditedGraph, Model, Operator, piece};
+use super::edited_graph::{EditedGraph, Model, Operator};
 use crate::bundle::onnx::ValueInfo;
 
 const STABILITY: &str = "stability";
@@ -18,7 +18,7 @@ pub(super) fn without(graph: &[u8]) -> Option<Vec<u8>> {
     let whole = model.graph.as_ref()?;
     let outputs = whole.output.iter();
     let outputs: Vec<&ValueInfo> = outputs.filter(|output| output.name != STABILITY).collect();
-    let mut rest = piece(whole, &[], &outputs);
+    let mut rest = whole.piece(&outputs);
     drop_unread_norms(&mut rest);
     model.graph = Some(rest);
     Some(model.encode_to_vec())

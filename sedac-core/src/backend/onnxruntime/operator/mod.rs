@@ -16,7 +16,9 @@ use ort::sys::{
     OrtMemType, OrtSessionOptions, OrtStatusPtr,
 };
 
-pub(super) use self::tensors::{NodeInfo, Run, Tensor};
+pub(super) use self::tensors::{Element, NodeInfo, Run, Tensor};
+#[cfg(target_arch = "x86_64")]
+use super::half_matmul::HalfMatMul;
 #[cfg(target_arch = "x86_64")]
 use super::quantized_matmul::QuantizedMatMul;
 use super::row_attention::RowAttention;
@@ -135,6 +137,8 @@ pub(super) unsafe fn register(options: *mut OrtSessionOptions, api: &OrtApi) -> 
         Table::<RowAttention>::TABLE,
         #[cfg(target_arch = "x86_64")]
         Table::<QuantizedMatMul>::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Table::<HalfMatMul>::TABLE,
     ];
     // SAFETY: what the caller promises; operators are static, and sessions may go on using the domain,
     // which is some bytes and stays.

@@ -102,13 +102,23 @@ fn checked(api: &OrtApi, status: OrtStatusPtr, problem: &'static str) -> Result<
     }
 }
 
+impl Element for half::f16 {
+    const TYPE: ONNXTensorElementDataType =
+        ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+}
+
+impl Element for half::bf16 {
+    const TYPE: ONNXTensorElementDataType =
+        ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+}
+
 impl Element for u8 {
     const TYPE: ONNXTensorElementDataType =
         ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 }
 
 /// What tensors are of.
-pub(in super::super) trait Element: Copy {
+pub(in super::super) trait Element: Copy + 'static {
     /// ONNX Runtime's name for it.
     const TYPE: ONNXTensorElementDataType;
 }

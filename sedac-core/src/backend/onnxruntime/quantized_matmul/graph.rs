@@ -1,22 +1,17 @@
 //! Graphs whose products with quantized weights are the chain's own.
 
-use std::collections::{HashMap, HashSet};
-
-use prost::Message;
-
 use super::kernel::Instructions;
 use super::weights::Format;
 use super::{HAS_ZERO_POINTS, QuantizedMatMul};
-use crate::backend::onnxruntime::edited_graph::{EditedGraph, Model, Operator, Stored};
+use crate::backend::onnxruntime::edited_graph::{Model, Operator};
+use crate::backend::onnxruntime::stored_values::{FLOAT, StoredValues, UINT8};
 
 /// The `accuracy_level` of products whose rows are rounded to 8 bits.
 const ROUNDED: usize = 4;
-const FLOAT: i32 = 1;
-const UINT8: i32 = 2;
 
 /// Compute products with quantized weights by the chain's own operator in `model`, where the CPU has what it
 /// takes. False where there is none that it knows.
-pub(in super::super) fn replace_products(model: &mut Model) -> bool {
+pub(in super::super) fn replace_quantized_products(model: &mut Model) -> bool {
     let Some(graph) = model
         .graph
         .as_mut()
@@ -24,59 +19,23 @@ pub(in super::super) fn replace_products(model: &mut Model) -> bool {
     else {
         return false;
     };
-    let constants = Constants::of(graph);
-    let mut joins = HashSet::new();
+    let stored = StoredValues::of(graph);
+    let mut unread = Vec::new();
     for node in &mut graph.node {
-        if let Some(parts) = parts(node, &constants) {
-            joins.extend(node.input[1..].iter().cloned());
+        if let Some(parts) = parts(node, &stored) {
+            unread.extend(node.input[1..].iter().cloned());
             replace(node, &parts);
         }
     }
-    if joins.is_empty() {
+    if unread.is_empty() {
         return false;
     }
-    remove_unused(graph, &joins);
+    graph.remove_unread(unread);
     true
 }
 
-/// The stored tensors of a graph, and those that are joined of them.
-struct Constants {
-    types: HashMap<String, i32>,
-    joined: HashMap<String, Vec<String>>,
-}
-
-impl Constants {
-    fn of(graph: &EditedGraph) -> Self {
-        let stored = graph.initializer.iter();
-        let stored = stored.filter_map(|tensor| Stored::decode(&**tensor).ok());
-        let types: HashMap<_, _> = stored.map(|s| (s.name, s.data_type)).collect();
-        let joins = graph.node.iter().filter(|node| {
-            let mut parts = node.input.iter();
-            node.op_type == "Concat"
-                && node.integer("axis") == Some(0)
-                && node.output.len() == 1
-                && parts.all(|part| types.contains_key(part))
-        });
-        let joined = joins.map(|node| (node.output[0].clone(), node.input.clone()));
-        Self {
-            joined: joined.collect(),
-            types,
-        }
-    }
-
-    /// The stored tensors, of `data_type`, that `name` is one of or joined of.
-    fn parts(&self, name: &str, data_type: i32) -> Option<Vec<String>> {
-        let parts = match self.joined.get(name) {
-            Some(parts) => parts.clone(),
-            None => vec![name.to_owned()],
-        };
-        let is_known = |part: &String| self.types.get(part) == Some(&data_type);
-        parts.iter().all(is_known).then_some(parts)
-    }
-}
-
 /// The weights, scales and zero points of `node`, each by part, if it is a product that is known.
-fn parts(node: &Operator, constants: &Constants) -> Option<Vec<Vec<String>>> {
+fn parts(node: &Operator, stored: &StoredValues) -> Option<Vec<Vec<String>>> {
     let is_rounded = node.integer("accuracy_level") == Some(ROUNDED);
     if node.op_type != "MatMulNBits" || !is_rounded || node.output.len() != 1 {
         return None;
@@ -92,11 +51,11 @@ fn parts(node: &Operator, constants: &Constants) -> Option<Vec<Vec<String>>> {
         return None;
     }
     let mut parts = vec![
-        constants.parts(given(1)?, UINT8)?,
-        constants.parts(given(2)?, FLOAT)?,
+        stored.parts(given(1)?, UINT8)?,
+        stored.parts(given(2)?, FLOAT)?,
     ];
     if let Some(zero_points) = given(3) {
-        parts.push(constants.parts(zero_points, UINT8)?);
+        parts.push(stored.parts(zero_points, UINT8)?);
     }
     let count = parts[0].len();
     parts.iter().all(|of| of.len() == count).then_some(parts)
@@ -111,50 +70,24 @@ fn replace(node: &mut Operator, parts: &[Vec<String>]) {
     }
     node.input = input;
     let has_zero_points = usize::from(parts.len() == 3);
-    node.set_integer(&HAS_ZERO_POINTS.to_string_lossy(), has_zero_points);
+    node.set_integer(HAS_ZERO_POINTS, has_zero_points);
     node.make::<QuantizedMatMul>();
-}
-
-/// Remove what joins `names`, as far as nothing takes them any more.
-fn remove_unused(graph: &mut EditedGraph, names: &HashSet<String>) {
-    let outputs = graph.output.iter().map(|output| &output.name);
-    let used: HashSet<_> = graph
-        .node
-        .iter()
-        .flat_map(|node| &node.input)
-        .chain(outputs)
-        .collect();
-    let unused: HashSet<_> = names
-        .iter()
-        .filter(|name| !used.contains(name))
-        .cloned()
-        .collect();
-    graph.node.retain(|node| {
-        !node
-            .output
-            .first()
-            .is_some_and(|output| unused.contains(output))
-    });
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::edited_graph::examples::{lines, operator};
+    use super::super::super::edited_graph::examples::{lines, operator, stored};
     use super::*;
-
-    fn stored(name: &str, data_type: i32) -> Vec<u8> {
-        let name = name.into();
-        Stored { data_type, name }.encode_to_vec()
-    }
+    use crate::backend::onnxruntime::edited_graph::EditedGraph;
 
     fn product(inputs: &str) -> Operator {
         let mut node = operator("MatMulNBits", inputs, "y");
         for (name, number) in [
-            ("K", 64),
-            ("N", 8),
-            ("bits", 4),
-            ("block_size", 32),
-            ("accuracy_level", 4),
+            (c"K", 64),
+            (c"N", 8),
+            (c"bits", 4),
+            (c"block_size", 32),
+            (c"accuracy_level", 4),
         ] {
             node.set_integer(name, number);
         }
@@ -163,13 +96,14 @@ mod tests {
 
     fn joined(parts: &str, output: &str) -> Operator {
         let mut node = operator("Concat", parts, output);
-        node.set_integer("axis", 0);
+        node.set_integer(c"axis", 0);
         node
     }
 
     fn model(node: Vec<Operator>) -> Model {
-        let numbers = ["q", "k", "q.zeros", "k.zeros"].map(|name| stored(name, UINT8));
-        let floats = ["q.scales", "k.scales", "bias", "zeros"].map(|name| stored(name, FLOAT));
+        let numbers = ["q", "k", "q.zeros", "k.zeros"].map(|name| stored(name, UINT8, &[8]));
+        let floats =
+            ["q.scales", "k.scales", "bias", "zeros"].map(|name| stored(name, FLOAT, &[8]));
         let graph = EditedGraph {
             node,
             initializer: numbers.into_iter().chain(floats).collect(),
@@ -183,7 +117,7 @@ mod tests {
 
     fn replaced(node: Vec<Operator>) -> Option<Vec<String>> {
         let mut model = model(node);
-        replace_products(&mut model).then(|| lines(&model))
+        replace_quantized_products(&mut model).then(|| lines(&model))
     }
 
     #[test]
@@ -197,7 +131,7 @@ mod tests {
             ["QuantizedMatMul x bias q q.scales q.zeros: y"]
         );
         let mut model = model(vec![product("x q q.scales q.zeros")]);
-        replace_products(&mut model);
+        replace_quantized_products(&mut model);
         let node = &model.graph.unwrap().node[0];
         assert_eq!(node.integer("has_zero_points"), Some(1));
         assert_eq!(node.domain, "sedac");

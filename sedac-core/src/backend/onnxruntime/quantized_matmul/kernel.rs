@@ -3,6 +3,8 @@
 //! A block's products are integers, whose sum is exact; blocks are added one after another in fp32. So a row
 //! has the same bits whatever is computed beside it, and on any CPU.
 
+use std::ops::Range;
+
 use super::activations::{Activations, NewRow, PIECE, Row};
 use super::lanes::{Avx2, Avx512, Lanes};
 use super::weights::{Chunk, Format, GROUP, Group, Weights};
@@ -49,7 +51,7 @@ impl Instructions {
     pub(super) fn multiply(
         self,
         activations: &Activations,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         weights: &Weights,
         group: usize,
         write: impl FnMut(usize, &[f32; GROUP]),
@@ -63,7 +65,7 @@ impl Instructions {
         fn with_avx512<const BITS: usize>(
             lanes: Avx512,
             product: &Product<'_>,
-            rows: std::ops::Range<usize>,
+            rows: Range<usize>,
             write: impl FnMut(usize, &[f32; GROUP]),
         ) {
             product.columns::<_, BITS>(lanes, rows, write);
@@ -72,7 +74,7 @@ impl Instructions {
         fn with_avx2_vnni<const BITS: usize>(
             lanes: Avx2<true>,
             product: &Product<'_>,
-            rows: std::ops::Range<usize>,
+            rows: Range<usize>,
             write: impl FnMut(usize, &[f32; GROUP]),
         ) {
             product.columns::<_, BITS>(lanes, rows, write);
@@ -81,7 +83,7 @@ impl Instructions {
         fn with_avx2<const BITS: usize>(
             lanes: Avx2<false>,
             product: &Product<'_>,
-            rows: std::ops::Range<usize>,
+            rows: Range<usize>,
             write: impl FnMut(usize, &[f32; GROUP]),
         ) {
             product.columns::<_, BITS>(lanes, rows, write);
@@ -112,17 +114,20 @@ impl Product<'_> {
     fn columns<L: Lanes, const BITS: usize>(
         &self,
         lanes: L,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         mut write: impl FnMut(usize, &[f32; GROUP]),
     ) {
         let mut row = rows.start;
         while row < rows.end {
-            let left = (rows.end - row).min(L::ROWS);
-            row += match left {
-                8.. => self.tile::<L, BITS, 8>(lanes, row, &mut write),
-                4.. => self.tile::<L, BITS, 4>(lanes, row, &mut write),
-                2.. => self.tile::<L, BITS, 2>(lanes, row, &mut write),
-                _ => self.tile::<L, BITS, 1>(lanes, row, &mut write),
+            row += match (rows.end - row).min(L::ROWS) {
+                1 => self.tile::<L, BITS, 1>(lanes, row, &mut write),
+                2 => self.tile::<L, BITS, 2>(lanes, row, &mut write),
+                3 => self.tile::<L, BITS, 3>(lanes, row, &mut write),
+                4 => self.tile::<L, BITS, 4>(lanes, row, &mut write),
+                5 => self.tile::<L, BITS, 5>(lanes, row, &mut write),
+                6 => self.tile::<L, BITS, 6>(lanes, row, &mut write),
+                7 => self.tile::<L, BITS, 7>(lanes, row, &mut write),
+                _ => self.tile::<L, BITS, 8>(lanes, row, &mut write),
             };
         }
     }
@@ -263,7 +268,7 @@ mod tests {
             instructions.round(numbers, format, &mut row);
         }
         let mut products = vec![Vec::new(); rows.len()];
-        for group in 0..weights.groups() {
+        for group in 0..weights.columns.div_ceil(GROUP) {
             instructions.multiply(
                 &activations,
                 0..rows.len(),

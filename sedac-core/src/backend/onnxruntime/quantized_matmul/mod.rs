@@ -14,19 +14,16 @@ use std::ffi::CStr;
 use std::sync::Mutex;
 
 use self::activations::Activations;
-pub(super) use self::graph::replace_products;
+pub(super) use self::graph::replace_quantized_products;
 use self::kernel::Instructions;
-use self::weights::{Format, GROUP, Part, Weights};
-use super::operator::{CustomOperator, Input, NodeInfo, Result, Run, Tensor};
+use self::weights::{Format, Part, Weights};
+use super::operator::{CustomOperator, Input, NodeInfo, Result, Run};
+use super::row_products::RowProducts;
 
 /// The attribute that says whether blocks have zero points.
 const HAS_ZERO_POINTS: &CStr = c"has_zero_points";
 
-/// Rows that a thread multiplies with the same weights before it takes others.
-const ROWS_AT_ONCE: usize = 64;
-/// Products of two numbers below which waking other threads takes longer.
-const PRODUCTS_ALONE: usize = 100_000;
-/// Numbers to round below which it does.
+/// Numbers to round below which waking other threads takes longer.
 const NUMBERS_ALONE: usize = 16_384;
 
 /// The operator with MatMulNBits' attributes K, N, bits and block_size. It takes
@@ -88,26 +85,14 @@ impl CustomOperator for QuantizedMatMul {
     }
 
     fn compute(&mut self, run: &Run) -> Result<()> {
-        let x = Tensor::<f32>::input(run, 0)?.ok_or("rows are missing")?;
         let (format, columns) = (self.weights.format, self.weights.columns);
-        if x.shape.last().map(|&width| width as usize) != Some(format.rows) {
-            return Err("rows of another width");
-        }
-        let mut shape = x.shape.to_vec();
-        shape.splice(shape.len() - 1.., [columns as i64]);
-        // SAFETY: nothing writes inputs.
-        let x = unsafe { x.numbers() };
-        let bias = Tensor::<f32>::input(run, 1)?;
-        // SAFETY: as above.
-        let bias = bias.map(|bias| unsafe { bias.numbers() });
-        if bias.is_some_and(|bias| bias.len() != columns) {
-            return Err("a bias of another size");
-        }
-        let mut output = Tensor::<f32>::output(run, 0, &shape)?;
-        // SAFETY: memory of its own.
-        let output = unsafe { output.numbers_mut() };
-        self.round(run, x)?;
-        self.multiply(run, bias, output)
+        let products = RowProducts::of(run, format.rows, columns)?;
+        self.round(run, products.x)?;
+        let (activations, weights) = (&self.activations, &self.weights);
+        products.compute(run, &|rows, group, write| {
+            self.instructions
+                .multiply(activations, rows, weights, group, write);
+        })
     }
 }
 
@@ -133,64 +118,5 @@ impl QuantizedMatMul {
                 self.instructions.round(numbers, format, row);
             }
         })
-    }
-
-    /// Write the product of the rows that were rounded, with `bias`, to `output`, [rows, columns].
-    fn multiply(&self, run: &Run, bias: Option<&[f32]>, output: &mut [f32]) -> Result<()> {
-        let columns = self.weights.columns;
-        let rows = output.len() / columns;
-        let output = Output {
-            numbers: output.as_mut_ptr(),
-            columns,
-        };
-        let groups = self.weights.groups();
-        let multiply = |index: usize| {
-            let group = index % groups;
-            let first = index / groups * ROWS_AT_ONCE;
-            let rows = first..(first + ROWS_AT_ONCE).min(rows);
-            let start = group * GROUP;
-            let bias = bias.map(|bias| &bias[start..(start + GROUP).min(columns)]);
-            let write = |row: usize, numbers: &[f32; GROUP]| {
-                // SAFETY: the row is one of the output's, and no other call is for these of its columns.
-                let output = unsafe { output.columns_of(row, start) };
-                output.copy_from_slice(&numbers[..output.len()]);
-                for (number, bias) in output.iter_mut().zip(bias.unwrap_or_default()) {
-                    *number += bias;
-                }
-            };
-            let (activations, weights) = (&self.activations, &self.weights);
-            self.instructions
-                .multiply(activations, rows, weights, group, write);
-        };
-        let count = rows.div_ceil(ROWS_AT_ONCE) * groups;
-        if rows * columns * self.weights.format.rows < PRODUCTS_ALONE {
-            (0..count).for_each(multiply);
-            return Ok(());
-        }
-        run.in_parallel(count, &multiply)
-    }
-}
-
-/// Where products go, [rows, columns].
-struct Output {
-    numbers: *mut f32,
-    columns: usize,
-}
-
-// SAFETY: threads write to other columns each, as `columns_of` asks for.
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// The columns of a group from `start` on.
-    ///
-    /// # Safety
-    /// There are so many rows, and nothing else uses the columns while they are borrowed.
-    #[expect(clippy::mut_from_ref, reason = "each caller has other columns")]
-    unsafe fn columns_of(&self, row: usize, start: usize) -> &mut [f32] {
-        let count = GROUP.min(self.columns - start);
-        // SAFETY: what the caller promises.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.numbers.add(row * self.columns + start), count)
-        }
     }
 }

@@ -158,10 +158,6 @@ impl Weights {
         }
     }
 
-    pub(super) fn groups(&self) -> usize {
-        self.columns.div_ceil(GROUP)
-    }
-
     pub(super) fn group(&self, group: usize) -> Group<'_> {
         let blocks = self.format.blocks();
         let chunks = blocks * self.format.pieces_per_block() * self.format.bits;
