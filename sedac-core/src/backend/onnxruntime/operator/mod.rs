@@ -9,6 +9,7 @@ use std::ffi::{CStr, CString, c_int, c_void};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use ort::sys::{
     ONNXTensorElementDataType, ORT_API_VERSION, OrtApi, OrtApiBase, OrtCustomOp,
@@ -124,7 +125,8 @@ impl<T: CustomOperator> Table<T> {
 /// A node's operator, and the interface of the library that runs it.
 struct Kernel<T> {
     api: &'static OrtApi,
-    operator: T,
+    /// Whoever shares a session between threads has its runs one after another.
+    operator: Mutex<T>,
 }
 
 /// Let sessions with `options` have the operators.
@@ -256,7 +258,10 @@ unsafe extern "system" fn create<T: CustomOperator>(
     let made = catch_unwind(|| T::new(&NodeInfo { api, info }));
     match outcome::<T, _>(made) {
         Ok(operator) => {
-            let created = Box::into_raw(Box::new(Kernel { api, operator }));
+            let created = Box::into_raw(Box::new(Kernel {
+                api,
+                operator: Mutex::new(operator),
+            }));
             // SAFETY: what ONNX Runtime promises.
             unsafe { *kernel = created.cast() };
             OrtStatusPtr::default()
@@ -266,18 +271,23 @@ unsafe extern "system" fn create<T: CustomOperator>(
 }
 
 /// # Safety
-/// The kernel is one that `create` made, which nothing else uses now, and the context is live.
+/// The kernel is one that `create` made and `destroy` was not called with, and the context is live.
 unsafe extern "system" fn compute<T: CustomOperator>(
     kernel: *mut c_void,
     context: *mut OrtKernelContext,
 ) -> OrtStatusPtr {
     // SAFETY: what ONNX Runtime promises.
-    let kernel = unsafe { &mut *kernel.cast::<Kernel<T>>() };
+    let kernel = unsafe { &*kernel.cast::<Kernel<T>>() };
     let run = Run {
         api: kernel.api,
         context,
     };
-    let computed = catch_unwind(AssertUnwindSafe(|| kernel.operator.compute(&run)));
+    let computed = catch_unwind(AssertUnwindSafe(|| {
+        // after a panic as before it: what a run leaves behind is memory for the next
+        let operator = kernel.operator.lock();
+        let mut operator = operator.unwrap_or_else(PoisonError::into_inner);
+        operator.compute(&run)
+    }));
     match outcome::<T, _>(computed) {
         Ok(()) => OrtStatusPtr::default(),
         Err(problem) => status_of(kernel.api, &problem),

@@ -61,8 +61,9 @@ pub(super) struct Group<'a> {
 impl Format {
     /// Whether kernels know it.
     pub(super) fn is_known(self) -> bool {
-        let is_whole = self.block_size > 0 && self.block_size.is_multiple_of(PIECE);
-        matches!(self.bits, 4 | 8) && is_whole && self.rows > 0
+        matches!(self.bits, 4 | 8)
+            && matches!(self.block_size, 32 | 64 | 128 | 256)
+            && self.rows > 0
     }
 
     pub(super) fn blocks(self) -> usize {
@@ -309,6 +310,7 @@ mod tests {
     fn formats_that_kernels_do_not_know() {
         assert!(FORMAT.is_known());
         for (bits, block_size, rows) in [
+            (8, 1 << 62, 40),
             (2, 32, 40),
             (4, 16, 40),
             (4, 0, 40),
