@@ -87,7 +87,19 @@ def quantize(weight: Floats, quantization: Quantization) -> QuantizedRows:
         )
         columns_first = np.ascontiguousarray(weight.T)
         values, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns_first)
-    return QuantizedRows(values, scales, None if quantization.symmetric else zeros)
+    zero_points = None if quantization.symmetric else zeros
+    return QuantizedRows(values, _rounded_to_fp16(scales), zero_points)
+
+
+def _rounded_to_fp16(scales: Floats) -> Floats:
+    """`scales` as numbers of fp16, where its normal numbers are as large.
+
+    Kernels store them in 16 bits: on GPUs in any case, on CPUs where nothing is lost.
+    """
+    limits, sizes = np.finfo(np.float16), np.abs(scales)
+    is_normal = (sizes >= limits.smallest_normal) & (sizes <= limits.max)
+    rounded: Floats = np.where(is_normal, scales, 0).astype(np.float16).astype(np.float32)
+    return np.where(is_normal, rounded, scales)
 
 
 def quantize_calibrated(

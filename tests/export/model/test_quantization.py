@@ -97,6 +97,17 @@ def test_rows_are_what_embeddings_gather(quantization: Quantization) -> None:
     np.testing.assert_array_equal(gathered, rows.dequantized(quantization, 64)[[5, 0, 2]])
 
 
+def test_scales_are_numbers_of_fp16_where_it_has_such() -> None:
+    sizes = np.array([1.0, 1e3, 1e-7, 1e-30, 1e7, 0.0], dtype=np.float32)
+    weight = np.random.default_rng(1).standard_normal((6, 32)).astype(np.float32) * sizes[:, None]
+    scales = quantize(weight, Quantization(4)).scales[:, 0]
+    with np.errstate(over="ignore"):
+        in_fp16 = scales.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal((scales == in_fp16), [True, True, False, False, False, True])
+    # others keep their digits
+    np.testing.assert_allclose(np.abs(scales) * 8, np.abs(weight).max(axis=1), rtol=1e-3)
+
+
 def test_blocks_that_no_kernel_takes_are_refused() -> None:
     with pytest.raises(SedacError, match="--block-size 48 is none of 16, 32, 64, 128, 256"):
         Quantization(4, block_size=48).check()

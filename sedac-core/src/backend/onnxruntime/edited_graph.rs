@@ -1,6 +1,6 @@
 //! ONNX graphs that are changed as they are loaded.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 
 use prost::Message;
@@ -70,6 +70,23 @@ struct IntegerAttribute {
 /// The type of attributes that are integers.
 const INT: i32 = 2;
 
+/// An attribute that is integers, or graphs.
+#[derive(Clone, PartialEq, Message)]
+struct OtherAttribute {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(bytes = "vec", optional, tag = "6")]
+    g: Option<Vec<u8>>,
+    #[prost(int64, repeated, tag = "8")]
+    ints: Vec<i64>,
+    #[prost(bytes = "vec", repeated, tag = "11")]
+    graphs: Vec<Vec<u8>>,
+}
+
+/// The domains of operators.
+pub(super) const ONNX: &str = "";
+pub(super) const MICROSOFT: &str = "com.microsoft";
+
 /// What is said of a stored tensor, without its numbers.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Stored {
@@ -124,8 +141,34 @@ fn in_text(name: &CStr) -> String {
 }
 
 impl Operator {
+    /// Whether it is the operator `op_type` of `domain`.
+    pub(super) fn is(&self, domain: &str, op_type: &str) -> bool {
+        let own = match &*self.domain {
+            "ai.onnx" => ONNX,
+            domain => domain,
+        };
+        own == domain && self.op_type == op_type
+    }
+
     pub(super) fn is_attention(&self) -> bool {
-        self.op_type == "GroupQueryAttention"
+        self.is(MICROSOFT, "GroupQueryAttention")
+    }
+
+    /// Whether it gives a matrix's transpose, if it is a Transpose.
+    pub(super) fn transposes(&self) -> bool {
+        let mut attributes = self.attribute.iter();
+        attributes.all(|bytes| {
+            OtherAttribute::decode(&**bytes)
+                .is_ok_and(|attribute| attribute.name == "perm" && attribute.ints == [1, 0])
+        })
+    }
+
+    fn has_subgraph(&self) -> bool {
+        let mut attributes = self.attribute.iter();
+        attributes.any(|bytes| {
+            !OtherAttribute::decode(&**bytes)
+                .is_ok_and(|attribute| attribute.g.is_none() && attribute.graphs.is_empty())
+        })
     }
 
     /// Make it the chain's own operator `T`.
@@ -189,17 +232,43 @@ impl EditedGraph {
         }
     }
 
+    /// Whether nodes have graphs of their own, which may read any value.
+    pub(super) fn has_subgraphs(&self) -> bool {
+        self.node.iter().any(Operator::has_subgraph)
+    }
+
     /// Remove the nodes that give one of `values`, and what they alone read, as far as nothing reads it.
     pub(super) fn remove_unread(&mut self, mut values: Vec<String>) {
+        let mut readers: HashMap<String, usize> = HashMap::new();
+        let outputs = self.output.iter().map(|output| &output.name);
+        for name in self.node.iter().flat_map(|node| &node.input).chain(outputs) {
+            *readers.entry(name.clone()).or_default() += 1;
+        }
+        let givers = self.node.iter().enumerate();
+        let givers = givers.filter(|(_, node)| node.output.len() == 1);
+        let givers: HashMap<_, _> = givers
+            .map(|(index, node)| (node.output[0].clone(), index))
+            .collect();
+        let mut removed = HashSet::new();
         while let Some(value) = values.pop() {
-            let mut outputs = self.output.iter();
-            let is_output = outputs.any(|output| output.name == value);
-            let is_read = is_output || self.node.iter().any(|node| node.input.contains(&value));
-            let gives = |node: &Operator| node.output.len() == 1 && node.output[0] == value;
-            if let Some(index) = self.node.iter().position(gives).filter(|_| !is_read) {
-                values.extend(self.node.remove(index).input);
+            let is_read = readers.get(&value).is_some_and(|&readers| readers > 0);
+            let Some(&index) = givers.get(&value).filter(|_| !is_read) else {
+                continue;
+            };
+            if removed.insert(index) {
+                for name in &self.node[index].input {
+                    readers
+                        .entry(name.clone())
+                        .and_modify(|readers| *readers -= 1);
+                    values.push(name.clone());
+                }
             }
         }
+        let mut index = 0;
+        self.node.retain(|_| {
+            index += 1;
+            !removed.contains(&(index - 1))
+        });
     }
 }
 
@@ -215,8 +284,24 @@ pub(super) mod examples {
             input: names(inputs),
             output: names(outputs),
             op_type: op_type.into(),
+            domain: match op_type {
+                "GroupQueryAttention" | "MatMulNBits" | "FusedMatMul" => MICROSOFT.into(),
+                _ => ONNX.into(),
+            },
             ..Operator::default()
         }
+    }
+
+    /// A node with a graph of its own.
+    pub(in super::super) fn with_subgraph() -> Operator {
+        let graph = OtherAttribute {
+            name: "then_branch".into(),
+            g: Some(Vec::new()),
+            ..OtherAttribute::default()
+        };
+        let mut node = operator("If", "condition", "z");
+        node.attribute.push(graph.encode_to_vec());
+        node
     }
 
     /// The stored tensor `name`, without its numbers.

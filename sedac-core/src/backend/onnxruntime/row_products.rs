@@ -8,7 +8,7 @@ use super::operator::{Result, Run, Tensor};
 /// Rows that a thread multiplies with the same weights before it takes others.
 const ROWS_AT_ONCE: usize = 64;
 /// Products of two numbers below which waking other threads takes longer.
-const PRODUCTS_ALONE: usize = 100_000;
+const PARALLEL_THRESHOLD: usize = 100_000;
 
 /// Takes the columns of a group of a row's product, those included that the matrix lacks.
 pub(super) type Write<'a, const GROUP: usize> = &'a mut dyn FnMut(usize, &[f32; GROUP]);
@@ -33,22 +33,29 @@ impl<'a> RowProducts<'a> {
     /// # Errors
     /// Where they are of other sizes.
     pub(super) fn of(run: &'a Run, width: usize, columns: usize) -> Result<Self> {
-        let x = Tensor::<f32>::input(run, 0)?.ok_or("rows are missing")?;
-        let Some((&last, outer)) = x.shape.split_last() else {
+        let given = Tensor::<f32>::input(run, 0)?.ok_or("rows are missing")?;
+        let Some((&last, outer)) = given.shape.split_last() else {
             return Err("a number and no rows");
         };
         if last as usize != width {
             return Err("rows of another width");
         }
         let bias = Tensor::<f32>::input(run, 1)?;
-        // SAFETY: nothing writes inputs.
-        let (x, bias) = unsafe { (x.numbers(), bias.map(|bias| bias.numbers())) };
+        let shape = [outer, &[columns as i64]].concat();
+        let mut output = Tensor::<f32>::output(run, 0, &shape)?;
+        if [Some(&given), bias.as_ref()]
+            .into_iter()
+            .flatten()
+            .any(|input| input.overlaps(&output))
+        {
+            return Err("the output in the memory of an input");
+        }
+        // SAFETY: nothing but the operator writes its output, which shares no memory with inputs.
+        let (x, bias) = unsafe { (given.numbers(), bias.map(|bias| bias.numbers())) };
         if bias.is_some_and(|bias| bias.len() != columns) {
             return Err("a bias of another size");
         }
-        let shape = [outer, &[columns as i64]].concat();
-        let mut output = Tensor::<f32>::output(run, 0, &shape)?;
-        // SAFETY: memory of its own.
+        // SAFETY: as above.
         let output = unsafe { output.numbers_mut() };
         Ok(Self {
             x,
@@ -81,7 +88,7 @@ impl<'a> RowProducts<'a> {
             let columns = group * GROUP..((group + 1) * GROUP).min(columns);
             let bias = self.bias.map(|bias| &bias[columns.clone()]);
             multiply(rows, group, &mut |row, numbers| {
-                // SAFETY: the row is one of the output's, and no other call is for these of its columns.
+                // SAFETY: the row is one of the output's, and no other call is for it and these columns.
                 let output = unsafe { output.part(row, columns.clone()) };
                 match <&mut [f32; GROUP]>::try_from(&mut *output) {
                     Ok(output) => *output = *numbers,
@@ -93,12 +100,21 @@ impl<'a> RowProducts<'a> {
             });
         };
         let count = columns.div_ceil(GROUP) * parts;
-        if self.x.len() * columns < PRODUCTS_ALONE {
+        if self.x.len() * columns < PARALLEL_THRESHOLD {
             (0..count).for_each(multiply);
             return Ok(());
         }
         run.in_parallel(count, &multiply)
     }
+}
+
+/// Make `numbers` as many as `count`. None where memory is short; a vector alone would abort.
+pub(super) fn resize<T: Copy + Default>(numbers: &mut Vec<T>, count: usize) -> Option<()> {
+    numbers
+        .try_reserve(count.saturating_sub(numbers.len()))
+        .ok()?;
+    numbers.resize(count, T::default());
+    Some(())
 }
 
 /// Where products go, [rows, columns].
@@ -107,7 +123,7 @@ struct Output {
     columns: usize,
 }
 
-// SAFETY: threads write to other columns each, as `part` asks for.
+// SAFETY: threads write to other rows or columns each, as `part` asks for.
 unsafe impl Sync for Output {}
 
 impl Output {
@@ -115,7 +131,7 @@ impl Output {
     ///
     /// # Safety
     /// There are such a row and such columns, and nothing else uses them while they are borrowed.
-    #[expect(clippy::mut_from_ref, reason = "each caller has other columns")]
+    #[expect(clippy::mut_from_ref, reason = "each caller has another part")]
     unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [f32] {
         let first = row * self.columns + columns.start;
         // SAFETY: what the caller promises.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use prost::Message;
 
-use super::edited_graph::{EditedGraph, Operator, Stored};
+use super::edited_graph::{EditedGraph, ONNX, Operator, Stored};
 
 pub(super) const FLOAT: i32 = 1;
 pub(super) const UINT8: i32 = 2;
@@ -30,10 +30,13 @@ pub(super) struct Matrix {
 
 impl StoredValues {
     pub(super) fn of(graph: &EditedGraph) -> Self {
+        let is_given = |tensor: &Stored| graph.input.iter().any(|input| input.name == tensor.name);
         let stored = graph.initializer.iter();
         let stored = stored.filter_map(|tensor| Stored::decode(&**tensor).ok());
+        let stored = stored.filter(|tensor| !is_given(tensor));
         let nodes = graph.node.iter().filter(|node| {
-            let is_known = matches!(&*node.op_type, "Cast" | "Concat" | "Transpose");
+            let mut known = ["Cast", "Concat", "Transpose"].into_iter();
+            let is_known = known.any(|op_type| node.is(ONNX, op_type));
             is_known && node.output.len() == 1 && !node.input.is_empty()
         });
         Self {
@@ -58,7 +61,9 @@ impl StoredValues {
     /// The matrix `name`, fp32, if it comes of stored ones of one type.
     pub(super) fn matrix(&self, name: &str) -> Option<Matrix> {
         let (name, is_transposed) = match self.nodes.get(name) {
-            Some(node) if node.op_type == "Transpose" => (&*node.input[0], true),
+            Some(node) if node.op_type == "Transpose" && node.transposes() => {
+                (&*node.input[0], true)
+            }
             _ => (name, false),
         };
         let parts = match self.nodes.get(name) {
@@ -89,13 +94,16 @@ impl StoredValues {
         Some(size)
     }
 
-    /// The stored tensor that `name` is, in fp32 or as it is.
+    /// The stored tensor that `name` is in fp32.
     fn uncast(&self, name: &str) -> Option<&Stored> {
         match self.nodes.get(name) {
             Some(node) if node.op_type == "Cast" && node.integer("to") == Some(FLOAT as usize) => {
                 self.stored.get(&node.input[0])
             }
-            _ => self.stored.get(name),
+            _ => self
+                .stored
+                .get(name)
+                .filter(|tensor| tensor.data_type == FLOAT),
         }
     }
 }

@@ -2,14 +2,16 @@
 
 use super::kernel::Instructions;
 use super::{HalfMatMul, IS_BFLOAT, IS_TRANSPOSED};
-use crate::backend::onnxruntime::edited_graph::{Model, Operator};
+use crate::backend::onnxruntime::edited_graph::{MICROSOFT, Model, ONNX, Operator};
 use crate::backend::onnxruntime::stored_values::{BFLOAT16, FLOAT16, Matrix, StoredValues};
 
 /// Compute products with weights that are stored in 16 bits by the chain's own operator in `model`, where the
 /// CPU has what it takes. False where there is none that it knows.
 pub(in super::super) fn replace_half_products(model: &mut Model) -> bool {
     let graph = model.graph.as_mut();
-    let Some(graph) = graph.filter(|_| Instructions::of_cpu().is_some()) else {
+    let Some(graph) =
+        graph.filter(|graph| Instructions::of_cpu().is_some() && !graph.has_subgraphs())
+    else {
         return false;
     };
     let stored = StoredValues::of(graph);
@@ -29,11 +31,17 @@ pub(in super::super) fn replace_half_products(model: &mut Model) -> bool {
 
 /// The weights of `node`, if it is a product that is known.
 fn matrix(node: &Operator, stored: &StoredValues) -> Option<Matrix> {
-    let is_known = match &*node.op_type {
-        "MatMul" => node.attribute.is_empty() && node.input.len() == 2,
-        "FusedMatMul" => node.has_attributes(&["transB"]) && node.input.len() == 2,
-        "Gemm" => node.has_attributes(&["transB"]),
-        _ => false,
+    let is_plain = node.attribute.is_empty();
+    let may_transpose = || {
+        let is_transposed = node.integer("transB");
+        is_plain || node.has_attributes(&["transB"]) && matches!(is_transposed, Some(0 | 1))
+    };
+    let is_known = if node.is(ONNX, "MatMul") {
+        is_plain && node.input.len() == 2
+    } else if node.is(MICROSOFT, "FusedMatMul") {
+        may_transpose() && node.input.len() == 2
+    } else {
+        node.is(ONNX, "Gemm") && may_transpose()
     };
     if !is_known || node.output.len() != 1 {
         return None;
@@ -63,14 +71,30 @@ fn replace(node: &mut Operator, matrix: Matrix) {
 mod tests {
     use super::*;
     use crate::backend::onnxruntime::edited_graph::EditedGraph;
-    use crate::backend::onnxruntime::edited_graph::examples::{lines, operator, stored};
+    use crate::backend::onnxruntime::edited_graph::examples::{
+        lines, operator, stored, with_subgraph,
+    };
     use crate::backend::onnxruntime::stored_values::FLOAT;
+    use crate::bundle::onnx::ValueInfo;
 
     fn with(node: Operator, attributes: &[(&std::ffi::CStr, usize)]) -> Operator {
         let mut node = node;
         for &(name, number) in attributes {
             node.set_integer(name, number);
         }
+        node
+    }
+
+    fn of_domain(domain: &str, mut node: Operator) -> Operator {
+        node.domain = domain.into();
+        node
+    }
+
+    fn transpose(name: &str, perm: &[u8]) -> Operator {
+        let mut node = operator("Transpose", name, "t");
+        // an AttributeProto: its name, and integers
+        let integers = [&b"\x0a\x04perm\x42"[..], &[perm.len() as u8], perm].concat();
+        node.attribute.push(integers);
         node
     }
 
@@ -92,10 +116,16 @@ mod tests {
             stored("w", FLOAT, &[6, 4]),
             stored("bias", FLOAT16, &[6]),
             stored("row", FLOAT16, &[1, 6]),
+            stored("given16", FLOAT16, &[6, 4]),
         ];
+        let given = ValueInfo {
+            name: "given16".into(),
+            ..ValueInfo::default()
+        };
         let graph = EditedGraph {
             node,
             initializer,
+            input: vec![given],
             ..EditedGraph::default()
         };
         let mut model = Model {
@@ -152,6 +182,16 @@ mod tests {
     }
 
     #[test]
+    fn only_transposition_is_one() {
+        let nodes = |transpose: Operator| {
+            let product = operator("MatMul", "x t", "y");
+            vec![cast("q"), transpose, product]
+        };
+        assert!(replaced(nodes(transpose("q32", &[1, 0]))).is_some());
+        assert!(replaced(nodes(transpose("q32", &[0, 1]))).is_none());
+    }
+
+    #[test]
     fn what_others_read_stays() {
         let nodes = vec![
             cast("q"),
@@ -169,7 +209,17 @@ mod tests {
         let joined = |parts: &str| with(operator("Concat", parts, "qk"), &[(c"axis", 0)]);
         for nodes in [
             vec![product("Gemm", "x w")],
+            vec![product("Gemm", "x q")],
+            vec![cast("q"), product("Gemm", "x q32 bias")],
             vec![cast("q"), product("Gemm", "q32 x")],
+            vec![
+                cast("q"),
+                with(operator("Gemm", "x q32", "y"), &[(c"transB", 2)]),
+            ],
+            vec![cast("q"), of_domain("mine", product("Gemm", "x q32"))],
+            vec![of_domain("mine", cast("q")), product("Gemm", "x q32")],
+            vec![cast("q"), product("Gemm", "x q32"), with_subgraph()],
+            vec![cast("given16"), product("Gemm", "x given1632")],
             vec![cast("q"), with(product("Gemm", "x q32"), &[(c"transA", 1)])],
             vec![cast("q"), cast("row"), product("Gemm", "x q32 row32")],
             vec![cast("q"), product("Gemm", "x q32 given")],

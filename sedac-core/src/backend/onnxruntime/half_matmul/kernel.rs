@@ -16,15 +16,18 @@ const MANY: usize = 16;
 const LINES: usize = 128;
 
 /// Rows whose numbers lie beside each other, where there are many.
-pub(super) const TOGETHER: usize = 8;
+pub(super) const INTERLEAVED: usize = 8;
+
+/// A number of each of these rows.
+pub(super) type Interleaved = [f32; INTERLEAVED];
 
 /// Rows, and how they lie.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Rows<'a> {
     /// [rows, width]
     Few(&'a [f32]),
-    /// [rows / TOGETHER, width, TOGETHER], with zeros for rows that there are not.
-    Many(&'a [[f32; TOGETHER]]),
+    /// [rows / INTERLEAVED, width, INTERLEAVED], with zeros for rows that there are not.
+    Many(&'a [Interleaved]),
 }
 
 impl Rows<'_> {
@@ -92,8 +95,8 @@ impl Instructions {
     }
 }
 
-/// Lay `rows`, up to [`TOGETHER`] of as many numbers as `tile` has, beside each other.
-pub(super) fn lay_together(rows: &[f32], tile: &mut [[f32; TOGETHER]]) {
+/// Lay `rows`, up to [`INTERLEAVED`] of as many numbers as `tile` has, beside each other.
+pub(super) fn interleave(rows: &[f32], tile: &mut [Interleaved]) {
     let width = tile.len();
     for (place, together) in tile.iter_mut().enumerate() {
         for (index, number) in together.iter_mut().enumerate() {
@@ -157,7 +160,7 @@ impl Product<'_> {
                     self.add_few::<L, S>(lanes, x, sums);
                 }
                 Rows::Many(x) => {
-                    let tiles = tile.start / TOGETHER..tile.end.div_ceil(TOGETHER);
+                    let tiles = tile.start / INTERLEAVED..tile.end.div_ceil(INTERLEAVED);
                     let x = &x[tiles.start * self.width..tiles.end * self.width];
                     self.add_many::<L, S>(lanes, x, sums);
                 }
@@ -218,13 +221,13 @@ impl Product<'_> {
         ROWS
     }
 
-    /// Add the products of `x`, [tiles, width, TOGETHER], to `sums`, with weights that are made fp32 once for
+    /// Add the products of `x`, [tiles, width, INTERLEAVED], to `sums`, with weights that are made fp32 once for
     /// all.
     #[inline(always)]
     fn add_many<L: Lanes, S: Stored>(
         &self,
         lanes: L,
-        x: &[[f32; TOGETHER]],
+        x: &[Interleaved],
         sums: &mut [[f32; GROUP]],
     ) {
         let Widened(widened) = &mut Widened([[0.0; GROUP]; LINES]);
@@ -238,7 +241,7 @@ impl Product<'_> {
             }
             let widened = &widened[..lines.len()];
             let x = x.chunks_exact(self.width);
-            for (x, sums) in x.zip(sums.chunks_mut(TOGETHER)) {
+            for (x, sums) in x.zip(sums.chunks_mut(INTERLEAVED)) {
                 let x = &x[index * LINES..][..lines.len()];
                 match L::ROWS {
                     4 => add_tile::<L, 4>(lanes, x, widened, sums),
@@ -253,11 +256,11 @@ impl Product<'_> {
 #[inline(always)]
 fn add_tile<L: Lanes, const ROWS: usize>(
     lanes: L,
-    x: &[[f32; TOGETHER]],
+    x: &[Interleaved],
     widened: &[[f32; GROUP]],
     sums: &mut [[f32; GROUP]],
 ) {
-    for first in (0..TOGETHER).step_by(ROWS) {
+    for first in (0..INTERLEAVED).step_by(ROWS) {
         for start in (0..GROUP).step_by(L::COLUMNS) {
             let columns = start..start + L::COLUMNS;
             let mut totals = [lanes.zeros(); ROWS];
@@ -318,10 +321,10 @@ mod tests {
         let mut tiles = Vec::new();
         let x = match Rows::are_many(rows) {
             true => {
-                for rows in x.chunks(TOGETHER * weights.rows) {
+                for rows in x.chunks(INTERLEAVED * weights.rows) {
                     let start = tiles.len();
-                    tiles.resize(start + weights.rows, [f32::NAN; TOGETHER]);
-                    lay_together(rows, &mut tiles[start..]);
+                    tiles.resize(start + weights.rows, [f32::NAN; INTERLEAVED]);
+                    interleave(rows, &mut tiles[start..]);
                 }
                 Rows::Many(&tiles)
             }

@@ -9,21 +9,27 @@ mod kernel;
 mod lanes;
 mod weights;
 
+use std::cell::RefCell;
 use std::ffi::CStr;
 use std::sync::Mutex;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 pub(super) use self::graph::replace_half_products;
-use self::kernel::{Instructions, Rows, TOGETHER, lay_together};
+use self::kernel::{INTERLEAVED, Instructions, Interleaved, Rows, interleave};
 use self::weights::{Part, Weights};
 use super::operator::{CustomOperator, Element, Input, NodeInfo, Result, Run};
-use super::row_products::RowProducts;
+use super::row_products::{RowProducts, resize};
 
 /// The attribute that says whether weights are those of columns, one after another.
 const IS_TRANSPOSED: &CStr = c"is_transposed";
 /// The attribute that says whether weights are bfloat16.
 const IS_BFLOAT: &CStr = c"is_bfloat";
+
+thread_local! {
+    /// [tiles, width]: many rows of the product that the thread runs.
+    static TILES: RefCell<Vec<Interleaved>> = const { RefCell::new(Vec::new()) };
+}
 
 /// The operator takes
 /// - the rows, fp32 [..., width];
@@ -35,13 +41,11 @@ const IS_BFLOAT: &CStr = c"is_bfloat";
 pub(super) struct HalfMatMul {
     instructions: Instructions,
     weights: Weights,
-    /// [tiles, width, rows of a tile]
-    tiles: Vec<[f32; TOGETHER]>,
 }
 
 impl CustomOperator for HalfMatMul {
     const NAME: &'static CStr = c"HalfMatMul";
-    const INPUTS: &'static [Input] = &[Input::FLOATS, Input::FLOATS.optional(), Input::OTHERS];
+    const INPUTS: &'static [Input] = &[Input::FLOATS, Input::FLOATS.optional(), Input::VARIADIC];
     const OUTPUTS: usize = 1;
 
     fn new(node: &NodeInfo) -> Result<Self> {
@@ -54,47 +58,49 @@ impl CustomOperator for HalfMatMul {
         });
         let parts = parts.collect::<Result<Vec<_>>>()?;
         let rows = parts.first().map_or(0, |&(rows, _)| rows);
-        let is_known = parts.iter().all(|&(width, _)| width == rows);
+        if parts.iter().any(|&(width, _)| width != rows) {
+            return Err("weights of other sizes");
+        }
         let parts: Vec<_> = parts.into_iter().map(|(_, part)| part).collect();
         let weights = Weights::pack((rows, is_bfloat), &parts, is_transposed);
-        let weights = weights.filter(|_| is_known);
         Ok(Self {
             instructions,
             weights: weights.ok_or("weights of other sizes")?,
-            tiles: Vec::new(),
         })
     }
 
-    fn compute(&mut self, run: &Run) -> Result<()> {
+    fn compute(&self, run: &Run) -> Result<()> {
         let (width, columns) = (self.weights.rows, self.weights.columns);
         let products = RowProducts::of(run, width, columns)?;
-        let x = match Rows::are_many(products.x.len() / width) {
-            true => {
-                self.lay_together(run, products.x)?;
-                Rows::Many(&self.tiles)
-            }
-            false => Rows::Few(products.x),
-        };
-        products.compute(run, &|rows, group, write| {
-            self.instructions
-                .multiply((x, rows), &self.weights, group, write);
+        TILES.with_borrow_mut(|tiles| {
+            let x = match Rows::are_many(products.x.len() / width) {
+                true => {
+                    self.interleave(run, products.x, tiles)?;
+                    Rows::Many(tiles)
+                }
+                false => Rows::Few(products.x),
+            };
+            products.compute(run, &|rows, group, write| {
+                self.instructions
+                    .multiply((x, rows), &self.weights, group, write);
+            })
         })
     }
 }
 
 impl HalfMatMul {
     /// Lay a few of the rows `x` each beside each other.
-    fn lay_together(&mut self, run: &Run, x: &[f32]) -> Result<()> {
-        let rows = x.chunks(TOGETHER * self.weights.rows);
-        self.tiles
-            .resize(rows.len() * self.weights.rows, [0.0; TOGETHER]);
-        let tiles = self.tiles.chunks_exact_mut(self.weights.rows);
+    fn interleave(&self, run: &Run, x: &[f32], tiles: &mut Vec<Interleaved>) -> Result<()> {
+        let width = self.weights.rows;
+        let rows = x.chunks(INTERLEAVED * width);
+        resize(tiles, rows.len() * width).ok_or("no memory for rows")?;
         // no thread waits for one: each has another tile
+        let tiles = tiles.chunks_exact_mut(width);
         let tiles: Vec<_> = rows.zip(tiles).map(Mutex::new).collect();
         run.in_parallel(tiles.len(), &|index| {
             if let Ok(mut tile) = tiles[index].lock() {
                 let (rows, tile) = &mut *tile;
-                lay_together(rows, tile);
+                interleave(rows, tile);
             }
         })
     }

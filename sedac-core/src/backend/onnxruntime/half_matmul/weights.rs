@@ -32,9 +32,12 @@ impl Weights {
         parts: &[Part<'_>],
         is_transposed: bool,
     ) -> Option<Self> {
+        let fits = |part: &Part<'_>| part.columns.checked_mul(rows) == Some(part.numbers.len());
+        if rows == 0 || !parts.iter().all(fits) {
+            return None;
+        }
         let columns: usize = parts.iter().map(|part| part.columns).sum();
-        let fits = |part: &Part<'_>| part.numbers.len() == part.columns * rows;
-        if rows * columns == 0 || !parts.iter().all(fits) {
+        if columns == 0 {
             return None;
         }
         let mut lines = HugeSlice::filled([0; GROUP], columns.div_ceil(GROUP) * rows)?;

@@ -9,7 +9,6 @@ use std::ffi::{CStr, CString, c_int, c_void};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
 
 use ort::sys::{
     ONNXTensorElementDataType, ORT_API_VERSION, OrtApi, OrtApiBase, OrtCustomOp,
@@ -31,7 +30,7 @@ pub(super) const DOMAIN: &CStr = c"sedac";
 pub(super) type Result<T> = std::result::Result<T, &'static str>;
 
 /// An operator, made for a node of a graph. Its outputs are fp32.
-pub(super) trait CustomOperator: Sized {
+pub(super) trait CustomOperator: Sized + Send + Sync {
     /// Its name in graphs.
     const NAME: &'static CStr;
     /// Its inputs; the last one may stand for several.
@@ -45,11 +44,11 @@ pub(super) trait CustomOperator: Sized {
     /// Where the node is none that it can be.
     fn new(node: &NodeInfo) -> Result<Self>;
 
-    /// Compute the outputs of `run`.
+    /// Compute the outputs of `run`. Several threads may share a session.
     ///
     /// # Errors
     /// Where inputs or outputs are none that the operator knows.
-    fn compute(&mut self, run: &Run) -> Result<()>;
+    fn compute(&self, run: &Run) -> Result<()>;
 }
 
 /// An input of an operator.
@@ -67,7 +66,7 @@ impl Input {
     pub(super) const INTEGERS: Self =
         Self::of(ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
     /// Any number of inputs of any types, but one at least.
-    pub(super) const OTHERS: Self = Self {
+    pub(super) const VARIADIC: Self = Self {
         element: ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED,
         presence: OrtCustomOpInputOutputCharacteristic::INPUT_OUTPUT_VARIADIC,
     };
@@ -106,8 +105,8 @@ impl<T: CustomOperator> Table<T> {
         GetInputCharacteristic: Some(input_characteristic::<T>),
         GetOutputCharacteristic: Some(output_characteristic),
         GetInputMemoryType: Some(input_memory),
-        GetVariadicInputMinArity: Some(least_others),
-        GetVariadicInputHomogeneity: Some(others_are_alike),
+        GetVariadicInputMinArity: Some(variadic_min_arity),
+        GetVariadicInputHomogeneity: Some(variadic_homogeneous),
         GetVariadicOutputMinArity: None,
         GetVariadicOutputHomogeneity: None,
         CreateKernelV2: Some(create::<T>),
@@ -125,8 +124,7 @@ impl<T: CustomOperator> Table<T> {
 /// A node's operator, and the interface of the library that runs it.
 struct Kernel<T> {
     api: &'static OrtApi,
-    /// Whoever shares a session between threads has its runs one after another.
-    operator: Mutex<T>,
+    operator: T,
 }
 
 /// Let sessions with `options` have the operators.
@@ -237,11 +235,11 @@ unsafe extern "system" fn input_memory(_: *const OrtCustomOp, _: usize) -> OrtMe
     OrtMemType::OrtMemTypeDefault
 }
 
-unsafe extern "system" fn least_others(_: *const OrtCustomOp) -> c_int {
+unsafe extern "system" fn variadic_min_arity(_: *const OrtCustomOp) -> c_int {
     1
 }
 
-unsafe extern "system" fn others_are_alike(_: *const OrtCustomOp) -> c_int {
+unsafe extern "system" fn variadic_homogeneous(_: *const OrtCustomOp) -> c_int {
     0
 }
 
@@ -258,10 +256,7 @@ unsafe extern "system" fn create<T: CustomOperator>(
     let made = catch_unwind(|| T::new(&NodeInfo { api, info }));
     match outcome::<T, _>(made) {
         Ok(operator) => {
-            let created = Box::into_raw(Box::new(Kernel {
-                api,
-                operator: Mutex::new(operator),
-            }));
+            let created = Box::into_raw(Box::new(Kernel { api, operator }));
             // SAFETY: what ONNX Runtime promises.
             unsafe { *kernel = created.cast() };
             OrtStatusPtr::default()
@@ -282,12 +277,7 @@ unsafe extern "system" fn compute<T: CustomOperator>(
         api: kernel.api,
         context,
     };
-    let computed = catch_unwind(AssertUnwindSafe(|| {
-        // after a panic as before it: what a run leaves behind is memory for the next
-        let operator = kernel.operator.lock();
-        let mut operator = operator.unwrap_or_else(PoisonError::into_inner);
-        operator.compute(&run)
-    }));
+    let computed = catch_unwind(AssertUnwindSafe(|| kernel.operator.compute(&run)));
     match outcome::<T, _>(computed) {
         Ok(()) => OrtStatusPtr::default(),
         Err(problem) => status_of(kernel.api, &problem),

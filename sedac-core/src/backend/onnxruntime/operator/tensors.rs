@@ -2,8 +2,10 @@
 //! and 3 us of a row's 15 went to them.
 
 use std::ffi::{CStr, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::slice;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ort::sys::{
     ONNXTensorElementDataType, OrtApi, OrtKernelContext, OrtKernelInfo, OrtStatusPtr, OrtValue,
@@ -80,18 +82,32 @@ impl Run {
         count: usize,
         work: &(dyn Fn(usize) + Sync),
     ) -> Result<()> {
-        unsafe extern "C" fn call(work: *mut c_void, index: usize) {
-            // SAFETY: it is the reference below, which outlives the calls.
-            let work = unsafe { *work.cast::<&(dyn Fn(usize) + Sync)>() };
-            work(index);
+        struct Work<'a> {
+            call: &'a (dyn Fn(usize) + Sync),
+            has_failed: AtomicBool,
         }
-        let work: *const &(dyn Fn(usize) + Sync) = &work;
+        unsafe extern "C" fn call(work: *mut c_void, index: usize) {
+            // SAFETY: it is the work below, which outlives the calls.
+            let work = unsafe { &*work.cast::<Work<'_>>() };
+            if catch_unwind(AssertUnwindSafe(|| (work.call)(index))).is_err() {
+                work.has_failed.store(true, Ordering::Relaxed);
+            }
+        }
+        let given = Work {
+            call: work,
+            has_failed: AtomicBool::new(false),
+        };
+        let work: *const Work<'_> = &given;
         // SAFETY: the context is live, and the call returns when all calls have.
         let status = unsafe {
             let run = self.api.KernelContext_ParallelFor;
             run(self.context, call, count, 0, work.cast_mut().cast())
         };
-        checked(self.api, status, "its threads do not run")
+        checked(self.api, status, "its threads do not run")?;
+        match given.has_failed.into_inner() {
+            true => Err("a panic"),
+            false => Ok(()),
+        }
     }
 }
 
@@ -199,10 +215,12 @@ impl<'a, T: Element> Tensor<'a, T> {
             // SAFETY: the sizes belong to the tensor.
             _ => unsafe { slice::from_raw_parts(sizes, rank) },
         };
-        Ok(Self {
-            shape,
-            data: data.cast(),
-        })
+        let data = data.cast::<T>();
+        // as weights in a file may be
+        if !data.is_aligned() {
+            return Err("a tensor that is not aligned");
+        }
+        Ok(Self { shape, data })
     }
 
     fn count(&self) -> usize {
@@ -235,7 +253,7 @@ impl<'a, T: Element> Tensor<'a, T> {
     pub(in super::super) unsafe fn numbers(&self) -> &'a [T] {
         match self.count() {
             0 => &[],
-            // SAFETY: they belong to the tensor, which ONNX Runtime has allocated for its shape; and what
+            // SAFETY: they belong to the tensor, which has memory for its shape, and are aligned; and what
             // the caller promises.
             count => unsafe { slice::from_raw_parts(self.data, count) },
         }

@@ -2,6 +2,7 @@
 
 use super::lanes::Lanes;
 use super::weights::Format;
+use crate::backend::onnxruntime::row_products::resize;
 
 /// Numbers that are rounded together: a block is a number of pieces.
 pub(super) const PIECE: usize = 32;
@@ -40,15 +41,14 @@ pub(super) struct NewRow<'a> {
 }
 
 impl Activations {
-    /// Have room for `rows` that are multiplied with weights in `format`.
-    pub(super) fn resize(&mut self, rows: usize, format: Format) {
+    /// Have room for `rows` that are multiplied with weights in `format`. None where memory is short.
+    pub(super) fn resize(&mut self, rows: usize, format: Format) -> Option<()> {
         let blocks = format.blocks();
         self.blocks_per_row = blocks;
         self.pieces_per_row = blocks * format.pieces_per_block();
-        self.pieces
-            .resize(rows * self.pieces_per_row, Piece::default());
-        self.scales.resize(rows * blocks, 0.0);
-        self.sums.resize(rows * blocks, 0);
+        resize(&mut self.pieces, rows * self.pieces_per_row)?;
+        resize(&mut self.scales, rows * blocks)?;
+        resize(&mut self.sums, rows * blocks)
     }
 
     /// All rows, to be filled.
@@ -105,12 +105,9 @@ fn round_block<L: Lanes>(lanes: L, numbers: &[f32], pieces: &mut [Piece]) -> (f3
         largest = largest.max(lanes.largest(numbers));
     }
     let largest = f32::from_bits(largest);
-    // 127 over what is too small for a float is infinite
-    let inverse = if largest < f32::MIN_POSITIVE {
-        0.0
-    } else {
-        127.0 / largest
-    };
+    let inverse = 127.0 / largest;
+    // of zeros, and of what is too small
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     let mut sum = 0_i32;
     for (index, piece) in pieces.iter_mut().enumerate() {
         let numbers = match whole.get(index) {

@@ -3,7 +3,7 @@
 use super::kernel::Instructions;
 use super::weights::Format;
 use super::{HAS_ZERO_POINTS, QuantizedMatMul};
-use crate::backend::onnxruntime::edited_graph::{Model, Operator};
+use crate::backend::onnxruntime::edited_graph::{MICROSOFT, Model, Operator};
 use crate::backend::onnxruntime::stored_values::{FLOAT, StoredValues, UINT8};
 
 /// The `accuracy_level` of products whose rows are rounded to 8 bits.
@@ -15,7 +15,7 @@ pub(in super::super) fn replace_quantized_products(model: &mut Model) -> bool {
     let Some(graph) = model
         .graph
         .as_mut()
-        .filter(|_| Instructions::of_cpu().is_some())
+        .filter(|graph| Instructions::of_cpu().is_some() && !graph.has_subgraphs())
     else {
         return false;
     };
@@ -37,7 +37,7 @@ pub(in super::super) fn replace_quantized_products(model: &mut Model) -> bool {
 /// The weights, scales and zero points of `node`, each by part, if it is a product that is known.
 fn parts(node: &Operator, stored: &StoredValues) -> Option<Vec<Vec<String>>> {
     let is_rounded = node.integer("accuracy_level") == Some(ROUNDED);
-    if node.op_type != "MatMulNBits" || !is_rounded || node.output.len() != 1 {
+    if !node.is(MICROSOFT, "MatMulNBits") || !is_rounded || node.output.len() != 1 {
         return None;
     }
     let given = |index: usize| node.input.get(index).filter(|name| !name.is_empty());

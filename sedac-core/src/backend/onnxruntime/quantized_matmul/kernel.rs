@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::activations::{Activations, NewRow, PIECE, Row};
 use super::lanes::{Avx2, Avx512, Lanes};
-use super::weights::{Chunk, Format, GROUP, Group, Weights};
+use super::weights::{Chunk, Format, GROUP, Group, Scales, Weights};
 
 /// What the CPU multiplies with.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +33,7 @@ impl Instructions {
         fn with_avx512(lanes: Avx512, numbers: &[f32], factor: i32, row: &mut NewRow<'_>) {
             row.fill(lanes, numbers, factor);
         }
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn with_avx2(lanes: impl Lanes, numbers: &[f32], factor: i32, row: &mut NewRow<'_>) {
             row.fill(lanes, numbers, factor);
         }
@@ -70,7 +70,7 @@ impl Instructions {
         ) {
             product.columns::<_, BITS>(lanes, rows, write);
         }
-        #[target_feature(enable = "avx2,fma,avxvnni")]
+        #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
         fn with_avx2_vnni<const BITS: usize>(
             lanes: Avx2<true>,
             product: &Product<'_>,
@@ -79,7 +79,7 @@ impl Instructions {
         ) {
             product.columns::<_, BITS>(lanes, rows, write);
         }
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn with_avx2<const BITS: usize>(
             lanes: Avx2<false>,
             product: &Product<'_>,
@@ -170,14 +170,13 @@ impl Product<'_> {
     ) -> [L::Numbers; ROWS] {
         let mut numbers = [lanes.zeros(); ROWS];
         let (pieces, _) = self.group.chunks.as_chunks::<BITS>();
-        for (block, scales) in self.group.scales.iter().enumerate() {
+        let columns = start..start + L::COLUMNS;
+        for block in 0..pieces.len() / self.pieces_per_block {
             let mut sums = [lanes.all(0); ROWS];
             for index in 0..ROWS {
                 let sum = rows[index].sums[block];
                 sums[index] = match self.group.zero_points {
-                    Some(zero_points) => {
-                        lanes.times(&zero_points[block][start..start + L::COLUMNS], sum)
-                    }
+                    Some(zero_points) => lanes.times(&zero_points[block][columns.clone()], sum),
                     None => lanes.all(sum),
                 };
             }
@@ -186,7 +185,10 @@ impl Product<'_> {
             for (piece, chunks) in (first..).zip(chunks) {
                 sums = add_piece::<L, BITS, ROWS>(lanes, sums, chunks, start, rows, piece);
             }
-            let scales = &scales[start..start + L::COLUMNS];
+            let scales = match self.group.scales {
+                Scales::Fp32(scales) => lanes.load(&scales[block][columns.clone()]),
+                Scales::Fp16(scales) => lanes.of_fp16(&scales[block][columns.clone()]),
+            };
             for index in 0..ROWS {
                 let scale = rows[index].scales[block];
                 numbers[index] = lanes.add_scaled(numbers[index], sums[index], scales, scale);
@@ -237,7 +239,7 @@ const _: () = assert!(PIECE == 32, "chunks of a piece are as many as bits");
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::weights::examples::{Matrix, matrix};
+    use super::super::weights::examples::{Matrix, matrix, matrix_with};
     use super::*;
 
     fn all_instructions() -> Vec<Instructions> {
@@ -263,7 +265,7 @@ mod tests {
         (format, weights): (Format, &Weights),
     ) -> Vec<Vec<f32>> {
         let mut activations = Activations::default();
-        activations.resize(rows.len(), format);
+        activations.resize(rows.len(), format).unwrap();
         for (numbers, mut row) in rows.iter().zip(activations.new_rows()) {
             instructions.round(numbers, format, &mut row);
         }
@@ -321,9 +323,10 @@ mod tests {
             columns in 1..40_usize,
             count in 1..20_usize,
             has_zero_points: bool,
+            is_fp16: bool,
         ) {
             let format = Format { bits, block_size, rows, has_zero_points };
-            let matrix = matrix(format, columns);
+            let matrix = matrix_with(format, columns, is_fp16);
             let weights = Weights::pack(format, &matrix.parts(format)).unwrap();
             let x: Vec<_> = (0..count).map(|seed| numbers(rows, seed)).collect();
             let exact: Vec<_> = x.iter().map(|row| exactly(row, format, &matrix)).collect();
@@ -364,7 +367,14 @@ mod tests {
             has_zero_points: false,
         };
         let weights = Weights::pack(format, &matrix(format, 3).parts(format)).unwrap();
-        for number in [0.0, -0.0, f32::from_bits(1), f32::MIN_POSITIVE, f32::MAX] {
+        for number in [
+            0.0,
+            -0.0,
+            f32::from_bits(1),
+            f32::MIN_POSITIVE,
+            1e-37,
+            f32::MAX,
+        ] {
             for instructions in all_instructions() {
                 let products = product(instructions, &[vec![number; 32]], (format, &weights));
                 assert!(

@@ -42,12 +42,16 @@ pub(super) unsafe trait Lanes: Copy {
     fn times(self, zero_points: &[u8], factor: i32) -> Self::Sums;
     /// Zeros.
     fn zeros(self) -> Self::Numbers;
+    /// The numbers of `columns`.
+    fn load(self, columns: &[f32]) -> Self::Numbers;
+    /// The numbers that the fp16 `columns` stand for.
+    fn of_fp16(self, columns: &[u16]) -> Self::Numbers;
     /// `numbers` and `sums`, these times `scale` and each column's of `scales`.
     fn add_scaled(
         self,
         numbers: Self::Numbers,
         sums: Self::Sums,
-        scales: &[f32],
+        scales: Self::Numbers,
         scale: f32,
     ) -> Self::Numbers;
     /// Write `numbers` to `columns`.
@@ -58,7 +62,7 @@ pub(super) unsafe trait Lanes: Copy {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx512(());
 
-/// AVX2 with FMA, and VNNI or not.
+/// AVX2 with FMA and F16C, and VNNI or not.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Avx2<const VNNI: bool>(());
 
@@ -76,6 +80,7 @@ impl<const VNNI: bool> Avx2<VNNI> {
     pub(super) fn of_cpu() -> Option<Self> {
         let is_there = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
             && (!VNNI || is_x86_feature_detected!("avxvnni"));
         is_there.then_some(Self(()))
     }
@@ -166,11 +171,23 @@ unsafe impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn add_scaled(self, numbers: __m512, sums: __m512i, scales: &[f32], scale: f32) -> __m512 {
-        let scales: &[f32; 16] = scales.try_into().expect("one of each column");
-        // SAFETY: the CPU has AVX-512, and there are as many scales.
+    fn load(self, columns: &[f32]) -> __m512 {
+        let columns: &[f32; 16] = columns.try_into().expect("as many columns");
+        // SAFETY: the CPU has AVX-512, and there are as many columns.
+        unsafe { _mm512_loadu_ps(columns.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn of_fp16(self, columns: &[u16]) -> __m512 {
+        let columns: &[u16; 16] = columns.try_into().expect("as many columns");
+        // SAFETY: the CPU has AVX-512, and there are as many columns.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(columns.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, numbers: __m512, sums: __m512i, scales: __m512, scale: f32) -> __m512 {
+        // SAFETY: the CPU has AVX-512.
         unsafe {
-            let scales = _mm512_loadu_ps(scales.as_ptr());
             let scales = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
             _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scales, numbers)
         }
@@ -304,11 +321,23 @@ unsafe impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn add_scaled(self, numbers: __m256, sums: __m256i, scales: &[f32], scale: f32) -> __m256 {
-        let scales: &[f32; 8] = scales.try_into().expect("one of each column");
-        // SAFETY: the CPU has AVX2 with FMA, and there are as many scales.
+    fn load(self, columns: &[f32]) -> __m256 {
+        let columns: &[f32; 8] = columns.try_into().expect("as many columns");
+        // SAFETY: the CPU has AVX2, and there are as many columns.
+        unsafe { _mm256_loadu_ps(columns.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn of_fp16(self, columns: &[u16]) -> __m256 {
+        let columns: &[u16; 8] = columns.try_into().expect("as many columns");
+        // SAFETY: the CPU has AVX2 with F16C, and there are as many columns.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(columns.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, numbers: __m256, sums: __m256i, scales: __m256, scale: f32) -> __m256 {
+        // SAFETY: the CPU has AVX2 with FMA.
         unsafe {
-            let scales = _mm256_loadu_ps(scales.as_ptr());
             let scales = _mm256_mul_ps(scales, _mm256_set1_ps(scale));
             _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scales, numbers)
         }

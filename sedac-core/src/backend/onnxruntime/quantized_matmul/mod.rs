@@ -10,6 +10,7 @@ mod kernel;
 mod lanes;
 mod weights;
 
+use std::cell::RefCell;
 use std::ffi::CStr;
 use std::sync::Mutex;
 
@@ -24,7 +25,12 @@ use super::row_products::RowProducts;
 const HAS_ZERO_POINTS: &CStr = c"has_zero_points";
 
 /// Numbers to round below which waking other threads takes longer.
-const NUMBERS_ALONE: usize = 16_384;
+const PARALLEL_THRESHOLD: usize = 16_384;
+
+thread_local! {
+    /// Of the product that the thread runs.
+    static ACTIVATIONS: RefCell<Activations> = RefCell::default();
+}
 
 /// The operator with MatMulNBits' attributes K, N, bits and block_size. It takes
 /// - the rows, fp32 [..., K];
@@ -38,12 +44,11 @@ const NUMBERS_ALONE: usize = 16_384;
 pub(super) struct QuantizedMatMul {
     instructions: Instructions,
     weights: Weights,
-    activations: Activations,
 }
 
 impl CustomOperator for QuantizedMatMul {
     const NAME: &'static CStr = c"QuantizedMatMul";
-    const INPUTS: &'static [Input] = &[Input::FLOATS, Input::FLOATS.optional(), Input::OTHERS];
+    const INPUTS: &'static [Input] = &[Input::FLOATS, Input::FLOATS.optional(), Input::VARIADIC];
     const OUTPUTS: usize = 1;
 
     fn new(node: &NodeInfo) -> Result<Self> {
@@ -80,31 +85,33 @@ impl CustomOperator for QuantizedMatMul {
         Ok(Self {
             instructions,
             weights: weights.ok_or("weights of other sizes")?,
-            activations: Activations::default(),
         })
     }
 
-    fn compute(&mut self, run: &Run) -> Result<()> {
+    fn compute(&self, run: &Run) -> Result<()> {
         let (format, columns) = (self.weights.format, self.weights.columns);
         let products = RowProducts::of(run, format.rows, columns)?;
-        self.round(run, products.x)?;
-        let (activations, weights) = (&self.activations, &self.weights);
-        products.compute(run, &|rows, group, write| {
-            self.instructions
-                .multiply(activations, rows, weights, group, write);
+        ACTIVATIONS.with_borrow_mut(|activations| {
+            self.round(run, products.x, activations)?;
+            products.compute(run, &|rows, group, write| {
+                self.instructions
+                    .multiply(activations, rows, &self.weights, group, write);
+            })
         })
     }
 }
 
 impl QuantizedMatMul {
     /// Round the rows `x`.
-    fn round(&mut self, run: &Run, x: &[f32]) -> Result<()> {
+    fn round(&self, run: &Run, x: &[f32], activations: &mut Activations) -> Result<()> {
         let format = self.weights.format;
         let rows = x.len() / format.rows;
-        self.activations.resize(rows, format);
+        activations
+            .resize(rows, format)
+            .ok_or("no memory for rows")?;
         let x = x.chunks_exact(format.rows);
-        let rounded = x.zip(self.activations.new_rows());
-        if rows * format.rows < NUMBERS_ALONE {
+        let rounded = x.zip(activations.new_rows());
+        if rows * format.rows < PARALLEL_THRESHOLD {
             for (numbers, mut row) in rounded {
                 self.instructions.round(numbers, format, &mut row);
             }

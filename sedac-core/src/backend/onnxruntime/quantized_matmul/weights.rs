@@ -1,5 +1,7 @@
 //! Quantized weights as the kernels read them.
 
+use half::f16;
+
 use super::activations::PIECE;
 use crate::backend::onnxruntime::huge_pages::HugeSlice;
 
@@ -41,10 +43,23 @@ pub(super) struct Weights {
     pub(super) columns: usize,
     /// [groups, pieces, chunks of a piece: as many as there are bits]
     chunks: HugeSlice<Chunk>,
-    /// [groups, blocks, GROUP]
-    scales: HugeSlice<f32>,
+    scales: StoredScales,
     /// [groups, blocks, GROUP], or empty
-    zero_points: Vec<u8>,
+    zero_points: HugeSlice<[u8; GROUP]>,
+}
+
+/// Scales, [groups, blocks, GROUP].
+enum StoredScales {
+    Fp32(HugeSlice<[f32; GROUP]>),
+    /// Where all are such numbers: a tenth of the bytes of weights of 4 bits in blocks of 32 less.
+    Fp16(HugeSlice<[u16; GROUP]>),
+}
+
+/// The scales of a group, [blocks].
+#[derive(Clone, Copy)]
+pub(super) enum Scales<'a> {
+    Fp32(&'a [[f32; GROUP]]),
+    Fp16(&'a [[u16; GROUP]]),
 }
 
 /// The weights of [`GROUP`] columns.
@@ -52,8 +67,7 @@ pub(super) struct Weights {
 pub(super) struct Group<'a> {
     /// [pieces, chunks of a piece]
     pub(super) chunks: &'a [Chunk],
-    /// [blocks]
-    pub(super) scales: &'a [[f32; GROUP]],
+    pub(super) scales: Scales<'a>,
     /// [blocks]
     pub(super) zero_points: Option<&'a [[u8; GROUP]]>,
 }
@@ -117,8 +131,11 @@ impl Weights {
             format,
             columns,
             chunks: HugeSlice::filled(Chunk([0; 4 * GROUP]), chunks)?,
-            scales: HugeSlice::filled(0.0, groups * blocks * GROUP)?,
-            zero_points: vec![0; usize::from(format.has_zero_points) * groups * blocks * GROUP],
+            scales: StoredScales::zeros(parts, groups * blocks)?,
+            zero_points: HugeSlice::filled(
+                [0; GROUP],
+                usize::from(format.has_zero_points) * groups * blocks,
+            )?,
         };
         let mut column = 0;
         for part in parts {
@@ -146,12 +163,13 @@ impl Weights {
             });
         }
         for block in 0..blocks {
-            let place = (group * blocks + block) * GROUP + lane;
-            self.scales[place] = part.scales[index * blocks + block];
+            let place = group * blocks + block;
+            let scale = part.scales[index * blocks + block];
+            self.scales.set(place, lane, scale);
             if let Some(zero_points) = part.zero_points {
                 let width = format.bytes_of_zero_points();
                 let zero_points = &zero_points[index * width..][..width];
-                self.zero_points[place] = match format.bits {
+                self.zero_points[place][lane] = match format.bits {
                     4 => zero_points[block / 2] >> (block % 2 * 4) & 15,
                     _ => zero_points[block],
                 };
@@ -163,11 +181,36 @@ impl Weights {
         let blocks = self.format.blocks();
         let chunks = blocks * self.format.pieces_per_block() * self.format.bits;
         let blocks = group * blocks..(group + 1) * blocks;
-        let zero_points = self.zero_points.as_chunks().0;
         Group {
             chunks: &self.chunks[group * chunks..(group + 1) * chunks],
-            scales: &self.scales.as_chunks().0[blocks.clone()],
-            zero_points: (!zero_points.is_empty()).then(|| &zero_points[blocks]),
+            scales: match &self.scales {
+                StoredScales::Fp32(scales) => Scales::Fp32(&scales[blocks.clone()]),
+                StoredScales::Fp16(scales) => Scales::Fp16(&scales[blocks.clone()]),
+            },
+            zero_points: self
+                .format
+                .has_zero_points
+                .then(|| &self.zero_points[blocks]),
+        }
+    }
+}
+
+impl StoredScales {
+    /// Room for those of `parts`, of `blocks` in all groups. None where memory is short.
+    fn zeros(parts: &[Part<'_>], blocks: usize) -> Option<Self> {
+        let mut scales = parts.iter().flat_map(|part| part.scales);
+        Some(
+            match scales.all(|&scale| f16::from_f32(scale).to_f32() == scale) {
+                true => Self::Fp16(HugeSlice::filled([0; GROUP], blocks)?),
+                false => Self::Fp32(HugeSlice::filled([0.0; GROUP], blocks)?),
+            },
+        )
+    }
+
+    fn set(&mut self, block: usize, lane: usize, scale: f32) {
+        match self {
+            Self::Fp32(scales) => scales[block][lane] = scale,
+            Self::Fp16(scales) => scales[block][lane] = f16::from_f32(scale).to_bits(),
         }
     }
 }
@@ -192,6 +235,19 @@ pub(super) mod examples {
     }
 
     pub(in super::super) fn matrix(format: Format, columns: usize) -> Matrix {
+        matrix_with(format, columns, false)
+    }
+
+    /// The same with scales that are numbers of fp16, or not.
+    pub(in super::super) fn matrix_with(format: Format, columns: usize, is_fp16: bool) -> Matrix {
+        let scale = |block: usize, is_fp16| {
+            let scale = (block as f32).sin() * 0.1;
+            if is_fp16 {
+                f16::from_f32(scale).to_f32()
+            } else {
+                scale
+            }
+        };
         let bytes = |count: usize, seed: usize| -> Vec<u8> {
             let byte = |place: usize| ((place + seed).wrapping_mul(2_654_435_761) >> 13) as u8;
             (0..count).map(byte).collect()
@@ -200,9 +256,7 @@ pub(super) mod examples {
         Matrix {
             columns,
             numbers: bytes(blocks * format.bytes_of_block(), 1),
-            scales: (0..blocks)
-                .map(|block| (block as f32).sin() * 0.1)
-                .collect(),
+            scales: (0..blocks).map(|block| scale(block, is_fp16)).collect(),
             zero_points: bytes(columns * format.bytes_of_zero_points(), 2),
         }
     }
@@ -281,8 +335,11 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(bytes(&whole), bytes(&joined));
-        assert_eq!(*whole.scales, *joined.scales);
-        assert_eq!(whole.zero_points, joined.zero_points);
+        let Scales::Fp32(scales) = whole.group(1).scales else {
+            panic!("scales that are no numbers of fp16")
+        };
+        assert!(matches!(joined.group(1).scales, Scales::Fp32(joined) if joined == scales));
+        assert_eq!(*whole.zero_points, *joined.zero_points);
     }
 
     #[test]

@@ -29,6 +29,8 @@ const SCORES_ALONE: usize = 3000;
 
 thread_local! {
     static WEIGHTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// [rows, heads, head size]: rotated queries of what the thread runs.
+    static ROTATED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The operator with a node's attributes, which are those of GroupQueryAttention. It takes
@@ -49,8 +51,6 @@ pub(super) struct RowAttention {
     window: Option<usize>,
     rotates: bool,
     is_interleaved: bool,
-    /// [rows, heads, head size], rotated.
-    queries: Vec<f32>,
 }
 
 /// Where the rows of a pass belong, and the shape of the caches.
@@ -149,11 +149,10 @@ impl CustomOperator for RowAttention {
             window: Some(node.integer(c"local_window_size")).filter(|&window| window > 0),
             rotates: node.integer(c"do_rotary") == 1,
             is_interleaved: node.integer(c"rotary_interleaved") == 1,
-            queries: Vec::new(),
         })
     }
 
-    fn compute(&mut self, run: &Run) -> Result<()> {
+    fn compute(&self, run: &Run) -> Result<()> {
         let cache = |index| -> Result<_> {
             let cache = Tensor::<f32>::input(run, index)?;
             cache.ok_or("caches are missing")
@@ -208,12 +207,15 @@ impl CustomOperator for RowAttention {
         // SAFETY: they are different outputs. Whoever runs the kernel has given the caches to it alone, and
         // of the inputs that are the same memory only shapes and addresses are read.
         let (keys, values) = unsafe { (keys.numbers_mut(), values.numbers_mut()) };
-        self.place(&given, &places, rotary.as_ref(), [&mut *keys, &mut *values])?;
-        let shape = [1, places.count() as i64, (self.heads * size) as i64];
-        let mut attended = Tensor::<f32>::output(run, 0, &shape)?;
-        // SAFETY: memory of its own.
-        let attended = unsafe { attended.numbers_mut() };
-        self.attend(run, &places, [keys, values], attended)
+        ROTATED.with_borrow_mut(|queries| {
+            let caches = [&mut *keys, &mut *values];
+            self.place(&given, &places, rotary.as_ref(), (queries, caches))?;
+            let shape = [1, places.count() as i64, (self.heads * size) as i64];
+            let mut attended = Tensor::<f32>::output(run, 0, &shape)?;
+            // SAFETY: memory of its own.
+            let attended = unsafe { attended.numbers_mut() };
+            self.attend(run, (&places, queries), [keys, values], attended)
+        })
     }
 }
 
@@ -235,20 +237,24 @@ impl RowAttention {
         }
     }
 
-    /// Write the keys and values of all rows to the caches, and keep their queries.
+    /// Write the keys and values of all rows to the caches, and their queries to `queries`.
     fn place(
-        &mut self,
+        &self,
         given: &Given<'_>,
         places: &Places<'_>,
         rotary: Option<&Rotary<'_>>,
-        [keys, values]: [&mut [f32]; 2],
+        (queries, [keys, values]): (&mut Vec<f32>, [&mut [f32]; 2]),
     ) -> Result<()> {
         let [_, key_heads, _, size] = places.shape;
-        self.queries.clear();
+        queries.clear();
+        let count = places.count() * self.heads * size;
+        queries
+            .try_reserve(count)
+            .map_err(|_| "no memory for rows")?;
         for row in 0..places.count() {
             let numbers = given.row(row, places.count(), key_heads * size);
-            let first = self.queries.len();
-            self.queries.extend_from_slice(numbers.query);
+            let first = queries.len();
+            queries.extend_from_slice(numbers.query);
             let (_, position) = places.place(row, 0);
             let rotation = rotary.map(|rotary| {
                 let rotation = rotary.at(position);
@@ -256,7 +262,7 @@ impl RowAttention {
             });
             let rotation = rotation.transpose()?;
             if let Some(rotation) = &rotation {
-                let queries = self.queries[first..].chunks_exact_mut(size);
+                let queries = queries[first..].chunks_exact_mut(size);
                 queries.for_each(|query| rotation.apply(self.level, query));
             }
             for head in 0..key_heads {
@@ -278,7 +284,7 @@ impl RowAttention {
     fn attend(
         &self,
         run: &Run,
-        places: &Places<'_>,
+        (places, queries): (&Places<'_>, &[f32]),
         [keys, values]: [&[f32]; 2],
         attended: &mut [f32],
     ) -> Result<()> {
@@ -288,7 +294,7 @@ impl RowAttention {
             scale: self.scale.unwrap_or_else(|| (size as f32).sqrt().recip()),
             softcap: self.softcap,
         };
-        let tiles = self.tiles(places, attended);
+        let tiles = self.tiles((places, queries), attended);
         let count = tiles.len();
         // no thread waits for one: each has another tile
         let tiles: Vec<_> = tiles.into_iter().map(Mutex::new).collect();
@@ -318,14 +324,17 @@ impl RowAttention {
     }
 
     /// The queries of all rows, a few of one sequence and one head of its caches together.
-    fn tiles<'a>(&'a self, places: &Places<'_>, attended: &'a mut [f32]) -> Vec<Tile<'a>> {
+    fn tiles<'a>(
+        &self,
+        (places, queries): (&Places<'_>, &'a [f32]),
+        attended: &'a mut [f32],
+    ) -> Vec<Tile<'a>> {
         let [_, key_heads, _, size] = places.shape;
         let group = self.heads / key_heads;
         let mut tiles: Vec<Tile<'a>> = Vec::with_capacity(places.count() * self.heads);
         // the last tile of each head
         let mut last = vec![None; key_heads];
-        let queries = self
-            .queries
+        let queries = queries
             .chunks_exact(size)
             .zip(attended.chunks_exact_mut(size));
         for (index, (numbers, attended)) in queries.enumerate() {
