@@ -18,7 +18,7 @@ pub fn with_own_operators(graph: &[u8]) -> Option<Vec<u8>> {
     })
 }
 
-/// The same with its own attention, as other engines are run.
+/// As [`with_own_operators`], but attention stays as it is: engines other than layers bind its inputs.
 pub(super) fn with_own_products(graph: &[u8]) -> Option<Vec<u8>> {
     edited(graph, replace_products)
 }
